@@ -1,0 +1,94 @@
+"""Statistics of a site's tensor, gathered while activations stream through.
+
+Each is an accumulator: `update` with tokens, `merge` another one of its kind (from another process), read `value`.
+The order of updates and merges changes a value by rounding alone.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol, Self
+
+import torch
+from torch import Tensor
+
+
+class Statistic(Protocol):
+    """Accumulates over tokens."""
+
+    def update(self, x: Tensor) -> None:
+        """Add tokens. x: (tokens, channels)."""
+
+    def merge(self, other: Self) -> None:
+        """Add everything that `other` has seen."""
+
+    @property
+    def value(self) -> Tensor:
+        """The statistic over all tokens seen."""
+
+
+class Gram:
+    """Sum of x xᵀ: (channels, channels), accumulated in float32 or in `dtype`."""
+
+    def __init__(self, channels: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+        self._sum = torch.zeros(channels, channels, dtype=dtype, device=device)
+        self.tokens = 0
+
+    def update(self, x: Tensor) -> None:
+        """See `Statistic`; one matrix product."""
+        wide = x.to(self._sum.dtype)
+        self._sum.addmm_(wide.T, wide)
+        self.tokens += x.shape[0]
+
+    def merge(self, other: Gram) -> None:
+        """See `Statistic`."""
+        self._sum += other._sum.to(self._sum.device)
+        self.tokens += other.tokens
+
+    @property
+    def value(self) -> Tensor:
+        """See `Statistic`: (channels, channels)."""
+        return self._sum
+
+
+class AbsMax:
+    """Largest magnitude of each channel: (channels,)."""
+
+    def __init__(self, channels: int, device: torch.device | str = "cpu") -> None:
+        self._max = torch.zeros(channels, device=device)
+
+    def update(self, x: Tensor) -> None:
+        """See `Statistic`."""
+        if x.shape[0]:
+            torch.maximum(self._max, x.abs().amax(0).float(), out=self._max)
+
+    def merge(self, other: AbsMax) -> None:
+        """See `Statistic`."""
+        torch.maximum(self._max, other._max.to(self._max.device), out=self._max)
+
+    @property
+    def value(self) -> Tensor:
+        """See `Statistic`: (channels,)."""
+        return self._max
+
+
+class Mean:
+    """Mean of each channel: (channels,), summed in float64."""
+
+    def __init__(self, channels: int, device: torch.device | str = "cpu") -> None:
+        self._sum = torch.zeros(channels, dtype=torch.float64, device=device)
+        self.tokens = 0
+
+    def update(self, x: Tensor) -> None:
+        """See `Statistic`."""
+        self._sum += x.sum(0, dtype=torch.float64)
+        self.tokens += x.shape[0]
+
+    def merge(self, other: Mean) -> None:
+        """See `Statistic`."""
+        self._sum += other._sum.to(self._sum.device)
+        self.tokens += other.tokens
+
+    @property
+    def value(self) -> Tensor:
+        """See `Statistic`: (channels,) float32, zeros before any token."""
+        return (self._sum / max(self.tokens, 1)).float()

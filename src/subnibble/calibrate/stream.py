@@ -1,0 +1,104 @@
+"""Stream all calibration windows through a block, stopping at each site in data-flow order.
+
+At a site every window is run up to the site's first reader, where its tensor is handed out. A site that ends a
+module (`Site.tail`) keeps its tensor, so that attention and MLP are each computed once: later passes apply only the
+reader, by then quantized, to what was kept. Nothing is forwarded twice for the same statistic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from subnibble.model.site import Site, Tail
+from subnibble.model.skeleton import Block
+
+
+class BlockStream:
+    """The passage of all windows through one block.
+
+    hidden: batches (windows, tokens, channels), the block's inputs; replaced by its outputs in `advance`.
+    arguments: what the model passes to the block beside them.
+    """
+
+    def __init__(self, block: Block, hidden: list[Tensor], arguments: dict[str, Any]) -> None:
+        self._block, self._hidden, self._arguments = block, hidden, arguments
+        self._kept: dict[Tail, _Replay] = {}
+
+    def observe(self, site: Site, receive: Callable[[Tensor], None]) -> None:
+        """Hand the site's tensor to `receive`, batch by batch, as (tokens, channels)."""
+        seen: list[Tensor] = []
+
+        def stop(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            seen.append(args[0])
+            raise _SiteReached
+
+        reader = self._block.linear(site.readers[0])
+        handle = reader.register_forward_pre_hook(stop)
+        kept = []
+        try:
+            with self._replaying():
+                for batch in range(len(self._hidden)):
+                    try:
+                        self._run(batch)
+                    except _SiteReached:
+                        x = seen.pop()
+                        receive(x.flatten(0, -2))
+                        if site.tail is not None:
+                            kept.append(x)
+        finally:
+            handle.remove()
+        if site.tail is not None:
+            self._kept[site.tail] = _Replay(reader, kept, site.tail.extra_outputs)
+
+    def advance(self) -> None:
+        """Run the block to its end: `hidden` becomes its output, in place of its input."""
+        with self._replaying():
+            for batch in range(len(self._hidden)):
+                self._hidden[batch] = self._run(batch)
+        self._kept.clear()
+
+    @contextmanager
+    def _replaying(self) -> Iterator[None]:
+        """Put what is kept in the place of the modules that made it."""
+        module = self._block.module
+        originals = {tail: module.get_submodule(tail.module) for tail in self._kept}
+        try:
+            for tail, replay in self._kept.items():
+                module.set_submodule(tail.module, replay)
+            yield
+        finally:
+            for tail, original in originals.items():
+                module.set_submodule(tail.module, original)
+
+    def _run(self, batch: int) -> Tensor:
+        for replay in self._kept.values():
+            replay.batch = batch
+        with torch.no_grad():
+            output = self._block.module(self._hidden[batch], **self._arguments)
+        result = output[0] if isinstance(output, tuple) else output
+        assert isinstance(result, Tensor)
+        return result
+
+
+class _SiteReached(Exception):  # noqa: N818 (control flow, not an error)
+    """Ends a forward pass at the site it was run for."""
+
+
+class _Replay(nn.Module):
+    """Stands for a module whose tail's input is known: applies the tail alone."""
+
+    def __init__(self, reader: nn.Linear, kept: list[Tensor], extra_outputs: int) -> None:
+        super().__init__()
+        # In a tuple: it is not this module's own.
+        self._reader, self._kept, self._extra = (reader,), kept, extra_outputs
+        self.batch = 0
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's output for the current batch; arguments are not needed."""
+        output = self._reader[0](self._kept[self.batch])
+        return (output, *([None] * self._extra)) if self._extra else output

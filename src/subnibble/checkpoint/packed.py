@@ -1,0 +1,132 @@
+"""The packed checkpoint format, version 1 (docs/format.md): what `quantization_config` in config.json says.
+
+It names every module whose tensors are not what the plain model would have. The tensors themselves are ordinary
+safetensors, `<module path>.codes`, `.scales`, `.zeros`, `.bias`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from subnibble.errors import BadRecipe, CheckpointError
+from subnibble.scheme import Scheme
+from subnibble.tensor import PackedLayout
+
+QUANT_METHOD = "subnibble"
+FORMAT_VERSION = 1
+_MODULE_KEYS = {
+    "linear": {"kind", "rows", "ranges", "bias"},
+    "embedding": {"kind", "rows", "ranges"},
+    "tied_head": {"kind", "table"},
+    "norm_bias": {"kind", "rows"},
+}
+
+
+@dataclass(frozen=True)
+class PackedLinearEntry:
+    """A linear with a packed weight. bias: whether `<path>.bias` is stored."""
+
+    layout: PackedLayout
+    bias: bool
+
+
+@dataclass(frozen=True)
+class PackedEmbeddingEntry:
+    """An embedding table, packed."""
+
+    layout: PackedLayout
+
+
+@dataclass(frozen=True)
+class TiedHeadEntry:
+    """An output projection without tensors of its own: it uses the packed table of the embedding at `table`."""
+
+    table: str
+
+
+@dataclass(frozen=True)
+class NormBiasEntry:
+    """A norm that gained a bias of `rows` channels, stored as `<path>.bias`."""
+
+    rows: int
+
+
+Entry = PackedLinearEntry | PackedEmbeddingEntry | TiedHeadEntry | NormBiasEntry
+
+
+@dataclass(frozen=True)
+class PackedConfig:
+    """Module path -> what is stored for it."""
+
+    modules: Mapping[str, Entry] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The `quantization_config` of config.json."""
+        layouts = [e.layout for e in self.modules.values() if isinstance(e, PackedLinearEntry | PackedEmbeddingEntry)]
+        schemes = {scheme.name: scheme.to_dict() for layout in layouts for _, scheme in layout.ranges}
+        return {
+            "quant_method": QUANT_METHOD,
+            "format_version": FORMAT_VERSION,
+            "schemes": schemes,
+            "modules": {path: _entry_to_dict(entry) for path, entry in self.modules.items()},
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], where: str = "quantization_config") -> Self:
+        """Read a `quantization_config`; anything this version does not know is a `CheckpointError`."""
+        version = values.get("format_version")
+        if version != FORMAT_VERSION:
+            raise CheckpointError(
+                f"{where}: format version {version!r}; this subnibble reads version {FORMAT_VERSION}: "
+                "upgrade subnibble, or quantize the model again"
+            )
+        unknown = sorted(set(values) - {"quant_method", "format_version", "schemes", "modules"})
+        if unknown:
+            raise CheckpointError(f"{where}: unknown key {unknown[0]!r}; it was written by a newer subnibble")
+        try:
+            schemes = {name: Scheme.from_dict(scheme) for name, scheme in values["schemes"].items()}
+            modules = {path: _entry_from_dict(entry, schemes) for path, entry in values["modules"].items()}
+        except (KeyError, TypeError, ValueError, AttributeError, BadRecipe) as error:
+            raise CheckpointError(f"{where} is damaged ({error!r}); quantize the model again") from error
+        return cls(modules)
+
+
+def packed_config_of(config: Any) -> PackedConfig | None:
+    """The packed modules of a transformers config, or None if it is not a subnibble checkpoint's."""
+    values = getattr(config, "quantization_config", None)
+    if values is not None and not isinstance(values, Mapping):
+        values = values.to_dict()
+    if values is None or values.get("quant_method") != QUANT_METHOD:
+        return None
+    return PackedConfig.from_dict(values)
+
+
+def _entry_to_dict(entry: Entry) -> dict[str, Any]:
+    match entry:
+        case PackedLinearEntry(layout, bias):
+            return {"kind": "linear", **_layout_to_dict(layout), "bias": bias}
+        case PackedEmbeddingEntry(layout):
+            return {"kind": "embedding", **_layout_to_dict(layout)}
+        case TiedHeadEntry(table):
+            return {"kind": "tied_head", "table": table}
+        case NormBiasEntry(rows):
+            return {"kind": "norm_bias", "rows": rows}
+
+
+def _entry_from_dict(values: Mapping[str, Any], schemes: Mapping[str, Scheme]) -> Entry:
+    kind = values["kind"]
+    if set(values) != _MODULE_KEYS.get(kind):
+        raise CheckpointError(f"module of kind {kind!r} has keys {sorted(values)}; written by a newer subnibble?")
+    if kind == "tied_head":
+        return TiedHeadEntry(str(values["table"]))
+    if kind == "norm_bias":
+        return NormBiasEntry(int(values["rows"]))
+    ranges = tuple((int(columns), schemes[name]) for columns, name in values["ranges"])
+    layout = PackedLayout(int(values["rows"]), ranges)
+    return PackedLinearEntry(layout, bool(values["bias"])) if kind == "linear" else PackedEmbeddingEntry(layout)
+
+
+def _layout_to_dict(layout: PackedLayout) -> dict[str, Any]:
+    return {"rows": layout.rows, "ranges": [[columns, scheme.name] for columns, scheme in layout.ranges]}

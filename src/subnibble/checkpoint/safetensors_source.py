@@ -1,0 +1,137 @@
+"""Read a Hugging Face folder: one safetensors file, or shards with their index."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from subnibble.checkpoint.source import checked, numel
+from subnibble.errors import CheckpointError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "U8": 8, "I8": 8, "I32": 32}
+_SIDE_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "vocab.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json",
+    "generation_config.json",
+)  # fmt: skip
+
+
+class SafetensorsSource:
+    """A folder with config.json and safetensors weights; the index is verified when the folder is opened."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = _read_config(path)
+        self._files = _locate(path)
+        self._headers: dict[str, tuple[tuple[int, ...], str]] = {}
+        for file in sorted(set(self._files.values())):
+            self._headers.update(_read_header(path / file))
+        for name, file in self._files.items():
+            if name not in self._headers:
+                raise CheckpointError(f"{path / INDEX} places {name} in {file}, which does not hold it")
+
+    def names(self) -> list[str]:
+        """See `Source`."""
+        return list(self._files)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """See `Source`."""
+        return self._headers[name][0]
+
+    def stored_bits(self, name: str) -> int:
+        """See `Source`."""
+        shape, kind = self._headers[name]
+        return numel(shape) * _BITS.get(kind, 64)
+
+    def load(self, name: str) -> Tensor:
+        """See `Source`."""
+        return checked(self.load_raw(name), name, self.path)
+
+    def load_raw(self, name: str) -> Tensor:
+        """One tensor as stored, unchecked: packed codes are integers."""
+        file = self.path / self._files[name]
+        try:
+            with safe_open(file, framework="pt") as handle:
+                tensor: Tensor = handle.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file}: {name} cannot be read ({error}); get an intact copy") from error
+        return tensor
+
+    def file_bytes(self) -> int:
+        """See `Source`."""
+        return sum((self.path / file).stat().st_size for file in set(self._files.values()))
+
+    def load_tokenizer(self) -> Any:
+        """See `Source`."""
+        from transformers import AutoTokenizer
+
+        if not any((self.path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+            raise CheckpointError(
+                f"{self.path} has no tokenizer; put tokenizer.json beside the weights, or pass token ids "
+                "(.npy or .safetensors) instead of text"
+            )
+        return AutoTokenizer.from_pretrained(self.path, trust_remote_code=False)
+
+    def copy_side_files(self, folder: Path) -> None:
+        """See `Source`."""
+        for name in _SIDE_FILES:
+            if (self.path / name).is_file():
+                shutil.copyfile(self.path / name, folder / name)
+
+
+def _read_config(path: Path) -> Any:
+    from transformers import AutoConfig
+
+    if not (path / "config.json").is_file():
+        raise CheckpointError(f"{path} has no config.json; give the folder of a Hugging Face checkpoint")
+    try:
+        values = json.loads((path / "config.json").read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path / 'config.json'} is no valid JSON ({error})") from error
+    if not isinstance(values, dict) or "model_type" not in values:
+        raise CheckpointError(f"{path / 'config.json'} names no model_type; it is no transformers config")
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except (ValueError, KeyError) as error:
+        raise CheckpointError(f"{path / 'config.json'}: transformers refuses it: {error}") from error
+
+
+def _locate(path: Path) -> dict[str, str]:
+    """Tensor name -> file name; every file of the index must exist."""
+    if (path / INDEX).is_file():
+        try:
+            weight_map: dict[str, str] = dict(json.loads((path / INDEX).read_text())["weight_map"])
+        except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{path / INDEX} is damaged ({error}); fetch it again") from error
+        for file in sorted(set(weight_map.values())):
+            if Path(file).name != file:
+                raise CheckpointError(f"{path / INDEX} names {file!r}, which is outside the folder")
+            if not (path / file).is_file():
+                raise CheckpointError(f"{path}: shard {file} is missing; fetch the model again")
+        return weight_map
+    if (path / SINGLE).is_file():
+        return dict.fromkeys(_read_header(path / SINGLE), SINGLE)
+    pickles = [file.name for file in path.iterdir() if file.suffix in {".bin", ".pt", ".pth"}]
+    if pickles:
+        raise CheckpointError(
+            f"{path} has only pickle weights ({pickles[0]}), which can run code when loaded and are never read; "
+            "convert them to safetensors with transformers' save_pretrained"
+        )
+    raise CheckpointError(f"{path} has neither {SINGLE} nor {INDEX}; give the folder of a Hugging Face checkpoint")
+
+
+def _read_header(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Tensor name -> (shape, safetensors type); a truncated file is found here."""
+    try:
+        with safe_open(file, framework="pt") as handle:
+            slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 (no mapping)
+            return {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} is truncated or no safetensors file ({error}); fetch it again") from error

@@ -1,0 +1,76 @@
+"""Bits and bytes of a checkpoint, counted in one way for packed and plain ones (docs/format.md)."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from subnibble.checkpoint.packed import NormBiasEntry, PackedConfig, PackedLinearEntry, packed_config_of
+from subnibble.checkpoint.source import Source, numel
+from subnibble.model.arch import find_arch
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large a checkpoint is.
+
+    effective_bits: all stored bits that belong to quantized linears (codes, scales, zero-points, added biases,
+    padding) over their weights; of a plain checkpoint, the stored bits of its blocks' linears over their weights.
+    model_bits: 8 x bytes of the weight files over all parameters. parameters: weights, tied ones once.
+    """
+
+    effective_bits: float
+    model_bits: float
+    file_bytes: int
+    parameters: int
+
+    def to_dict(self) -> dict[str, float]:
+        """Plain dictionary."""
+        return asdict(self)
+
+
+def measure(source: Source) -> Size:
+    """Measure a checkpoint from its headers; no weight is read."""
+    packed = packed_config_of(source.config)
+    bits, weights, parameters = _plain(source) if packed is None else _packed(source, packed)
+    size = source.file_bytes()
+    return Size(bits / weights, 8 * size / parameters, size, parameters)
+
+
+def weights_hash(folder: Path) -> str:
+    """SHA-256 over the names and contents of the folder's weight files."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        digest.update(file.name.encode())
+        with file.open("rb") as handle:
+            digest.update(hashlib.file_digest(handle, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _plain(source: Source) -> tuple[int, int, int]:
+    linears = find_arch(source.config.model_type).linears
+    names = [name for name in source.names() if name.removesuffix(".weight").endswith(linears)]
+    names = [name for name in names if name.endswith(".weight")]
+    weights = sum(numel(source.shape(name)) for name in names)
+    bits = sum(source.stored_bits(name) for name in names)
+    return bits, weights, sum(numel(source.shape(name)) for name in source.names())
+
+
+def _packed(source: Source, packed: PackedConfig) -> tuple[int, int, int]:
+    blocks = find_arch(source.config.model_type).blocks
+    bits = weights = parameters = 0
+    for path, entry in packed.modules.items():
+        if isinstance(entry, NormBiasEntry):
+            bits += source.stored_bits(f"{path}.bias")
+        elif isinstance(entry, PackedLinearEntry) and path.startswith(f"{blocks}."):
+            bits += entry.layout.stored_bits
+            weights += entry.layout.rows * entry.layout.columns
+    packed_names = set()
+    for path, entry in packed.modules.items():
+        layout = getattr(entry, "layout", None)
+        if layout is not None:
+            parameters += layout.rows * layout.columns
+            packed_names |= {f"{path}.{name}" for name in layout.empty().state()}
+    parameters += sum(numel(source.shape(name)) for name in source.names() if name not in packed_names)
+    return bits, max(weights, 1), parameters

@@ -1,0 +1,123 @@
+"""Write a checkpoint folder shard by shard; it appears under its final name only when it is complete."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from subnibble.checkpoint.packed import QUANT_METHOD
+from subnibble.checkpoint.safetensors_source import INDEX, SINGLE
+from subnibble.errors import OutputError
+
+
+class CheckpointWriter:
+    """Collects shards in a hidden folder beside `final`; leaving the `with` block without `commit` removes it.
+
+    shards: how many will be written. replace: whether an existing checkpoint at `final` may be replaced, which
+    happens at the commit and not before.
+    """
+
+    def __init__(self, final: Path, shards: int, replace: bool) -> None:
+        self.final = final
+        self.folder = final.parent / f".{final.name}.partial-{os.getpid()}"
+        self._shards, self._written = shards, 0
+        self._weight_map: dict[str, str] = {}
+        self._bytes = 0
+        self._replace = replace
+
+    def __enter__(self) -> Self:
+        check_output(self.final, self._replace)
+        try:
+            self.final.parent.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir()
+        except OSError as error:
+            raise OutputError(f"{self.final}: cannot be created ({error.strerror}); choose another folder") from error
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise OutputError(
+                f"{self.final}: {error.strerror}; nothing was kept. Free space or choose another disk"
+            ) from error
+
+    def write_shard(self, tensors: Mapping[str, Tensor]) -> None:
+        """Write the next shard, whole or not at all."""
+        self._written += 1
+        name = SINGLE if self._shards == 1 else f"model-{self._written:05d}-of-{self._shards:05d}.safetensors"
+        plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+        part = self.folder / f"{name}.part"
+        try:
+            save_file(plain, part, metadata={"format": "pt"})
+        except SafetensorError as error:
+            # safetensors wraps the operating system's error in text; a full disk is the one that users meet.
+            if "No space left" in str(error):
+                raise OSError(errno.ENOSPC, "No space left on device") from error
+            raise OutputError(f"{self.final}: a shard could not be written ({error})") from error
+        part.replace(self.folder / name)
+        self._weight_map.update(dict.fromkeys(plain, name))
+        self._bytes += sum(tensor.nbytes for tensor in plain.values())
+
+    def write_json(self, name: str, content: Any) -> None:
+        """Write a JSON file into the folder."""
+        self.write_text(name, json.dumps(content, indent=2) + "\n")
+
+    def write_text(self, name: str, content: str) -> None:
+        """Write a text file into the folder."""
+        (self.folder / name).write_text(content, encoding="utf-8")
+
+    def finish_weights(self) -> None:
+        """Write the index once all shards are there."""
+        if self._written != self._shards:
+            raise ValueError(f"{self._written} of {self._shards} shards were written")
+        if self._shards > 1:
+            index = {"metadata": {"total_size": self._bytes}, "weight_map": self._weight_map}
+            self.write_json(INDEX, index)
+
+    def commit(self) -> None:
+        """Give the folder its final name, in place of what is there if that may be replaced."""
+        check_output(self.final, self._replace)
+        old = self.folder.with_name(f"{self.folder.name}-old")
+        if self.final.exists():
+            self.final.rename(old)
+        try:
+            self.folder.rename(self.final)
+        except OSError:
+            if old.exists():
+                old.rename(self.final)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def check_output(final: Path, replace: bool) -> None:
+    """Raise `OutputError` if `final` may not be written."""
+    if final.is_file():
+        raise OutputError(f"{final} is a file; give a folder that does not exist yet")
+    if not final.is_dir() or not any(final.iterdir()):
+        return
+    if not replace:
+        raise OutputError(f"{final} is not empty; choose another folder, or pass --overwrite to replace it")
+    if not is_packed(final):
+        raise OutputError(f"{final} is not a subnibble checkpoint, so --overwrite leaves it alone; choose another folder")
+
+
+def is_packed(folder: Path) -> bool:
+    """Whether the folder holds a subnibble checkpoint."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError):
+        return False
+    quantization = config.get("quantization_config") if isinstance(config, dict) else None
+    return isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD

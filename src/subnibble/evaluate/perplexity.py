@@ -1,0 +1,126 @@
+"""Perplexity in one fixed way, and the distance to a reference model on the same windows.
+
+The whole text is tokenized once without special tokens and cut into windows that do not overlap; the first token of
+each is not scored, the tail is dropped. Where the model's tokenizer begins texts with BOS, it is put before each
+window, and the same tokens are scored. Logits and sums are float32 or wider.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from subnibble.errors import CalibrationError
+
+# Positions whose full logits are compared at once: bounds memory at vocabulary x this x 4 bytes, a few times.
+_POSITIONS = 512
+
+
+class Progress(Protocol):
+    """Told after each window how many are done."""
+
+    def __call__(self, done: int, total: int, doing: str) -> None:
+        """done, total: windows. doing: for people."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a model scored. kl_divergence: mean over tokens of KL(reference || model), in nats.
+
+    top1_agreement: share of tokens at which both find the same token likeliest; both None without a reference.
+    """
+
+    perplexity: float
+    windows: int
+    window: int
+    bos: bool
+    kl_divergence: float | None = None
+    top1_agreement: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dictionary without the comparisons that were not made."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
+
+
+def score(
+    models: Mapping[str, nn.Module],
+    windows: Tensor,
+    bos: int | None,
+    reference: nn.Module | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Scores]:
+    """Score several models on the same windows; the reference is run once a window for all of them.
+
+    models: transformers causal language models. windows: (count, length) int64 token ids. bos: token to put before
+    each window, or None. `CalibrationError` if the windows are too short to score.
+    """
+    if windows.shape[1] < 2:
+        raise CalibrationError("a window of 1 token leaves nothing to score; use --window 2 or more")
+    totals = {name: _Totals() for name in models}
+    for number, window in enumerate(windows):
+        target = None if reference is None else _log_probabilities(reference, window, bos)
+        for name, model in models.items():
+            predicted = _log_probabilities(model, window, bos)
+            totals[name].add(predicted, window, target)
+        if progress is not None:
+            progress(number + 1, len(windows), "windows")
+    return {
+        name: Scores(
+            total.perplexity(),
+            windows.shape[0],
+            windows.shape[1],
+            bos is not None,
+            None if reference is None else total.divergence / total.tokens,
+            None if reference is None else total.agreed / total.tokens,
+        )
+        for name, total in totals.items()
+    }
+
+
+def bos_token(tokenizer: Any) -> int | None:
+    """The BOS id if the tokenizer begins texts with it by itself, else None."""
+    ids = tokenizer("a", verbose=False)["input_ids"]
+    bos = tokenizer.bos_token_id
+    return int(bos) if bos is not None and ids and ids[0] == bos else None
+
+
+class _Totals:
+    """Sums over tokens, in float64."""
+
+    def __init__(self) -> None:
+        self.loss = self.divergence = 0.0
+        self.agreed = self.tokens = 0
+
+    def add(self, predicted: Tensor, window: Tensor, target: Tensor | None) -> None:
+        """predicted, target: log probabilities (length - 1, vocabulary) of the tokens 1.. of the window."""
+        truth = window[1:].to(predicted.device)
+        self.loss -= float(predicted.gather(1, truth.unsqueeze(1)).sum(dtype=torch.float64))
+        self.tokens += truth.shape[0]
+        if target is None:
+            return
+        for p, q in zip(target.split(_POSITIONS), predicted.split(_POSITIONS), strict=True):
+            self.divergence += float((p.exp() * (p - q)).sum(dtype=torch.float64))
+            self.agreed += int((p.argmax(1) == q.argmax(1)).sum())
+
+    def perplexity(self) -> float:
+        """exp of the mean loss; infinite where that overflows."""
+        mean = self.loss / self.tokens
+        return math.exp(mean) if mean < 700 else math.inf
+
+
+def _log_probabilities(model: nn.Module, window: Tensor, bos: int | None) -> Tensor:
+    """Log probabilities (length - 1, vocabulary) float32 of tokens 1.. of the window, given those before."""
+    ids = window if bos is None else torch.cat([window.new_tensor([bos]), window])
+    device = next(iter((*model.parameters(), *model.buffers()))).device
+    with torch.inference_mode():
+        logits = model(ids.unsqueeze(0).to(device), use_cache=False).logits[0]
+        logits = logits[ids.shape[0] - window.shape[0] : -1].float()
+        for part in logits.split(_POSITIONS):
+            part.sub_(part.logsumexp(1, keepdim=True))
+    assert isinstance(logits, Tensor)
+    return logits

@@ -1,0 +1,143 @@
+"""The transformers plug-in: `AutoModelForCausalLM.from_pretrained` on a packed checkpoint gives a working model.
+
+Modules that the checkpoint packs are replaced on the empty model, then transformers loads their tensors by name. No
+modeling file is involved.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from subnibble.checkpoint.packed import (
+    QUANT_METHOD,
+    NormBiasEntry,
+    PackedConfig,
+    PackedEmbeddingEntry,
+    PackedLinearEntry,
+    TiedHeadEntry,
+)
+from subnibble.checkpoint.source import open_source
+from subnibble.errors import BadRecipe, CheckpointError
+from subnibble.methods.method import resolve_device
+from subnibble.runtime.modules import PackedEmbedding, PackedLinear, PackedModule, TiedHead, add_output_bias_
+
+
+class SubnibbleConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """`quantization_config` of a packed checkpoint, as transformers carries it."""
+
+    def __init__(self, **values: Any) -> None:
+        self.quant_method = QUANT_METHOD
+        self.packed = PackedConfig.from_dict(values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What config.json holds."""
+        return self.packed.to_dict()
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """The same: there are no defaults to leave out."""
+        return self.to_dict()
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """Build from config.json's table."""
+        config = cls(**{"quant_method": QUANT_METHOD, **config_dict})
+        return (config, kwargs) if return_unused_kwargs else config
+
+
+class SubnibbleQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Puts packed modules into an empty transformers model before its weights are loaded."""
+
+    requires_calibration = True
+    quantization_config: SubnibbleConfig
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        dtype = kwargs.get("dtype") or model.config.dtype or torch.get_default_dtype()
+        for path, entry in self.quantization_config.packed.modules.items():
+            try:
+                module = model.get_submodule(path)
+            except AttributeError as error:
+                raise CheckpointError(f"quantization_config packs {path}, which this model does not have") from error
+            replace_module(model, path, module, entry, dtype)
+
+    def is_serializable(self) -> bool:
+        """`save_pretrained` writes the packed tensors back as they are."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Packed codes have no gradient."""
+        return False
+
+
+def replace_module(model: Any, path: str, module: nn.Module, entry: Any, dtype: torch.dtype) -> None:
+    """Put the packed form of `entry` in place of `module`, on the meta device."""
+    match entry:
+        case PackedLinearEntry(layout, has_bias):
+            bias = torch.empty(layout.rows, dtype=dtype, device="meta") if has_bias else None
+            model.set_submodule(path, PackedLinear(layout.empty(), bias))
+        case PackedEmbeddingEntry(layout):
+            model.set_submodule(path, PackedEmbedding(layout.empty(), dtype))
+        case TiedHeadEntry(table):
+            embedding = model.get_submodule(table)
+            if not isinstance(embedding, PackedEmbedding):
+                raise CheckpointError(f"quantization_config ties {path} to {table}, which it does not pack")
+            model.set_submodule(path, TiedHead(embedding))
+            # There is no `weight` left to tie.
+            model.all_tied_weights_keys = {
+                target: origin for target, origin in model.all_tied_weights_keys.items() if target != f"{path}.weight"
+            }
+            model._tied_weights_keys = None
+        case NormBiasEntry(rows):
+            add_output_bias_(module, torch.empty(rows, dtype=dtype, device="meta"))
+
+
+def register() -> None:
+    """Make transformers know `quant_method: subnibble`; safe to call again."""
+    if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantization_config(QUANT_METHOD)(SubnibbleConfig)
+        register_quantizer(QUANT_METHOD)(SubnibbleQuantizer)
+
+
+def load_model(model: str | Path, dtype: str = "auto", device: str = "auto") -> Any:
+    """A transformers model, ready to run: packed or plain folder, hub id or .gguf file.
+
+    dtype: "auto" is the checkpoint's own, but float32 for float16 checkpoints on a CPU, where float16 is slow.
+    """
+    from transformers import AutoModelForCausalLM
+
+    source = open_source(model)
+    place = resolve_device(device)
+    kind = source.config.dtype or torch.float32
+    if dtype != "auto":
+        known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+        if dtype not in known:
+            raise BadRecipe(f"dtype is {dtype!r}; choose one of auto, {', '.join(known)}")
+        kind = known[dtype]
+    elif place.type == "cpu" and kind == torch.float16:
+        kind = torch.float32
+    if source.path.suffix == ".gguf":
+        loaded = AutoModelForCausalLM.from_pretrained(source.path.parent, gguf_file=source.path.name, dtype=kind)
+    else:
+        loaded = AutoModelForCausalLM.from_pretrained(source.path, dtype=kind, trust_remote_code=False)
+    return loaded.to(place).eval()
+
+
+def memory_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters and buffers, shared ones once."""
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def packed_modules(model: nn.Module) -> dict[str, PackedModule]:
+    """Path -> packed module of a loaded model."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, PackedModule)}
+
+
+register()

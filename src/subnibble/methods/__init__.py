@@ -1,0 +1,15 @@
+"""The methods by name. To add one: a file beside this that composes steps, and its name here."""
+
+from subnibble.errors import BadRecipe
+from subnibble.methods.gptq import GPTQ
+from subnibble.methods.method import Method
+from subnibble.methods.rtn import RTN
+
+METHODS: dict[str, Method] = {method.name: method for method in (RTN, GPTQ)}
+
+
+def find_method(name: str) -> Method:
+    """The method called `name`; `BadRecipe` lists the known ones."""
+    if name not in METHODS:
+        raise BadRecipe(f"unknown method {name!r}; known: {', '.join(METHODS)}")
+    return METHODS[name]

@@ -1,0 +1,31 @@
+"""GPTQ (Frantar et al., arXiv 2210.17323) with group-aware column order (Gafni et al., arXiv 2505.14638) by default.
+
+`order = "natural"` is the published form. Inputs of each linear come from the model as quantized so far.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from subnibble.methods.method import Method, Steps
+from subnibble.rounding.gptq import GPTQ as Rounder
+from subnibble.rounding.grid import Clip
+
+
+@dataclass(frozen=True)
+class Options:
+    """clip, clip_power: see `rounding/grid.py`; damping, order: see `rounding/gptq.py`."""
+
+    clip: str = "mse"
+    clip_power: float = 2.4
+    damping: float = 0.01
+    order: str = "gar"
+
+
+def build(options: Options) -> Steps:
+    """Steps of GPTQ."""
+    clip = Clip(options.clip, options.clip_power)
+    return Steps(rounder=Rounder(clip, damping=options.damping, order=options.order))
+
+
+GPTQ = Method("gptq", "column by column with error compensation", "arXiv 2210.17323", Options, build)

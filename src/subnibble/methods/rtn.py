@@ -1,0 +1,25 @@
+"""RTN: round to nearest. The floor that every other method is measured against."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from subnibble.methods.method import Method, Steps
+from subnibble.rounding.grid import Clip
+from subnibble.rounding.rtn import RTN as Rounder
+
+
+@dataclass(frozen=True)
+class Options:
+    """clip, clip_power: see `rounding/grid.py`."""
+
+    clip: str = "mse"
+    clip_power: float = 2.4
+
+
+def build(options: Options) -> Steps:
+    """Steps of RTN."""
+    return Steps(rounder=Rounder(Clip(options.clip, options.clip_power)))
+
+
+RTN = Method("rtn", "round to nearest; needs no data", "baseline", Options, build)

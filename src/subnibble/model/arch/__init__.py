@@ -1,0 +1,18 @@
+"""The supported architectures, by exact `config.model_type`."""
+
+from subnibble.errors import UnsupportedModel
+from subnibble.model.arch.llama import LLAMA
+from subnibble.model.arch.qwen2 import QWEN2
+from subnibble.model.site import Arch
+
+ARCHITECTURES: dict[str, Arch] = {arch.model_type: arch for arch in (LLAMA, QWEN2)}
+
+
+def find_arch(model_type: str) -> Arch:
+    """The site table of `model_type`; `UnsupportedModel` lists the supported ones."""
+    if model_type not in ARCHITECTURES:
+        raise UnsupportedModel(
+            f"model_type {model_type!r} is not supported; supported: {', '.join(sorted(ARCHITECTURES))}. "
+            "A new one is a table of sites in subnibble/model/arch"
+        )
+    return ARCHITECTURES[model_type]

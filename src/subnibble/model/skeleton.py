@@ -1,0 +1,160 @@
+"""A transformers model without weights, filled and emptied one module at a time from a checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from subnibble.checkpoint.source import Source, expect_shapes
+from subnibble.errors import CheckpointError
+from subnibble.model.arch import find_arch
+from subnibble.model.site import Arch, Heads
+
+
+@dataclass(frozen=True)
+class Block:
+    """A decoder block with its weights loaded. path: its module path in the model."""
+
+    index: int
+    path: str
+    module: nn.Module
+    arch: Arch
+    heads: Heads
+
+    def linear(self, name: str) -> nn.Linear:
+        """A linear by its name relative to the block."""
+        module = self.module.get_submodule(name)
+        assert isinstance(module, nn.Linear), f"{self.path}.{name} is {type(module).__name__}"
+        return module
+
+    def gain(self, norm: str) -> Tensor:
+        """The gain vector of a norm of the block."""
+        weight = self.module.get_submodule(norm).weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+
+class Skeleton:
+    """The model's modules on the meta device, filled from `source` on request.
+
+    dtype, device: what loaded weights are cast and moved to.
+    """
+
+    def __init__(self, source: Source, dtype: torch.dtype, device: torch.device) -> None:
+        self.source, self.dtype, self.device = source, dtype, device
+        self.config = source.config
+        self.arch = find_arch(self.config.model_type)
+        self.model = _empty_model(self.config, dtype)
+        for module in self.model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(device))
+        self.tied = bool(self.config.tie_word_embeddings)
+        self._check()
+
+    @property
+    def num_blocks(self) -> int:
+        """Number of decoder blocks."""
+        return len(self._blocks())
+
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of every weight the checkpoint must hold; a tied head is not among them."""
+        tied_head = f"{self.arch.head}.weight" if self.tied else None
+        named = self.model.named_parameters(remove_duplicate=False)
+        return {name: tuple(parameter.shape) for name, parameter in named if name != tied_head}
+
+    def linear_shapes(self) -> dict[str, tuple[int, int]]:
+        """Path -> (outputs, inputs) of every linear that gets quantized, in data-flow order."""
+        shapes = {}
+        for index in range(self.num_blocks):
+            path = self.arch.block_path(index)
+            for name in self.arch.linears:
+                module = self.model.get_submodule(f"{path}.{name}")
+                shapes[f"{path}.{name}"] = (int(module.out_features), int(module.in_features))
+        return shapes
+
+    def load(self, path: str) -> nn.Module:
+        """Fill the module at `path` and give it."""
+        module = self.model.get_submodule(path)
+        for name, _ in list(module.named_parameters()):
+            tensor = self.source.load(f"{path}.{name}").to(self.device, self.dtype)
+            _set_parameter(module, name, tensor)
+        return module
+
+    def load_block(self, index: int) -> Block:
+        """Fill a decoder block and give it."""
+        path = self.arch.block_path(index)
+        return Block(index, path, self.load(path), self.arch, Heads.of(self.config))
+
+    def release(self, path: str) -> None:
+        """Drop the weights of the module at `path`."""
+        module = self.model.get_submodule(path)
+        for name, parameter in list(module.named_parameters()):
+            _set_parameter(module, name, torch.empty_like(parameter, device="meta"))
+
+    def block_arguments(self, window: int) -> list[dict[str, Any]]:
+        """What the model passes to each block beside hidden states, for a batch of full windows of this length."""
+        blocks = self._blocks()
+        parent = self.model.get_submodule(self.arch.blocks.rpartition(".")[0])
+        norm_name = self.arch.final_norm.rpartition(".")[2]
+        norm = getattr(parent, norm_name)
+        recorders = [_ArgumentRecorder() for _ in blocks]
+        hidden = torch.zeros(1, window, self.config.hidden_size, dtype=self.dtype, device=self.device)
+        setattr(parent, self.arch.blocks.rpartition(".")[2], nn.ModuleList(recorders))
+        setattr(parent, norm_name, nn.Identity())
+        try:
+            with torch.no_grad():
+                parent(inputs_embeds=hidden, use_cache=False)
+        finally:
+            setattr(parent, self.arch.blocks.rpartition(".")[2], blocks)
+            setattr(parent, norm_name, norm)
+        return [recorder.arguments for recorder in recorders]
+
+    def _blocks(self) -> nn.ModuleList:
+        blocks = self.model.get_submodule(self.arch.blocks)
+        assert isinstance(blocks, nn.ModuleList)
+        return blocks
+
+    def _check(self) -> None:
+        shapes = self.parameter_shapes()
+        expect_shapes(self.source, iter(shapes.items()))
+        spare = set(self.source.names()) - set(shapes) - {f"{self.arch.head}.weight"}
+        spare = {name for name in spare if not name.endswith(("rotary_emb.inv_freq", ".masked_bias"))}
+        if spare:
+            raise CheckpointError(
+                f"{self.source.path}: tensor {sorted(spare)[0]} ({len(spare)} in all) has no place in a "
+                f"{self.config.model_type} model of this config; config and weights do not belong together"
+            )
+
+
+class _ArgumentRecorder(nn.Module):
+    """Stands for a block: keeps the arguments, passes the hidden states on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.arguments: dict[str, Any] = {}
+
+    def forward(self, hidden: Tensor, **arguments: Any) -> Tensor:
+        """hidden: (1, t, d), returned as it is."""
+        self.arguments = arguments
+        return hidden
+
+
+def _empty_model(config: Any, dtype: torch.dtype) -> nn.Module:
+    """The model with parameters on the meta device; buffers (rotary frequencies) are real."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    model.eval()
+    model.requires_grad_(False)
+    assert isinstance(model, nn.Module)
+    return model
+
+
+def _set_parameter(module: nn.Module, name: str, tensor: Tensor) -> None:
+    owner, _, leaf = name.rpartition(".")
+    setattr(module.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))

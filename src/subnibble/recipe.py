@@ -1,0 +1,158 @@
+"""A recipe: everything that decides what a quantized checkpoint holds. Written beside it as `recipe.toml`."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Self
+
+import tomli_w
+
+from subnibble.errors import BadRecipe
+from subnibble.scheme import Scheme
+
+EMBEDDING_BITS = (16, 8, 4)
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+_OVERRIDE_KEYS = ("bits", "group_size", "skip")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to do to a model. Unknown keys are errors; round-trips through TOML and dictionaries.
+
+    method: a name that `subnibble list` shows. bits, group_size, zero_point, scale_type: see `Scheme`.
+    embedding_bits: 16, 8 or 4, for embedding and head. calibration: a file or a named set; None takes "c4" if the
+    method needs data. num_windows, window: how many windows of how many tokens. seed: draws the windows.
+    device: where to compute, a torch device or "auto". dtype: of activations and weights while computing; "auto" is
+    bfloat16 for bfloat16 checkpoints, else float32. options: the method's own. overrides: patterns of linears
+    ("re:..." a regular expression matched from the start, else an exact path) to bits, group_size or skip; the
+    first that matches holds.
+    """
+
+    method: str = "gptq"
+    bits: int = 4
+    group_size: int = 128
+    zero_point: str = "integer"
+    scale_type: str = "float16"
+    embedding_bits: int = 16
+    calibration: str | None = None
+    num_windows: int = 128
+    window: int = 2048
+    seed: int = 0
+    device: str = "auto"
+    dtype: str = "auto"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        if self.embedding_bits not in EMBEDDING_BITS:
+            raise BadRecipe(
+                f"embedding_bits is {self.embedding_bits}; choose one of {', '.join(map(str, EMBEDDING_BITS))}"
+            )
+        for key in ("num_windows", "window"):
+            if getattr(self, key) < 1:
+                raise BadRecipe(f"{key} is {getattr(self, key)}; give a positive number")
+        if self.dtype not in DTYPES:
+            raise BadRecipe(f"dtype is {self.dtype!r}; choose one of {', '.join(DTYPES)}")
+        _ = self.scheme
+        for pattern, values in self.overrides.items():
+            _check_override(self.scheme, pattern, values)
+
+    @property
+    def scheme(self) -> Scheme:
+        """The scheme of linears that no override touches."""
+        return Scheme(self.bits, self.group_size, self.zero_point, self.scale_type)
+
+    def scheme_of(self, path: str) -> Scheme | None:
+        """The scheme of the linear at `path`, or None if an override skips it."""
+        for pattern, values in self.overrides.items():
+            if matches(pattern, path):
+                return _overridden(self.scheme, values)
+        return self.scheme
+
+    def check_overrides(self, paths: list[str]) -> None:
+        """Raise `BadRecipe` for a pattern that matches none of the model's linears."""
+        for pattern in self.overrides:
+            if not any(matches(pattern, path) for path in paths):
+                raise BadRecipe(f"override {pattern!r} matches no linear; they have names like {paths[0]}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dictionary without unset keys, the inverse of `from_dict`."""
+        values = asdict(self)
+        return {key: value for key, value in values.items() if value is not None}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Build from a dictionary; an unknown key is an error."""
+        known = [item.name for item in fields(cls)]
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise BadRecipe(f"unknown recipe key {unknown[0]!r}; known: {', '.join(known)}")
+        return cls(**values)
+
+    def to_toml(self) -> str:
+        """The recipe as TOML text."""
+        return tomli_w.dumps(self.to_dict())
+
+    @classmethod
+    def from_toml(cls, path: Path, **changes: Any) -> Self:
+        """Read a recipe file; `changes` that are not None go over its values."""
+        try:
+            values = tomllib.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise BadRecipe(f"{path}: the recipe cannot be read ({error.strerror})") from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise BadRecipe(f"{path} is no valid TOML: {error}") from error
+        values.update({key: value for key, value in changes.items() if value is not None})
+        return cls.from_dict(values)
+
+    def resolved(self, **changes: Any) -> Self:
+        """A copy with some fields set."""
+        return replace(self, **changes)
+
+
+def matches(pattern: str, path: str) -> bool:
+    """Whether an override pattern holds for a linear."""
+    if pattern.startswith("re:"):
+        return re.match(pattern[3:], path) is not None
+    return pattern == path
+
+
+def _check_types(recipe: Recipe) -> None:
+    wanted: dict[str, type | tuple[type, ...]] = {
+        "method": str, "bits": int, "group_size": int, "zero_point": str, "scale_type": str, "embedding_bits": int,
+        "calibration": (str, type(None)), "num_windows": int, "window": int, "seed": int, "device": str,
+        "dtype": str, "options": Mapping, "overrides": Mapping,
+    }  # fmt: skip
+    for key, kind in wanted.items():
+        value = getattr(recipe, key)
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            name = kind.__name__ if isinstance(kind, type) else "str"
+            raise BadRecipe(f"{key} is {value!r}; expected {'a table' if kind is Mapping else name}")
+
+
+def _check_override(scheme: Scheme, pattern: str, values: Any) -> None:
+    if not isinstance(values, Mapping):
+        raise BadRecipe(f"override {pattern!r} is {values!r}; give a table with {', '.join(_OVERRIDE_KEYS)}")
+    unknown = sorted(set(values) - set(_OVERRIDE_KEYS))
+    if unknown:
+        raise BadRecipe(f"override {pattern!r} has unknown key {unknown[0]!r}; known: {', '.join(_OVERRIDE_KEYS)}")
+    if not isinstance(values.get("skip", False), bool):
+        raise BadRecipe(f"override {pattern!r}: skip is {values['skip']!r}; give true or false")
+    if pattern.startswith("re:"):
+        try:
+            re.compile(pattern[3:])
+        except re.error as error:
+            raise BadRecipe(f"override {pattern!r} is no regular expression: {error}") from error
+    _overridden(scheme, values)
+
+
+def _overridden(scheme: Scheme, values: Mapping[str, Any]) -> Scheme | None:
+    if values.get("skip", False):
+        return None
+    changes = {key: values[key] for key in ("bits", "group_size") if key in values}
+    return replace(scheme, **changes)

@@ -1,0 +1,49 @@
+"""What a quantization says of itself: `report.json` beside the weights."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class LinearReport:
+    """One quantized linear.
+
+    weight_error: ||W - Q||² / ||W||². output_error: ||(W - Q) X||² / ||W X||² on the inputs X that it was quantized
+    for, None if none were gathered. nearest_error: the same had it been rounded to nearest between its extremes.
+    notes: what the rounder had to say. seconds: to round, shared by linears that were rounded together.
+    """
+
+    path: str
+    shape: tuple[int, int]
+    scheme: str
+    effective_bits: float
+    weight_error: float
+    output_error: float | None
+    nearest_error: float | None
+    seconds: float
+    notes: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Report:
+    """A whole quantization. seconds: by step, and "total". peak_memory: bytes, of the process.
+
+    calibration_tokens: how many tokens the statistics were gathered on, 0 if none.
+    """
+
+    model: str
+    method: str
+    version: str
+    linears: tuple[LinearReport, ...]
+    size: dict[str, float]
+    calibration_tokens: int
+    seconds: dict[str, float]
+    peak_memory: int
+    weights_sha256: str
+    evaluation: dict[str, Any] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dictionary for JSON."""
+        return asdict(self)

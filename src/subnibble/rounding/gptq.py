@@ -1,0 +1,156 @@
+"""GPTQ (Frantar et al., arXiv 2210.17323): round column by column, later columns make up for the error.
+
+For H = X Xᵀ + damping, U the upper Cholesky factor of H⁻¹ (H⁻¹ = Uᵀ U), for each column j in order:
+
+    q_j = nearest level of w_j,   e_j = (w_j - q_j) / U_jj,   w_k -= e_j U_jk  for k > j      (their algorithm 1)
+
+A group's grid is fitted when its first column is reached, on the weights as compensated by then. Differences from
+the released program: the column order may be group-aware (`order.py`); U comes from one Cholesky factorization of
+the flipped matrix and one triangular inversion; a factorization that fails raises the damping tenfold, is counted,
+and past the limit is `NumericalFailure`; blocks end where groups end, so any group size gives the unblocked result.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from subnibble.errors import BadRecipe, NumericalFailure
+from subnibble.rounding import grid
+from subnibble.rounding.order import ORDERS, ColumnPlan, plan_columns
+from subnibble.rounding.rounder import Rounding
+from subnibble.scheme import Scheme
+from subnibble.tensor import CodedMatrix
+
+_LARGEST_DAMPING = 1.0
+
+
+@dataclass(frozen=True)
+class Factor:
+    """Upper factor u (k, k) with inv(H) = uᵀ u, in visiting order; dead: (k,) bool, columns that are never fed."""
+
+    u: Tensor
+    dead: Tensor
+    damping: float
+    retries: int
+
+
+@dataclass(frozen=True)
+class GPTQ:
+    """Rounder with error compensation.
+
+    damping: added to the Gram diagonal, as a fraction of its mean. order: see `order.py`. block: columns whose
+    updates to the columns behind them are applied together, as one matrix product.
+    """
+
+    clip: grid.Clip = field(default_factory=grid.Clip)
+    damping: float = 0.01
+    order: str = "gar"
+    block: int = 128
+    needs_gram = True
+
+    def __post_init__(self) -> None:
+        if not 0 < self.damping <= _LARGEST_DAMPING:
+            raise BadRecipe(f"damping is {self.damping!r}; give a number above 0 and at most {_LARGEST_DAMPING}")
+        if self.order not in ORDERS:
+            raise BadRecipe(f"order is {self.order!r}; choose one of {', '.join(ORDERS)}")
+        if self.block < 1:
+            raise BadRecipe(f"block is {self.block}; give a positive number of columns")
+
+    def __call__(self, weight: Tensor, gram: Tensor | None, scheme: Scheme, where: str) -> Rounding:
+        """See `Rounder`."""
+        if gram is None:
+            raise ValueError(f"GPTQ needs the Gram matrix of {where}'s inputs")
+        plan = plan_columns(self.order, gram.diagonal(), scheme)
+        factor = factorize(gram, plan.columns, self.damping, where)
+        coded = round_columns(weight, factor, plan, scheme, self.clip, self.block)
+        return Rounding(coded, {"damping": factor.damping, "damping_retries": factor.retries})
+
+
+def factorize(gram: Tensor, order: Tensor, damping: float, where: str) -> Factor:
+    """Damp and factorize. gram: (k, k), sum of x xᵀ. order: (k,) visiting order of the columns."""
+    h = gram[order][:, order]
+    dead = h.diagonal() == 0
+    mean = 1.0 if bool(dead.all()) else float(h.diagonal()[~dead].mean())
+    h.diagonal()[dead] = mean
+    retries = 0
+    while damping <= _LARGEST_DAMPING:
+        damped = h.clone()
+        damped.diagonal().add_(damping * mean)
+        # H = R Rᵀ with R upper is the flipped Cholesky factorization of the flipped H; then U = R⁻¹.
+        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        if int(failed) == 0:
+            eye = torch.eye(h.shape[0], dtype=h.dtype, device=h.device)
+            u = torch.linalg.solve_triangular(lower, eye, upper=False).flip(0, 1)
+            if bool(torch.isfinite(u).all()):
+                return Factor(u, dead, damping, retries)
+        damping *= 10
+        retries += 1
+    raise NumericalFailure(
+        f"{where}: the Gram matrix of its inputs has no Cholesky factor even with damping {damping / 10:g} of its "
+        "mean diagonal; check the calibration text for empty or repeated windows, use more windows, or leave this "
+        "linear out with an override (skip = true)"
+    )
+
+
+def round_columns(
+    weight: Tensor, factor: Factor, plan: ColumnPlan, scheme: Scheme, clip: grid.Clip, block: int
+) -> CodedMatrix:
+    """The column loop. weight: (m, k) float32, in natural column order; so is the result."""
+    order = plan.columns
+    # Columns are rows of the transposed copy, so that each is contiguous.
+    w = weight.T[order].to(factor.u.dtype)
+    w[factor.dead] = 0
+    u = factor.u
+    codes = torch.empty_like(w)
+    scales = torch.empty(len(plan.groups), weight.shape[0], device=w.device)
+    zeros = torch.empty_like(scales)
+    starts = _group_starts(plan)
+    scale = zero = torch.empty(0, device=w.device)
+    for i1, i2 in block_bounds(plan, block):
+        error = torch.empty(i2 - i1, w.shape[1], dtype=w.dtype, device=w.device)
+        for j in range(i1, i2):
+            if j in starts:
+                index, width = starts[j]
+                scale, zero = (t[:, 0] for t in grid.fit(w[j : j + width].T.float(), scheme, clip))
+                scales[index], zeros[index] = scale, zero
+            codes[j] = grid.encode(w[j], scale, zero, scheme)
+            torch.sub(w[j], grid.decode(codes[j], scale, zero), out=error[j - i1])
+            error[j - i1] /= u[j, j]
+            w[j:i2].addr_(u[j, j:i2], error[j - i1], alpha=-1)
+        w[i2:].addmm_(u[i1:i2, i2:].T, error, alpha=-1)
+    natural = torch.empty_like(codes)
+    natural[order] = codes
+    has_zero = scheme.zero_point != "none"
+    return CodedMatrix(
+        natural.T.to(torch.uint8).contiguous(), scales.T.contiguous(), zeros.T.contiguous() if has_zero else None
+    )
+
+
+def block_bounds(plan: ColumnPlan, block: int) -> list[tuple[int, int]]:
+    """Blocks of about `block` columns; one that starts inside a group ends no later than that group."""
+    bounds: list[tuple[int, int]] = []
+    start = end = 0
+    for _, columns in plan.groups:
+        width = len(columns)
+        if end > start and end - start + width > block:
+            bounds.append((start, end))
+            start = end
+        end += width
+        while end - start > block:
+            bounds.append((start, start + block))
+            start += block
+    if end > start:
+        bounds.append((start, end))
+    return bounds
+
+
+def _group_starts(plan: ColumnPlan) -> dict[int, tuple[int, int]]:
+    """Visiting position of each group's first column -> (index of the group, its width)."""
+    starts, position = {}, 0
+    for index, columns in plan.groups:
+        starts[position] = (index, len(columns))
+        position += len(columns)
+    return starts

@@ -1,0 +1,115 @@
+"""Fit a uniform grid to groups of weights, and code weights on it.
+
+A grid row is `w = s * (q - z)` with codes `q` in `0 .. 2**b - 1`. Three zero-points (see `Scheme`), two clips:
+
+- `minmax` spans the extremes of the group.
+- `mse` shrinks that range in steps of 1 % down to 21 % and keeps, per row, the one with the least sum of
+  `|error| ** power`; 80 candidates and power 2.4 are the search of GPTQ's and QuaRot's released quantizers, 2 is
+  the plain squared error.
+
+With no or an integer zero-point the range always contains 0 and shrinks towards 0; with a real one it is the
+group's own and shrinks towards its middle. Scales and real zero-points are rounded to their stored type before
+any weight is coded, so what is stored is what was fitted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from subnibble.errors import BadRecipe, NumericalFailure
+from subnibble.scheme import Scheme
+from subnibble.tensor import CodedMatrix, scale_dtype
+
+CLIPS = ("minmax", "mse")
+_SHRINK_STEPS = 80
+# A real zero-point is min / scale: this bound keeps it well inside float16 where a group is nearly constant.
+_LARGEST_REAL_ZERO = 2.0**12
+
+
+@dataclass(frozen=True)
+class Clip:
+    """How the range of a grid is chosen: `minmax`, or `mse` with its error power."""
+
+    name: str = "mse"
+    power: float = 2.4
+
+    def __post_init__(self) -> None:
+        if self.name not in CLIPS:
+            raise BadRecipe(f"clip is {self.name!r}; choose one of {', '.join(CLIPS)}")
+        if not 1.0 <= self.power <= 4.0:
+            raise BadRecipe(f"clip_power is {self.power!r}; give a number from 1 to 4 (2 is the squared error)")
+
+
+def encode(weight: Tensor, scale: Tensor, zero: Tensor, scheme: Scheme) -> Tensor:
+    """Codes of `weight`, float32 integers; `scale` and `zero` broadcast against it."""
+    return (weight / scale + zero).round_().clamp_(0, scheme.levels - 1)
+
+
+def decode(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """The weights that codes stand for."""
+    return (codes - zero) * scale
+
+
+def fit(group: Tensor, scheme: Scheme, clip: Clip) -> tuple[Tensor, Tensor]:
+    """Scale and zero-point (m, 1) of every row of `group` (m, g) float32, exact in the scheme's stored type."""
+    low, high = group.amin(1, keepdim=True), group.amax(1, keepdim=True)
+    if scheme.zero_point == "none":
+        high = torch.maximum(high, -low)
+        low = -high
+    elif scheme.zero_point == "integer":
+        low, high = low.clamp(max=0), high.clamp(min=0)
+    if clip.name == "minmax":
+        return _span(low, high, scheme)
+    return _least_error(group, low, high, scheme, clip.power)
+
+
+def coded(weight: Tensor, scheme: Scheme, clip: Clip) -> CodedMatrix:
+    """Round `weight` (m, k) to nearest on a grid fitted to each group: the RTN of every method."""
+    parts = []
+    for start, stop in scheme.group_bounds(weight.shape[1]):
+        group = weight[:, start:stop]
+        scale, zero = fit(group, scheme, clip)
+        parts.append((encode(group, scale, zero, scheme).to(torch.uint8), scale, zero))
+    codes, scales, zeros = (torch.cat(tensors, dim=1) for tensors in zip(*parts, strict=True))
+    return CodedMatrix(codes, scales, None if scheme.zero_point == "none" else zeros)
+
+
+def _span(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """The grid whose first and last level are `low` and `high`, in stored precision."""
+    stored = scale_dtype(scheme)
+    smallest = torch.finfo(stored).smallest_normal * 2.0**-10 if stored == torch.float16 else 1e-30
+    scale = (high - low) / (scheme.levels - 1)
+    if scheme.zero_point == "real":
+        scale = torch.maximum(scale, torch.maximum(low.abs(), high.abs()) / _LARGEST_REAL_ZERO)
+    scale = scale.clamp(min=smallest).to(stored).float()
+    if not bool(torch.isfinite(scale).all()):
+        raise NumericalFailure(
+            f"a group spans {float((high - low).max()):.3g}, too much for scales of type {scheme.scale_type}; "
+            "set scale_type to float32 in the recipe's options"
+        )
+    if scheme.zero_point == "none":
+        return scale, torch.full_like(scale, scheme.levels // 2)
+    zero = -low / scale
+    if scheme.zero_point == "integer":
+        return scale, zero.round().clamp(0, scheme.levels - 1)
+    return scale, zero.to(stored).float()
+
+
+def _least_error(
+    group: Tensor, low: Tensor, high: Tensor, scheme: Scheme, power: float
+) -> tuple[Tensor, Tensor]:
+    middle = (low + high) / 2 if scheme.zero_point == "real" else torch.zeros_like(low)
+    best = torch.full_like(low, torch.inf)
+    scale, zero = _span(low, high, scheme)
+    for step in range(_SHRINK_STEPS):
+        keep = 1 - step / 100
+        s, z = _span(middle + keep * (low - middle), middle + keep * (high - middle), scheme)
+        error = decode(encode(group, s, z, scheme), s, z).sub_(group).abs_()
+        loss = (error.square_() if power == 2 else error.pow_(power)).sum(1, keepdim=True)
+        better = loss < best
+        best = torch.where(better, loss, best)
+        scale, zero = torch.where(better, s, scale), torch.where(better, z, zero)
+    return scale, zero

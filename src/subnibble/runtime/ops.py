@@ -1,0 +1,22 @@
+"""The operations of a running packed model, each with one name.
+
+These are the plain torch references that every faster kernel must agree with. They hold no dense copy of a weight
+beyond the call.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from subnibble.tensor import PackedTensor
+
+
+def linear(x: Tensor, weight: PackedTensor, bias: Tensor | None) -> Tensor:
+    """`x @ weight.T + bias`. x: (..., k). weight: packed (m, k). bias: (m,) or None. Result (..., m), x's dtype."""
+    return torch.nn.functional.linear(x, weight.dequantize(x.dtype), bias)
+
+
+def embedding(ids: Tensor, weight: PackedTensor, dtype: torch.dtype) -> Tensor:
+    """Rows of a packed table. ids: any shape, integer. weight: packed (n, d). Result (*ids.shape, d) in `dtype`."""
+    return weight.rows(ids.reshape(-1)).dequantize(dtype).view(*ids.shape, -1)

@@ -1,0 +1,98 @@
+"""How one range of a weight's input columns is coded: bit width, groups, zero-point, scale type."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Self
+
+from subnibble.errors import BadRecipe
+
+BITS = (2, 3, 4, 8)
+ZERO_POINTS = ("none", "integer", "real")
+SCALE_TYPES = {"float16": 16, "bfloat16": 16, "float32": 32}
+WHOLE_CHANNEL = -1
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """A uniform grid `w = scale * (code - zero)`, codes `0 .. 2**bits - 1`, one scale a row and group.
+
+    bits: width of a code: 2, 3, 4 or 8.
+    group_size: consecutive input columns that share a scale; -1 is the whole row. A width that it does not
+        divide ends in a shorter group.
+    zero_point: "none" puts code `2**(bits-1)` at 0, "integer" stores a code-wide integer per group, "real"
+        stores a number of `scale_type` per group.
+    scale_type: how scales and real zero-points are stored.
+    """
+
+    bits: int
+    group_size: int = 128
+    zero_point: str = "integer"
+    scale_type: str = "float16"
+
+    def __post_init__(self) -> None:
+        if self.bits not in BITS:
+            raise BadRecipe(f"bits is {self.bits!r}; choose one of {', '.join(map(str, BITS))}")
+        if isinstance(self.group_size, bool) or not isinstance(self.group_size, int):
+            raise BadRecipe(f"group_size is {self.group_size!r}; give a whole number, or -1 for the whole row")
+        if self.group_size != WHOLE_CHANNEL and self.group_size < 1:
+            raise BadRecipe(f"group_size is {self.group_size}; give a positive number, or -1 for the whole row")
+        if self.zero_point not in ZERO_POINTS:
+            raise BadRecipe(f"zero_point is {self.zero_point!r}; choose one of {', '.join(ZERO_POINTS)}")
+        if self.scale_type not in SCALE_TYPES:
+            raise BadRecipe(f"scale_type is {self.scale_type!r}; choose one of {', '.join(SCALE_TYPES)}")
+
+    @property
+    def levels(self) -> int:
+        """Number of codes."""
+        return int(2**self.bits)
+
+    @property
+    def name(self) -> str:
+        """Short name for tables, for example `w3g128`."""
+        group = "channel" if self.group_size == WHOLE_CHANNEL else f"g{self.group_size}"
+        zero = {"none": "-sym", "integer": "", "real": "-real"}[self.zero_point]
+        scale = "" if self.scale_type == "float16" else f"-{self.scale_type}"
+        return f"w{self.bits}{group}{zero}{scale}"
+
+    def group_bounds(self, columns: int) -> list[tuple[int, int]]:
+        """Start and stop column of every group of a row of `columns`; the last may be shorter."""
+        width = columns if self.group_size == WHOLE_CHANNEL else self.group_size
+        return [(start, min(start + width, columns)) for start in range(0, columns, width)]
+
+    def groups(self, columns: int) -> int:
+        """Number of groups in a row of `columns`."""
+        return len(self.group_bounds(columns))
+
+    def check_width(self, columns: int, where: str) -> None:
+        """Raise `BadRecipe` if a group is larger than `where`'s row of `columns`."""
+        if self.group_size > columns:
+            raise BadRecipe(
+                f"group {self.group_size} is larger than the {columns} inputs of {where}; "
+                f"use a group size of at most {columns}, or -1 for the whole row"
+            )
+
+    def row_bytes(self, columns: int) -> int:
+        """Bytes of one row's packed codes."""
+        return (columns * self.bits + 7) // 8
+
+    def row_bits(self, columns: int) -> int:
+        """All bits stored for one row: codes with padding, scales and zero-points."""
+        groups = self.groups(columns)
+        scale = SCALE_TYPES[self.scale_type]
+        zeros = {"none": 0, "integer": 8 * self.row_bytes(groups), "real": groups * scale}[self.zero_point]
+        return 8 * self.row_bytes(columns) + groups * scale + zeros
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dictionary, the inverse of `from_dict`."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Build from a dictionary; an unknown key is an error."""
+        known = {field.name for field in fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise BadRecipe(f"unknown scheme key {unknown[0]!r}; known: {', '.join(sorted(known))}")
+        return cls(**values)

@@ -1,0 +1,115 @@
+"""Does a site table describe this checkpoint? Every edit it accepts must leave hidden states where they were.
+
+Run at load on the first two blocks: a table that is wrong for a model (a second norm behind the linear, a gate taken
+for a writer) would otherwise damage it silently.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from subnibble.errors import UnsupportedModel
+from subnibble.model.site import Heads, Site
+from subnibble.model.skeleton import Block, Skeleton
+from subnibble.transforms.permute import permute_residual_, permute_site_
+from subnibble.transforms.scale import scale_site_
+
+_TOKENS = 12
+# float32 rounding moves the update of a block by about 1e-6 of its size, a wrong table by 1e-2 and more.
+_TOLERANCE = 1e-3
+
+
+def check_sites(skeleton: Skeleton) -> None:
+    """Check the table on the first two blocks in float32; `UnsupportedModel` names the edit that changes the function."""
+    arguments = skeleton.block_arguments(_TOKENS)
+    for index in range(min(2, skeleton.num_blocks)):
+        block = skeleton.load_block(index)
+        block.module.float()
+        worst, edit = max(edit_errors(block, _in_float32(arguments[index])), key=lambda pair: pair[0])
+        skeleton.release(block.path)
+        block.module.to(skeleton.dtype)
+        if not worst <= _TOLERANCE:
+            raise UnsupportedModel(
+                f"{skeleton.source.path}: the {skeleton.arch.model_type} site table does not describe {block.path}: "
+                f"to {edit} moves its output by {worst:.1e} of its size. Is model_type in config.json right?"
+            )
+
+
+def edit_errors(block: Block, arguments: dict[str, Any], seed: int = 0) -> Iterator[tuple[float, str]]:
+    """(relative change of the block's update, name of the edit) for every edit that the table accepts."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = next(block.module.parameters())
+    width = block.gain(block.arch.residual.norms[0]).shape[0]
+    hidden = torch.randn(1, _TOKENS, width, generator=generator).to(weight)
+    for site in block.arch.sites:
+        if "scale" in site.edits:
+            factors = (torch.rand(_writer_channels(block, site), generator=generator) * 2 - 1).exp().to(weight)
+            yield _change(block, hidden, arguments, _scaling(site, factors)), f"scale {site.name}"
+        if "permute" in site.edits:
+            order = _random_order(block, site, generator).to(weight.device)
+            yield _change(block, hidden, arguments, _permuting(site, order)), f"permute {site.name}"
+    order = torch.randperm(width, generator=generator).to(weight.device)
+    yield _residual_change(block, hidden, arguments, order), "permute the residual stream"
+
+
+def _scaling(site: Site, factors: Tensor) -> Callable[[Block], None]:
+    return lambda block: scale_site_(block, site, factors)
+
+
+def _permuting(site: Site, order: Tensor) -> Callable[[Block], None]:
+    return lambda block: permute_site_(block, site, order)
+
+
+def _change(block: Block, hidden: Tensor, arguments: dict[str, Any], edit: Callable[[Block], None]) -> float:
+    edited = _copy(block)
+    edit(edited)
+    before, after = _run(block.module, hidden, arguments), _run(edited.module, hidden, arguments)
+    return float((after - before).norm() / (before - hidden).norm())
+
+
+def _residual_change(block: Block, hidden: Tensor, arguments: dict[str, Any], order: Tensor) -> float:
+    edited = _copy(block)
+    permute_residual_(edited, block.arch.residual, order)
+    before = _run(block.module, hidden, arguments)
+    after = _run(edited.module, hidden[..., order], arguments)
+    return float((after - before[..., order]).norm() / (before - hidden).norm())
+
+
+def _copy(block: Block) -> Block:
+    return Block(block.index, block.path, copy.deepcopy(block.module), block.arch, block.heads)
+
+
+def _run(module: nn.Module, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
+    with torch.no_grad():
+        output = module(hidden, **arguments)
+    result = output[0] if isinstance(output, tuple) else output
+    assert isinstance(result, Tensor)
+    return result
+
+
+def _writer_channels(block: Block, site: Site) -> int:
+    if site.norm is not None:
+        return block.gain(site.norm).shape[0]
+    return block.linear(site.writers[0]).out_features
+
+
+def _random_order(block: Block, site: Site, generator: torch.Generator) -> Tensor:
+    if not site.per_head:
+        return torch.randperm(_writer_channels(block, site), generator=generator)
+    heads: Heads = block.heads
+    orders = [torch.randperm(heads.width, generator=generator) for _ in range(heads.key_value)]
+    return torch.stack(orders)
+
+
+def _in_float32(arguments: dict[str, Any]) -> dict[str, Any]:
+    def cast(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return value.float()
+        return tuple(map(cast, value)) if isinstance(value, tuple) else value
+
+    return {name: cast(value) for name, value in arguments.items()}

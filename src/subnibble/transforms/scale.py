@@ -1,0 +1,33 @@
+"""Divide a site's channels by positive factors and multiply its readers' columns by them: the function stays."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from subnibble.errors import BadRecipe
+from subnibble.model.site import Site
+from subnibble.model.skeleton import Block
+
+
+def scale_site_(block: Block, site: Site, factors: Tensor) -> None:
+    """Scale in place. factors: positive, (channels,); per key-value head (key_value * width,) if `site.per_head`."""
+    if "scale" not in site.edits:
+        raise BadRecipe(f"site {site.name} of {block.path} may not be scaled: its writers are not linear in it")
+    with torch.no_grad():
+        if site.norm is not None:
+            block.gain(site.norm).div_(factors)
+        for name in site.writers:
+            writer = block.linear(name)
+            writer.weight.div_(factors.unsqueeze(1))
+            if writer.bias is not None:
+                writer.bias.div_(factors)
+        wide = _repeat_over_heads(factors, block) if site.per_head else factors
+        for name in site.readers:
+            block.linear(name).weight.mul_(wide)
+
+
+def _repeat_over_heads(factors: Tensor, block: Block) -> Tensor:
+    """(key_value * width,) to (query * width,): each key-value head's factors for all query heads it serves."""
+    heads = block.heads
+    return factors.view(heads.key_value, heads.width).repeat_interleave(heads.repeats, dim=0).reshape(-1)
