@@ -26,6 +26,7 @@ from subnibble.checkpoint.packed import (
 from subnibble.checkpoint.source import open_source
 from subnibble.errors import BadRecipe, CheckpointError
 from subnibble.methods.method import resolve_device
+from subnibble.model.skeleton import Skeleton
 from subnibble.runtime.modules import PackedEmbedding, PackedLinear, PackedModule, TiedHead, add_output_bias_
 
 
@@ -110,8 +111,6 @@ def load_model(model: str | Path, dtype: str = "auto", device: str = "auto") -> 
 
     dtype: "auto" is the checkpoint's own, but float32 for float16 checkpoints on a CPU, where float16 is slow.
     """
-    from transformers import AutoModelForCausalLM
-
     source = open_source(model)
     place = resolve_device(device)
     kind = source.config.dtype or torch.float32
@@ -123,9 +122,11 @@ def load_model(model: str | Path, dtype: str = "auto", device: str = "auto") -> 
     elif place.type == "cpu" and kind == torch.float16:
         kind = torch.float32
     if source.path.suffix == ".gguf":
-        loaded = AutoModelForCausalLM.from_pretrained(source.path.parent, gguf_file=source.path.name, dtype=kind)
-    else:
-        loaded = AutoModelForCausalLM.from_pretrained(source.path, dtype=kind, trust_remote_code=False)
+        # transformers would keep a `gguf` quantization_config and parse the file's metadata twice more.
+        return Skeleton(source, kind, place).load_all()
+    from transformers import AutoModelForCausalLM
+
+    loaded = AutoModelForCausalLM.from_pretrained(source.path, dtype=kind, trust_remote_code=False)
     return loaded.to(place).eval()
 
 

@@ -124,3 +124,12 @@ def _log_probabilities(model: nn.Module, window: Tensor, bos: int | None) -> Ten
             part.sub_(part.logsumexp(1, keepdim=True))
     assert isinstance(logits, Tensor)
     return logits
+
+
+def check_vocabularies(model: Any, reference: Any) -> None:
+    """Raise `CalibrationError` if the two do not predict over the same vocabulary."""
+    ours, theirs = model.config.vocab_size, reference.config.vocab_size
+    if ours != theirs:
+        raise CalibrationError(
+            f"the model predicts {ours} tokens and the reference {theirs}; --reference must be its original"
+        )

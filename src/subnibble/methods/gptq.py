@@ -17,7 +17,7 @@ class Options:
     """clip, clip_power: see `rounding/grid.py`; damping, order: see `rounding/gptq.py`."""
 
     clip: str = "mse"
-    clip_power: float = 2.4
+    clip_power: float = 2.0
     damping: float = 0.01
     order: str = "gar"
 

@@ -14,7 +14,7 @@ class Options:
     """clip, clip_power: see `rounding/grid.py`."""
 
     clip: str = "mse"
-    clip_power: float = 2.4
+    clip_power: float = 2.0
 
 
 def build(options: Options) -> Steps:

@@ -83,6 +83,13 @@ class Skeleton:
             _set_parameter(module, name, tensor)
         return module
 
+    def load_all(self) -> Any:
+        """Fill the whole model and give it, ready to run."""
+        for name in self.parameter_shapes():
+            _set_parameter(self.model, name, self.source.load(name).to(self.device, self.dtype))
+        self.model.tie_weights()
+        return self.model
+
     def load_block(self, index: int) -> Block:
         """Fill a decoder block and give it."""
         path = self.arch.block_path(index)
@@ -142,7 +149,7 @@ class _ArgumentRecorder(nn.Module):
         return hidden
 
 
-def _empty_model(config: Any, dtype: torch.dtype) -> nn.Module:
+def _empty_model(config: Any, dtype: torch.dtype) -> Any:
     """The model with parameters on the meta device; buffers (rotary frequencies) are real."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
@@ -151,7 +158,6 @@ def _empty_model(config: Any, dtype: torch.dtype) -> nn.Module:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     model.eval()
     model.requires_grad_(False)
-    assert isinstance(model, nn.Module)
     return model
 
 

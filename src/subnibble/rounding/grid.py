@@ -34,7 +34,7 @@ class Clip:
     """How the range of a grid is chosen: `minmax`, or `mse` with its error power."""
 
     name: str = "mse"
-    power: float = 2.4
+    power: float = 2.0
 
     def __post_init__(self) -> None:
         if self.name not in CLIPS:

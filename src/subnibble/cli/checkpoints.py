@@ -1,0 +1,80 @@
+"""`subnibble inspect` and `subnibble list`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from subnibble.cli import options as o
+from subnibble.cli.console import megabytes, print_json, table
+
+
+def inspect(model: o.Model, json: o.Json = False) -> None:
+    """Show what a checkpoint holds: sizes, bits, the scheme of every packed module."""
+    from subnibble.checkpoint.packed import packed_config_of
+    from subnibble.checkpoint.size import measure, weights_hash
+    from subnibble.checkpoint.source import open_source
+
+    source = open_source(model)
+    packed = packed_config_of(source.config)
+    found: dict[str, Any] = {
+        "path": str(source.path),
+        "model_type": source.config.model_type,
+        "format": "subnibble" if packed else source.path.suffix.removeprefix(".") or "safetensors",
+        **measure(source).to_dict(),
+    }
+    if packed is not None:
+        found["weights_sha256"] = weights_hash(source.path)
+        found["modules"] = packed.to_dict()["modules"]
+    if json:
+        print_json(found)
+        return
+    table(("what", "value"), [
+        ("path", found["path"]),
+        ("model type", found["model_type"]),
+        ("format", found["format"]),
+        ("parameters", f"{found['parameters'] / 1e6:.1f} M"),
+        ("effective bits", f"{found['effective_bits']:.3f}"),
+        ("model bits", f"{found['model_bits']:.3f}"),
+        ("on disk", megabytes(found["file_bytes"])),
+        *([("weights SHA-256", found["weights_sha256"])] if packed else []),
+    ])  # fmt: skip
+    if packed is not None:
+        rows = [(path, entry["kind"], str(entry.get("rows", "-")), _ranges(entry)) for path, entry in found["modules"].items()]
+        table(("module", "kind", "rows", "columns x scheme"), rows)
+
+
+def _ranges(entry: dict[str, Any]) -> str:
+    return ", ".join(f"{columns} x {scheme}" for columns, scheme in entry.get("ranges", [])) or "-"
+
+
+def list_(json: o.Json = False) -> None:
+    """List methods with their options, architectures, bit widths and zero-points."""
+    from dataclasses import asdict
+
+    from subnibble.methods import METHODS
+    from subnibble.model.arch import ARCHITECTURES
+    from subnibble.scheme import BITS, SCALE_TYPES, ZERO_POINTS
+
+    methods = [
+        {"name": m.name, "summary": m.summary, "source": m.source, "options": asdict(m.options())} for m in METHODS.values()
+    ]
+    if json:
+        print_json({
+            "methods": methods,
+            "architectures": sorted(ARCHITECTURES),
+            "bits": list(BITS),
+            "zero_points": list(ZERO_POINTS),
+            "scale_types": list(SCALE_TYPES),
+        })  # fmt: skip
+        return
+    rows = [
+        (m["name"], m["summary"], m["source"], " ".join(f"{k}={v}" for k, v in m["options"].items())) for m in methods
+    ]
+    table(("method", "what it does", "source", "options (--option KEY=VALUE)"), rows)
+    table(("what", "choices"), [
+        ("architectures", ", ".join(sorted(ARCHITECTURES))),
+        ("bits", ", ".join(map(str, BITS))),
+        ("group size", "any, ragged last group; -1 for the whole row"),
+        ("zero-points", ", ".join(ZERO_POINTS)),
+        ("scale types", ", ".join(SCALE_TYPES)),
+    ])  # fmt: skip

@@ -1,0 +1,92 @@
+"""`subnibble compare`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from subnibble.cli import options as o
+from subnibble.cli.console import duration, megabytes, print_json, progress, table
+from subnibble.errors import BadRecipe
+
+if TYPE_CHECKING:
+    from subnibble.compare import Row
+
+
+def compare(
+    model: o.Model,
+    text: o.Text,
+    methods: Annotated[str, typer.Option(help="Methods, separated by commas.")] = "rtn,gptq",
+    bits: Annotated[str, typer.Option(help="Bit widths, separated by commas.")] = "3",
+    group_size: o.GroupSize = None,
+    embedding_bits: o.EmbeddingBits = None,
+    calibration: o.Calibration = None,
+    num_windows: o.NumWindows = None,
+    window: o.Window = None,
+    seed: o.Seed = None,
+    max_windows: o.MaxWindows = None,
+    out: Annotated[Path | None, typer.Option(help="Keep the checkpoints in this folder. Default: keep none.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace checkpoints in --out.")] = False,
+    json: o.Json = False,
+    device: o.Device = None,
+    dtype: o.Dtype = None,
+) -> None:
+    """Quantize MODEL by several methods and bit widths and score them all, in one run and one table."""
+    recipes = [
+        o.build_recipe(
+            None, None, method=method, bits=width, group_size=group_size, embedding_bits=embedding_bits,
+            calibration=calibration, num_windows=num_windows, window=window, seed=seed, device=device, dtype=dtype,
+        )
+        for width in _numbers(bits)
+        for method in _words(methods)
+    ]  # fmt: skip
+    from subnibble.compare import Evaluation
+    from subnibble.compare import compare as run
+    from subnibble.methods import find_method
+
+    for recipe in recipes:
+        find_method(recipe.method)
+    evaluation = Evaluation(text, window or 2048, max_windows)
+    with progress("compare") as told:
+        rows = run(model, recipes, evaluation, out, overwrite=overwrite, progress=told)
+    if json:
+        print_json([row.to_dict() for row in rows])
+    else:
+        show(rows)
+
+
+def show(rows: Sequence[Row]) -> None:
+    """Print a comparison."""
+    columns = ("model", "perplexity", "KL", "top-1", "effective bits", "model bits", "on disk", "in memory", "time")
+    cells = [
+        (
+            row.name,
+            f"{row.scores.perplexity:.2f}",
+            f"{row.scores.kl_divergence or 0:.3f}",
+            f"{100 * (row.scores.top1_agreement or 0):.1f} %",
+            f"{row.effective_bits:.3f}",
+            f"{row.model_bits:.2f}",
+            megabytes(row.file_bytes),
+            megabytes(row.memory_bytes),
+            "-" if row.seconds is None else duration(row.seconds),
+        )
+        for row in rows
+    ]
+    table(columns, cells)
+
+
+def _words(text: str) -> list[str]:
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    if not words:
+        raise BadRecipe("--methods is empty; give names separated by commas, for example rtn,gptq")
+    return words
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError as error:
+        raise BadRecipe(f"--bits {text!r}: give whole numbers separated by commas, for example 2,3,4") from error

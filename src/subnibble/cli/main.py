@@ -1,0 +1,74 @@
+"""The `subnibble` command. Parses, calls the Python API, prints; torch and transformers are imported in commands only.
+
+Exit codes: 0, 2 for what the user can mend, 1 for a fault of subnibble's own, 130 on Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from subnibble.cli import checkpoints, compare, demo, evaluate, quantize
+from subnibble.errors import SubnibbleError
+from subnibble.version import __version__
+
+app = typer.Typer(
+    name="subnibble",
+    help="Quantize language models to 2, 3 and 4 bits, measure what was lost, run the packed result.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+app.command("quantize")(quantize.quantize)
+app.command("evaluate")(evaluate.evaluate)
+app.command("compare")(compare.compare)
+app.command("generate")(evaluate.generate)
+app.command("inspect")(checkpoints.inspect)
+app.command("estimate")(quantize.estimate)
+app.command("list")(checkpoints.list_)
+app.command("demo")(demo.demo)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks; goes anywhere on the line.")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
+) -> None:
+    """Options of the command as a whole."""
+
+
+def main() -> None:
+    """Entry point."""
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    debug = len(arguments) < len(sys.argv) - 1
+    # transformers and huggingface_hub draw bars and advice of their own between ours.
+    for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "TRANSFORMERS_NO_ADVISORY_WARNINGS"):
+        os.environ.setdefault(name, "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        app(args=arguments)
+    except SubnibbleError as error:
+        if debug:
+            raise
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        if debug:
+            raise
+        typer.echo(
+            f"internal error: {type(error).__name__}: {error}\n"
+            "This is a fault of subnibble; please report it with the output of the same command and --debug.",
+            err=True,
+        )
+        sys.exit(1)

@@ -1,0 +1,59 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from subnibble.errors import BadRecipe
+
+if TYPE_CHECKING:
+    from subnibble.recipe import Recipe
+
+Model = Annotated[str, typer.Argument(help="Folder, hub id or .gguf file.", metavar="MODEL")]
+Device = Annotated[str | None, typer.Option(help="Torch device; default: an accelerator if there is one.")]
+Dtype = Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16: type to compute in.")]
+MethodName = Annotated[str | None, typer.Option("--method", help="See `subnibble list`.")]
+Bits = Annotated[int | None, typer.Option(help="Bits of a code: 2, 3, 4 or 8.")]
+GroupSize = Annotated[int | None, typer.Option(help="Columns that share a scale; -1: whole row. Default 128.")]
+EmbeddingBits = Annotated[int | None, typer.Option(help="Bits of embedding and head: 16, 8 or 4. Default 16.")]
+Calibration = Annotated[
+    str | None,
+    typer.Option(help="Text (.txt, .jsonl), token ids (.npy, .safetensors), or c4, wikitext2, news. Default c4."),
+]
+NumWindows = Annotated[int | None, typer.Option(help="Calibration windows. Default 128.")]
+Window = Annotated[int | None, typer.Option(help="Tokens of a window. Default 2048.")]
+Seed = Annotated[int | None, typer.Option(help="Draws the calibration windows. Default 0.")]
+RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="TOML recipe; options given here go over it.")]
+MethodOptions = Annotated[
+    list[str] | None, typer.Option("--option", help="The method's own setting, KEY=VALUE; may be repeated.")
+]
+Text = Annotated[str, typer.Option(help="Text file (.txt, .jsonl), or wikitext2, news, c4.", metavar="FILE")]
+MaxWindows = Annotated[int | None, typer.Option(help="Score at most this many windows. Default: all.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else to stdout.")]
+
+
+def build_recipe(path: Path | None, options: list[str] | None, **given: Any) -> Recipe:
+    """The recipe of a file, or the default one, with what the command line gives going over it."""
+    from subnibble.recipe import Recipe
+
+    recipe = Recipe() if path is None else Recipe.from_toml(path)
+    values = recipe.to_dict() | {key: value for key, value in given.items() if value is not None}
+    changed = values["method"] != recipe.method
+    kept = {} if changed else dict(recipe.options)
+    values["options"] = kept | dict(_parse_option(option) for option in options or [])
+    return Recipe.from_dict(values)
+
+
+def _parse_option(text: str) -> tuple[str, Any]:
+    """KEY=VALUE with VALUE as in TOML; a bare word is a string."""
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise BadRecipe(f"--option {text!r}: give KEY=VALUE, for example order=natural")
+    try:
+        return key, tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key, value

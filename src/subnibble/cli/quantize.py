@@ -1,0 +1,85 @@
+"""`subnibble quantize` and `subnibble estimate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from subnibble.cli import options as o
+from subnibble.cli.console import duration, megabytes, print_json, progress, table
+
+
+def quantize(
+    model: o.Model,
+    out: Annotated[Path, typer.Argument(help="Folder to write; appears only when complete.", metavar="OUT")],
+    method: o.MethodName = None,
+    bits: o.Bits = None,
+    group_size: o.GroupSize = None,
+    embedding_bits: o.EmbeddingBits = None,
+    calibration: o.Calibration = None,
+    num_windows: o.NumWindows = None,
+    window: o.Window = None,
+    seed: o.Seed = None,
+    recipe: o.RecipeFile = None,
+    option: o.MethodOptions = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint that is in OUT.")] = False,
+    device: o.Device = None,
+    dtype: o.Dtype = None,
+) -> None:
+    """Quantize MODEL into the folder OUT."""
+    wanted = o.build_recipe(
+        recipe, option, method=method, bits=bits, group_size=group_size, embedding_bits=embedding_bits,
+        calibration=calibration, num_windows=num_windows, window=window, seed=seed, device=device, dtype=dtype,
+    )  # fmt: skip
+    from subnibble.pipeline import quantize as run
+
+    with progress(f"{wanted.method} {wanted.scheme.name}") as told:
+        report = run(model, out, wanted, overwrite=overwrite, progress=told)
+    size = report.size
+    typer.echo(
+        f"{out}: {report.method} {wanted.scheme.name}, {size['effective_bits']:.3f} effective bits, "
+        f"{size['model_bits']:.3f} bits a parameter, {megabytes(size['file_bytes'])}, "
+        f"{duration(report.seconds['total'])}, peak memory {megabytes(report.peak_memory)}"
+    )
+    worst = sorted(report.linears, key=lambda linear: -(linear.output_error or linear.weight_error))[:3]
+    kind = "output" if worst[0].output_error is not None else "weight"
+    names = ", ".join(f"{linear.path} {linear.output_error or linear.weight_error:.3f}" for linear in worst)
+    typer.echo(f"largest relative {kind} errors: {names}; all in {out / 'report.json'}")
+
+
+def estimate(
+    model: o.Model,
+    method: o.MethodName = None,
+    bits: o.Bits = None,
+    group_size: o.GroupSize = None,
+    embedding_bits: o.EmbeddingBits = None,
+    calibration: o.Calibration = None,
+    num_windows: o.NumWindows = None,
+    window: o.Window = None,
+    recipe: o.RecipeFile = None,
+    option: o.MethodOptions = None,
+    device: o.Device = None,
+    dtype: o.Dtype = None,
+    json: o.Json = False,
+) -> None:
+    """Estimate size, memory and time of a quantization before any weight is read."""
+    wanted = o.build_recipe(
+        recipe, option, method=method, bits=bits, group_size=group_size, embedding_bits=embedding_bits,
+        calibration=calibration, num_windows=num_windows, window=window, device=device, dtype=dtype,
+    )  # fmt: skip
+    from subnibble.estimate import estimate as run
+
+    found = run(model, wanted)
+    if json:
+        print_json(found.to_dict())
+        return
+    rows = [
+        ("parameters", f"{found.parameters / 1e6:.1f} M"),
+        ("weights on disk", megabytes(found.file_bytes)),
+        ("effective bits", f"{found.effective_bits:.3f}"),
+        *[(f"memory: {name}", megabytes(count)) for name, count in found.memory_bytes.items()],
+        ("time, within a factor of 2 or so", duration(found.seconds)),
+    ]
+    table(("what", "estimate"), rows)

@@ -1,0 +1,113 @@
+"""Several quantizations of one model side by side: the same text, the same windows, one run."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from subnibble.calibrate.windows import evaluation_windows
+from subnibble.checkpoint.size import measure
+from subnibble.checkpoint.source import open_source
+from subnibble.evaluate.perplexity import Scores, bos_token, score
+from subnibble.hf import load_model, memory_bytes
+from subnibble.pipeline import quantize
+from subnibble.recipe import Recipe
+
+ORIGINAL = "original"
+
+
+class Progress(Protocol):
+    """Told after each step of a stage."""
+
+    def __call__(self, done: int, total: int, doing: str) -> None:
+        """done, total: steps of the stage. doing: for people."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model of the comparison. seconds: to quantize it, None for the original. memory_bytes: loaded."""
+
+    name: str
+    effective_bits: float
+    model_bits: float
+    file_bytes: int
+    memory_bytes: int
+    seconds: float | None
+    scores: Scores
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dictionary, scores spliced in."""
+        values = asdict(self)
+        del values["scores"]
+        return values | self.scores.to_dict()
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The text that all are scored on: file or named set, tokens of a window, how many windows at most."""
+
+    text: str
+    window: int = 2048
+    max_windows: int | None = None
+
+
+def compare(
+    model: str | Path,
+    recipes: Sequence[Recipe],
+    evaluation: Evaluation,
+    out: Path | None = None,
+    *,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> list[Row]:
+    """Quantize `model` by each recipe and score all of them and the original on the same windows.
+
+    out: where to keep the checkpoints, `<method>-<scheme>` each; None keeps none.
+    """
+    source = open_source(model)
+    tokenizer = source.load_tokenizer()
+    windows = evaluation_windows(evaluation.text, tokenizer, evaluation.window, evaluation.max_windows)
+    with _folder(out) as folder:
+        seconds: dict[str, float | None] = {ORIGINAL: None}
+        paths: dict[str, Path | str] = {ORIGINAL: model}
+        for recipe in recipes:
+            name = recipe_name(recipe)
+            paths[name] = folder / name
+            report = quantize(model, folder / name, recipe, overwrite=overwrite, progress=_titled(progress, name))
+            seconds[name] = report.seconds["total"]
+        models = {name: load_model(path) for name, path in paths.items()}
+        told = _titled(progress, "evaluate")
+        scores = score(models, windows, bos_token(tokenizer), models[ORIGINAL], told)
+        rows = []
+        for name, path in paths.items():
+            size = measure(open_source(path))
+            memory = memory_bytes(models[name])
+            rows.append(
+                Row(name, size.effective_bits, size.model_bits, size.file_bytes, memory, seconds[name], scores[name])
+            )
+    return rows
+
+
+def recipe_name(recipe: Recipe) -> str:
+    """Short name of a recipe, for tables and folders: method, scheme, and options that are not the default."""
+    options = "".join(f"-{value}" for _, value in sorted(recipe.options.items()))
+    return f"{recipe.method}-{recipe.scheme.name}{options}"
+
+
+@contextmanager
+def _folder(out: Path | None) -> Iterator[Path]:
+    if out is not None:
+        yield out
+        return
+    with tempfile.TemporaryDirectory(prefix="subnibble-compare-") as temporary:
+        yield Path(temporary)
+
+
+def _titled(progress: Progress | None, title: str) -> Progress | None:
+    if progress is None:
+        return None
+    return lambda done, total, doing: progress(done, total, f"{title}: {doing}")

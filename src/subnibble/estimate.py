@@ -1,0 +1,112 @@
+"""What a quantization would take, from shapes alone: no weight is read."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from subnibble.checkpoint.source import numel, open_source
+from subnibble.methods import find_method
+from subnibble.methods.method import resolve_device
+from subnibble.model.skeleton import Skeleton
+from subnibble.pipeline import check_schemes, compute_dtype, packed_bytes
+from subnibble.recipe import Recipe
+
+_FLOAT_BYTES = 4
+# Share of the measured product speed that forward passes reach beside their products; rough.
+_FORWARD_EFFICIENCY = 0.8
+# Seconds per linear weight for rounding column by column on one core of 2025; rough.
+_ROUND_SECONDS = 3.5e-7
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """file_bytes: of the packed weights. effective_bits: of the quantized linears. memory_bytes: by part, with "peak".
+
+    seconds: rough, from the speed of one matrix product measured here; within a factor of about two.
+    """
+
+    parameters: int
+    file_bytes: int
+    effective_bits: float
+    memory_bytes: dict[str, int]
+    seconds: float
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain dictionary."""
+        return asdict(self)
+
+
+def estimate(model: str | Path, recipe: Recipe) -> Estimate:
+    """Size, memory and time of quantizing `model` by `recipe`; raises what `quantize` would raise of both."""
+    method = find_method(recipe.method)
+    steps = method.build(method.configure(recipe.options))
+    source = open_source(model)
+    skeleton = Skeleton(source, compute_dtype(recipe.dtype, source.config.dtype), resolve_device(recipe.device))
+    check_schemes(recipe, skeleton)
+    calibrated = steps.rounder.needs_gram or recipe.calibration is not None
+    tokens = recipe.num_windows * recipe.window if calibrated else 0
+    return Estimate(
+        parameters=sum(numel(shape) for shape in skeleton.parameter_shapes().values()),
+        file_bytes=packed_bytes(recipe, skeleton),
+        effective_bits=_effective_bits(recipe, skeleton),
+        memory_bytes=_memory(recipe, skeleton, tokens),
+        seconds=_seconds(skeleton, tokens),
+    )
+
+
+def _effective_bits(recipe: Recipe, skeleton: Skeleton) -> float:
+    bits = weights = 0
+    for path, (rows, columns) in skeleton.linear_shapes().items():
+        scheme = recipe.scheme_of(path)
+        if scheme is not None:
+            bits += rows * scheme.row_bits(columns)
+            weights += rows * columns
+    return bits / weights
+
+
+def _memory(recipe: Recipe, skeleton: Skeleton, tokens: int) -> dict[str, int]:
+    """One block, its statistics, embeddings, and the activation streams."""
+    item = torch.empty(0, dtype=skeleton.dtype).element_size()
+    shapes = skeleton.parameter_shapes()
+    first = f"{skeleton.arch.block_path(0)}."
+    block = sum(numel(shape) for name, shape in shapes.items() if name.startswith(first))
+    linears = {p: s for p, s in skeleton.linear_shapes().items() if p.startswith(first)}
+    widest = max(columns for _, columns in linears.values())
+    tails = [site.readers[0] for site in skeleton.arch.sites if site.tail is not None]
+    kept = sum(linears[first + reader][1] for reader in tails)
+    hidden = skeleton.config.hidden_size
+    parts = {
+        # Dense in the compute type, and one site's readers again in float32 with a working copy.
+        "block": block * item + 3 * _FLOAT_BYTES * max(rows * columns for rows, columns in linears.values()),
+        "statistics": 4 * _FLOAT_BYTES * widest**2 if tokens else 0,
+        "embedding": numel(shapes[f"{skeleton.arch.embedding}.weight"]) * (_FLOAT_BYTES + 2),
+        "activation streams": tokens * (hidden + kept) * item,
+    }
+    return {**parts, "peak": sum(parts.values())}
+
+
+def _seconds(skeleton: Skeleton, tokens: int) -> float:
+    """Two operations a weight and token for the forward pass, two a token and input pair for the statistics."""
+    speed = _product_speed(skeleton.device, skeleton.dtype)
+    exact = _product_speed(skeleton.device, torch.float32)
+    shapes = skeleton.linear_shapes()
+    weights = sum(rows * columns for rows, columns in shapes.values())
+    read_once = {site.readers[0] for site in skeleton.arch.sites}
+    grams = sum(s[1] ** 2 for path, s in shapes.items() if path.endswith(tuple(read_once)))
+    forward = 2 * weights * tokens / (speed * _FORWARD_EFFICIENCY)
+    return forward + 2 * grams * tokens / exact + weights * _ROUND_SECONDS
+
+
+def _product_speed(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:
+    """Operations a second of a square matrix product, measured."""
+    a = torch.ones(size, size, dtype=dtype, device=device)
+    seconds = []
+    for _ in range(4):
+        start = time.perf_counter()
+        float((a @ a)[0, 0])
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds)
