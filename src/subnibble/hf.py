@@ -30,11 +30,11 @@ from subnibble.model.skeleton import Skeleton
 from subnibble.runtime.modules import PackedEmbedding, PackedLinear, PackedModule, TiedHead, add_output_bias_
 
 
-class SubnibbleConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class SubnibbleConfig(QuantizationConfigMixin):
     """`quantization_config` of a packed checkpoint, as transformers carries it."""
 
     def __init__(self, **values: Any) -> None:
-        self.quant_method = QUANT_METHOD
+        self.quant_method: Any = QUANT_METHOD
         self.packed = PackedConfig.from_dict(values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -52,7 +52,7 @@ class SubnibbleConfig(QuantizationConfigMixin):  # type: ignore[misc]
         return (config, kwargs) if return_unused_kwargs else config
 
 
-class SubnibbleQuantizer(HfQuantizer):  # type: ignore[misc]
+class SubnibbleQuantizer(HfQuantizer):
     """Puts packed modules into an empty transformers model before its weights are loaded."""
 
     requires_calibration = True
@@ -60,7 +60,9 @@ class SubnibbleQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         dtype = kwargs.get("dtype") or model.config.dtype or torch.get_default_dtype()
-        for path, entry in self.quantization_config.packed.modules.items():
+        modules = self.quantization_config.packed.modules
+        # A tied head needs its table's module, whatever the order of the JSON.
+        for path, entry in sorted(modules.items(), key=lambda item: isinstance(item[1], TiedHeadEntry)):
             try:
                 module = model.get_submodule(path)
             except AttributeError as error:
@@ -126,7 +128,7 @@ def load_model(model: str | Path, dtype: str = "auto", device: str = "auto") -> 
         return Skeleton(source, kind, place).load_all()
     from transformers import AutoModelForCausalLM
 
-    loaded = AutoModelForCausalLM.from_pretrained(source.path, dtype=kind, trust_remote_code=False)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(source.path, dtype=kind, trust_remote_code=False)
     return loaded.to(place).eval()
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -390,9 +389,7 @@ class _Errors:
     nearest: float | None
 
 
-def _errors(
-    weight: Tensor, packed: PackedRange, gram: Tensor | None, scheme: Scheme, rows: list[int]
-) -> list[_Errors]:
+def _errors(weight: Tensor, packed: PackedRange, gram: Tensor | None, scheme: Scheme, rows: list[int]) -> list[_Errors]:
     """Errors of each of the stacked linears, whose heights are `rows`."""
     delta = weight - packed.dequantize()
     weights = [(part.square().sum(), whole.square().sum()) for part, whole in zip(
@@ -435,5 +432,3 @@ def _check_disk(run: _Run, folder: Path) -> None:
 
 def _no_progress(done: int, total: int, doing: str) -> None:
     pass
-
-

@@ -48,7 +48,7 @@ def unpack_codes(packed: Tensor, bits: int, columns: int) -> Tensor:
     rows = packed.shape[0]
     if word_bytes == 1:
         shifts = torch.arange(per_word, dtype=torch.uint8, device=packed.device) * bits
-        codes = (packed.unsqueeze(-1) >> shifts) & (2**bits - 1)
+        codes: Tensor = (packed.unsqueeze(-1) >> shifts) & (2**bits - 1)
         return codes.view(rows, -1)[:, :columns]
     words = -(-columns // per_word)
     short = words * word_bytes - packed.shape[1]
@@ -62,7 +62,7 @@ def unpack_codes(packed: Tensor, bits: int, columns: int) -> Tensor:
 
 def grouped_views(matrix: Tensor, scheme: Scheme) -> list[tuple[Tensor, slice]]:
     """View (m, k) as (m, groups, width), with the slice of groups it covers: full groups, then a ragged last one."""
-    rows, columns = matrix.shape
+    columns = matrix.shape[1]
     bounds = scheme.group_bounds(columns)
     width = bounds[0][1] - bounds[0][0]
     full = sum(stop - start == width for start, stop in bounds)
@@ -212,7 +212,8 @@ class PackedTensor:
                     )
                 found[name] = have
             codes, scales = found["codes"], found["scales"]
-            assert codes is not None and scales is not None
+            assert codes is not None
+            assert scales is not None
             ranges.append(PackedRange(expected.scheme, expected.columns, codes, scales, found["zeros"]))
         return cls(tuple(ranges))
 
@@ -247,4 +248,3 @@ class PackedLayout:
 def range_key(name: str, index: int) -> str:
     """Stored name of a range's part: plain for the first range, numbered from the second on."""
     return name if index == 0 else f"{name}_{index}"
-

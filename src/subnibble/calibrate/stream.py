@@ -85,7 +85,7 @@ class BlockStream:
         return result
 
 
-class _SiteReached(Exception):  # noqa: N818 (control flow, not an error)
+class _SiteReached(Exception):
     """Ends a forward pass at the site it was run for."""
 
 

@@ -56,7 +56,7 @@ def _news(split: str) -> str:
 
 def _wikitext2(split: str) -> str:
     part = "train" if split == "calibration" else "test"
-    rows = _hub_rows("wikitext2", "Salesforce/wikitext", name="wikitext-2-raw-v1", split=part)
+    rows = _hub_rows("wikitext2", "Salesforce/wikitext", "wikitext-2-raw-v1", split=part)
     return "\n\n".join(row["text"] for row in rows)
 
 
@@ -68,7 +68,7 @@ def _c4(split: str) -> str:
     return "\n\n".join(row["text"] for row in islice(rows, _C4_DOCUMENTS))
 
 
-def _hub_rows(name: str, repo: str, **arguments: Any) -> Iterator[dict[str, str]]:
+def _hub_rows(name: str, *source: str, **arguments: Any) -> Iterator[dict[str, str]]:
     try:
         from datasets import load_dataset
     except ImportError as error:
@@ -77,7 +77,7 @@ def _hub_rows(name: str, repo: str, **arguments: Any) -> Iterator[dict[str, str]
             "or pass a text file (--calibration FILE, --text FILE)"
         ) from error
     try:
-        yield from load_dataset(repo, **arguments)
+        yield from load_dataset(*source, **arguments)
     # datasets raises a wide family of its own and of its HTTP libraries; all mean that the set cannot be had.
     except Exception as error:
         raise CalibrationError(

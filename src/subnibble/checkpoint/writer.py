@@ -110,7 +110,9 @@ def check_output(final: Path, replace: bool) -> None:
     if not replace:
         raise OutputError(f"{final} is not empty; choose another folder, or pass --overwrite to replace it")
     if not is_packed(final):
-        raise OutputError(f"{final} is not a subnibble checkpoint, so --overwrite leaves it alone; choose another folder")
+        raise OutputError(
+            f"{final} is not a subnibble checkpoint, so --overwrite leaves it alone; choose another folder"
+        )
 
 
 def is_packed(folder: Path) -> bool:

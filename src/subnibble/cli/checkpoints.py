@@ -39,7 +39,10 @@ def inspect(model: o.Model, json: o.Json = False) -> None:
         *([("weights SHA-256", found["weights_sha256"])] if packed else []),
     ])  # fmt: skip
     if packed is not None:
-        rows = [(path, entry["kind"], str(entry.get("rows", "-")), _ranges(entry)) for path, entry in found["modules"].items()]
+        rows = [
+            (path, entry["kind"], str(entry.get("rows", "-")), _ranges(entry))
+            for path, entry in found["modules"].items()
+        ]
         table(("module", "kind", "rows", "columns x scheme"), rows)
 
 
@@ -55,8 +58,9 @@ def list_(json: o.Json = False) -> None:
     from subnibble.model.arch import ARCHITECTURES
     from subnibble.scheme import BITS, SCALE_TYPES, ZERO_POINTS
 
-    methods = [
-        {"name": m.name, "summary": m.summary, "source": m.source, "options": asdict(m.options())} for m in METHODS.values()
+    methods: list[dict[str, Any]] = [
+        {"name": m.name, "summary": m.summary, "source": m.source, "options": asdict(m.options())}
+        for m in METHODS.values()
     ]
     if json:
         print_json({

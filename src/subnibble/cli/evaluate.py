@@ -18,7 +18,9 @@ def evaluate(
     window: Annotated[int, typer.Option(help="Tokens of a window.")] = 2048,
     max_windows: o.MaxWindows = None,
     reference: Reference = None,
-    layers: Annotated[bool, typer.Option("--layers", help="Add each linear's output error; needs --reference.")] = False,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="Add each linear's output error; needs --reference.")
+    ] = False,
     json: o.Json = False,
     device: o.Device = None,
     dtype: o.Dtype = None,

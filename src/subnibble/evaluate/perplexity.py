@@ -108,7 +108,7 @@ class _Totals:
             self.agreed += int((p.argmax(1) == q.argmax(1)).sum())
 
     def perplexity(self) -> float:
-        """exp of the mean loss; infinite where that overflows."""
+        """Exp of the mean loss; infinite where that overflows."""
         mean = self.loss / self.tokens
         return math.exp(mean) if mean < 700 else math.inf
 

@@ -77,7 +77,7 @@ class Skeleton:
 
     def load(self, path: str) -> nn.Module:
         """Fill the module at `path` and give it."""
-        module = self.model.get_submodule(path)
+        module: nn.Module = self.model.get_submodule(path)
         for name, _ in list(module.named_parameters()):
             tensor = self.source.load(f"{path}.{name}").to(self.device, self.dtype)
             _set_parameter(module, name, tensor)

@@ -98,9 +98,7 @@ def _span(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     return scale, zero.to(stored).float()
 
 
-def _least_error(
-    group: Tensor, low: Tensor, high: Tensor, scheme: Scheme, power: float
-) -> tuple[Tensor, Tensor]:
+def _least_error(group: Tensor, low: Tensor, high: Tensor, scheme: Scheme, power: float) -> tuple[Tensor, Tensor]:
     middle = (low + high) / 2 if scheme.zero_point == "real" else torch.zeros_like(low)
     best = torch.full_like(low, torch.inf)
     scale, zero = _span(low, high, scheme)

@@ -30,7 +30,7 @@ class PackedModule(nn.Module):
         """Move between devices as any module does; codes and scales keep their stored type on `.to(dtype)`."""
         types = {name: buffer.dtype for name, buffer in self.named_buffers(recurse=False)}
         before = dict(self.named_buffers(recurse=False))
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, dtype in types.items():
             after = getattr(self, name)
             if after.dtype != dtype:
@@ -49,6 +49,7 @@ class PackedLinear(PackedModule):
     def __init__(self, weight: PackedTensor, bias: Tensor | None) -> None:
         super().__init__(weight)
         self.in_features, self.out_features = self.layout.columns, self.layout.rows
+        self.bias: nn.Parameter | None
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -90,4 +91,6 @@ def add_output_bias_(module: nn.Module, bias: Tensor) -> None:
 
 
 def _add_bias(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-    return output + module.bias
+    bias = module.bias
+    assert isinstance(bias, Tensor)
+    return output + bias

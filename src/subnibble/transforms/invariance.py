@@ -25,7 +25,7 @@ _TOLERANCE = 1e-3
 
 
 def check_sites(skeleton: Skeleton) -> None:
-    """Check the table on the first two blocks in float32; `UnsupportedModel` names the edit that changes the function."""
+    """Check the table on the first two blocks in float32; `UnsupportedModel` names the edit that breaks."""
     arguments = skeleton.block_arguments(_TOKENS)
     for index in range(min(2, skeleton.num_blocks)):
         block = skeleton.load_block(index)

@@ -1,0 +1,139 @@
+"""One suite over every method and every architecture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CONFIGS
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import subnibble
+from subnibble import Recipe
+from subnibble.checkpoint.packed import packed_config_of
+from subnibble.checkpoint.safetensors_source import SafetensorsSource
+from subnibble.checkpoint.writer import CheckpointWriter
+from subnibble.hf import packed_modules
+from subnibble.methods import METHODS
+from subnibble.model.skeleton import Skeleton
+from subnibble.runtime.modules import PackedEmbedding, PackedLinear
+from subnibble.tensor import CodedMatrix, PackedRange
+
+SETTINGS = {
+    "w3-ragged": {"bits": 3, "group_size": 32, "embedding_bits": 8},
+    "w2-channel-real": {"bits": 2, "group_size": -1, "zero_point": "real", "embedding_bits": 16},
+    "w4-symmetric": {"bits": 4, "group_size": 16, "zero_point": "none", "embedding_bits": 4},
+}
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        found |= load_file(file)
+    return found
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    ids = torch.arange(40).view(2, 20) % 96
+    with torch.no_grad():
+        return model(ids).logits
+
+
+def dense_twin(source: Path, packed: torch.nn.Module) -> torch.nn.Module:
+    """The original model holding the dequantized weights of the packed one."""
+    twin = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    for path, module in packed_modules(packed).items():
+        twin.get_submodule(path).weight.data = module.packed.dequantize()
+    if not any(isinstance(module, PackedEmbedding) for module in packed_modules(packed).values()):
+        twin.get_input_embeddings().weight.data = packed.get_input_embeddings().weight.data
+        twin.get_output_embeddings().weight.data = packed.get_output_embeddings().weight.data
+    return twin
+
+
+def check_method(method: str, source: Path, tokens: Path, out: Path, settings: dict[str, object]) -> None:
+    """What every method must keep on every architecture."""
+    recipe = Recipe(method=method, calibration=str(tokens), num_windows=6, window=32, device="cpu", **settings)
+    skeleton = Skeleton(SafetensorsSource(source), torch.float32, torch.device("cpu"))
+    linears = list(skeleton.linear_shapes())
+
+    residents, coded = [], []
+    write_shard, pack = CheckpointWriter.write_shard, PackedRange.pack
+
+    def count_resident(self: CheckpointWriter, tensors: dict[str, torch.Tensor]) -> None:
+        blocks = {name.split(".")[2] for name in tensors if name.startswith("model.layers.")}
+        residents.append(blocks)
+        write_shard(self, tensors)
+
+    def check_codes(part: CodedMatrix, scheme: subnibble.scheme.Scheme) -> PackedRange:
+        assert 0 <= int(part.codes.min())
+        assert int(part.codes.max()) < scheme.levels
+        coded.append(part.codes.shape)
+        return pack(part, scheme)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CheckpointWriter, "write_shard", count_resident)
+        patch.setattr(PackedRange, "pack", check_codes)
+        report = subnibble.quantize(source, out / "a", recipe)
+
+    # every linear is rounded exactly once, and written with its own block
+    assert [linear.path for linear in report.linears] == linears
+    assert residents == [{str(i)} for i in range(skeleton.num_blocks)] + [set()]
+
+    # the same seed gives the same bytes
+    again = subnibble.quantize(source, out / "b", recipe)
+    assert again.weights_sha256 == report.weights_sha256
+
+    # transforms leave the function alone
+    block, arguments = skeleton.load_block(1), skeleton.block_arguments(12)[1]
+    hidden = torch.randn(1, 12, skeleton.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before = block.module(hidden, **arguments)
+        for transform in METHODS[method].build(METHODS[method].configure({})).transforms:
+            transform(block)
+        after = block.module(hidden, **arguments)
+    assert float((after - before).norm() / (before - hidden).norm()) < 1e-5
+
+    # what is stored evaluates as the same weights do in memory, bit for bit
+    model = AutoModelForCausalLM.from_pretrained(out / "a", dtype=torch.float32)
+    assert {p for p, m in packed_modules(model).items() if isinstance(m, PackedLinear)} >= set(linears)
+    assert torch.equal(logits(model), logits(dense_twin(source, model)))
+
+    # save and load are bit-exact
+    model.save_pretrained(out / "c")
+    for name, tensor in tensors_of(out / "a").items():
+        saved = tensors_of(out / "c")[name]
+        assert torch.equal(saved, tensor.to(saved.dtype)), name
+        assert saved.dtype == tensor.dtype or name.endswith(("embed_tokens.weight", "lm_head.weight"))
+    reloaded = AutoModelForCausalLM.from_pretrained(out / "c", dtype=torch.float32)
+    assert packed_config_of(reloaded.config) == packed_config_of(model.config)
+    assert torch.equal(logits(reloaded), logits(model))
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize("model", CONFIGS)
+@pytest.mark.parametrize("method", METHODS)
+def test_method_conforms(
+    method: str, model: str, settings: dict[str, object], folders: dict[str, Path], token_file: Path, tmp_path: Path
+) -> None:
+    check_method(method, folders[model], token_file, tmp_path, settings)
+
+
+def test_only_one_block_is_resident(
+    folders: dict[str, Path], token_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resident: list[int] = []
+    load_block = Skeleton.load_block
+
+    def watched(self: Skeleton, index: int) -> object:
+        block = load_block(self, index)
+        parameters = self.model.named_parameters()
+        resident.append(len({n.split(".")[2] for n, p in parameters if p.device.type != "meta" and ".layers." in n}))
+        return block
+
+    monkeypatch.setattr(Skeleton, "load_block", watched)
+    recipe = Recipe(bits=3, group_size=16, calibration=str(token_file), num_windows=4, window=32)
+    subnibble.quantize(folders["llama"], tmp_path / "out", recipe)
+    assert resident == [1] * len(resident)
+    assert len(resident) >= 3

@@ -1,0 +1,166 @@
+"""A packed checkpoint is an ordinary transformers model to its users."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_conformance import dense_twin
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import subnibble
+from subnibble import Recipe
+from subnibble.errors import CheckpointError
+from subnibble.hf import load_model, memory_bytes, packed_modules
+
+
+@pytest.fixture(scope="module")
+def packed(folders: dict[str, Path], token_file: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("packed")
+    for name in ("llama", "qwen2"):
+        recipe = Recipe(
+            bits=4, group_size=16, embedding_bits=8, calibration=str(token_file), num_windows=8, window=32
+        )  # fmt: skip
+        subnibble.quantize(folders[name], root / name, recipe)
+    return {name: root / name for name in ("llama", "qwen2")}
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+@pytest.mark.parametrize("beams", [1, 3])
+def test_generation_is_that_of_the_dense_model(
+    name: str, beams: int, packed: dict[str, Path], folders: dict[str, Path]
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(packed[name], dtype=torch.float32)
+    twin = dense_twin(folders[name], model)
+    ids = torch.tensor([[0, 0, 5, 9, 12], [3, 4, 5, 6, 7]])
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    settings = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False, "num_beams": beams, "pad_token_id": 0}
+    assert torch.equal(model.generate(ids, **settings), twin.generate(ids, **settings))
+
+
+def test_left_padding_in_a_batch_changes_nothing(packed: dict[str, Path]) -> None:
+    model = AutoModelForCausalLM.from_pretrained(packed["llama"], dtype=torch.float32)
+    ids = torch.tensor([[0, 0, 5, 9, 12], [3, 4, 5, 6, 7]])
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    batch = model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False, pad_token_id=0)
+    alone = model.generate(ids[:1, 2:], max_new_tokens=8, do_sample=False, pad_token_id=0)
+    assert torch.equal(batch[0, 5:], alone[0, 3:])
+
+
+def test_linears_keep_packed_codes_in_memory(packed: dict[str, Path], folders: dict[str, Path]) -> None:
+    model = AutoModelForCausalLM.from_pretrained(packed["llama"], dtype=torch.float32)
+    modules = packed_modules(model)
+    assert len(modules) == 3 * 7 + 2
+    for path, module in modules.items():
+        assert not hasattr(module, "weight"), path
+        stored = 8 * sum(buffer.nbytes for buffer in module.buffers())
+        assert stored == module.layout.stored_bits
+    assert memory_bytes(model) < 0.3 * memory_bytes(AutoModelForCausalLM.from_pretrained(folders["llama"]))
+
+
+def test_tied_head_stays_tied(packed: dict[str, Path]) -> None:
+    model = AutoModelForCausalLM.from_pretrained(packed["qwen2"])
+    assert "lm_head" not in {name.split(".")[0] for name in model.state_dict()}
+    twin = copy.deepcopy(model)
+    twin.model.embed_tokens.scales.zero_()
+    ids = torch.tensor([[1, 2, 3]])
+    assert not bool(twin(ids).logits.any())
+    assert bool(model(ids).logits.any())
+    model.tie_weights()
+    assert bool(model(ids).logits.any())
+
+
+def test_dtype_of_loading_leaves_scales_alone(packed: dict[str, Path]) -> None:
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        model = AutoModelForCausalLM.from_pretrained(packed["llama"], dtype=dtype)
+        assert {m.scales.dtype for m in packed_modules(model).values()} == {torch.float16}
+        assert model.model.norm.weight.dtype == dtype
+        assert model(torch.tensor([[1, 2]])).logits.dtype == dtype
+
+
+def test_folder_holds_what_users_expect(packed: dict[str, Path]) -> None:
+    names = {file.name for file in packed["llama"].iterdir()}
+    assert {"config.json", "recipe.toml", "report.json", "tokenizer.json", "generation_config.json"} <= names
+    assert AutoTokenizer.from_pretrained(packed["llama"])("w3 w5")["input_ids"] == [3, 5]
+    report = json.loads((packed["llama"] / "report.json").read_text())
+    assert len(report["linears"]) == 21
+    assert all(0 < linear["output_error"] < 1 for linear in report["linears"])
+    assert Recipe.from_toml(packed["llama"] / "recipe.toml").options["order"] == "gar"
+
+
+def test_recipe_beside_a_checkpoint_makes_the_same_bytes(
+    packed: dict[str, Path], folders: dict[str, Path], tmp_path: Path
+) -> None:
+    recipe = Recipe.from_toml(packed["llama"] / "recipe.toml")
+    report = subnibble.quantize(folders["llama"], tmp_path / "again", recipe)
+    assert report.weights_sha256 == json.loads((packed["llama"] / "report.json").read_text())["weights_sha256"]
+
+
+def test_norm_bias_is_loaded_and_added(packed: dict[str, Path], tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "biased"
+    folder.mkdir()
+    for file in packed["llama"].iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    path = "model.layers.1.post_attention_layernorm"
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["modules"][path] = {"kind": "norm_bias", "rows": 48}
+    (folder / "config.json").write_text(json.dumps(config))
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    file = index["weight_map"][f"{path}.weight"]
+    index["weight_map"][f"{path}.bias"] = file
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    bias = torch.linspace(-1, 1, 48)
+    save_file(load_file(folder / file) | {f"{path}.bias": bias}, folder / file, metadata={"format": "pt"})
+    plain = AutoModelForCausalLM.from_pretrained(packed["llama"], dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    x = torch.randn(2, 48)
+    assert torch.equal(model.get_submodule(path)(x), plain.get_submodule(path)(x) + bias)
+
+
+def test_newer_format_is_refused(packed: dict[str, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "newer"
+    folder.mkdir()
+    for file in packed["llama"].iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["format_version"] = 2
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="format version 2"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_packed_model_is_not_quantized_again(packed: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="quantized already"):
+        subnibble.quantize(packed["llama"], tmp_path / "out", Recipe(method="rtn"))
+
+
+def test_load_model_takes_plain_and_packed(packed: dict[str, Path], folders: dict[str, Path]) -> None:
+    assert load_model(folders["llama"]).dtype == torch.float32
+    assert packed_modules(load_model(packed["llama"], "bfloat16", "cpu"))
+
+
+def test_plugin_registers_once_on_reload() -> None:
+    importlib.reload(subnibble)
+    importlib.reload(sys.modules["subnibble.hf"])
+
+
+@pytest.mark.parametrize(
+    "order",
+    ["import subnibble, transformers", "import transformers, subnibble", "import subnibble.hf, transformers"],
+)
+def test_import_in_any_order_registers(order: str, packed: dict[str, Path]) -> None:
+    code = f"{order}; transformers.AutoModelForCausalLM.from_pretrained({str(packed['llama'])!r})"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_import_is_light() -> None:
+    code = "import sys, subnibble, subnibble.cli.main; assert not {'torch', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

@@ -1,0 +1,221 @@
+"""A recipe rejects what it does not know, round-trips through TOML, and resolves overrides in order."""
+
+import tomllib
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from subnibble.errors import BadRecipe
+from subnibble.recipe import DTYPES, EMBEDDING_BITS, Recipe, matches
+from subnibble.scheme import BITS, SCALE_TYPES, ZERO_POINTS, Scheme
+
+Q = "model.layers.0.self_attn.q_proj"
+DOWN = "model.layers.11.mlp.down_proj"
+
+# No surrogates: they are not text that a file can hold.
+text = st.text(st.characters(exclude_categories=("Cs",)), max_size=12)
+integers = st.integers(-(2**63), 2**63 - 1)
+group_sizes = st.one_of(st.just(-1), st.integers(1, 4096))
+values = st.one_of(text, integers, st.booleans(), st.floats(allow_nan=False))
+options = st.dictionaries(text, st.one_of(values, st.lists(integers, max_size=3)), max_size=4)
+override = st.fixed_dictionaries(
+    {}, optional={"bits": st.sampled_from(BITS), "group_size": group_sizes, "skip": st.booleans()}
+)
+patterns = st.one_of(text.filter(lambda t: not t.startswith("re:")), st.sampled_from(["re:.*", r"re:a\.b$", "re:"]))
+recipes = st.builds(
+    Recipe,
+    method=text,
+    bits=st.sampled_from(BITS),
+    group_size=group_sizes,
+    zero_point=st.sampled_from(ZERO_POINTS),
+    scale_type=st.sampled_from(sorted(SCALE_TYPES)),
+    embedding_bits=st.sampled_from(EMBEDDING_BITS),
+    calibration=st.one_of(st.none(), text),
+    num_windows=st.integers(1, 10**6),
+    window=st.integers(1, 10**6),
+    seed=integers,
+    device=text,
+    dtype=st.sampled_from(DTYPES),
+    options=options,
+    overrides=st.dictionaries(patterns, override, max_size=4),
+)
+
+
+@given(recipes)
+@settings(deadline=None)
+def test_a_recipe_survives_its_dictionary(recipe) -> None:
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+
+
+@given(recipe=recipes)
+@settings(deadline=None)
+def test_a_recipe_survives_its_toml_file_with_the_order_of_overrides(tmp_path_factory, recipe) -> None:
+    file = tmp_path_factory.mktemp("recipe") / "recipe.toml"
+    file.write_text(recipe.to_toml(), encoding="utf-8")
+    read = Recipe.from_toml(file)
+    assert read == recipe
+    # Equal dictionaries may differ in order, and the first override that matches holds.
+    assert list(read.overrides) == list(recipe.overrides)
+
+
+def test_unset_keys_are_left_out_of_the_dictionary() -> None:
+    assert "calibration" not in Recipe().to_dict()
+    assert Recipe(calibration="c4").to_dict()["calibration"] == "c4"
+
+
+def test_an_unknown_key_is_an_error_that_names_it(tmp_path) -> None:
+    with pytest.raises(BadRecipe, match="unknown recipe key 'bit'"):
+        Recipe.from_dict({"bit": 4})
+    file = tmp_path / "recipe.toml"
+    file.write_text("bits = 4\nbit = 4\n")
+    with pytest.raises(BadRecipe, match="unknown recipe key 'bit'"):
+        Recipe.from_toml(file)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("method", 3),
+        ("bits", True),
+        ("bits", "4"),
+        ("bits", 4.0),
+        ("group_size", True),
+        ("group_size", 128.0),
+        ("zero_point", 1),
+        ("scale_type", 16),
+        ("embedding_bits", True),
+        ("embedding_bits", 8.0),
+        ("calibration", 5),
+        ("num_windows", True),
+        ("num_windows", 1.5),
+        ("window", "2048"),
+        ("seed", False),
+        ("seed", 0.0),
+        ("device", 0),
+        ("dtype", None),
+        ("options", ["damping"]),
+        ("overrides", "re:.*"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_an_error_that_names_its_key(key, value) -> None:
+    with pytest.raises(BadRecipe, match=rf"^{key} is .*expected"):
+        Recipe.from_dict({key: value})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("bits", 5),
+        ("group_size", 0),
+        ("zero_point", "integral"),
+        ("scale_type", "float8"),
+        ("embedding_bits", 2),
+        ("num_windows", 0),
+        ("window", -1),
+        ("dtype", "float64"),
+    ],
+)
+def test_a_value_out_of_range_is_an_error_that_names_its_key(key, value) -> None:
+    with pytest.raises(BadRecipe, match=f"^{key} is "):
+        Recipe(**{key: value})
+
+
+def test_changes_go_over_the_file_and_unset_ones_do_not(tmp_path) -> None:
+    file = tmp_path / "recipe.toml"
+    file.write_text('bits = 3\nmethod = "rtn"\n')
+    assert Recipe.from_toml(file, bits=2, method=None) == Recipe(bits=2, method="rtn")
+
+
+@pytest.mark.parametrize("content", [b"bits = ", b"bits = 4\nbits = 3\n", b"\xff\xfe"])
+def test_a_file_that_is_no_toml_is_an_error_that_names_the_file(tmp_path, content) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_bytes(content)
+    with pytest.raises(BadRecipe, match=r"mine\.toml is no valid TOML"):
+        Recipe.from_toml(file)
+
+
+def test_a_missing_file_is_an_error_that_names_the_file(tmp_path) -> None:
+    with pytest.raises(BadRecipe, match=r"none\.toml: the recipe cannot be read"):
+        Recipe.from_toml(tmp_path / "none.toml")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "path", "holds"),
+    [
+        (Q, Q, True),
+        ("model.layers.0", Q, False),
+        ("self_attn.q_proj", Q, False),
+        ("model.layers.0.self_attn.q_proj.", Q, False),
+        # Not a regular expression: its dots match dots alone.
+        ("model.layers.0.self_attn.q_proj", "model.layers.0.self_attn-q_proj", False),
+        ("re:model.layers.0", Q, True),
+        ("re:self_attn", Q, False),
+        (r"re:.*\.q_proj", Q, True),
+        (r"re:.*\.q_proj$", Q + ".lora", False),
+        ("re:", Q, True),
+    ],
+)
+def test_patterns_are_exact_paths_or_expressions_matched_from_the_start(pattern, path, holds) -> None:
+    assert matches(pattern, path) is holds
+
+
+def test_the_first_override_that_matches_holds() -> None:
+    down, layer = {"bits": 8}, {"group_size": 32}
+    first = Recipe(bits=3, overrides={DOWN: down, r"re:model\.layers\.11\.": layer})
+    second = Recipe(bits=3, overrides={r"re:model\.layers\.11\.": layer, DOWN: down})
+    assert first.scheme_of(DOWN) == Scheme(8, 128)
+    assert second.scheme_of(DOWN) == Scheme(3, 32)
+    assert first.scheme_of(Q) == second.scheme_of(Q) == Scheme(3, 128)
+
+
+def test_an_override_keeps_what_it_does_not_set() -> None:
+    recipe = Recipe(bits=3, group_size=64, zero_point="real", scale_type="bfloat16", overrides={Q: {"bits": 4}, DOWN: {}})
+    assert recipe.scheme_of(Q) == Scheme(4, 64, "real", "bfloat16")
+    assert recipe.scheme_of(DOWN) == recipe.scheme
+
+
+def test_a_skipped_linear_has_no_scheme() -> None:
+    recipe = Recipe(overrides={Q: {"skip": True}, DOWN: {"skip": False, "bits": 2}})
+    assert recipe.scheme_of(Q) is None
+    assert recipe.scheme_of(DOWN) == Scheme(2)
+
+
+def test_a_pattern_that_matches_no_linear_is_an_error_that_names_it() -> None:
+    Recipe(overrides={Q: {}, r"re:.*down_proj": {}}).check_overrides([Q, DOWN])
+    with pytest.raises(BadRecipe, match="override 're:lm_head' matches no linear; they have names like model"):
+        Recipe(overrides={Q: {}, "re:lm_head": {"bits": 8}}).check_overrides([Q, DOWN])
+
+
+@pytest.mark.parametrize(
+    ("pattern", "values", "message"),
+    [
+        ("re:(", {"bits": 4}, "is no regular expression"),
+        ("re:(", {"skip": True}, "is no regular expression"),
+        ("re:a{99999999999999999999}", {"bits": 4}, "is no regular expression"),
+        (Q, {"bit": 4}, "unknown key 'bit'"),
+        (Q, {"zero_point": "none"}, "unknown key 'zero_point'"),
+        (Q, 4, "give a table"),
+        (Q, {"skip": 1}, "skip is 1"),
+        (Q, {"skip": "yes"}, "skip is 'yes'"),
+        (Q, {"bits": 5}, "bits is 5"),
+        (Q, {"bits": True}, "bits is True"),
+        (Q, {"bits": 4.0}, "bits is 4.0"),
+        (Q, {"bits": "4"}, "bits is '4'"),
+        (Q, {"group_size": 0}, "group_size is 0"),
+        (Q, {"group_size": 64.0}, "group_size is 64.0"),
+        (Q, {"skip": True, "bits": 5}, "bits is 5"),
+    ],
+)
+def test_an_invalid_override_is_an_error_when_the_recipe_is_built(pattern, values, message) -> None:
+    with pytest.raises(BadRecipe, match=message):
+        Recipe(overrides={pattern: values})
+
+
+def test_the_toml_is_what_a_person_would_write() -> None:
+    recipe = Recipe(bits=3, calibration="c4", options={"damping": 0.01}, overrides={r"re:.*\.v_proj": {"bits": 4}})
+    written = tomllib.loads(recipe.to_toml())
+    assert written["bits"] == 3
+    assert written["calibration"] == "c4"
+    assert written["options"] == {"damping": 0.01}
+    assert written["overrides"] == {r"re:.*\.v_proj": {"bits": 4}}
