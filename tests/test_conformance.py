@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CONFIGS
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import subnibble
+from conftest import CONFIGS
 from subnibble import Recipe
 from subnibble.checkpoint.packed import packed_config_of
 from subnibble.checkpoint.safetensors_source import SafetensorsSource
@@ -67,7 +67,7 @@ def check_method(method: str, source: Path, tokens: Path, out: Path, settings: d
         write_shard(self, tensors)
 
     def check_codes(part: CodedMatrix, scheme: subnibble.scheme.Scheme) -> PackedRange:
-        assert 0 <= int(part.codes.min())
+        assert int(part.codes.min()) >= 0
         assert int(part.codes.max()) < scheme.levels
         coded.append(part.codes.shape)
         return pack(part, scheme)

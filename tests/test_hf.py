@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_conformance import dense_twin
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import subnibble
 from subnibble import Recipe
 from subnibble.errors import CheckpointError
 from subnibble.hf import load_model, memory_bytes, packed_modules
+from test_conformance import dense_twin
 
 
 @pytest.fixture(scope="module")

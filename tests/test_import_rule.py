@@ -36,7 +36,9 @@ def violations(files: dict[str, set[str]]) -> list[str]:
     wrong = []
     for name, imports in files.items():
         for other in imports:
-            if RANK[other] > RANK[name] or (name == "runtime" and other not in {"errors", "scheme", "tensor", "runtime"}):
+            if RANK[other] > RANK[name] or (
+                name == "runtime" and other not in {"errors", "scheme", "tensor", "runtime"}
+            ):
                 wrong.append(f"{name} imports {other}")
     return wrong
 

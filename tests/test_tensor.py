@@ -25,7 +25,7 @@ from subnibble.tensor import (
 )
 
 ROWS = 5
-# (columns, group size): whole groups, a ragged last group, one short group, the whole row, groups of one column.
+# (columns, group size): whole groups, ragged last groups, one short group, the whole row, groups of one.
 SHAPES = [(256, 128), (576, 128), (5, 3), (5, 64), (7, -1), (9, 1), (37, 8), (1, 1)]
 
 # Worked out by hand: code j fills bits j*bits.. of the row, the least significant bit of byte 0 first.
@@ -56,19 +56,20 @@ def bit_stream(codes: list[int], bits: int) -> list[int]:
 
 
 def coded_matrix(rows: int, columns: int, scheme: Scheme, seed: int = 0) -> CodedMatrix:
-    """Codes over the whole range, signed values of very different size, an all-zero group and a constant row."""
+    """Signed values of very different size; row 0 has one code, the last row an all-zero first group."""
     generator = torch.Generator().manual_seed(seed)
     groups = scheme.groups(columns)
     codes = torch.randint(0, scheme.levels, (rows, columns), generator=generator, dtype=torch.uint8)
     codes[0] = codes[0, 0]
-    scales = torch.exp2(torch.rand(rows, groups, generator=generator) * 12 - 10).to(scale_dtype(scheme)).float()
+    stored = scale_dtype(scheme)
+    scales = torch.exp2(torch.rand(rows, groups, generator=generator) * 12 - 10).to(stored).float()
     if scheme.zero_point == "none":
         codes[-1, : scheme.group_bounds(columns)[0][1]] = scheme.levels // 2
         return CodedMatrix(codes, scales, None)
     if scheme.zero_point == "integer":
         zeros = torch.randint(0, scheme.levels, (rows, groups), generator=generator).float()
     else:
-        zeros = (torch.randn(rows, groups, generator=generator) * scheme.levels).to(scale_dtype(scheme)).float()
+        zeros = (torch.randn(rows, groups, generator=generator) * scheme.levels).to(stored).float()
     zeros[-1, 0] = 1.0
     codes[-1, : scheme.group_bounds(columns)[0][1]] = 1
     return CodedMatrix(codes, scales, zeros)
@@ -88,8 +89,9 @@ def dense_by_loop(coded: CodedMatrix, scheme: Scheme) -> np.ndarray:
 
 
 def is_exactly(dense: Tensor, oracle: np.ndarray) -> bool:
-    """Equal bit for bit, except that -0 equals 0."""
-    return dense.dtype == torch.float32 and torch.equal(dense, torch.from_numpy(oracle))
+    """Equal bit for bit."""
+    bits = torch.from_numpy(oracle.view(np.int32))
+    return dense.dtype == torch.float32 and torch.equal(dense.view(torch.int32), bits)
 
 
 def packed_tensor(rows: int, layout: list[tuple[int, Scheme]]) -> tuple[PackedTensor, list[CodedMatrix]]:
@@ -98,7 +100,11 @@ def packed_tensor(rows: int, layout: list[tuple[int, Scheme]]) -> tuple[PackedTe
     return PackedTensor(ranges), coded
 
 
-MIXED = [(130, Scheme(3, 64, "integer")), (9, Scheme(8, -1, "none", "float32")), (12, Scheme(2, 5, "real", "bfloat16"))]
+MIXED = [
+    (130, Scheme(3, 64, "integer")),
+    (9, Scheme(8, -1, "none", "float32")),
+    (12, Scheme(2, 5, "real", "bfloat16")),
+]
 ALL_SCHEMES = [Scheme(b, 8, zero, kind) for b in BITS for zero in ZERO_POINTS for kind in SCALE_TYPES]
 
 
@@ -221,8 +227,9 @@ def one_zero_point_off_by_one(part: PackedRange) -> PackedRange:
     zeros = part.unpack().zeros
     assert zeros is not None
     zeros[1, -1] += 1 if zeros[1, -1] < part.scheme.levels - 1 else -1
-    integer = part.scheme.zero_point == "integer"
-    return replace(part, zeros=pack_codes(zeros, part.scheme.bits) if integer else zeros.to(part.scales.dtype))
+    if part.scheme.zero_point == "integer":
+        return replace(part, zeros=pack_codes(zeros, part.scheme.bits))
+    return replace(part, zeros=zeros.to(part.scales.dtype))
 
 
 def group_boundary_off_by_one(part: PackedRange) -> PackedRange:
@@ -247,17 +254,16 @@ FAULTS: list[Callable[[PackedRange], PackedRange]] = [
     rows_reversed,
     codes_high_bits_first,
 ]
+FAULTY = [("none", fault) for fault in FAULTS]
 ZERO_FAULTS = [zero_points_dropped, one_zero_point_off_by_one]
+FAULTY += [(zero_point, fault) for zero_point in ("integer", "real") for fault in FAULTS + ZERO_FAULTS]
 
 
-@pytest.mark.parametrize("fault", [*FAULTS, *ZERO_FAULTS], ids=lambda fault: fault.__name__)
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("zero_point", ZERO_POINTS)
+@pytest.mark.parametrize(("zero_point", "fault"), FAULTY)
 def test_the_dequantize_oracle_rejects_a_planted_fault(zero_point, bits, fault) -> None:
     # 580 = 4 groups of 128 and a ragged one of 68; one more column a group still makes five groups.
     scheme = Scheme(bits, 128, zero_point)
-    if zero_point == "none" and fault in ZERO_FAULTS:
-        return
     coded = coded_matrix(ROWS, 580, scheme)
     oracle = dense_by_loop(coded, scheme)
     part = PackedRange.pack(coded, scheme)

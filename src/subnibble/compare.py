@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from subnibble.calibrate.windows import evaluation_windows
 from subnibble.checkpoint.size import measure
-from subnibble.checkpoint.source import open_source
+from subnibble.checkpoint.source import Source, open_source
 from subnibble.evaluate.perplexity import Scores, bos_token, score
 from subnibble.hf import load_model, memory_bytes
 from subnibble.pipeline import quantize
@@ -56,7 +56,7 @@ class Evaluation:
 
 
 def compare(
-    model: str | Path,
+    model: str | Path | Source,
     recipes: Sequence[Recipe],
     evaluation: Evaluation,
     out: Path | None = None,
@@ -73,11 +73,11 @@ def compare(
     windows = evaluation_windows(evaluation.text, tokenizer, evaluation.window, evaluation.max_windows)
     with _folder(out) as folder:
         seconds: dict[str, float | None] = {ORIGINAL: None}
-        paths: dict[str, Path | str] = {ORIGINAL: model}
+        paths: dict[str, Path | Source] = {ORIGINAL: source}
         for recipe in recipes:
             name = recipe_name(recipe)
             paths[name] = folder / name
-            report = quantize(model, folder / name, recipe, overwrite=overwrite, progress=_titled(progress, name))
+            report = quantize(source, folder / name, recipe, overwrite=overwrite, progress=_titled(progress, name))
             seconds[name] = report.seconds["total"]
         models = {name: load_model(path) for name, path in paths.items()}
         told = _titled(progress, "evaluate")

@@ -23,7 +23,7 @@ from subnibble.checkpoint.packed import (
     PackedLinearEntry,
     TiedHeadEntry,
 )
-from subnibble.checkpoint.source import open_source
+from subnibble.checkpoint.source import Source, open_source
 from subnibble.errors import BadRecipe, CheckpointError
 from subnibble.methods.method import resolve_device
 from subnibble.model.skeleton import Skeleton
@@ -108,7 +108,7 @@ def register() -> None:
         register_quantizer(QUANT_METHOD)(SubnibbleQuantizer)
 
 
-def load_model(model: str | Path, dtype: str = "auto", device: str = "auto") -> Any:
+def load_model(model: str | Path | Source, dtype: str = "auto", device: str = "auto") -> Any:
     """A transformers model, ready to run: packed or plain folder, hub id or .gguf file.
 
     dtype: "auto" is the checkpoint's own, but float32 for float16 checkpoints on a CPU, where float16 is slow.

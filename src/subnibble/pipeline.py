@@ -67,7 +67,7 @@ class Progress(Protocol):
 
 
 def quantize(
-    model: str | Path,
+    model: str | Path | Source,
     out: str | Path,
     recipe: Recipe,
     *,

@@ -18,12 +18,13 @@ from subnibble.tensor import CodedMatrix
 
 WHERE = "model.layers.3.mlp.down_proj"
 MINMAX, MSE = grid.Clip("minmax"), grid.Clip("mse")
+every_clip = pytest.mark.parametrize("clip", [MINMAX, MSE], ids=lambda clip: clip.name)
 every_order = pytest.mark.parametrize("order", ORDERS)
 SCHEMES = [
     Scheme(2, 16, "integer"),
     Scheme(3, 7, "real"),
     Scheme(4, -1, "none", "bfloat16"),
-    Scheme(3, 1, "integer", "float32"),
+    Scheme(3, 5, "integer", "float32"),
     Scheme(4, 30, "real", "float32"),
 ]
 every_scheme = pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.name)
@@ -72,7 +73,9 @@ def same(a: CodedMatrix, b: CodedMatrix) -> bool:
     return torch.equal(a.codes, b.codes) and torch.equal(a.scales, b.scales) and zeros
 
 
-def obq(weight: Tensor, gram: Tensor, plan: ColumnPlan, scheme: Scheme, clip: grid.Clip, damping: float) -> Tensor:
+def obq(
+    weight: Tensor, gram: Tensor, plan: ColumnPlan, scheme: Scheme, clip: grid.Clip, damping: float = 0.01
+) -> Tensor:
     """Codes (m, k) by an explicit inverse from which each column is eliminated once it is rounded."""
     w, h = weight.double().clone(), gram.double().clone()
     h += damping * h.diagonal().mean() * torch.eye(h.shape[0], dtype=h.dtype)
@@ -138,25 +141,26 @@ def columnwise(
 def test_gptq_equals_rtn_on_diagonal_gram(order: str, bits: int, zero_point: str) -> None:
     w = weights()
     gram = torch.diag(torch.rand(53, generator=torch.Generator().manual_seed(2)) * 90 + 0.01)
-    for group_size, clip in itertools.product((16, 5, -1), (MINMAX, MSE)):
+    for group_size, clip, block in ((16, MINMAX, 1), (5, MINMAX, 128), (-1, MINMAX, 8), (16, MSE, 128)):
         scheme = Scheme(bits, group_size, zero_point)
-        for block in (1, 8, 128):
-            found = GPTQ(clip, order=order, block=block)(w, gram, scheme, WHERE).coded
-            rtn = grid.coded(w, scheme, clip)
-            assert torch.equal(found.codes, rtn.codes)
-            # Sums over a group in another order may pick another of two equally good mse ranges: codes only there.
-            assert clip is MSE or same(found, rtn)
+        found = GPTQ(clip, order=order, block=block)(w, gram, scheme, WHERE).coded
+        rtn = grid.coded(w, scheme, clip)
+        assert torch.equal(found.codes, rtn.codes)
+        # The sums of mse's errors depend on the order within a group, so that ranges that tie may differ.
+        assert clip is MSE or same(found, rtn)
 
 
 @every_order
 @every_scheme
-@pytest.mark.parametrize("clip", [MINMAX, MSE], ids=lambda clip: clip.name)
-def test_cholesky_gptq_equals_obq_with_an_explicit_inverse(order: str, scheme: Scheme, clip: grid.Clip) -> None:
-    for seed in range(3):
+@every_clip
+def test_cholesky_gptq_equals_obq_with_an_explicit_inverse(
+    order: str, scheme: Scheme, clip: grid.Clip
+) -> None:
+    for seed in range(2):
         w, gram = weights(seed=seed).double(), gram_of(inputs(seed=seed + 10))
         plan = plan_columns(order, gram.diagonal(), scheme)
         found = GPTQ(clip, damping=0.01, order=order, block=16)(w, gram, scheme, WHERE).coded
-        assert torch.equal(found.codes.long(), obq(w, gram, plan, scheme, clip, 0.01))
+        assert torch.equal(found.codes.long(), obq(w, gram, plan, scheme, clip))
 
 
 @pytest.mark.parametrize(
@@ -177,7 +181,7 @@ def test_obq_oracle_rejects_planted_fault(fault: str) -> None:
     scheme = Scheme(3, 16)
     w, gram = weights().double(), gram_of(inputs())
     plan = plan_columns("gar", gram.diagonal(), scheme)
-    expected = obq(w, gram, plan, scheme, MINMAX, 0.01)
+    expected = obq(w, gram, plan, scheme, MINMAX)
     assert torch.equal(columnwise(w, gram, plan, scheme, 0.01, "none"), expected)
     assert not torch.equal(columnwise(w, gram, plan, scheme, 0.01, fault), expected)
 
@@ -186,9 +190,10 @@ def test_obq_oracle_rejects_planted_fault(fault: str) -> None:
 @every_scheme
 def test_blocked_gptq_equals_one_column_at_a_time(order: str, scheme: Scheme) -> None:
     w, gram = weights(seed=5).double(), gram_of(inputs(seed=6))
-    single = GPTQ(MSE, order=order, block=1)(w, gram, scheme, WHERE).coded
-    for block in (2, 3, 7, 16, 20, 52, 53, 54, 1000):
-        assert same(GPTQ(MSE, order=order, block=block)(w, gram, scheme, WHERE).coded, single)
+    for clip, blocks in ((MINMAX, (2, 3, 7, 16, 20, 52, 53, 54)), (MSE, (5, 1000))):
+        single = GPTQ(clip, order=order, block=1)(w, gram, scheme, WHERE).coded
+        for block in blocks:
+            assert same(GPTQ(clip, order=order, block=block)(w, gram, scheme, WHERE).coded, single)
 
 
 @settings(deadline=None, max_examples=150)
@@ -225,8 +230,10 @@ def test_factor_is_upper_and_squares_to_the_inverse_of_the_damped_gram(order: st
 
 @every_order
 @pytest.mark.parametrize("zero_point", ["none", "integer"])
-@pytest.mark.parametrize("clip", [MINMAX, MSE], ids=lambda clip: clip.name)
-def test_dead_columns_get_zero_and_leave_the_live_ones_alone(order: str, zero_point: str, clip: grid.Clip) -> None:
+@every_clip
+def test_dead_columns_get_zero_and_leave_the_live_ones_alone(
+    order: str, zero_point: str, clip: grid.Clip
+) -> None:
     scheme = Scheme(3, -1, zero_point)
     x = inputs()
     dead = torch.zeros(53, dtype=torch.bool)
@@ -266,7 +273,8 @@ def test_rank_deficient_gram_needs_no_more_than_its_damping(order: str) -> None:
     rounding = GPTQ(MSE, order=order)(w, gram, scheme, WHERE)
     assert rounding.notes == {"damping": 0.01, "damping_retries": 0}
     assert int(rounding.coded.codes.max()) <= 7
-    assert output_error(w, rounding.coded, scheme, gram) < output_error(w, grid.coded(w, scheme, MSE), scheme, gram)
+    nearest = output_error(w, grid.coded(w, scheme, MSE), scheme, gram)
+    assert output_error(w, rounding.coded, scheme, gram) < nearest
 
 
 def indefinite(smallest: float) -> Tensor:
@@ -282,8 +290,12 @@ def indefinite(smallest: float) -> Tensor:
     return gram
 
 
-@pytest.mark.parametrize(("smallest", "damping", "retries"), [(-0.005, 0.01, 0), (-0.05, 0.1, 1), (-0.5, 1.0, 2)])
-def test_indefinite_gram_raises_the_damping_tenfold_and_counts(smallest: float, damping: float, retries: int) -> None:
+@pytest.mark.parametrize(
+    ("smallest", "damping", "retries"), [(-0.005, 0.01, 0), (-0.05, 0.1, 1), (-0.5, 1.0, 2)]
+)
+def test_indefinite_gram_raises_the_damping_tenfold_and_counts(
+    smallest: float, damping: float, retries: int
+) -> None:
     gram, scheme = indefinite(smallest), Scheme(4, 16)
     rounding = GPTQ(damping=0.01)(weights(), gram, scheme, WHERE)
     assert rounding.notes["damping_retries"] == retries
@@ -312,7 +324,7 @@ def test_hopeless_gram_is_a_numerical_failure_that_names_the_linear(order: str, 
 
 @every_order
 @pytest.mark.parametrize("scheme", SCHEMES[:3], ids=lambda scheme: scheme.name)
-@pytest.mark.parametrize("clip", [MINMAX, MSE], ids=lambda clip: clip.name)
+@every_clip
 def test_gptq_leaves_less_output_error_than_rtn_on_correlated_inputs(
     order: str, scheme: Scheme, clip: grid.Clip
 ) -> None:
@@ -346,7 +358,7 @@ def test_a_single_column_and_a_single_row_are_rounded_to_nearest() -> None:
     row, gram = weights()[:1].double(), gram_of(inputs())
     plan = plan_columns("gar", gram.diagonal(), scheme)
     found = GPTQ()(row, gram, scheme, WHERE).coded.codes
-    assert torch.equal(found.long(), obq(row, gram, plan, scheme, MSE, 0.01))
+    assert torch.equal(found.long(), obq(row, gram, plan, scheme, MSE))
 
 
 def test_stacked_rows_are_rounded_as_alone() -> None:

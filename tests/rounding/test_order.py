@@ -45,7 +45,7 @@ def test_every_group_is_whole_and_visited_once(order: str, size: tuple[int, int,
 
 @settings(deadline=None, max_examples=60)
 @given(sizes)
-def test_gar_visits_falling_diagonals_inside_groups_and_groups_by_falling_peak(size: tuple[int, int, int]) -> None:
+def test_gar_sorts_inside_groups_and_groups_by_peak(size: tuple[int, int, int]) -> None:
     columns, group_size, seed = size
     d = diagonal(columns, seed)
     plan = plan_columns("gar", d, Scheme(4, group_size))

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CONFIGS
 from torch import Tensor, nn
 from transformers import Gemma2Config
 from transformers.models.gemma2.modeling_gemma2 import Gemma2DecoderLayer
 
+from conftest import CONFIGS
 from subnibble.checkpoint.safetensors_source import SafetensorsSource
 from subnibble.errors import BadRecipe, UnsupportedModel
 from subnibble.model.arch.llama import LLAMA

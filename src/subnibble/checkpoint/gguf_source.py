@@ -26,6 +26,7 @@ class GgufSource:
     def __init__(self, path: Path) -> None:
         gguf = _gguf()
         self.path = path
+        self._tokenizer: Any = None
         try:
             self._reader = gguf.GGUFReader(path)
         except (ValueError, OSError, IndexError, KeyError) as error:
@@ -72,7 +73,10 @@ class GgufSource:
         """See `Source`."""
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name)
+        # Its vocabulary is parsed from the file's metadata, which takes seconds.
+        if self._tokenizer is None:
+            self._tokenizer = AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name)
+        return self._tokenizer
 
     def copy_side_files(self, folder: Path) -> None:
         """See `Source`."""

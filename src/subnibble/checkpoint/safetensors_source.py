@@ -30,12 +30,12 @@ class SafetensorsSource:
         self.path = path
         self.config = _read_config(path)
         self._files = _locate(path)
+        headers = {file: _read_header(path / file) for file in sorted(set(self._files.values()))}
         self._headers: dict[str, tuple[tuple[int, ...], str]] = {}
-        for file in sorted(set(self._files.values())):
-            self._headers.update(_read_header(path / file))
         for name, file in self._files.items():
-            if name not in self._headers:
-                raise CheckpointError(f"{path / INDEX} places {name} in {file}, which does not hold it")
+            if name not in headers[file]:
+                raise CheckpointError(f"{path / INDEX} places {name} in {file}, which does not hold it; fetch it again")
+            self._headers[name] = headers[file][name]
 
     def names(self) -> list[str]:
         """See `Source`."""

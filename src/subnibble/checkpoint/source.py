@@ -43,8 +43,10 @@ class Source(Protocol):
         """Put tokenizer and generation config into `folder`, as far as the source has them."""
 
 
-def open_source(model: str | Path) -> Source:
-    """Open a folder, a `.gguf` file or a hub id (downloaded when online)."""
+def open_source(model: str | Path | Source) -> Source:
+    """Open a folder, a `.gguf` file or a hub id (downloaded when online); what is open already is given back."""
+    if not isinstance(model, str | Path):
+        return model
     from subnibble.checkpoint.gguf_source import GgufSource
     from subnibble.checkpoint.safetensors_source import SafetensorsSource
 

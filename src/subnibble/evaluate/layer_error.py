@@ -30,7 +30,7 @@ def layer_errors(model: Any, reference: Any, windows: Tensor) -> dict[str, float
     grams = _input_grams(reference, {readers[path] for path in packed}, windows)
     errors = {}
     for path, module in packed.items():
-        weight = reference.get_submodule(path).weight.float()
+        weight = reference.get_submodule(path).weight.detach().float()
         delta = weight - module.packed.dequantize().to(weight.device)
         gram = grams[readers[path]].value
         errors[path] = float(_energy(delta, gram) / _energy(weight, gram).clamp(min=1e-30))

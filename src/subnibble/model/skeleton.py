@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,7 +46,7 @@ class Skeleton:
 
     def __init__(self, source: Source, dtype: torch.dtype, device: torch.device) -> None:
         self.source, self.dtype, self.device = source, dtype, device
-        self.config = source.config
+        self.config = copy.deepcopy(source.config)
         self.arch = find_arch(self.config.model_type)
         self.model = _empty_model(self.config, dtype)
         for module in self.model.modules():

@@ -1,0 +1,170 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from subnibble.calibrate.stats import AbsMax, Gram, Mean
+
+CHANNELS = 37
+SPLITS = ((0, 1), (1, 64), (64, 64), (64, 203), (203, 260))
+Make = Callable[[], Gram | AbsMax | Mean]
+KINDS: dict[str, Make] = {
+    "gram": lambda: Gram(CHANNELS),
+    "gram64": lambda: Gram(CHANNELS, dtype=torch.float64),
+    "absmax": lambda: AbsMax(CHANNELS),
+    "mean": lambda: Mean(CHANNELS),
+}
+every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+def tokens(count: int = 260, seed: int = 0) -> Tensor:
+    """Signed, with an outlier channel, an outlier token, a channel of zeros and one that is constant."""
+    x = torch.randn(count, CHANNELS, generator=torch.Generator().manual_seed(seed))
+    x[:, 4] *= -300
+    x[1] *= 50
+    x[:, 9] = 0
+    x[:, 11] = -0.75
+    return x
+
+
+def whole_numbers(count: int = 260) -> Tensor:
+    """Small whole numbers: every sum of their products is exact in float32."""
+    return torch.randint(-15, 16, (count, CHANNELS), generator=torch.Generator().manual_seed(1)).float()
+
+
+def gathered(kind: str, *parts: Tensor) -> Gram | AbsMax | Mean:
+    statistic = KINDS[kind]()
+    for part in parts:
+        statistic.update(part)
+    return statistic
+
+
+def gram_bound(x: Tensor, eps: float) -> Tensor:
+    """Per element: each of the n sums and products may be off by eps of the magnitudes summed."""
+    wide = x.double().abs()
+    return 2 * x.shape[0] ** 0.5 * eps * (wide.T @ wide)
+
+
+def oracle(kind: str, x: Tensor) -> Tensor:
+    wide = x.double()
+    if kind.startswith("gram"):
+        return torch.einsum("ti,tj->ij", wide, wide)
+    return wide.abs().max(0).values if kind == "absmax" else wide.sum(0) / x.shape[0]
+
+
+def faulty(kind: str, x: Tensor) -> dict[str, Tensor]:
+    """Wrong statistics that the comparison with the oracle must tell from right ones."""
+    good = oracle(kind, x)
+    one_less = oracle(kind, x[:-1])
+    largest_signed = x.double().max(0).values
+    off = good.clone()
+    off.view(-1)[5] *= 1.0001
+    return {
+        "last token lost": one_less,
+        "one element 0.01 % off": off,
+        "centred": torch.einsum("ti,tj->ij", x.double() - x.double().mean(0), x.double())
+        if kind.startswith("gram")
+        else largest_signed,
+        "per token": good / x.shape[0],
+    }
+
+
+def agrees(kind: str, found: Tensor, x: Tensor) -> bool:
+    expected = oracle(kind, x)
+    if kind == "absmax":
+        return torch.equal(found.double(), expected)
+    if kind == "mean":
+        mass = x.double().abs().sum(0) / x.shape[0]
+        bound = torch.finfo(torch.float32).eps * expected.abs() + 1e-13 * mass
+    else:
+        bound = gram_bound(x, torch.finfo(torch.float64 if kind == "gram64" else torch.float32).eps)
+    return bool(((found.double() - expected).abs() <= bound).all())
+
+
+@every_kind
+def test_statistic_agrees_with_its_definition_in_float64(kind: str) -> None:
+    x = tokens()
+    assert agrees(kind, gathered(kind, x).value, x)
+    assert agrees(kind, gathered(kind, *(x[a:b] for a, b in SPLITS)).value, x)
+    assert agrees(kind, gathered(kind, x.bfloat16()).value, x.bfloat16())
+
+
+@every_kind
+def test_oracle_rejects_planted_faults(kind: str) -> None:
+    x = tokens()
+    assert agrees(kind, oracle(kind, x), x)
+    x[-1] = 1000 * x[-1].abs() + 1
+    for fault, value in faulty(kind, x).items():
+        assert not agrees(kind, value, x), fault
+
+
+@every_kind
+def test_merge_of_parts_equals_update_with_all(kind: str) -> None:
+    x = whole_numbers()
+    merged = KINDS[kind]()
+    for a, b in SPLITS:
+        merged.merge(gathered(kind, x[a:b]))
+    assert torch.equal(merged.value, gathered(kind, x).value)
+    assert getattr(merged, "tokens", 260) == 260
+
+
+@every_kind
+def test_merge_of_parts_stays_within_rounding_on_any_input(kind: str) -> None:
+    x = tokens()
+    merged = gathered(kind, x[:101])
+    merged.merge(gathered(kind, x[101:]))
+    assert agrees(kind, merged.value, x)
+
+
+@every_kind
+def test_merge_is_symmetric_and_leaves_the_other_alone(kind: str) -> None:
+    x = tokens()
+    a, b = gathered(kind, x[:101]), gathered(kind, x[101:])
+    before = b.value.clone()
+    a.merge(b)  # type: ignore[arg-type]
+    assert torch.equal(b.value, before)
+    c = gathered(kind, x[:101])
+    b.merge(c)  # type: ignore[arg-type]
+    assert torch.equal(a.value, b.value)
+
+
+@every_kind
+def test_updates_and_merges_without_tokens_change_nothing(kind: str) -> None:
+    nothing = torch.empty(0, CHANNELS)
+    fresh = gathered(kind, nothing)
+    assert torch.equal(fresh.value, torch.zeros_like(KINDS[kind]().value))
+    full = gathered(kind, tokens())
+    before = full.value.clone()
+    full.update(nothing)
+    full.merge(fresh)  # type: ignore[arg-type]
+    assert torch.equal(full.value, before)
+    fresh.merge(full)  # type: ignore[arg-type]
+    assert torch.equal(fresh.value, before)
+
+
+@every_kind
+def test_update_leaves_the_tokens_alone_and_keeps_no_view_of_them(kind: str) -> None:
+    x = tokens()
+    kept = x.clone()
+    statistic = gathered(kind, x)
+    assert torch.equal(x, kept)
+    before = statistic.value.clone()
+    x.zero_()
+    assert torch.equal(statistic.value, before)
+
+
+def test_gram_is_symmetric_and_has_exact_zeros_for_a_silent_channel() -> None:
+    x = whole_numbers()
+    x[:, 9] = 0
+    value = gathered("gram", x).value
+    assert torch.equal(value, value.T)
+    assert torch.equal(value[9], torch.zeros(CHANNELS))
+
+
+def test_gram_of_half_precision_tokens_is_accumulated_wide() -> None:
+    x = torch.full((4096, CHANNELS), 3.0, dtype=torch.float16)
+    assert torch.equal(gathered("gram", x).value, torch.full((CHANNELS, CHANNELS), 9.0 * 4096))
+    assert torch.equal(gathered("mean", x * 1000).value, torch.full((CHANNELS,), 3000.0))

