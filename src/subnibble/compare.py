@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from subnibble.calibrate.windows import evaluation_windows
 from subnibble.checkpoint.size import measure
@@ -15,16 +15,10 @@ from subnibble.checkpoint.source import Source, open_source
 from subnibble.evaluate.perplexity import Scores, bos_token, score
 from subnibble.hf import load_model, memory_bytes
 from subnibble.pipeline import quantize
+from subnibble.progress import Progress, silent, titled
 from subnibble.recipe import Recipe
 
 ORIGINAL = "original"
-
-
-class Progress(Protocol):
-    """Told after each step of a stage."""
-
-    def __call__(self, done: int, total: int, doing: str) -> None:
-        """done, total: steps of the stage. doing: for people."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +56,7 @@ def compare(
     out: Path | None = None,
     *,
     overwrite: bool = False,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> list[Row]:
     """Quantize `model` by each recipe and score all of them and the original on the same windows.
 
@@ -77,10 +71,10 @@ def compare(
         for recipe in recipes:
             name = recipe_name(recipe)
             paths[name] = folder / name
-            report = quantize(source, folder / name, recipe, overwrite=overwrite, progress=_titled(progress, name))
+            report = quantize(source, folder / name, recipe, overwrite=overwrite, progress=titled(progress, name))
             seconds[name] = report.seconds["total"]
         models = {name: load_model(path) for name, path in paths.items()}
-        told = _titled(progress, "evaluate")
+        told = titled(progress, "evaluate")
         scores = score(models, windows, bos_token(tokenizer), models[ORIGINAL], told)
         rows = []
         for name, path in paths.items():
@@ -105,9 +99,3 @@ def _folder(out: Path | None) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="subnibble-compare-") as temporary:
         yield Path(temporary)
-
-
-def _titled(progress: Progress | None, title: str) -> Progress | None:
-    if progress is None:
-        return None
-    return lambda done, total, doing: progress(done, total, f"{title}: {doing}")

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 
 from subnibble.checkpoint.source import numel, open_source
+from subnibble.device import resolve_device, resolve_dtype
 from subnibble.methods import find_method
-from subnibble.methods.method import resolve_device
 from subnibble.model.skeleton import Skeleton
-from subnibble.pipeline import check_schemes, compute_dtype, packed_bytes
+from subnibble.pipeline import check_schemes, packed_bytes
 from subnibble.recipe import Recipe
 
 _FLOAT_BYTES = 4
@@ -45,7 +45,8 @@ def estimate(model: str | Path, recipe: Recipe) -> Estimate:
     method = find_method(recipe.method)
     steps = method.build(method.configure(recipe.options))
     source = open_source(model)
-    skeleton = Skeleton(source, compute_dtype(recipe.dtype, source.config.dtype), resolve_device(recipe.device))
+    device = resolve_device(recipe.device)
+    skeleton = Skeleton(source, resolve_dtype(recipe.dtype, source.config.dtype, device), device)
     check_schemes(recipe, skeleton)
     calibrated = steps.rounder.needs_gram or recipe.calibration is not None
     tokens = recipe.num_windows * recipe.window if calibrated else 0

@@ -24,8 +24,8 @@ from subnibble.checkpoint.packed import (
     TiedHeadEntry,
 )
 from subnibble.checkpoint.source import Source, open_source
-from subnibble.errors import BadRecipe, CheckpointError
-from subnibble.methods.method import resolve_device
+from subnibble.device import resolve_device, resolve_dtype
+from subnibble.errors import CheckpointError
 from subnibble.model.skeleton import Skeleton
 from subnibble.runtime.modules import PackedEmbedding, PackedLinear, PackedModule, TiedHead, add_output_bias_
 
@@ -111,18 +111,11 @@ def register() -> None:
 def load_model(model: str | Path | Source, dtype: str = "auto", device: str = "auto") -> Any:
     """A transformers model, ready to run: packed or plain folder, hub id or .gguf file.
 
-    dtype: "auto" is the checkpoint's own, but float32 for float16 checkpoints on a CPU, where float16 is slow.
+    dtype, device: see `device.py`.
     """
     source = open_source(model)
     place = resolve_device(device)
-    kind = source.config.dtype or torch.float32
-    if dtype != "auto":
-        known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-        if dtype not in known:
-            raise BadRecipe(f"dtype is {dtype!r}; choose one of auto, {', '.join(known)}")
-        kind = known[dtype]
-    elif place.type == "cpu" and kind == torch.float16:
-        kind = torch.float32
+    kind = resolve_dtype(dtype, source.config.dtype, place)
     if source.path.suffix == ".gguf":
         # transformers would keep a `gguf` quantization_config and parse the file's metadata twice more.
         return Skeleton(source, kind, place).load_all()

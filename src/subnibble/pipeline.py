@@ -16,7 +16,7 @@ import logging
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,11 +35,13 @@ from subnibble.checkpoint.packed import (
 from subnibble.checkpoint.size import measure, weights_hash
 from subnibble.checkpoint.source import Source, open_source
 from subnibble.checkpoint.writer import CheckpointWriter, check_output
+from subnibble.device import resolve_device, resolve_dtype
 from subnibble.errors import BadRecipe, CheckpointError, OutputError
 from subnibble.methods import find_method
-from subnibble.methods.method import Method, Steps, resolve_device
+from subnibble.methods.method import Method, Steps
 from subnibble.model.site import Site
 from subnibble.model.skeleton import Block, Skeleton
+from subnibble.progress import Progress, silent
 from subnibble.recipe import Recipe
 from subnibble.report import LinearReport, Report
 from subnibble.report.clock import Clock, peak_memory
@@ -59,20 +61,13 @@ _TOKENS_PER_BATCH = 4096
 _EMBEDDING_ROWS = 8192
 
 
-class Progress(Protocol):
-    """Told after each step how much is done."""
-
-    def __call__(self, done: int, total: int, doing: str) -> None:
-        """done, total: steps. doing: what was just done, for people."""
-
-
 def quantize(
     model: str | Path | Source,
     out: str | Path,
     recipe: Recipe,
     *,
     overwrite: bool = False,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> Report:
     """Quantize `model` (folder, hub id or .gguf file) into the folder `out` as `recipe` says.
 
@@ -92,7 +87,7 @@ def quantize(
     run = _Run.prepare(source, recipe, method, options, steps)
     with CheckpointWriter(final, run.skeleton.num_blocks + 1, overwrite) as writer:
         _check_disk(run, writer.folder)
-        report = run.execute(writer, progress or _no_progress)
+        report = run.execute(writer, progress)
         writer.commit()
     return report
 
@@ -116,7 +111,7 @@ class _Run:
         if packed_config_of(source.config) is not None or getattr(source.config, "quantization_config", None):
             raise CheckpointError(f"{source.path} is quantized already; give the original model")
         device = resolve_device(recipe.device)
-        dtype = compute_dtype(recipe.dtype, source.config.dtype)
+        dtype = resolve_dtype(recipe.dtype, source.config.dtype, device)
         skeleton = Skeleton(source, dtype, device)
         check_schemes(recipe, skeleton)
         resolved = recipe.resolved(
@@ -183,15 +178,12 @@ class _Run:
             if self.windows is None:
                 return [], tensors
             batches = self.windows.split(max(1, _TOKENS_PER_BATCH // self.recipe.window))
-            hidden = []
-            for batch in batches:
-                ids = batch.to(skeleton.device)
-                if packed is not None:
-                    hidden.append(ops.embedding(ids, packed, skeleton.dtype))
-                else:
-                    stored = tensors[f"{path}.weight"].to(skeleton.dtype)
-                    hidden.append(torch.nn.functional.embedding(ids, stored))
-        return hidden, tensors
+            if packed is not None:
+                hidden = [ops.embedding(batch.to(skeleton.device), packed, skeleton.dtype) for batch in batches]
+            else:
+                stored = tensors[f"{path}.weight"].to(skeleton.dtype)
+                hidden = [torch.nn.functional.embedding(batch.to(skeleton.device), stored) for batch in batches]
+        return [batch.cpu() for batch in hidden], tensors
 
     def _head(self) -> dict[str, Tensor]:
         """Read the final norm and, if it is not tied, read and pack the head; give the tensors to write."""
@@ -345,13 +337,6 @@ class _Run:
         return report
 
 
-def compute_dtype(name: str, stored: torch.dtype | None) -> torch.dtype:
-    """The type to compute in: by name, or by "auto" bfloat16 for bfloat16 checkpoints and float32 for all others."""
-    if name == "auto":
-        return torch.bfloat16 if stored == torch.bfloat16 else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
-
-
 def check_schemes(recipe: Recipe, skeleton: Skeleton) -> None:
     """Raise `BadRecipe` if a group does not fit a linear, an override matches none, or nothing would be quantized."""
     shapes = skeleton.linear_shapes()
@@ -428,7 +413,3 @@ def _check_disk(run: _Run, folder: Path) -> None:
             f"{folder.parent}: {free / 1e9:.2f} GB are free and about {needed / 1e9:.2f} GB are needed; "
             "free space or choose another disk"
         )
-
-
-def _no_progress(done: int, total: int, doing: str) -> None:
-    pass

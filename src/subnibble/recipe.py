@@ -11,11 +11,11 @@ from typing import Any, Self
 
 import tomli_w
 
+from subnibble.device import AUTO, DTYPES
 from subnibble.errors import BadRecipe
 from subnibble.scheme import Scheme
 
 EMBEDDING_BITS = (16, 8, 4)
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 _OVERRIDE_KEYS = ("bits", "group_size", "skip")
 
 
@@ -26,8 +26,8 @@ class Recipe:
     method: a name that `subnibble list` shows. bits, group_size, zero_point, scale_type: see `Scheme`.
     embedding_bits: 16, 8 or 4, for embedding and head. calibration: a file or a named set; None takes "c4" if the
     method needs data. num_windows, window: how many windows of how many tokens. seed: draws the windows.
-    device: where to compute, a torch device or "auto". dtype: of activations and weights while computing; "auto" is
-    bfloat16 for bfloat16 checkpoints, else float32. options: the method's own. overrides: patterns of linears
+    device: where to compute, a torch device or "auto". dtype: of activations and weights while computing, see
+    `device.py`. options: the method's own. overrides: patterns of linears
     ("re:..." a regular expression matched from the start, else an exact path) to bits, group_size or skip; the
     first that matches holds.
     """
@@ -56,8 +56,8 @@ class Recipe:
         for key in ("num_windows", "window"):
             if getattr(self, key) < 1:
                 raise BadRecipe(f"{key} is {getattr(self, key)}; give a positive number")
-        if self.dtype not in DTYPES:
-            raise BadRecipe(f"dtype is {self.dtype!r}; choose one of {', '.join(DTYPES)}")
+        if self.dtype not in (AUTO, *DTYPES):
+            raise BadRecipe(f"dtype is {self.dtype!r}; choose one of {AUTO}, {', '.join(DTYPES)}")
         _ = self.scheme
         for pattern, values in self.overrides.items():
             _check_override(self.scheme, pattern, values)

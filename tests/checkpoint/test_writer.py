@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -116,7 +117,7 @@ def test_an_empty_current_folder_is_taken_under_any_name(tmp_path, monkeypatch, 
 
 def test_what_a_killed_run_left_behind_is_in_nobodys_way(tmp_path) -> None:
     # In a container every run has the same process id.
-    left = CheckpointWriter(tmp_path / "out", 1, replace=False).folder
+    left = tmp_path / f".out.partial-{os.getpid()}"
     left.mkdir()
     (left / "model.safetensors.part").write_bytes(b"half")
     write(tmp_path / "out", SHARDS[:1])

@@ -65,7 +65,7 @@ def test_real_minmax_grid_ends_at_the_extremes_up_to_stored_precision(scheme: Sc
     scale_error = 1.01 * stored_error(scheme) * (high - low)
     assert ((ends[:, :1] - low).abs() <= zero_error).all()
     assert (ends[:, -1:] >= high - zero_error - scale_error).all()
-    # Where a group is so far from 0 that its zero-point would pass 4096 steps, the steps are made larger instead.
+    # Where a zero-point would lie more than 4096 steps away, the steps are made larger instead.
     far = torch.maximum(low.abs(), high.abs()) / 4096 > (high - low) / (scheme.levels - 1)
     assert (((ends[:, -1:] - high).abs() <= zero_error + scale_error) | far).all()
     assert int(far.sum()) <= 1

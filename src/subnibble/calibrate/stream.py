@@ -22,11 +22,13 @@ class BlockStream:
     """The passage of all windows through one block.
 
     hidden: batches (windows, tokens, channels), the block's inputs; replaced by its outputs in `advance`.
-    arguments: what the model passes to the block beside them.
+    arguments: what the model passes to the block beside them. Activations stay on the device of `hidden` and visit
+    the block's one batch at a time, so that an accelerator need not hold them all.
     """
 
     def __init__(self, block: Block, hidden: list[Tensor], arguments: dict[str, Any]) -> None:
         self._block, self._hidden, self._arguments = block, hidden, arguments
+        self._device = next(block.module.parameters()).device
         self._kept: dict[Tail, _Replay] = {}
 
     def observe(self, site: Site, receive: Callable[[Tensor], None]) -> None:
@@ -49,7 +51,7 @@ class BlockStream:
                         x = seen.pop()
                         receive(x.flatten(0, -2))
                         if site.tail is not None:
-                            kept.append(x)
+                            kept.append(x.to(self._hidden[batch].device))
         finally:
             handle.remove()
         if site.tail is not None:
@@ -78,11 +80,12 @@ class BlockStream:
     def _run(self, batch: int) -> Tensor:
         for replay in self._kept.values():
             replay.batch = batch
+        hidden = self._hidden[batch]
         with torch.no_grad():
-            output = self._block.module(self._hidden[batch], **self._arguments)
+            output = self._block.module(hidden.to(self._device), **self._arguments)
         result = output[0] if isinstance(output, tuple) else output
         assert isinstance(result, Tensor)
-        return result
+        return result.to(hidden.device)
 
 
 class _SiteReached(Exception):
@@ -100,5 +103,6 @@ class _Replay(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's output for the current batch; arguments are not needed."""
-        output = self._reader[0](self._kept[self.batch])
+        reader = self._reader[0]
+        output = reader(self._kept[self.batch].to(reader.weight.device))
         return (output, *([None] * self._extra)) if self._extra else output

@@ -16,7 +16,7 @@ from typing import Any
 from subnibble.calibrate import news
 from subnibble.errors import CalibrationError, MissingExtra
 
-_C4_DOCUMENTS = 20_000
+_C4_DOCUMENTS = 8_000
 
 
 def read_text(name: str, split: str) -> str:

@@ -7,49 +7,61 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
 from rich.table import Table
+
+from subnibble.progress import Progress
 
 _SECONDS_BETWEEN_LINES = 15.0
 
 
-class Report(Protocol):
-    """What `progress` yields: call it after each step."""
-
-    def __call__(self, done: int, total: int, doing: str) -> None:
-        """done, total: steps. doing: for people."""
-
-
 @contextmanager
-def progress(title: str) -> Iterator[Report]:
+def progress(title: str) -> Iterator[Progress]:
     """Show how far a long step is, on stderr."""
     if not sys.stderr.isatty():
-        yield _plain_lines(title)
+        yield _PlainLines(title)
         return
     columns = (TextColumn(title), BarColumn(), TextColumn("{task.fields[doing]}"), TimeElapsedColumn())
-    with Progress(*columns, TextColumn("ETA"), TimeRemainingColumn(), console=Console(stderr=True)) as bar:
-        task = bar.add_task(title, total=None, doing="")
-        yield lambda done, total, doing: bar.update(task, completed=done, total=total, doing=doing)
+    with Bar(*columns, TextColumn("ETA"), TimeRemainingColumn(), console=Console(stderr=True)) as bar:
+        yield _BarTask(bar, bar.add_task(title, total=None, doing=""))
 
 
-def _plain_lines(title: str) -> Report:
-    start = time.monotonic()
-    last = start
+class _BarTask:
+    """A bar that starts again at each stage."""
 
-    def line(done: int, total: int, doing: str) -> None:
-        nonlocal last
+    def __init__(self, bar: Bar, task: TaskID) -> None:
+        self._bar, self._task, self._done = bar, task, 0
+
+    def __call__(self, done: int, total: int, doing: str) -> None:
+        if done < self._done:
+            self._bar.reset(self._task, total=total)
+        self._done = done
+        self._bar.update(self._task, completed=done, total=total, doing=doing)
+
+
+class _PlainLines:
+    """A line every 15 seconds, and one at the end of each stage."""
+
+    def __init__(self, title: str) -> None:
+        self._title, self._done = title, 0
+        self._stage = self._last = time.monotonic()
+
+    def __call__(self, done: int, total: int, doing: str) -> None:
         now = time.monotonic()
-        if done < total and now - last < _SECONDS_BETWEEN_LINES:
+        if done < self._done:
+            self._stage = self._last
+        self._done = done
+        if done < total and now - self._last < _SECONDS_BETWEEN_LINES:
             return
-        last = now
-        left = (now - start) * (total - done) / max(done, 1)
-        typer.echo(f"{title}: {done}/{total} ({doing}), {now - start:.0f} s, about {left:.0f} s left", err=True)
-
-    return line
+        self._last = now
+        spent = now - self._stage
+        left = spent * (total - done) / max(done, 1)
+        typer.echo(f"{self._title}: {done}/{total} ({doing}), {spent:.0f} s, about {left:.0f} s left", err=True)
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -10,22 +10,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from subnibble.errors import CalibrationError
+from subnibble.progress import Progress, silent
 
 # Positions whose full logits are compared at once: bounds memory at vocabulary x this x 4 bytes, a few times.
 _POSITIONS = 512
-
-
-class Progress(Protocol):
-    """Told after each window how many are done."""
-
-    def __call__(self, done: int, total: int, doing: str) -> None:
-        """done, total: windows. doing: for people."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +46,7 @@ def score(
     windows: Tensor,
     bos: int | None,
     reference: nn.Module | None = None,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> dict[str, Scores]:
     """Score several models on the same windows; the reference is run once a window for all of them.
 
@@ -67,8 +61,7 @@ def score(
         for name, model in models.items():
             predicted = _log_probabilities(model, window, bos)
             totals[name].add(predicted, window, target)
-        if progress is not None:
-            progress(number + 1, len(windows), "windows")
+        progress(number + 1, len(windows), "windows")
     return {
         name: Scores(
             total.perplexity(),

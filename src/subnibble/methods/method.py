@@ -6,8 +6,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-import torch
-
 from subnibble.errors import BadRecipe
 from subnibble.model.skeleton import Block
 from subnibble.rounding.rounder import Rounder
@@ -45,16 +43,3 @@ class Method:
             if not isinstance(value, (int, float) if wanted is float else wanted) or isinstance(value, bool):
                 raise BadRecipe(f"option {key} of method {self.name} is {value!r}; expected {wanted.__name__}")
         return self.options(**values)
-
-
-def resolve_device(name: str) -> torch.device:
-    """A torch device by name; "auto" is the accelerator if there is one, else the CPU."""
-    if name == "auto":
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
-        return accelerator or torch.device("cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise BadRecipe(f"device {name!r} cannot be used here ({str(error).splitlines()[0]})") from error
-    return device

@@ -1,0 +1,35 @@
+"""Where to compute, and in which type."""
+
+from __future__ import annotations
+
+import torch
+
+from subnibble.errors import BadRecipe
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+AUTO = "auto"
+
+
+def resolve_device(name: str) -> torch.device:
+    """A torch device by name; "auto" is the accelerator if there is one, else the CPU."""
+    if name == AUTO:
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise BadRecipe(f"device {name!r} cannot be used here ({str(error).splitlines()[0]})") from error
+    return device
+
+
+def resolve_dtype(name: str, stored: torch.dtype | None, device: torch.device) -> torch.dtype:
+    """The type to compute in by name; "auto" is the checkpoint's, but float32 for float16 on a CPU, where it is slow.
+
+    stored: the checkpoint's own type; None counts as float32.
+    """
+    if name == AUTO:
+        slow = device.type == "cpu" and stored == torch.float16
+        return torch.float32 if stored is None or slow else stored
+    if name not in DTYPES:
+        raise BadRecipe(f"dtype is {name!r}; choose one of {AUTO}, {', '.join(DTYPES)}")
+    return DTYPES[name]

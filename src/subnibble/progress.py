@@ -1,0 +1,21 @@
+"""How long steps tell their caller how far they are."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class Progress(Protocol):
+    """Called after each step."""
+
+    def __call__(self, done: int, total: int, doing: str) -> None:
+        """done, total: steps of the current stage; `done` starts anew with each stage. doing: for people."""
+
+
+def silent(done: int, total: int, doing: str) -> None:
+    """The `Progress` that tells nobody."""
+
+
+def titled(progress: Progress, title: str) -> Progress:
+    """The same with `title` before what is being done."""
+    return lambda done, total, doing: progress(done, total, f"{title}: {doing}")

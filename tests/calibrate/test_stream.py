@@ -1,0 +1,245 @@
+from __future__ import annotations
+
+import copy
+import itertools
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from subnibble.calibrate.stream import BlockStream
+from subnibble.model.arch.llama import ATTENTION_IN, ATTENTION_OUT, LLAMA, MLP_HIDDEN, MLP_IN
+from subnibble.model.site import Heads, Site
+from subnibble.model.skeleton import Block
+
+LENGTH = 11
+BATCHES = (3, 1, 2)
+SITES = LLAMA.sites
+SUBSETS = [subset for n in range(5) for subset in itertools.combinations(SITES, n)]
+every_subset = pytest.mark.parametrize(
+    "sites", SUBSETS, ids=lambda sites: "+".join(site.name for site in sites) or "none"
+)
+
+
+def recorded(index: int) -> tuple[Block, list[Tensor], dict[str, Any]]:
+    """A block of a tiny random Llama, its inputs by batch, and the arguments that the model gives it."""
+    config = LlamaConfig(
+        vocab_size=61,
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=16,
+        initializer_range=0.2,
+    )
+    torch.manual_seed(5)
+    model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    layer = model.model.layers[index]
+    for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+        norm.weight.copy_(torch.randn(48) + 1)
+    hidden: list[Tensor] = []
+    arguments: dict[str, Any] = {}
+
+    def record(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+        hidden.append(args[0].clone())
+        arguments.update(kwargs)
+
+    handle = layer.register_forward_pre_hook(record, with_kwargs=True)
+    for count in BATCHES:
+        model(torch.randint(0, 61, (count, LENGTH)), use_cache=False)
+    handle.remove()
+    return Block(index, LLAMA.block_path(index), layer, LLAMA, Heads.of(config)), hidden, arguments
+
+
+def plain(
+    block: Block, hidden: list[Tensor], arguments: dict[str, Any]
+) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """What forward hooks see at every linear, all batches as (tokens, channels), and the block's outputs."""
+    module = copy.deepcopy(block.module)
+    seen: dict[str, list[Tensor]] = {name: [] for name in LLAMA.linears}
+    for name, tensors in seen.items():
+        module.get_submodule(name).register_forward_hook(
+            lambda module, args, output, tensors=tensors: tensors.append(args[0].flatten(0, -2).clone())
+        )
+    with torch.no_grad():
+        outputs = [module(x, **arguments) for x in hidden]
+    return {name: torch.cat(tensors) for name, tensors in seen.items()}, outputs
+
+
+def observed(stream: BlockStream, site: Site) -> Tensor:
+    parts: list[Tensor] = []
+    stream.observe(site, lambda x: parts.append(x.clone()))
+    assert [part.shape[0] for part in parts] == [count * LENGTH for count in BATCHES]
+    return torch.cat(parts)
+
+
+def bend(block: Block, site: Site, seed: int) -> None:
+    """Change the site's readers, as quantization does."""
+    g = torch.Generator().manual_seed(seed)
+    for reader in site.readers:
+        weight = block.linear(reader).weight
+        weight.data = weight + 0.1 * torch.randn(weight.shape, generator=g)
+
+
+def modules(block: Block) -> dict[str, nn.Module]:
+    return dict(block.module.named_modules())
+
+
+def hooks(block: Block) -> int:
+    return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in block.module.modules())
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_heads_need_not_fill_the_hidden_size(index: int) -> None:
+    block, hidden, _ = recorded(index)
+    assert block.heads == Heads(6, 2, 16)
+    assert block.linear("self_attn.o_proj").in_features == 96
+    assert [tuple(x.shape) for x in hidden] == [(count, LENGTH, 48) for count in BATCHES]
+
+
+@every_subset
+def test_sites_and_outputs_equal_those_of_a_plain_forward(sites: tuple[Site, ...]) -> None:
+    block, hidden, arguments = recorded(1)
+    inputs, outputs = plain(block, hidden, arguments)
+    before = modules(block)
+    stream = BlockStream(block, hidden, arguments)
+    for site in sites:
+        found = observed(stream, site)
+        for reader in site.readers:
+            assert torch.equal(found, inputs[reader])
+    stream.advance()
+    assert all(torch.equal(a, b) for a, b in zip(hidden, outputs, strict=True))
+    assert modules(block) == before
+    assert hooks(block) == 0
+
+
+@every_subset
+def test_later_sites_and_outputs_see_the_changed_readers(sites: tuple[Site, ...]) -> None:
+    block, hidden, arguments = recorded(0)
+    _, unchanged = plain(block, hidden, arguments)
+    start = [x.clone() for x in hidden]
+    stream = BlockStream(block, hidden, arguments)
+    found = {}
+    for seed, site in enumerate(sites):
+        found[site.name] = observed(stream, site)
+        bend(block, site, seed)
+    stream.advance()
+    # Readers of a site change nothing at the site or before it, so one forward with all changes tells all.
+    inputs, outputs = plain(block, start, arguments)
+    for site in sites:
+        assert torch.equal(found[site.name], inputs[site.readers[0]])
+    assert all(torch.equal(a, b) for a, b in zip(hidden, outputs, strict=True))
+    assert torch.equal(hidden[0], unchanged[0]) == (not sites)
+
+
+def test_a_site_observed_again_after_its_readers_changed_is_the_same() -> None:
+    block, hidden, arguments = recorded(0)
+    stream = BlockStream(block, hidden, arguments)
+    for seed, site in enumerate(SITES):
+        first = observed(stream, site)
+        bend(block, site, seed)
+        if site.tail is None:
+            assert torch.equal(observed(stream, site), first)
+
+
+def test_comparison_rejects_a_stream_that_forgets_changes_or_mixes_batches() -> None:
+    block, hidden, arguments = recorded(0)
+    inputs, outputs = plain(block, hidden, arguments)
+    bend(block, ATTENTION_IN, 0)
+    changed, moved = plain(block, hidden, arguments)
+    for site in (ATTENTION_OUT, MLP_IN, MLP_HIDDEN):
+        assert not torch.equal(changed[site.readers[0]], inputs[site.readers[0]])
+    assert torch.equal(changed[ATTENTION_IN.readers[0]], inputs[ATTENTION_IN.readers[0]])
+    assert not torch.equal(moved[0], outputs[0])
+    _, swapped = plain(block, [hidden[0].flip(0), *hidden[1:]], arguments)
+    assert not torch.equal(swapped[0], moved[0])
+
+
+def test_nothing_is_forwarded_twice_for_the_same_statistic() -> None:
+    block, hidden, arguments = recorded(0)
+    started: Counter[str] = Counter()
+    finished: Counter[str] = Counter()
+    for name, module in block.module.named_modules():
+        module.register_forward_pre_hook(lambda module, args, name=name: started.update([name]))
+        module.register_forward_hook(lambda module, args, output, name=name: finished.update([name]))
+    stream, batches = BlockStream(block, hidden, arguments), len(BATCHES)
+    projections = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
+    ran: dict[str, dict[str, int]] = {}
+    for site in SITES:
+        before = finished.copy()
+        observed(stream, site)
+        ran[site.name] = {name: finished[name] - before[name] for name in LLAMA.linears}
+        assert all(finished[reader] == 0 for reader in site.readers)
+    before = finished.copy()
+    stream.advance()
+    ran["advance"] = {name: finished[name] - before[name] for name in LLAMA.linears}
+    attention, mlp = projections[:3], projections[3:]
+    expected = {
+        "attention_in": (),
+        "attention_out": attention,
+        "mlp_in": ("self_attn.o_proj",),
+        "mlp_hidden": ("self_attn.o_proj", *mlp),
+        "advance": ("self_attn.o_proj", "mlp.down_proj"),
+    }
+    for stage, names in expected.items():
+        assert ran[stage] == {name: batches * (name in names) for name in LLAMA.linears}
+    # Begun once to reach each site inside, never run to its end: the tail stands for it afterwards.
+    assert (started["self_attn"], finished["self_attn"]) == (2 * batches, 0)
+    assert (started["mlp"], finished["mlp"]) == (2 * batches, 0)
+    assert finished["mlp.act_fn"] == batches
+    assert finished[""] == batches
+
+
+@pytest.mark.parametrize("site", SITES, ids=lambda site: site.name)
+@pytest.mark.parametrize("batch", [0, 1])
+def test_an_exception_in_receive_leaves_the_original_modules(site: Site, batch: int) -> None:
+    block, hidden, arguments = recorded(0)
+    inputs, outputs = plain(block, hidden, arguments)
+    before = modules(block)
+    stream = BlockStream(block, hidden, arguments)
+    for earlier in SITES[: SITES.index(site)]:
+        observed(stream, earlier)
+    received = []
+
+    def receive(x: Tensor) -> None:
+        received.append(x)
+        if len(received) > batch:
+            raise MemoryError("no room for the statistic")
+
+    with pytest.raises(MemoryError, match="no room"):
+        stream.observe(site, receive)
+    after = modules(block)
+    assert list(after) == list(before)
+    assert all(after[name] is module for name, module in before.items())
+    assert hooks(block) == 0
+    assert torch.equal(observed(stream, site), inputs[site.readers[0]])
+    stream.advance()
+    assert all(torch.equal(a, b) for a, b in zip(hidden, outputs, strict=True))
+
+
+def test_an_exception_in_the_block_is_not_swallowed_and_leaves_the_original_modules() -> None:
+    block, hidden, arguments = recorded(0)
+    stream = BlockStream(block, hidden, arguments)
+    observed(stream, ATTENTION_OUT)
+    before = modules(block)
+    hidden[1] = hidden[1][..., :47]
+    with pytest.raises(RuntimeError):
+        observed(stream, MLP_IN)
+    with pytest.raises(RuntimeError):
+        stream.advance()
+    assert all(modules(block)[name] is module for name, module in before.items())
+    assert hooks(block) == 0
+
+
+def test_streaming_tracks_no_gradients() -> None:
+    block, hidden, arguments = recorded(0)
+    block.module.requires_grad_(True)
+    stream = BlockStream(block, hidden, arguments)
+    for site in SITES:
+        assert not observed(stream, site).requires_grad
+    stream.advance()
+    assert not any(x.requires_grad for x in hidden)
