@@ -125,6 +125,39 @@ def test_norm_bias_is_loaded_and_added(packed: dict[str, Path], tmp_path: Path) 
     assert torch.equal(model.get_submodule(path)(x), plain.get_submodule(path)(x) + bias)
 
 
+def test_missing_or_misshapen_packed_tensors_are_named(packed: dict[str, Path], tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    name = "model.layers.1.mlp.up_proj.scales"
+    for case, message in (("missing", f"{name} is missing"), ("misshapen", f"{name} has shape")):
+        folder = tmp_path / case
+        folder.mkdir()
+        for file in packed["llama"].iterdir():
+            (folder / file.name).write_bytes(file.read_bytes())
+        file = folder / json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"][name]
+        tensors = load_file(file)
+        scales = tensors.pop(name)
+        if case == "misshapen":
+            tensors[name] = scales[:, 1:].contiguous()
+        save_file(tensors, file, metadata={"format": "pt"})
+        with pytest.raises(CheckpointError, match=message):
+            AutoModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_checkpoints_keep_their_type(
+    dtype: torch.dtype, folders: dict[str, Path], token_file: Path, tmp_path: Path
+) -> None:
+    AutoModelForCausalLM.from_pretrained(folders["llama"], dtype=dtype).save_pretrained(tmp_path / "half")
+    recipe = Recipe(bits=4, group_size=16, calibration=str(token_file), num_windows=4, window=32)
+    subnibble.quantize(tmp_path / "half", tmp_path / "out", recipe)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.dtype == dtype
+    original = AutoModelForCausalLM.from_pretrained(tmp_path / "half")
+    assert torch.equal(model.model.embed_tokens.weight, original.model.embed_tokens.weight)
+    assert torch.equal(model.model.norm.weight, original.model.norm.weight)
+
+
 def test_newer_format_is_refused(packed: dict[str, Path], tmp_path: Path) -> None:
     folder = tmp_path / "newer"
     folder.mkdir()

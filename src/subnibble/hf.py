@@ -22,7 +22,9 @@ from subnibble.checkpoint.packed import (
     PackedEmbeddingEntry,
     PackedLinearEntry,
     TiedHeadEntry,
+    stored_shapes,
 )
+from subnibble.checkpoint.safetensors_source import read_header
 from subnibble.checkpoint.source import Source, open_source
 from subnibble.device import resolve_device, resolve_dtype
 from subnibble.errors import CheckpointError
@@ -59,6 +61,7 @@ class SubnibbleQuantizer(HfQuantizer):
     quantization_config: SubnibbleConfig
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        _verify(self.quantization_config.packed, [Path(file) for file in kwargs.get("checkpoint_files") or []])
         dtype = kwargs.get("dtype") or model.config.dtype or torch.get_default_dtype()
         modules = self.quantization_config.packed.modules
         # A tied head needs its table's module, whatever the order of the JSON.
@@ -99,6 +102,19 @@ def replace_module(model: Any, path: str, module: nn.Module, entry: Any, dtype: 
             model._tied_weights_keys = None
         case NormBiasEntry(rows):
             add_output_bias_(module, torch.empty(rows, dtype=dtype, device="meta"))
+
+
+def _verify(packed: PackedConfig, files: list[Path]) -> None:
+    """Raise `CheckpointError` if packed tensors are missing or misshapen: transformers would make up missing ones."""
+    headers = {name: header for file in files for name, header in read_header(file).items()}
+    for name, shape in stored_shapes(packed).items() if files else ():
+        if name not in headers:
+            raise CheckpointError(f"{files[0].parent}: packed tensor {name} is missing; quantize the model again")
+        if headers[name][0] != shape:
+            raise CheckpointError(
+                f"{files[0].parent}: {name} has shape {headers[name][0]} where config.json asks for {shape}; "
+                "config and weights do not belong together"
+            )
 
 
 def register() -> None:

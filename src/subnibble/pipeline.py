@@ -314,7 +314,7 @@ class _Run:
     def _write_side_files(self, writer: CheckpointWriter) -> None:
         config = self.skeleton.config.to_diff_dict()
         config["quantization_config"] = PackedConfig(self.modules).to_dict()
-        config["dtype"] = str(self.skeleton.config.dtype or self.skeleton.dtype).removeprefix("torch.")
+        config["dtype"] = str(self.skeleton.source.config.dtype or self.skeleton.dtype).removeprefix("torch.")
         config.pop("_name_or_path", None)
         self.skeleton.source.copy_side_files(writer.folder)
         writer.write_json("config.json", config)

@@ -159,6 +159,23 @@ def test_unfit_npy_is_refused_by_name(tmp_path: Path, tokens: Any) -> None:
         drawn(path, 1, 2)
 
 
+class Creates:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+def test_reading_a_token_file_runs_nothing_that_is_pickled_in_it(tmp_path: Path) -> None:
+    np.save(tmp_path / "trap.npy", np.array([Creates(tmp_path / "sprung")] * 40, dtype=object))
+    with pytest.raises(CalibrationError):
+        drawn(tmp_path / "trap.npy", 1, 2)
+    assert not (tmp_path / "sprung").exists()
+
+
 @pytest.mark.parametrize(
     "tensors",
     [

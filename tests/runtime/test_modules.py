@@ -239,7 +239,7 @@ def test_a_cast_model_runs_in_its_new_type(dtype) -> None:
 
 
 def test_moving_to_another_device_moves_everything() -> None:
-    linear = PackedLinear(packed_tensor("two ranges"), bias_of(ROWS)).to("meta", torch.float16)
+    linear = PackedLinear(packed_tensor("two ranges"), bias_of(ROWS)).to("meta", torch.bfloat16)
     assert {buffer.device.type for buffer in linear.buffers()} == {"meta"}
     types = {name: tensor.dtype for name, tensor in packed_tensor("two ranges").state().items()}
     assert {name: buffer.dtype for name, buffer in linear.named_buffers()} == types

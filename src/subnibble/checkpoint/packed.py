@@ -93,6 +93,21 @@ class PackedConfig:
         return cls(modules)
 
 
+def stored_shapes(packed: PackedConfig) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor that the packed modules need in the checkpoint."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path, entry in packed.modules.items():
+        match entry:
+            case PackedLinearEntry(layout, _) | PackedEmbeddingEntry(layout):
+                shapes |= {f"{path}.{name}": tuple(part.shape) for name, part in layout.empty().state().items()}
+        match entry:
+            case PackedLinearEntry(layout, True):
+                shapes[f"{path}.bias"] = (layout.rows,)
+            case NormBiasEntry(rows):
+                shapes[f"{path}.bias"] = (rows,)
+    return shapes
+
+
 def packed_config_of(config: Any) -> PackedConfig | None:
     """The packed modules of a transformers config, or None if it is not a subnibble checkpoint's."""
     values = getattr(config, "quantization_config", None)

@@ -30,7 +30,7 @@ class SafetensorsSource:
         self.path = path
         self.config = _read_config(path)
         self._files = _locate(path)
-        headers = {file: _read_header(path / file) for file in sorted(set(self._files.values()))}
+        headers = {file: read_header(path / file) for file in sorted(set(self._files.values()))}
         self._headers: dict[str, tuple[tuple[int, ...], str]] = {}
         for name, file in self._files.items():
             if name not in headers[file]:
@@ -117,7 +117,7 @@ def _locate(path: Path) -> dict[str, str]:
                 raise CheckpointError(f"{path}: shard {file} is missing; fetch the model again")
         return weight_map
     if (path / SINGLE).is_file():
-        return dict.fromkeys(_read_header(path / SINGLE), SINGLE)
+        return dict.fromkeys(read_header(path / SINGLE), SINGLE)
     pickles = [file.name for file in path.iterdir() if file.suffix in {".bin", ".pt", ".pth"}]
     if pickles:
         raise CheckpointError(
@@ -127,7 +127,7 @@ def _locate(path: Path) -> dict[str, str]:
     raise CheckpointError(f"{path} has neither {SINGLE} nor {INDEX}; give the folder of a Hugging Face checkpoint")
 
 
-def _read_header(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+def read_header(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
     """Tensor name -> (shape, safetensors type); a truncated file is found here."""
     try:
         with safe_open(file, framework="pt") as handle:

@@ -6,7 +6,14 @@ import hashlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from subnibble.checkpoint.packed import NormBiasEntry, PackedConfig, PackedLinearEntry, packed_config_of
+from subnibble.checkpoint.packed import (
+    NormBiasEntry,
+    PackedConfig,
+    PackedEmbeddingEntry,
+    PackedLinearEntry,
+    packed_config_of,
+    stored_shapes,
+)
 from subnibble.checkpoint.source import Source, numel
 from subnibble.model.arch import find_arch
 
@@ -66,11 +73,9 @@ def _packed(source: Source, packed: PackedConfig) -> tuple[int, int, int]:
         elif isinstance(entry, PackedLinearEntry) and path.startswith(f"{blocks}."):
             bits += entry.layout.stored_bits
             weights += entry.layout.rows * entry.layout.columns
-    packed_names = set()
-    for path, entry in packed.modules.items():
-        layout = getattr(entry, "layout", None)
-        if layout is not None:
-            parameters += layout.rows * layout.columns
-            packed_names |= {f"{path}.{name}" for name in layout.empty().state()}
+    for entry in packed.modules.values():
+        if isinstance(entry, PackedLinearEntry | PackedEmbeddingEntry):
+            parameters += entry.layout.rows * entry.layout.columns
+    packed_names = {name for name in stored_shapes(packed) if not name.endswith(".bias")}
     parameters += sum(numel(source.shape(name)) for name in source.names() if name not in packed_names)
     return bits, max(weights, 1), parameters

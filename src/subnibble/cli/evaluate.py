@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from subnibble.cli import options as o
-from subnibble.cli.console import megabytes, print_json, progress, table
+from subnibble.cli.console import duration, megabytes, print_json, progress, table
 
 Reference = Annotated[str | None, typer.Option(help="The original, to compare with.", metavar="MODEL")]
 
@@ -33,7 +33,9 @@ def evaluate(
     from subnibble.evaluate.layer_error import layer_errors
     from subnibble.evaluate.perplexity import bos_token, check_vocabularies, score
     from subnibble.hf import load_model, memory_bytes
+    from subnibble.report.clock import Clock, peak_memory
 
+    clock = Clock()
     _check_counts(window, max_windows)
     if layers and reference is None:
         raise BadRecipe("--layers compares with the original; pass --reference MODEL")
@@ -48,6 +50,7 @@ def evaluate(
         scores = score({model: loaded}, windows, bos_token(tokenizer), original, told)[model]
     found: dict[str, Any] = scores.to_dict()
     found |= measure(source).to_dict() | {"memory_bytes": memory_bytes(loaded), "text": text}
+    found |= {"seconds": clock.seconds()["total"], "peak_memory": peak_memory()}
     if layers:
         found["output_errors"] = layer_errors(loaded, original, windows)
     if json:
@@ -60,6 +63,8 @@ def evaluate(
         ("model bits", f"{found['model_bits']:.3f}"),
         ("on disk", megabytes(found["file_bytes"])),
         ("in memory", megabytes(found["memory_bytes"])),
+        ("peak memory of this run", megabytes(found["peak_memory"])),
+        ("time", duration(found["seconds"])),
     ]
     if original is not None:
         rows.append(("KL divergence", f"{found['kl_divergence']:.5f} nats a token"))
