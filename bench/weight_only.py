@@ -48,7 +48,7 @@ def specs(only: str | None) -> list[Spec]:
     ]
     table = [
         Spec("original", 16, 0, 16),
-        *(Spec(arm, bits, group, 16) for group in (128, 64) for bits in (3, 2, 4) for arm in ARMS),
+        *(Spec(arm, bits, group, 16) for bits in (3, 2, 4) for group in (128, 64) for arm in ARMS),
     ]
     chosen = {"headline": headline, "table": table, None: headline[:2] + table + headline[2:]}
     return chosen[only]
