@@ -36,7 +36,7 @@ from subnibble.checkpoint.size import measure, weights_hash
 from subnibble.checkpoint.source import Source, open_source
 from subnibble.checkpoint.writer import CheckpointWriter, check_output
 from subnibble.device import resolve_device, resolve_dtype
-from subnibble.errors import BadRecipe, CheckpointError, OutputError
+from subnibble.errors import BadRecipe, CheckpointError, NumericalFailure, OutputError
 from subnibble.methods import find_method
 from subnibble.methods.method import Method, Steps
 from subnibble.model.site import Site
@@ -46,7 +46,7 @@ from subnibble.recipe import Recipe
 from subnibble.report import LinearReport, Report
 from subnibble.report.clock import Clock, peak_memory
 from subnibble.rounding import grid
-from subnibble.rounding.rounder import Rounding
+from subnibble.rounding.rounder import Rounder, Rounding
 from subnibble.runtime import ops
 from subnibble.scheme import Scheme
 from subnibble.tensor import PackedRange, PackedTensor
@@ -235,7 +235,7 @@ class _Run:
             with self.clock.step("round"):
                 before = self.clock.seconds()["total"]
                 weight = torch.cat([block.linear(name).weight.float() for name in names])
-                rounding = self.steps.rounder(weight, gram, scheme, where)
+                rounding = _rounded(self.steps.rounder, weight, gram, scheme, where)
                 whole = PackedRange.pack(rounding.coded, scheme)
                 seconds = self.clock.seconds()["total"] - before
             with self.clock.step("measure error"):
@@ -335,6 +335,16 @@ class _Run:
         )
         writer.write_json("report.json", report.to_dict())
         return report
+
+
+def _rounded(rounder: Rounder, weight: Tensor, gram: Tensor | None, scheme: Scheme, where: str) -> Rounding:
+    """Round; a failure that does not name its linears gets their names."""
+    try:
+        return rounder(weight, gram, scheme, where)
+    except NumericalFailure as error:
+        if str(error).startswith(where):
+            raise
+        raise NumericalFailure(f"{where}: {error}") from error
 
 
 def check_schemes(recipe: Recipe, skeleton: Skeleton) -> None:

@@ -32,7 +32,7 @@ class Scheme:
     scale_type: str = "float16"
 
     def __post_init__(self) -> None:
-        if self.bits not in BITS:
+        if type(self.bits) is not int or self.bits not in BITS:
             raise BadRecipe(f"bits is {self.bits!r}; choose one of {', '.join(map(str, BITS))}")
         if isinstance(self.group_size, bool) or not isinstance(self.group_size, int):
             raise BadRecipe(f"group_size is {self.group_size!r}; give a whole number, or -1 for the whole row")

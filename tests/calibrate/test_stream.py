@@ -55,9 +55,7 @@ def recorded(index: int) -> tuple[Block, list[Tensor], dict[str, Any]]:
     return Block(index, LLAMA.block_path(index), layer, LLAMA, Heads.of(config)), hidden, arguments
 
 
-def plain(
-    block: Block, hidden: list[Tensor], arguments: dict[str, Any]
-) -> tuple[dict[str, Tensor], list[Tensor]]:
+def plain(block: Block, hidden: list[Tensor], arguments: dict[str, Any]) -> tuple[dict[str, Tensor], list[Tensor]]:
     """What forward hooks see at every linear, all batches as (tokens, channels), and the block's outputs."""
     module = copy.deepcopy(block.module)
     seen: dict[str, list[Tensor]] = {name: [] for name in LLAMA.linears}

@@ -72,9 +72,7 @@ def test_file_that_is_not_utf8_says_where(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["wikitext", "no/such/file.txt", "", "."])
-def test_unknown_name_lists_the_named_sets(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unknown_name_lists_the_named_sets(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CalibrationError, match="no such text file") as caught:
         read_text(name, "calibration")
@@ -90,9 +88,7 @@ def fake_datasets(monkeypatch: pytest.MonkeyPatch, load_dataset: Any) -> None:
 
 
 @pytest.mark.parametrize("name", HUB_SETS)
-def test_hub_set_without_datasets_names_the_extra_and_a_file(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_hub_set_without_datasets_names_the_extra_and_a_file(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     started = time.monotonic()
     with pytest.raises(MissingExtra, match=r"subnibble\[hub\].*--calibration FILE") as caught:
@@ -119,9 +115,7 @@ def test_hub_set_that_cannot_be_fetched_asks_for_a_file(
 
 
 @pytest.mark.parametrize("name", HUB_SETS)
-def test_hub_set_that_breaks_off_is_an_error_not_a_shorter_text(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_hub_set_that_breaks_off_is_an_error_not_a_shorter_text(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def load_dataset(*source: str, **arguments: Any) -> Any:
         yield {"text": "one"}
         raise ConnectionError
@@ -165,9 +159,7 @@ def news_package(folder: Path, monkeypatch: pytest.MonkeyPatch, articles: list[s
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
 
 
-def test_news_package_without_its_data_gives_the_pip_command(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_news_package_without_its_data_gives_the_pip_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
     with pytest.raises(CalibrationError, match="pip install"):
@@ -182,9 +174,7 @@ def test_news_drops_short_and_repeated_articles_and_mends_apostrophes(
     assert news.calibration_text() == "\n\n".join([long[0], long[1], "it's " + long[2]])
 
 
-def test_news_for_calibration_and_test_do_not_overlap(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_news_for_calibration_and_test_do_not_overlap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     articles = [f"article {i} " + "x" * 200 for i in range(2500)]
     news_package(tmp_path, monkeypatch, articles)
     assert news.calibration_text().split("\n\n") == articles[:2000]

@@ -96,6 +96,17 @@ def test_an_exception_leaves_nothing_and_passes_through(tmp_path, error) -> None
     assert everything(tmp_path) == set()
 
 
+@pytest.mark.parametrize("parent_mode", [0o777, 0o755, 0o700])
+def test_the_folder_has_the_permissions_of_any_new_folder(tmp_path, parent_mode) -> None:
+    # Below /tmp, which all may write, the checkpoint must not become writable for all.
+    parent = tmp_path / "parent"
+    parent.mkdir()
+    parent.chmod(parent_mode)
+    (parent / "plain").mkdir()
+    write(parent / "out", SHARDS[:1])
+    assert (parent / "out").stat().st_mode == (parent / "plain").stat().st_mode
+
+
 def test_missing_parents_are_made(tmp_path) -> None:
     write(tmp_path / "a" / "b" / "out", SHARDS[:1])
     assert (tmp_path / "a" / "b" / "out" / "model.safetensors").is_file()

@@ -52,17 +52,13 @@ def windows(count: int = 5, length: int = 23, seed: int = 0) -> Tensor:
     return torch.randint(2, VOCABULARY, (count, length), generator=torch.Generator().manual_seed(seed))
 
 
-def oracle(
-    model: nn.Module, ids: Tensor, bos: int | None, reference: nn.Module, fault: str = "none"
-) -> Tensor:
+def oracle(model: nn.Module, ids: Tensor, bos: int | None, reference: nn.Module, fault: str = "none") -> Tensor:
     """(log perplexity, KL(reference || model), top-1 agreement) in float64, token by token."""
     loss, divergence, agreed = [], [], []
     for window in ids[-1:] if fault == "last window alone" else ids:
         context = window.tolist() if bos is None or fault == "BOS left out" else [bos, *window.tolist()]
         with torch.no_grad():
-            logits, wanted = (
-                m(torch.tensor([context]), use_cache=False).logits[0] for m in (model, reference)
-            )
+            logits, wanted = (m(torch.tensor([context]), use_cache=False).logits[0] for m in (model, reference))
         skipped = len(context) - len(window)
         first = 0 if fault == "first token scored" else 1
         for t in range(first, len(window)):
@@ -211,9 +207,7 @@ def test_progress_is_told_after_each_window() -> None:
 def test_window_of_one_token_is_refused_and_of_two_is_scored(bos: int | None) -> None:
     with pytest.raises(CalibrationError, match="--window 2 or more"):
         score({"m": bigram(1)}, windows(3, 1), bos)
-    assert agree(
-        found(bigram(1), windows(3, 2), bos, bigram(2)), oracle(bigram(1), windows(3, 2), bos, bigram(2))
-    )
+    assert agree(found(bigram(1), windows(3, 2), bos, bigram(2)), oracle(bigram(1), windows(3, 2), bos, bigram(2)))
 
 
 class Tokenizer:
@@ -238,17 +232,13 @@ class Tokenizer:
     ],
     ids=["adds it", "adds id 0", "has but adds none", "has none", "other prefix", "other first", "as EOS"],
 )
-def test_bos_is_found_where_the_tokenizer_begins_texts_with_it(
-    tokenizer: Tokenizer, expected: int | None
-) -> None:
+def test_bos_is_found_where_the_tokenizer_begins_texts_with_it(tokenizer: Tokenizer, expected: int | None) -> None:
     assert bos_token(tokenizer) == expected
 
 
 def test_bos_of_a_tokenizer_that_makes_nothing_of_a_letter_is_none() -> None:
     class Silent(Tokenizer):
-        def __call__(
-            self, text: str, add_special_tokens: bool = True, verbose: bool = True
-        ) -> dict[str, Any]:
+        def __call__(self, text: str, add_special_tokens: bool = True, verbose: bool = True) -> dict[str, Any]:
             return {"input_ids": []}
 
     assert bos_token(Silent(BOS, [])) is None

@@ -95,9 +95,7 @@ def obq(
     return codes
 
 
-def columnwise(
-    weight: Tensor, gram: Tensor, plan: ColumnPlan, scheme: Scheme, damping: float, fault: str
-) -> Tensor:
+def columnwise(weight: Tensor, gram: Tensor, plan: ColumnPlan, scheme: Scheme, damping: float, fault: str) -> Tensor:
     """GPTQ written a second time, one column at a time, with one planted fault (or "none")."""
     order = plan.columns
     if fault == "no damping":
@@ -153,9 +151,7 @@ def test_gptq_equals_rtn_on_diagonal_gram(order: str, bits: int, zero_point: str
 @every_order
 @every_scheme
 @every_clip
-def test_cholesky_gptq_equals_obq_with_an_explicit_inverse(
-    order: str, scheme: Scheme, clip: grid.Clip
-) -> None:
+def test_cholesky_gptq_equals_obq_with_an_explicit_inverse(order: str, scheme: Scheme, clip: grid.Clip) -> None:
     for seed in range(2):
         w, gram = weights(seed=seed).double(), gram_of(inputs(seed=seed + 10))
         plan = plan_columns(order, gram.diagonal(), scheme)
@@ -231,9 +227,7 @@ def test_factor_is_upper_and_squares_to_the_inverse_of_the_damped_gram(order: st
 @every_order
 @pytest.mark.parametrize("zero_point", ["none", "integer"])
 @every_clip
-def test_dead_columns_get_zero_and_leave_the_live_ones_alone(
-    order: str, zero_point: str, clip: grid.Clip
-) -> None:
+def test_dead_columns_get_zero_and_leave_the_live_ones_alone(order: str, zero_point: str, clip: grid.Clip) -> None:
     scheme = Scheme(3, -1, zero_point)
     x = inputs()
     dead = torch.zeros(53, dtype=torch.bool)
@@ -290,12 +284,8 @@ def indefinite(smallest: float) -> Tensor:
     return gram
 
 
-@pytest.mark.parametrize(
-    ("smallest", "damping", "retries"), [(-0.005, 0.01, 0), (-0.05, 0.1, 1), (-0.5, 1.0, 2)]
-)
-def test_indefinite_gram_raises_the_damping_tenfold_and_counts(
-    smallest: float, damping: float, retries: int
-) -> None:
+@pytest.mark.parametrize(("smallest", "damping", "retries"), [(-0.005, 0.01, 0), (-0.05, 0.1, 1), (-0.5, 1.0, 2)])
+def test_indefinite_gram_raises_the_damping_tenfold_and_counts(smallest: float, damping: float, retries: int) -> None:
     gram, scheme = indefinite(smallest), Scheme(4, 16)
     rounding = GPTQ(damping=0.01)(weights(), gram, scheme, WHERE)
     assert rounding.notes["damping_retries"] == retries

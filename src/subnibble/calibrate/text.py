@@ -37,7 +37,7 @@ def read_text(name: str, split: str) -> str:
 
 def _join_jsonl(content: str, path: Path) -> str:
     texts = []
-    for number, line in enumerate(content.splitlines(), start=1):
+    for number, line in enumerate(content.split("\n"), start=1):
         if not line.strip():
             continue
         try:

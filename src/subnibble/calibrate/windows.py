@@ -84,7 +84,7 @@ def _read_tokens(path: Path) -> Tensor:
         raise CalibrationError(
             f"{path}: expected one array of whole numbers, as .npy or .safetensors ({error})"
         ) from error
-    if tokens.dim() not in (1, 2) or tokens.is_floating_point():
+    if tokens.dim() not in (1, 2) or tokens.is_floating_point() or tokens.dtype == torch.bool:
         raise CalibrationError(
             f"{path}: expected token ids, (tokens,) or (windows, tokens); found {tokens.dtype} {tuple(tokens.shape)}"
         )

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from subnibble.errors import BadRecipe, CheckpointError
 from subnibble.scheme import Scheme
 from subnibble.tensor import PackedLayout
+
+T = TypeVar("T")
 
 QUANT_METHOD = "subnibble"
 FORMAT_VERSION = 1
@@ -135,12 +137,27 @@ def _entry_from_dict(values: Mapping[str, Any], schemes: Mapping[str, Scheme]) -
     if set(values) != _MODULE_KEYS.get(kind):
         raise CheckpointError(f"module of kind {kind!r} has keys {sorted(values)}; written by a newer subnibble?")
     if kind == "tied_head":
-        return TiedHeadEntry(str(values["table"]))
+        return TiedHeadEntry(_typed(values["table"], str))
     if kind == "norm_bias":
-        return NormBiasEntry(int(values["rows"]))
-    ranges = tuple((int(columns), schemes[name]) for columns, name in values["ranges"])
-    layout = PackedLayout(int(values["rows"]), ranges)
-    return PackedLinearEntry(layout, bool(values["bias"])) if kind == "linear" else PackedEmbeddingEntry(layout)
+        return NormBiasEntry(_count(values["rows"]))
+    ranges = tuple((_count(columns), schemes[name]) for columns, name in values["ranges"])
+    if not ranges:
+        raise ValueError("a packed matrix without column ranges")
+    layout = PackedLayout(_count(values["rows"]), ranges)
+    return PackedLinearEntry(layout, _typed(values["bias"], bool)) if kind == "linear" else PackedEmbeddingEntry(layout)
+
+
+def _typed(value: Any, kind: type[T]) -> T:
+    # bool is an int to isinstance, and 64.0 must not pass for 64.
+    if type(value) is not kind:
+        raise TypeError(f"{value!r} where {kind.__name__} is expected")
+    return value
+
+
+def _count(value: Any) -> int:
+    if _typed(value, int) < 1:
+        raise ValueError(f"{value} where a positive count is expected")
+    return int(value)
 
 
 def _layout_to_dict(layout: PackedLayout) -> dict[str, Any]:

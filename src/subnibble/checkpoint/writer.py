@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -28,8 +28,8 @@ class CheckpointWriter:
     """
 
     def __init__(self, final: Path, shards: int, replace: bool) -> None:
-        self.final = final
-        self.folder = final.parent / f".{final.name}.partial-{os.getpid()}"
+        self.final = final.resolve()
+        self.folder = self.final
         self._shards, self._written = shards, 0
         self._weight_map: dict[str, str] = {}
         self._bytes = 0
@@ -39,9 +39,12 @@ class CheckpointWriter:
         check_output(self.final, self._replace)
         try:
             self.final.parent.mkdir(parents=True, exist_ok=True)
-            self.folder.mkdir()
+            partial = tempfile.mkdtemp(prefix=f".{self.final.name}.partial-", dir=self.final.parent)
         except OSError as error:
             raise OutputError(f"{self.final}: cannot be created ({error.strerror}); choose another folder") from error
+        self.folder = Path(partial)
+        # mkdtemp makes it private; the finished folder is for whoever may read its parent.
+        self.folder.chmod(self.final.parent.stat().st_mode & 0o777)
         return self
 
     def __exit__(

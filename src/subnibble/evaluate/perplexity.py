@@ -97,7 +97,9 @@ class _Totals:
         if target is None:
             return
         for p, q in zip(target.split(_POSITIONS), predicted.split(_POSITIONS), strict=True):
-            self.divergence += float((p.exp() * (p - q)).sum(dtype=torch.float64))
+            # A token that the reference rules out (-inf) adds nothing.
+            distance = torch.where(p == -torch.inf, 0.0, p.exp() * (p - q))
+            self.divergence += float(distance.sum(dtype=torch.float64))
             self.agreed += int((p.argmax(1) == q.argmax(1)).sum())
 
     def perplexity(self) -> float:

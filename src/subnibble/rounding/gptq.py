@@ -84,7 +84,7 @@ def factorize(gram: Tensor, order: Tensor, damping: float, where: str) -> Factor
         if int(failed) == 0:
             eye = torch.eye(h.shape[0], dtype=h.dtype, device=h.device)
             u = torch.linalg.solve_triangular(lower, eye, upper=False).flip(0, 1)
-            if bool(torch.isfinite(u).all()):
+            if bool(torch.isfinite(u).all()) and bool((u.diagonal() > 0).all()):
                 return Factor(u, dead, damping, retries)
         damping *= 10
         retries += 1

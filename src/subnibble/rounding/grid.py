@@ -14,6 +14,7 @@ any weight is coded, so what is stored is what was fitted.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -86,9 +87,14 @@ def _span(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
         scale = torch.maximum(scale, torch.maximum(low.abs(), high.abs()) / _LARGEST_REAL_ZERO)
     scale = scale.clamp(min=smallest).to(stored).float()
     if not bool(torch.isfinite(scale).all()):
+        widest = float((high - low).max())
+        if not math.isfinite(widest):
+            raise NumericalFailure(
+                "the weights to round are not finite; raise the damping or use more calibration text"
+            )
         raise NumericalFailure(
-            f"a group spans {float((high - low).max()):.3g}, too much for scales of type {scheme.scale_type}; "
-            "set scale_type to float32 in the recipe's options"
+            f"a group spans {widest:.3g}, too much for scales of type {scheme.scale_type}; "
+            'set scale_type = "float32" in the recipe'
         )
     if scheme.zero_point == "none":
         return scale, torch.full_like(scale, scheme.levels // 2)
@@ -101,10 +107,11 @@ def _span(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
 def _least_error(group: Tensor, low: Tensor, high: Tensor, scheme: Scheme, power: float) -> tuple[Tensor, Tensor]:
     middle = (low + high) / 2 if scheme.zero_point == "real" else torch.zeros_like(low)
     best = torch.full_like(low, torch.inf)
-    scale, zero = _span(low, high, scheme)
+    scale, zero = s, z = _span(low, high, scheme)
     for step in range(_SHRINK_STEPS):
-        keep = 1 - step / 100
-        s, z = _span(middle + keep * (low - middle), middle + keep * (high - middle), scheme)
+        if step > 0:
+            keep = 1 - step / 100
+            s, z = _span(middle + keep * (low - middle), middle + keep * (high - middle), scheme)
         error = decode(encode(group, s, z, scheme), s, z).sub_(group).abs_()
         loss = (error.square_() if power == 2 else error.pow_(power)).sum(1, keepdim=True)
         better = loss < best
