@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ from subnibble.recipe import Recipe
 from subnibble.report import LinearReport, Report
 from subnibble.report.clock import Clock, peak_memory
 from subnibble.rounding import grid
+from subnibble.rounding.error import relative_errors
 from subnibble.rounding.rounder import Rounder, Rounding
 from subnibble.runtime import ops
 from subnibble.scheme import Scheme
@@ -137,6 +139,7 @@ class _Run:
         skeleton, clock = self.skeleton, self.clock
         sites = len(skeleton.arch.sites)
         total = skeleton.num_blocks * (sites + 1) + 2
+        skeleton.source.copy_side_files(writer.folder)
         hidden, outer = self._embed()
         progress(1, total, "embedding")
         arguments = skeleton.block_arguments(self.recipe.window) if hidden else [{}] * skeleton.num_blocks
@@ -160,7 +163,7 @@ class _Run:
         outer |= self._head()
         with clock.step("write"):
             writer.write_shard(outer)
-            self._write_side_files(writer)
+            self._write_config(writer)
         progress(total, total, "written")
         return self._report(writer)
 
@@ -232,22 +235,35 @@ class _Run:
         packed: dict[str, PackedTensor] = {}
         for scheme, names in self._by_scheme(block, site).items():
             where = f"{block.path}.{{{', '.join(names)}}}" if len(names) > 1 else f"{block.path}.{names[0]}"
+            start = time.perf_counter()
             with self.clock.step("round"):
-                before = self.clock.seconds()["total"]
                 weight = torch.cat([block.linear(name).weight.float() for name in names])
                 rounding = _rounded(self.steps.rounder, weight, gram, scheme, where)
                 whole = PackedRange.pack(rounding.coded, scheme)
-                seconds = self.clock.seconds()["total"] - before
+            seconds = time.perf_counter() - start
+            heights = [block.linear(name).out_features for name in names]
             with self.clock.step("measure error"):
-                errors = _errors(weight, whole, gram, scheme, [block.linear(name).out_features for name in names])
-            start = 0
-            for name, error in zip(names, errors, strict=True):
+                errors = relative_errors(weight, whole.dequantize(), gram, heights)
+                nearest = grid.coded(weight, scheme, grid.Clip("minmax"))
+                floors = relative_errors(weight, PackedRange.pack(nearest, scheme).dequantize(), gram, heights)
+            rows = torch.arange(weight.shape[0], device=weight.device).split(heights)
+            for name, index, error, floor in zip(names, rows, errors, floors, strict=True):
                 linear = block.linear(name)
-                rows = torch.arange(start, start + linear.out_features, device=weight.device)
-                start += linear.out_features
-                packed[name] = PackedTensor((whole.rows(rows),))
-                self._report_linear(f"{block.path}.{name}", packed[name], scheme, error, rounding, seconds)
+                packed[name] = PackedTensor((whole.rows(index),))
                 linear.weight.data = packed[name].dequantize(linear.weight.dtype)
+                self.linears.append(
+                    LinearReport(
+                        path=f"{block.path}.{name}",
+                        shape=packed[name].shape,
+                        scheme=scheme.name,
+                        effective_bits=packed[name].stored_bits / linear.weight.numel(),
+                        weight_error=error.weight,
+                        output_error=error.output,
+                        nearest_error=floor.output,
+                        seconds=round(seconds, 3),
+                        notes=dict(rounding.notes),
+                    )
+                )
         return packed
 
     def _gram(self, block: Block, site: Site, stream: BlockStream) -> Tensor:
@@ -270,29 +286,6 @@ class _Run:
                 groups.setdefault(scheme, []).append(name)
         return groups
 
-    def _report_linear(
-        self,
-        path: str,
-        packed: PackedTensor,
-        scheme: Scheme,
-        error: _Errors,
-        rounding: Rounding,
-        seconds: float,
-    ) -> None:
-        rows, columns = packed.shape
-        entry = LinearReport(
-            path,
-            (rows, columns),
-            scheme.name,
-            packed.stored_bits / (rows * columns),
-            error.weight,
-            error.output,
-            error.nearest,
-            seconds,
-            dict(rounding.notes),
-        )
-        self.linears.append(entry)
-
     def _block_tensors(self, block: Block, packed: dict[str, PackedTensor]) -> dict[str, Tensor]:
         """What to store for a block: packed linears, and everything else as it is."""
         tensors: dict[str, Tensor] = {}
@@ -311,12 +304,11 @@ class _Run:
             return _stored(parameter)
         return _stored(self.skeleton.source.load(name))
 
-    def _write_side_files(self, writer: CheckpointWriter) -> None:
+    def _write_config(self, writer: CheckpointWriter) -> None:
         config = self.skeleton.config.to_diff_dict()
         config["quantization_config"] = PackedConfig(self.modules).to_dict()
         config["dtype"] = str(self.skeleton.source.config.dtype or self.skeleton.dtype).removeprefix("torch.")
         config.pop("_name_or_path", None)
-        self.skeleton.source.copy_side_files(writer.folder)
         writer.write_json("config.json", config)
         writer.write_text("recipe.toml", self.recipe.to_toml())
         writer.finish_weights()
@@ -373,38 +365,6 @@ def packed_bytes(recipe: Recipe, skeleton: Skeleton) -> int:
         else:
             bits += torch.Size(shape).numel() * (16 if len(shape) > 1 else 32)
     return bits // 8
-
-
-@dataclass(frozen=True)
-class _Errors:
-    """Relative squared errors of one linear; see `LinearReport`."""
-
-    weight: float
-    output: float | None
-    nearest: float | None
-
-
-def _errors(weight: Tensor, packed: PackedRange, gram: Tensor | None, scheme: Scheme, rows: list[int]) -> list[_Errors]:
-    """Errors of each of the stacked linears, whose heights are `rows`."""
-    delta = weight - packed.dequantize()
-    weights = [(part.square().sum(), whole.square().sum()) for part, whole in zip(
-        delta.split(rows), weight.split(rows), strict=True
-    )]  # fmt: skip
-    relative = [float(part / whole.clamp(min=1e-30)) for part, whole in weights]
-    if gram is None:
-        return [_Errors(value, None, None) for value in relative]
-    nearest = grid.coded(weight, scheme, grid.Clip("minmax"))
-    nearest_delta = weight - PackedRange.pack(nearest, scheme).dequantize()
-    size = _output_energy(weight, gram, rows)
-    after = _output_energy(delta, gram, rows)
-    before = _output_energy(nearest_delta, gram, rows)
-    return [_Errors(w, a / s, b / s) for w, a, b, s in zip(relative, after, before, size, strict=True)]
-
-
-def _output_energy(matrix: Tensor, gram: Tensor, rows: list[int]) -> list[float]:
-    """tr(M G Mᵀ), the squared norm of M's outputs, of each stacked part."""
-    per_row = ((matrix @ gram.to(matrix.dtype)) * matrix).sum(1)
-    return [max(float(part.sum()), 1e-30) for part in per_row.split(rows)]
 
 
 def _stored(tensor: Tensor) -> Tensor:

@@ -146,9 +146,9 @@ def _check_override(scheme: Scheme, pattern: str, values: Any) -> None:
     if pattern.startswith("re:"):
         try:
             re.compile(pattern[3:])
-        except re.error as error:
+        except (re.error, OverflowError) as error:
             raise BadRecipe(f"override {pattern!r} is no regular expression: {error}") from error
-    _overridden(scheme, values)
+    _overridden(scheme, {**values, "skip": False})
 
 
 def _overridden(scheme: Scheme, values: Mapping[str, Any]) -> Scheme | None:

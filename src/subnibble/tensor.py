@@ -49,7 +49,7 @@ def unpack_codes(packed: Tensor, bits: int, columns: int) -> Tensor:
     if word_bytes == 1:
         shifts = torch.arange(per_word, dtype=torch.uint8, device=packed.device) * bits
         codes: Tensor = (packed.unsqueeze(-1) >> shifts) & (2**bits - 1)
-        return codes.view(rows, -1)[:, :columns]
+        return codes.flatten(1)[:, :columns]
     words = -(-columns // per_word)
     short = words * word_bytes - packed.shape[1]
     padded = torch.nn.functional.pad(packed, (0, short)) if short else packed
@@ -57,7 +57,7 @@ def unpack_codes(packed: Tensor, bits: int, columns: int) -> Tensor:
     word = b[..., 0] | (b[..., 1] << 8) | (b[..., 2] << 16)
     shifts = torch.arange(per_word, dtype=torch.int32, device=packed.device) * bits
     codes = ((word.unsqueeze(-1) >> shifts) & (2**bits - 1)).to(torch.uint8)
-    return codes.view(rows, -1)[:, :columns]
+    return codes.flatten(1)[:, :columns]
 
 
 def grouped_views(matrix: Tensor, scheme: Scheme) -> list[tuple[Tensor, slice]]:

@@ -250,7 +250,7 @@ def test_rows_are_coded_independently(scheme: Scheme, clip: grid.Clip) -> None:
 def test_scales_too_large_for_float16_are_a_numerical_failure(zero_point: str, clip: grid.Clip) -> None:
     w = weights()
     w[1, 40] = -3e6
-    with pytest.raises(NumericalFailure, match="set scale_type = .float32."):
+    with pytest.raises(NumericalFailure, match=r"set scale_type = .float32."):
         grid.coded(w, Scheme(4, 19, zero_point, "float16"), clip)
     for wide in ("bfloat16", "float32"):
         assert bool(torch.isfinite(grid.coded(w, Scheme(4, 19, zero_point, wide), clip).scales).all())

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
+import secrets
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -29,7 +29,8 @@ class CheckpointWriter:
 
     def __init__(self, final: Path, shards: int, replace: bool) -> None:
         self.final = final.resolve()
-        self.folder = self.final
+        # A random part, since a killed run may have left its own behind; plain mkdir, since the umask is the user's.
+        self.folder = self.final.with_name(f".{self.final.name}.partial-{secrets.token_hex(4)}")
         self._shards, self._written = shards, 0
         self._weight_map: dict[str, str] = {}
         self._bytes = 0
@@ -39,12 +40,9 @@ class CheckpointWriter:
         check_output(self.final, self._replace)
         try:
             self.final.parent.mkdir(parents=True, exist_ok=True)
-            partial = tempfile.mkdtemp(prefix=f".{self.final.name}.partial-", dir=self.final.parent)
+            self.folder.mkdir()
         except OSError as error:
             raise OutputError(f"{self.final}: cannot be created ({error.strerror}); choose another folder") from error
-        self.folder = Path(partial)
-        # mkdtemp makes it private; the finished folder is for whoever may read its parent.
-        self.folder.chmod(self.final.parent.stat().st_mode & 0o777)
         return self
 
     def __exit__(

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from subnibble.calibrate.stats import Gram
 from subnibble.model.arch import find_arch
+from subnibble.rounding.error import relative_errors
 from subnibble.runtime.modules import PackedLinear
 
 
@@ -31,9 +32,10 @@ def layer_errors(model: Any, reference: Any, windows: Tensor) -> dict[str, float
     errors = {}
     for path, module in packed.items():
         weight = reference.get_submodule(path).weight.detach().float()
-        delta = weight - module.packed.dequantize().to(weight.device)
-        gram = grams[readers[path]].value
-        errors[path] = float(_energy(delta, gram) / _energy(weight, gram).clamp(min=1e-30))
+        quantized = module.packed.dequantize().to(weight.device)
+        (error,) = relative_errors(weight, quantized, grams[readers[path]].value, [weight.shape[0]])
+        assert error.output is not None
+        errors[path] = error.output
     return errors
 
 
@@ -57,7 +59,3 @@ def _feed(gram: Gram) -> Any:
         gram.update(args[0].flatten(0, -2))
 
     return hook
-
-
-def _energy(matrix: Tensor, gram: Tensor) -> Tensor:
-    return ((matrix @ gram) * matrix).sum()

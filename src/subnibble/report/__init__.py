@@ -42,7 +42,6 @@ class Report:
     seconds: dict[str, float]
     peak_memory: int
     weights_sha256: str
-    evaluation: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionary for JSON."""

@@ -65,6 +65,11 @@ class PackedEmbedding(PackedModule):
         self.num_embeddings, self.embedding_dim = self.layout.rows, self.layout.columns
         self.dtype = dtype
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """As `PackedModule`; rows come out in the new type after `.to(dtype)`."""
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.get_buffer("codes").device)).dtype
+        return super()._apply(fn, recurse)
+
     def forward(self, ids: Tensor) -> Tensor:
         """ids: integer, any shape, to (*ids.shape, d)."""
         return ops.embedding(ids, self.packed, self.dtype)

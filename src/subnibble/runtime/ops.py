@@ -19,4 +19,4 @@ def linear(x: Tensor, weight: PackedTensor, bias: Tensor | None) -> Tensor:
 
 def embedding(ids: Tensor, weight: PackedTensor, dtype: torch.dtype) -> Tensor:
     """Rows of a packed table. ids: any shape, integer. weight: packed (n, d). Result (*ids.shape, d) in `dtype`."""
-    return weight.rows(ids.reshape(-1)).dequantize(dtype).view(*ids.shape, -1)
+    return weight.rows(ids.reshape(-1)).dequantize(dtype).view(*ids.shape, weight.shape[1])
