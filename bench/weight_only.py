@@ -1,6 +1,6 @@
 """Weight-only methods on SmolLM2-135M: perplexity, bits, time and memory of each arm.
 
-    python bench/weight_only.py [--wikitext DIR] [--only headline|table] [--results FILE] [--print]
+    python bench/weight_only.py [--wikitext DIR] [--only headline|table] [--row ARM:BITS:GROUP:WINDOWS ...] [--print]
 
 Finished rows are appended to the results file and skipped when they are there, so the table grows over several runs.
 Every row runs in a process of its own, so that its peak memory is its own. Headline rows calibrate on 64 windows of
@@ -52,6 +52,14 @@ def specs(only: str | None) -> list[Spec]:
     ]
     chosen = {"headline": headline, "table": table, None: headline[:2] + table + headline[2:]}
     return chosen[only]
+
+
+def parse_spec(text: str) -> Spec:
+    """A row as written on the command line, for example gptq-gar:3:128:64."""
+    arm, bits, group_size, windows = text.split(":")
+    if arm not in (*ARMS, "original"):
+        raise argparse.ArgumentTypeError(f"{arm!r} is no arm; choose one of original, {', '.join(ARMS)}")
+    return Spec(arm, int(bits), int(group_size), int(windows))
 
 
 def texts(wikitext: Path) -> dict[str, str]:
@@ -133,21 +141,22 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=here / "results" / "weight_only.json")
     parser.add_argument("--only", choices=("headline", "table"))
     parser.add_argument("--print", action="store_true", help="print the finished rows and run none")
-    parser.add_argument("--row", help=argparse.SUPPRESS)
+    parser.add_argument("--row", action="append", type=parse_spec, metavar="ARM:BITS:GROUP:WINDOWS")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.row:
-        spec, names = json.loads(arguments.row)
+    if arguments.child:
+        spec, names = json.loads(arguments.child)
         print("ROWS " + json.dumps(run_row(Spec(**spec), names)))
         return
     table = Rows(arguments.results, KEY)
     if not arguments.print:
         available = texts(arguments.wikitext)
-        for spec in specs(arguments.only):
+        for spec in arguments.row or specs(arguments.only):
             missing = {n: w for n, w in available.items() if not table.has({**asdict(spec), "text": n})}
             if not missing:
                 continue
             print(f"{spec} on {', '.join(missing)}", file=sys.stderr, flush=True)
-            command = [sys.executable, __file__, "--row", json.dumps([asdict(spec), missing])]
+            command = [sys.executable, __file__, "--child", json.dumps([asdict(spec), missing])]
             output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
             line = next(line for line in output.splitlines() if line.startswith("ROWS "))
             for row in json.loads(line.removeprefix("ROWS ")):
