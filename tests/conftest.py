@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 VOCABULARY = 96
 SIZES = {"vocab_size": VOCABULARY, "num_hidden_layers": 3, "max_position_embeddings": 128, "eos_token_id": None}
@@ -21,6 +28,15 @@ CONFIGS = {
     ),
     "llama-tied": LlamaConfig(
         hidden_size=48, intermediate_size=80, num_attention_heads=3, num_key_value_heads=3,
+        tie_word_embeddings=True, **SIZES,
+    ),
+    # a window shorter than the calibration windows
+    "mistral": MistralConfig(
+        hidden_size=48, intermediate_size=80, num_attention_heads=6, num_key_value_heads=2, head_dim=16,
+        sliding_window=8, tie_word_embeddings=False, **SIZES,
+    ),
+    "qwen3": Qwen3Config(
+        hidden_size=48, intermediate_size=72, num_attention_heads=6, num_key_value_heads=3, head_dim=16,
         tie_word_embeddings=True, **SIZES,
     ),
     "qwen2": Qwen2Config(

@@ -8,8 +8,8 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from conftest import CONFIGS, VOCABULARY, random_model
 
+from conftest import CONFIGS, VOCABULARY, random_model
 from subnibble.checkpoint import gguf_source
 from subnibble.checkpoint.source import open_source
 from subnibble.errors import UnsupportedModel

@@ -133,7 +133,7 @@ def test_unknown_architecture_lists_the_supported_ones(single: Path) -> None:
     config = json.loads((single / "config.json").read_text())
     config |= {"model_type": "gpt2", "n_layer": 2, "architectures": ["GPT2LMHeadModel"]}
     (single / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UnsupportedModel, match=r"'gpt2' is not supported; supported: llama, qwen2"):
+    with pytest.raises(UnsupportedModel, match=r"'gpt2' is not supported; supported: llama, mistral, qwen2, qwen3"):
         open_fully(single)
 
 

@@ -2,10 +2,12 @@
 
 from subnibble.errors import UnsupportedModel
 from subnibble.model.arch.llama import LLAMA
+from subnibble.model.arch.mistral import MISTRAL
 from subnibble.model.arch.qwen2 import QWEN2
+from subnibble.model.arch.qwen3 import QWEN3
 from subnibble.model.site import Arch
 
-ARCHITECTURES: dict[str, Arch] = {arch.model_type: arch for arch in (LLAMA, QWEN2)}
+ARCHITECTURES: dict[str, Arch] = {arch.model_type: arch for arch in (LLAMA, MISTRAL, QWEN2, QWEN3)}
 
 
 def find_arch(model_type: str) -> Arch:

@@ -1,0 +1,9 @@
+"""Qwen3: Llama's block with a norm on each head's queries and keys.
+
+Those norms lie behind q_proj and k_proj, whose rows no edit touches; the value path, which edits do touch, has none.
+"""
+
+from subnibble.model.arch.llama import LLAMA
+from subnibble.model.site import Arch
+
+QWEN3 = Arch("qwen3", sites=LLAMA.sites, residual=LLAMA.residual)
