@@ -24,6 +24,7 @@ from subnibble.tensor import CodedMatrix, PackedRange
 SETTINGS = {
     "w3-ragged": {"bits": 3, "group_size": 32, "embedding_bits": 8},
     "w2-channel-real": {"bits": 2, "group_size": -1, "zero_point": "real", "embedding_bits": 16},
+    "w2-sign": {"bits": 2, "group_size": 32, "grid": "sign", "embedding_bits": 8},
     "w4-symmetric": {"bits": 4, "group_size": 16, "zero_point": "none", "embedding_bits": 4},
 }
 

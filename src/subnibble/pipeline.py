@@ -208,12 +208,11 @@ class _Run:
 
     def _table(self, path: str, weight: Tensor) -> tuple[dict[str, Tensor], PackedTensor | None]:
         """An embedding or head at `embedding_bits`: the tensors to store, and the packed form if there is one."""
-        bits = self.recipe.embedding_bits
-        if bits == 16:
+        scheme = self.recipe.embedding_scheme
+        if scheme is None:
             return {f"{path}.weight": _stored(weight)}, None
-        scheme = Scheme(bits, self.recipe.group_size, self.recipe.zero_point, self.recipe.scale_type)
         scheme.check_width(weight.shape[1], path)
-        clip = grid.Clip("minmax" if bits == 8 else "mse")
+        clip = grid.Clip("minmax" if scheme.bits == 8 else "mse")
         chunks = [grid.coded(rows.float(), scheme, clip) for rows in weight.split(_EMBEDDING_ROWS)]
         parts = [PackedRange.pack(chunk, scheme) for chunk in chunks]
         zeros = [part.zeros for part in parts if part.zeros is not None]
@@ -358,8 +357,8 @@ def packed_bytes(recipe: Recipe, skeleton: Skeleton) -> int:
     tables = {f"{skeleton.arch.embedding}.weight", f"{skeleton.arch.head}.weight"}
     for name, shape in skeleton.parameter_shapes().items():
         scheme = recipe.scheme_of(name.removesuffix(".weight")) if name.removesuffix(".weight") in linears else None
-        if name in tables and recipe.embedding_bits != 16:
-            scheme = Scheme(recipe.embedding_bits, recipe.group_size, recipe.zero_point, recipe.scale_type)
+        if name in tables:
+            scheme = recipe.embedding_scheme
         if scheme is not None:
             bits += shape[0] * scheme.row_bits(shape[1])
         else:

@@ -23,13 +23,13 @@ _OVERRIDE_KEYS = ("bits", "group_size", "skip")
 class Recipe:
     """What to do to a model. Unknown keys are errors; round-trips through TOML and dictionaries.
 
-    method: a name that `subnibble list` shows. bits, group_size, zero_point, scale_type: see `Scheme`.
-    embedding_bits: 16, 8 or 4, for embedding and head. calibration: a file or a named set; None takes "c4" if the
-    method needs data. num_windows, window: how many windows of how many tokens. seed: draws the windows.
-    device: where to compute, a torch device or "auto". dtype: of activations and weights while computing, see
-    `device.py`. options: the method's own. overrides: patterns of linears
-    ("re:..." a regular expression matched from the start, else an exact path) to bits, group_size or skip; the
-    first that matches holds.
+    method: a name that `subnibble list` shows. bits, group_size, zero_point, scale_type, grid: see `Scheme`; the
+    zero_point is that of uniform grids. embedding_bits: 16, 8 or 4, for embedding and head, on a uniform grid.
+    calibration: a file or a named set; None takes "c4" if the method needs data. num_windows, window: how many windows
+    of how many tokens. seed: draws the windows. device: where to compute, a torch device or "auto". dtype: of
+    activations and weights while computing, see `device.py`. options: the method's own. overrides: patterns of linears
+    ("re:..." a regular expression matched from the start, else an exact path) to bits, group_size or skip; the first
+    that matches holds.
     """
 
     method: str = "gptq"
@@ -37,6 +37,7 @@ class Recipe:
     group_size: int = 128
     zero_point: str = "integer"
     scale_type: str = "float16"
+    grid: str = "uniform"
     embedding_bits: int = 16
     calibration: str | None = None
     num_windows: int = 128
@@ -58,14 +59,22 @@ class Recipe:
                 raise BadRecipe(f"{key} is {getattr(self, key)}; give a positive number")
         if self.dtype not in (AUTO, *DTYPES):
             raise BadRecipe(f"dtype is {self.dtype!r}; choose one of {AUTO}, {', '.join(DTYPES)}")
-        _ = self.scheme
+        _ = self.scheme, self.embedding_scheme
         for pattern, values in self.overrides.items():
             _check_override(self.scheme, pattern, values)
 
     @property
     def scheme(self) -> Scheme:
         """The scheme of linears that no override touches."""
-        return Scheme(self.bits, self.group_size, self.zero_point, self.scale_type)
+        zero_point = "none" if self.grid == "sign" else self.zero_point
+        return Scheme(self.bits, self.group_size, zero_point, self.scale_type, self.grid)
+
+    @property
+    def embedding_scheme(self) -> Scheme | None:
+        """The scheme of embedding and head, or None if they stay at 16 bits."""
+        if self.embedding_bits == 16:
+            return None
+        return Scheme(self.embedding_bits, self.group_size, self.zero_point, self.scale_type)
 
     def scheme_of(self, path: str) -> Scheme | None:
         """The scheme of the linear at `path`, or None if an override skips it."""
@@ -124,9 +133,9 @@ def matches(pattern: str, path: str) -> bool:
 
 def _check_types(recipe: Recipe) -> None:
     wanted: dict[str, type | tuple[type, ...]] = {
-        "method": str, "bits": int, "group_size": int, "zero_point": str, "scale_type": str, "embedding_bits": int,
-        "calibration": (str, type(None)), "num_windows": int, "window": int, "seed": int, "device": str,
-        "dtype": str, "options": Mapping, "overrides": Mapping,
+        "method": str, "bits": int, "group_size": int, "zero_point": str, "scale_type": str, "grid": str,
+        "embedding_bits": int, "calibration": (str, type(None)), "num_windows": int, "window": int, "seed": int,
+        "device": str, "dtype": str, "options": Mapping, "overrides": Mapping,
     }  # fmt: skip
     for key, kind in wanted.items():
         value = getattr(recipe, key)

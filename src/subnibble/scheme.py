@@ -1,4 +1,4 @@
-"""How one range of a weight's input columns is coded: bit width, groups, zero-point, scale type."""
+"""How one range of a weight's input columns is coded: grid, bit width, groups, zero-point, scale type."""
 
 from __future__ import annotations
 
@@ -9,20 +9,25 @@ from typing import Any, Self
 from subnibble.errors import BadRecipe
 
 BITS = (2, 3, 4, 8)
+GRIDS = ("uniform", "sign")
 ZERO_POINTS = ("none", "integer", "real")
+# A sign-basis grid stores a scale a bit and searches all its levels for each weight.
+_LARGEST_SIGN_BITS = 4
 SCALE_TYPES = {"float16": 16, "bfloat16": 16, "float32": 32}
 WHOLE_CHANNEL = -1
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """A uniform grid `w = scale * (code - zero)`, codes `0 .. 2**bits - 1`, one scale a row and group.
+    """A grid of `2**bits` levels for each row and group; a code says which.
 
+    grid: "uniform", `w = scale * (code - zero)` with one scale; or "sign", `w = sum_k scale_k * (+1 if bit k of the
+        code is set else -1)` with a scale a bit: symmetric about 0, no level at 0, not evenly spaced.
     bits: width of a code: 2, 3, 4 or 8.
     group_size: consecutive input columns that share a scale; -1 is the whole row. A width that it does not
         divide ends in a shorter group.
-    zero_point: "none" puts code `2**(bits-1)` at 0, "integer" stores a code-wide integer per group, "real"
-        stores a number of `scale_type` per group.
+    zero_point: of a uniform grid; a sign grid has "none". "none" puts code `2**(bits-1)` at 0, "integer" stores a
+        code-wide integer per group, "real" stores a number of `scale_type` per group.
     scale_type: how scales and real zero-points are stored.
     """
 
@@ -30,6 +35,7 @@ class Scheme:
     group_size: int = 128
     zero_point: str = "integer"
     scale_type: str = "float16"
+    grid: str = "uniform"
 
     def __post_init__(self) -> None:
         if type(self.bits) is not int or self.bits not in BITS:
@@ -42,6 +48,18 @@ class Scheme:
             raise BadRecipe(f"zero_point is {self.zero_point!r}; choose one of {', '.join(ZERO_POINTS)}")
         if self.scale_type not in SCALE_TYPES:
             raise BadRecipe(f"scale_type is {self.scale_type!r}; choose one of {', '.join(SCALE_TYPES)}")
+        if self.grid not in GRIDS:
+            raise BadRecipe(f"grid is {self.grid!r}; choose one of {', '.join(GRIDS)}")
+        if self.grid == "sign" and (self.bits > _LARGEST_SIGN_BITS or self.zero_point != "none"):
+            raise BadRecipe(
+                f"a sign grid has at most {_LARGEST_SIGN_BITS} bits and no zero-point; found {self.bits} bits and "
+                f"zero_point {self.zero_point!r}: use 2, 3 or 4 bits, or a uniform grid"
+            )
+
+    @property
+    def scales_per_group(self) -> int:
+        """How many scales a row stores for each group."""
+        return self.bits if self.grid == "sign" else 1
 
     @property
     def levels(self) -> int:
@@ -53,8 +71,9 @@ class Scheme:
         """Short name for tables, for example `w3g128`."""
         group = "channel" if self.group_size == WHOLE_CHANNEL else f"g{self.group_size}"
         zero = {"none": "-sym", "integer": "", "real": "-real"}[self.zero_point]
+        kind = "-sign" if self.grid == "sign" else zero
         scale = "" if self.scale_type == "float16" else f"-{self.scale_type}"
-        return f"w{self.bits}{group}{zero}{scale}"
+        return f"w{self.bits}{group}{kind}{scale}"
 
     def group_bounds(self, columns: int) -> list[tuple[int, int]]:
         """Start and stop column of every group of a row of `columns`; the last may be shorter."""
@@ -82,7 +101,7 @@ class Scheme:
         groups = self.groups(columns)
         scale = SCALE_TYPES[self.scale_type]
         zeros = {"none": 0, "integer": 8 * self.row_bytes(groups), "real": groups * scale}[self.zero_point]
-        return 8 * self.row_bytes(columns) + groups * scale + zeros
+        return 8 * self.row_bytes(columns) + groups * self.scales_per_group * scale + zeros
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionary, the inverse of `from_dict`."""

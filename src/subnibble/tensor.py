@@ -76,7 +76,8 @@ def grouped_views(matrix: Tensor, scheme: Scheme) -> list[tuple[Tensor, slice]]:
 class CodedMatrix:
     """What a rounder makes, before packing. Scales and zeros are exact in the scheme's storage type.
 
-    codes: (m, k) uint8. scales: (m, groups) float32. zeros: (m, groups) float32, or None if the scheme has none.
+    codes: (m, k) uint8. scales: (m, groups * scales_per_group) float32, a group's scales side by side.
+    zeros: (m, groups) float32, or None if the scheme has none.
     """
 
     codes: Tensor
@@ -88,7 +89,7 @@ class CodedMatrix:
 class PackedRange:
     """Consecutive input columns coded by one scheme.
 
-    codes: (m, scheme.row_bytes(columns)) uint8. scales: (m, groups) in the scheme's type.
+    codes: (m, scheme.row_bytes(columns)) uint8. scales: (m, groups * scales_per_group) in the scheme's type.
     zeros: integer zero-points packed like codes (uint8), real ones in the scheme's type, or None.
     """
 
@@ -129,7 +130,7 @@ class PackedRange:
             scheme,
             columns,
             torch.empty(rows, scheme.row_bytes(columns), dtype=torch.uint8, device=device),
-            torch.empty(rows, groups, dtype=scale, device=device),
+            torch.empty(rows, groups * scheme.scales_per_group, dtype=scale, device=device),
             None if width is None else torch.empty(rows, width, dtype=zero_type, device=device),
         )
 
@@ -139,12 +140,27 @@ class PackedRange:
         return CodedMatrix(codes, self.scales.float(), self._zeros())
 
     def dequantize(self) -> Tensor:
-        """Dense float32 (m, columns): `scale * (code - zero)`."""
-        values = unpack_codes(self.codes, self.scheme.bits, self.columns).float()
+        """Dense float32 (m, columns), by the scheme's grid."""
+        codes = unpack_codes(self.codes, self.scheme.bits, self.columns)
+        return self._on_sign_grid(codes) if self.scheme.grid == "sign" else self._on_uniform_grid(codes)
+
+    def _on_uniform_grid(self, codes: Tensor) -> Tensor:
+        values = codes.float()
         scales, zeros = self.scales.float().unsqueeze(-1), self._zeros()
         centre = torch.full_like(scales, self.scheme.levels // 2) if zeros is None else zeros.unsqueeze(-1)
         for view, groups in grouped_views(values, self.scheme):
             view.sub_(centre[:, groups]).mul_(scales[:, groups])
+        return values
+
+    def _on_sign_grid(self, codes: Tensor) -> Tensor:
+        values = torch.zeros(codes.shape, device=codes.device)
+        scales = self.scales.float().unflatten(1, (-1, 1, self.scheme.bits))
+        # Summed from the first bit to the last, as the fit sums its levels, so that both round alike.
+        for bit in range(self.scheme.bits):
+            signs = ((codes >> bit) & 1).float().mul_(2).sub_(1)
+            for view, groups in grouped_views(signs, self.scheme):
+                view.mul_(scales[:, groups, :, bit])
+            values += signs
         return values
 
     def rows(self, index: Tensor) -> PackedRange:

@@ -29,6 +29,7 @@ def bytes_row(text: str) -> torch.Tensor:
 def test_the_examples_are_found() -> None:
     assert {bits for bits, _, _ in STREAMS} == {"2", "3", "4", "8"}
     assert {vector["scheme"]["zero_point"] for vector in VECTORS} == {"none", "integer", "real"}
+    assert {vector["scheme"]["grid"] for vector in VECTORS} == {"uniform", "sign"}
     kinds = {entry["kind"] for entry in CONFIG["modules"].values()}
     assert kinds == {"linear", "embedding", "tied_head", "norm_bias"}
 
@@ -40,7 +41,7 @@ def test_codes_pack_to_the_documented_bytes(bits, codes, stream) -> None:
     assert torch.equal(unpack_codes(bytes_row(stream), int(bits), row.shape[1]), row)
 
 
-@pytest.mark.parametrize("vector", VECTORS, ids=lambda vector: vector["scheme"]["zero_point"])
+@pytest.mark.parametrize("vector", VECTORS, ids=lambda vector: Scheme.from_dict(vector["scheme"]).name)
 def test_stored_rows_have_the_documented_weights(vector) -> None:
     scheme = Scheme.from_dict(vector["scheme"])
     state = {"codes": bytes_row(vector["codes"])}

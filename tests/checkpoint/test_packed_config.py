@@ -67,8 +67,8 @@ def test_any_config_survives_json(modules) -> None:
 
 def test_the_dictionary_is_the_specified_one() -> None:
     small = PackedConfig({path: CONFIG.modules[path] for path in (Q, HEAD, NORM, TABLE)})
-    w3 = {"bits": 3, "group_size": 128, "zero_point": "integer", "scale_type": "float16"}
-    w8 = {"bits": 8, "group_size": -1, "zero_point": "none", "scale_type": "bfloat16"}
+    w3 = {"bits": 3, "group_size": 128, "zero_point": "integer", "scale_type": "float16", "grid": "uniform"}
+    w8 = {"bits": 8, "group_size": -1, "zero_point": "none", "scale_type": "bfloat16", "grid": "uniform"}
     two = [[48, "w3g128"], [16, "w8channel-sym-bfloat16"]]
     assert through_json(small) == {
         "quant_method": "subnibble",
@@ -121,7 +121,9 @@ BROKEN = {
     "no modules": (["modules"], KeyError, "modules"),
     "schemes no table": (["schemes"], [], "damaged"),
     "modules no table": (["modules"], ["a"], "damaged"),
-    "unknown scheme key": (["schemes", "w3g128", "grid"], "mxfp4", "unknown scheme key 'grid'"),
+    "unknown scheme key": (["schemes", "w3g128", "outliers"], 3, "unknown scheme key 'outliers'"),
+    "unknown grid": (["schemes", "w3g128", "grid"], "mxfp4", "choose one of uniform, sign"),
+    "sign grid with zero-points": (["schemes", "w3g128", "grid"], "sign", "no zero-point"),
     "scheme without bits": (["schemes", "w3g128", "bits"], KeyError, "bits"),
     "scheme out of range": (["schemes", "w3g128", "bits"], 5, "bits is 5"),
     "scheme bits a float": (["schemes", "w3g128", "bits"], 4.0, "bits is 4.0"),

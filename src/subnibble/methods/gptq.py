@@ -14,18 +14,19 @@ from subnibble.rounding.grid import Clip
 
 @dataclass(frozen=True)
 class Options:
-    """clip, clip_power: see `rounding/grid.py`; damping, order: see `rounding/gptq.py`."""
+    """clip, clip_power: see `rounding/grid.py`; damping, order, weighting: see `rounding/gptq.py`."""
 
     clip: str = "mse"
     clip_power: float = 2.0
     damping: float = 0.01
     order: str = "gar"
+    weighting: str = "none"
 
 
 def build(options: Options) -> Steps:
     """Steps of GPTQ."""
     clip = Clip(options.clip, options.clip_power)
-    return Steps(rounder=Rounder(clip, damping=options.damping, order=options.order))
+    return Steps(rounder=Rounder(clip, damping=options.damping, order=options.order, weighting=options.weighting))
 
 
 GPTQ = Method("gptq", "column by column with error compensation", "arXiv 2210.17323", Options, build)

@@ -12,29 +12,35 @@ and past the limit is `NumericalFailure`; blocks end where groups end, so any gr
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from subnibble.errors import BadRecipe, NumericalFailure
 from subnibble.rounding import grid
+from subnibble.rounding.levels import Levels
 from subnibble.rounding.order import ORDERS, ColumnPlan, plan_columns
 from subnibble.rounding.rounder import Rounding
 from subnibble.scheme import Scheme
 from subnibble.tensor import CodedMatrix
 
+WEIGHTINGS = ("none", "hessian")
 _LARGEST_DAMPING = 1.0
 
 
 @dataclass(frozen=True)
 class Factor:
-    """Upper factor u (k, k) with inv(H) = uᵀ u, in visiting order; dead: (k,) bool, columns that are never fed."""
+    """Upper factor u (k, k) with inv(H) = uᵀ u, in visiting order.
+
+    dead: (k,) bool, columns that are never fed. weights: (k,) of the columns in the fit of grids, or None for 1.
+    """
 
     u: Tensor
     dead: Tensor
     damping: float
     retries: int
+    weights: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -42,13 +48,15 @@ class GPTQ:
     """Rounder with error compensation.
 
     damping: added to the Gram diagonal, as a fraction of its mean. order: see `order.py`. block: columns whose
-    updates to the columns behind them are applied together, as one matrix product.
+    updates to the columns behind them are applied together, as one matrix product. weighting: "none" fits grids to
+    the weights as they are, "hessian" weights each column's error by its diagonal Gram entry.
     """
 
     clip: grid.Clip = field(default_factory=grid.Clip)
     damping: float = 0.01
     order: str = "gar"
     block: int = 128
+    weighting: str = "none"
     needs_gram = True
 
     def __post_init__(self) -> None:
@@ -56,6 +64,8 @@ class GPTQ:
             raise BadRecipe(f"damping is {self.damping!r}; give a number above 0 and at most {_LARGEST_DAMPING}")
         if self.order not in ORDERS:
             raise BadRecipe(f"order is {self.order!r}; choose one of {', '.join(ORDERS)}")
+        if self.weighting not in WEIGHTINGS:
+            raise BadRecipe(f"weighting is {self.weighting!r}; choose one of {', '.join(WEIGHTINGS)}")
         if self.block < 1:
             raise BadRecipe(f"block is {self.block}; give a positive number of columns")
 
@@ -65,6 +75,8 @@ class GPTQ:
             raise ValueError(f"GPTQ needs the Gram matrix of {where}'s inputs")
         plan = plan_columns(self.order, gram.diagonal(), scheme)
         factor = factorize(gram, plan.columns, self.damping, where)
+        if self.weighting == "hessian":
+            factor = replace(factor, weights=gram.diagonal()[plan.columns].float())
         coded = round_columns(weight, factor, plan, scheme, self.clip, self.block)
         return Rounding(coded, {"damping": factor.damping, "damping_retries": factor.retries})
 
@@ -105,28 +117,25 @@ def round_columns(
     w[factor.dead] = 0
     u = factor.u
     codes = torch.empty_like(w)
-    scales = torch.empty(len(plan.groups), weight.shape[0], device=w.device)
-    zeros = torch.empty_like(scales)
     starts = _group_starts(plan)
-    scale = zero = torch.empty(0, device=w.device)
+    fitted: dict[int, Levels] = {}
     for i1, i2 in block_bounds(plan, block):
         error = torch.empty(i2 - i1, w.shape[1], dtype=w.dtype, device=w.device)
         for j in range(i1, i2):
             if j in starts:
                 index, width = starts[j]
-                scale, zero = (t[:, 0] for t in grid.fit(w[j : j + width].T.float(), scheme, clip))
-                scales[index], zeros[index] = scale, zero
-            codes[j] = grid.encode(w[j], scale, zero, scheme)
-            torch.sub(w[j], grid.decode(codes[j], scale, zero), out=error[j - i1])
+                weights = None if factor.weights is None else factor.weights[j : j + width]
+                levels = fitted[index] = grid.fit_levels(w[j : j + width].T.float(), scheme, clip, weights)
+            column = levels.encode(w[j].unsqueeze(1))
+            codes[j] = column[:, 0]
+            torch.sub(w[j], levels.decode(column)[:, 0], out=error[j - i1])
             error[j - i1] /= u[j, j]
             w[j:i2].addr_(u[j, j:i2], error[j - i1], alpha=-1)
         w[i2:].addmm_(u[i1:i2, i2:].T, error, alpha=-1)
     natural = torch.empty_like(codes)
     natural[order] = codes
-    has_zero = scheme.zero_point != "none"
-    return CodedMatrix(
-        natural.T.to(torch.uint8).contiguous(), scales.T.contiguous(), zeros.T.contiguous() if has_zero else None
-    )
+    levels_by_group = [fitted[index] for index in sorted(fitted)]
+    return CodedMatrix(natural.T.to(torch.uint8).contiguous(), *grid.join_levels(levels_by_group))
 
 
 def block_bounds(plan: ColumnPlan, block: int) -> list[tuple[int, int]]:

@@ -1,4 +1,4 @@
-"""Fit a uniform grid to groups of weights, and code weights on it.
+"""Fit grids to groups of weights, and code weights on them. Sign-basis grids are in `sign_basis.py`; here the uniform.
 
 A grid row is `w = s * (q - z)` with codes `q` in `0 .. 2**b - 1`. Three zero-points (see `Scheme`), two clips:
 
@@ -9,18 +9,22 @@ A grid row is `w = s * (q - z)` with codes `q` in `0 .. 2**b - 1`. Three zero-po
 
 With no or an integer zero-point the range always contains 0 and shrinks towards 0; with a real one it is the
 group's own and shrinks towards its middle. Scales and real zero-points are rounded to their stored type before
-any weight is coded, so what is stored is what was fitted.
+any weight is coded, so what is stored is what was fitted. Columns may carry weights, which multiply their errors in
+the search.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from subnibble.errors import BadRecipe, NumericalFailure
+from subnibble.rounding import sign_basis
+from subnibble.rounding.levels import Levels
 from subnibble.scheme import Scheme
 from subnibble.tensor import CodedMatrix, scale_dtype
 
@@ -54,8 +58,44 @@ def decode(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     return (codes - zero) * scale
 
 
-def fit(group: Tensor, scheme: Scheme, clip: Clip) -> tuple[Tensor, Tensor]:
-    """Scale and zero-point (m, 1) of every row of `group` (m, g) float32, exact in the scheme's stored type."""
+@dataclass(frozen=True)
+class UniformLevels:
+    """See `Levels`. scale, zero: (m, 1)."""
+
+    scale: Tensor
+    zero: Tensor
+    scheme: Scheme
+
+    @property
+    def scales(self) -> Tensor:
+        """See `Levels`."""
+        return self.scale
+
+    @property
+    def zeros(self) -> Tensor | None:
+        """See `Levels`."""
+        return None if self.scheme.zero_point == "none" else self.zero
+
+    def encode(self, weight: Tensor) -> Tensor:
+        """See `Levels`."""
+        return encode(weight, self.scale, self.zero, self.scheme)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """See `Levels`."""
+        return decode(codes, self.scale, self.zero)
+
+
+def fit_levels(group: Tensor, scheme: Scheme, clip: Clip, weights: Tensor | None = None) -> Levels:
+    """The grid of every row of `group` (m, g) float32, of the scheme's kind. weights: (g,), of the columns, or None."""
+    if weights is not None and not bool((weights > 0).any()):
+        weights = None
+    if scheme.grid == "sign":
+        return sign_basis.fit(group, scheme, weights)
+    return UniformLevels(*fit(group, scheme, clip, weights), scheme)
+
+
+def fit(group: Tensor, scheme: Scheme, clip: Clip, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Uniform grid: scale and zero-point (m, 1) of every row of `group` (m, g), exact in the scheme's stored type."""
     low, high = group.amin(1, keepdim=True), group.amax(1, keepdim=True)
     if scheme.zero_point == "none":
         high = torch.maximum(high, -low)
@@ -64,18 +104,21 @@ def fit(group: Tensor, scheme: Scheme, clip: Clip) -> tuple[Tensor, Tensor]:
         low, high = low.clamp(max=0), high.clamp(min=0)
     if clip.name == "minmax":
         return _span(low, high, scheme)
-    return _least_error(group, low, high, scheme, clip.power)
+    return _least_error(group, (low, high), scheme, clip.power, weights)
 
 
 def coded(weight: Tensor, scheme: Scheme, clip: Clip) -> CodedMatrix:
     """Round `weight` (m, k) to nearest on a grid fitted to each group: the RTN of every method."""
-    parts = []
-    for start, stop in scheme.group_bounds(weight.shape[1]):
-        group = weight[:, start:stop]
-        scale, zero = fit(group, scheme, clip)
-        parts.append((encode(group, scale, zero, scheme).to(torch.uint8), scale, zero))
-    codes, scales, zeros = (torch.cat(tensors, dim=1) for tensors in zip(*parts, strict=True))
-    return CodedMatrix(codes, scales, None if scheme.zero_point == "none" else zeros)
+    groups = [weight[:, start:stop] for start, stop in scheme.group_bounds(weight.shape[1])]
+    fitted = [fit_levels(group, scheme, clip) for group in groups]
+    codes = [levels.encode(group).to(torch.uint8) for levels, group in zip(fitted, groups, strict=True)]
+    return CodedMatrix(torch.cat(codes, dim=1), *join_levels(fitted))
+
+
+def join_levels(fitted: Sequence[Levels]) -> tuple[Tensor, Tensor | None]:
+    """Scales and zeros of a row's groups side by side, as `CodedMatrix` has them."""
+    zeros = [levels.zeros for levels in fitted if levels.zeros is not None]
+    return torch.cat([levels.scales for levels in fitted], dim=1), torch.cat(zeros, dim=1) if zeros else None
 
 
 def _span(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
@@ -104,7 +147,10 @@ def _span(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     return scale, zero.to(stored).float()
 
 
-def _least_error(group: Tensor, low: Tensor, high: Tensor, scheme: Scheme, power: float) -> tuple[Tensor, Tensor]:
+def _least_error(
+    group: Tensor, span: tuple[Tensor, Tensor], scheme: Scheme, power: float, weights: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    low, high = span
     middle = (low + high) / 2 if scheme.zero_point == "real" else torch.zeros_like(low)
     best = torch.full_like(low, torch.inf)
     scale, zero = s, z = _span(low, high, scheme)
@@ -113,7 +159,8 @@ def _least_error(group: Tensor, low: Tensor, high: Tensor, scheme: Scheme, power
             keep = 1 - step / 100
             s, z = _span(middle + keep * (low - middle), middle + keep * (high - middle), scheme)
         error = decode(encode(group, s, z, scheme), s, z).sub_(group).abs_()
-        loss = (error.square_() if power == 2 else error.pow_(power)).sum(1, keepdim=True)
+        errors = error.square_() if power == 2 else error.pow_(power)
+        loss = (errors if weights is None else errors.mul_(weights)).sum(1, keepdim=True)
         better = loss < best
         best = torch.where(better, loss, best)
         scale, zero = torch.where(better, s, scale), torch.where(better, z, zero)
