@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -125,23 +126,93 @@ def test_norm_bias_is_loaded_and_added(packed: dict[str, Path], tmp_path: Path) 
     assert torch.equal(model.get_submodule(path)(x), plain.get_submodule(path)(x) + bias)
 
 
-def test_missing_or_misshapen_packed_tensors_are_named(packed: dict[str, Path], tmp_path: Path) -> None:
+def spoiled_copy(source: Path, folder: Path, name: str, how: str) -> Path:
+    """A copy of a checkpoint with one tensor missing, misshapen, of another type, or one too many."""
     from safetensors.torch import load_file, save_file
 
-    name = "model.layers.1.mlp.up_proj.scales"
-    for case, message in (("missing", f"{name} is missing"), ("misshapen", f"{name} has shape")):
-        folder = tmp_path / case
-        folder.mkdir()
-        for file in packed["llama"].iterdir():
-            (folder / file.name).write_bytes(file.read_bytes())
-        file = folder / json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"][name]
-        tensors = load_file(file)
-        scales = tensors.pop(name)
-        if case == "misshapen":
-            tensors[name] = scales[:, 1:].contiguous()
-        save_file(tensors, file, metadata={"format": "pt"})
-        with pytest.raises(CheckpointError, match=message):
-            AutoModelForCausalLM.from_pretrained(folder)
+    folder.mkdir()
+    for file in source.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    index = folder / "model.safetensors.index.json"
+    shard = json.loads(index.read_text())["weight_map"][name] if index.is_file() else "model.safetensors"
+    tensors = load_file(folder / shard)
+    if how == "missing":
+        del tensors[name]
+    elif how == "misshapen":
+        tensors[name] = tensors[name][1:].contiguous()
+    elif how == "another type":
+        tensors[name] = tensors[name].double()
+    else:
+        tensors[name + "_more"] = torch.zeros(1)
+    save_file(tensors, folder / shard, metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.mlp.up_proj.scales"])
+@pytest.mark.parametrize("how", ["missing", "misshapen", "another type", "one too many"])
+def test_packed_checkpoint_that_is_not_whole_is_refused(
+    how: str, name: str, packed: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = spoiled_copy(packed["llama"], tmp_path / "spoiled", name, how)
+    if how == "another type" and name == "model.norm.weight":
+        assert AutoModelForCausalLM.from_pretrained(folder).model.norm.weight.dtype == torch.float32
+        return
+    with pytest.raises(CheckpointError, match=re.escape(name)):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("how", ["missing", "misshapen", "one too many"])
+def test_plain_checkpoint_that_is_not_whole_is_refused(how: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    name = "model.layers.1.mlp.down_proj.weight"
+    folder = spoiled_copy(folders["llama"], tmp_path / "spoiled", name, how)
+    with pytest.raises(CheckpointError, match=re.escape(name)):
+        load_model(folder)
+
+
+def test_head_that_differs_from_a_tied_embedding_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "two-heads"
+    folder.mkdir()
+    for file in folders["llama-tied"].iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    recipe = Recipe(method="rtn", bits=4, group_size=16, embedding_bits=8)
+    subnibble.quantize(folder, tmp_path / "same", recipe)
+    tensors["lm_head.weight"][3, 3] += 1
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="tie_word_embeddings"):
+        subnibble.quantize(folder, tmp_path / "other", recipe)
+    with pytest.raises(CheckpointError, match="tie_word_embeddings"):
+        load_model(folder)
+
+
+def test_weights_are_rounded_in_float32_whatever_the_type_of_computing(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    reports = [
+        subnibble.quantize(folders["llama"], tmp_path / dtype, Recipe(method="rtn", bits=8, group_size=16, dtype=dtype))
+        for dtype in ("float32", "bfloat16")
+    ]
+    assert reports[0].weights_sha256 == reports[1].weights_sha256
+
+
+def test_default_dtype_of_torch_does_not_matter(folders: dict[str, Path], token_file: Path, tmp_path: Path) -> None:
+    recipe = Recipe(bits=3, group_size=16, calibration=str(token_file), num_windows=4, window=32)
+    hashes = [subnibble.quantize(folders["llama"], tmp_path / "a", recipe).weights_sha256]
+    torch.set_default_dtype(torch.float64)
+    try:
+        hashes.append(subnibble.quantize(folders["llama"], tmp_path / "b", recipe).weights_sha256)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert hashes[0] == hashes[1]
+
+
+def test_files_are_as_readable_as_their_folder(packed: dict[str, Path]) -> None:
+    modes = {file.stat().st_mode & 0o777 for file in packed["llama"].iterdir()}
+    assert len(modes) == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

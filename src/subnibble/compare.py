@@ -9,11 +9,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from subnibble.calibrate.windows import evaluation_windows
 from subnibble.checkpoint.size import measure
 from subnibble.checkpoint.source import Source, open_source
+from subnibble.checkpoint.writer import check_output
+from subnibble.errors import BadRecipe
 from subnibble.evaluate.perplexity import Scores, bos_token, score
+from subnibble.evaluation import Evaluation
 from subnibble.hf import load_model, memory_bytes
+from subnibble.methods import find_method
 from subnibble.pipeline import quantize
 from subnibble.progress import Progress, silent, titled
 from subnibble.recipe import Recipe
@@ -40,15 +43,6 @@ class Row:
         return values | self.scores.to_dict()
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """The text that all are scored on: file or named set, tokens of a window, how many windows at most."""
-
-    text: str
-    window: int = 2048
-    max_windows: int | None = None
-
-
 def compare(
     model: str | Path | Source,
     recipes: Sequence[Recipe],
@@ -62,20 +56,25 @@ def compare(
 
     out: where to keep the checkpoints, `<method>-<scheme>` each; None keeps none.
     """
+    names = [recipe_name(recipe) for recipe in recipes]
+    for name in names:
+        if names.count(name) > 1:
+            raise BadRecipe(f"{name} is asked for {names.count(name)} times; name each method and width once")
+        if out is not None:
+            check_output(out / name, overwrite)
     source = open_source(model)
-    tokenizer = source.load_tokenizer()
-    windows = evaluation_windows(evaluation.text, tokenizer, evaluation.window, evaluation.max_windows)
+    windows = evaluation.windows(source)
+    bos = bos_token(source.load_tokenizer())
     with _folder(out) as folder:
         seconds: dict[str, float | None] = {ORIGINAL: None}
-        paths: dict[str, Path | Source] = {ORIGINAL: source}
-        for recipe in recipes:
+        paths: dict[str, Path | Source] = {ORIGINAL: source} | {name: folder / name for name in names}
+        # Methods that need data first, so that text which cannot be had is known before any work.
+        for recipe in sorted(recipes, key=lambda recipe: not find_method(recipe.method).needs_data(recipe.options)):
             name = recipe_name(recipe)
-            paths[name] = folder / name
             report = quantize(source, folder / name, recipe, overwrite=overwrite, progress=titled(progress, name))
             seconds[name] = report.seconds["total"]
-        models = {name: load_model(path) for name, path in paths.items()}
-        told = titled(progress, "evaluate")
-        scores = score(models, windows, bos_token(tokenizer), models[ORIGINAL], told)
+        models = {name: load_model(path, evaluation.dtype, evaluation.device) for name, path in paths.items()}
+        scores = score(models, windows, bos, models[ORIGINAL], titled(progress, "evaluate"))
         rows = []
         for name, path in paths.items():
             size = measure(open_source(path))

@@ -17,6 +17,8 @@ def resolve_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
+        if device.type == "meta":
+            raise RuntimeError("it holds no data")
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise BadRecipe(f"device {name!r} cannot be used here ({str(error).splitlines()[0]})") from error
     return device

@@ -6,13 +6,14 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import psutil
 import torch
 
 from subnibble.checkpoint.source import numel, open_source
 from subnibble.device import resolve_device, resolve_dtype
 from subnibble.methods import find_method
 from subnibble.model.skeleton import Skeleton
-from subnibble.pipeline import check_schemes, packed_bytes
+from subnibble.pipeline import check_plain, check_schemes, packed_bytes
 from subnibble.recipe import Recipe
 
 _FLOAT_BYTES = 4
@@ -45,6 +46,7 @@ def estimate(model: str | Path, recipe: Recipe) -> Estimate:
     method = find_method(recipe.method)
     steps = method.build(method.configure(recipe.options))
     source = open_source(model)
+    check_plain(source)
     device = resolve_device(recipe.device)
     skeleton = Skeleton(source, resolve_dtype(recipe.dtype, source.config.dtype, device), device)
     check_schemes(recipe, skeleton)
@@ -70,7 +72,7 @@ def _effective_bits(recipe: Recipe, skeleton: Skeleton) -> float:
 
 
 def _memory(recipe: Recipe, skeleton: Skeleton, tokens: int) -> dict[str, int]:
-    """One block, its statistics, embeddings, and the activation streams."""
+    """One block, its statistics, embeddings and the activation streams, on top of what libraries and headers take."""
     item = torch.empty(0, dtype=skeleton.dtype).element_size()
     shapes = skeleton.parameter_shapes()
     first = f"{skeleton.arch.block_path(0)}."
@@ -81,8 +83,10 @@ def _memory(recipe: Recipe, skeleton: Skeleton, tokens: int) -> dict[str, int]:
     kept = sum(linears[first + reader][1] for reader in tails)
     hidden = skeleton.config.hidden_size
     parts = {
-        # Dense in the compute type, and one site's readers again in float32 with a working copy.
-        "block": block * item + 3 * _FLOAT_BYTES * max(rows * columns for rows, columns in linears.values()),
+        "this process now": psutil.Process().memory_info().rss,
+        # In float32 and in the compute type, and one site's readers again with working copies.
+        "block": block * (item + _FLOAT_BYTES)
+        + 3 * _FLOAT_BYTES * max(rows * columns for rows, columns in linears.values()),
         "statistics": 4 * _FLOAT_BYTES * widest**2 if tokens else 0,
         "embedding": numel(shapes[f"{skeleton.arch.embedding}.weight"]) * (_FLOAT_BYTES + 2),
         "activation streams": tokens * (hidden + kept) * item,

@@ -22,12 +22,13 @@ from subnibble.checkpoint.packed import (
     PackedEmbeddingEntry,
     PackedLinearEntry,
     TiedHeadEntry,
-    stored_shapes,
+    packed_config_of,
 )
-from subnibble.checkpoint.safetensors_source import read_header
+from subnibble.checkpoint.safetensors_source import STORED_TYPES, read_header
 from subnibble.checkpoint.source import Source, open_source
 from subnibble.device import resolve_device, resolve_dtype
 from subnibble.errors import CheckpointError
+from subnibble.model.arch import ARCHITECTURES
 from subnibble.model.skeleton import Skeleton
 from subnibble.runtime.modules import PackedEmbedding, PackedLinear, PackedModule, TiedHead, add_output_bias_
 
@@ -61,7 +62,6 @@ class SubnibbleQuantizer(HfQuantizer):
     quantization_config: SubnibbleConfig
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        _verify(self.quantization_config.packed, [Path(file) for file in kwargs.get("checkpoint_files") or []])
         dtype = kwargs.get("dtype") or model.config.dtype or torch.get_default_dtype()
         modules = self.quantization_config.packed.modules
         # A tied head needs its table's module, whatever the order of the JSON.
@@ -71,6 +71,8 @@ class SubnibbleQuantizer(HfQuantizer):
             except AttributeError as error:
                 raise CheckpointError(f"quantization_config packs {path}, which this model does not have") from error
             replace_module(model, path, module, entry, dtype)
+        if files := kwargs.get("checkpoint_files"):
+            _verify(model, [Path(file) for file in files])
 
     def is_serializable(self) -> bool:
         """`save_pretrained` writes the packed tensors back as they are."""
@@ -104,17 +106,27 @@ def replace_module(model: Any, path: str, module: nn.Module, entry: Any, dtype: 
             add_output_bias_(module, torch.empty(rows, dtype=dtype, device="meta"))
 
 
-def _verify(packed: PackedConfig, files: list[Path]) -> None:
-    """Raise `CheckpointError` if packed tensors are missing or misshapen: transformers would make up missing ones."""
+def _verify(model: Any, files: list[Path]) -> None:
+    """Raise `CheckpointError` unless the files hold just the tensors of `model`, in their shapes and stored types.
+
+    transformers would make up missing ones. Tensors that are not packed may have any type: they are cast.
+    """
     headers = {name: header for file in files for name, header in read_header(file).items()}
-    for name, shape in stored_shapes(packed).items() if files else ():
+    where = files[0].parent
+    expected = {name: tensor for name, tensor in model.state_dict().items() if name not in model.all_tied_weights_keys}
+    packed = {f"{path}.{name}" for path, module in packed_modules(model).items() for name, _ in module.named_buffers()}
+    for name, tensor in expected.items():
         if name not in headers:
-            raise CheckpointError(f"{files[0].parent}: packed tensor {name} is missing; quantize the model again")
-        if headers[name][0] != shape:
+            raise CheckpointError(f"{where}: tensor {name} is missing; fetch it again, or quantize the model again")
+        shape, kind = headers[name]
+        if shape != tuple(tensor.shape) or (name in packed and kind != STORED_TYPES[tensor.dtype]):
             raise CheckpointError(
-                f"{files[0].parent}: {name} has shape {headers[name][0]} where config.json asks for {shape}; "
-                "config and weights do not belong together"
+                f"{where}: {name} is {kind} of shape {shape} where config.json asks for {tensor.dtype} of shape "
+                f"{tuple(tensor.shape)}; config and weights do not belong together"
             )
+    spare = sorted(set(headers) - set(expected) - set(model.all_tied_weights_keys))
+    if spare:
+        raise CheckpointError(f"{where}: tensor {spare[0]} has no place in the model that config.json describes")
 
 
 def register() -> None:
@@ -135,6 +147,9 @@ def load_model(model: str | Path | Source, dtype: str = "auto", device: str = "a
     if source.path.suffix == ".gguf":
         # transformers would keep a `gguf` quantization_config and parse the file's metadata twice more.
         return Skeleton(source, kind, place).load_all()
+    if packed_config_of(source.config) is None and source.config.model_type in ARCHITECTURES:
+        # transformers would make up missing tensors.
+        Skeleton(source, kind, place).check_tied_head()
     from transformers import AutoModelForCausalLM
 
     loaded: Any = AutoModelForCausalLM.from_pretrained(source.path, dtype=kind, trust_remote_code=False)

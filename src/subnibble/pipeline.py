@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from subnibble.calibrate.stats import Gram
 from subnibble.calibrate.stream import BlockStream
-from subnibble.calibrate.windows import calibration_windows
+from subnibble.calibrate.windows import calibration_windows, check_positions
 from subnibble.checkpoint.packed import (
     Entry,
     PackedConfig,
@@ -82,7 +82,7 @@ def quantize(
     options = method.configure(recipe.options)
     steps = method.build(options)
     if recipe.calibration is None and steps.rounder.needs_gram:
-        recipe = recipe.resolved(calibration="c4")
+        recipe = replace(recipe, calibration="c4")
     source = open_source(model)
     if source.path.resolve() == final.resolve():
         raise OutputError(f"{final} is the model itself; choose another folder")
@@ -110,17 +110,21 @@ class _Run:
     def prepare(cls, source: Source, recipe: Recipe, method: Method, options: Any, steps: Steps) -> _Run:
         """Check everything that can be checked before weights are read, and read the calibration windows."""
         clock = Clock()
-        if packed_config_of(source.config) is not None or getattr(source.config, "quantization_config", None):
-            raise CheckpointError(f"{source.path} is quantized already; give the original model")
+        check_plain(source)
         device = resolve_device(recipe.device)
         dtype = resolve_dtype(recipe.dtype, source.config.dtype, device)
         skeleton = Skeleton(source, dtype, device)
         check_schemes(recipe, skeleton)
-        resolved = recipe.resolved(
-            device=str(device), dtype=str(dtype).removeprefix("torch."), options=vars(options) | {}
+        resolved = replace(
+            recipe,
+            calibration=_absolute(recipe.calibration),
+            device=str(device),
+            dtype=str(dtype).removeprefix("torch."),
+            options=asdict(options),
         )
         windows = None
         if recipe.calibration is not None:
+            check_positions(recipe.window, source.config)
             with clock.step("read text"):
                 windows = calibration_windows(
                     recipe.calibration,
@@ -131,6 +135,7 @@ class _Run:
                     source.config.vocab_size,
                 )
         with clock.step("check sites"):
+            skeleton.check_tied_head()
             check_sites(skeleton)
         return cls(skeleton, resolved, steps, windows, clock)
 
@@ -139,7 +144,8 @@ class _Run:
         skeleton, clock = self.skeleton, self.clock
         sites = len(skeleton.arch.sites)
         total = skeleton.num_blocks * (sites + 1) + 2
-        skeleton.source.copy_side_files(writer.folder)
+        with clock.step("write"):
+            skeleton.source.copy_side_files(writer.folder)
         hidden, outer = self._embed()
         progress(1, total, "embedding")
         arguments = skeleton.block_arguments(self.recipe.window) if hidden else [{}] * skeleton.num_blocks
@@ -149,13 +155,16 @@ class _Run:
                 block = skeleton.load_block(index)
             for transform in self.steps.transforms:
                 transform(block)
+            # Rounded are these, not their copies in the type that activations are computed in.
+            exact = {name: parameter.data for name, parameter in block.module.named_parameters()}
+            block.module.to(skeleton.dtype)
             stream = BlockStream(block, hidden, arguments[index])
             packed: dict[str, PackedTensor] = {}
             for number, site in enumerate(skeleton.arch.sites, start=1):
-                packed |= self._round_site(block, site, stream)
+                packed |= self._round_site(block, site, stream, exact)
                 progress(done + number, total, f"block {index} {site.name}")
             with clock.step("write"):
-                writer.write_shard(self._block_tensors(block, packed))
+                writer.write_shard(self._block_tensors(block, packed, exact))
             with clock.step("forward"):
                 stream.advance()
             skeleton.release(block.path)
@@ -226,8 +235,10 @@ class _Run:
         packed = PackedTensor((whole,))
         return {f"{path}.{name}": tensor for name, tensor in packed.state().items()}, packed
 
-    def _round_site(self, block: Block, site: Site, stream: BlockStream) -> dict[str, PackedTensor]:
-        """Observe a site and round its readers; they hold their dequantized weights afterwards."""
+    def _round_site(
+        self, block: Block, site: Site, stream: BlockStream, exact: dict[str, Tensor]
+    ) -> dict[str, PackedTensor]:
+        """Observe a site and round its readers' weights in `exact`; the block holds them dequantized afterwards."""
         gram = None
         if self.windows is not None:
             gram = self._gram(block, site, stream)
@@ -236,7 +247,7 @@ class _Run:
             where = f"{block.path}.{{{', '.join(names)}}}" if len(names) > 1 else f"{block.path}.{names[0]}"
             start = time.perf_counter()
             with self.clock.step("round"):
-                weight = torch.cat([block.linear(name).weight.float() for name in names])
+                weight = torch.cat([exact[f"{name}.weight"] for name in names])
                 rounding = _rounded(self.steps.rounder, weight, gram, scheme, where)
                 whole = PackedRange.pack(rounding.coded, scheme)
             seconds = time.perf_counter() - start
@@ -285,14 +296,16 @@ class _Run:
                 groups.setdefault(scheme, []).append(name)
         return groups
 
-    def _block_tensors(self, block: Block, packed: dict[str, PackedTensor]) -> dict[str, Tensor]:
+    def _block_tensors(
+        self, block: Block, packed: dict[str, PackedTensor], exact: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
         """What to store for a block: packed linears, and everything else as it is."""
         tensors: dict[str, Tensor] = {}
         for name, tensor in packed.items():
             has_bias = block.linear(name).bias is not None
             self.modules[f"{block.path}.{name}"] = PackedLinearEntry(tensor.layout, has_bias)
             tensors |= {f"{block.path}.{name}.{key}": part for key, part in tensor.state().items()}
-        for name, parameter in block.module.named_parameters():
+        for name, parameter in exact.items():
             if name.removesuffix(".weight") not in packed:
                 tensors[f"{block.path}.{name}"] = self._unquantized(f"{block.path}.{name}", parameter)
         return tensors
@@ -338,6 +351,12 @@ def _rounded(rounder: Rounder, weight: Tensor, gram: Tensor | None, scheme: Sche
         raise NumericalFailure(f"{where}: {error}") from error
 
 
+def check_plain(source: Source) -> None:
+    """Raise `CheckpointError` if the source is quantized already. GGUF files count as plain: they are dequantized."""
+    if packed_config_of(source.config) is not None or getattr(source.config, "quantization_config", None):
+        raise CheckpointError(f"{source.path} is quantized already; give the original model")
+
+
 def check_schemes(recipe: Recipe, skeleton: Skeleton) -> None:
     """Raise `BadRecipe` if a group does not fit a linear, an override matches none, or nothing would be quantized."""
     shapes = skeleton.linear_shapes()
@@ -372,6 +391,11 @@ def _stored(tensor: Tensor) -> Tensor:
         return tensor
     half = tensor.to(torch.float16)
     return half if bool(torch.isfinite(half).all()) else tensor.to(torch.bfloat16)
+
+
+def _absolute(calibration: str | None) -> str | None:
+    """A file's full path, so that the recipe means the same from any folder; names of sets as they are."""
+    return str(Path(calibration).resolve()) if calibration and Path(calibration).is_file() else calibration
 
 
 def _check_disk(run: _Run, folder: Path) -> None:

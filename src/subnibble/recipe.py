@@ -57,6 +57,8 @@ class Recipe:
         for key in ("num_windows", "window"):
             if getattr(self, key) < 1:
                 raise BadRecipe(f"{key} is {getattr(self, key)}; give a positive number")
+        if not 0 <= self.seed < 2**63:
+            raise BadRecipe(f"seed is {self.seed}; give a whole number from 0 to 2**63 - 1")
         if self.dtype not in (AUTO, *DTYPES):
             raise BadRecipe(f"dtype is {self.dtype!r}; choose one of {AUTO}, {', '.join(DTYPES)}")
         _ = self.scheme, self.embedding_scheme
@@ -108,20 +110,15 @@ class Recipe:
         return tomli_w.dumps(self.to_dict())
 
     @classmethod
-    def from_toml(cls, path: Path, **changes: Any) -> Self:
-        """Read a recipe file; `changes` that are not None go over its values."""
+    def from_toml(cls, path: Path) -> Self:
+        """Read a recipe file."""
         try:
             values = tomllib.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise BadRecipe(f"{path}: the recipe cannot be read ({error.strerror})") from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise BadRecipe(f"{path} is no valid TOML: {error}") from error
-        values.update({key: value for key, value in changes.items() if value is not None})
         return cls.from_dict(values)
-
-    def resolved(self, **changes: Any) -> Self:
-        """A copy with some fields set."""
-        return replace(self, **changes)
 
 
 def matches(pattern: str, path: str) -> bool:

@@ -153,7 +153,7 @@ class PackedRange:
         return values
 
     def _on_sign_grid(self, codes: Tensor) -> Tensor:
-        values = torch.zeros(codes.shape, device=codes.device)
+        values = torch.zeros(codes.shape, dtype=torch.float32, device=codes.device)
         scales = self.scales.float().unflatten(1, (-1, 1, self.scheme.bits))
         # Summed from the first bit to the last, as the fit sums its levels, so that both round alike.
         for bit in range(self.scheme.bits):

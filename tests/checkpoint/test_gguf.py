@@ -78,6 +78,19 @@ def test_rows_left_interleaved_are_told_apart(tmp_path: Path, monkeypatch: pytes
     assert not torch.equal(read.get_parameter(name), model.get_parameter(name))
 
 
+def test_gguf_with_a_tensor_nobody_maps_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = gguf.GGUFWriter.write_header_to_file
+
+    def one_more(self: gguf.GGUFWriter) -> None:
+        self.add_tensor("rope_freqs.weight", np.ones(8, dtype=np.float32))
+        original(self)
+
+    monkeypatch.setattr(gguf.GGUFWriter, "write_header_to_file", one_more)
+    write_gguf(tmp_path / "model.gguf", "llama-tied", "llama")
+    with pytest.raises(UnsupportedModel, match=r"rope_freqs\.weight .* has no place"):
+        open_source(tmp_path / "model.gguf")
+
+
 def test_gguf_of_another_architecture_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_gguf(tmp_path / "model.gguf", "qwen2", "qwen2")
     monkeypatch.delitem(gguf_source._INTERLEAVED, "qwen2")

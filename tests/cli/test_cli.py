@@ -71,6 +71,14 @@ def test_quantize_evaluate_and_inspect_work_together(
     assert len(out.split()) == 3
 
 
+def test_grid_and_zero_point_reach_the_checkpoint(run: Run, arguments: list[object], tmp_path: Path) -> None:
+    for extra, name in ((("--grid", "sign"), "w3g32-sign"), (("--zero-point", "real"), "w3g32-real")):
+        code, _, err = run(*arguments, *extra, "--overwrite")
+        assert code == 0, err
+        report = json.loads((tmp_path / "out" / "report.json").read_text())
+        assert {linear["scheme"] for linear in report["linears"]} == {name}
+
+
 def test_plain_table_without_json(run: Run, folders: dict[str, Path], text_file: Path) -> None:
     code, out, _ = run("evaluate", folders["llama"], "--text", text_file, "--window", 32)
     assert code == 0
@@ -104,6 +112,90 @@ def test_compare_shows_every_method_and_width(
     assert code == 0
     assert "gptq-w3g16" in out
     assert (tmp_path / "kept" / "gptq-w3g16" / "config.json").is_file()
+
+
+COMPARE_WRONG = {
+    "no windows": (["--max-windows", 0], "--max-windows at least 1"),
+    "negative windows": (["--max-windows", -1], "--max-windows at least 1"),
+    "window of one": (["--window", 1], "--window must be at least 2"),
+    "a method twice": (["--methods", "rtn,rtn"], "rtn-w3g16 is asked for 2 times"),
+    "no calibration": (["--calibration", "nope.txt"], "no such text file"),
+    "unknown method": (["--methods", "rtn,nope"], "unknown method 'nope'"),
+    "bits": (["--bits", "three"], "give whole numbers"),
+    "no methods": (["--methods", ","], "--methods is empty"),
+}
+
+
+@pytest.mark.parametrize("case", COMPARE_WRONG)
+def test_compare_knows_mistakes_before_it_quantizes(
+    case: str, run: Run, folders: dict[str, Path], text_file: Path, token_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from subnibble.checkpoint.writer import CheckpointWriter
+
+    monkeypatch.setattr(CheckpointWriter, "__enter__", lambda self: pytest.fail("a quantization began"))
+    extra, message = COMPARE_WRONG[case]
+    code, out, err = run(
+        "compare", folders["llama-tied"], "--text", text_file, "--group-size", 16, "--num-windows", 4, "--window", 32,
+        "--calibration", token_file, *extra,
+    )  # fmt: skip
+    assert code == 2
+    assert message in err
+    assert out == ""
+
+
+def test_compare_computes_in_the_type_it_is_given(run: Run, folders: dict[str, Path], text_file: Path) -> None:
+    perplexities = []
+    for dtype in ("float32", "bfloat16"):
+        common = ("--methods", "rtn", "--group-size", 16, "--window", 32, "--json", "--dtype", dtype)
+        code, out, err = run("compare", folders["llama-tied"], "--text", text_file, *common)
+        assert code == 0, err
+        perplexities.append(json.loads(out)[0]["perplexity"])
+    assert perplexities[0] != perplexities[1]
+
+
+def test_evaluation_of_weights_that_overflow_is_an_error(
+    run: Run, folders: dict[str, Path], text_file: Path, tmp_path: Path
+) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    folder = save_model("llama", tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][3] = torch.nan
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    code, out, err = run("evaluate", folder, "--text", text_file, "--window", 32, "--json")
+    assert code == 2
+    assert "not finite" in err
+    assert out == ""
+
+
+def test_json_holds_null_where_a_number_is_infinite(capsys: pytest.CaptureFixture[str]) -> None:
+    console.print_json({"a": [float("inf"), 1.5]})
+    assert json.loads(capsys.readouterr().out) == {"a": [None, 1.5]}
+
+
+@pytest.mark.parametrize("name", ["models/", "a b/c"])
+def test_mistyped_folders_are_the_users_to_mend(name: str, run: Run, tmp_path: Path) -> None:
+    assert run("inspect", name)[0] == 2
+
+
+def test_broken_tokenizer_is_named(run: Run, text_file: Path, tmp_path: Path) -> None:
+    folder = save_model("llama", tmp_path / "model")
+    (folder / "tokenizer.json").write_text("{")
+    code, _, err = run("evaluate", folder, "--text", text_file, "--window", 32)
+    assert code == 2
+    assert "its tokenizer cannot be loaded" in err
+
+
+def test_impossible_config_is_named(run: Run, tmp_path: Path) -> None:
+    folder = save_model("llama", tmp_path / "model")
+    for change in ({"num_hidden_layers": "three"}, {"rope_parameters": {"rope_type": "nope", "rope_theta": 1e4}}):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | change))
+        code, _, err = run("quantize", folder, tmp_path / "out", "--method", "rtn", "--group-size", 16)
+        (folder / "config.json").write_text(json.dumps(config))
+        assert code == 2, change
+        assert "config" in err
 
 
 def test_estimate_reads_no_weight_and_knows_the_size(
@@ -178,8 +270,13 @@ WRONG = {
     "dtype": (["--dtype", "int7"], "dtype is 'int7'"),
     "no such text": (["--calibration", "nope.txt"], "no such text file"),
     "too few windows": (["--num-windows", 999], "use --num-windows"),
-    "window longer than text": (["--window", 9999], "less than one window"),
     "no such recipe": (["--recipe", "nope.toml"], "cannot be read"),
+    "window beyond the model": (["--window", 129], "longer than the model's 128 positions"),
+    "grid": (["--grid", "round"], "grid is 'round'"),
+    "sign grid of 8 bits": (["--grid", "sign", "--bits", 8], "a sign grid has at most 4 bits"),
+    "zero-point": (["--zero-point", "half"], "zero_point is 'half'"),
+    "seed": (["--seed", 10**22], "seed is"),
+    "meta device": (["--device", "meta"], "device 'meta' cannot be used"),
     "window of nothing": (["--window", 0], "window is 0"),
 }
 
@@ -284,8 +381,9 @@ def test_faults_and_interrupts_have_their_exit_codes(
     assert list(tmp_path.iterdir()) == []
     if code == 1:
         assert "boom" in err
-        with pytest.raises(RuntimeError, match="boom"):
-            run(*arguments, "--debug")
+        found, _, err = run(*arguments, "--debug")
+        assert found == code
+        assert "Traceback" in err
 
 
 def test_demo_without_its_model_says_how_to_get_it(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,7 +54,7 @@ class AbsMax:
     """Largest magnitude of each channel: (channels,)."""
 
     def __init__(self, channels: int, device: torch.device | str = "cpu") -> None:
-        self._max = torch.zeros(channels, device=device)
+        self._max = torch.zeros(channels, dtype=torch.float32, device=device)
 
     def update(self, x: Tensor) -> None:
         """See `Statistic`."""

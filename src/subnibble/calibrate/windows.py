@@ -52,6 +52,15 @@ def evaluation_windows(spec: str, tokenizer: Any, length: int, limit: int | None
     return windows if limit is None else windows[:limit]
 
 
+def check_positions(length: int, config: Any) -> None:
+    """Raise `CalibrationError` if windows of `length` tokens are longer than the model was made for."""
+    most = getattr(config, "max_position_embeddings", None)
+    if most is not None and length > most:
+        raise CalibrationError(
+            f"windows of {length} tokens are longer than the model's {most} positions; use --window {most}"
+        )
+
+
 def tokenize(tokenizer: Any, text: str) -> Tensor:
     """Token ids of the whole text in one piece, without special tokens: int64 (tokens,)."""
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]

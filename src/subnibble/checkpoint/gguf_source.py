@@ -15,6 +15,8 @@ from torch import Tensor
 
 from subnibble.checkpoint.source import checked
 from subnibble.errors import CheckpointError, MissingExtra, UnsupportedModel
+from subnibble.model.arch import find_arch
+from subnibble.model.site import Arch
 
 # Architectures whose converter interleaves q and k rows; the others store them as transformers does.
 _INTERLEAVED = {"llama": True, "qwen2": False}
@@ -85,16 +87,21 @@ class GgufSource:
         known = {key: value for key, value in ids.items() if value is not None}
         (folder / "generation_config.json").write_text(json.dumps(known, indent=2) + "\n")
 
-    def _by_hf_name(self, gguf: Any, arch: str) -> dict[str, Any]:
-        arch_id = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == arch)
+    def _by_hf_name(self, gguf: Any, model_type: str) -> dict[str, Any]:
+        arch_id = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == model_type)
         name_map = gguf.get_tensor_name_map(arch_id, self.config.num_hidden_layers)
         by_gguf_name = {tensor.name: tensor for tensor in self._reader.tensors}
         found: dict[str, Any] = {}
-        for hf_name in _hf_names(self.config):
+        for hf_name in _hf_names(find_arch(model_type), self.config.num_hidden_layers):
             stem, _, kind = hf_name.rpartition(".")
-            tensor = by_gguf_name.get(f"{name_map.get_name(stem)}.{kind}")
+            tensor = by_gguf_name.pop(f"{name_map.get_name(stem)}.{kind}", None)
             if tensor is not None:
                 found[hf_name] = tensor
+        if by_gguf_name:
+            raise UnsupportedModel(
+                f"{self.path}: tensor {sorted(by_gguf_name)[0]} ({len(by_gguf_name)} in all) has no place in a "
+                f"{model_type} model here; use the original checkpoint instead of the GGUF file"
+            )
         return found
 
 
@@ -109,6 +116,7 @@ def _gguf() -> Any:
 def _read_config(path: Path) -> Any:
     """The transformers config of a GGUF file, without the `quantization_config` that would name it a GGUF model."""
     from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     try:
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
@@ -117,18 +125,16 @@ def _read_config(path: Path) -> Any:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     config.dtype = torch.float32
-    classes = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
-    if config.model_type in classes:
-        config.architectures = [classes[config.model_type]]
+    if config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
     return config
 
 
-def _hf_names(config: Any) -> list[str]:
-    """Every tensor name a Llama-type model of this config may have."""
-    stems = ["model.embed_tokens", "model.norm", "lm_head"]
-    parts = [f"self_attn.{n}_proj" for n in "qkvo"] + [f"mlp.{n}_proj" for n in ("gate", "up", "down")]
-    parts += ["input_layernorm", "post_attention_layernorm"]
-    stems += [f"model.layers.{i}.{part}" for i in range(config.num_hidden_layers) for part in parts]
+def _hf_names(arch: Arch, blocks: int) -> list[str]:
+    """Every tensor name that a model of this architecture may have."""
+    stems = [arch.embedding, arch.final_norm, arch.head]
+    parts = (*arch.linears, *arch.residual.norms)
+    stems += [f"{arch.block_path(index)}.{part}" for index in range(blocks) for part in parts]
     return [f"{stem}.{kind}" for stem in stems for kind in ("weight", "bias")]
 
 

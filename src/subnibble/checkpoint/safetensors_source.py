@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -16,6 +17,13 @@ from subnibble.errors import CheckpointError
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "U8": 8, "I8": 8, "I32": 32}
+STORED_TYPES = {
+    torch.uint8: "U8",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float32: "F32",
+    torch.float64: "F64",
+}
 _SIDE_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", "vocab.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json",
@@ -77,7 +85,11 @@ class SafetensorsSource:
                 f"{self.path} has no tokenizer; put tokenizer.json beside the weights, or pass token ids "
                 "(.npy or .safetensors) instead of text"
             )
-        return AutoTokenizer.from_pretrained(self.path, trust_remote_code=False)
+        try:
+            return AutoTokenizer.from_pretrained(self.path, trust_remote_code=False)
+        # The tokenizers library raises plain Exception on a damaged file.
+        except Exception as error:
+            raise CheckpointError(f"{self.path}: its tokenizer cannot be loaded ({error}); fetch it again") from error
 
     def copy_side_files(self, folder: Path) -> None:
         """See `Source`."""
@@ -87,6 +99,7 @@ class SafetensorsSource:
 
 
 def _read_config(path: Path) -> Any:
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     if not (path / "config.json").is_file():
@@ -99,7 +112,7 @@ def _read_config(path: Path) -> Any:
         raise CheckpointError(f"{path / 'config.json'} names no model_type; it is no transformers config")
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError, StrictDataclassError) as error:
         raise CheckpointError(f"{path / 'config.json'}: transformers refuses it: {error}") from error
 
 

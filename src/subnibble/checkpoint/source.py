@@ -65,12 +65,12 @@ def open_source(model: str | Path | Source) -> Source:
 def download(repo_id: str) -> Path:
     """Fetch a model from the hub, safetensors and JSON files alone, and give the local folder."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     patterns = ["*.safetensors", "*.json", "tokenizer.model", "*.txt", "*.jinja"]
     try:
         return Path(snapshot_download(repo_id, allow_patterns=patterns))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
             f"{repo_id}: no such folder here, and the hub did not give it ({type(error).__name__}); "
             "check the name and the connection, or pass a local folder or a .gguf file"
@@ -88,11 +88,6 @@ def checked(tensor: Tensor, name: str, path: Path) -> Tensor:
         bad = int((~torch.isfinite(tensor)).sum())
         raise CheckpointError(f"{path}: {name} has {bad} NaN or infinite values; get an intact copy of the model")
     return tensor
-
-
-def total_parameters(source: Source) -> int:
-    """Number of stored weights, tied ones once."""
-    return sum(numel(source.shape(name)) for name in source.names())
 
 
 def numel(shape: tuple[int, ...]) -> int:

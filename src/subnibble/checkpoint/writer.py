@@ -67,6 +67,8 @@ class CheckpointWriter:
             if "No space left" in str(error):
                 raise OSError(errno.ENOSPC, "No space left on device") from error
             raise OutputError(f"{self.final}: a shard could not be written ({error})") from error
+        # safetensors makes its files private; the checkpoint is for whoever may read the folder.
+        part.chmod(self.folder.stat().st_mode & 0o666)
         part.replace(self.folder / name)
         self._weight_map.update(dict.fromkeys(plain, name))
         self._bytes += sum(tensor.nbytes for tensor in plain.values())

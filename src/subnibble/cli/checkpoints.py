@@ -56,7 +56,7 @@ def list_(json: o.Json = False) -> None:
 
     from subnibble.methods import METHODS
     from subnibble.model.arch import ARCHITECTURES
-    from subnibble.scheme import BITS, SCALE_TYPES, ZERO_POINTS
+    from subnibble.scheme import BITS, GRIDS, SCALE_TYPES, ZERO_POINTS
 
     methods: list[dict[str, Any]] = [
         {"name": m.name, "summary": m.summary, "source": m.source, "options": asdict(m.options())}
@@ -67,6 +67,7 @@ def list_(json: o.Json = False) -> None:
             "methods": methods,
             "architectures": sorted(ARCHITECTURES),
             "bits": list(BITS),
+            "grids": list(GRIDS),
             "zero_points": list(ZERO_POINTS),
             "scale_types": list(SCALE_TYPES),
         })  # fmt: skip
@@ -79,6 +80,7 @@ def list_(json: o.Json = False) -> None:
         ("architectures", ", ".join(sorted(ARCHITECTURES))),
         ("bits", ", ".join(map(str, BITS))),
         ("group size", "any, ragged last group; -1 for the whole row"),
+        ("grids", ", ".join(GRIDS)),
         ("zero-points", ", ".join(ZERO_POINTS)),
         ("scale types", ", ".join(SCALE_TYPES)),
     ])  # fmt: skip

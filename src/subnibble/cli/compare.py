@@ -43,13 +43,10 @@ def compare(
         for width in _numbers(bits)
         for method in _words(methods)
     ]  # fmt: skip
-    from subnibble.compare import Evaluation
     from subnibble.compare import compare as run
-    from subnibble.methods import find_method
+    from subnibble.evaluation import Evaluation
 
-    for recipe in recipes:
-        find_method(recipe.method)
-    evaluation = Evaluation(text, window or 2048, max_windows)
+    evaluation = Evaluation(text, 2048 if window is None else window, max_windows, device or "auto", dtype or "auto")
     with progress("compare") as told:
         rows = run(model, recipes, evaluation, out, overwrite=overwrite, progress=told)
     if json:

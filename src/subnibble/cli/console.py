@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -78,7 +79,16 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 def print_json(content: Any) -> None:
     """Print machine-readable output."""
-    typer.echo(json.dumps(content, indent=2))
+    typer.echo(json.dumps(_finite(content), indent=2, allow_nan=False))
+
+
+def _finite(content: Any) -> Any:
+    """The same with null for numbers that JSON cannot hold (an infinite perplexity)."""
+    if isinstance(content, dict):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, list):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def megabytes(count: float) -> str:

@@ -35,7 +35,8 @@ def demo(
     file = find_model()
     from subnibble.calibrate import news
     from subnibble.checkpoint.source import open_source
-    from subnibble.compare import Evaluation, compare, recipe_name
+    from subnibble.compare import compare, recipe_name
+    from subnibble.evaluation import Evaluation
 
     news.calibration_text()
     model = open_source(file)
@@ -54,7 +55,7 @@ def demo(
     with tempfile.TemporaryDirectory(prefix="subnibble-demo-") as temporary:
         folder = out or Path(temporary)
         with progress("demo") as told:
-            evaluation = Evaluation("news", window, max_windows)
+            evaluation = Evaluation("news", window, max_windows, dtype=dtype or "auto")
             rows = compare(model, recipes, evaluation, folder, overwrite=overwrite, progress=told)
         show(rows)
         _speak(model, {"original": model, rows[-1].name: folder / recipe_name(recipes[-1])})

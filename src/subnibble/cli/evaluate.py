@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -26,39 +26,18 @@ def evaluate(
     dtype: o.Dtype = None,
 ) -> None:
     """Measure the perplexity of MODEL on a text, and how far it is from a reference."""
-    from subnibble.calibrate.windows import evaluation_windows
-    from subnibble.checkpoint.size import measure
-    from subnibble.checkpoint.source import open_source
-    from subnibble.errors import BadRecipe
-    from subnibble.evaluate.layer_error import layer_errors
-    from subnibble.evaluate.perplexity import bos_token, check_vocabularies, score
-    from subnibble.hf import load_model, memory_bytes
-    from subnibble.report.clock import Clock, peak_memory
+    from subnibble.evaluation import Evaluation
+    from subnibble.evaluation import evaluate as run
 
-    clock = Clock()
-    _check_counts(window, max_windows)
-    if layers and reference is None:
-        raise BadRecipe("--layers compares with the original; pass --reference MODEL")
-    source = open_source(model)
-    tokenizer = source.load_tokenizer()
-    windows = evaluation_windows(text, tokenizer, window, max_windows)
-    loaded = load_model(source, dtype or "auto", device or "auto")
-    original = None if reference is None else load_model(reference, dtype or "auto", device or "auto")
-    if original is not None:
-        check_vocabularies(loaded, original)
+    evaluation = Evaluation(text, window, max_windows, device or "auto", dtype or "auto")
     with progress("evaluate") as told:
-        scores = score({model: loaded}, windows, bos_token(tokenizer), original, told)[model]
-    found: dict[str, Any] = scores.to_dict()
-    found |= measure(source).to_dict() | {"memory_bytes": memory_bytes(loaded), "text": text}
-    found |= {"seconds": clock.seconds()["total"], "peak_memory": peak_memory()}
-    if layers:
-        found["output_errors"] = layer_errors(loaded, original, windows)
+        found = run(model, evaluation, reference, layers=layers, progress=told)
     if json:
         print_json(found)
         return
     rows = [
         ("perplexity", f"{found['perplexity']:.4f}"),
-        ("windows", f"{found['windows']} of {window} tokens{' after BOS' if scores.bos else ''}"),
+        ("windows", f"{found['windows']} of {window} tokens{' after BOS' if found['bos'] else ''}"),
         ("effective bits", f"{found['effective_bits']:.3f}"),
         ("model bits", f"{found['model_bits']:.3f}"),
         ("on disk", megabytes(found["file_bytes"])),
@@ -66,7 +45,7 @@ def evaluate(
         ("peak memory of this run", megabytes(found["peak_memory"])),
         ("time", duration(found["seconds"])),
     ]
-    if original is not None:
+    if reference is not None:
         rows.append(("KL divergence", f"{found['kl_divergence']:.5f} nats a token"))
         rows.append(("top-1 agreement", f"{100 * found['top1_agreement']:.2f} %"))
     rows += [(f"output error {path}", f"{error:.5f}") for path, error in found.get("output_errors", {}).items()]
@@ -92,10 +71,3 @@ def generate(
     tokenizer = source.load_tokenizer()
     loaded = load_model(source, dtype or "auto", device or "auto")
     typer.echo(speak(loaded, tokenizer, prompt, max_new_tokens, chat=chat, temperature=temperature, seed=seed))
-
-
-def _check_counts(window: int, max_windows: int | None) -> None:
-    from subnibble.errors import BadRecipe
-
-    if window < 2 or (max_windows is not None and max_windows < 1):
-        raise BadRecipe("--window must be at least 2 and --max-windows at least 1")

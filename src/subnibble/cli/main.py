@@ -6,7 +6,9 @@ Exit codes: 0, 2 for what the user can mend, 1 for a fault of subnibble's own, 1
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import traceback
 from typing import Annotated
 
 import typer
@@ -54,21 +56,26 @@ def main() -> None:
     for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "TRANSFORMERS_NO_ADVISORY_WARNINGS"):
         os.environ.setdefault(name, "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # A stop from outside unwinds like Ctrl-C, so that nothing half-written stays.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         app(args=arguments)
     except SubnibbleError as error:
-        if debug:
-            raise
+        _show_trace(debug)
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        if debug:
-            raise
+        _show_trace(debug)
         typer.echo(
             f"internal error: {type(error).__name__}: {error}\n"
             "This is a fault of subnibble; please report it with the output of the same command and --debug.",
             err=True,
         )
         sys.exit(1)
+
+
+def _show_trace(wanted: bool) -> None:
+    if wanted:
+        traceback.print_exc()

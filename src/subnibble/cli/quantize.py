@@ -17,6 +17,8 @@ def quantize(
     method: o.MethodName = None,
     bits: o.Bits = None,
     group_size: o.GroupSize = None,
+    grid: o.Grid = None,
+    zero_point: o.ZeroPoint = None,
     embedding_bits: o.EmbeddingBits = None,
     calibration: o.Calibration = None,
     num_windows: o.NumWindows = None,
@@ -30,7 +32,8 @@ def quantize(
 ) -> None:
     """Quantize MODEL into the folder OUT."""
     wanted = o.build_recipe(
-        recipe, option, method=method, bits=bits, group_size=group_size, embedding_bits=embedding_bits,
+        recipe, option, method=method, bits=bits, group_size=group_size, grid=grid,
+        zero_point=zero_point, embedding_bits=embedding_bits,
         calibration=calibration, num_windows=num_windows, window=window, seed=seed, device=device, dtype=dtype,
     )  # fmt: skip
     from subnibble.pipeline import quantize as run
@@ -54,6 +57,8 @@ def estimate(
     method: o.MethodName = None,
     bits: o.Bits = None,
     group_size: o.GroupSize = None,
+    grid: o.Grid = None,
+    zero_point: o.ZeroPoint = None,
     embedding_bits: o.EmbeddingBits = None,
     calibration: o.Calibration = None,
     num_windows: o.NumWindows = None,
@@ -66,7 +71,8 @@ def estimate(
 ) -> None:
     """Estimate size, memory and time of a quantization before any weight is read."""
     wanted = o.build_recipe(
-        recipe, option, method=method, bits=bits, group_size=group_size, embedding_bits=embedding_bits,
+        recipe, option, method=method, bits=bits, group_size=group_size, grid=grid,
+        zero_point=zero_point, embedding_bits=embedding_bits,
         calibration=calibration, num_windows=num_windows, window=window, device=device, dtype=dtype,
     )  # fmt: skip
     from subnibble.estimate import estimate as run

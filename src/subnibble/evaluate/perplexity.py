@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from subnibble.errors import CalibrationError
+from subnibble.errors import CalibrationError, NumericalFailure
 from subnibble.progress import Progress, silent
 
 # Positions whose full logits are compared at once: bounds memory at vocabulary x this x 4 bytes, a few times.
@@ -59,8 +59,14 @@ def score(
     for number, window in enumerate(windows):
         target = None if reference is None else _log_probabilities(reference, window, bos)
         for name, model in models.items():
-            predicted = _log_probabilities(model, window, bos)
+            known = target if model is reference else None
+            predicted = _log_probabilities(model, window, bos) if known is None else known
             totals[name].add(predicted, window, target)
+            if not math.isfinite(totals[name].loss):
+                raise NumericalFailure(
+                    f"{name}: the loss on window {number} is not finite; are the weights intact, and is the type wide "
+                    "enough (--dtype float32)?"
+                )
         progress(number + 1, len(windows), "windows")
     return {
         name: Scores(

@@ -32,6 +32,10 @@ class Method:
     options: type[Any]
     build: Callable[[Any], Steps]
 
+    def needs_data(self, options: Mapping[str, Any]) -> bool:
+        """Whether the method cannot do without calibration text."""
+        return self.build(self.configure(options)).rounder.needs_gram
+
     def configure(self, values: Mapping[str, Any]) -> Any:
         """The method's options from a recipe's table, defaults filled in; unknown keys and wrong types are errors."""
         defaults = self.options()

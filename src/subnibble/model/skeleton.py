@@ -48,7 +48,11 @@ class Skeleton:
         self.source, self.dtype, self.device = source, dtype, device
         self.config = copy.deepcopy(source.config)
         self.arch = find_arch(self.config.model_type)
-        self.model = _empty_model(self.config, dtype)
+        try:
+            self.model = _empty_model(self.config, dtype)
+        # A config that is well-formed but impossible fails wherever the modules first notice.
+        except Exception as error:
+            raise CheckpointError(f"{source.path}: no model can be built of its config ({error})") from error
         for module in self.model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(device))
@@ -76,11 +80,11 @@ class Skeleton:
                 shapes[f"{path}.{name}"] = (int(module.out_features), int(module.in_features))
         return shapes
 
-    def load(self, path: str) -> nn.Module:
-        """Fill the module at `path` and give it."""
+    def load(self, path: str, dtype: torch.dtype) -> nn.Module:
+        """Fill the module at `path` in `dtype` and give it."""
         module: nn.Module = self.model.get_submodule(path)
         for name, _ in list(module.named_parameters()):
-            tensor = self.source.load(f"{path}.{name}").to(self.device, self.dtype)
+            tensor = self.source.load(f"{path}.{name}").to(self.device, dtype)
             _set_parameter(module, name, tensor)
         return module
 
@@ -92,15 +96,26 @@ class Skeleton:
         return self.model
 
     def load_block(self, index: int) -> Block:
-        """Fill a decoder block and give it."""
+        """Fill a decoder block in float32, for edits and rounding, and give it."""
         path = self.arch.block_path(index)
-        return Block(index, path, self.load(path), self.arch, Heads.of(self.config))
+        return Block(index, path, self.load(path, torch.float32), self.arch, Heads.of(self.config))
+
+    def check_tied_head(self) -> None:
+        """Raise `CheckpointError` if the config ties the head to the embedding and the file holds another head."""
+        head, embedding = f"{self.arch.head}.weight", f"{self.arch.embedding}.weight"
+        if not self.tied or head not in self.source.names():
+            return
+        if not torch.equal(self.source.load(head), self.source.load(embedding)):
+            raise CheckpointError(
+                f"{self.source.path}: config.json ties {head} to {embedding}, but the file holds different ones; "
+                'set "tie_word_embeddings": false in config.json'
+            )
 
     def release(self, path: str) -> None:
         """Drop the weights of the module at `path`."""
         module = self.model.get_submodule(path)
         for name, parameter in list(module.named_parameters()):
-            _set_parameter(module, name, torch.empty_like(parameter, device="meta"))
+            _set_parameter(module, name, torch.empty_like(parameter, device="meta", dtype=self.dtype))
 
     def block_arguments(self, window: int) -> list[dict[str, Any]]:
         """What the model passes to each block beside hidden states, for a batch of full windows of this length."""

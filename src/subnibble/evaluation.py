@@ -1,0 +1,79 @@
+"""Evaluate a checkpoint: load it, score it on a text, count its bits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from subnibble.calibrate.windows import check_positions, evaluation_windows
+from subnibble.checkpoint.size import measure
+from subnibble.checkpoint.source import Source, open_source
+from subnibble.errors import BadRecipe
+from subnibble.evaluate.layer_error import layer_errors
+from subnibble.evaluate.perplexity import bos_token, check_vocabularies, score
+from subnibble.hf import load_model, memory_bytes
+from subnibble.progress import Progress, silent
+from subnibble.report.clock import Clock, peak_memory
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What to score on, and how. text: a file or named set. window: tokens. max_windows: at most, None for all.
+
+    device, dtype: where and in which type to compute, see `device.py`.
+    """
+
+    text: str
+    window: int = 2048
+    max_windows: int | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.window < 2 or (self.max_windows is not None and self.max_windows < 1):
+            raise BadRecipe(
+                f"window is {self.window} and max_windows {self.max_windows}; "
+                "--window must be at least 2 and --max-windows at least 1"
+            )
+
+    def windows(self, source: Source) -> Tensor:
+        """The windows, in the tokens of `source`."""
+        check_positions(self.window, source.config)
+        return evaluation_windows(self.text, source.load_tokenizer(), self.window, self.max_windows)
+
+
+def evaluate(
+    model: str | Path | Source,
+    evaluation: Evaluation,
+    reference: str | Path | None = None,
+    *,
+    layers: bool = False,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Perplexity, bits, sizes and cost of `model`; with a `reference`, how far it is from it.
+
+    layers: add each packed linear's output error against the reference's.
+    """
+    clock = Clock()
+    if layers and reference is None:
+        raise BadRecipe("--layers compares with the original; pass --reference MODEL")
+    source = open_source(model)
+    size = measure(source)
+    windows = evaluation.windows(source)
+    loaded = load_model(source, evaluation.dtype, evaluation.device)
+    original = None if reference is None else load_model(reference, evaluation.dtype, evaluation.device)
+    if original is not None:
+        check_vocabularies(loaded, original)
+    scores = score({"model": loaded}, windows, bos_token(source.load_tokenizer()), original, progress)["model"]
+    found = scores.to_dict() | size.to_dict()
+    found |= {
+        "text": evaluation.text,
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "memory_bytes": memory_bytes(loaded),
+    }
+    if layers:
+        found["output_errors"] = layer_errors(loaded, original, windows)
+    return found | {"seconds": clock.seconds()["total"], "peak_memory": peak_memory()}
