@@ -23,11 +23,14 @@ from rows import Rows
 
 WINDOW = 2048
 KEY = ("arm", "bits", "group_size", "windows", "text")
-ARMS: dict[str, tuple[str, dict[str, Any]]] = {
-    "rtn": ("rtn", {}),
-    "gptq-natural": ("gptq", {"order": "natural"}),
-    "gptq-gar": ("gptq", {"order": "gar"}),
+ARMS: dict[str, dict[str, Any]] = {
+    "rtn": {"method": "rtn"},
+    "gptq-natural": {"method": "gptq", "options": {"order": "natural"}},
+    "gptq-gar": {"method": "gptq", "options": {"order": "gar"}},
+    "gptq-gar-sign": {"method": "gptq", "options": {"order": "gar", "weighting": "hessian"}, "grid": "sign"},
 }
+# The sign-basis grid is ahead of its method (D2Quant): it has rows below 4 bits only.
+TABLE_ARMS = ("rtn", "gptq-natural", "gptq-gar")
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,8 @@ def specs(only: str | None) -> list[Spec]:
     ]
     table = [
         Spec("original", 16, 0, 16),
-        *(Spec(arm, bits, group, 16) for bits in (3, 2, 4) for group in (128, 64) for arm in ARMS),
+        *(Spec(arm, bits, group, 16) for bits in (3, 2, 4) for group in (128, 64) for arm in TABLE_ARMS),
+        *(Spec("gptq-gar-sign", bits, group, 16) for bits in (2, 3) for group in (64, 128)),
     ]
     chosen = {"headline": headline, "table": table, None: headline[:2] + table + headline[2:]}
     return chosen[only]
@@ -87,11 +91,10 @@ def run_row(spec: Spec, names: dict[str, str]) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         path = model
         if spec.arm != "original":
-            method, options = ARMS[spec.arm]
             recipe = Recipe(
-                method=method, bits=spec.bits, group_size=spec.group_size, embedding_bits=8, options=options,
-                calibration="news" if method != "rtn" else None, num_windows=spec.windows, window=WINDOW,
-                dtype="bfloat16",
+                bits=spec.bits, group_size=spec.group_size, embedding_bits=8,
+                calibration="news" if spec.arm != "rtn" else None, num_windows=spec.windows, window=WINDOW,
+                dtype="bfloat16", **ARMS[spec.arm],
             )  # fmt: skip
             path = Path(folder) / "model"
             report = quantize(model, path, recipe)
