@@ -14,7 +14,7 @@ from subnibble.checkpoint.gguf_source import GgufSource
 from subnibble.checkpoint.size import measure
 from subnibble.cli.demo import demo, find_model
 from subnibble.hf import load_model, memory_bytes, packed_modules
-from subnibble.speak import speak
+from subnibble.speak import chat_prompt, speak
 
 
 @pytest.fixture(scope="module")
@@ -76,5 +76,6 @@ def test_packed_real_model_speaks(demo_folder: Path, source: GgufSource) -> None
     packed = load_model(demo_folder / "gptq-w3g128")
     words = speak(packed, source.load_tokenizer(), "The capital of France is", 8)
     assert len(words.split()) >= 3
-    chat = speak(packed, source.load_tokenizer(), "Say hello.", 4, chat=True, temperature=0.7, seed=1)
-    assert chat == speak(packed, source.load_tokenizer(), "Say hello.", 4, chat=True, temperature=0.7, seed=1)
+    prompt = chat_prompt(source.load_tokenizer(), "Say hello.")
+    chat = speak(packed, source.load_tokenizer(), prompt, 4, temperature=0.7, seed=1)
+    assert chat == speak(packed, source.load_tokenizer(), prompt, 4, temperature=0.7, seed=1)

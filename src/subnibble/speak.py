@@ -9,16 +9,19 @@ import torch
 from subnibble.errors import BadRecipe
 
 
-def speak(
-    model: Any, tokenizer: Any, prompt: str, tokens: int, *, chat: bool = False, temperature: float = 0.0, seed: int = 0
-) -> str:
-    """The model's continuation of `prompt` in text. temperature 0 takes the likeliest token each time."""
-    if chat:
-        if not tokenizer.chat_template:
-            raise BadRecipe("this model's tokenizer has no chat template; generate without --chat")
-        messages = [{"role": "user", "content": prompt}]
-        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat)
+def chat_prompt(tokenizer: Any, message: str) -> str:
+    """The message of a user in the tokenizer's chat template, ready for the model's turn."""
+    if not tokenizer.chat_template:
+        raise BadRecipe("this model's tokenizer has no chat template; generate without --chat")
+    turns = [{"role": "user", "content": message}]
+    return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+
+
+def speak(model: Any, tokenizer: Any, prompt: str, tokens: int, temperature: float = 0.0, seed: int = 0) -> str:
+    """The model's continuation of `prompt` by at most `tokens` tokens. temperature 0 takes the likeliest each time."""
+    # A chat template may have put BOS there already.
+    begun = bool(tokenizer.bos_token) and prompt.startswith(tokenizer.bos_token)
+    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not begun)
     if inputs["input_ids"].shape[1] == 0:
         raise BadRecipe("the prompt is empty; give some text to continue")
     settings: dict[str, Any] = {"do_sample": temperature > 0, "max_new_tokens": tokens}

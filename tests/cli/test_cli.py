@@ -401,6 +401,15 @@ def test_version_and_usage_errors(run: Run) -> None:
     assert run("no-such-command")[0] == 2
 
 
+def test_prompts_that_cannot_be_continued_are_errors(run: Run, folders: dict[str, Path]) -> None:
+    code, _, err = run("generate", folders["llama"], "--prompt", "")
+    assert code == 2
+    assert "the prompt is empty" in err
+    code, _, err = run("generate", folders["llama"], "--prompt", "w1", "--chat")
+    assert code == 2
+    assert "no chat template" in err
+
+
 def test_progress_is_plain_lines_away_from_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     with console.progress("work") as told:
         told(1, 2, "half")

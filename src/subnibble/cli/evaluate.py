@@ -65,9 +65,10 @@ def generate(
     """Let MODEL continue a prompt."""
     from subnibble.checkpoint.source import open_source
     from subnibble.hf import load_model
-    from subnibble.speak import speak
+    from subnibble.speak import chat_prompt, speak
 
     source = open_source(model)
     tokenizer = source.load_tokenizer()
     loaded = load_model(source, dtype or "auto", device or "auto")
-    typer.echo(speak(loaded, tokenizer, prompt, max_new_tokens, chat=chat, temperature=temperature, seed=seed))
+    text = chat_prompt(tokenizer, prompt) if chat else prompt
+    typer.echo(speak(loaded, tokenizer, text, max_new_tokens, temperature, seed))
