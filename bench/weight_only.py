@@ -87,7 +87,7 @@ def run_row(spec: Spec, names: dict[str, str]) -> list[dict[str, Any]]:
     from subnibble.version import __version__
 
     model = find_model()
-    facts: dict[str, Any] = {"version": __version__}
+    facts: dict[str, Any] = {"version": __version__, "window": WINDOW, "scored_in": "float32"}
     with tempfile.TemporaryDirectory() as folder:
         path = model
         if spec.arm != "original":
@@ -99,6 +99,8 @@ def run_row(spec: Spec, names: dict[str, str]) -> list[dict[str, Any]]:
             path = Path(folder) / "model"
             report = quantize(model, path, recipe)
             facts |= {
+                "calibration": recipe.calibration,
+                "calibrated_in": recipe.dtype,
                 "seconds": report.seconds["total"],
                 "peak_memory": report.peak_memory,
                 "weights_sha256": report.weights_sha256,
