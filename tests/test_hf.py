@@ -229,6 +229,28 @@ def test_half_precision_checkpoints_keep_their_type(
     assert torch.equal(model.model.norm.weight, original.model.norm.weight)
 
 
+@pytest.mark.parametrize(
+    ("path", "change", "message"),
+    [
+        ("model.layers.0.mlp.up_proj", {"rows": 81}, "packs model.layers.0.mlp.up_proj as 81 x 48"),
+        ("model.layers.9.mlp.up_proj", {}, "which this model does not have"),
+    ],
+)
+def test_config_of_another_model_is_refused(
+    path: str, change: dict[str, int], message: str, packed: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "other"
+    folder.mkdir()
+    for file in packed["llama"].iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    config = json.loads((folder / "config.json").read_text())
+    modules = config["quantization_config"]["modules"]
+    modules[path] = modules["model.layers.0.mlp.up_proj"] | change
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=message):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
 def test_newer_format_is_refused(packed: dict[str, Path], tmp_path: Path) -> None:
     folder = tmp_path / "newer"
     folder.mkdir()

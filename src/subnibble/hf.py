@@ -86,6 +86,14 @@ class SubnibbleQuantizer(HfQuantizer):
 
 def replace_module(model: Any, path: str, module: nn.Module, entry: Any, dtype: torch.dtype) -> None:
     """Put the packed form of `entry` in place of `module`, on the meta device."""
+    if isinstance(entry, PackedLinearEntry | PackedEmbeddingEntry):
+        asked = (entry.layout.rows, entry.layout.columns)
+        found = tuple(getattr(module, "weight", torch.empty(0)).shape)
+        if asked != found:
+            raise CheckpointError(
+                f"quantization_config packs {path} as {asked[0]} x {asked[1]}, where the model has {found}; "
+                "config.json does not belong to these weights"
+            )
     match entry:
         case PackedLinearEntry(layout, has_bias):
             bias = torch.empty(layout.rows, dtype=dtype, device="meta") if has_bias else None
