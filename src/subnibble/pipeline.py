@@ -12,7 +12,6 @@ The order lives here alone; methods say what happens at each step.
 
 from __future__ import annotations
 
-import logging
 import shutil
 import time
 from dataclasses import asdict, dataclass, field, replace
@@ -54,8 +53,6 @@ from subnibble.scheme import Scheme
 from subnibble.tensor import PackedRange, PackedTensor
 from subnibble.transforms.invariance import check_sites
 from subnibble.version import __version__
-
-logger = logging.getLogger(__name__)
 
 # Tokens forwarded together: enough to keep the matrix products large.
 _TOKENS_PER_BATCH = 4096
