@@ -1,11 +1,13 @@
 """Weight-only methods on SmolLM2-135M: perplexity, bits, time and memory of each arm.
 
-    python bench/weight_only.py [--wikitext DIR] [--only headline|table] [--row ARM:BITS:GROUP:WINDOWS ...] [--print]
+    python bench/weight_only.py [--wikitext DIR] [--only headline|table|ablation] [--row ARM:BITS:GROUP:WINDOWS ...]
+    python bench/weight_only.py --print
 
 Finished rows are appended to the results file and skipped when they are there, so the table grows over several runs.
-Every row runs in a process of its own, so that its peak memory is its own. Headline rows calibrate on 64 windows of
-2048 tokens and score 64; table rows 16 and 16. Calibration: the first 2000 news articles, computed in bfloat16;
-scored in float32 on the last 400 news articles and, with --wikitext, on WikiText-2 raw test.
+Every row runs in a process of its own, so that its peak memory is its own. Arms are the recipes in `recipes/`. Headline
+rows calibrate on 64 windows of 2048 tokens and score 64; table and ablation rows 16 and 16. Calibration: the first 2000
+news articles, computed in bfloat16; scored in float32 on the last 400 news articles and, with --wikitext, on
+WikiText-2 raw test.
 """
 
 from __future__ import annotations
@@ -23,14 +25,15 @@ from rows import Rows
 
 WINDOW = 2048
 KEY = ("arm", "bits", "group_size", "windows", "text")
-ARMS: dict[str, dict[str, Any]] = {
-    "rtn": {"method": "rtn"},
-    "gptq-natural": {"method": "gptq", "options": {"order": "natural"}},
-    "gptq-gar": {"method": "gptq", "options": {"order": "gar"}},
-    "gptq-gar-sign": {"method": "gptq", "options": {"order": "gar", "weighting": "hessian"}, "grid": "sign"},
-}
-# The sign-basis grid is ahead of its method (D2Quant): it has rows below 4 bits only.
-TABLE_ARMS = ("rtn", "gptq-natural", "gptq-gar")
+# An arm is a shipped recipe; bits, group size and windows come from the row.
+RECIPES = Path(__file__).parent.parent / "recipes"
+ARMS = sorted(file.stem for file in RECIPES.glob("*.toml"))
+BASELINES = (
+    "rtn", "rtn-rotated", "awq", "awq-rotated", "gptq-natural", "gptq-gar", "gptq-rotated", "gptq-rotated-full",
+    "gptaq", "gptaq-corrected", "gptaq-shifted", "gptaq-rotated",
+)  # fmt: skip
+D2QUANT = ("d2quant", "d2quant-uniform", "dualfit")
+ABLATION = tuple(arm for arm in ARMS if arm not in (*BASELINES, *D2QUANT))
 
 
 @dataclass(frozen=True)
@@ -47,14 +50,15 @@ def specs(only: str | None) -> list[Spec]:
     """All rows to make, most telling first."""
     headline = [
         Spec("original", 16, 0, 64),
-        *(Spec(arm, bits, group, 64) for bits, group in ((3, 128), (2, 64), (4, 128)) for arm in ("gptq-gar", "rtn")),
+        *(Spec(arm, bits, 128, 64) for arm in ("gptq-gar", "dualfit", "d2quant", "gptaq", "rtn") for bits in (2, 3)),
     ]
     table = [
         Spec("original", 16, 0, 16),
-        *(Spec(arm, bits, group, 16) for bits in (3, 2, 4) for group in (128, 64) for arm in TABLE_ARMS),
-        *(Spec("gptq-gar-sign", bits, group, 16) for bits in (2, 3) for group in (64, 128)),
+        *(Spec(arm, bits, g, 16) for g in (128, 64) for bits in (2, 3) for arm in (*BASELINES, *D2QUANT)),
+        *(Spec(arm, 4, g, 16) for g in (128, 64) for arm in ("rtn", "gptq-gar", "gptaq", "d2quant-uniform", "dualfit")),
     ]
-    chosen = {"headline": headline, "table": table, None: headline[:2] + table + headline[2:]}
+    ablation = [Spec(arm, bits, 128, 16) for bits in (2, 3) for arm in ABLATION]
+    chosen = {"headline": headline, "table": table, "ablation": ablation, None: [*headline, *table, *ablation]}
     return chosen[only]
 
 
@@ -77,6 +81,8 @@ def texts(wikitext: Path) -> dict[str, str]:
 
 def run_row(spec: Spec, names: dict[str, str]) -> list[dict[str, Any]]:
     """Quantize by `spec` and score it on each text. Runs in a process of its own."""
+    from dataclasses import replace
+
     from subnibble import Recipe, quantize
     from subnibble.calibrate.windows import evaluation_windows
     from subnibble.checkpoint.size import measure
@@ -91,10 +97,10 @@ def run_row(spec: Spec, names: dict[str, str]) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         path = model
         if spec.arm != "original":
-            recipe = Recipe(
-                bits=spec.bits, group_size=spec.group_size, embedding_bits=8,
-                calibration="news" if spec.arm != "rtn" else None, num_windows=spec.windows, window=WINDOW,
-                dtype="bfloat16", **ARMS[spec.arm],
+            recipe = replace(
+                Recipe.from_toml(RECIPES / f"{spec.arm}.toml"),
+                bits=spec.bits, group_size=spec.group_size, num_windows=spec.windows, window=WINDOW, dtype="bfloat16",
+                calibration=None if spec.arm in ("rtn", "rtn-rotated") else "news",
             )  # fmt: skip
             path = Path(folder) / "model"
             report = quantize(model, path, recipe)
@@ -144,7 +150,7 @@ def main() -> None:
     here = Path(__file__).parent
     parser.add_argument("--wikitext", type=Path, default=here.parent.parent / "shared" / "data" / "wikitext-2")
     parser.add_argument("--results", type=Path, default=here / "results" / "weight_only.json")
-    parser.add_argument("--only", choices=("headline", "table"))
+    parser.add_argument("--only", choices=("headline", "table", "ablation"))
     parser.add_argument("--print", action="store_true", help="print the finished rows and run none")
     parser.add_argument("--row", action="append", type=parse_spec, metavar="ARM:BITS:GROUP:WINDOWS")
     parser.add_argument("--child", help=argparse.SUPPRESS)

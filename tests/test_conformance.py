@@ -7,18 +7,20 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import subnibble
 from conftest import CONFIGS
 from subnibble import Recipe
-from subnibble.checkpoint.packed import packed_config_of
+from subnibble.calibrate.stream import BlockStream
+from subnibble.checkpoint.packed import NormBiasEntry, packed_config_of
 from subnibble.checkpoint.safetensors_source import SafetensorsSource
 from subnibble.checkpoint.writer import CheckpointWriter
 from subnibble.hf import packed_modules
 from subnibble.methods import METHODS
 from subnibble.model.skeleton import Skeleton
-from subnibble.runtime.modules import PackedEmbedding, PackedLinear
+from subnibble.runtime.modules import PackedEmbedding, PackedLinear, TiedHead, add_output_bias_
+from subnibble.scheme import Scheme
 from subnibble.tensor import CodedMatrix, PackedRange
 
 SETTINGS = {
@@ -43,13 +45,27 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 
 
 def dense_twin(source: Path, packed: torch.nn.Module) -> torch.nn.Module:
-    """The original model holding the dequantized weights of the packed one."""
-    twin = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    for path, module in packed_modules(packed).items():
-        twin.get_submodule(path).weight.data = module.packed.dequantize()
-    if not any(isinstance(module, PackedEmbedding) for module in packed_modules(packed).values()):
-        twin.get_input_embeddings().weight.data = packed.get_input_embeddings().weight.data
-        twin.get_output_embeddings().weight.data = packed.get_output_embeddings().weight.data
+    """The original model, holding everything that the packed one stores, its packed matrices dense."""
+    config = AutoConfig.from_pretrained(source)
+    config.tie_word_embeddings = False
+    twin = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    stored = dict(packed.named_parameters(remove_duplicate=False))
+    for path, module in packed.named_modules():
+        if isinstance(module, PackedLinear):
+            stored[f"{path}.weight"] = module.packed.dequantize()
+            if module.column_scale is not None:
+                scale = module.column_scale.float()
+                twin.get_submodule(path).register_forward_pre_hook(lambda _, args, scale=scale: args[0] * scale)
+        elif isinstance(module, PackedEmbedding):
+            stored[f"{path}.weight"] = module.packed.dequantize()
+        elif isinstance(module, TiedHead):
+            stored[f"{path}.weight"] = module._embedding[0].packed.dequantize()
+    for path, entry in packed_config_of(packed.config).modules.items():
+        if isinstance(entry, NormBiasEntry):
+            add_output_bias_(twin.get_submodule(path), torch.empty(entry.rows))
+    assert set(stored) == set(dict(twin.named_parameters()))
+    for name, parameter in twin.named_parameters():
+        parameter.data = stored[name].data
     return twin
 
 
@@ -67,7 +83,7 @@ def check_method(method: str, source: Path, tokens: Path, out: Path, settings: d
         residents.append(blocks)
         write_shard(self, tensors)
 
-    def check_codes(part: CodedMatrix, scheme: subnibble.scheme.Scheme) -> PackedRange:
+    def check_codes(part: CodedMatrix, scheme: Scheme) -> PackedRange:
         assert int(part.codes.min()) >= 0
         assert int(part.codes.max()) < scheme.levels
         coded.append(part.codes.shape)
@@ -91,8 +107,10 @@ def check_method(method: str, source: Path, tokens: Path, out: Path, settings: d
     hidden = torch.randn(1, 12, skeleton.config.hidden_size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         before = block.module(hidden, **arguments)
+        stream = BlockStream(block, [hidden], arguments)
+        found = stream.statistics({name: Scheme(3, 16) for name in block.arch.linears})
         for transform in METHODS[method].build(METHODS[method].configure({})).transforms:
-            transform(block)
+            transform(block, found)
         after = block.module(hidden, **arguments)
     assert float((after - before).norm() / (before - hidden).norm()) < 1e-5
 
@@ -106,7 +124,7 @@ def check_method(method: str, source: Path, tokens: Path, out: Path, settings: d
     for name, tensor in tensors_of(out / "a").items():
         saved = tensors_of(out / "c")[name]
         assert torch.equal(saved, tensor.to(saved.dtype)), name
-        assert saved.dtype == tensor.dtype or name.endswith(("embed_tokens.weight", "lm_head.weight"))
+        assert saved.dtype == tensor.dtype or name.endswith(("embed_tokens.weight", "lm_head.weight", "norm.bias"))
     reloaded = AutoModelForCausalLM.from_pretrained(out / "c", dtype=torch.float32)
     assert packed_config_of(reloaded.config) == packed_config_of(model.config)
     assert torch.equal(logits(reloaded), logits(model))

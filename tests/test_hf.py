@@ -257,10 +257,138 @@ def test_newer_format_is_refused(packed: dict[str, Path], tmp_path: Path) -> Non
     for file in packed["llama"].iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
     config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"]["format_version"] = 2
+    config["quantization_config"]["format_version"] = 3
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match="format version 2"):
+    with pytest.raises(CheckpointError, match="format version 3"):
         AutoModelForCausalLM.from_pretrained(folder)
+
+
+O_PROJ = "model.layers.1.self_attn.o_proj"
+
+
+@pytest.fixture(scope="module")
+def scaled(folders: dict[str, Path], token_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`llama` with column scales of every linear; those of o_proj have nothing to absorb them."""
+    out = tmp_path_factory.mktemp("scaled") / "llama"
+    recipe = Recipe(
+        method="d2quant", bits=3, group_size=16, embedding_bits=8, calibration=str(token_file), num_windows=4,
+        window=32, options={"columns": "all", "iterations": 3},
+    )  # fmt: skip
+    subnibble.quantize(folders["llama"], out, recipe)
+    return out
+
+
+def test_column_scales_are_loaded_in_float16_whatever_the_type_of_loading(scaled: Path) -> None:
+    ids = torch.arange(24).view(2, 12)
+    outputs = {}
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        model = AutoModelForCausalLM.from_pretrained(scaled, dtype=dtype)
+        stored = {path: module.column_scale for path, module in packed_modules(model).items() if path in linears(model)}
+        assert {path for path, scale in stored.items() if scale is not None} == {
+            f"model.layers.{i}.self_attn.o_proj" for i in range(3)
+        }
+        scale = stored[O_PROJ]
+        assert scale.dtype == torch.float16
+        assert scale.shape == (96,)
+        assert torch.equal(scale, tensor_of(scaled, f"{O_PROJ}.column_scale"))
+        assert bool((scale > 0).all())
+        assert len(scale.unique()) > 32
+        with torch.no_grad():
+            outputs[dtype] = model(ids).logits.float()
+    for dtype, tolerance in ((torch.bfloat16, 0.1), (torch.float16, 0.02)):
+        difference = (outputs[dtype] - outputs[torch.float32]).norm() / outputs[torch.float32].norm()
+        assert float(difference) < tolerance
+
+
+def linears(model: torch.nn.Module) -> set[str]:
+    return {path for path in packed_modules(model) if "layers" in path}
+
+
+def tensor_of(folder: Path, name: str) -> torch.Tensor:
+    from safetensors.torch import load_file
+
+    shard = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"][name]
+    return load_file(folder / shard)[name]
+
+
+def test_generation_with_column_scales_is_that_of_the_dense_model(scaled: Path, folders: dict[str, Path]) -> None:
+    model = AutoModelForCausalLM.from_pretrained(scaled, dtype=torch.float32)
+    twin = dense_twin(folders["llama"], model)
+    ids = torch.tensor([[1, 2, 5, 9, 12], [3, 4, 5, 6, 7]])
+    settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(model.generate(ids, **settings), twin.generate(ids, **settings))
+    with torch.no_grad():
+        logits = model(ids).logits
+        assert torch.equal(logits, twin(ids).logits)
+        # The scales matter: without one of them the model is another.
+        model.get_submodule(O_PROJ).column_scale.fill_(1)
+        assert float((model(ids).logits - logits).norm() / logits.norm()) > 1e-3
+
+
+def test_column_scales_survive_save_pretrained_bit_for_bit(scaled: Path, tmp_path: Path) -> None:
+    AutoModelForCausalLM.from_pretrained(scaled, dtype=torch.bfloat16).save_pretrained(tmp_path / "saved")
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())["quantization_config"]
+    assert config["format_version"] == 2
+    assert config["modules"][O_PROJ]["kind"] == "scaled_linear"
+    ids = torch.arange(12).view(1, 12)
+    with torch.no_grad():
+        before, after = (
+            AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)(ids).logits
+            for folder in (scaled, tmp_path / "saved")
+        )
+    assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize("how", ["missing", "misshapen", "another type", "one too many"])
+def test_a_checkpoint_whose_column_scale_is_not_whole_is_refused(how: str, scaled: Path, tmp_path: Path) -> None:
+    name = f"{O_PROJ}.column_scale"
+    folder = spoiled_copy(scaled, tmp_path / "spoiled", name, how)
+    with pytest.raises(CheckpointError, match=re.escape(name)):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("kind", "version", "message"),
+    [
+        ("linear", 2, f"tensor {O_PROJ}.column_scale has no place"),
+        ("linear", 1, "scaled_linear came with version 2"),
+        ("scaled_linear", 1, "scaled_linear came with version 2"),
+    ],
+)
+def test_a_column_scale_that_the_config_does_not_name_is_refused(
+    kind: str, version: int, message: str, scaled: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "changed"
+    folder.mkdir()
+    for file in scaled.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["format_version"] = version
+    config["quantization_config"]["modules"][O_PROJ]["kind"] = kind
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=re.escape(message)):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_recipe_beside_a_scaled_checkpoint_makes_the_same_bytes(
+    scaled: Path, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    report = subnibble.quantize(folders["llama"], tmp_path / "again", Recipe.from_toml(scaled / "recipe.toml"))
+    assert report.weights_sha256 == json.loads((scaled / "report.json").read_text())["weights_sha256"]
+
+
+def test_column_scales_are_counted_in_the_effective_bits(scaled: Path) -> None:
+    report = json.loads((scaled / "report.json").read_text())
+    model = AutoModelForCausalLM.from_pretrained(scaled, dtype=torch.float32)
+    bits = weights = 0
+    for path in linears(model):
+        module = model.get_submodule(path)
+        found = 8 * sum(buffer.nbytes for buffer in module.buffers())
+        bits, weights = bits + found, weights + module.in_features * module.out_features
+        (row,) = [row for row in report["linears"] if row["path"] == path]
+        assert row["effective_bits"] == pytest.approx(found / (module.in_features * module.out_features))
+    # Four norms have a bias of 48 float16 numbers.
+    assert report["size"]["effective_bits"] == pytest.approx((bits + 4 * 48 * 16) / weights)
 
 
 def test_packed_model_is_not_quantized_again(packed: dict[str, Path], tmp_path: Path) -> None:

@@ -1,12 +1,14 @@
 """A recipe rejects what it does not know, round-trips through TOML, and resolves overrides in order."""
 
 import tomllib
+from functools import partial
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from subnibble.errors import BadRecipe
+from subnibble.methods import METHODS
 from subnibble.recipe import EMBEDDING_BITS, Recipe, matches
 from subnibble.scheme import BITS, SCALE_TYPES, ZERO_POINTS, Scheme
 
@@ -19,8 +21,13 @@ integers = st.integers(-(2**63), 2**63 - 1)
 group_sizes = st.one_of(st.just(-1), st.integers(1, 4096))
 values = st.one_of(text, integers, st.booleans(), st.floats(allow_nan=False))
 options = st.dictionaries(text, st.one_of(values, st.lists(integers, max_size=3)), max_size=4)
-override = st.fixed_dictionaries(
-    {}, optional={"bits": st.sampled_from(BITS), "group_size": group_sizes, "skip": st.booleans()}
+zero_points = st.sampled_from(["auto", *ZERO_POINTS])
+shared = {"group_size": group_sizes, "zero_point": zero_points, "skip": st.booleans()}
+override = st.one_of(
+    st.fixed_dictionaries(
+        {}, optional={"bits": st.sampled_from(BITS), "grid": st.sampled_from(["auto", "uniform"]), **shared}
+    ),
+    st.fixed_dictionaries({"grid": st.just("sign"), "bits": st.sampled_from([2, 3, 4])}, optional=shared),
 )
 paths = text.filter(lambda pattern: not pattern.startswith("re:"))
 patterns = st.one_of(paths, st.sampled_from(["re:.*", r"re:a\.b$", "re:"]))
@@ -29,7 +36,8 @@ recipes = st.builds(
     method=text,
     bits=st.sampled_from(BITS),
     group_size=group_sizes,
-    zero_point=st.sampled_from(ZERO_POINTS),
+    zero_point=zero_points,
+    grid=st.sampled_from(["auto", "uniform"]),
     scale_type=st.sampled_from(sorted(SCALE_TYPES)),
     embedding_bits=st.sampled_from(EMBEDDING_BITS),
     calibration=st.one_of(st.none(), text),
@@ -60,6 +68,12 @@ def test_a_recipe_survives_its_toml_file_with_the_order_of_overrides(tmp_path_fa
     assert list(read.overrides) == list(recipe.overrides)
 
 
+def test_a_recipe_of_a_sign_grid_survives_both() -> None:
+    recipe = Recipe(bits=2, grid="sign", zero_point="real", overrides={Q: {"grid": "uniform", "bits": 8}})
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+    assert Recipe.from_dict(tomllib.loads(recipe.to_toml())) == recipe
+
+
 def test_unset_keys_are_left_out_of_the_dictionary() -> None:
     assert "calibration" not in Recipe().to_dict()
     assert Recipe(calibration="c4").to_dict()["calibration"] == "c4"
@@ -85,6 +99,8 @@ def test_an_unknown_key_is_an_error_that_names_it(tmp_path) -> None:
         ("group_size", 128.0),
         ("zero_point", 1),
         ("scale_type", 16),
+        ("grid", 1),
+        ("grid", None),
         ("embedding_bits", True),
         ("embedding_bits", 8.0),
         ("calibration", 5),
@@ -111,6 +127,8 @@ def test_a_value_of_the_wrong_type_is_an_error_that_names_its_key(key, value) ->
         ("group_size", 0),
         ("zero_point", "integral"),
         ("scale_type", "float8"),
+        ("grid", "lattice"),
+        ("grid", "Auto"),
         ("embedding_bits", 2),
         ("num_windows", 0),
         ("window", -1),
@@ -192,7 +210,12 @@ def test_a_pattern_that_matches_no_linear_is_an_error_that_names_it() -> None:
         ("re:(", {"skip": True}, "is no regular expression"),
         ("re:a{99999999999999999999}", {"bits": 4}, "is no regular expression"),
         (Q, {"bit": 4}, "unknown key 'bit'"),
-        (Q, {"zero_point": "none"}, "unknown key 'zero_point'"),
+        (Q, {"scale_type": "float32"}, "unknown key 'scale_type'; known: bits, group_size, grid, zero_point, skip"),
+        (Q, {"zero_point": "half"}, "zero_point is 'half'"),
+        (Q, {"zero_point": 0}, "zero_point is 0"),
+        (Q, {"grid": "lattice"}, "grid is 'lattice'"),
+        (Q, {"grid": None}, "grid is None"),
+        (Q, {"grid": "sign", "bits": 8}, "a sign grid has at most 4 bits"),
         (Q, 4, "give a table"),
         (Q, {"skip": 1}, "skip is 1"),
         (Q, {"skip": "yes"}, "skip is 'yes'"),
@@ -218,3 +241,118 @@ def test_the_toml_is_what_a_person_would_write() -> None:
     assert written["calibration"] == "c4"
     assert written["options"] == {"damping": 0.01}
     assert written["overrides"] == overrides
+
+
+# What a method wishes applies where the recipe leaves it open, and nowhere else.
+
+
+def wishes(bits: int) -> dict[str, str]:
+    """Sign bases at 2 bits, a real zero-point elsewhere."""
+    return {"grid": "sign"} if bits == 2 else {"zero_point": "real"}
+
+
+def test_defaults_leave_grid_and_zero_point_to_the_method_and_are_uniform_and_integer_without_one() -> None:
+    recipe = Recipe()
+    assert (recipe.grid, recipe.zero_point) == ("auto", "auto")
+    assert recipe.scheme == recipe.scheme_of(Q) == Scheme(4, 128, "integer", "float16", "uniform")
+    assert recipe.scheme_of(Q, lambda bits: {}) == recipe.scheme
+    assert recipe.scheme_of(Q, wishes) == Scheme(4, 128, "real")
+    assert Recipe(bits=2).scheme_of(Q, wishes) == Scheme(2, 128, "none", grid="sign")
+
+
+@pytest.mark.parametrize("zero_point", ZERO_POINTS)
+@pytest.mark.parametrize("bits", BITS)
+def test_what_the_recipe_says_goes_before_the_methods_wish(bits, zero_point) -> None:
+    said = Recipe(bits=bits, grid="uniform", zero_point=zero_point)
+    assert said.scheme_of(Q, wishes) == said.scheme == Scheme(bits, 128, zero_point)
+    assert said.scheme_of(Q, lambda bits: {"grid": "sign", "zero_point": "integer"}) == said.scheme
+
+
+def test_grid_and_zero_point_are_left_open_one_by_one() -> None:
+    both = {"grid": "uniform", "zero_point": "real"}
+    assert Recipe(grid="sign").scheme_of(Q, lambda bits: both) == Scheme(4, 128, "none", grid="sign")
+    assert Recipe(zero_point="none").scheme_of(Q, lambda bits: both) == Scheme(4, 128, "none")
+    assert Recipe(grid="uniform").scheme_of(Q, lambda bits: both) == Scheme(4, 128, "real")
+
+
+@pytest.mark.parametrize("zero_point", ["auto", *ZERO_POINTS])
+def test_a_sign_grid_has_no_zero_point_whoever_asks_for_one(zero_point) -> None:
+    sign = Scheme(2, 128, "none", grid="sign")
+    assert Recipe(bits=2, grid="sign", zero_point=zero_point).scheme_of(Q) == sign
+    assert Recipe(bits=2, zero_point=zero_point).scheme_of(Q, wishes) == sign
+    assert Recipe(overrides={Q: {"bits": 2, "grid": "sign", "zero_point": zero_point}}).scheme_of(Q) == sign
+
+
+@pytest.mark.parametrize("recipe", [{}, {"grid": "uniform", "zero_point": "none"}, {"grid": "sign"}])
+def test_an_override_goes_before_recipe_and_wish(recipe) -> None:
+    overrides = {Q: {"grid": "uniform", "zero_point": "real"}, DOWN: {"grid": "sign"}}
+    made = Recipe(bits=3, overrides=overrides, **recipe)
+    assert made.scheme_of(Q, lambda bits: {"grid": "sign"}) == Scheme(3, 128, "real")
+    assert made.scheme_of(Q, lambda bits: {"zero_point": "integer"}) == Scheme(3, 128, "real")
+    assert made.scheme_of(DOWN, lambda bits: {"grid": "uniform"}) == Scheme(3, 128, "none", grid="sign")
+
+
+def test_an_override_of_one_leaves_the_other_to_the_recipe_and_then_to_the_method() -> None:
+    overrides = {Q: {"grid": "uniform"}, DOWN: {"zero_point": "none"}}
+    assert Recipe(bits=2, overrides=overrides).scheme_of(Q, wishes) == Scheme(2, 128, "integer")
+    assert Recipe(bits=3, overrides=overrides).scheme_of(Q, wishes) == Scheme(3, 128, "real")
+    assert Recipe(bits=3, zero_point="none", overrides=overrides).scheme_of(Q, wishes) == Scheme(3, 128, "none")
+    assert Recipe(bits=3, overrides=overrides).scheme_of(DOWN, wishes) == Scheme(3, 128, "none")
+
+
+def test_auto_in_an_override_hands_it_back_to_the_method() -> None:
+    recipe = Recipe(bits=2, grid="uniform", zero_point="none", overrides={Q: {"grid": "auto", "zero_point": "auto"}})
+    assert recipe.scheme_of(Q, wishes) == Scheme(2, 128, "none", grid="sign")
+    assert recipe.scheme_of(Q, lambda bits: {"zero_point": "real"}) == Scheme(2, 128, "real")
+    assert recipe.scheme_of(Q) == Scheme(2)
+    assert recipe.scheme_of(DOWN, wishes) == Scheme(2, 128, "none")
+
+
+def test_the_method_is_asked_for_the_bits_that_hold_there() -> None:
+    asked: list[int] = []
+
+    def prefers(bits: int) -> dict[str, str]:
+        asked.append(bits)
+        return wishes(bits)
+
+    recipe = Recipe(bits=4, overrides={Q: {"bits": 2}, DOWN: {"skip": True}})
+    assert recipe.scheme_of(Q, prefers) == Scheme(2, 128, "none", grid="sign")
+    assert recipe.scheme_of("model.layers.1.mlp.up_proj", prefers) == Scheme(4, 128, "real")
+    assert recipe.scheme_of(DOWN, prefers) is None
+    assert asked[:2] == [2, 4]
+
+
+@pytest.mark.parametrize("grid", ["auto", "uniform", "sign"])
+@pytest.mark.parametrize(("zero_point", "found"), [("auto", "integer"), ("none", "none"), ("real", "real")])
+def test_embeddings_follow_the_recipe_on_a_uniform_grid(grid, zero_point, found) -> None:
+    recipe = Recipe(bits=2, grid=grid, zero_point=zero_point, embedding_bits=8)
+    assert recipe.embedding_scheme == Scheme(8, 128, found)
+
+
+def test_a_wish_that_no_scheme_can_meet_is_an_error() -> None:
+    with pytest.raises(BadRecipe, match="a sign grid has at most 4 bits"):
+        Recipe(bits=8).scheme_of(Q, lambda bits: {"grid": "sign"})
+    with pytest.raises(BadRecipe, match="a sign grid has at most 4 bits"):
+        Recipe(bits=8, grid="sign")
+    with pytest.raises(BadRecipe, match="a sign grid has at most 4 bits"):
+        Recipe(bits=2, grid="sign", overrides={Q: {"bits": 8}})
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_wishes_of_every_method_are_schemes_at_every_width(method) -> None:
+    steps = METHODS[method].build(METHODS[method].configure({}))
+    for site in ("attention_in", "attention_out", "mlp_in", "mlp_hidden"):
+        for bits in BITS:
+            scheme = Recipe(bits=bits).scheme_of(Q, partial(steps.prefers, site))
+            assert scheme is not None
+            assert scheme.bits == bits
+
+
+def test_d2quant_wishes_sign_bases_where_its_program_has_them() -> None:
+    published, uniform = (METHODS[name].build(METHODS[name].configure({})) for name in ("d2quant", "d2quant-uniform"))
+    for bits in BITS:
+        for site in ("attention_in", "attention_out", "mlp_in", "mlp_hidden"):
+            sign = bits in (2, 3) and site == "mlp_hidden"
+            scheme = Recipe(bits=bits).scheme_of(DOWN, partial(published.prefers, site))
+            assert scheme == Scheme(bits, 128, "none" if sign else "integer", grid="sign" if sign else "uniform")
+            assert Recipe(bits=bits).scheme_of(DOWN, partial(uniform.prefers, site)) == Scheme(bits)

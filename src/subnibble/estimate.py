@@ -12,8 +12,9 @@ import torch
 from subnibble.checkpoint.source import numel, open_source
 from subnibble.device import resolve_device, resolve_dtype
 from subnibble.methods import find_method
+from subnibble.methods.method import Steps
 from subnibble.model.skeleton import Skeleton
-from subnibble.pipeline import check_plain, check_schemes, packed_bytes
+from subnibble.plan import check_plain, effective_bits, packed_bytes, plan_rotation, plan_schemes
 from subnibble.recipe import Recipe
 
 _FLOAT_BYTES = 4
@@ -49,29 +50,20 @@ def estimate(model: str | Path, recipe: Recipe) -> Estimate:
     check_plain(source)
     device = resolve_device(recipe.device)
     skeleton = Skeleton(source, resolve_dtype(recipe.dtype, source.config.dtype, device), device)
-    check_schemes(recipe, skeleton)
-    calibrated = steps.rounder.needs_gram or recipe.calibration is not None
+    schemes = plan_schemes(recipe, steps, skeleton)
+    plan_rotation(recipe, steps, skeleton)
+    calibrated = steps.needs_data or recipe.calibration is not None
     tokens = recipe.num_windows * recipe.window if calibrated else 0
     return Estimate(
         parameters=sum(numel(shape) for shape in skeleton.parameter_shapes().values()),
-        file_bytes=packed_bytes(recipe, skeleton),
-        effective_bits=_effective_bits(recipe, skeleton),
-        memory_bytes=_memory(recipe, skeleton, tokens),
-        seconds=_seconds(skeleton, tokens),
+        file_bytes=packed_bytes(recipe, steps, skeleton),
+        effective_bits=effective_bits(schemes, skeleton),
+        memory_bytes=_memory(steps, skeleton, tokens),
+        seconds=_seconds(steps, skeleton, tokens),
     )
 
 
-def _effective_bits(recipe: Recipe, skeleton: Skeleton) -> float:
-    bits = weights = 0
-    for path, (rows, columns) in skeleton.linear_shapes().items():
-        scheme = recipe.scheme_of(path)
-        if scheme is not None:
-            bits += rows * scheme.row_bits(columns)
-            weights += rows * columns
-    return bits / weights
-
-
-def _memory(recipe: Recipe, skeleton: Skeleton, tokens: int) -> dict[str, int]:
+def _memory(steps: Steps, skeleton: Skeleton, tokens: int) -> dict[str, int]:
     """One block, its statistics, embeddings and the activation streams, on top of what libraries and headers take."""
     item = torch.empty(0, dtype=skeleton.dtype).element_size()
     shapes = skeleton.parameter_shapes()
@@ -82,20 +74,22 @@ def _memory(recipe: Recipe, skeleton: Skeleton, tokens: int) -> dict[str, int]:
     tails = [site.readers[0] for site in skeleton.arch.sites if site.tail is not None]
     kept = sum(linears[first + reader][1] for reader in tails)
     hidden = skeleton.config.hidden_size
+    has_twin = steps.needs_drift or steps.mean_shift is not None
+    streams = 2 if steps.needs_drift else 1
     parts = {
         "this process now": psutil.Process().memory_info().rss,
         # In float32 and in the compute type, and one site's readers again with working copies.
-        "block": block * (item + _FLOAT_BYTES)
+        "block": block * (item * (2 if has_twin else 1) + _FLOAT_BYTES)
         + 3 * _FLOAT_BYTES * max(rows * columns for rows, columns in linears.values()),
-        "statistics": 4 * _FLOAT_BYTES * widest**2 if tokens else 0,
+        "statistics": (3 + streams) * _FLOAT_BYTES * widest**2 if tokens else 0,
         "embedding": numel(shapes[f"{skeleton.arch.embedding}.weight"]) * (_FLOAT_BYTES + 2),
-        "activation streams": tokens * (hidden + kept) * item,
+        "activation streams": streams * tokens * (hidden + kept) * item,
     }
     return {**parts, "peak": sum(parts.values())}
 
 
-def _seconds(skeleton: Skeleton, tokens: int) -> float:
-    """Two operations a weight and token for the forward pass, two a token and input pair for the statistics."""
+def _seconds(steps: Steps, skeleton: Skeleton, tokens: int) -> float:
+    """Two operations a weight and token for a forward pass, two a token and input pair for each statistic."""
     speed = _product_speed(skeleton.device, skeleton.dtype)
     exact = _product_speed(skeleton.device, torch.float32)
     shapes = skeleton.linear_shapes()
@@ -103,7 +97,9 @@ def _seconds(skeleton: Skeleton, tokens: int) -> float:
     read_once = {site.readers[0] for site in skeleton.arch.sites}
     grams = sum(s[1] ** 2 for path, s in shapes.items() if path.endswith(tuple(read_once)))
     forward = 2 * weights * tokens / (speed * _FORWARD_EFFICIENCY)
-    return forward + 2 * grams * tokens / exact + weights * _ROUND_SECONDS
+    passes = (2 if steps.needs_drift else 1) + 0.4 * (steps.mean_shift is not None) + bool(steps.transforms)
+    grams *= (2 if steps.needs_drift else 1) + bool(steps.transforms)
+    return forward * passes + 2 * grams * tokens / exact + weights * _ROUND_SECONDS
 
 
 def _product_speed(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:

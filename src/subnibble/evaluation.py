@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,12 +56,14 @@ def evaluate(
 ) -> dict[str, Any]:
     """Perplexity, bits, sizes and cost of `model`; with a `reference`, how far it is from it.
 
-    layers: add each packed linear's output error against the reference's.
+    layers: add each packed linear's output error against the reference's; linears that were stored in another basis
+    (rotated, channels scaled) have none.
     """
     clock = Clock()
     if layers and reference is None:
         raise BadRecipe("--layers compares with the original; pass --reference MODEL")
     source = open_source(model)
+    moved = _moved(source.path) if layers else set()
     size = measure(source)
     windows = evaluation.windows(source)
     loaded = load_model(source, evaluation.dtype, evaluation.device)
@@ -75,5 +78,20 @@ def evaluate(
         "memory_bytes": memory_bytes(loaded),
     }
     if layers:
-        found["output_errors"] = layer_errors(loaded, original, windows)
+        found["output_errors"] = layer_errors(loaded, original, windows, moved)
     return found | {"seconds": clock.seconds()["total"], "peak_memory": peak_memory()}
+
+
+def _moved(folder: Path) -> set[str]:
+    """Paths of the linears that the folder's report.json says are in another basis than the original's."""
+    file = folder / "report.json"
+    if not file.is_file():
+        raise BadRecipe(f"--layers needs {file}, which says what linears may be compared; quantize the model again")
+    linears = json.loads(file.read_text())["linears"]
+    moved = {linear["path"] for linear in linears if linear.get("moved", False)}
+    if len(moved) == len(linears):
+        raise BadRecipe(
+            f"--layers: all linears of {folder} are stored in another basis than the original's (rotated, or channels "
+            "scaled); their errors, as measured while quantizing, are in report.json"
+        )
+    return moved

@@ -95,9 +95,10 @@ def replace_module(model: Any, path: str, module: nn.Module, entry: Any, dtype: 
                 "config.json does not belong to these weights"
             )
     match entry:
-        case PackedLinearEntry(layout, has_bias):
+        case PackedLinearEntry(layout, has_bias, has_column_scale):
             bias = torch.empty(layout.rows, dtype=dtype, device="meta") if has_bias else None
-            model.set_submodule(path, PackedLinear(layout.empty(), bias))
+            scale = torch.empty(layout.columns, dtype=torch.float16, device="meta") if has_column_scale else None
+            model.set_submodule(path, PackedLinear(layout.empty(), bias, scale))
         case PackedEmbeddingEntry(layout):
             model.set_submodule(path, PackedEmbedding(layout.empty(), dtype))
         case TiedHeadEntry(table):

@@ -1,19 +1,23 @@
 """The driver: stream a checkpoint through a method, one block at a time, into a packed checkpoint.
 
+    rotate                              norms fused, the residual stream in another basis, if the method asks
     for block in checkpoint:            one block resident
         method's transforms             function unchanged
         for site in block.sites:        in data-flow order
+            correct the site's norm     mean shift of what is quantized by now
             observe the site's tensor   upstream is quantized by now
             round the site's readers
+        absorb column scales            codes unchanged
         write the block's shard; advance the activations
+    correct the final norm; pack embedding and head
 
-The order lives here alone; methods say what happens at each step.
+The order lives here and in `block_run.py` alone; methods say what happens at each step.
 """
 
 from __future__ import annotations
 
 import shutil
-import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,37 +25,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from subnibble.calibrate.stats import Gram
-from subnibble.calibrate.stream import BlockStream
+from subnibble.block_run import BlockRun, Streams
 from subnibble.calibrate.windows import calibration_windows, check_positions
 from subnibble.checkpoint.packed import (
     Entry,
+    NormBiasEntry,
     PackedConfig,
     PackedEmbeddingEntry,
     PackedLinearEntry,
     TiedHeadEntry,
-    packed_config_of,
 )
 from subnibble.checkpoint.size import measure, weights_hash
 from subnibble.checkpoint.source import Source, open_source
 from subnibble.checkpoint.writer import CheckpointWriter, check_output
-from subnibble.device import resolve_device, resolve_dtype
-from subnibble.errors import BadRecipe, CheckpointError, NumericalFailure, OutputError
+from subnibble.corrections.mean_shift import ordinary_tokens
+from subnibble.device import AUTO, resolve_device, resolve_dtype
+from subnibble.errors import OutputError
 from subnibble.methods import find_method
-from subnibble.methods.method import Method, Steps
-from subnibble.model.site import Site
-from subnibble.model.skeleton import Block, Skeleton
+from subnibble.methods.method import Steps
+from subnibble.model.skeleton import Skeleton
+from subnibble.plan import check_plain, packed_bytes, plan_rotation, plan_schemes
 from subnibble.progress import Progress, silent
 from subnibble.recipe import Recipe
 from subnibble.report import LinearReport, Report
 from subnibble.report.clock import Clock, peak_memory
 from subnibble.rounding import grid
-from subnibble.rounding.error import relative_errors
-from subnibble.rounding.rounder import Rounder, Rounding
 from subnibble.runtime import ops
 from subnibble.scheme import Scheme
 from subnibble.tensor import PackedRange, PackedTensor
 from subnibble.transforms.invariance import check_sites
+from subnibble.transforms.rotate import Rotation, rotate_block_
 from subnibble.version import __version__
 
 # Tokens forwarded together: enough to keep the matrix products large.
@@ -78,12 +81,12 @@ def quantize(
     method = find_method(recipe.method)
     options = method.configure(recipe.options)
     steps = method.build(options)
-    if recipe.calibration is None and steps.rounder.needs_gram:
+    if recipe.calibration is None and steps.needs_data:
         recipe = replace(recipe, calibration="c4")
     source = open_source(model)
     if source.path.resolve() == final.resolve():
         raise OutputError(f"{final} is the model itself; choose another folder")
-    run = _Run.prepare(source, recipe, method, options, steps)
+    run = _Run.prepare(source, recipe, options, steps)
     with CheckpointWriter(final, run.skeleton.num_blocks + 1, overwrite) as writer:
         _check_disk(run, writer.folder)
         report = run.execute(writer, progress)
@@ -98,20 +101,23 @@ class _Run:
     skeleton: Skeleton
     recipe: Recipe
     steps: Steps
+    schemes: dict[str, Scheme | None]
+    rotation: Rotation | None
     windows: Tensor | None
     clock: Clock
     modules: dict[str, Entry] = field(default_factory=dict)
     linears: list[LinearReport] = field(default_factory=list)
 
     @classmethod
-    def prepare(cls, source: Source, recipe: Recipe, method: Method, options: Any, steps: Steps) -> _Run:
+    def prepare(cls, source: Source, recipe: Recipe, options: Any, steps: Steps) -> _Run:
         """Check everything that can be checked before weights are read, and read the calibration windows."""
         clock = Clock()
         check_plain(source)
         device = resolve_device(recipe.device)
         dtype = resolve_dtype(recipe.dtype, source.config.dtype, device)
         skeleton = Skeleton(source, dtype, device)
-        check_schemes(recipe, skeleton)
+        schemes = plan_schemes(recipe, steps, skeleton)
+        rotation = plan_rotation(recipe, steps, skeleton)
         resolved = replace(
             recipe,
             calibration=_absolute(recipe.calibration),
@@ -119,6 +125,7 @@ class _Run:
             dtype=str(dtype).removeprefix("torch."),
             options=asdict(options),
         )
+        resolved = Recipe.from_dict(resolved.to_dict() | _agreed(recipe, schemes))
         windows = None
         if recipe.calibration is not None:
             check_positions(recipe.window, source.config)
@@ -134,7 +141,12 @@ class _Run:
         with clock.step("check sites"):
             skeleton.check_tied_head()
             check_sites(skeleton)
-        return cls(skeleton, resolved, steps, windows, clock)
+        return cls(skeleton, resolved, steps, schemes, rotation, windows, clock)
+
+    @property
+    def head_is_tied(self) -> bool:
+        """Whether the head shares the embedding's table in the result; a rotation unties them."""
+        return self.skeleton.tied and self.rotation is None
 
     def execute(self, writer: CheckpointWriter, progress: Progress) -> Report:
         """Quantize and write everything but the commit."""
@@ -143,29 +155,32 @@ class _Run:
         total = skeleton.num_blocks * (sites + 1) + 2
         with clock.step("write"):
             skeleton.source.copy_side_files(writer.folder)
-        hidden, outer = self._embed()
+        streams, outer = self._embed()
         progress(1, total, "embedding")
-        arguments = skeleton.block_arguments(self.recipe.window) if hidden else [{}] * skeleton.num_blocks
+        unquantized_tail: list[Tensor] = []
+        last_norm = [site for site in skeleton.arch.sites if site.norm is not None][-1]
         for index in range(skeleton.num_blocks):
             done = 1 + index * (sites + 1)
             with clock.step("read"):
                 block = skeleton.load_block(index)
-            for transform in self.steps.transforms:
-                transform(block)
-            # Rounded are these, not their copies in the type that activations are computed in.
-            exact = {name: parameter.data for name, parameter in block.module.named_parameters()}
-            block.module.to(skeleton.dtype)
-            stream = BlockStream(block, hidden, arguments[index])
-            packed: dict[str, PackedTensor] = {}
+                if self.rotation is not None:
+                    rotate_block_(block, self.rotation)
+            run = BlockRun.prepare(block, self.steps, self.schemes, clock, streams, skeleton.dtype)
             for number, site in enumerate(skeleton.arch.sites, start=1):
-                packed |= self._round_site(block, site, stream, exact)
+                run.correct_norm(site)
+                if self._corrects_norms and index == skeleton.num_blocks - 1 and site == last_norm:
+                    unquantized_tail = run.outputs()
+                run.round_site(site)
                 progress(done + number, total, f"block {index} {site.name}")
+            run.advance()
+            tensors, entries = run.tensors()
             with clock.step("write"):
-                writer.write_shard(self._block_tensors(block, packed, exact))
-            with clock.step("forward"):
-                stream.advance()
+                writer.write_shard({name: self._stored(name, tensor) for name, tensor in tensors.items()})
+            self.modules |= entries
+            self.linears += run.reports()
             skeleton.release(block.path)
             progress(done + sites + 1, total, f"block {index}")
+        outer |= self._final_norm(unquantized_tail, streams.hidden)
         outer |= self._head()
         with clock.step("write"):
             writer.write_shard(outer)
@@ -173,44 +188,89 @@ class _Run:
         progress(total, total, "written")
         return self._report(writer)
 
-    def _embed(self) -> tuple[list[Tensor], dict[str, Tensor]]:
+    @property
+    def _corrects_norms(self) -> bool:
+        return self.steps.mean_shift is not None and self.windows is not None
+
+    def _embed(self) -> tuple[Streams, dict[str, Tensor]]:
         """Read and pack the embedding; give the hidden states of all windows, and the tensors to write."""
         skeleton, path = self.skeleton, self.skeleton.arch.embedding
         with self.clock.step("read"):
             weight = skeleton.source.load(f"{path}.weight").to(skeleton.device)
+            if self.rotation is not None:
+                weight = self.rotation.columns(weight.float())
         with self.clock.step("embedding"):
             tensors, packed = self._table(path, weight)
             if packed is not None:
                 self.modules[path] = PackedEmbeddingEntry(packed.layout)
-                if skeleton.tied:
+                if self.head_is_tied:
                     self.modules[skeleton.arch.head] = TiedHeadEntry(path)
             if self.windows is None:
-                return [], tensors
+                return Streams([], [], [{}] * skeleton.num_blocks), tensors
             batches = self.windows.split(max(1, _TOKENS_PER_BATCH // self.recipe.window))
-            if packed is not None:
-                hidden = [ops.embedding(batch.to(skeleton.device), packed, skeleton.dtype) for batch in batches]
-            else:
-                stored = tensors[f"{path}.weight"].to(skeleton.dtype)
-                hidden = [torch.nn.functional.embedding(batch.to(skeleton.device), stored) for batch in batches]
-        return [batch.cpu() for batch in hidden], tensors
+            streams = Streams([], [], skeleton.block_arguments(self.recipe.window))
+            for batch in batches:
+                ids = batch.to(skeleton.device)
+                if packed is not None:
+                    streams.hidden.append(ops.embedding(ids, packed, skeleton.dtype).cpu())
+                else:
+                    stored = tensors[f"{path}.weight"]
+                    streams.hidden.append(torch.nn.functional.embedding(ids, stored).to(skeleton.dtype).cpu())
+                if self.steps.needs_drift:
+                    exact = torch.nn.functional.embedding(ids, weight)
+                    streams.wanted.append(exact.to(skeleton.dtype).cpu())
+        return streams, tensors
+
+    def _final_norm(self, wanted: list[Tensor], hidden: list[Tensor]) -> dict[str, Tensor]:
+        """The final norm's tensors, its mean shift corrected if the method asks.
+
+        wanted: the last block's outputs before its last two sites were quantized; hidden: after.
+        """
+        skeleton, path = self.skeleton, self.skeleton.arch.final_norm
+        tensors = {f"{path}.weight": self._load(f"{path}.weight")}
+        if self.rotation is not None:
+            tensors[f"{path}.weight"] = torch.ones_like(tensors[f"{path}.weight"])
+        if wanted and self.steps.mean_shift is not None:
+            norm = skeleton.load(path, skeleton.dtype)
+            norm.weight.data = tensors[f"{path}.weight"].to(skeleton.device, skeleton.dtype)
+
+            def outputs() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+                for before, after in zip(wanted, hidden, strict=True):
+                    pair = (norm(part.to(skeleton.device)).flatten(0, -2) for part in (before, after))
+                    yield (*pair, ordinary_tokens(before))
+
+            with self.clock.step("mean shift"), torch.no_grad():
+                bias = self.steps.mean_shift(outputs(), self.recipe.window).to(torch.float16)
+            tensors[f"{path}.bias"] = bias
+            self.modules[path] = NormBiasEntry(bias.shape[0])
+            skeleton.release(path)
+        return tensors
 
     def _head(self) -> dict[str, Tensor]:
-        """Read the final norm and, if it is not tied, read and pack the head; give the tensors to write."""
+        """Pack the head if it is not tied, and read what is left of the model; give the tensors to write."""
         skeleton, head = self.skeleton, self.skeleton.arch.head
-        prefixes = (skeleton.arch.embedding, skeleton.arch.block_path(0).rpartition(".")[0], head)
+        done = (skeleton.arch.embedding, skeleton.arch.blocks, skeleton.arch.final_norm, head)
         tensors = {}
         for name in skeleton.parameter_shapes():
-            if not name.startswith(tuple(f"{prefix}." for prefix in prefixes)):
-                tensors[name] = _stored(skeleton.source.load(name))
-        if not skeleton.tied:
-            with self.clock.step("read"):
-                weight = skeleton.source.load(f"{head}.weight").to(skeleton.device)
-            with self.clock.step("embedding"):
-                stored, packed = self._table(head, weight)
-                tensors |= stored
-                if packed is not None:
-                    self.modules[head] = PackedLinearEntry(packed.layout, bias=False)
+            if not name.startswith(tuple(f"{prefix}." for prefix in done)):
+                tensors[name] = _stored(self._load(name))
+        if self.head_is_tied:
+            return tensors
+        with self.clock.step("read"):
+            table = skeleton.arch.embedding if skeleton.tied else head
+            weight = self._load(f"{table}.weight").to(skeleton.device)
+            if self.rotation is not None:
+                gain = self._load(f"{skeleton.arch.final_norm}.weight").to(skeleton.device)
+                weight = self.rotation.columns(weight.float() * gain.float())
+        with self.clock.step("embedding"):
+            stored, packed = self._table(head, weight)
+            tensors |= stored
+            if packed is not None:
+                self.modules[head] = PackedLinearEntry(packed.layout, bias=False)
         return tensors
+
+    def _load(self, name: str) -> Tensor:
+        return self.skeleton.source.load(name)
 
     def _table(self, path: str, weight: Tensor) -> tuple[dict[str, Tensor], PackedTensor | None]:
         """An embedding or head at `embedding_bits`: the tensors to store, and the packed form if there is one."""
@@ -232,89 +292,17 @@ class _Run:
         packed = PackedTensor((whole,))
         return {f"{path}.{name}": tensor for name, tensor in packed.state().items()}, packed
 
-    def _round_site(
-        self, block: Block, site: Site, stream: BlockStream, exact: dict[str, Tensor]
-    ) -> dict[str, PackedTensor]:
-        """Observe a site and round its readers' weights in `exact`; the block holds them dequantized afterwards."""
-        gram = None
-        if self.windows is not None:
-            gram = self._gram(block, site, stream)
-        packed: dict[str, PackedTensor] = {}
-        for scheme, names in self._by_scheme(block, site).items():
-            where = f"{block.path}.{{{', '.join(names)}}}" if len(names) > 1 else f"{block.path}.{names[0]}"
-            start = time.perf_counter()
-            with self.clock.step("round"):
-                weight = torch.cat([exact[f"{name}.weight"] for name in names])
-                rounding = _rounded(self.steps.rounder, weight, gram, scheme, where)
-                whole = PackedRange.pack(rounding.coded, scheme)
-            seconds = time.perf_counter() - start
-            heights = [block.linear(name).out_features for name in names]
-            with self.clock.step("measure error"):
-                errors = relative_errors(weight, whole.dequantize(), gram, heights)
-                nearest = grid.coded(weight, scheme, grid.Clip("minmax"))
-                floors = relative_errors(weight, PackedRange.pack(nearest, scheme).dequantize(), gram, heights)
-            rows = torch.arange(weight.shape[0], device=weight.device).split(heights)
-            for name, index, error, floor in zip(names, rows, errors, floors, strict=True):
-                linear = block.linear(name)
-                packed[name] = PackedTensor((whole.rows(index),))
-                linear.weight.data = packed[name].dequantize(linear.weight.dtype)
-                self.linears.append(
-                    LinearReport(
-                        path=f"{block.path}.{name}",
-                        shape=packed[name].shape,
-                        scheme=scheme.name,
-                        effective_bits=packed[name].stored_bits / linear.weight.numel(),
-                        weight_error=error.weight,
-                        output_error=error.output,
-                        nearest_error=floor.output,
-                        seconds=round(seconds, 3),
-                        notes=dict(rounding.notes),
-                    )
-                )
-        return packed
-
-    def _gram(self, block: Block, site: Site, stream: BlockStream) -> Tensor:
-        gram = Gram(block.linear(site.readers[0]).in_features, self.skeleton.device)
-
-        def receive(x: Tensor) -> None:
-            with self.clock.step("gram"):
-                gram.update(x)
-
-        with self.clock.step("forward"):
-            stream.observe(site, receive)
-        return gram.value
-
-    def _by_scheme(self, block: Block, site: Site) -> dict[Scheme, list[str]]:
-        """The readers to round, together where they share a scheme; skipped ones are left out."""
-        groups: dict[Scheme, list[str]] = {}
-        for name in site.readers:
-            scheme = self.recipe.scheme_of(f"{block.path}.{name}")
-            if scheme is not None:
-                groups.setdefault(scheme, []).append(name)
-        return groups
-
-    def _block_tensors(
-        self, block: Block, packed: dict[str, PackedTensor], exact: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """What to store for a block: packed linears, and everything else as it is."""
-        tensors: dict[str, Tensor] = {}
-        for name, tensor in packed.items():
-            has_bias = block.linear(name).bias is not None
-            self.modules[f"{block.path}.{name}"] = PackedLinearEntry(tensor.layout, has_bias)
-            tensors |= {f"{block.path}.{name}.{key}": part for key, part in tensor.state().items()}
-        for name, parameter in exact.items():
-            if name.removesuffix(".weight") not in packed:
-                tensors[f"{block.path}.{name}"] = self._unquantized(f"{block.path}.{name}", parameter)
-        return tensors
-
-    def _unquantized(self, name: str, parameter: Tensor) -> Tensor:
-        """What to store of a parameter that is not quantized: the source's own numbers unless a transform edited it."""
-        if self.steps.transforms:
-            return _stored(parameter)
-        return _stored(self.skeleton.source.load(name))
+    def _stored(self, name: str, tensor: Tensor) -> Tensor:
+        """As it goes to the file: the source's own numbers where the tensor is one of its and was not edited."""
+        if tensor.dtype == torch.float32 and name in self.skeleton.parameter_shapes():
+            own = self._load(name)
+            if torch.equal(own.float(), tensor.to(own.device)):
+                return _stored(own)
+        return _stored(tensor) if tensor.dtype == torch.float32 else tensor
 
     def _write_config(self, writer: CheckpointWriter) -> None:
         config = self.skeleton.config.to_diff_dict()
+        config["tie_word_embeddings"] = self.head_is_tied
         config["quantization_config"] = PackedConfig(self.modules).to_dict()
         config["dtype"] = str(self.skeleton.source.config.dtype or self.skeleton.dtype).removeprefix("torch.")
         config.pop("_name_or_path", None)
@@ -338,50 +326,6 @@ class _Run:
         return report
 
 
-def _rounded(rounder: Rounder, weight: Tensor, gram: Tensor | None, scheme: Scheme, where: str) -> Rounding:
-    """Round; a failure that does not name its linears gets their names."""
-    try:
-        return rounder(weight, gram, scheme, where)
-    except NumericalFailure as error:
-        if str(error).startswith(where):
-            raise
-        raise NumericalFailure(f"{where}: {error}") from error
-
-
-def check_plain(source: Source) -> None:
-    """Raise `CheckpointError` if the source is quantized already. GGUF files count as plain: they are dequantized."""
-    if packed_config_of(source.config) is not None or getattr(source.config, "quantization_config", None):
-        raise CheckpointError(f"{source.path} is quantized already; give the original model")
-
-
-def check_schemes(recipe: Recipe, skeleton: Skeleton) -> None:
-    """Raise `BadRecipe` if a group does not fit a linear, an override matches none, or nothing would be quantized."""
-    shapes = skeleton.linear_shapes()
-    recipe.check_overrides(list(shapes))
-    schemes = {path: recipe.scheme_of(path) for path in shapes}
-    for path, scheme in schemes.items():
-        if scheme is not None:
-            scheme.check_width(shapes[path][1], path)
-    if all(scheme is None for scheme in schemes.values()):
-        raise BadRecipe("the overrides skip every linear; nothing would be quantized")
-
-
-def packed_bytes(recipe: Recipe, skeleton: Skeleton) -> int:
-    """Bytes of the weight files that a recipe will give, headers aside; from shapes alone."""
-    bits = 0
-    linears = skeleton.linear_shapes()
-    tables = {f"{skeleton.arch.embedding}.weight", f"{skeleton.arch.head}.weight"}
-    for name, shape in skeleton.parameter_shapes().items():
-        scheme = recipe.scheme_of(name.removesuffix(".weight")) if name.removesuffix(".weight") in linears else None
-        if name in tables:
-            scheme = recipe.embedding_scheme
-        if scheme is not None:
-            bits += shape[0] * scheme.row_bits(shape[1])
-        else:
-            bits += torch.Size(shape).numel() * (16 if len(shape) > 1 else 32)
-    return bits // 8
-
-
 def _stored(tensor: Tensor) -> Tensor:
     """A tensor that is not quantized, as it is stored: matrices at 16 bits, vectors as they are."""
     if tensor.dim() < 2 or tensor.dtype in (torch.float16, torch.bfloat16):
@@ -390,13 +334,25 @@ def _stored(tensor: Tensor) -> Tensor:
     return half if bool(torch.isfinite(half).all()) else tensor.to(torch.bfloat16)
 
 
+def _agreed(recipe: Recipe, schemes: dict[str, Scheme | None]) -> dict[str, str]:
+    """What the recipe leaves to the method, where all linears came to the same and the recipe can say so."""
+    used = [scheme for scheme in schemes.values() if scheme is not None]
+    agreed = {}
+    if recipe.grid == AUTO and {scheme.grid for scheme in used} == {"uniform"}:
+        agreed["grid"] = "uniform"
+        # The embedding follows the recipe's zero-point, not the method's wish: only its own default may be filled in.
+        if recipe.zero_point == AUTO and {scheme.zero_point for scheme in used} == {"integer"}:
+            agreed["zero_point"] = "integer"
+    return agreed
+
+
 def _absolute(calibration: str | None) -> str | None:
     """A file's full path, so that the recipe means the same from any folder; names of sets as they are."""
     return str(Path(calibration).resolve()) if calibration and Path(calibration).is_file() else calibration
 
 
 def _check_disk(run: _Run, folder: Path) -> None:
-    needed = packed_bytes(run.recipe, run.skeleton) + 64 * 2**20
+    needed = packed_bytes(run.recipe, run.steps, run.skeleton) + 64 * 2**20
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise OutputError(

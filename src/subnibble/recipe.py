@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,7 +16,7 @@ from subnibble.errors import BadRecipe
 from subnibble.scheme import Scheme
 
 EMBEDDING_BITS = (16, 8, 4)
-_OVERRIDE_KEYS = ("bits", "group_size", "skip")
+_OVERRIDE_KEYS = ("bits", "group_size", "grid", "zero_point", "skip")
 
 
 @dataclass(frozen=True)
@@ -24,20 +24,21 @@ class Recipe:
     """What to do to a model. Unknown keys are errors; round-trips through TOML and dictionaries.
 
     method: a name that `subnibble list` shows. bits, group_size, zero_point, scale_type, grid: see `Scheme`; the
-    zero_point is that of uniform grids. embedding_bits: 16, 8 or 4, for embedding and head, on a uniform grid.
+    zero_point is that of uniform grids; "auto" leaves grid or zero_point to the method, and is "uniform" and "integer"
+    where that has no wish. embedding_bits: 16, 8 or 4, for embedding and head, on a uniform grid.
     calibration: a file or a named set; None takes "c4" if the method needs data. num_windows, window: how many windows
     of how many tokens. seed: draws the windows. device: where to compute, a torch device or "auto". dtype: of
     activations and weights while computing, see `device.py`. options: the method's own. overrides: patterns of linears
-    ("re:..." a regular expression matched from the start, else an exact path) to bits, group_size or skip; the first
-    that matches holds.
+    ("re:..." a regular expression matched from the start, else an exact path) to bits, group_size, grid, zero_point or
+    skip; the first that matches holds.
     """
 
     method: str = "gptq"
     bits: int = 4
     group_size: int = 128
-    zero_point: str = "integer"
+    zero_point: str = AUTO
     scale_type: str = "float16"
-    grid: str = "uniform"
+    grid: str = AUTO
     embedding_bits: int = 16
     calibration: str | None = None
     num_windows: int = 128
@@ -63,27 +64,45 @@ class Recipe:
             raise BadRecipe(f"dtype is {self.dtype!r}; choose one of {AUTO}, {', '.join(DTYPES)}")
         _ = self.scheme, self.embedding_scheme
         for pattern, values in self.overrides.items():
-            _check_override(self.scheme, pattern, values)
+            _check_override(self, pattern, values)
 
     @property
     def scheme(self) -> Scheme:
-        """The scheme of linears that no override touches."""
-        zero_point = "none" if self.grid == "sign" else self.zero_point
-        return Scheme(self.bits, self.group_size, zero_point, self.scale_type, self.grid)
+        """The scheme of linears that no override touches, of a method without wishes."""
+        return self._scheme({}, {})
 
     @property
     def embedding_scheme(self) -> Scheme | None:
         """The scheme of embedding and head, or None if they stay at 16 bits."""
         if self.embedding_bits == 16:
             return None
-        return Scheme(self.embedding_bits, self.group_size, self.zero_point, self.scale_type)
+        return Scheme(self.embedding_bits, self.group_size, _unless_auto(self.zero_point, "integer"), self.scale_type)
 
-    def scheme_of(self, path: str) -> Scheme | None:
-        """The scheme of the linear at `path`, or None if an override skips it."""
-        for pattern, values in self.overrides.items():
+    def scheme_of(self, path: str, prefers: Callable[[int], Mapping[str, str]] = lambda bits: {}) -> Scheme | None:
+        """The scheme of the linear at `path`, or None if an override skips it.
+
+        prefers: the grid and zero-point that the method wants there at a bit width, for what the recipe leaves open.
+        """
+        values: Mapping[str, Any] = {}
+        for pattern, found in self.overrides.items():
             if matches(pattern, path):
-                return _overridden(self.scheme, values)
-        return self.scheme
+                values = found
+                break
+        if values.get("skip", False):
+            return None
+        return self._scheme(values, prefers(values.get("bits", self.bits)))
+
+    def _scheme(self, values: Mapping[str, Any], wishes: Mapping[str, str]) -> Scheme:
+        """values: an override's, which come first; wishes: the method's, which come last."""
+        grid = _unless_auto(values.get("grid", self.grid), wishes.get("grid", "uniform"))
+        zero_point = _unless_auto(values.get("zero_point", self.zero_point), wishes.get("zero_point", "integer"))
+        return Scheme(
+            values.get("bits", self.bits),
+            values.get("group_size", self.group_size),
+            "none" if grid == "sign" else zero_point,
+            self.scale_type,
+            grid,
+        )
 
     def check_overrides(self, paths: list[str]) -> None:
         """Raise `BadRecipe` for a pattern that matches none of the model's linears."""
@@ -141,7 +160,7 @@ def _check_types(recipe: Recipe) -> None:
             raise BadRecipe(f"{key} is {value!r}; expected {'a table' if kind is Mapping else name}")
 
 
-def _check_override(scheme: Scheme, pattern: str, values: Any) -> None:
+def _check_override(recipe: Recipe, pattern: str, values: Any) -> None:
     if not isinstance(values, Mapping):
         raise BadRecipe(f"override {pattern!r} is {values!r}; give a table with {', '.join(_OVERRIDE_KEYS)}")
     unknown = sorted(set(values) - set(_OVERRIDE_KEYS))
@@ -154,11 +173,8 @@ def _check_override(scheme: Scheme, pattern: str, values: Any) -> None:
             re.compile(pattern[3:])
         except (re.error, OverflowError) as error:
             raise BadRecipe(f"override {pattern!r} is no regular expression: {error}") from error
-    _overridden(scheme, {**values, "skip": False})
+    recipe._scheme(values, {})
 
 
-def _overridden(scheme: Scheme, values: Mapping[str, Any]) -> Scheme | None:
-    if values.get("skip", False):
-        return None
-    changes = {key: values[key] for key in ("bits", "group_size") if key in values}
-    return replace(scheme, **changes)
+def _unless_auto(value: str, wish: str) -> str:
+    return wish if value == AUTO else value

@@ -77,12 +77,14 @@ class CodedMatrix:
     """What a rounder makes, before packing. Scales and zeros are exact in the scheme's storage type.
 
     codes: (m, k) uint8. scales: (m, groups * scales_per_group) float32, a group's scales side by side.
-    zeros: (m, groups) float32, or None if the scheme has none.
+    zeros: (m, groups) float32, or None if the scheme has none. columns: (k,) float32 by which the columns are
+    multiplied besides, or None for 1; packing leaves them out: something else has to take them.
     """
 
     codes: Tensor
     scales: Tensor
     zeros: Tensor | None
+    columns: Tensor | None = None
 
 
 @dataclass(frozen=True)

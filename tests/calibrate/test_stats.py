@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from subnibble.calibrate.stats import AbsMax, Gram, Mean
+from subnibble.calibrate.stats import AbsMax, AbsMean, Drift, Gram, Mean
 
 CHANNELS = 37
 SPLITS = ((0, 1), (1, 64), (64, 64), (64, 203), (203, 260))
@@ -16,6 +16,7 @@ KINDS: dict[str, Make] = {
     "gram64": lambda: Gram(CHANNELS, dtype=torch.float64),
     "absmax": lambda: AbsMax(CHANNELS),
     "mean": lambda: Mean(CHANNELS),
+    "absmean": lambda: AbsMean(CHANNELS),
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
@@ -52,7 +53,13 @@ def oracle(kind: str, x: Tensor) -> Tensor:
     wide = x.double()
     if kind.startswith("gram"):
         return torch.einsum("ti,tj->ij", wide, wide)
-    return wide.abs().max(0).values if kind == "absmax" else wide.sum(0) / x.shape[0]
+    if kind == "absmax":
+        return wide.abs().max(0).values
+    return (wide.abs() if kind == "absmean" else wide).sum(0) / x.shape[0]
+
+
+def wide_mean(x: Tensor) -> Tensor:
+    return x.double().sum(0) / x.shape[0]
 
 
 def faulty(kind: str, x: Tensor) -> dict[str, Tensor]:
@@ -69,14 +76,14 @@ def faulty(kind: str, x: Tensor) -> dict[str, Tensor]:
         if kind.startswith("gram")
         else largest_signed,
         "per token": good / x.shape[0],
-    }
+    } | ({"signed": wide_mean(x), "size of the mean": wide_mean(x).abs()} if kind == "absmean" else {})
 
 
 def agrees(kind: str, found: Tensor, x: Tensor) -> bool:
     expected = oracle(kind, x)
     if kind == "absmax":
         return torch.equal(found.double(), expected)
-    if kind == "mean":
+    if kind in ("mean", "absmean"):
         mass = x.double().abs().sum(0) / x.shape[0]
         bound = torch.finfo(torch.float32).eps * expected.abs() + 1e-13 * mass
     else:
@@ -168,3 +175,119 @@ def test_gram_of_half_precision_tokens_is_accumulated_wide() -> None:
     x = torch.full((4096, CHANNELS), 3.0, dtype=torch.float16)
     assert torch.equal(gathered("gram", x).value, torch.full((CHANNELS, CHANNELS), 9.0 * 4096))
     assert torch.equal(gathered("mean", x * 1000).value, torch.full((CHANNELS,), 3000.0))
+
+
+# Drift: of two streams, so that its updates take pairs.
+
+
+def pair(count: int = 260) -> tuple[Tensor, Tensor]:
+    """Tokens as fed now, and the full-precision model's: another outlier, a shifted channel, one that is the same."""
+    x = tokens(count)
+    wanted = x + 0.1 * tokens(count, seed=2)
+    wanted[:, 5] += 3
+    wanted[:, 12] = x[:, 12]
+    return x, wanted
+
+
+def whole_pair() -> tuple[Tensor, Tensor]:
+    x = whole_numbers()
+    return x, (x * 3).roll(1, 0)
+
+
+def drift_of(x: Tensor, wanted: Tensor, *cuts: int) -> Drift:
+    drift = Drift(CHANNELS)
+    for a, b in zip((0, *cuts), (*cuts, x.shape[0]), strict=True):
+        drift.update(x[a:b], wanted[a:b])
+    return drift
+
+
+def drift_oracle(x: Tensor, wanted: Tensor) -> Tensor:
+    """Sum over tokens of (x~ - x) xᵀ, one outer product a token, in float64."""
+    total = torch.zeros(CHANNELS, CHANNELS, dtype=torch.float64)
+    for now, goal in zip(x.double(), wanted.double(), strict=True):
+        total += torch.outer(goal - now, now)
+    return total
+
+
+def is_drift(found: Tensor, x: Tensor, wanted: Tensor) -> bool:
+    """Per element: differences, products and sums of n tokens may each be off by eps of the magnitudes."""
+    now, goal = x.double().abs(), wanted.double().abs()
+    bound = 2 * x.shape[0] ** 0.5 * torch.finfo(torch.float32).eps * (now + goal).T @ now
+    return bool(((found.double() - drift_oracle(x, wanted)).abs() <= bound).all())
+
+
+def test_drift_agrees_with_its_definition() -> None:
+    x, wanted = pair()
+    assert is_drift(drift_of(x, wanted).value, x, wanted)
+    assert is_drift(drift_of(x, wanted, 1, 64, 64, 203).value, x, wanted)
+    half = x.bfloat16(), wanted.bfloat16()
+    assert is_drift(drift_of(*half).value, *half)
+    assert drift_of(x, wanted).value.dtype == torch.float32
+
+
+def test_drift_oracle_rejects_planted_faults() -> None:
+    x, wanted = pair()
+    good = drift_oracle(x, wanted)
+    off = good.clone()
+    off[5, 11] *= 1.0001
+    wrong = {
+        "transposed": good.T,
+        "the other sign": -good,
+        "of the full-precision inputs": torch.einsum("ti,tj->ij", wanted.double() - x.double(), wanted.double()),
+        "of the inputs alone": torch.einsum("ti,tj->ij", wanted.double(), x.double()),
+        "last token lost": drift_oracle(x[:-1], wanted[:-1]),
+        "tokens out of step": drift_oracle(x, wanted.roll(1, 0)),
+        "per token": good / x.shape[0],
+        "one element 0.01 % off": off,
+    }
+    assert is_drift(good, x, wanted)
+    for fault, value in wrong.items():
+        assert not is_drift(value, x, wanted), fault
+
+
+def test_rows_of_drift_are_the_difference_and_columns_the_input() -> None:
+    x, wanted = torch.zeros(1, CHANNELS), torch.zeros(1, CHANNELS)
+    x[0, 3], wanted[0, 3], wanted[0, 7] = 2.0, 2.0, 5.0
+    value = drift_of(x, wanted).value
+    assert torch.nonzero(value).tolist() == [[7, 3]]
+    assert float(value[7, 3]) == 10.0
+
+
+def test_no_difference_is_no_drift() -> None:
+    x, wanted = pair()
+    assert torch.equal(drift_of(x, x).value, torch.zeros(CHANNELS, CHANNELS))
+    assert torch.equal(drift_of(x, wanted).value[12], torch.zeros(CHANNELS))
+
+
+def test_drift_of_double_inputs_is_their_gram_matrix() -> None:
+    x = whole_numbers()
+    assert torch.equal(drift_of(x, 2 * x).value, gathered("gram", x).value)
+
+
+def test_merge_of_drifts_equals_update_with_all_either_way_round() -> None:
+    x, wanted = whole_pair()
+    parts = [drift_of(x[a:b], wanted[a:b]) for a, b in SPLITS]
+    before = [part.value.clone() for part in parts]
+    merged = Drift(CHANNELS)
+    for part in parts:
+        merged.merge(part)
+    backwards = Drift(CHANNELS)
+    for part in reversed(parts):
+        backwards.merge(part)
+    assert torch.equal(merged.value, drift_of(x, wanted).value)
+    assert torch.equal(backwards.value, merged.value)
+    assert merged.tokens == drift_of(x, wanted).tokens == 260
+    assert all(torch.equal(part.value, old) for part, old in zip(parts, before, strict=True))
+
+
+def test_drift_leaves_the_tokens_alone_and_keeps_no_view_of_them() -> None:
+    x, wanted = pair()
+    kept = x.clone(), wanted.clone()
+    drift = drift_of(x, wanted)
+    assert torch.equal(x, kept[0])
+    assert torch.equal(wanted, kept[1])
+    before = drift.value.clone()
+    x.zero_()
+    wanted.zero_()
+    drift.update(torch.empty(0, CHANNELS), torch.empty(0, CHANNELS))
+    assert torch.equal(drift.value, before)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from subnibble.calibrate.stream import BlockStream
 from subnibble.model.arch.llama import ATTENTION_IN, ATTENTION_OUT, LLAMA, MLP_HIDDEN, MLP_IN
 from subnibble.model.site import Heads, Site
 from subnibble.model.skeleton import Block
+from subnibble.scheme import Scheme
 
 LENGTH = 11
 BATCHES = (3, 1, 2)
@@ -241,3 +243,119 @@ def test_streaming_tracks_no_gradients() -> None:
         assert not observed(stream, site).requires_grad
     stream.advance()
     assert not any(x.requires_grad for x in hidden)
+
+
+def paired_streams() -> tuple[BlockStream, BlockStream, Block, Block, list[Tensor], list[Tensor], dict[str, Any]]:
+    """Streams of two blocks, one of them bent, each over hidden states of its own."""
+    block, hidden, arguments = recorded(0)
+    other = replace(block, module=copy.deepcopy(block.module))
+    for seed, site in enumerate(SITES):
+        bend(other, site, seed)
+    away = [x + 0.5 for x in hidden]
+    return (
+        BlockStream(block, hidden, arguments),
+        BlockStream(other, away, arguments),
+        block,
+        other,
+        hidden,
+        away,
+        arguments,
+    )
+
+
+def counted(block: Block) -> Counter[str]:
+    ran: Counter[str] = Counter()
+    for name in LLAMA.linears:
+        block.linear(name).register_forward_hook(lambda module, args, output, name=name: ran.update([name]))
+    return ran
+
+
+@pytest.mark.parametrize("site", SITES, ids=lambda site: site.name)
+def test_at_gives_what_observe_hands_out_batch_by_batch(site: Site) -> None:
+    block, hidden, arguments = recorded(1)
+    inputs, _ = plain(block, hidden, arguments)
+    parts = list(BlockStream(block, hidden, arguments).at(site))
+    assert [part.shape[0] for part in parts] == [count * LENGTH for count in BATCHES]
+    assert torch.equal(torch.cat(parts), inputs[site.readers[0]])
+    assert torch.equal(torch.cat(parts), observed(BlockStream(block, hidden, arguments), site))
+
+
+def test_two_streams_zipped_strictly_give_pairs_of_the_same_tokens_and_keep_their_tails() -> None:
+    first, second, block, other, hidden, away, arguments = paired_streams()
+    inputs, outputs = plain(block, hidden, arguments)
+    inputs_away, outputs_away = plain(other, away, arguments)
+    counts = counted(block), counted(other)
+    for site in SITES:
+        pairs = list(zip(first.at(site), second.at(site), strict=True))
+        assert [(len(a), len(b)) for a, b in pairs] == [(count * LENGTH,) * 2 for count in BATCHES]
+        a, b = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+        assert torch.equal(a, inputs[site.readers[0]])
+        assert torch.equal(b, inputs_away[site.readers[0]])
+    for stream in (first, second):
+        stream.advance()
+    assert all(torch.equal(a, b) for a, b in zip(hidden, outputs, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(away, outputs_away, strict=True))
+    # Each tail was kept: attention and MLP ran once, o_proj once for every later site and once at the end.
+    for ran in counts:
+        expected = dict.fromkeys(LLAMA.linears, 1) | {"self_attn.o_proj": 3}
+        assert ran == {name: times * len(BATCHES) for name, times in expected.items()}
+    for each in (block, other):
+        assert sum(len(m._forward_pre_hooks) for m in each.module.modules()) == 0
+
+
+def test_a_tail_of_which_not_all_was_taken_is_not_kept() -> None:
+    block, hidden, arguments = recorded(0)
+    _, outputs = plain(block, hidden, arguments)
+    before = modules(block)
+    stream = BlockStream(block, hidden, arguments)
+    taken = stream.at(ATTENTION_OUT)
+    next(taken)
+    taken.close()
+    assert modules(block) == before
+    assert hooks(block) == 0
+    ran = counted(block)
+    for _ in stream.at(MLP_IN):
+        pass
+    assert ran["self_attn.q_proj"] == len(BATCHES)
+    stream.advance()
+    assert all(torch.equal(a, b) for a, b in zip(hidden, outputs, strict=True))
+
+
+@every_subset
+def test_outputs_are_those_of_the_blocks_own_forward_and_move_nothing(sites: tuple[Site, ...]) -> None:
+    block, hidden, arguments = recorded(1)
+    start = [x.clone() for x in hidden]
+    before = modules(block)
+    stream = BlockStream(block, hidden, arguments)
+    for seed, site in enumerate(sites):
+        observed(stream, site)
+        bend(block, site, seed)
+    _, expected = plain(block, start, arguments)
+    for _ in range(2):
+        found = list(stream.outputs())
+        assert [tuple(x.shape) for x in found] == [(count, LENGTH, 48) for count in BATCHES]
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(hidden, start, strict=True))
+    assert modules(block) == before
+    stream.advance()
+    assert all(torch.equal(a, b) for a, b in zip(hidden, expected, strict=True))
+
+
+def test_statistics_are_those_of_every_sites_tensor() -> None:
+    block, hidden, arguments = recorded(1)
+    inputs, outputs = plain(block, hidden, arguments)
+    start = [x.clone() for x in hidden]
+    schemes = {name: Scheme(3, 16) if "mlp" in name else None for name in LLAMA.linears}
+    stream = BlockStream(block, hidden, arguments)
+    found = stream.statistics(schemes)
+    assert found.schemes == schemes
+    assert set(found.grams) == set(found.mean_sizes) == {site.name for site in SITES}
+    for site in SITES:
+        x = inputs[site.readers[0]].double()
+        gram, sizes = found.grams[site.name].double(), found.mean_sizes[site.name].double()
+        bound = 2 * x.shape[0] ** 0.5 * torch.finfo(torch.float32).eps * (x.abs().T @ x.abs())
+        assert bool(((gram - x.T @ x).abs() <= bound).all())
+        assert bool(((sizes - x.abs().mean(0)).abs() <= 1e-6 * x.abs().mean(0)).all())
+    assert all(torch.equal(a, b) for a, b in zip(hidden, start, strict=True))
+    stream.advance()
+    assert all(torch.equal(a, b) for a, b in zip(hidden, outputs, strict=True))

@@ -1,7 +1,8 @@
-"""`quantization_config` round-trips through JSON and rejects what version 1 does not know."""
+"""`quantization_config` round-trips through JSON and rejects what versions 1 and 2 do not know."""
 
 import copy
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +16,7 @@ from subnibble.checkpoint.packed import (
     PackedLinearEntry,
     TiedHeadEntry,
     packed_config_of,
+    stored_shapes,
 )
 from subnibble.errors import CheckpointError
 from subnibble.scheme import BITS, SCALE_TYPES, ZERO_POINTS, Scheme
@@ -23,14 +25,18 @@ from subnibble.tensor import PackedLayout
 W3, W8 = Scheme(3, 128), Scheme(8, -1, "none", "bfloat16")
 TABLE, HEAD = "model.embed_tokens", "lm_head"
 Q, NORM = "model.layers.0.self_attn.q_proj", "model.layers.0.input_layernorm"
+DOWN = "model.layers.0.mlp.down_proj"
 CONFIG = PackedConfig(
     {
         TABLE: PackedEmbeddingEntry(PackedLayout(100, ((64, W8),))),
         HEAD: TiedHeadEntry(TABLE),
         Q: PackedLinearEntry(PackedLayout(64, ((48, W3), (16, W8))), True),
-        "model.layers.0.mlp.down_proj": PackedLinearEntry(PackedLayout(64, ((192, W3),)), False),
+        DOWN: PackedLinearEntry(PackedLayout(64, ((192, W3),)), False),
         NORM: NormBiasEntry(64),
     }
+)
+SCALED = PackedConfig(
+    {**CONFIG.modules, DOWN: PackedLinearEntry(PackedLayout(64, ((192, W3),)), False, column_scale=True)}
 )
 
 schemes = st.builds(
@@ -43,7 +49,7 @@ schemes = st.builds(
 ranges = st.lists(st.tuples(st.integers(1, 500), schemes), min_size=1, max_size=3).map(tuple)
 layouts = st.builds(PackedLayout, rows=st.integers(1, 1000), ranges=ranges)
 entries = st.one_of(
-    st.builds(PackedLinearEntry, layout=layouts, bias=st.booleans()),
+    st.builds(PackedLinearEntry, layout=layouts, bias=st.booleans(), column_scale=st.booleans()),
     st.builds(PackedEmbeddingEntry, layout=layouts),
     st.builds(TiedHeadEntry, table=st.text(max_size=8)),
     st.builds(NormBiasEntry, rows=st.integers(1, 1000)),
@@ -56,6 +62,7 @@ def through_json(config: PackedConfig) -> dict:
 
 def test_every_kind_of_entry_survives_json() -> None:
     assert PackedConfig.from_dict(through_json(CONFIG)) == CONFIG
+    assert PackedConfig.from_dict(through_json(SCALED)) == SCALED
 
 
 @given(st.dictionaries(st.text(max_size=12), entries, max_size=5))
@@ -63,6 +70,8 @@ def test_every_kind_of_entry_survives_json() -> None:
 def test_any_config_survives_json(modules) -> None:
     config = PackedConfig(modules)
     assert PackedConfig.from_dict(through_json(config)) == config
+    scaled = any(isinstance(entry, PackedLinearEntry) and entry.column_scale for entry in modules.values())
+    assert config.to_dict()["format_version"] == (2 if scaled else 1)
 
 
 def test_the_dictionary_is_the_specified_one() -> None:
@@ -83,15 +92,46 @@ def test_the_dictionary_is_the_specified_one() -> None:
     }
 
 
+def test_a_column_scale_makes_a_scaled_linear_of_version_2_and_changes_nothing_else() -> None:
+    plain, scaled = through_json(CONFIG), through_json(SCALED)
+    assert (plain["format_version"], scaled["format_version"]) == (1, 2)
+    assert scaled["modules"][DOWN] == {"kind": "scaled_linear", "rows": 64, "ranges": [[192, "w3g128"]], "bias": False}
+    scaled["format_version"] = 1
+    scaled["modules"][DOWN]["kind"] = "linear"
+    assert scaled == plain
+    assert list(scaled["modules"]) == list(plain["modules"])
+
+
+def test_version_2_may_hold_no_column_scale_and_version_1_must_not() -> None:
+    assert PackedConfig.from_dict({**through_json(CONFIG), "format_version": 2}) == CONFIG
+    with pytest.raises(CheckpointError, match=r"^mine: scaled_linear came with version 2 and this says version 1"):
+        PackedConfig.from_dict({**through_json(SCALED), "format_version": 1}, "mine")
+
+
+def test_a_scaled_linear_stores_one_float16_number_an_input_column() -> None:
+    plain, scaled = stored_shapes(CONFIG), stored_shapes(SCALED)
+    assert scaled == plain | {f"{DOWN}.column_scale": (192,)}
+    assert plain[f"{Q}.bias"] == (64,)
+    assert plain[f"{NORM}.bias"] == (64,)
+    assert not any(name.startswith(HEAD) for name in plain)
+    two = PackedConfig({Q: PackedLinearEntry(PackedLayout(64, ((48, W3), (16, W8))), True, True)})
+    assert stored_shapes(two)[f"{Q}.column_scale"] == (64,)
+    assert {"codes", "scales", "zeros", "codes_1", "scales_1", "bias", "column_scale"} == {
+        name.removeprefix(f"{Q}.") for name in stored_shapes(two)
+    }
+
+
 def test_names_of_schemes_are_labels_without_meaning() -> None:
     values = json.loads(json.dumps(CONFIG.to_dict()).replace('"w3g128"', '"a"'))
     assert PackedConfig.from_dict(values) == CONFIG
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None])
-def test_another_version_is_an_error_that_says_so(version) -> None:
-    values = {**through_json(CONFIG), "format_version": version}
-    with pytest.raises(CheckpointError, match=f"^mine: format version {version!r}; .* reads version 1"):
+@pytest.mark.parametrize("version", [0, 3, -1, "1", "2", 1.0, 2.0, True, False, [1], None])
+@pytest.mark.parametrize("config", [CONFIG, SCALED], ids=["plain", "scaled"])
+def test_another_version_is_an_error_that_says_so(config, version) -> None:
+    values = {**through_json(config), "format_version": version}
+    said = re.escape(f"mine: format version {version!r}; this subnibble reads versions 1 and 2")
+    with pytest.raises(CheckpointError, match=f"^{said}"):
         PackedConfig.from_dict(values, "mine")
 
 
@@ -102,9 +142,9 @@ def test_a_missing_version_is_an_error() -> None:
         PackedConfig.from_dict(values)
 
 
-def changed(path: list, value: object) -> dict:
+def changed(path: list, value: object, config: PackedConfig = CONFIG) -> dict:
     """The example with one value set, or removed where `value` is `KeyError`."""
-    values = copy.deepcopy(through_json(CONFIG))
+    values = copy.deepcopy(through_json(config))
     table = values
     for key in path[:-1]:
         table = table[key]
@@ -150,10 +190,27 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("broken", BROKEN)
-def test_what_version_1_does_not_know_is_an_error(broken) -> None:
+@pytest.mark.parametrize("config", [CONFIG, SCALED], ids=["version 1", "version 2"])
+def test_what_no_version_knows_is_an_error(config, broken) -> None:
     path, value, message = BROKEN[broken]
     with pytest.raises(CheckpointError, match=message):
-        PackedConfig.from_dict(changed(path, value), "folder/config.json")
+        PackedConfig.from_dict(changed(path, value, config), "folder/config.json")
+
+
+SCALED_BROKEN = {
+    "column_scale as a key": (["modules", DOWN, "column_scale"], True, "kind 'scaled_linear' has keys"),
+    "scaled without bias": (["modules", DOWN, "bias"], KeyError, "kind 'scaled_linear' has keys"),
+    "scaled without ranges": (["modules", DOWN, "ranges"], KeyError, "kind 'scaled_linear' has keys"),
+    "an embedding scaled": (["modules", TABLE, "kind"], "scaled_embedding", "kind 'scaled_embedding'"),
+    "an embedding as a scaled linear": (["modules", TABLE, "kind"], "scaled_linear", "kind 'scaled_linear' has keys"),
+}
+
+
+@pytest.mark.parametrize("broken", SCALED_BROKEN)
+def test_a_scaled_linear_has_the_keys_of_a_linear_and_no_others(broken) -> None:
+    path, value, message = SCALED_BROKEN[broken]
+    with pytest.raises(CheckpointError, match=message):
+        PackedConfig.from_dict(changed(path, value, SCALED), "folder/config.json")
 
 
 COERCED = {

@@ -356,9 +356,9 @@ def test_stacked_rows_are_rounded_as_alone() -> None:
     w, gram = weights().double(), gram_of(inputs())
     plan = plan_columns("gar", gram.diagonal(), scheme)
     factor = factorize(gram, plan.columns, 0.01, WHERE)
-    whole = round_columns(w, factor, plan, scheme, MSE, 128)
+    whole = round_columns(w, factor, plan, scheme, GPTQ(MSE))
     for row in range(9):
-        alone = round_columns(w[row : row + 1], factor, plan, scheme, MSE, 128)
+        alone = round_columns(w[row : row + 1], factor, plan, scheme, GPTQ(MSE))
         assert torch.equal(alone.codes[0], whole.codes[row])
 
 

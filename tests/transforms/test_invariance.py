@@ -77,7 +77,7 @@ def test_plain_repeat_over_query_heads_moves_hidden_states(
     def tiled(factors: Tensor, block: Block) -> Tensor:
         return factors.repeat(block.heads.repeats)
 
-    monkeypatch.setattr(scale, "_repeat_over_heads", tiled)
+    monkeypatch.setattr(scale, "repeat_over_heads", tiled)
     assert max(error for error, _ in edit_errors(block, arguments)) > FAULT
 
 

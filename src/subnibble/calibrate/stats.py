@@ -50,6 +50,30 @@ class Gram:
         return self._sum
 
 
+class Drift:
+    """Sum of (x~ - x) xᵀ: rows are the difference, columns what is fed now: (channels, channels) float32."""
+
+    def __init__(self, channels: int, device: torch.device | str = "cpu") -> None:
+        self._sum = torch.zeros(channels, channels, dtype=torch.float32, device=device)
+        self.tokens = 0
+
+    def update(self, x: Tensor, wanted: Tensor) -> None:
+        """Add tokens. x: (tokens, channels), as fed now; wanted: x~, the same tokens' in the full-precision model."""
+        now = x.float()
+        self._sum.addmm_((wanted.float() - now).T, now)
+        self.tokens += x.shape[0]
+
+    def merge(self, other: Drift) -> None:
+        """See `Statistic`."""
+        self._sum += other._sum.to(self._sum.device)
+        self.tokens += other.tokens
+
+    @property
+    def value(self) -> Tensor:
+        """See `Statistic`: (channels, channels)."""
+        return self._sum
+
+
 class AbsMax:
     """Largest magnitude of each channel: (channels,)."""
 
@@ -92,3 +116,11 @@ class Mean:
     def value(self) -> Tensor:
         """See `Statistic`: (channels,) float32, zeros before any token."""
         return (self._sum / max(self.tokens, 1)).float()
+
+
+class AbsMean(Mean):
+    """Mean magnitude of each channel: (channels,), summed in float64."""
+
+    def update(self, x: Tensor) -> None:
+        """See `Statistic`."""
+        super().update(x.abs())

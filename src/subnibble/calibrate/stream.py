@@ -7,15 +7,30 @@ reader, by then quantized, to what was kept. Nothing is forwarded twice for the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from subnibble.calibrate.stats import AbsMean, Gram
 from subnibble.model.site import Site, Tail
 from subnibble.model.skeleton import Block
+from subnibble.scheme import Scheme
+
+
+@dataclass(frozen=True)
+class SiteStatistics:
+    """What transforms may know of a block that is not quantized yet, by name of the site; see `stats.py`.
+
+    grams: (channels, channels). mean_sizes: (channels,). schemes: of each linear, None if it stays as it is.
+    """
+
+    grams: Mapping[str, Tensor]
+    mean_sizes: Mapping[str, Tensor]
+    schemes: Mapping[str, Scheme | None]
 
 
 class BlockStream:
@@ -33,6 +48,11 @@ class BlockStream:
 
     def observe(self, site: Site, receive: Callable[[Tensor], None]) -> None:
         """Hand the site's tensor to `receive`, batch by batch, as (tokens, channels)."""
+        for x in self.at(site):
+            receive(x)
+
+    def at(self, site: Site) -> Iterator[Tensor]:
+        """The site's tensor, batch by batch, as (tokens, channels). Take all: only then is it kept for later sites."""
         seen: list[Tensor] = []
 
         def stop(module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -49,19 +69,36 @@ class BlockStream:
                         self._run(batch)
                     except _SiteReached:
                         x = seen.pop()
-                        receive(x.flatten(0, -2))
                         if site.tail is not None:
                             kept.append(x.to(self._hidden[batch].device))
+                        yield x.flatten(0, -2)
         finally:
             handle.remove()
         if site.tail is not None:
             self._kept[site.tail] = _Replay(reader, kept, site.tail.extra_outputs)
 
-    def advance(self) -> None:
-        """Run the block to its end: `hidden` becomes its output, in place of its input."""
+    def statistics(self, schemes: Mapping[str, Scheme | None]) -> SiteStatistics:
+        """Statistics of all sites, of the block as it is now."""
+        grams, sizes = {}, {}
+        for site in self._block.arch.sites:
+            channels = self._block.linear(site.readers[0]).in_features
+            gram, size = Gram(channels, self._device), AbsMean(channels, self._device)
+            for x in self.at(site):
+                gram.update(x)
+                size.update(x)
+            grams[site.name], sizes[site.name] = gram.value, size.value
+        return SiteStatistics(grams, sizes, schemes)
+
+    def outputs(self) -> Iterator[Tensor]:
+        """The block's outputs as it is now, batch by batch (windows, tokens, channels)."""
         with self._replaying():
             for batch in range(len(self._hidden)):
-                self._hidden[batch] = self._run(batch)
+                yield self._run(batch)
+
+    def advance(self) -> None:
+        """Run the block to its end: `hidden` becomes its output, in place of its input."""
+        for batch, output in enumerate(self.outputs()):
+            self._hidden[batch] = output
         self._kept.clear()
 
     @contextmanager

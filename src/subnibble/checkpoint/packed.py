@@ -1,7 +1,8 @@
-"""The packed checkpoint format, version 1 (docs/format.md): what `quantization_config` in config.json says.
+"""The packed checkpoint format, versions 1 and 2 (docs/format.md): what `quantization_config` in config.json says.
 
 It names every module whose tensors are not what the plain model would have. The tensors themselves are ordinary
-safetensors, `<module path>.codes`, `.scales`, `.zeros`, `.bias`.
+safetensors, `<module path>.codes`, `.scales`, `.zeros`, `.bias`, `.column_scale`. What
+version 1 can say is written as version 1.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ from subnibble.tensor import PackedLayout
 T = TypeVar("T")
 
 QUANT_METHOD = "subnibble"
-FORMAT_VERSION = 1
+FORMAT_VERSIONS = (1, 2)
+_LINEAR, _SCALED_LINEAR = "linear", "scaled_linear"
 _MODULE_KEYS = {
-    "linear": {"kind", "rows", "ranges", "bias"},
+    _LINEAR: {"kind", "rows", "ranges", "bias"},
+    _SCALED_LINEAR: {"kind", "rows", "ranges", "bias"},
     "embedding": {"kind", "rows", "ranges"},
     "tied_head": {"kind", "table"},
     "norm_bias": {"kind", "rows"},
@@ -28,10 +31,11 @@ _MODULE_KEYS = {
 
 @dataclass(frozen=True)
 class PackedLinearEntry:
-    """A linear with a packed weight. bias: whether `<path>.bias` is stored."""
+    """A linear with a packed weight. bias, column_scale: whether `<path>.bias`, `<path>.column_scale` is stored."""
 
     layout: PackedLayout
     bias: bool
+    column_scale: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,18 +74,24 @@ class PackedConfig:
         schemes = {scheme.name: scheme.to_dict() for layout in layouts for _, scheme in layout.ranges}
         return {
             "quant_method": QUANT_METHOD,
-            "format_version": FORMAT_VERSION,
+            "format_version": 2 if self._has_column_scales else 1,
             "schemes": schemes,
             "modules": {path: _entry_to_dict(entry) for path, entry in self.modules.items()},
         }
+
+    @property
+    def _has_column_scales(self) -> bool:
+        return any(isinstance(entry, PackedLinearEntry) and entry.column_scale for entry in self.modules.values())
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = "quantization_config") -> Self:
         """Read a `quantization_config`; anything this version does not know is a `CheckpointError`."""
         version = values.get("format_version")
-        if version != FORMAT_VERSION:
+        # 1 == True and 1 == 1.0, which JSON tells apart.
+        if type(version) is not int or version not in FORMAT_VERSIONS:
+            known = " and ".join(map(str, FORMAT_VERSIONS))
             raise CheckpointError(
-                f"{where}: format version {version!r}; this subnibble reads version {FORMAT_VERSION}: "
+                f"{where}: format version {version!r}; this subnibble reads versions {known}: "
                 "upgrade subnibble, or quantize the model again"
             )
         unknown = sorted(set(values) - {"quant_method", "format_version", "schemes", "modules"})
@@ -92,7 +102,10 @@ class PackedConfig:
             modules = {path: _entry_from_dict(entry, schemes) for path, entry in values["modules"].items()}
         except (KeyError, TypeError, ValueError, AttributeError, BadRecipe) as error:
             raise CheckpointError(f"{where} is damaged ({error!r}); quantize the model again") from error
-        return cls(modules)
+        found = cls(modules)
+        if version == 1 and found._has_column_scales:
+            raise CheckpointError(f"{where}: {_SCALED_LINEAR} came with version 2 and this says version 1")
+        return found
 
 
 def stored_shapes(packed: PackedConfig) -> dict[str, tuple[int, ...]]:
@@ -100,11 +113,12 @@ def stored_shapes(packed: PackedConfig) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
     for path, entry in packed.modules.items():
         match entry:
-            case PackedLinearEntry(layout, _) | PackedEmbeddingEntry(layout):
+            case PackedLinearEntry(layout) | PackedEmbeddingEntry(layout):
                 shapes |= {f"{path}.{name}": tuple(part.shape) for name, part in layout.empty().state().items()}
         match entry:
-            case PackedLinearEntry(layout, True):
-                shapes[f"{path}.bias"] = (layout.rows,)
+            case PackedLinearEntry(layout, bias, column_scale):
+                shapes |= {f"{path}.bias": (layout.rows,)} if bias else {}
+                shapes |= {f"{path}.column_scale": (layout.columns,)} if column_scale else {}
             case NormBiasEntry(rows):
                 shapes[f"{path}.bias"] = (rows,)
     return shapes
@@ -122,8 +136,9 @@ def packed_config_of(config: Any) -> PackedConfig | None:
 
 def _entry_to_dict(entry: Entry) -> dict[str, Any]:
     match entry:
-        case PackedLinearEntry(layout, bias):
-            return {"kind": "linear", **_layout_to_dict(layout), "bias": bias}
+        case PackedLinearEntry(layout, bias, column_scale):
+            kind = _SCALED_LINEAR if column_scale else _LINEAR
+            return {"kind": kind, **_layout_to_dict(layout), "bias": bias}
         case PackedEmbeddingEntry(layout):
             return {"kind": "embedding", **_layout_to_dict(layout)}
         case TiedHeadEntry(table):
@@ -144,7 +159,9 @@ def _entry_from_dict(values: Mapping[str, Any], schemes: Mapping[str, Scheme]) -
     if not ranges:
         raise ValueError("a packed matrix without column ranges")
     layout = PackedLayout(_count(values["rows"]), ranges)
-    return PackedLinearEntry(layout, _typed(values["bias"], bool)) if kind == "linear" else PackedEmbeddingEntry(layout)
+    if kind == "embedding":
+        return PackedEmbeddingEntry(layout)
+    return PackedLinearEntry(layout, _typed(values["bias"], bool), kind == _SCALED_LINEAR)
 
 
 def _typed(value: Any, kind: type[T]) -> T:

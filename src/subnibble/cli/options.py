@@ -26,8 +26,8 @@ Calibration = Annotated[
 ]
 NumWindows = Annotated[int | None, typer.Option(help="Calibration windows. Default 128.")]
 Window = Annotated[int | None, typer.Option(help="Tokens of a window. Default 2048.")]
-Grid = Annotated[str | None, typer.Option(help="uniform, or sign: a scale a bit, no level at zero. Default uniform.")]
-ZeroPoint = Annotated[str | None, typer.Option(help="none, integer or real, of uniform grids. Default integer.")]
+Grid = Annotated[str | None, typer.Option(help="uniform, or sign (a scale a bit). Default: the method's.")]
+ZeroPoint = Annotated[str | None, typer.Option(help="none, integer or real, of uniform grids. Default: the method's.")]
 Seed = Annotated[int | None, typer.Option(help="Draws the calibration windows. Default 0.")]
 RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="TOML recipe; options given here go over it.")]
 MethodOptions = Annotated[

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -13,11 +14,14 @@ from subnibble.rounding.error import relative_errors
 from subnibble.runtime.modules import PackedLinear
 
 
-def layer_errors(model: Any, reference: Any, windows: Tensor) -> dict[str, float]:
+def layer_errors(
+    model: Any, reference: Any, windows: Tensor, leave_out: Collection[str] = frozenset()
+) -> dict[str, float]:
     """Path -> ||(W - Q) X||² / ||W X||² with X the reference's inputs of that linear on `windows`.
 
     model: packed. reference: the original, dense; both transformers models. windows: (count, length) int64. One Gram
-    matrix, (inputs, inputs) float32, is held for each site of each block.
+    matrix, (inputs, inputs) float32, is held for each site of each block. leave_out: paths of linears whose stored
+    weight is not the original's rounded: in another basis.
     """
     arch = find_arch(reference.config.model_type)
     readers = {
@@ -26,13 +30,13 @@ def layer_errors(model: Any, reference: Any, windows: Tensor) -> dict[str, float
         for site in arch.sites
         for reader in site.readers
     }
-    packed = {path: model.get_submodule(path) for path in readers}
+    packed = {path: model.get_submodule(path) for path in readers if path not in leave_out}
     packed = {path: module for path, module in packed.items() if isinstance(module, PackedLinear)}
     grams = _input_grams(reference, {readers[path] for path in packed}, windows)
     errors = {}
     for path, module in packed.items():
         weight = reference.get_submodule(path).weight.detach().float()
-        quantized = module.packed.dequantize().to(weight.device)
+        quantized = module.dequantize().to(weight.device)
         (error,) = relative_errors(weight, quantized, grams[readers[path]].value, [weight.shape[0]])
         assert error.output is not None
         errors[path] = error.output

@@ -1,11 +1,17 @@
 """The methods by name. To add one: a file beside this that composes steps, and its name here."""
 
 from subnibble.errors import BadRecipe
+from subnibble.methods.awq import AWQ
+from subnibble.methods.d2quant import D2QUANT, D2QUANT_UNIFORM
+from subnibble.methods.dualfit import DUALFIT
+from subnibble.methods.gptaq import GPTAQ
 from subnibble.methods.gptq import GPTQ
 from subnibble.methods.method import Method
 from subnibble.methods.rtn import RTN
 
-METHODS: dict[str, Method] = {method.name: method for method in (RTN, GPTQ)}
+METHODS: dict[str, Method] = {
+    method.name: method for method in (RTN, AWQ, GPTQ, GPTAQ, D2QUANT, D2QUANT_UNIFORM, DUALFIT)
+}
 
 
 def find_method(name: str) -> Method:

@@ -14,19 +14,27 @@ from subnibble.rounding.grid import Clip
 
 @dataclass(frozen=True)
 class Options:
-    """clip, clip_power: see `rounding/grid.py`; damping, order, weighting: see `rounding/gptq.py`."""
+    """clip, clip_power: see `rounding/grid.py`; damping, order, weighting, sweeps: `rounding/gptq.py`.
+
+    rotation: see `transforms/rotate.py`.
+    """
 
     clip: str = "mse"
     clip_power: float = 2.0
     damping: float = 0.01
     order: str = "gar"
     weighting: str = "none"
+    sweeps: int = 0
+    rotation: str = "none"
 
 
 def build(options: Options) -> Steps:
     """Steps of GPTQ."""
     clip = Clip(options.clip, options.clip_power)
-    return Steps(rounder=Rounder(clip, damping=options.damping, order=options.order, weighting=options.weighting))
+    rounder = Rounder(
+        clip, damping=options.damping, order=options.order, weighting=options.weighting, sweeps=options.sweeps
+    )
+    return Steps(rounder=rounder, rotation=options.rotation)
 
 
 GPTQ = Method("gptq", "column by column with error compensation", "arXiv 2210.17323", Options, build)

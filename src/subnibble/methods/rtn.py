@@ -11,15 +11,16 @@ from subnibble.rounding.rtn import RTN as Rounder
 
 @dataclass(frozen=True)
 class Options:
-    """clip, clip_power: see `rounding/grid.py`."""
+    """clip, clip_power: see `rounding/grid.py`; rotation: `transforms/rotate.py`."""
 
     clip: str = "mse"
     clip_power: float = 2.0
+    rotation: str = "none"
 
 
 def build(options: Options) -> Steps:
     """Steps of RTN."""
-    return Steps(rounder=Rounder(Clip(options.clip, options.clip_power)))
+    return Steps(rounder=Rounder(Clip(options.clip, options.clip_power)), rotation=options.rotation)
 
 
 RTN = Method("rtn", "round to nearest; needs no data", "baseline", Options, build)

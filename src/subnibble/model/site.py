@@ -94,6 +94,10 @@ class Arch:
         """All linears of a block that get quantized, in data-flow order."""
         return tuple(reader for site in self.sites for reader in site.readers)
 
+    def site_of(self, linear: str) -> Site:
+        """The site that a linear, named relative to its block, reads."""
+        return next(site for site in self.sites if linear in site.readers)
+
     def block_path(self, index: int) -> str:
         """Module path of a block."""
         return f"{self.blocks}.{index}"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from subnibble.checkpoint.source import Source, expect_shapes
 from subnibble.errors import CheckpointError
 from subnibble.model.arch import find_arch
-from subnibble.model.site import Arch, Heads
+from subnibble.model.site import Arch, Heads, Site
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,11 @@ class Skeleton:
                 module = self.model.get_submodule(f"{path}.{name}")
                 shapes[f"{path}.{name}"] = (int(module.out_features), int(module.in_features))
         return shapes
+
+    def site_of(self, path: str) -> Site:
+        """The site that the linear at `path` reads."""
+        name = path.removeprefix(f"{self.arch.blocks}.").partition(".")[2]
+        return self.arch.site_of(name)
 
     def load(self, path: str, dtype: torch.dtype) -> nn.Module:
         """Fill the module at `path` in `dtype` and give it."""

@@ -12,7 +12,9 @@ class LinearReport:
 
     weight_error: ||W - Q||² / ||W||². output_error: ||(W - Q) X||² / ||W X||² on the inputs X that it was quantized
     for, None if none were gathered. nearest_error: the same had it been rounded to nearest between its extremes.
-    notes: what the rounder had to say. seconds: to round, shared by linears that were rounded together.
+    notes: what the rounder had to say. seconds: to round, shared by linears that were rounded together. moved: the
+    stored weight is in another basis than the original's (rotated, or channels scaled), so that the two must not be
+    compared; errors are of the weight as transformed.
     """
 
     path: str
@@ -24,6 +26,7 @@ class LinearReport:
     nearest_error: float | None
     seconds: float
     notes: dict[str, float] = field(default_factory=dict)
+    moved: bool = False
 
 
 @dataclass(frozen=True)

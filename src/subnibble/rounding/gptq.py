@@ -8,6 +8,7 @@ A group's grid is fitted when its first column is reached, on the weights as com
 the released program: the column order may be group-aware (`order.py`); U comes from one Cholesky factorization of
 the flipped matrix and one triangular inversion; a factorization that fails raises the damping tenfold, is counted,
 and past the limit is `NumericalFailure`; blocks end where groups end, so any group size gives the unblocked result.
+The loop also carries GPTAQ's correction for inputs that differ from the full-precision model's (`gptaq.py`).
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from torch import Tensor
 
 from subnibble.errors import BadRecipe, NumericalFailure
 from subnibble.rounding import grid
-from subnibble.rounding.levels import Levels
+from subnibble.rounding.descent import Home, sweep_
+from subnibble.rounding.gptaq import Asymmetry, Push, Spread
+from subnibble.rounding.levels import Fitter
 from subnibble.rounding.order import ORDERS, ColumnPlan, plan_columns
 from subnibble.rounding.rounder import Rounding
 from subnibble.scheme import Scheme
@@ -37,6 +40,7 @@ class Factor:
     """
 
     u: Tensor
+    h: Tensor
     dead: Tensor
     damping: float
     retries: int
@@ -47,16 +51,19 @@ class Factor:
 class GPTQ:
     """Rounder with error compensation.
 
-    damping: added to the Gram diagonal, as a fraction of its mean. order: see `order.py`. block: columns whose
-    updates to the columns behind them are applied together, as one matrix product. weighting: "none" fits grids to
-    the weights as they are, "hessian" weights each column's error by its diagonal Gram entry.
+    fitter: fits the grid of each group. damping: added to the Gram diagonal, as a fraction of its mean. order: see
+    `order.py`. block: columns whose updates to the columns behind them are applied together, as one matrix product.
+    weighting: "none" fits grids to the weights as they are, "hessian" weights each column's error by its diagonal Gram
+    entry. asymmetry: see `gptaq.py`. sweeps: of coordinate descent afterwards, see `descent.py`.
     """
 
-    clip: grid.Clip = field(default_factory=grid.Clip)
+    fitter: Fitter = field(default_factory=grid.Clip)
     damping: float = 0.01
     order: str = "gar"
     block: int = 128
     weighting: str = "none"
+    asymmetry: Asymmetry = field(default_factory=Asymmetry)
+    sweeps: int = 0
     needs_gram = True
 
     def __post_init__(self) -> None:
@@ -66,18 +73,36 @@ class GPTQ:
             raise BadRecipe(f"order is {self.order!r}; choose one of {', '.join(ORDERS)}")
         if self.weighting not in WEIGHTINGS:
             raise BadRecipe(f"weighting is {self.weighting!r}; choose one of {', '.join(WEIGHTINGS)}")
+        if self.sweeps < 0 or (self.sweeps > 0 and self.asymmetry.form not in ("none", "shifted")):
+            raise BadRecipe(
+                f"sweeps is {self.sweeps} with asymmetry {self.asymmetry.form!r}; 0 or more, above 0 only with "
+                'asymmetry "none" or "shifted", whose target is known'
+            )
         if self.block < 1:
             raise BadRecipe(f"block is {self.block}; give a positive number of columns")
 
-    def __call__(self, weight: Tensor, gram: Tensor | None, scheme: Scheme, where: str) -> Rounding:
+    @property
+    def needs_drift(self) -> bool:
+        """See `Rounder`."""
+        return self.asymmetry.form != "none"
+
+    def __call__(
+        self, weight: Tensor, gram: Tensor | None, scheme: Scheme, where: str, drift: Tensor | None = None
+    ) -> Rounding:
         """See `Rounder`."""
         if gram is None:
             raise ValueError(f"GPTQ needs the Gram matrix of {where}'s inputs")
+        if self.needs_drift and drift is None:
+            raise ValueError(f"GPTAQ needs the drift of {where}'s inputs")
         plan = plan_columns(self.order, gram.diagonal(), scheme)
         factor = factorize(gram, plan.columns, self.damping, where)
         if self.weighting == "hessian":
             factor = replace(factor, weights=gram.diagonal()[plan.columns].float())
-        coded = round_columns(weight, factor, plan, scheme, self.clip, self.block)
+        push = None
+        if self.needs_drift and drift is not None:
+            ordered = drift[plan.columns][:, plan.columns].to(factor.u.dtype)
+            push = Push(ordered, self.asymmetry)
+        coded = round_columns(weight, factor, plan, scheme, self, push)
         return Rounding(coded, {"damping": factor.damping, "damping_retries": factor.retries})
 
 
@@ -97,7 +122,7 @@ def factorize(gram: Tensor, order: Tensor, damping: float, where: str) -> Factor
             eye = torch.eye(h.shape[0], dtype=h.dtype, device=h.device)
             u = torch.linalg.solve_triangular(lower, eye, upper=False).flip(0, 1)
             if bool(torch.isfinite(u).all()) and bool((u.diagonal() > 0).all()):
-                return Factor(u, dead, damping, retries)
+                return Factor(u, damped, dead, damping, retries)
         damping *= 10
         retries += 1
     raise NumericalFailure(
@@ -108,34 +133,65 @@ def factorize(gram: Tensor, order: Tensor, damping: float, where: str) -> Factor
 
 
 def round_columns(
-    weight: Tensor, factor: Factor, plan: ColumnPlan, scheme: Scheme, clip: grid.Clip, block: int
+    weight: Tensor, factor: Factor, plan: ColumnPlan, scheme: Scheme, how: GPTQ, push: Push | None = None
 ) -> CodedMatrix:
     """The column loop. weight: (m, k) float32, in natural column order; so is the result."""
-    order = plan.columns
+    u, order = factor.u, plan.columns
     # Columns are rows of the transposed copy, so that each is contiguous.
-    w = weight.T[order].to(factor.u.dtype)
+    w = weight.T[order].to(u.dtype)
+    spread = None
+    if push is not None and push.asymmetry.form == "shifted":
+        w = push.shifted(w, u)
+    elif push is not None:
+        spread = Spread(w.clone(), push.propagation(u), factor.dead, push.asymmetry.form)
     w[factor.dead] = 0
-    u = factor.u
+    target = w.clone() if how.sweeps else w
     codes = torch.empty_like(w)
-    starts = _group_starts(plan)
-    fitted: dict[int, Levels] = {}
-    for i1, i2 in block_bounds(plan, block):
+    bounds = block_bounds(plan, how.block)
+    homes: list[Home] = []
+    for i1, i2 in bounds:
         error = torch.empty(i2 - i1, w.shape[1], dtype=w.dtype, device=w.device)
         for j in range(i1, i2):
-            if j in starts:
-                index, width = starts[j]
-                weights = None if factor.weights is None else factor.weights[j : j + width]
-                levels = fitted[index] = grid.fit_levels(w[j : j + width].T.float(), scheme, clip, weights)
-            column = levels.encode(w[j].unsqueeze(1))
+            if len(homes) == j:
+                homes += _fit_group(w, j, factor, plan, scheme, how)
+            column = homes[j].fitted.encode(w[j].unsqueeze(1), homes[j].place)
             codes[j] = column[:, 0]
-            torch.sub(w[j], levels.decode(column)[:, 0], out=error[j - i1])
+            if spread is not None:
+                spread.take(w, j)
+            torch.sub(w[j], homes[j].fitted.decode(column, homes[j].place)[:, 0], out=error[j - i1])
             error[j - i1] /= u[j, j]
             w[j:i2].addr_(u[j, j:i2], error[j - i1], alpha=-1)
+            if spread is not None:
+                spread.inside_(w, j, i2)
         w[i2:].addmm_(u[i1:i2, i2:].T, error, alpha=-1)
+        if spread is not None:
+            spread.behind_(w, i1, i2)
+    # By now w holds the rounded weights.
+    error = target - w
+    for _ in range(how.sweeps):
+        sweep_(error, codes, factor.h, homes, bounds)
+    return _in_natural_order(codes, homes, plan)
+
+
+def _fit_group(w: Tensor, start: int, factor: Factor, plan: ColumnPlan, scheme: Scheme, how: GPTQ) -> list[Home]:
+    """Fit the grid of the group whose first column in the visit is `start`; the homes of its columns."""
+    index, width = _group_starts(plan)[start]
+    weights = None if factor.weights is None else factor.weights[start : start + width]
+    fitted = how.fitter.fit(w[start : start + width].T.float(), scheme, weights)
+    return [Home(index, fitted, place) for place in range(width)]
+
+
+def _in_natural_order(codes: Tensor, homes: list[Home], plan: ColumnPlan) -> CodedMatrix:
+    """Codes (k, m) and grids, in the order of the visit, as a matrix in natural order."""
     natural = torch.empty_like(codes)
-    natural[order] = codes
-    levels_by_group = [fitted[index] for index in sorted(fitted)]
-    return CodedMatrix(natural.T.to(torch.uint8).contiguous(), *grid.join_levels(levels_by_group))
+    natural[plan.columns] = codes
+    fitted = {home.index: home.fitted for home in homes}
+    scales, zeros, columns = grid.join([fitted[index] for index in sorted(fitted)])
+    if columns is not None:
+        # They come in the order of the visit inside their groups.
+        visited = torch.cat([group for _, group in sorted(plan.groups, key=lambda item: item[0])])
+        columns = torch.empty_like(columns).index_copy_(0, visited, columns)
+    return CodedMatrix(natural.T.to(torch.uint8).contiguous(), scales, zeros, columns)
 
 
 def block_bounds(plan: ColumnPlan, block: int) -> list[tuple[int, int]]:

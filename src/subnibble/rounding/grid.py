@@ -16,7 +16,7 @@ the search.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,14 +24,14 @@ from torch import Tensor
 
 from subnibble.errors import BadRecipe, NumericalFailure
 from subnibble.rounding import sign_basis
-from subnibble.rounding.levels import Levels
+from subnibble.rounding.levels import Fitted, Fitter, Levels
 from subnibble.scheme import Scheme
 from subnibble.tensor import CodedMatrix, scale_dtype
 
 CLIPS = ("minmax", "mse")
 _SHRINK_STEPS = 80
 # A real zero-point is min / scale: this bound keeps it well inside float16 where a group is nearly constant.
-_LARGEST_REAL_ZERO = 2.0**12
+LARGEST_REAL_ZERO = 2.0**12
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,10 @@ class Clip:
             raise BadRecipe(f"clip is {self.name!r}; choose one of {', '.join(CLIPS)}")
         if not 1.0 <= self.power <= 4.0:
             raise BadRecipe(f"clip_power is {self.power!r}; give a number from 1 to 4 (2 is the squared error)")
+
+    def fit(self, group: Tensor, scheme: Scheme, weights: Tensor | None) -> Fitted:
+        """See `Fitter`: a grid without column scales."""
+        return Fitted(fit_levels(group, scheme, self, weights))
 
 
 def encode(weight: Tensor, scale: Tensor, zero: Tensor, scheme: Scheme) -> Tensor:
@@ -87,15 +91,19 @@ class UniformLevels:
 
 def fit_levels(group: Tensor, scheme: Scheme, clip: Clip, weights: Tensor | None = None) -> Levels:
     """The grid of every row of `group` (m, g) float32, of the scheme's kind. weights: (g,), of the columns, or None."""
-    if weights is not None and not bool((weights > 0).any()):
-        weights = None
+    weights = usable(weights)
     if scheme.grid == "sign":
         return sign_basis.fit(group, scheme, weights)
     return UniformLevels(*fit(group, scheme, clip, weights), scheme)
 
 
-def fit(group: Tensor, scheme: Scheme, clip: Clip, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Uniform grid: scale and zero-point (m, 1) of every row of `group` (m, g), exact in the scheme's stored type."""
+def fit(
+    group: Tensor, scheme: Scheme, clip: Clip, weights: Tensor | None = None, stride: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Uniform grid: scale and zero-point (m, 1) of every row of `group` (m, g), exact in the scheme's stored type.
+
+    stride: take only every so many of the clip search's candidates.
+    """
     low, high = group.amin(1, keepdim=True), group.amax(1, keepdim=True)
     if scheme.zero_point == "none":
         high = torch.maximum(high, -low)
@@ -104,31 +112,46 @@ def fit(group: Tensor, scheme: Scheme, clip: Clip, weights: Tensor | None = None
         low, high = low.clamp(max=0), high.clamp(min=0)
     if clip.name == "minmax":
         return _span(low, high, scheme)
-    return _least_error(group, (low, high), scheme, clip.power, weights)
+    return _least_error(group, (low, high), scheme, clip.power, weights, range(0, _SHRINK_STEPS, stride))
 
 
-def coded(weight: Tensor, scheme: Scheme, clip: Clip) -> CodedMatrix:
+def coded(weight: Tensor, scheme: Scheme, fitter: Fitter) -> CodedMatrix:
     """Round `weight` (m, k) to nearest on a grid fitted to each group: the RTN of every method."""
     groups = [weight[:, start:stop] for start, stop in scheme.group_bounds(weight.shape[1])]
-    fitted = [fit_levels(group, scheme, clip) for group in groups]
-    codes = [levels.encode(group).to(torch.uint8) for levels, group in zip(fitted, groups, strict=True)]
-    return CodedMatrix(torch.cat(codes, dim=1), *join_levels(fitted))
+    fitted = [fitter.fit(group, scheme, None) for group in groups]
+    codes = [fit.encode(group).to(torch.uint8) for fit, group in zip(fitted, groups, strict=True)]
+    return CodedMatrix(torch.cat(codes, dim=1), *join(fitted))
 
 
-def join_levels(fitted: Sequence[Levels]) -> tuple[Tensor, Tensor | None]:
-    """Scales and zeros of a row's groups side by side, as `CodedMatrix` has them."""
-    zeros = [levels.zeros for levels in fitted if levels.zeros is not None]
-    return torch.cat([levels.scales for levels in fitted], dim=1), torch.cat(zeros, dim=1) if zeros else None
+def join(fitted: Sequence[Fitted]) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Scales, zeros and column scales of a row's groups side by side, as `CodedMatrix` has them."""
+    zeros = [fit.levels.zeros for fit in fitted if fit.levels.zeros is not None]
+    columns = [fit.columns for fit in fitted if fit.columns is not None]
+    return (
+        torch.cat([fit.levels.scales for fit in fitted], dim=1),
+        torch.cat(zeros, dim=1) if zeros else None,
+        torch.cat(columns) if columns else None,
+    )
+
+
+def usable(weights: Tensor | None) -> Tensor | None:
+    """Column weights, or None where they tell no column from another because all are 0."""
+    return None if weights is None or not bool((weights > 0).any()) else weights
+
+
+def smallest_scale(scheme: Scheme) -> float:
+    """The smallest scale that is stored: of groups that are all zero, and what comes near."""
+    stored = scale_dtype(scheme)
+    return torch.finfo(stored).smallest_normal * 2.0**-10 if stored == torch.float16 else 1e-30
 
 
 def _span(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     """The grid whose first and last level are `low` and `high`, in stored precision."""
     stored = scale_dtype(scheme)
-    smallest = torch.finfo(stored).smallest_normal * 2.0**-10 if stored == torch.float16 else 1e-30
     scale = (high - low) / (scheme.levels - 1)
     if scheme.zero_point == "real":
-        scale = torch.maximum(scale, torch.maximum(low.abs(), high.abs()) / _LARGEST_REAL_ZERO)
-    scale = scale.clamp(min=smallest).to(stored).float()
+        scale = torch.maximum(scale, torch.maximum(low.abs(), high.abs()) / LARGEST_REAL_ZERO)
+    scale = scale.clamp(min=smallest_scale(scheme)).to(stored).float()
     if not bool(torch.isfinite(scale).all()):
         widest = float((high - low).max())
         if not math.isfinite(widest):
@@ -148,13 +171,18 @@ def _span(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
 
 
 def _least_error(
-    group: Tensor, span: tuple[Tensor, Tensor], scheme: Scheme, power: float, weights: Tensor | None
+    group: Tensor,
+    span: tuple[Tensor, Tensor],
+    scheme: Scheme,
+    power: float,
+    weights: Tensor | None,
+    steps: Iterable[int],
 ) -> tuple[Tensor, Tensor]:
     low, high = span
     middle = (low + high) / 2 if scheme.zero_point == "real" else torch.zeros_like(low)
     best = torch.full_like(low, torch.inf)
     scale, zero = s, z = _span(low, high, scheme)
-    for step in range(_SHRINK_STEPS):
+    for step in steps:
         if step > 0:
             keep = 1 - step / 100
             s, z = _span(middle + keep * (low - middle), middle + keep * (high - middle), scheme)

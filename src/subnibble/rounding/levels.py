@@ -1,10 +1,13 @@
-"""The fitted grid of one group: what rounders see of a grid, whatever its kind."""
+"""The fitted grid of one group: what rounders see of a grid, whatever its kind and whoever fits it."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
+
+from subnibble.scheme import Scheme
 
 
 class Levels(Protocol):
@@ -23,3 +26,32 @@ class Levels(Protocol):
 
     def decode(self, codes: Tensor) -> Tensor:
         """The levels that codes (m, n) stand for: (m, n)."""
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A group's levels, and the scale of each of its columns: a weight is `columns[j] * level`.
+
+    columns: (g,) float32, positive, or None where every column's is 1.
+    """
+
+    levels: Levels
+    columns: Tensor | None = None
+
+    def encode(self, weight: Tensor, first: int = 0) -> Tensor:
+        """Codes of `weight` (m, n), the group's columns from `first` on."""
+        if self.columns is None:
+            return self.levels.encode(weight)
+        return self.levels.encode(weight / self.columns[first : first + weight.shape[1]])
+
+    def decode(self, codes: Tensor, first: int = 0) -> Tensor:
+        """What codes (m, n) of the columns from `first` on stand for."""
+        values = self.levels.decode(codes)
+        return values if self.columns is None else values * self.columns[first : first + codes.shape[1]]
+
+
+class Fitter(Protocol):
+    """Fits the grid of a group."""
+
+    def fit(self, group: Tensor, scheme: Scheme, weights: Tensor | None) -> Fitted:
+        """Fit `group` (m, g) float32. weights: (g,) not negative, of each column's squared error, or None for 1."""

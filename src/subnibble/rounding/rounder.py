@@ -27,9 +27,16 @@ class Rounder(Protocol):
     def needs_gram(self) -> bool:
         """Whether the Gram matrix of the inputs must be gathered first."""
 
-    def __call__(self, weight: Tensor, gram: Tensor | None, scheme: Scheme, where: str) -> Rounding:
+    @property
+    def needs_drift(self) -> bool:
+        """Whether it must be known how far the inputs are from the full-precision model's."""
+
+    def __call__(
+        self, weight: Tensor, gram: Tensor | None, scheme: Scheme, where: str, drift: Tensor | None = None
+    ) -> Rounding:
         """Round.
 
         weight: (m, k) float32. gram: (k, k) float32 or better, sum of x xᵀ over the inputs x, or None if not
-        needed. scheme: one grid for all rows. where: names the linears in errors.
+        needed. scheme: one grid for all rows. where: names the linears in errors. drift: (k, k), sum of
+        (x~ - x) xᵀ with x~ the full-precision model's input of the same token, or None if not needed.
         """

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from subnibble.rounding import grid
+from subnibble.rounding.levels import Fitter
 from subnibble.rounding.rounder import Rounding
 from subnibble.scheme import Scheme
 
@@ -15,9 +16,12 @@ from subnibble.scheme import Scheme
 class RTN:
     """Rounder that fits a grid per group and rounds to nearest."""
 
-    clip: grid.Clip = field(default_factory=grid.Clip)
+    fitter: Fitter = field(default_factory=grid.Clip)
     needs_gram = False
+    needs_drift = False
 
-    def __call__(self, weight: Tensor, gram: Tensor | None, scheme: Scheme, where: str) -> Rounding:
-        """See `Rounder`; `gram` is not used."""
-        return Rounding(grid.coded(weight, scheme, self.clip))
+    def __call__(
+        self, weight: Tensor, gram: Tensor | None, scheme: Scheme, where: str, drift: Tensor | None = None
+    ) -> Rounding:
+        """See `Rounder`; statistics are not used."""
+        return Rounding(grid.coded(weight, scheme, self.fitter))

@@ -44,17 +44,24 @@ class PackedModule(nn.Module):
 
 
 class PackedLinear(PackedModule):
-    """`y = x Wᵀ + b` with W packed (m, k). bias: (m,) or None."""
+    """`y = (x c) Wᵀ + b` with W packed (m, k). bias: (m,) or None. column_scale: c (k,) float16, or None for 1."""
 
-    def __init__(self, weight: PackedTensor, bias: Tensor | None) -> None:
+    def __init__(self, weight: PackedTensor, bias: Tensor | None, column_scale: Tensor | None = None) -> None:
         super().__init__(weight)
+        self.column_scale: Tensor | None
+        self.register_buffer("column_scale", column_scale)
         self.in_features, self.out_features = self.layout.columns, self.layout.rows
         self.bias: nn.Parameter | None
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., k) to (..., m)."""
-        return ops.linear(x, self.packed, self.bias)
+        return ops.linear(x, self.packed, self.bias, self.column_scale)
+
+    def dequantize(self) -> Tensor:
+        """The dense weight (m, k) float32 that inputs meet, column scales included."""
+        weight = self.packed.dequantize()
+        return weight if self.column_scale is None else weight * self.column_scale.float()
 
 
 class PackedEmbedding(PackedModule):

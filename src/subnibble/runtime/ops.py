@@ -12,8 +12,14 @@ from torch import Tensor
 from subnibble.tensor import PackedTensor
 
 
-def linear(x: Tensor, weight: PackedTensor, bias: Tensor | None) -> Tensor:
-    """`x @ weight.T + bias`. x: (..., k). weight: packed (m, k). bias: (m,) or None. Result (..., m), x's dtype."""
+def linear(x: Tensor, weight: PackedTensor, bias: Tensor | None, column_scale: Tensor | None = None) -> Tensor:
+    """`(x * column_scale) @ weight.T + bias`.
+
+    x: (..., k). weight: packed (m, k). bias: (m,) or None. column_scale: (k,) or None for 1.
+    Result (..., m), x's dtype.
+    """
+    if column_scale is not None:
+        x = x * column_scale.to(x.dtype)
     return torch.nn.functional.linear(x, weight.dequantize(x.dtype), bias)
 
 

@@ -22,12 +22,12 @@ def scale_site_(block: Block, site: Site, factors: Tensor) -> None:
             writer.weight.div_(factors.unsqueeze(1))
             if writer.bias is not None:
                 writer.bias.div_(factors)
-        wide = _repeat_over_heads(factors, block) if site.per_head else factors
+        wide = repeat_over_heads(factors, block) if site.per_head else factors
         for name in site.readers:
             block.linear(name).weight.mul_(wide)
 
 
-def _repeat_over_heads(factors: Tensor, block: Block) -> Tensor:
+def repeat_over_heads(factors: Tensor, block: Block) -> Tensor:
     """(key_value * width,) to (query * width,): each key-value head's factors for all query heads it serves."""
     heads = block.heads
     return factors.view(heads.key_value, heads.width).repeat_interleave(heads.repeats, dim=0).reshape(-1)

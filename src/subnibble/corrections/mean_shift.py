@@ -1,0 +1,74 @@
+"""Deviation-aware correction (DAC; D2Quant, arXiv 2602.02546): a bias on a norm that undoes the mean shift behind it.
+
+With y_t the norm's output before the linears in front of it were quantized and y_s after, both on the same inputs,
+
+    mu = mean over tokens of (y_t - y_s)       argmin_b E||y_s + b - y_t||²
+
+`published` takes all tokens and all channels. `gated` leaves sink tokens out of the mean and corrects only channels in
+which the mean of either half of the windows lowers the squared error on the other half: with means a and b of the
+halves, b (2 a - b) > 0 and a (2 b - a) > 0; that is, both have one sign and neither is twice the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from subnibble.calibrate.stats import Mean
+from subnibble.errors import BadRecipe
+
+FORMS = ("none", "published", "gated")
+_LARGEST = 10.0
+# Times the median norm: massive activations lie a hundred times above it, ordinary tokens within a few.
+_SINK_FACTOR = 10.0
+
+
+@dataclass(frozen=True)
+class MeanShift:
+    """form: see the module. The bias is kept within -10 .. 10, as in the released program."""
+
+    form: str = "published"
+
+    def __post_init__(self) -> None:
+        if self.form not in FORMS[1:]:
+            raise BadRecipe(f"mean_shift is {self.form!r}; choose one of {', '.join(FORMS)}")
+
+    def __call__(self, outputs: Iterable[tuple[Tensor, Tensor, Tensor]], window: int) -> Tensor:
+        """The bias (channels,) float32.
+
+        outputs: batches of (wanted, found, ordinary): the norm's outputs (tokens, channels) before and after
+        quantization, and which tokens are no sinks (tokens,) bool. window: tokens of a window.
+        """
+        halves: list[Mean] = []
+        number = 0
+        for wanted, found, ordinary in outputs:
+            shift = wanted.float() - found.float()
+            halves = halves or [Mean(shift.shape[1], shift.device) for _ in range(2)]
+            for part, usual in zip(shift.split(window), ordinary.to(shift.device).split(window), strict=True):
+                self._update(halves, part, usual, number)
+                number += 1
+        a, b = (half.value for half in halves)
+        tokens = [half.tokens for half in halves]
+        mean = (a * tokens[0] + b * tokens[1]) / max(sum(tokens), 1)
+        if self.form == "gated":
+            helps = (b * (2 * a - b) > 0) & (a * (2 * b - a) > 0)
+            mean = torch.where(helps, mean, 0.0)
+        return mean.clamp(-_LARGEST, _LARGEST)
+
+    def _update(self, halves: list[Mean], shift: Tensor, ordinary: Tensor, number: int) -> None:
+        """Add one window to its half."""
+        halves[number % 2].update(shift if self.form == "published" else shift[ordinary])
+
+
+def ordinary_tokens(hidden: Tensor) -> Tensor:
+    """Which tokens are no sinks, (windows * tokens,) bool, by the residual stream `hidden` (windows, tokens, channels).
+
+    A sink's hidden state is huge; the first token of a window is one to the attention of every later token.
+    """
+    norms = hidden.float().norm(dim=-1)
+    mask: Tensor = norms <= _SINK_FACTOR * norms.median()
+    mask[:, 0] = False
+    return mask.flatten()

@@ -1,0 +1,104 @@
+"""D2Quant (arXiv 2602.02546): dual-scale quantizer on down-projections, mean shift corrected in norms, over GPTAQ.
+
+`d2quant` is what the authors' program does by default: residual stream rotated by groups, GPTAQ (alpha 0.25) in
+group-aware order, `DualScale` version R (sign bases, unweighted) at 2 and 3 bits on the linears that read the MLP's
+hidden channels, a clipped grid with integer zero-points elsewhere, DAC on all channels. At 4 bits, where version R does
+not go, it is version P. `d2quant-uniform` is version P at any bits, as the paper's text has it: every code lies on a
+uniform grid. Deviations: the column scale is absorbed by the up-projection's stored scales, which the paper draws and
+the program leaves out; group sizes other than 128 index columns inside their own group; embeddings keep their mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+from subnibble.corrections.mean_shift import MeanShift
+from subnibble.errors import BadRecipe
+from subnibble.methods.method import Method, Steps
+from subnibble.rounding.dual_scale import DualScale
+from subnibble.rounding.gptaq import Asymmetry
+from subnibble.rounding.gptq import GPTQ as Rounder
+from subnibble.rounding.grid import Clip
+from subnibble.rounding.levels import Fitter
+
+# Which linears get column scales: none, those that read the MLP's hidden channels, all.
+COLUMNS = ("none", "down", "all")
+_DOWN = "mlp_hidden"
+
+
+@dataclass(frozen=True)
+class Options:
+    """columns: which linears get column scales: "none", "down" or "all". iterations: of their fit.
+
+    mean_shift: see `corrections/mean_shift.py`; weighting, damping, order: `rounding/gptq.py`; asymmetry, alpha:
+    `rounding/gptaq.py`; clip, clip_power: `rounding/grid.py`; rotation: `transforms/rotate.py`.
+    """
+
+    columns: str = "down"
+    iterations: int = 15
+    weighting: str = "none"
+    mean_shift: str = "published"
+    asymmetry: str = "released"
+    alpha: float = 0.25
+    sweeps: int = 0
+    order: str = "gar"
+    damping: float = 0.01
+    clip: str = "mse"
+    clip_power: float = 2.4
+    rotation: str = "groups"
+
+    def __post_init__(self) -> None:
+        if self.columns not in COLUMNS:
+            raise BadRecipe(f"columns is {self.columns!r}; choose one of {', '.join(COLUMNS)}")
+
+
+def released_grid(site: str, bits: int) -> Mapping[str, str]:
+    """Sign bases where the authors' program has them."""
+    return {"grid": "sign"} if site == _DOWN and bits in (2, 3) else {}
+
+
+def uniform_grid(site: str, bits: int) -> Mapping[str, str]:
+    """Uniform everywhere."""
+    return {"grid": "uniform"}
+
+
+def build(options: Options, prefers: Callable[[str, int], Mapping[str, str]]) -> Steps:
+    """Steps of D2Quant."""
+    clip = Clip(options.clip, options.clip_power)
+    dual = DualScale(clip, options.iterations)
+
+    def rounder(fitter: Fitter) -> Rounder:
+        return Rounder(
+            fitter,
+            damping=options.damping,
+            order=options.order,
+            weighting=options.weighting,
+            asymmetry=Asymmetry(options.asymmetry, options.alpha),
+            sweeps=options.sweeps,
+        )
+
+    return Steps(
+        rounder=rounder(dual if options.columns == "all" else clip),
+        rounders={_DOWN: rounder(dual)} if options.columns == "down" else {},
+        prefers=prefers,
+        rotation=options.rotation,
+        mean_shift=None if options.mean_shift == "none" else MeanShift(options.mean_shift),
+    )
+
+
+D2QUANT = Method(
+    "d2quant",
+    "column scales on down-projections, sign-basis grids, corrected norms",
+    "arXiv 2602.02546",
+    Options,
+    partial(build, prefers=released_grid),
+)
+D2QUANT_UNIFORM = Method(
+    "d2quant-uniform",
+    "the same on uniform grids, which any runtime can load",
+    "arXiv 2602.02546",
+    Options,
+    partial(build, prefers=uniform_grid),
+)

@@ -1,0 +1,157 @@
+"""D2Quant's dual-scale quantizer (arXiv 2602.02546): a grid per row and group, times a scale per column.
+
+    w_ij = c_j * level_ij        c_j > 0, shared by all rows; whoever writes the linear's inputs can absorb it
+
+The paper's text and the authors' program differ in the inner grid; both are here, each by alternating least squares.
+
+Version R (the program; sign-basis grids). Start: c_j = mean_i |w_ij| and greedy row scales. Then, in turn,
+
+    row scales   r = G⁻¹ p,  G_kl = sum_j h_j c_j² B_kj B_lj,  p_k = sum_j h_j c_j B_kj w_j
+    column scale c_j = sum_i w_ij S_ij / sum_i S_ij²,  S = sum_k r_k B_k
+    signs        of the nearest level of c_j * sum_k (+-r_k)
+
+Version P (the paper; uniform grids), made monotone. Start: c = 1 and the clip search. Then, in turn,
+
+    codes        nearest to w / c
+    scale, zero  weighted least squares for w / c with weights h_j c_j²; an integer zero stays where it is
+    column scale as above, S = scale * (code - zero)
+
+h_j is 1 as published, or the diagonal of the Gram matrix; it cancels from c. No half-step raises the loss
+sum_j h_j sum_i (w_ij - c_j level_ij)². c is normalised to a geometric mean of 1 in its group, so that whatever absorbs
+it keeps its range. Deviations: a column of zeros keeps its scale (a plain update would make it 0), no scale falls below
+1/64 of the geometric mean, and stored scales are rounded to their type after the fit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from subnibble.errors import BadRecipe
+from subnibble.rounding import grid, sign_basis
+from subnibble.rounding.levels import Fitted
+from subnibble.rounding.sign_basis import SignLevels
+from subnibble.scheme import Scheme
+from subnibble.tensor import scale_dtype
+
+# Steps of version P at which the clip search is done again, for the column scales found by then.
+_SEARCHES = (2, 5, 8)
+# Of the search's candidates: least squares takes the rest of the way.
+_STRIDE = 4
+_SMALLEST = 2.0**-6
+_EPS = 1e-12
+
+
+@dataclass(frozen=True)
+class DualScale:
+    """Fitter. clip: of the first search of version P. iterations: 15 in the released program."""
+
+    clip: grid.Clip = field(default_factory=grid.Clip)
+    iterations: int = 15
+
+    def __post_init__(self) -> None:
+        if self.iterations < 1:
+            raise BadRecipe(f"iterations is {self.iterations}; give a positive number")
+
+    def fit(self, group: Tensor, scheme: Scheme, weights: Tensor | None) -> Fitted:
+        """See `Fitter`."""
+        sign_basis.check_finite(group)
+        weights = grid.usable(weights)
+        h = torch.ones_like(group[0]) if weights is None else weights.to(group.dtype) / weights.mean()
+        if scheme.grid == "sign":
+            return _fit_sign(group, scheme, h, self.iterations)
+        return _fit_uniform(group, scheme, self.clip, h, self.iterations)
+
+
+def _fit_sign(group: Tensor, scheme: Scheme, h: Tensor, iterations: int) -> Fitted:
+    """Version R."""
+    sizes = group.abs()
+    c = sizes.mean(0)
+    c = _floored(torch.where(c > 0, c, c.mean() if bool((c > 0).any()) else 1.0))
+    levels = SignLevels(sign_basis.greedy(group, c, h, scheme.bits))
+    for _ in range(iterations):
+        found = sign_basis.bins(sizes, c, h, levels)
+        patterns = levels.patterns
+        scales = sign_basis.solve(found, patterns)
+        # Of the elements' magnitudes under the old signs: below zero where a scale turned.
+        values = torch.einsum("mkb,mb->mk", patterns, scales)
+        nearest = values[:, :1].expand_as(sizes)
+        for k, above in enumerate(found.above):
+            nearest = torch.where(above, values[:, k + 1 : k + 2], nearest)
+        c = _column_scales(sizes, nearest, c)
+        levels = SignLevels(scales.abs())
+    c, mean = _normalised(c)
+    return Fitted(SignLevels(sign_basis.storable(levels.scales * mean, scale_dtype(scheme))), c)
+
+
+def _fit_uniform(group: Tensor, scheme: Scheme, clip: grid.Clip, h: Tensor, iterations: int) -> Fitted:
+    """Version P."""
+    c = torch.ones_like(h)
+    scale, zero = grid.fit(group, scheme, clip, h, _STRIDE)
+    for step in range(iterations):
+        x, weights = group / c, h * c.square()
+        if step in _SEARCHES:
+            scale, zero = _better(x, weights, scheme, grid.fit(x, scheme, clip, weights, _STRIDE), (scale, zero))
+        codes = grid.encode(x, scale, zero, scheme)
+        refitted = _refit(x, codes, weights, scheme, (scale, zero))
+        scale, zero = _better(x, weights, scheme, refitted, (scale, zero))
+        codes = grid.encode(x, scale, zero, scheme)
+        c = _column_scales(group, grid.decode(codes, scale, zero), c)
+    c, mean = _normalised(c)
+    stored = scale_dtype(scheme)
+    scale = (scale * mean).clamp(min=grid.smallest_scale(scheme), max=torch.finfo(stored).max).to(stored).float()
+    return Fitted(grid.UniformLevels(scale, zero.to(stored).float(), scheme), c)
+
+
+def _column_scales(group: Tensor, values: Tensor, old: Tensor) -> Tensor:
+    """Least-squares column scales (g,) of `group` over `values`, both (m, g); the old one where there is none."""
+    below = values.square().sum(0)
+    quotient = (group * values).sum(0) / below.clamp(min=_EPS)
+    return _floored(torch.where((below > _EPS) & (quotient != 0), quotient.abs(), old))
+
+
+def _floored(c: Tensor) -> Tensor:
+    return torch.maximum(c, _SMALLEST * c.log().mean().exp())
+
+
+def _normalised(c: Tensor) -> tuple[Tensor, Tensor]:
+    """Scales with geometric mean 1, and the mean that it had."""
+    mean = c.log().mean().exp()
+    return c / mean, mean
+
+
+def _refit(
+    x: Tensor, codes: Tensor, weights: Tensor, scheme: Scheme, old: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero-point (m, 1) by weighted least squares for codes; the old ones where a row has one code only."""
+    scale, zero = old
+    if scheme.zero_point != "real":
+        level = codes - zero
+        below = level.square() @ weights
+        fitted = (level * x) @ weights / below.clamp(min=_EPS)
+        fitted = fitted.unsqueeze(1)
+        return torch.where((below.unsqueeze(1) > _EPS) & (fitted > 0), fitted, scale), zero
+    total = weights.sum()
+    sum_q, sum_x = codes @ weights, x @ weights
+    below = total * (codes.square() @ weights) - sum_q.square()
+    slope = (total * ((codes * x) @ weights) - sum_q * sum_x) / below.clamp(min=_EPS)
+    offset = (sum_x - slope * sum_q) / total
+    fine = (below > 1e-6 * total.square()) & (slope > 0)
+    s = torch.where(fine.unsqueeze(1), slope.unsqueeze(1), scale)
+    z = torch.where(fine.unsqueeze(1), -offset.unsqueeze(1) / s, zero)
+    fits = z.abs() <= grid.LARGEST_REAL_ZERO
+    return torch.where(fits, s, scale), torch.where(fits, z, zero)
+
+
+def _better(
+    x: Tensor, weights: Tensor, scheme: Scheme, new: tuple[Tensor, Tensor], old: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """For each row, the pair of scale and zero-point with the lower weighted squared error."""
+    losses = []
+    for scale, zero in (new, old):
+        error = grid.decode(grid.encode(x, scale, zero, scheme), scale, zero) - x
+        losses.append(error.square_() @ weights)
+    keep = (losses[0] < losses[1]).unsqueeze(1)
+    return torch.where(keep, new[0], old[0]), torch.where(keep, new[1], old[1])

@@ -1,0 +1,62 @@
+"""Hand the column scales of a rounded linear to whatever writes its inputs: the stored model has no extra term.
+
+A reader rounded as `V diag(c)` keeps V; its site's channels are multiplied by c at the source. A norm's gain (and bias)
+takes them as they are. Of a packed writer every scale of row j is multiplied by c_j: codes and zero-points do not
+change, whatever the grid, so the only difference to `V diag(c)` is the rounding of those scales to their stored type.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from subnibble.model.site import Heads, Site
+from subnibble.tensor import PackedTensor, scale_dtype
+
+
+def can_absorb(site: Site, heads: Heads, together: Iterable[str], packed: dict[str, PackedTensor], c: Tensor) -> bool:
+    """Whether the site's source can take column scales `c` (k,) that its readers `together` share.
+
+    packed: what of the block is packed so far, by name. No, if another reader would see them too, if the site may not
+    be scaled, if query heads share the channels that write theirs, or if a writer's scale would leave the range of
+    normal numbers of its type.
+    """
+    if set(together) != set(site.readers) or "scale" not in site.edits or (site.per_head and heads.repeats > 1):
+        return False
+    return all(_in_range(packed[name], c) for name in site.writers if name in packed)
+
+
+def absorb_(site: Site, c: Tensor, packed: dict[str, PackedTensor], dense: dict[str, Tensor]) -> None:
+    """Multiply the site's channels by `c` (k,), in place.
+
+    packed: the block's packed linears by name. dense: every parameter by name (`<module>.weight`, `.bias`), float32.
+    """
+    names = [site.norm] if site.norm is not None else []
+    for name in (*names, *site.writers):
+        if name in packed:
+            packed[name] = _scaled(packed[name], c)
+        else:
+            weight = dense[f"{name}.weight"]
+            weight.mul_(c if weight.dim() == 1 else c.unsqueeze(1))
+        if f"{name}.bias" in dense:
+            dense[f"{name}.bias"].mul_(c)
+
+
+def _scaled(tensor: PackedTensor, c: Tensor) -> PackedTensor:
+    parts = [
+        replace(part, scales=(part.scales.float() * c.unsqueeze(1)).to(part.scales.dtype)) for part in tensor.ranges
+    ]
+    return PackedTensor(tuple(parts))
+
+
+def _in_range(tensor: PackedTensor, c: Tensor) -> bool:
+    for part in tensor.ranges:
+        limits = torch.finfo(scale_dtype(part.scheme))
+        old, new = part.scales.float(), part.scales.float() * c.unsqueeze(1)
+        vanishes = (new < limits.smallest_normal) & (old >= limits.smallest_normal)
+        if bool((new > limits.max).any()) or bool(vanishes.any()):
+            return False
+    return True

@@ -1,0 +1,128 @@
+"""Rotate the residual stream by an orthogonal matrix: outliers spread over channels, the function stays.
+
+RMSNorm with its gain moved into the linears behind it commutes with any rotation Q (QuaRot, arXiv 2404.00456), so
+
+    embedding E Q;   readers W diag(gain) Q;   writers Qᵀ W and Qᵀ bias;   gains 1;   head W diag(final gain) Q
+
+Weights alone change: nothing is rotated online, heads and the MLP's hidden channels keep their basis. Q is a Hadamard
+matrix with random column signs: `full` over the whole width, `groups` a block-diagonal one with a block for each
+quantization group, the last one smaller if need be (as D2Quant's released program does with 128). A Hadamard matrix
+of order n is a Kronecker product of Paley's of order q + 1 (q prime, q = 3 mod 4) and Sylvester's of order 2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from subnibble.errors import BadRecipe
+from subnibble.model.site import Arch
+from subnibble.model.skeleton import Block
+from subnibble.scheme import Scheme
+
+ROTATIONS = ("none", "full", "groups")
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """An orthogonal block-diagonal matrix Q. blocks: square, float64, their widths add up to the residual's."""
+
+    blocks: tuple[Tensor, ...]
+
+    def columns(self, matrix: Tensor) -> Tensor:
+        """M Q for M (m, d): computed in float64, given in M's type."""
+        widths = [block.shape[0] for block in self.blocks]
+        parts = [part.double() @ block for part, block in zip(matrix.split(widths, -1), self.blocks, strict=True)]
+        return torch.cat(parts, -1).to(matrix.dtype)
+
+    def rows(self, matrix: Tensor) -> Tensor:
+        """Qᵀ M for M (d, k), or Qᵀ v for v (d,)."""
+        return self.columns(matrix.T).T.contiguous() if matrix.dim() == 2 else self.columns(matrix.unsqueeze(0))[0]
+
+
+def make_rotation(name: str, width: int, scheme: Scheme, seed: int, device: torch.device) -> Rotation | None:
+    """The rotation called `name` of a residual stream of `width` channels; None for "none".
+
+    scheme: whose groups are the blocks of "groups". seed: draws the signs.
+    """
+    check_rotation(name)
+    if name == "none":
+        return None
+    widths = [width] if name == "full" else [stop - start for start, stop in scheme.group_bounds(width)]
+    generator = torch.Generator().manual_seed(seed)
+    blocks = []
+    for size in widths:
+        matrix = hadamard(size)
+        if matrix is None:
+            raise BadRecipe(
+                f"rotation {name!r}: no Hadamard matrix of order {size} is known here for a residual stream of {width}"
+                f' channels; use rotation = "none"'
+                + (', or "groups" with a group size whose blocks are powers of two' if name == "full" else
+                   f', "full", or a group size that is a power of two and leaves a block of a power of two of {width}')
+            )  # fmt: skip
+        signs = torch.randint(0, 2, (size,), generator=generator).double() * 2 - 1
+        blocks.append((matrix * signs / size**0.5).to(device))
+    return Rotation(tuple(blocks))
+
+
+def check_rotation(name: str) -> None:
+    """Raise `BadRecipe` for an unknown name."""
+    if name not in ROTATIONS:
+        raise BadRecipe(f"rotation is {name!r}; choose one of {', '.join(ROTATIONS)}")
+
+
+def rotate_block_(block: Block, rotation: Rotation) -> None:
+    """Move the block's gains into its linears, and the block into the rotated basis, in place."""
+    with torch.no_grad():
+        for site in block.arch.sites:
+            if site.norm is not None:
+                gain = block.gain(site.norm)
+                for name in site.readers:
+                    block.linear(name).weight.mul_(gain)
+                gain.fill_(1)
+        for name in block.arch.residual.readers:
+            weight = block.linear(name).weight
+            weight.copy_(rotation.columns(weight))
+        for name in block.arch.residual.writers:
+            linear = block.linear(name)
+            linear.weight.copy_(rotation.rows(linear.weight))
+            if linear.bias is not None:
+                linear.bias.copy_(rotation.rows(linear.bias))
+
+
+def can_rotate(arch: Arch) -> bool:
+    """Whether every reader of the residual stream has a norm of its own site, whose gain can move into it."""
+    behind = {reader for site in arch.sites if site.norm is not None for reader in site.readers}
+    return behind == set(arch.residual.readers)
+
+
+def hadamard(order: int) -> Tensor | None:
+    """A matrix (order, order) of +-1 with orthogonal rows, float64, or None if the construction does not reach it."""
+    if order == 1:
+        return torch.ones(1, 1, dtype=torch.float64)
+    for factor in sorted((f for f in range(2, order + 1) if order % f == 0 and _has_paley(f)), reverse=True):
+        rest = hadamard(order // factor)
+        if rest is not None:
+            return torch.kron(rest, _paley(factor))
+    return None
+
+
+def _has_paley(order: int) -> bool:
+    q = order - 1
+    return order == 2 or (q % 4 == 3 and all(q % d for d in range(2, int(q**0.5) + 1)))
+
+
+def _paley(order: int) -> Tensor:
+    """Sylvester's for 2, else Paley's first construction on the prime `order - 1`."""
+    if order == 2:
+        return torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
+    q = order - 1
+    residues = {i * i % q for i in range(1, q)}
+    character = torch.tensor([0.0] + [1.0 if i in residues else -1.0 for i in range(1, q)], dtype=torch.float64)
+    index = (torch.arange(q).unsqueeze(1) - torch.arange(q).unsqueeze(0)) % q
+    matrix = torch.ones(order, order, dtype=torch.float64)
+    matrix[1:, 0] = -1
+    matrix[1:, 1:] = character[index] + torch.eye(q, dtype=torch.float64)
+    return matrix
