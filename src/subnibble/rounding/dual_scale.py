@@ -18,8 +18,9 @@ Version P (the paper; uniform grids), made monotone. Start: c = 1 and the clip s
 
 h_j is 1 as published, or the diagonal of the Gram matrix; it cancels from c. No half-step raises the loss
 sum_j h_j sum_i (w_ij - c_j level_ij)². c is normalised to a geometric mean of 1 in its group, so that whatever absorbs
-it keeps its range. Deviations: a column of zeros keeps its scale (a plain update would make it 0), no scale falls below
-1/64 of the geometric mean, and stored scales are rounded to their type after the fit.
+it keeps its range. Deviations: a column of zeros keeps its scale (a plain update would make it 0); after each update,
+scales below 1/64 of the group's geometric mean are raised to that; stored scales are rounded to their type after the
+fit.
 """
 
 from __future__ import annotations

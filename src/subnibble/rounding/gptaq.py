@@ -64,8 +64,10 @@ class Push:
 class Spread:
     """Hands each column's share on, in the loop over columns and behind each block.
 
-    source: (k, m), the weights before rounding; p: alpha P; dead: (k,) bool, columns that are never fed: they are
-    rounded as 0, but their full-precision input still wants their weight. form: see the module.
+    A dead column (never fed) is rounded as 0, but its full-precision input still wants its weight, which is what is
+    handed on; `released` forgets it behind the block.
+
+    source: (k, m), the weights before rounding; p: alpha P; dead: (k,) bool. form: see the module.
     """
 
     source: Tensor

@@ -105,7 +105,8 @@ def bins(sizes: Tensor, columns: Tensor, h: Tensor, levels: SignLevels) -> Bins:
         higher = sizes > middles[:, k : k + 1] * columns
         mask = higher.to(sizes.dtype)
         count, moment = mask @ square, torch.linalg.vecdot(mask, moments)
-        counts.append(rest_count - count)
+        # Sums taken in another order may differ in the last place; an empty bin must not weigh less than nothing.
+        counts.append((rest_count - count).clamp(min=0))
         sums.append(rest_moment - moment)
         rest_count, rest_moment = count, moment
         above.append(higher)

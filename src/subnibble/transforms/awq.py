@@ -13,7 +13,7 @@ whose readers is quantized, stay as they are. Rounding and clipping follow as fo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -28,7 +28,8 @@ from subnibble.transforms.scale import repeat_over_heads, scale_site_
 _STEPS = 20
 # Of a factor before they are normalised, as in the released program: a silent channel must not blow up the others.
 _SMALLEST = 1e-4
-# Scales searched with the plain range: the clip search would take eighty times as long.
+# Scales are searched with the plain range, and for sign bases on the uniform grid of as many bits: their fits would
+# take many times as long.
 _SEARCH_CLIP = grid.Clip("minmax")
 
 
@@ -66,6 +67,7 @@ def _loss(block: Block, site: Site, factors: Tensor, found: SiteStatistics) -> f
     for name in site.readers:
         scheme = found.schemes[name]
         if scheme is not None:
+            scheme = replace(scheme, grid="uniform", zero_point="integer") if scheme.grid == "sign" else scheme
             weight = block.linear(name).weight
             rounded = PackedRange.pack(grid.coded(weight * wide, scheme, _SEARCH_CLIP), scheme).dequantize()
             delta = rounded / wide - weight
