@@ -102,6 +102,14 @@ def add_output_bias_(module: nn.Module, bias: Tensor) -> None:
     module.register_forward_hook(_add_bias)
 
 
+def remove_output_bias_(module: nn.Module) -> None:
+    """Undo `add_output_bias_`."""
+    for key, hook in list(module._forward_hooks.items()):
+        if hook is _add_bias:
+            del module._forward_hooks[key]
+    del module.bias
+
+
 def _add_bias(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
     bias = module.bias
     assert isinstance(bias, Tensor)

@@ -1,0 +1,63 @@
+"""Fold norm biases into the linears behind them, for engines whose norms have none.
+
+A norm's output x + mu gives a linear `W (x + mu) + b = W x + (W mu + b)`: the bias moves, the function stays. W is the
+packed weight as it runs, column scales included.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from subnibble.checkpoint.packed import NormBiasEntry, PackedConfig, PackedLinearEntry, packed_config_of
+from subnibble.errors import CheckpointError
+from subnibble.model.arch import find_arch
+from subnibble.model.site import Arch
+from subnibble.runtime.modules import PackedLinear, remove_output_bias_
+
+
+def fold_norm_biases_(model: Any) -> list[str]:
+    """Fold in place every norm bias of a packed transformers model; give the paths of the norms that lost theirs.
+
+    A norm keeps its bias where not all linears behind it are packed (a head that shares the embedding's table has no
+    bias to take it). `save_pretrained` writes the folded model.
+    """
+    packed = packed_config_of(model.config)
+    if packed is None:
+        raise CheckpointError("the model is not a packed one; load a folder that `subnibble quantize` wrote")
+    arch = find_arch(model.config.model_type)
+    modules = dict(packed.modules)
+    folded = []
+    for path, entry in packed.modules.items():
+        readers = {name: model.get_submodule(name) for name in _readers(arch, path)}
+        if isinstance(entry, NormBiasEntry) and all(isinstance(m, PackedLinear) for m in readers.values()):
+            norm = model.get_submodule(path)
+            for name, linear in readers.items():
+                _add_(linear, linear.dequantize() @ norm.bias.float())
+                old = modules[name]
+                assert isinstance(old, PackedLinearEntry)
+                modules[name] = PackedLinearEntry(old.layout, True, old.column_scale)
+            remove_output_bias_(norm)
+            del modules[path]
+            folded.append(path)
+    model.config.quantization_config.packed = PackedConfig(modules)
+    return folded
+
+
+def _readers(arch: Arch, norm: str) -> list[str]:
+    """Paths of the linears that the norm at path `norm` feeds; none if it is no norm of the model's."""
+    if norm == arch.final_norm:
+        return [arch.head]
+    for site in arch.sites:
+        if site.norm is not None and norm.endswith(f".{site.norm}"):
+            return [norm.removesuffix(site.norm) + reader for reader in site.readers]
+    return []
+
+
+def _add_(linear: Any, shift: torch.Tensor) -> None:
+    bias = linear.bias
+    total = shift if bias is None else bias.float() + shift
+    kind = torch.float32 if bias is None else bias.dtype
+    linear.bias = nn.Parameter(total.to(kind), requires_grad=False)

@@ -1,0 +1,74 @@
+"""Norm biases folded into linear biases: the same function, stored where any engine has room for it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from subnibble import Recipe, quantize
+from subnibble.checkpoint.packed import NormBiasEntry, packed_config_of
+from subnibble.errors import CheckpointError
+from subnibble.fold import fold_norm_biases_
+
+IDS = torch.arange(40).view(2, 20) % 96
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+def packed(source: Path, tokens: Path, out: Path, options: dict[str, str]) -> torch.nn.Module:
+    recipe = Recipe(
+        method="d2quant", bits=3, group_size=16, embedding_bits=8, calibration=str(tokens), num_windows=4, window=32,
+        options=options,
+    )  # fmt: skip
+    quantize(source, out, recipe)
+    return AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+
+
+def biased(model: torch.nn.Module) -> set[str]:
+    return {path for path, e in packed_config_of(model.config).modules.items() if isinstance(e, NormBiasEntry)}
+
+
+@pytest.mark.parametrize("columns", ["down", "all"])
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_folded_model_is_the_same_function_without_norm_biases(
+    name: str, columns: str, folders: dict[str, Path], token_file: Path, tmp_path: Path
+) -> None:
+    model = packed(folders[name], token_file, tmp_path / "a", {"columns": columns})
+    before, norms = logits(model), biased(model)
+    assert len(norms) == 4
+    assert set(fold_norm_biases_(model)) == norms
+    assert biased(model) == set()
+    assert not any(path in norms and "bias" in dict(m.named_parameters()) for path, m in model.named_modules())
+    scale = before.abs().max()
+    assert float((logits(model) - before).abs().max() / scale) < 2e-5
+    model.save_pretrained(tmp_path / "b")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "b", dtype=torch.float32)
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_dropping_the_biases_instead_is_rejected(folders: dict[str, Path], token_file: Path, tmp_path: Path) -> None:
+    model = packed(folders["llama"], token_file, tmp_path / "a", {})
+    before = logits(model)
+    for path in biased(model):
+        model.get_submodule(path).bias.data.zero_()
+    assert float((logits(model) - before).abs().max() / before.abs().max()) > 1e-3
+
+
+def test_a_tied_head_keeps_the_final_norms_bias(folders: dict[str, Path], token_file: Path, tmp_path: Path) -> None:
+    model = packed(folders["llama-tied"], token_file, tmp_path / "a", {"rotation": "none"})
+    before = logits(model)
+    folded = fold_norm_biases_(model)
+    assert biased(model) == {"model.norm"}
+    assert len(folded) == 3
+    assert float((logits(model) - before).abs().max() / before.abs().max()) < 2e-5
+
+
+def test_a_plain_model_is_refused(folders: dict[str, Path]) -> None:
+    with pytest.raises(CheckpointError, match="not a packed one"):
+        fold_norm_biases_(AutoModelForCausalLM.from_pretrained(folders["llama"]))

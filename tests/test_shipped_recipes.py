@@ -1,0 +1,52 @@
+"""The recipes in `recipes/`: each says what it is, resolves on every architecture, and is what the bench measures."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import CONFIGS
+from subnibble import Recipe, quantize
+from subnibble.checkpoint.safetensors_source import SafetensorsSource
+from subnibble.methods import find_method
+from subnibble.model.skeleton import Skeleton
+from subnibble.plan import plan_rotation, plan_schemes
+
+FILES = sorted((Path(__file__).parent.parent / "recipes").glob("*.toml"))
+BASE = {"group_size": 16, "num_windows": 4, "window": 32}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_recipe_resolves_on_every_architecture(file: Path, folders: dict[str, Path]) -> None:
+    assert file.read_text().startswith("# ")
+    recipe = Recipe.from_dict(Recipe.from_toml(file).to_dict() | BASE)
+    method = find_method(recipe.method)
+    steps = method.build(method.configure(recipe.options))
+    for name in CONFIGS:
+        skeleton = Skeleton(SafetensorsSource(folders[name]), torch.float32, torch.device("cpu"))
+        assert all(scheme is not None for scheme in plan_schemes(recipe, steps, skeleton).values())
+        assert (plan_rotation(recipe, steps, skeleton) is None) == (steps.rotation == "none")
+
+
+def test_no_two_recipes_are_the_same() -> None:
+    resolved = []
+    for file in FILES:
+        recipe = Recipe.from_toml(file)
+        method = find_method(recipe.method)
+        resolved.append(recipe.to_dict() | {"options": asdict(method.configure(recipe.options))})
+    for i, one in enumerate(resolved):
+        assert one not in resolved[:i], FILES[i].name
+
+
+@pytest.mark.parametrize("name", ["d2quant", "d2quant-uniform", "dualfit", "dualfit-sign", "gptaq-rotated"])
+def test_recipe_written_beside_the_checkpoint_makes_the_same_bytes_again(
+    name: str, folders: dict[str, Path], token_file: Path, tmp_path: Path
+) -> None:
+    file = next(file for file in FILES if file.stem == name)
+    recipe = Recipe.from_dict(Recipe.from_toml(file).to_dict() | BASE | {"calibration": str(token_file)})
+    first = quantize(folders["qwen3"], tmp_path / "first", recipe)
+    again = quantize(folders["qwen3"], tmp_path / "again", Recipe.from_toml(tmp_path / "first" / "recipe.toml"))
+    assert again.weights_sha256 == first.weights_sha256
