@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +82,6 @@ def texts(wikitext: Path) -> dict[str, str]:
 
 def run_row(spec: Spec, names: dict[str, str]) -> list[dict[str, Any]]:
     """Quantize by `spec` and score it on each text. Runs in a process of its own."""
-    from dataclasses import replace
-
     from subnibble import Recipe, quantize
     from subnibble.calibrate.windows import evaluation_windows
     from subnibble.checkpoint.size import measure
@@ -124,25 +123,41 @@ def run_row(spec: Spec, names: dict[str, str]) -> list[dict[str, Any]]:
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    """Print the table as Markdown."""
-    print("| arm | bits | group | windows | effective bits | news | WikiText-2 | quantize, s | peak memory, GB |")
-    print("|---|---|---|---|---|---|---|---|---|")
-    seen: dict[Spec, dict[str, dict[str, Any]]] = {}
+    """Print the table as Markdown, best first in each setting.
+
+    The gap is log(perplexity / original's) over the same of gptq-gar at the same bits, group and windows: 100 % is what
+    that leaves, 0 % the original.
+    """
+    print("| arm | bits | group | windows | effective bits | news | WikiText-2 | gap left | quantize, s | peak, GB |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    found: dict[Spec, dict[str, dict[str, Any]]] = {}
     for row in rows:
         spec = Spec(row["arm"], row["bits"], row["group_size"], row["windows"])
-        seen.setdefault(spec, {})[row["text"]] = row
-    for spec, found in sorted(seen.items(), key=lambda item: (-item[0].windows, item[0].bits, item[0].group_size)):
-        one = next(iter(found.values()))
-        scores = [f"{found[text]['perplexity']:.2f}" if text in found else "" for text in ("news", "wikitext2")]
-        cost = [f"{one['seconds']:.0f}", f"{one['peak_memory'] / 1e9:.1f}"] if "seconds" in one else ["", ""]
+        found.setdefault(spec, {})[row["text"]] = row
+    for spec in sorted(found, key=lambda s: (-s.windows, s.bits, s.group_size, found[s]["news"]["perplexity"])):
+        one = found[spec]["news"]
+        scores = {text: row["perplexity"] for text, row in found[spec].items()}
         cells = [
             spec.arm,
             str(spec.bits),
             str(spec.group_size or ""),
             str(spec.windows),
             f"{one['effective_bits']:.3f}",
+            *(f"{scores[text]:.2f}" if text in scores else "" for text in ("news", "wikitext2")),
+            " / ".join(f"{100 * gap:.0f} %" for text in scores if (gap := _gap(found, spec, text)) is not None),
+            *([f"{one['seconds']:.0f}", f"{one['peak_memory'] / 1e9:.1f}"] if "seconds" in one else ["", ""]),
         ]
-        print("| " + " | ".join([*cells, *scores, *cost]) + " |")
+        print("| " + " | ".join(cells) + " |")
+
+
+def _gap(found: dict[Spec, dict[str, dict[str, Any]]], spec: Spec, text: str) -> float | None:
+    """Share of gptq-gar's log-perplexity gap to the original that an arm leaves; None without the rows for it."""
+    original = found.get(Spec("original", 16, 0, spec.windows), {}).get(text)
+    base = found.get(replace(spec, arm="gptq-gar"), {}).get(text)
+    if original is None or base is None:
+        return None
+    logs = [math.log(row["perplexity"] / original["perplexity"]) for row in (found[spec][text], base)]
+    return logs[0] / logs[1]
 
 
 def main() -> None:

@@ -218,7 +218,9 @@ def test_estimate_reads_no_weight_and_knows_the_size(
 def test_list_names_methods_and_architectures(run: Run) -> None:
     code, out, _ = run("list", "--json")
     assert code == 0
-    assert [method["name"] for method in json.loads(out)["methods"]] == ["rtn", "gptq"]
+    assert [method["name"] for method in json.loads(out)["methods"]] == [
+        "rtn", "awq", "gptq", "gptaq", "d2quant", "d2quant-uniform", "dualfit",
+    ]  # fmt: skip
     assert run("list")[0] == 0
 
 

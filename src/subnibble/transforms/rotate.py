@@ -4,8 +4,8 @@ RMSNorm with its gain moved into the linears behind it commutes with any rotatio
 
     embedding E Q;   readers W diag(gain) Q;   writers Qᵀ W and Qᵀ bias;   gains 1;   head W diag(final gain) Q
 
-Weights alone change: nothing is rotated online, heads and the MLP's hidden channels keep their basis. Q is a Hadamard
-matrix with random column signs: `full` over the whole width, `groups` a block-diagonal one with a block for each
+Weights alone change: nothing is rotated online, heads and the MLP's hidden channels keep their basis. Q is diag(random
+signs) times a Hadamard matrix: `full` over the whole width, `groups` a block-diagonal one with a block for each
 quantization group, the last one smaller if need be (as D2Quant's released program does with 128). A Hadamard matrix
 of order n is a Kronecker product of Paley's of order q + 1 (q prime, q = 3 mod 4) and Sylvester's of order 2.
 """
@@ -63,7 +63,8 @@ def make_rotation(name: str, width: int, scheme: Scheme, seed: int, device: torc
                    f', "full", or a group size that is a power of two and leaves a block of a power of two of {width}')
             )  # fmt: skip
         signs = torch.randint(0, 2, (size,), generator=generator).double() * 2 - 1
-        blocks.append((matrix * signs / size**0.5).to(device))
+        # Signs first, then mixing: without them a common mean would all go to one channel.
+        blocks.append((matrix * signs.unsqueeze(1) / size**0.5).to(device))
     return Rotation(tuple(blocks))
 
 
