@@ -31,7 +31,7 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 ARMS = sorted(file.stem for file in RECIPES.glob("*.toml"))
 BASELINES = (
     "rtn", "rtn-rotated", "awq", "awq-rotated", "gptq-natural", "gptq-gar", "gptq-rotated", "gptq-rotated-full",
-    "gptaq", "gptaq-corrected", "gptaq-shifted", "gptaq-rotated",
+    "gptaq", "gptaq-corrected", "gptaq-shifted", "gptaq-rotated", "gptaq-rotated-full",
 )  # fmt: skip
 D2QUANT = ("d2quant", "d2quant-uniform", "dualfit")
 ABLATION = tuple(arm for arm in ARMS if arm not in (*BASELINES, *D2QUANT))

@@ -42,7 +42,7 @@ def test_folded_model_is_the_same_function_without_norm_biases(
     model = packed(folders[name], token_file, tmp_path / "a", {"columns": columns})
     before, norms = logits(model), biased(model)
     assert len(norms) == 4
-    assert set(fold_norm_biases_(model)) == norms
+    fold_norm_biases_(model)
     assert biased(model) == set()
     assert not any(path in norms and "bias" in dict(m.named_parameters()) for path, m in model.named_modules())
     scale = before.abs().max()
@@ -63,9 +63,8 @@ def test_dropping_the_biases_instead_is_rejected(folders: dict[str, Path], token
 def test_a_tied_head_keeps_the_final_norms_bias(folders: dict[str, Path], token_file: Path, tmp_path: Path) -> None:
     model = packed(folders["llama-tied"], token_file, tmp_path / "a", {"rotation": "none"})
     before = logits(model)
-    folded = fold_norm_biases_(model)
+    fold_norm_biases_(model)
     assert biased(model) == {"model.norm"}
-    assert len(folded) == 3
     assert float((logits(model) - before).abs().max() / before.abs().max()) < 2e-5
 
 

@@ -27,7 +27,10 @@ override = st.one_of(
     st.fixed_dictionaries(
         {}, optional={"bits": st.sampled_from(BITS), "grid": st.sampled_from(["auto", "uniform"]), **shared}
     ),
-    st.fixed_dictionaries({"grid": st.just("sign"), "bits": st.sampled_from([2, 3, 4])}, optional=shared),
+    st.fixed_dictionaries(
+        {"grid": st.just("sign"), "bits": st.sampled_from([2, 3, 4])},
+        optional=shared | {"zero_point": st.sampled_from(["auto", "none"])},
+    ),
 )
 paths = text.filter(lambda pattern: not pattern.startswith("re:"))
 patterns = st.one_of(paths, st.sampled_from(["re:.*", r"re:a\.b$", "re:"]))
@@ -216,6 +219,7 @@ def test_a_pattern_that_matches_no_linear_is_an_error_that_names_it() -> None:
         (Q, {"grid": "lattice"}, "grid is 'lattice'"),
         (Q, {"grid": None}, "grid is None"),
         (Q, {"grid": "sign", "bits": 8}, "a sign grid has at most 4 bits"),
+        (Q, {"grid": "sign", "bits": 2, "zero_point": "real"}, "a sign grid has no zero-point"),
         (Q, 4, "give a table"),
         (Q, {"skip": 1}, "skip is 1"),
         (Q, {"skip": "yes"}, "skip is 'yes'"),
@@ -280,7 +284,7 @@ def test_a_sign_grid_has_no_zero_point_whoever_asks_for_one(zero_point) -> None:
     sign = Scheme(2, 128, "none", grid="sign")
     assert Recipe(bits=2, grid="sign", zero_point=zero_point).scheme_of(Q) == sign
     assert Recipe(bits=2, zero_point=zero_point).scheme_of(Q, wishes) == sign
-    assert Recipe(overrides={Q: {"bits": 2, "grid": "sign", "zero_point": zero_point}}).scheme_of(Q) == sign
+    assert Recipe(zero_point=zero_point, overrides={Q: {"bits": 2, "grid": "sign"}}).scheme_of(Q) == sign
 
 
 @pytest.mark.parametrize("recipe", [{}, {"grid": "uniform", "zero_point": "none"}, {"grid": "sign"}])

@@ -56,8 +56,10 @@ class BlockRun:
     """A loaded block, transformed and in the compute type, until its tensors are written.
 
     exact: every parameter in float32, as transformed: rounded are these, not their copies in the compute type.
-    schemes: of every linear of the model, by path. packed, columns: what was rounded so far, by name in the block;
-    columns are column scales that no other module of the block can take.
+    schemes: of every linear of the model, by path. stream: the block as it is quantized, on the quantized model's
+    hidden states `hidden`; reference: a full-precision copy on the full-precision model's; teacher: that copy on
+    `hidden`; None where no step asks. packed: what was rounded so far, by name in the block. columns: column scales
+    that no other module of the block can take; to_absorb: those that one will.
     """
 
     block: Block
@@ -182,13 +184,14 @@ class BlockRun:
         rounder = self.steps.rounder_of(site.name)
         channels = self.block.linear(site.readers[0]).in_features
         device = next(iter(self.exact.values())).device
-        gram, drift = Gram(channels, device), Drift(channels, device)
+        gram = Gram(channels, device)
         if not rounder.needs_drift or self.reference is None:
             with self.clock.step("forward"):
                 for x in self.stream.at(site):
                     with self.clock.step("gram"):
                         gram.update(x)
             return Observed(gram.value)
+        drift = Drift(channels, device)
         with self.clock.step("forward"):
             for x, wanted in zip(self.stream.at(site), self.reference.at(site), strict=True):
                 with self.clock.step("gram"):

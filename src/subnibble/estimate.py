@@ -9,6 +9,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from subnibble.calibrate.windows import check_positions
 from subnibble.checkpoint.source import numel, open_source
 from subnibble.device import resolve_device, resolve_dtype
 from subnibble.methods import find_method
@@ -26,7 +27,8 @@ _ROUND_SECONDS = 3.5e-7
 
 @dataclass(frozen=True)
 class Estimate:
-    """file_bytes: of the packed weights. effective_bits: of the quantized linears. memory_bytes: by part, with "peak".
+    """file_bytes: of the packed weights. effective_bits: of quantized linears, without norm biases and column scales
+    that nothing absorbs: some thousandths of a bit on real models. memory_bytes: by part, with "peak".
 
     seconds: rough, from the speed of one matrix product measured here; within a factor of about two.
     """
@@ -53,6 +55,8 @@ def estimate(model: str | Path, recipe: Recipe) -> Estimate:
     schemes = plan_schemes(recipe, steps, skeleton)
     plan_rotation(recipe, steps, skeleton)
     calibrated = steps.needs_data or recipe.calibration is not None
+    if calibrated:
+        check_positions(recipe.window, source.config)
     tokens = recipe.num_windows * recipe.window if calibrated else 0
     return Estimate(
         parameters=sum(numel(shape) for shape in skeleton.parameter_shapes().values()),
@@ -83,7 +87,7 @@ def _memory(steps: Steps, skeleton: Skeleton, tokens: int) -> dict[str, int]:
         + 3 * _FLOAT_BYTES * max(rows * columns for rows, columns in linears.values()),
         "statistics": (3 + streams) * _FLOAT_BYTES * widest**2 if tokens else 0,
         "embedding": numel(shapes[f"{skeleton.arch.embedding}.weight"]) * (_FLOAT_BYTES + 2),
-        "activation streams": streams * tokens * (hidden + kept) * item,
+        "activation streams": (streams * (hidden + kept) + hidden * (steps.mean_shift is not None)) * tokens * item,
     }
     return {**parts, "peak": sum(parts.values())}
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from subnibble.calibrate.windows import check_positions, evaluation_windows
 from subnibble.checkpoint.size import measure
 from subnibble.checkpoint.source import Source, open_source
-from subnibble.errors import BadRecipe
+from subnibble.errors import BadRecipe, CheckpointError
 from subnibble.evaluate.layer_error import layer_errors
 from subnibble.evaluate.perplexity import bos_token, check_vocabularies, score
 from subnibble.hf import load_model, memory_bytes
@@ -86,9 +86,15 @@ def _moved(folder: Path) -> set[str]:
     """Paths of the linears that the folder's report.json says are in another basis than the original's."""
     file = folder / "report.json"
     if not file.is_file():
-        raise BadRecipe(f"--layers needs {file}, which says what linears may be compared; quantize the model again")
-    linears = json.loads(file.read_text())["linears"]
-    moved = {linear["path"] for linear in linears if linear.get("moved", False)}
+        raise BadRecipe(
+            f"--layers needs {file}, which says what linears may be compared; it compares a folder that "
+            "`subnibble quantize` wrote with the original"
+        )
+    try:
+        linears = json.loads(file.read_text(encoding="utf-8"))["linears"]
+        moved = {linear["path"] for linear in linears if linear.get("moved", False)}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{file} is damaged ({error!r}); quantize the model again") from error
     if len(moved) == len(linears):
         raise BadRecipe(
             f"--layers: all linears of {folder} are stored in another basis than the original's (rotated, or channels "

@@ -18,8 +18,8 @@ from subnibble.model.site import Arch
 from subnibble.runtime.modules import PackedLinear, remove_output_bias_
 
 
-def fold_norm_biases_(model: Any) -> list[str]:
-    """Fold in place every norm bias of a packed transformers model; give the paths of the norms that lost theirs.
+def fold_norm_biases_(model: Any) -> None:
+    """Fold in place every norm bias of a packed transformers model.
 
     A norm keeps its bias where not all linears behind it are packed (a head that shares the embedding's table has no
     bias to take it). `save_pretrained` writes the folded model.
@@ -29,7 +29,6 @@ def fold_norm_biases_(model: Any) -> list[str]:
         raise CheckpointError("the model is not a packed one; load a folder that `subnibble quantize` wrote")
     arch = find_arch(model.config.model_type)
     modules = dict(packed.modules)
-    folded = []
     for path, entry in packed.modules.items():
         readers = {name: model.get_submodule(name) for name in _readers(arch, path)}
         if isinstance(entry, NormBiasEntry) and all(isinstance(m, PackedLinear) for m in readers.values()):
@@ -41,9 +40,7 @@ def fold_norm_biases_(model: Any) -> list[str]:
                 modules[name] = PackedLinearEntry(old.layout, True, old.column_scale)
             remove_output_bias_(norm)
             del modules[path]
-            folded.append(path)
     model.config.quantization_config.packed = PackedConfig(modules)
-    return folded
 
 
 def _readers(arch: Arch, norm: str) -> list[str]:

@@ -27,10 +27,10 @@ class Recipe:
     zero_point is that of uniform grids; "auto" leaves grid or zero_point to the method, and is "uniform" and "integer"
     where that has no wish. embedding_bits: 16, 8 or 4, for embedding and head, on a uniform grid.
     calibration: a file or a named set; None takes "c4" if the method needs data. num_windows, window: how many windows
-    of how many tokens. seed: draws the windows. device: where to compute, a torch device or "auto". dtype: of
-    activations and weights while computing, see `device.py`. options: the method's own. overrides: patterns of linears
-    ("re:..." a regular expression matched from the start, else an exact path) to bits, group_size, grid, zero_point or
-    skip; the first that matches holds.
+    of how many tokens. seed: draws the windows and a rotation's signs. device: where to compute, a torch device or
+    "auto". dtype: of activations and weights while computing, see `device.py`. options: the method's own. overrides:
+    patterns of linears ("re:..." a regular expression matched from the start, else an exact path) to bits, group_size,
+    grid, zero_point or skip; the first that matches holds.
     """
 
     method: str = "gptq"
@@ -173,6 +173,8 @@ def _check_override(recipe: Recipe, pattern: str, values: Any) -> None:
             re.compile(pattern[3:])
         except (re.error, OverflowError) as error:
             raise BadRecipe(f"override {pattern!r} is no regular expression: {error}") from error
+    if values.get("grid") == "sign" and values.get("zero_point", "none") not in ("none", AUTO):
+        raise BadRecipe(f"override {pattern!r}: a sign grid has no zero-point; leave zero_point out")
     recipe._scheme(values, {})
 
 

@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import pytest
 from conftest import save_model
 from subnibble.cli import console
 from subnibble.cli.main import main
+from subnibble.methods import METHODS
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -221,7 +223,16 @@ def test_list_names_methods_and_architectures(run: Run) -> None:
     assert [method["name"] for method in json.loads(out)["methods"]] == [
         "rtn", "awq", "gptq", "gptaq", "d2quant", "d2quant-uniform", "dualfit",
     ]  # fmt: skip
-    assert run("list")[0] == 0
+    code, out, _ = run("list")
+    assert code == 0
+    for method in METHODS.values():
+        assert method.name in out
+        assert method.summary in out
+        for key, value in asdict(method.options()).items():
+            assert key in out
+            assert str(value) in out
+    for word in ("groups", "gated", "shifted", "hessian", "natural", "refit"):
+        assert word in out
 
 
 def test_recipe_file_holds_and_options_go_over_it(run: Run, arguments: list[object], tmp_path: Path) -> None:

@@ -188,12 +188,6 @@ def test_a_channel_whose_halves_disagree_is_left_alone(even: float, odd: float, 
     assert float(bias[0]) == 0
 
 
-def test_one_window_does_not_open_the_gate() -> None:
-    found = tokens(0)[:1]
-    assert not bool(MeanShift("gated")(batches(found + 0.2, found), WINDOW).any())
-    assert bool(MeanShift("published")(batches(found + 0.2, found), WINDOW).all())
-
-
 def test_sinks_are_in_the_published_mean_and_out_of_the_gated_one() -> None:
     found, ordinary = tokens(0), torch.ones(WINDOWS, WINDOW, dtype=torch.bool)
     wanted = found + 0.2
@@ -367,3 +361,11 @@ def test_a_method_without_mean_shift_stores_no_norm_bias(
     _, stored, _ = runs("qwen2", "none")
     assert not any(isinstance(entry, NormBiasEntry) for entry in packed_config_of(stored.config).modules.values())
     assert not any("norm.bias" in name for name in stored.state_dict())
+
+
+def test_gate_refuses_a_single_window_that_has_no_other_half() -> None:
+    y = torch.randn(32, 6, generator=torch.Generator().manual_seed(0))
+    outputs = [(y + 1, y, torch.ones(32, dtype=torch.bool))]
+    assert float((MeanShift("published")(outputs, 32) - 1).abs().max()) < 1e-5
+    with pytest.raises(BadRecipe, match="use at least 2 windows"):
+        MeanShift("gated")(outputs, 32)

@@ -134,9 +134,14 @@ def test_none_is_no_rotation_of_any_width() -> None:
 @pytest.mark.parametrize(
     ("name", "width", "group", "choice"),
     [
-        ("full", 50, 16, 'order 50 .* 50 channels; use rotation = "none", or "groups" with a group size whose'),
-        ("groups", 48, 10, 'order 10 .* 48 channels; use rotation = "none", "full", or a group size'),
-        ("groups", 70, 64, 'order 6 .* 70 channels; use rotation = "none", "full", or a group size'),
+        ("full", 50, 16, 'order 50 .* 50 channels; use rotation = "none", or "groups" with a group size of 16'),
+        (
+            "groups",
+            48,
+            10,
+            'order 10 .* 48 channels; use rotation = "none", or "full", or "groups" with a group size of 16, 32',
+        ),
+        ("groups", 70, 64, 'order 6 .* 70 channels; use rotation = "none"$'),
     ],
 )
 def test_a_width_without_a_hadamard_matrix_is_refused_with_the_choices(
@@ -396,3 +401,16 @@ def test_planted_faults_of_the_pipeline_move_the_stored_model(
 
     monkeypatch.setattr(pipeline, "rotate_block_", forgetful)
     assert max(stored_departures("llama", "full", folders, tmp_path / "out")) > 3 * STORED
+
+
+@pytest.mark.parametrize("name", ["full", "groups"])
+def test_signs_come_before_mixing(name: str) -> None:
+    """A common mean is spread over the channels, and another seed mixes other channels, not just other signs."""
+    rotations = [make_rotation(name, 128, Scheme(2, 32), seed, torch.device("cpu")) for seed in (0, 1)]
+    constant = torch.ones(1, 128, dtype=torch.float64)
+    w = torch.randn(8, 128, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    for rotation in rotations:
+        assert rotation is not None
+        assert float(rotation.columns(constant).abs().max()) < 4
+    one, other = (rotation.columns(w).abs() for rotation in rotations if rotation is not None)
+    assert float((one - other).abs().max()) > 0.5

@@ -50,11 +50,18 @@ def _ranges(entry: dict[str, Any]) -> str:
     return ", ".join(f"{columns} x {scheme}" for columns, scheme in entry.get("ranges", [])) or "-"
 
 
+def _defaults(found: list[str]) -> str:
+    """Defaults of one option by method; one of them alone where all agree."""
+    values = {text.partition(" (")[0] for text in found}
+    return values.pop() if len(values) == 1 else ", ".join(found)
+
+
 def list_(json: o.Json = False) -> None:
     """List methods with their options, architectures, bit widths and zero-points."""
     from dataclasses import asdict
 
     from subnibble.methods import METHODS
+    from subnibble.methods.choices import OPTION_CHOICES
     from subnibble.model.arch import ARCHITECTURES
     from subnibble.scheme import BITS, GRIDS, SCALE_TYPES, ZERO_POINTS
 
@@ -72,10 +79,15 @@ def list_(json: o.Json = False) -> None:
             "scale_types": list(SCALE_TYPES),
         })  # fmt: skip
         return
-    rows = [
-        (m["name"], m["summary"], m["source"], " ".join(f"{k}={v}" for k, v in m["options"].items())) for m in methods
-    ]
-    table(("method", "what it does", "source", "options (--option KEY=VALUE)"), rows)
+    table(("method", "what it does", "source"), [(m["name"], m["summary"], m["source"]) for m in methods])
+    options: dict[str, list[str]] = {}
+    for method in methods:
+        for key, value in method["options"].items():
+            options.setdefault(key, []).append(f"{value} ({method['name']})")
+    table(
+        ("option (--option KEY=VALUE)", "choices", "default"),
+        [(key, OPTION_CHOICES.get(key, "a number"), _defaults(found)) for key, found in options.items()],
+    )
     table(("what", "choices"), [
         ("architectures", ", ".join(sorted(ARCHITECTURES))),
         ("bits", ", ".join(map(str, BITS))),

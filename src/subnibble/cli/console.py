@@ -73,8 +73,9 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         shown.add_column(name, justify="right" if numeric else "left", no_wrap=True)
     for row in rows:
         shown.add_row(*row)
-    # Wide enough never to cut a cell where the output goes to a file.
-    Console(width=None if sys.stdout.isatty() else 200, highlight=False).print(shown)
+    # Never cut a cell where the output goes to a file.
+    widest = sum(max(len(row[index]) for row in (columns, *rows)) + 2 for index in range(len(columns)))
+    Console(width=None if sys.stdout.isatty() else max(widest, 80), highlight=False).print(shown)
 
 
 def print_json(content: Any) -> None:

@@ -28,7 +28,7 @@ NumWindows = Annotated[int | None, typer.Option(help="Calibration windows. Defau
 Window = Annotated[int | None, typer.Option(help="Tokens of a window. Default 2048.")]
 Grid = Annotated[str | None, typer.Option(help="uniform, or sign (a scale a bit). Default: the method's.")]
 ZeroPoint = Annotated[str | None, typer.Option(help="none, integer or real, of uniform grids. Default: the method's.")]
-Seed = Annotated[int | None, typer.Option(help="Draws the calibration windows. Default 0.")]
+Seed = Annotated[int | None, typer.Option(help="Draws the windows and a rotation's signs. Default 0.")]
 RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="TOML recipe; options given here go over it.")]
 MethodOptions = Annotated[
     list[str] | None, typer.Option("--option", help="The method's own setting, KEY=VALUE; may be repeated.")

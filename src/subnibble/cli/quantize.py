@@ -38,11 +38,12 @@ def quantize(
     )  # fmt: skip
     from subnibble.pipeline import quantize as run
 
-    with progress(f"{wanted.method} {wanted.scheme.name}") as told:
+    with progress(f"{wanted.method} {wanted.bits} bits") as told:
         report = run(model, out, wanted, overwrite=overwrite, progress=told)
     size = report.size
+    schemes = "+".join(sorted({linear.scheme for linear in report.linears}))
     typer.echo(
-        f"{out}: {report.method} {wanted.scheme.name}, {size['effective_bits']:.3f} effective bits, "
+        f"{out}: {report.method} {schemes}, {size['effective_bits']:.3f} effective bits, "
         f"{size['model_bits']:.3f} bits a parameter, {megabytes(size['file_bytes'])}, "
         f"{duration(report.seconds['total'])}, peak memory {megabytes(report.peak_memory)}"
     )

@@ -22,6 +22,7 @@ from subnibble.errors import BadRecipe
 
 FORMS = ("none", "published", "gated")
 _LARGEST = 10.0
+_FEWEST_WINDOWS = 2
 # Times the median norm: massive activations lie a hundred times above it, ordinary tokens within a few.
 _SINK_FACTOR = 10.0
 
@@ -54,6 +55,11 @@ class MeanShift:
         tokens = [half.tokens for half in halves]
         mean = (a * tokens[0] + b * tokens[1]) / max(sum(tokens), 1)
         if self.form == "gated":
+            if number < _FEWEST_WINDOWS:
+                raise BadRecipe(
+                    f"mean_shift gated compares halves of the calibration windows and there is {number}; use at least "
+                    f'{_FEWEST_WINDOWS} windows, or mean_shift = "published"'
+                )
             helps = (b * (2 * a - b) > 0) & (a * (2 * b - a) > 0)
             mean = torch.where(helps, mean, 0.0)
         return mean.clamp(-_LARGEST, _LARGEST)

@@ -5,7 +5,8 @@ group-aware order, `DualScale` version R (sign bases, unweighted) at 2 and 3 bit
 hidden channels, a clipped grid with integer zero-points elsewhere, DAC on all channels. At 4 bits, where version R does
 not go, it is version P. `d2quant-uniform` is version P at any bits, as the paper's text has it: every code lies on a
 uniform grid. Deviations: the column scale is absorbed by the up-projection's stored scales, which the paper draws and
-the program leaves out; group sizes other than 128 index columns inside their own group; embeddings keep their mean.
+the program leaves out; group sizes other than 128 index columns inside their own group; embeddings keep their mean;
+each group's rotation draws its own signs, where the program uses one block for all.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from functools import partial
 from subnibble.corrections.mean_shift import MeanShift
 from subnibble.errors import BadRecipe
 from subnibble.methods.method import Method, Steps
-from subnibble.rounding.dual_scale import DualScale
+from subnibble.rounding.dual_scale import DualScale, RowScale
 from subnibble.rounding.gptaq import Asymmetry
 from subnibble.rounding.gptq import GPTQ as Rounder
 from subnibble.rounding.grid import Clip
@@ -25,6 +26,7 @@ from subnibble.rounding.levels import Fitter
 
 # Which linears get column scales: none, those that read the MLP's hidden channels, all.
 COLUMNS = ("none", "down", "all")
+ROWS = ("clip", "refit")
 _DOWN = "mlp_hidden"
 
 
@@ -32,11 +34,14 @@ _DOWN = "mlp_hidden"
 class Options:
     """columns: which linears get column scales: "none", "down" or "all". iterations: of their fit.
 
+    rows: how the grids of the others are fitted: "clip", or "refit", the same alternation without column scales.
+
     mean_shift: see `corrections/mean_shift.py`; weighting, damping, order: `rounding/gptq.py`; asymmetry, alpha:
     `rounding/gptaq.py`; clip, clip_power: `rounding/grid.py`; rotation: `transforms/rotate.py`.
     """
 
     columns: str = "down"
+    rows: str = "clip"
     iterations: int = 15
     weighting: str = "none"
     mean_shift: str = "published"
@@ -52,6 +57,8 @@ class Options:
     def __post_init__(self) -> None:
         if self.columns not in COLUMNS:
             raise BadRecipe(f"columns is {self.columns!r}; choose one of {', '.join(COLUMNS)}")
+        if self.rows not in ROWS:
+            raise BadRecipe(f"rows is {self.rows!r}; choose one of {', '.join(ROWS)}")
 
 
 def released_grid(site: str, bits: int) -> Mapping[str, str]:
@@ -68,6 +75,7 @@ def build(options: Options, prefers: Callable[[str, int], Mapping[str, str]]) ->
     """Steps of D2Quant."""
     clip = Clip(options.clip, options.clip_power)
     dual = DualScale(clip, options.iterations)
+    single = RowScale(clip, options.iterations) if options.rows == "refit" else clip
 
     def rounder(fitter: Fitter) -> Rounder:
         return Rounder(
@@ -80,7 +88,7 @@ def build(options: Options, prefers: Callable[[str, int], Mapping[str, str]]) ->
         )
 
     return Steps(
-        rounder=rounder(dual if options.columns == "all" else clip),
+        rounder=rounder(dual if options.columns == "all" else single),
         rounders={_DOWN: rounder(dual)} if options.columns == "down" else {},
         prefers=prefers,
         rotation=options.rotation,

@@ -20,11 +20,12 @@ h_j is 1 as published, or the diagonal of the Gram matrix; it cancels from c. No
 sum_j h_j sum_i (w_ij - c_j level_ij)². c is normalised to a geometric mean of 1 in its group, so that whatever absorbs
 it keeps its range. Deviations: a column of zeros keeps its scale (a plain update would make it 0); after each update,
 scales below 1/64 of the group's geometric mean are raised to that; stored scales are rounded to their type after the
-fit.
+fit; version P repeats the clip search at three of its steps, with every fourth candidate, not at all with all of them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -47,7 +48,7 @@ _EPS = 1e-12
 
 @dataclass(frozen=True)
 class DualScale:
-    """Fitter. clip: of the first search of version P. iterations: 15 in the released program."""
+    """Fitter. clip: of version P's searches, whose finds the squared error then judges. iterations: 15 as released."""
 
     clip: grid.Clip = field(default_factory=grid.Clip)
     iterations: int = 15
@@ -59,11 +60,31 @@ class DualScale:
     def fit(self, group: Tensor, scheme: Scheme, weights: Tensor | None) -> Fitted:
         """See `Fitter`."""
         sign_basis.check_finite(group)
-        weights = grid.usable(weights)
-        h = torch.ones_like(group[0]) if weights is None else weights.to(group.dtype) / weights.mean()
+        h = _column_weights(group, weights)
         if scheme.grid == "sign":
             return _fit_sign(group, scheme, h, self.iterations)
-        return _fit_uniform(group, scheme, self.clip, h, self.iterations)
+        levels, c = _fit_uniform(group, scheme, self.clip, h, self.iterations, _column_scales)
+        return Fitted(levels, c)
+
+
+@dataclass(frozen=True)
+class RowScale(DualScale):
+    """Fitter: the same alternation with all column scales at 1, which shows what column scales add."""
+
+    def fit(self, group: Tensor, scheme: Scheme, weights: Tensor | None) -> Fitted:
+        """See `Fitter`."""
+        if scheme.grid == "sign":
+            return Fitted(sign_basis.fit(group, scheme, grid.usable(weights)))
+        sign_basis.check_finite(group)
+        h = _column_weights(group, weights)
+        levels, _ = _fit_uniform(group, scheme, self.clip, h, self.iterations, lambda group, values, old: old)
+        return Fitted(levels)
+
+
+def _column_weights(group: Tensor, weights: Tensor | None) -> Tensor:
+    """Column weights (g,) with mean 1."""
+    weights = grid.usable(weights)
+    return torch.ones_like(group[0]) if weights is None else weights.to(group.dtype) / weights.mean()
 
 
 def _fit_sign(group: Tensor, scheme: Scheme, h: Tensor, iterations: int) -> Fitted:
@@ -87,8 +108,15 @@ def _fit_sign(group: Tensor, scheme: Scheme, h: Tensor, iterations: int) -> Fitt
     return Fitted(SignLevels(sign_basis.storable(levels.scales * mean, scale_dtype(scheme))), c)
 
 
-def _fit_uniform(group: Tensor, scheme: Scheme, clip: grid.Clip, h: Tensor, iterations: int) -> Fitted:
-    """Version P."""
+def _fit_uniform(
+    group: Tensor,
+    scheme: Scheme,
+    clip: grid.Clip,
+    h: Tensor,
+    iterations: int,
+    update: Callable[[Tensor, Tensor, Tensor], Tensor],
+) -> tuple[grid.UniformLevels, Tensor]:
+    """Version P: levels and column scales. update: new column scales from weights, their levels, and old ones."""
     c = torch.ones_like(h)
     scale, zero = grid.fit(group, scheme, clip, h, _STRIDE)
     for step in range(iterations):
@@ -99,11 +127,11 @@ def _fit_uniform(group: Tensor, scheme: Scheme, clip: grid.Clip, h: Tensor, iter
         refitted = _refit(x, codes, weights, scheme, (scale, zero))
         scale, zero = _better(x, weights, scheme, refitted, (scale, zero))
         codes = grid.encode(x, scale, zero, scheme)
-        c = _column_scales(group, grid.decode(codes, scale, zero), c)
+        c = update(group, grid.decode(codes, scale, zero), c)
     c, mean = _normalised(c)
     stored = scale_dtype(scheme)
     scale = (scale * mean).clamp(min=grid.smallest_scale(scheme), max=torch.finfo(stored).max).to(stored).float()
-    return Fitted(grid.UniformLevels(scale, zero.to(stored).float(), scheme), c)
+    return grid.UniformLevels(scale, zero.to(stored).float(), scheme), c
 
 
 def _column_scales(group: Tensor, values: Tensor, old: Tensor) -> Tensor:

@@ -7,7 +7,8 @@ For H = X Xᵀ + damping, U the upper Cholesky factor of H⁻¹ (H⁻¹ = Uᵀ U
 A group's grid is fitted when its first column is reached, on the weights as compensated by then. Differences from
 the released program: the column order may be group-aware (`order.py`); U comes from one Cholesky factorization of
 the flipped matrix and one triangular inversion; a factorization that fails raises the damping tenfold, is counted,
-and past the limit is `NumericalFailure`; blocks end where groups end, so any group size gives the unblocked result.
+and past the limit is `NumericalFailure`; blocks end where groups end, so any group size gives the unblocked result
+(but for GPTAQ's `released` form, whose quirk is the block).
 The loop also carries GPTAQ's correction for inputs that differ from the full-precision model's (`gptaq.py`).
 """
 
@@ -73,10 +74,12 @@ class GPTQ:
             raise BadRecipe(f"order is {self.order!r}; choose one of {', '.join(ORDERS)}")
         if self.weighting not in WEIGHTINGS:
             raise BadRecipe(f"weighting is {self.weighting!r}; choose one of {', '.join(WEIGHTINGS)}")
-        if self.sweeps < 0 or (self.sweeps > 0 and self.asymmetry.form not in ("none", "shifted")):
+        if self.sweeps < 0:
+            raise BadRecipe(f"sweeps is {self.sweeps}; give 0 or more")
+        if self.sweeps > 0 and self.asymmetry.form not in ("none", "shifted"):
             raise BadRecipe(
-                f"sweeps is {self.sweeps} with asymmetry {self.asymmetry.form!r}; 0 or more, above 0 only with "
-                'asymmetry "none" or "shifted", whose target is known'
+                f"sweeps is {self.sweeps} with asymmetry {self.asymmetry.form!r}; sweeps need a known target: use "
+                'asymmetry "none" or "shifted", or sweeps = 0'
             )
         if self.block < 1:
             raise BadRecipe(f"block is {self.block}; give a positive number of columns")

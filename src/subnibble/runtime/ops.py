@@ -19,7 +19,7 @@ def linear(x: Tensor, weight: PackedTensor, bias: Tensor | None, column_scale: T
     Result (..., m), x's dtype.
     """
     if column_scale is not None:
-        x = x * column_scale.to(x.dtype)
+        x = (x.float() * column_scale.float()).to(x.dtype)
     return torch.nn.functional.linear(x, weight.dequantize(x.dtype), bias)
 
 

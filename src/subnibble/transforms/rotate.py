@@ -22,6 +22,7 @@ from subnibble.model.site import Arch
 from subnibble.model.skeleton import Block
 from subnibble.scheme import Scheme
 
+_USUAL_GROUPS = (16, 32, 64, 128, 256)
 ROTATIONS = ("none", "full", "groups")
 
 
@@ -57,15 +58,26 @@ def make_rotation(name: str, width: int, scheme: Scheme, seed: int, device: torc
         matrix = hadamard(size)
         if matrix is None:
             raise BadRecipe(
-                f"rotation {name!r}: no Hadamard matrix of order {size} is known here for a residual stream of {width}"
-                f' channels; use rotation = "none"'
-                + (', or "groups" with a group size whose blocks are powers of two' if name == "full" else
-                   f', "full", or a group size that is a power of two and leaves a block of a power of two of {width}')
-            )  # fmt: skip
+                f"rotation {name!r}: no Hadamard matrix of order {size} is known here for a residual stream of {width} "
+                f"channels; use {_choices(width)}"
+            )
         signs = torch.randint(0, 2, (size,), generator=generator).double() * 2 - 1
         # Signs first, then mixing: without them a common mean would all go to one channel.
         blocks.append((matrix * signs.unsqueeze(1) / size**0.5).to(device))
     return Rotation(tuple(blocks))
+
+
+def _choices(width: int) -> str:
+    """The rotations that a width allows, for messages."""
+    groups = [
+        g for g in _USUAL_GROUPS if g <= width and hadamard(g) is not None and hadamard(width % g or 1) is not None
+    ]
+    choices = ['rotation = "none"']
+    if hadamard(width) is not None:
+        choices.append('"full"')
+    if groups:
+        choices.append(f'"groups" with a group size of {", ".join(map(str, groups))}')
+    return ", or ".join(choices)
 
 
 def check_rotation(name: str) -> None:
