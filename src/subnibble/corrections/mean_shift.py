@@ -49,7 +49,7 @@ class MeanShift:
             shift = wanted.float() - found.float()
             halves = halves or [Mean(shift.shape[1], shift.device) for _ in range(2)]
             for part, usual in zip(shift.split(window), ordinary.to(shift.device).split(window), strict=True):
-                self._update(halves, part, usual, number)
+                self._add_(halves, part, usual, number)
                 number += 1
         a, b = (half.value for half in halves)
         tokens = [half.tokens for half in halves]
@@ -64,7 +64,7 @@ class MeanShift:
             mean = torch.where(helps, mean, 0.0)
         return mean.clamp(-_LARGEST, _LARGEST)
 
-    def _update(self, halves: list[Mean], shift: Tensor, ordinary: Tensor, number: int) -> None:
+    def _add_(self, halves: list[Mean], shift: Tensor, ordinary: Tensor, number: int) -> None:
         """Add one window to its half."""
         halves[number % 2].update(shift if self.form == "published" else shift[ordinary])
 

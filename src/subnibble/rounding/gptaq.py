@@ -75,7 +75,7 @@ class Spread:
     dead: Tensor
     form: str
 
-    def take(self, w: Tensor, j: int) -> None:
+    def take_(self, w: Tensor, j: int) -> None:
         """Note column j as it is before it is rounded."""
         if self.form != "original" and not self.dead[j]:
             self.source[j] = w[j]

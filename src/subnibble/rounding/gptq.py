@@ -160,7 +160,7 @@ def round_columns(
             column = homes[j].fitted.encode(w[j].unsqueeze(1), homes[j].place)
             codes[j] = column[:, 0]
             if spread is not None:
-                spread.take(w, j)
+                spread.take_(w, j)
             torch.sub(w[j], homes[j].fitted.decode(column, homes[j].place)[:, 0], out=error[j - i1])
             error[j - i1] /= u[j, j]
             w[j:i2].addr_(u[j, j:i2], error[j - i1], alpha=-1)
