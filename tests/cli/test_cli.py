@@ -208,13 +208,18 @@ def test_estimate_reads_no_weight_and_knows_the_size(
     from subnibble.checkpoint.safetensors_source import SafetensorsSource
 
     monkeypatch.setattr(SafetensorsSource, "load", lambda *a: pytest.fail("a weight was read"))
-    code, out, _ = run("estimate", folders["llama"], "--bits", 3, "--group-size", 32, "--embedding-bits", 8, "--json")
+    sizes = ("--bits", 3, "--group-size", 32, "--embedding-bits", 8)
+    code, out, _ = run("estimate", folders["llama"], *sizes, "--window", 32, "--json")
     found = json.loads(out)
     assert code == 0
     assert found["effective_bits"] == pytest.approx(report["size"]["effective_bits"], rel=1e-12)
     headers = sum(8 + int.from_bytes(f.read_bytes()[:8], "little") for f in (tmp_path / "out").glob("*.safetensors"))
     assert found["file_bytes"] + headers == report["size"]["file_bytes"]
     assert found["memory_bytes"]["peak"] == sum(v for k, v in found["memory_bytes"].items() if k != "peak")
+    # What quantize would refuse, estimate refuses.
+    code, _, err = run("estimate", folders["llama"], *sizes)
+    assert code == 2
+    assert "2048" in err
 
 
 def test_list_names_methods_and_architectures(run: Run) -> None:
@@ -274,7 +279,7 @@ def spoil(folder: Path, how: str) -> None:
 WRONG = {
     "group larger than a width": (["--group-size", 64], "group 64 is larger than the 48 inputs of"),
     "bits": (["--bits", 5], "bits is 5"),
-    "method": (["--method", "nope"], "unknown method 'nope'; known: rtn, gptq"),
+    "method": (["--method", "nope"], "unknown method 'nope'; known: rtn, awq, gptq, gptaq, d2quant"),
     "option": (["--option", "nope=1"], "has no option 'nope'"),
     "option value": (["--option", "damping=-1"], "damping is -1"),
     "option form": (["--option", "damping"], "give KEY=VALUE"),

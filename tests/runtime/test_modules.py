@@ -386,7 +386,8 @@ def test_a_scaled_linear_equals_the_dense_linear_of_scaled_inputs(name, dtype, h
     assert y.dtype == dtype
     assert within_scaled_bound(y, x, dense(packed_tensor(name)), bias, linear.column_scale)
     # The same function of dense tensors, each cast once: equal to the last bit.
-    scaled = x * linear.column_scale.to(dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    scaled = (x.to(wide) * linear.column_scale.to(wide)).to(dtype)
     assert torch.equal(y, nn.functional.linear(scaled, linear.packed.dequantize().to(dtype), bias))
     assert torch.equal(y, ops.linear(x, linear.packed, bias, linear.column_scale))
 

@@ -19,7 +19,8 @@ def linear(x: Tensor, weight: PackedTensor, bias: Tensor | None, column_scale: T
     Result (..., m), x's dtype.
     """
     if column_scale is not None:
-        x = (x.float() * column_scale.float()).to(x.dtype)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        x = (x.to(wide) * column_scale.to(wide)).to(x.dtype)
     return torch.nn.functional.linear(x, weight.dequantize(x.dtype), bias)
 
 
