@@ -89,6 +89,7 @@ def run_row(spec: Spec, names: dict[str, str]) -> list[dict[str, Any]]:
     from subnibble.cli.demo import find_model
     from subnibble.evaluate.perplexity import bos_token, score
     from subnibble.hf import load_model
+    from subnibble.methods import find_method
     from subnibble.version import __version__
 
     model = find_model()
@@ -96,10 +97,11 @@ def run_row(spec: Spec, names: dict[str, str]) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         path = model
         if spec.arm != "original":
+            shipped = Recipe.from_toml(RECIPES / f"{spec.arm}.toml")
             recipe = replace(
-                Recipe.from_toml(RECIPES / f"{spec.arm}.toml"),
+                shipped,
                 bits=spec.bits, group_size=spec.group_size, num_windows=spec.windows, window=WINDOW, dtype="bfloat16",
-                calibration=None if spec.arm in ("rtn", "rtn-rotated") else "news",
+                calibration="news" if find_method(shipped.method).needs_data(shipped.options) else None,
             )  # fmt: skip
             path = Path(folder) / "model"
             report = quantize(model, path, recipe)

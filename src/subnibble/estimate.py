@@ -60,7 +60,7 @@ def estimate(model: str | Path, recipe: Recipe) -> Estimate:
     tokens = recipe.num_windows * recipe.window if calibrated else 0
     return Estimate(
         parameters=sum(numel(shape) for shape in skeleton.parameter_shapes().values()),
-        file_bytes=packed_bytes(recipe, steps, skeleton),
+        file_bytes=packed_bytes(recipe, steps, schemes, skeleton),
         effective_bits=effective_bits(schemes, skeleton),
         memory_bytes=_memory(steps, skeleton, tokens),
         seconds=_seconds(steps, skeleton, tokens),

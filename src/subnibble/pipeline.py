@@ -175,7 +175,7 @@ class _Run:
             run.advance()
             tensors, entries = run.tensors()
             with clock.step("write"):
-                writer.write_shard({name: self._stored(name, tensor) for name, tensor in tensors.items()})
+                writer.write_shard({name: self._as_stored(name, tensor) for name, tensor in tensors.items()})
             self.modules |= entries
             self.linears += run.reports()
             skeleton.release(block.path)
@@ -292,7 +292,7 @@ class _Run:
         packed = PackedTensor((whole,))
         return {f"{path}.{name}": tensor for name, tensor in packed.state().items()}, packed
 
-    def _stored(self, name: str, tensor: Tensor) -> Tensor:
+    def _as_stored(self, name: str, tensor: Tensor) -> Tensor:
         """As it goes to the file: the source's own numbers where the tensor is one of its and was not edited."""
         if tensor.dtype == torch.float32 and name in self.skeleton.parameter_shapes():
             own = self._load(name)
@@ -352,7 +352,7 @@ def _absolute(calibration: str | None) -> str | None:
 
 
 def _check_disk(run: _Run, folder: Path) -> None:
-    needed = packed_bytes(run.recipe, run.steps, run.skeleton) + 64 * 2**20
+    needed = packed_bytes(run.recipe, run.steps, run.schemes, run.skeleton) + 64 * 2**20
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise OutputError(

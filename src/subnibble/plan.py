@@ -50,10 +50,9 @@ def plan_rotation(recipe: Recipe, steps: Steps, skeleton: Skeleton) -> Rotation 
     return make_rotation(steps.rotation, width, recipe.scheme, recipe.seed, skeleton.device)
 
 
-def packed_bytes(recipe: Recipe, steps: Steps, skeleton: Skeleton) -> int:
-    """Bytes of the weight files that a recipe will give, headers aside."""
+def packed_bytes(recipe: Recipe, steps: Steps, schemes: Mapping[str, Scheme | None], skeleton: Skeleton) -> int:
+    """Bytes of the weight files that a recipe will give, headers aside. schemes: see `plan_schemes`."""
     bits = 0
-    schemes = plan_schemes(recipe, steps, skeleton)
     tables = {f"{skeleton.arch.embedding}.weight", f"{skeleton.arch.head}.weight"}
     shapes = skeleton.parameter_shapes()
     if steps.rotation != "none" and skeleton.tied:

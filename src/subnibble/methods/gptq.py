@@ -30,11 +30,18 @@ class Options:
 
 def build(options: Options) -> Steps:
     """Steps of GPTQ."""
-    clip = Clip(options.clip, options.clip_power)
-    rounder = Rounder(
-        clip, damping=options.damping, order=options.order, weighting=options.weighting, sweeps=options.sweeps
+    return Steps(rounder=rounder(options), rotation=options.rotation)
+
+
+def rounder(options: Options) -> Rounder:
+    """The rounder of GPTQ, which GPTAQ gives an asymmetry."""
+    return Rounder(
+        Clip(options.clip, options.clip_power),
+        damping=options.damping,
+        order=options.order,
+        weighting=options.weighting,
+        sweeps=options.sweeps,
     )
-    return Steps(rounder=rounder, rotation=options.rotation)
 
 
 GPTQ = Method("gptq", "column by column with error compensation", "arXiv 2210.17323", Options, build)

@@ -60,7 +60,7 @@ class DualScale:
     def fit(self, group: Tensor, scheme: Scheme, weights: Tensor | None) -> Fitted:
         """See `Fitter`."""
         sign_basis.check_finite(group)
-        h = _column_weights(group, weights)
+        h = sign_basis.column_weights(group, grid.usable(weights))
         if scheme.grid == "sign":
             return _fit_sign(group, scheme, h, self.iterations)
         levels, c = _fit_uniform(group, scheme, self.clip, h, self.iterations, _column_scales)
@@ -76,15 +76,9 @@ class RowScale(DualScale):
         if scheme.grid == "sign":
             return Fitted(sign_basis.fit(group, scheme, grid.usable(weights)))
         sign_basis.check_finite(group)
-        h = _column_weights(group, weights)
+        h = sign_basis.column_weights(group, grid.usable(weights))
         levels, _ = _fit_uniform(group, scheme, self.clip, h, self.iterations, lambda group, values, old: old)
         return Fitted(levels)
-
-
-def _column_weights(group: Tensor, weights: Tensor | None) -> Tensor:
-    """Column weights (g,) with mean 1."""
-    weights = grid.usable(weights)
-    return torch.ones_like(group[0]) if weights is None else weights.to(group.dtype) / weights.mean()
 
 
 def _fit_sign(group: Tensor, scheme: Scheme, h: Tensor, iterations: int) -> Fitted:

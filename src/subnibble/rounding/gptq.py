@@ -169,10 +169,11 @@ def round_columns(
         w[i2:].addmm_(u[i1:i2, i2:].T, error, alpha=-1)
         if spread is not None:
             spread.behind_(w, i1, i2)
-    # By now w holds the rounded weights.
-    error = target - w
-    for _ in range(how.sweeps):
-        sweep_(error, codes, factor.h, homes, bounds)
+    if how.sweeps:
+        # By now w holds the rounded weights.
+        error = target - w
+        for _ in range(how.sweeps):
+            sweep_(error, codes, factor.h, homes, bounds)
     return _in_natural_order(codes, homes, plan)
 
 

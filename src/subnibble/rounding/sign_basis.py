@@ -132,7 +132,7 @@ def excess(found: Bins, magnitudes: Tensor) -> Tensor:
 def fit(group: Tensor, scheme: Scheme, weights: Tensor | None) -> SignLevels:
     """Fit the scales of every row of `group` (m, g) float32. weights: (g,) positive column weights, or None for 1."""
     check_finite(group)
-    h = torch.ones_like(group[0]) if weights is None else weights.to(group.dtype) / weights.mean()
+    h = column_weights(group, weights)
     sizes, columns, stored = group.abs(), torch.ones_like(group[0]), scale_dtype(scheme)
     levels = SignLevels(storable(greedy(group, columns, h, scheme.bits), stored))
     best, least = levels, torch.full_like(sizes[:, :1], torch.inf)
@@ -145,6 +145,11 @@ def fit(group: Tensor, scheme: Scheme, weights: Tensor | None) -> SignLevels:
         if step < ITERATIONS:
             levels = SignLevels(storable(solve(found, levels.patterns).abs(), stored))
     return best
+
+
+def column_weights(group: Tensor, weights: Tensor | None) -> Tensor:
+    """Column weights (g,) with mean 1, in the type of `group` (m, g)."""
+    return torch.ones_like(group[0]) if weights is None else weights.to(group.dtype) / weights.mean()
 
 
 def greedy(group: Tensor, columns: Tensor, h: Tensor, bits: int) -> Tensor:
