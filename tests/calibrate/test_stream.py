@@ -71,8 +71,7 @@ def plain(block: Block, hidden: list[Tensor], arguments: dict[str, Any]) -> tupl
 
 
 def observed(stream: BlockStream, site: Site) -> Tensor:
-    parts: list[Tensor] = []
-    stream.observe(site, lambda x: parts.append(x.clone()))
+    parts = [x.clone() for x in stream.at(site)]
     assert [part.shape[0] for part in parts] == [count * LENGTH for count in BATCHES]
     return torch.cat(parts)
 
@@ -211,7 +210,7 @@ def test_an_exception_in_receive_leaves_the_original_modules(site: Site, batch: 
             raise MemoryError("no room for the statistic")
 
     with pytest.raises(MemoryError, match="no room"):
-        stream.observe(site, receive)
+        list(map(receive, stream.at(site)))
     after = modules(block)
     assert list(after) == list(before)
     assert all(after[name] is module for name, module in before.items())

@@ -7,7 +7,7 @@ reader, by then quantized, to what was kept. Nothing is forwarded twice for the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -45,11 +45,6 @@ class BlockStream:
         self._block, self._hidden, self._arguments = block, hidden, arguments
         self._device = next(block.module.parameters()).device
         self._kept: dict[Tail, _Replay] = {}
-
-    def observe(self, site: Site, receive: Callable[[Tensor], None]) -> None:
-        """Hand the site's tensor to `receive`, batch by batch, as (tokens, channels)."""
-        for x in self.at(site):
-            receive(x)
 
     def at(self, site: Site) -> Iterator[Tensor]:
         """The site's tensor, batch by batch, as (tokens, channels). Take all: only then is it kept for later sites."""
