@@ -13,21 +13,14 @@ WikiText-2 raw test.
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import subprocess
-import sys
-import tempfile
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
-from rows import Rows
+from measure import HERE, RECIPES, measure_row, run, with_data
 
-WINDOW = 2048
 KEY = ("arm", "bits", "group_size", "windows", "text")
 # An arm is a shipped recipe; bits, group size and windows come from the row.
-RECIPES = Path(__file__).parent.parent / "recipes"
 ARMS = sorted(file.stem for file in RECIPES.glob("*.toml"))
 BASELINES = (
     "rtn", "rtn-rotated", "awq", "awq-rotated", "gptq-natural", "gptq-gar", "gptq-rotated", "gptq-rotated-full",
@@ -71,57 +64,14 @@ def parse_spec(text: str) -> Spec:
     return Spec(arm, int(bits), int(group_size), int(windows))
 
 
-def texts(wikitext: Path) -> dict[str, str]:
-    """Name -> what `read_text` takes; WikiText is left out, with one message, where its file is not."""
-    file = wikitext / "test.raw.txt"
-    if not file.is_file():
-        print(f"{file} is not there: rows on WikiText-2 are left out (--wikitext DIR)", file=sys.stderr)
-        return {"news": "news"}
-    return {"news": "news", "wikitext2": str(file)}
+def measured(spec: Spec, names: dict[str, str]) -> list[dict[str, Any]]:
+    """Rows of `spec` on each text."""
+    if spec.arm == "original":
+        return measure_row(None, spec.windows, names)
+    from subnibble import Recipe
 
-
-def run_row(spec: Spec, names: dict[str, str]) -> list[dict[str, Any]]:
-    """Quantize by `spec` and score it on each text. Runs in a process of its own."""
-    from subnibble import Recipe, quantize
-    from subnibble.calibrate.windows import evaluation_windows
-    from subnibble.checkpoint.size import measure
-    from subnibble.checkpoint.source import open_source
-    from subnibble.cli.demo import find_model
-    from subnibble.evaluate.perplexity import bos_token, score
-    from subnibble.hf import load_model
-    from subnibble.methods import find_method
-    from subnibble.version import __version__
-
-    model = find_model()
-    facts: dict[str, Any] = {"version": __version__, "window": WINDOW, "scored_in": "float32"}
-    with tempfile.TemporaryDirectory() as folder:
-        path = model
-        if spec.arm != "original":
-            shipped = Recipe.from_toml(RECIPES / f"{spec.arm}.toml")
-            recipe = replace(
-                shipped,
-                bits=spec.bits, group_size=spec.group_size, num_windows=spec.windows, window=WINDOW, dtype="bfloat16",
-                calibration="news" if find_method(shipped.method).needs_data(shipped.options) else None,
-            )  # fmt: skip
-            path = Path(folder) / "model"
-            report = quantize(model, path, recipe)
-            facts |= {
-                "calibration": recipe.calibration,
-                "calibrated_in": recipe.dtype,
-                "seconds": report.seconds["total"],
-                "peak_memory": report.peak_memory,
-                "weights_sha256": report.weights_sha256,
-            }
-        source = open_source(path)
-        facts |= measure(source).to_dict()
-        tokenizer = source.load_tokenizer()
-        loaded = load_model(path, "float32")
-        rows = []
-        for name, where in names.items():
-            windows = evaluation_windows(where, tokenizer, WINDOW, spec.windows)
-            scored = score({spec.arm: loaded}, windows, bos_token(tokenizer))[spec.arm]
-            rows.append({**asdict(spec), "text": name, "perplexity": scored.perplexity, **facts})
-    return rows
+    recipe = replace(Recipe.from_toml(RECIPES / f"{spec.arm}.toml"), bits=spec.bits, group_size=spec.group_size)
+    return measure_row(with_data(recipe, spec.windows), spec.windows, names)
 
 
 def show(rows: list[dict[str, Any]]) -> None:
@@ -164,32 +114,10 @@ def _gap(found: dict[Spec, dict[str, dict[str, Any]]], spec: Spec, text: str) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    here = Path(__file__).parent
-    parser.add_argument("--wikitext", type=Path, default=here.parent.parent / "shared" / "data" / "wikitext-2")
-    parser.add_argument("--results", type=Path, default=here / "results" / "weight_only.json")
     parser.add_argument("--only", choices=("headline", "table", "ablation"))
-    parser.add_argument("--print", action="store_true", help="print the finished rows and run none")
     parser.add_argument("--row", action="append", type=parse_spec, metavar="ARM:BITS:GROUP:WINDOWS")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.child:
-        spec, names = json.loads(arguments.child)
-        print("ROWS " + json.dumps(run_row(Spec(**spec), names)))
-        return
-    table = Rows(arguments.results, KEY)
-    if not arguments.print:
-        available = texts(arguments.wikitext)
-        for spec in arguments.row or specs(arguments.only):
-            missing = {n: w for n, w in available.items() if not table.has({**asdict(spec), "text": n})}
-            if not missing:
-                continue
-            print(f"{spec} on {', '.join(missing)}", file=sys.stderr, flush=True)
-            command = [sys.executable, __file__, "--child", json.dumps([asdict(spec), missing])]
-            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-            line = next(line for line in output.splitlines() if line.startswith("ROWS "))
-            for row in json.loads(line.removeprefix("ROWS ")):
-                table.append(row)
-    show(table.rows)
+    results = HERE / "results" / "weight_only.json"
+    run(parser, results, KEY, Spec, measured, lambda given: given.row or specs(given.only), show)
 
 
 if __name__ == "__main__":

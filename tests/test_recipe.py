@@ -213,7 +213,11 @@ def test_a_pattern_that_matches_no_linear_is_an_error_that_names_it() -> None:
         ("re:(", {"skip": True}, "is no regular expression"),
         ("re:a{99999999999999999999}", {"bits": 4}, "is no regular expression"),
         (Q, {"bit": 4}, "unknown key 'bit'"),
-        (Q, {"scale_type": "float32"}, "unknown key 'scale_type'; known: bits, group_size, grid, zero_point, skip"),
+        (
+            Q,
+            {"scale_type": "float32"},
+            "unknown key 'scale_type'; known: bits, group_size, grid, zero_point, activation_bits, skip",
+        ),
         (Q, {"zero_point": "half"}, "zero_point is 'half'"),
         (Q, {"zero_point": 0}, "zero_point is 0"),
         (Q, {"grid": "lattice"}, "grid is 'lattice'"),

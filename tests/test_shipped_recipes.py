@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -13,21 +13,34 @@ from subnibble import Recipe, quantize
 from subnibble.checkpoint.safetensors_source import SafetensorsSource
 from subnibble.methods import find_method
 from subnibble.model.skeleton import Skeleton
-from subnibble.plan import plan_rotation, plan_schemes
+from subnibble.plan import make_plan, plan_rotation
 
-FILES = sorted((Path(__file__).parent.parent / "recipes").glob("*.toml"))
+FILES = sorted((Path(__file__).parent.parent / "recipes").rglob("*.toml"))
 BASE = {"group_size": 16, "num_windows": 4, "window": 32}
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def small(file: Path) -> Recipe:
+    """The recipe for tiny models: small groups and ranks."""
+    values = Recipe.from_toml(file).to_dict()
+    options = {**values["options"]}
+    method = find_method(values["method"])
+    if hasattr(method.options(), "rank") and options.get("rank") != 0:
+        options["rank"] = 16
+    return Recipe.from_dict(values | BASE | {"options": options})
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}-{file.stem}")
 def test_recipe_resolves_on_every_architecture(file: Path, folders: dict[str, Path]) -> None:
     assert file.read_text().startswith("# ")
-    recipe = Recipe.from_dict(Recipe.from_toml(file).to_dict() | BASE)
+    recipe = small(file)
     method = find_method(recipe.method)
     steps = method.build(method.configure(recipe.options))
     for name in CONFIGS:
         skeleton = Skeleton(SafetensorsSource(folders[name]), torch.float32, torch.device("cpu"))
-        assert all(scheme is not None for scheme in plan_schemes(recipe, steps, skeleton).values())
+        plan = make_plan(recipe, steps, skeleton)
+        assert all(scheme is not None for scheme in plan.schemes.values())
+        bits = {None if scheme is None else scheme.bits for scheme in plan.activations.values()}
+        assert bits == ({4} if file.parent.name == "weight_activation" else {None})
         assert (plan_rotation(recipe, steps, skeleton) is None) == (steps.rotation == "none")
 
 
@@ -41,12 +54,24 @@ def test_no_two_recipes_are_the_same() -> None:
         assert one not in resolved[:i], FILES[i].name
 
 
-@pytest.mark.parametrize("name", ["d2quant", "d2quant-uniform", "dualfit", "dualfit-sign", "gptaq-rotated"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "recipes/d2quant",
+        "recipes/d2quant-uniform",
+        "recipes/dualfit",
+        "recipes/dualfit-sign",
+        "recipes/gptaq-rotated",
+        "weight_activation/serq",
+        "weight_activation/quarot",
+        "weight_activation/qera",
+    ],
+)
 def test_recipe_written_beside_the_checkpoint_makes_the_same_bytes_again(
     name: str, folders: dict[str, Path], token_file: Path, tmp_path: Path
 ) -> None:
-    file = next(file for file in FILES if file.stem == name)
-    recipe = Recipe.from_dict(Recipe.from_toml(file).to_dict() | BASE | {"calibration": str(token_file)})
+    file = next(file for file in FILES if f"{file.parent.name}/{file.stem}" == name)
+    recipe = replace(small(file), calibration=str(token_file))
     first = quantize(folders["qwen3"], tmp_path / "first", recipe)
     again = quantize(folders["qwen3"], tmp_path / "again", Recipe.from_toml(tmp_path / "first" / "recipe.toml"))
     assert again.weights_sha256 == first.weights_sha256

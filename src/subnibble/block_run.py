@@ -3,31 +3,41 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import time
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from subnibble.calibrate.stats import Drift, Gram
+from subnibble.calibrate.stats import AbsMean, Drift, Gram
 from subnibble.calibrate.stream import BlockStream
-from subnibble.checkpoint.packed import Entry, NormBiasEntry, PackedLinearEntry
+from subnibble.checkpoint.packed import Entry, NormBiasEntry, gather_type, linear_entry, linear_state
+from subnibble.corrections.low_rank import LowRank
 from subnibble.corrections.mean_shift import ordinary_tokens
+from subnibble.corrections.salient import SalientColumns
 from subnibble.errors import NumericalFailure
 from subnibble.methods.method import Steps
 from subnibble.model.site import Site
 from subnibble.model.skeleton import Block
+from subnibble.plan import Plan
 from subnibble.report import LinearReport
 from subnibble.report.clock import Clock
 from subnibble.rounding import grid
 from subnibble.rounding.error import relative_errors
+from subnibble.rounding.gptq import GPTQ
 from subnibble.rounding.rounder import Rounder, Rounding
+from subnibble.runtime import activations
+from subnibble.runtime.hadamard import hadamard_blocks
 from subnibble.runtime.modules import add_output_bias_
+from subnibble.runtime.ops import LinearTerms
 from subnibble.scheme import Scheme
 from subnibble.tensor import PackedRange, PackedTensor
 from subnibble.transforms.absorb import absorb_, can_absorb
+from subnibble.transforms.input_basis import InputBasis
+from subnibble.transforms.saliency import offline_rows
 
 
 @dataclass
@@ -45,10 +55,16 @@ class Streams:
 
 @dataclass(frozen=True)
 class Observed:
-    """Statistics of a site's tensor, each None if it is not needed; see `Rounder`."""
+    """Statistics of a site's tensor, each None if it is not needed; see `Rounder`. sizes: (k,), mean magnitudes."""
 
     gram: Tensor | None = None
     drift: Tensor | None = None
+    sizes: Tensor | None = None
+
+    def seen_in(self, basis: InputBasis) -> Observed:
+        """The same in another basis of the input."""
+        gram, drift = (None if matrix is None else basis.both(matrix) for matrix in (self.gram, self.drift))
+        return Observed(gram, drift, None if self.sizes is None else basis.columns(self.sizes.unsqueeze(0))[0])
 
 
 @dataclass
@@ -56,22 +72,25 @@ class BlockRun:
     """A loaded block, transformed and in the compute type, until its tensors are written.
 
     exact: every parameter in float32, as transformed: rounded are these, not their copies in the compute type.
-    schemes: of every linear of the model, by path. stream: the block as it is quantized, on the quantized model's
-    hidden states `hidden`; reference: a full-precision copy on the full-precision model's; teacher: that copy on
-    `hidden`; None where no step asks. packed: what was rounded so far, by name in the block. columns: column scales
-    that no other module of the block can take; to_absorb: those that one will.
+    plan: how every linear's weight and input are quantized. bases: in which readers meet their inputs, by name of the
+    site. stream: the block as it is quantized, on the quantized model's hidden states `hidden`; reference: a
+    full-precision copy on the full-precision model's; teacher: that copy on `hidden`; None where no step asks. extras:
+    all terms of what was rounded so far, by name in the block; packed: their weights, which absorb column scales.
+    columns: column scales that no other module of the block can take; to_absorb: those that one will.
     """
 
     block: Block
     steps: Steps
-    schemes: Mapping[str, Scheme | None]
+    plan: Plan
     clock: Clock
     exact: dict[str, Tensor]
+    bases: dict[str, InputBasis]
     stream: BlockStream
     reference: BlockStream | None
     teacher: BlockStream | None
     hidden: list[Tensor]
     packed: dict[str, PackedTensor] = field(default_factory=dict)
+    extras: dict[str, LinearTerms] = field(default_factory=dict)
     columns: dict[str, Tensor] = field(default_factory=dict)
     to_absorb: list[tuple[Site, Tensor]] = field(default_factory=list)
     linears: dict[str, LinearReport] = field(default_factory=dict)
@@ -81,20 +100,27 @@ class BlockRun:
         cls,
         block: Block,
         steps: Steps,
-        schemes: Mapping[str, Scheme | None],
+        plan: Plan,
         clock: Clock,
         streams: Streams,
         dtype: torch.dtype,
     ) -> BlockRun:
         """Carry out the transforms on `block`, loaded in float32, and set its streams up."""
         arguments = streams.arguments[block.index]
-        if steps.transforms:
+        bases = {site.name: _online(block, site, steps) for site in block.arch.sites}
+        if steps.needs_survey:
             with clock.step("forward"):
-                own = {name: schemes[f"{block.path}.{name}"] for name in block.arch.linears}
-                found = BlockStream(_twin(block, dtype), streams.hidden, arguments).statistics(own)
+                own = plan.of_block(block)
+                found = BlockStream(_twin(block, dtype), streams.hidden, arguments).statistics(*own)
             with clock.step("transform"):
+                factors: dict[str, Tensor] = {}
                 for transform in steps.transforms:
-                    transform(block, found)
+                    for name, made in transform(block, found).items():
+                        factors[name] = factors.get(name, torch.ones_like(made)) * made
+                if steps.saliency is not None:
+                    for site in block.arch.sites:
+                        order = steps.saliency(block, site, found, factors)
+                        bases[site.name] = replace(bases[site.name], order=order)
         exact = {name: parameter.data for name, parameter in block.module.named_parameters()}
         block.module.to(dtype)
         needs_twin = steps.needs_drift or steps.mean_shift is not None
@@ -102,9 +128,10 @@ class BlockRun:
         return cls(
             block,
             steps,
-            schemes,
+            plan,
             clock,
             exact,
+            bases,
             BlockStream(block, streams.hidden, arguments),
             BlockStream(twin, streams.wanted, arguments) if twin is not None and steps.needs_drift else None,
             BlockStream(twin, streams.hidden, arguments) if twin is not None and steps.mean_shift is not None else None,
@@ -140,6 +167,9 @@ class BlockRun:
         moved = set(self.block.arch.linears) if self.steps.transforms or self.steps.rotation != "none" else set()
         for site, _ in self.to_absorb:
             moved |= {*site.readers, *site.writers}
+        for site in self.block.arch.sites:
+            rows = self._offline_rows(site)
+            moved |= {*site.readers, *rows} if rows else set()
         return [replace(linear, moved=name in moved) for name, linear in self.linears.items()]
 
     def tensors(self) -> tuple[dict[str, Tensor], dict[str, Entry]]:
@@ -149,17 +179,29 @@ class BlockRun:
         """
         for site, c in self.to_absorb:
             absorb_(site, c, self.packed, self.exact)
+        gathers: dict[str, Tensor] = {}
+        for site in self.block.arch.sites:
+            rows, order = self._offline_rows(site), self.bases[site.name].order
+            for name, index in (rows or {}).items():
+                self._permute_rows_(name, index)
+            if order is not None and rows is None:
+                kind = gather_type(order.shape[0])
+                # A copy each: the file holds one for each linear.
+                gathers |= {name: order.to(kind, copy=True) for name in site.readers}
         path = self.block.path
         tensors: dict[str, Tensor] = {}
         entries: dict[str, Entry] = {}
         for name, tensor in self.packed.items():
             columns = self.columns.get(name)
-            entries[f"{path}.{name}"] = PackedLinearEntry(
-                tensor.layout, self.block.linear(name).bias is not None, columns is not None
+            terms = replace(
+                self.extras[name],
+                weight=tensor,
+                bias=self.exact.get(f"{name}.bias"),
+                column_scale=None if columns is None else columns.to(torch.float16),
+                gather=gathers.get(name),
             )
-            tensors |= {f"{path}.{name}.{key}": part for key, part in tensor.state().items()}
-            if columns is not None:
-                tensors[f"{path}.{name}.column_scale"] = columns.to(torch.float16)
+            entries[f"{path}.{name}"] = linear_entry(terms)
+            tensors |= {f"{path}.{name}.{key}": part for key, part in linear_state(terms).items()}
         for name, parameter in self.exact.items():
             if name.removesuffix(".weight") not in self.packed:
                 tensors[f"{path}.{name}"] = parameter
@@ -169,6 +211,22 @@ class BlockRun:
                 tensors[f"{path}.{site.norm}.bias"] = bias
                 entries[f"{path}.{site.norm}"] = NormBiasEntry(bias.shape[0])
         return tensors, entries
+
+    def _offline_rows(self, site: Site) -> dict[str, Tensor] | None:
+        """See `offline_rows`; None, too, where a site's readers have no order of their own."""
+        order = self.bases[site.name].order
+        if order is None or self.bases[site.name].blocks or not all(name in self.packed for name in site.readers):
+            return None
+        return offline_rows(site, order, self.block.heads)
+
+    def _permute_rows_(self, name: str, index: Tensor) -> None:
+        if name in self.packed:
+            self.packed[name] = self.packed[name].rows(index)
+            self.extras[name] = self.extras[name].rows(index)
+        else:
+            self.exact[f"{name}.weight"] = self.exact[f"{name}.weight"][index]
+        if f"{name}.bias" in self.exact:
+            self.exact[f"{name}.bias"] = self.exact[f"{name}.bias"][index]
 
     def _shift(self, site: Site, norm_name: str, teacher: BlockStream) -> None:
         assert self.steps.mean_shift is not None
@@ -184,53 +242,92 @@ class BlockRun:
         rounder = self.steps.rounder_of(site.name)
         channels = self.block.linear(site.readers[0]).in_features
         device = next(iter(self.exact.values())).device
-        gram = Gram(channels, device)
-        if not rounder.needs_drift or self.reference is None:
-            with self.clock.step("forward"):
-                for x in self.stream.at(site):
-                    with self.clock.step("gram"):
-                        gram.update(x)
-            return Observed(gram.value)
-        drift = Drift(channels, device)
+        gram, drift, sizes = Gram(channels, device), Drift(channels, device), AbsMean(channels, device)
+        needs_sizes = isinstance(self.steps.correction, LowRank)
+        reference = self.reference if rounder.needs_drift else None
+        wanted = itertools.repeat(None) if reference is None else reference.at(site)
+        quantizer = self._quantizer(site, site.readers[0])
         with self.clock.step("forward"):
-            for x, wanted in zip(self.stream.at(site), self.reference.at(site), strict=True):
+            for x, target in zip(self.stream.at(site), wanted, strict=reference is not None):
                 with self.clock.step("gram"):
-                    gram.update(x)
-                    drift.update(x, wanted)
-        return Observed(gram.value, drift.value)
+                    seen = x if quantizer is None else quantizer(x)
+                    gram.update(seen)
+                    if needs_sizes:
+                        sizes.update(seen)
+                    if target is not None:
+                        drift.update(seen, target)
+        return Observed(
+            gram.value,
+            drift.value if reference is not None else None,
+            sizes.value if needs_sizes else None,
+        )
+
+    def _quantizer(self, site: Site, name: str) -> Callable[[Tensor], Tensor] | None:
+        """What a reader's input becomes before it is multiplied, in the input's own basis; None for nothing."""
+        scheme = self.plan.activations[f"{self.block.path}.{name}"]
+        if scheme is None or self.steps.inputs == "exact":
+            return None
+        basis, correction = self.bases[site.name], self.steps.correction
+        repeated = correction.rank if isinstance(correction, SalientColumns) and correction.coarse != "none" else 0
+
+        def quantized(x: Tensor) -> Tensor:
+            tokens = basis.columns(x.flatten(0, -2).float())
+            return basis.natural(activations.quantize_values(tokens, scheme, repeated)).to(x.dtype).view(x.shape)
+
+        return quantized
 
     def _by_scheme(self, site: Site) -> dict[Scheme, list[str]]:
         """The readers to round, together where they share a scheme; skipped ones are left out."""
         groups: dict[Scheme, list[str]] = {}
         for name in site.readers:
-            scheme = self.schemes[f"{self.block.path}.{name}"]
+            scheme = self.plan.schemes[f"{self.block.path}.{name}"]
             if scheme is not None:
                 groups.setdefault(scheme, []).append(name)
         return groups
 
     def _round(self, site: Site, scheme: Scheme, names: list[str], observed: Observed) -> None:
         """Round the linears `names`, which read one site by one scheme, on top of each other."""
-        path = self.block.path
+        path, basis = self.block.path, self.bases[site.name]
         where = f"{path}.{{{', '.join(names)}}}" if len(names) > 1 else f"{path}.{names[0]}"
+        heights = [self.block.linear(name).out_features for name in names]
+        seen = observed.seen_in(basis)
         start = time.perf_counter()
         with self.clock.step("round"):
-            weight = torch.cat([self.exact[f"{name}.weight"] for name in names])
-            rounding = _rounded(self.steps.rounder_of(site.name), weight, observed, scheme, where)
+            natural = torch.cat([self.exact[f"{name}.weight"] for name in names])
+            weight = basis.columns(natural)
+            rounding, salient = self._codes(site, weight, seen, scheme, where)
             whole = PackedRange.pack(rounding.coded, scheme)
             columns = self._place(site, names, rounding.coded.columns)
-        seconds = time.perf_counter() - start
-        heights = [self.block.linear(name).out_features for name in names]
-        with self.clock.step("measure error"):
             dense = whole.dequantize() if columns is None else whole.dequantize() * columns
-            errors = relative_errors(weight, dense, observed.gram, heights)
-            nearest = PackedRange.pack(grid.coded(weight, scheme, grid.Clip("minmax")), scheme).dequantize()
-            floors = relative_errors(weight, nearest, observed.gram, heights)
-        rows = torch.arange(weight.shape[0], device=weight.device).split(heights)
-        for name, index, error, floor in zip(names, rows, errors, floors, strict=True):
+            if salient is not None:
+                dense[:, : salient.columns] += salient.dequantize()
+            rows = torch.arange(weight.shape[0], device=weight.device).split(heights)
+            branches = [self._branch(weight[index] - dense[index], seen, scheme) for index in rows]
+            for index, branch in zip(rows, branches, strict=True):
+                if branch is not None:
+                    dense[index] += branch[1].dequantize() @ branch[0].dequantize()
+        seconds = time.perf_counter() - start
+        with self.clock.step("measure error"):
+            errors = relative_errors(weight, dense, seen.gram, heights)
+            nearest = PackedRange.pack(grid.coded(natural, scheme, grid.Clip("minmax")), scheme).dequantize()
+            floors = relative_errors(natural, nearest, observed.gram, heights)
+            dense = basis.natural(dense)
+        for name, index, branch, error, floor in zip(names, rows, branches, errors, floors, strict=True):
             linear = self.block.linear(name)
             self.packed[name] = PackedTensor((whole.rows(index),))
+            self.extras[name] = LinearTerms(
+                self.packed[name],
+                blocks=basis.blocks,
+                activation=self.plan.activations[f"{path}.{name}"],
+                salient=None if salient is None else PackedTensor((salient.rows(index),)),
+                residual=self._residual(f"{path}.{name}"),
+                low_rank=branch,
+            )
             linear.weight.data = dense[index].to(linear.weight.dtype)
-            bits = self.packed[name].stored_bits + (16 * weight.shape[1] if name in self.columns else 0)
+            quantizer = self._quantizer(site, name)
+            if quantizer is not None:
+                linear.register_forward_pre_hook(_on_input(quantizer))
+            bits = self.extras[name].stored_bits + (16 * weight.shape[1] if name in self.columns else 0)
             self.linears[name] = LinearReport(
                 path=f"{path}.{name}",
                 shape=self.packed[name].shape,
@@ -242,6 +339,28 @@ class BlockRun:
                 seconds=round(seconds, 3),
                 notes=dict(rounding.notes),
             )
+
+    def _codes(
+        self, site: Site, weight: Tensor, seen: Observed, scheme: Scheme, where: str
+    ) -> tuple[Rounding, PackedRange | None]:
+        """Round stacked linears (m, k) in their basis: the codes, and the salient channels' second weight."""
+        rounder, correction = self.steps.rounder_of(site.name), self.steps.correction
+        if not isinstance(correction, SalientColumns):
+            return _rounded(rounder, weight, seen, scheme, where), None
+        if isinstance(rounder, GPTQ) and rounder.needs_drift and seen.gram is not None and seen.drift is not None:
+            # What the second weight takes must be part of the target, not of what rounding moves later.
+            weight, rounder = rounder.settled(weight, seen.gram, seen.drift, where)
+        settled = replace(seen, drift=None)
+        return correction(weight, seen.gram, scheme, lambda main: _rounded(rounder, main, settled, scheme, where))
+
+    def _branch(self, error: Tensor, seen: Observed, scheme: Scheme) -> tuple[PackedTensor, PackedTensor] | None:
+        correction = self.steps.correction
+        return correction(error, seen.gram, seen.sizes, scheme) if isinstance(correction, LowRank) else None
+
+    def _residual(self, path: str) -> str:
+        correction = self.steps.correction
+        quantized = self.plan.activations[path] is not None
+        return correction.coarse if quantized and isinstance(correction, SalientColumns) else "none"
 
     def _place(self, site: Site, names: list[str], columns: Tensor | None) -> Tensor | None:
         """Decide where column scales (k,) go; give them as they will act. None stays None."""
@@ -268,3 +387,12 @@ def _rounded(rounder: Rounder, weight: Tensor, observed: Observed, scheme: Schem
         if str(error).startswith(where):
             raise
         raise NumericalFailure(f"{where}: {error}") from error
+
+
+def _online(block: Block, site: Site, steps: Steps) -> InputBasis:
+    width = block.linear(site.readers[0]).in_features
+    return InputBasis(blocks=hadamard_blocks(width) if site.name in steps.online else ())
+
+
+def _on_input(edit: Callable[[Tensor], Tensor]) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor]]:
+    return lambda module, args: (edit(args[0]),)

@@ -32,6 +32,7 @@ class Row:
     effective_bits: float
     model_bits: float
     file_bytes: int
+    activation_bits: float
     memory_bytes: int
     seconds: float | None
     scores: Scores
@@ -80,15 +81,26 @@ def compare(
             size = measure(open_source(path))
             memory = memory_bytes(models[name])
             rows.append(
-                Row(name, size.effective_bits, size.model_bits, size.file_bytes, memory, seconds[name], scores[name])
+                Row(
+                    name,
+                    size.effective_bits,
+                    size.model_bits,
+                    size.file_bytes,
+                    size.activation_bits,
+                    memory,
+                    seconds[name],
+                    scores[name],
+                )
             )
     return rows
 
 
 def recipe_name(recipe: Recipe) -> str:
-    """Short name of a recipe, for tables and folders: method, scheme, and options that are not the default."""
+    """Short name of a recipe, for tables and folders: method, schemes, and options that are not the default."""
     options = "".join(f"-{value}" for _, value in sorted(recipe.options.items()))
-    return f"{recipe.method}-{recipe.scheme.name}{options}"
+    activation = recipe.activation
+    inputs = "" if activation is None else f"-{activation.name}"
+    return f"{recipe.method}-{recipe.scheme.name}{inputs}{options}"
 
 
 @contextmanager

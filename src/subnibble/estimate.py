@@ -15,7 +15,7 @@ from subnibble.device import resolve_device, resolve_dtype
 from subnibble.methods import find_method
 from subnibble.methods.method import Steps
 from subnibble.model.skeleton import Skeleton
-from subnibble.plan import check_plain, effective_bits, packed_bytes, plan_rotation, plan_schemes
+from subnibble.plan import check_plain, effective_bits, make_plan, packed_bytes, plan_rotation
 from subnibble.recipe import Recipe
 
 _FLOAT_BYTES = 4
@@ -27,8 +27,8 @@ _ROUND_SECONDS = 3.5e-7
 
 @dataclass(frozen=True)
 class Estimate:
-    """file_bytes: of the packed weights. effective_bits: of quantized linears, without norm biases and column scales
-    that nothing absorbs: some thousandths of a bit on real models. memory_bytes: by part, with "peak".
+    """file_bytes: of the packed weights. effective_bits: of quantized linears, without norm biases, gathers and column
+    scales that nothing absorbs: some thousandths of a bit on real models. memory_bytes: by part, with "peak".
 
     seconds: rough, from the speed of one matrix product measured here; within a factor of about two.
     """
@@ -52,7 +52,7 @@ def estimate(model: str | Path, recipe: Recipe) -> Estimate:
     check_plain(source)
     device = resolve_device(recipe.device)
     skeleton = Skeleton(source, resolve_dtype(recipe.dtype, source.config.dtype, device), device)
-    schemes = plan_schemes(recipe, steps, skeleton)
+    schemes = make_plan(recipe, steps, skeleton).schemes
     plan_rotation(recipe, steps, skeleton)
     calibrated = steps.needs_data or recipe.calibration is not None
     if calibrated:
@@ -61,7 +61,7 @@ def estimate(model: str | Path, recipe: Recipe) -> Estimate:
     return Estimate(
         parameters=sum(numel(shape) for shape in skeleton.parameter_shapes().values()),
         file_bytes=packed_bytes(recipe, steps, schemes, skeleton),
-        effective_bits=effective_bits(schemes, skeleton),
+        effective_bits=effective_bits(steps, schemes, skeleton),
         memory_bytes=_memory(steps, skeleton, tokens),
         seconds=_seconds(steps, skeleton, tokens),
     )
@@ -101,8 +101,8 @@ def _seconds(steps: Steps, skeleton: Skeleton, tokens: int) -> float:
     read_once = {site.readers[0] for site in skeleton.arch.sites}
     grams = sum(s[1] ** 2 for path, s in shapes.items() if path.endswith(tuple(read_once)))
     forward = 2 * weights * tokens / (speed * _FORWARD_EFFICIENCY)
-    passes = (2 if steps.needs_drift else 1) + 0.4 * (steps.mean_shift is not None) + bool(steps.transforms)
-    grams *= (2 if steps.needs_drift else 1) + bool(steps.transforms)
+    passes = (2 if steps.needs_drift else 1) + 0.4 * (steps.mean_shift is not None) + steps.needs_survey
+    grams *= (2 if steps.needs_drift else 1) + steps.needs_survey
     return forward * passes + 2 * grams * tokens / exact + weights * _ROUND_SECONDS
 
 

@@ -6,6 +6,7 @@ packed weight as it runs, column scales included.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,6 +30,11 @@ def fold_norm_biases_(model: Any) -> None:
         raise CheckpointError("the model is not a packed one; load a folder that `subnibble quantize` wrote")
     arch = find_arch(model.config.model_type)
     modules = dict(packed.modules)
+    if any(isinstance(entry, PackedLinearEntry) and entry.activation for entry in packed.modules.values()):
+        raise CheckpointError(
+            "the model quantizes activations, which a folded bias would no longer be part of; quantize it without "
+            'mean shift (mean_shift = "none"), or with activation_bits = 16'
+        )
     for path, entry in packed.modules.items():
         readers = {name: model.get_submodule(name) for name in _readers(arch, path)}
         if isinstance(entry, NormBiasEntry) and all(isinstance(m, PackedLinear) for m in readers.values()):
@@ -37,7 +43,7 @@ def fold_norm_biases_(model: Any) -> None:
                 _add_(linear, linear.dequantize() @ norm.bias.float())
                 old = modules[name]
                 assert isinstance(old, PackedLinearEntry)
-                modules[name] = PackedLinearEntry(old.layout, True, old.column_scale)
+                modules[name] = replace(old, bias=True)
             remove_output_bias_(norm)
             del modules[path]
     model.config.quantization_config.packed = PackedConfig(modules)

@@ -22,6 +22,7 @@ from subnibble.checkpoint.packed import (
     PackedEmbeddingEntry,
     PackedLinearEntry,
     TiedHeadEntry,
+    gather_type,
     packed_config_of,
 )
 from subnibble.checkpoint.safetensors_source import STORED_TYPES, read_header
@@ -31,6 +32,7 @@ from subnibble.errors import CheckpointError
 from subnibble.model.arch import ARCHITECTURES
 from subnibble.model.skeleton import Skeleton
 from subnibble.runtime.modules import PackedEmbedding, PackedLinear, PackedModule, TiedHead, add_output_bias_
+from subnibble.runtime.ops import LinearTerms
 
 
 class SubnibbleConfig(QuantizationConfigMixin):
@@ -95,10 +97,8 @@ def replace_module(model: Any, path: str, module: nn.Module, entry: Any, dtype: 
                 "config.json does not belong to these weights"
             )
     match entry:
-        case PackedLinearEntry(layout, has_bias, has_column_scale):
-            bias = torch.empty(layout.rows, dtype=dtype, device="meta") if has_bias else None
-            scale = torch.empty(layout.columns, dtype=torch.float16, device="meta") if has_column_scale else None
-            model.set_submodule(path, PackedLinear(layout.empty(), bias, scale))
+        case PackedLinearEntry():
+            model.set_submodule(path, PackedLinear(_empty_terms(entry, dtype)))
         case PackedEmbeddingEntry(layout):
             model.set_submodule(path, PackedEmbedding(layout.empty(), dtype))
         case TiedHeadEntry(table):
@@ -113,6 +113,22 @@ def replace_module(model: Any, path: str, module: nn.Module, entry: Any, dtype: 
             model._tied_weights_keys = None
         case NormBiasEntry(rows):
             add_output_bias_(module, torch.empty(rows, dtype=dtype, device="meta"))
+
+
+def _empty_terms(entry: PackedLinearEntry, dtype: torch.dtype) -> LinearTerms:
+    """Storage of the right shapes and types, on the meta device. dtype: of the bias."""
+    columns = entry.layout.columns
+    return LinearTerms(
+        weight=entry.layout.empty(),
+        bias=torch.empty(entry.layout.rows, dtype=dtype, device="meta") if entry.bias else None,
+        column_scale=torch.empty(columns, dtype=torch.float16, device="meta") if entry.column_scale else None,
+        gather=torch.empty(columns, dtype=gather_type(columns), device="meta") if entry.gather else None,
+        blocks=entry.blocks,
+        activation=entry.activation,
+        salient=None if entry.salient is None else entry.salient.empty(),
+        residual=entry.residual,
+        low_rank=None if entry.low_rank is None else (entry.low_rank[0].empty(), entry.low_rank[1].empty()),
+    )
 
 
 def _verify(model: Any, files: list[Path]) -> None:

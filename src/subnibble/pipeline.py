@@ -17,7 +17,7 @@ The order lives here and in `block_run.py` alone; methods say what happens at ea
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ from subnibble.errors import OutputError
 from subnibble.methods import find_method
 from subnibble.methods.method import Steps
 from subnibble.model.skeleton import Skeleton
-from subnibble.plan import check_plain, packed_bytes, plan_rotation, plan_schemes
+from subnibble.plan import Plan, check_plain, make_plan, packed_bytes, plan_rotation
 from subnibble.progress import Progress, silent
 from subnibble.recipe import Recipe
 from subnibble.report import LinearReport, Report
@@ -54,7 +54,8 @@ from subnibble.runtime import ops
 from subnibble.scheme import Scheme
 from subnibble.tensor import PackedRange, PackedTensor
 from subnibble.transforms.invariance import check_sites
-from subnibble.transforms.rotate import Rotation, rotate_block_
+from subnibble.transforms.residual_order import survey
+from subnibble.transforms.rotate import ResidualEdit
 from subnibble.version import __version__
 
 # Tokens forwarded together: enough to keep the matrix products large.
@@ -101,8 +102,8 @@ class _Run:
     skeleton: Skeleton
     recipe: Recipe
     steps: Steps
-    schemes: dict[str, Scheme | None]
-    rotation: Rotation | None
+    plan: Plan
+    edit: ResidualEdit | None
     windows: Tensor | None
     clock: Clock
     modules: dict[str, Entry] = field(default_factory=dict)
@@ -116,7 +117,7 @@ class _Run:
         device = resolve_device(recipe.device)
         dtype = resolve_dtype(recipe.dtype, source.config.dtype, device)
         skeleton = Skeleton(source, dtype, device)
-        schemes = plan_schemes(recipe, steps, skeleton)
+        plan = make_plan(recipe, steps, skeleton)
         rotation = plan_rotation(recipe, steps, skeleton)
         resolved = replace(
             recipe,
@@ -125,7 +126,7 @@ class _Run:
             dtype=str(dtype).removeprefix("torch."),
             options=asdict(options),
         )
-        resolved = Recipe.from_dict(resolved.to_dict() | _agreed(recipe, schemes))
+        resolved = Recipe.from_dict(resolved.to_dict() | _agreed(recipe, plan.schemes))
         windows = None
         if recipe.calibration is not None:
             check_positions(recipe.window, source.config)
@@ -141,12 +142,12 @@ class _Run:
         with clock.step("check sites"):
             skeleton.check_tied_head()
             check_sites(skeleton)
-        return cls(skeleton, resolved, steps, schemes, rotation, windows, clock)
+        return cls(skeleton, resolved, steps, plan, rotation, windows, clock)
 
     @property
     def head_is_tied(self) -> bool:
         """Whether the head shares the embedding's table in the result; a rotation unties them."""
-        return self.skeleton.tied and self.rotation is None
+        return self.skeleton.tied and (self.edit is None or not self.edit.unties)
 
     def execute(self, writer: CheckpointWriter, progress: Progress) -> Report:
         """Quantize and write everything but the commit."""
@@ -163,9 +164,9 @@ class _Run:
             done = 1 + index * (sites + 1)
             with clock.step("read"):
                 block = skeleton.load_block(index)
-                if self.rotation is not None:
-                    rotate_block_(block, self.rotation)
-            run = BlockRun.prepare(block, self.steps, self.schemes, clock, streams, skeleton.dtype)
+                if self.edit is not None:
+                    self.edit.edit_block_(block)
+            run = BlockRun.prepare(block, self.steps, self.plan, clock, streams, skeleton.dtype)
             for number, site in enumerate(skeleton.arch.sites, start=1):
                 run.correct_norm(site)
                 if self._corrects_norms and index == skeleton.num_blocks - 1 and site == last_norm:
@@ -197,8 +198,10 @@ class _Run:
         skeleton, path = self.skeleton, self.skeleton.arch.embedding
         with self.clock.step("read"):
             weight = skeleton.source.load(f"{path}.weight").to(skeleton.device)
-            if self.rotation is not None:
-                weight = self.rotation.columns(weight.float())
+        if self.windows is not None and self.steps.orders_residual:
+            self.edit = self._survey(weight, self.windows)
+        if self.edit is not None:
+            weight = self.edit.embedding(weight)
         with self.clock.step("embedding"):
             tensors, packed = self._table(path, weight)
             if packed is not None:
@@ -221,6 +224,16 @@ class _Run:
                     streams.wanted.append(exact.to(skeleton.dtype).cpu())
         return streams, tensors
 
+    def _survey(self, table: Tensor, windows: Tensor) -> ResidualEdit:
+        """The order of the residual channels, by the full-precision model. table: the embedding's."""
+        skeleton = self.skeleton
+        with self.clock.step("survey"), torch.no_grad():
+            hidden = [
+                torch.nn.functional.embedding(batch.to(skeleton.device), table).to(skeleton.dtype).cpu()
+                for batch in windows.split(max(1, _TOKENS_PER_BATCH // self.recipe.window))
+            ]
+            return survey(skeleton, hidden, skeleton.block_arguments(self.recipe.window))
+
     def _final_norm(self, wanted: list[Tensor], hidden: list[Tensor]) -> dict[str, Tensor]:
         """The final norm's tensors, its mean shift corrected if the method asks.
 
@@ -228,8 +241,8 @@ class _Run:
         """
         skeleton, path = self.skeleton, self.skeleton.arch.final_norm
         tensors = {f"{path}.weight": self._load(f"{path}.weight")}
-        if self.rotation is not None:
-            tensors[f"{path}.weight"] = torch.ones_like(tensors[f"{path}.weight"])
+        if self.edit is not None:
+            tensors[f"{path}.weight"] = self.edit.final_gain(tensors[f"{path}.weight"])
         if wanted and self.steps.mean_shift is not None:
             norm = skeleton.load(path, skeleton.dtype)
             norm.weight.data = tensors[f"{path}.weight"].to(skeleton.device, skeleton.dtype)
@@ -259,9 +272,9 @@ class _Run:
         with self.clock.step("read"):
             table = skeleton.arch.embedding if skeleton.tied else head
             weight = self._load(f"{table}.weight").to(skeleton.device)
-            if self.rotation is not None:
+            if self.edit is not None:
                 gain = self._load(f"{skeleton.arch.final_norm}.weight").to(skeleton.device)
-                weight = self.rotation.columns(weight.float() * gain.float())
+                weight = self.edit.head(weight, gain)
         with self.clock.step("embedding"):
             stored, packed = self._table(head, weight)
             tensors |= stored
@@ -334,7 +347,7 @@ def _stored(tensor: Tensor) -> Tensor:
     return half if bool(torch.isfinite(half).all()) else tensor.to(torch.bfloat16)
 
 
-def _agreed(recipe: Recipe, schemes: dict[str, Scheme | None]) -> dict[str, str]:
+def _agreed(recipe: Recipe, schemes: Mapping[str, Scheme | None]) -> dict[str, str]:
     """What the recipe leaves to the method, where all linears came to the same and the recipe can say so."""
     used = [scheme for scheme in schemes.values() if scheme is not None]
     agreed = {}
@@ -352,7 +365,7 @@ def _absolute(calibration: str | None) -> str | None:
 
 
 def _check_disk(run: _Run, folder: Path) -> None:
-    needed = packed_bytes(run.recipe, run.steps, run.schemes, run.skeleton) + 64 * 2**20
+    needed = packed_bytes(run.recipe, run.steps, run.plan.schemes, run.skeleton) + 64 * 2**20
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise OutputError(

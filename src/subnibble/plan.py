@@ -3,18 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 
 from subnibble.checkpoint.packed import packed_config_of
 from subnibble.checkpoint.source import Source
+from subnibble.corrections.low_rank import LowRank
+from subnibble.corrections.salient import SalientColumns
 from subnibble.errors import BadRecipe, CheckpointError, UnsupportedModel
 from subnibble.methods.method import Steps
-from subnibble.model.skeleton import Skeleton
+from subnibble.model.skeleton import Block, Skeleton
 from subnibble.recipe import Recipe
-from subnibble.scheme import Scheme
+from subnibble.scheme import ActivationScheme, Scheme
 from subnibble.transforms.rotate import Rotation, can_rotate, make_rotation
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Path of each linear -> how its weight and its input are quantized, None for not at all."""
+
+    schemes: Mapping[str, Scheme | None]
+    activations: Mapping[str, ActivationScheme | None]
+
+    def of_block(self, block: Block) -> tuple[dict[str, Scheme | None], dict[str, ActivationScheme | None]]:
+        """The same for one block, by names in it."""
+        names = block.arch.linears
+        return (
+            {name: self.schemes[f"{block.path}.{name}"] for name in names},
+            {name: self.activations[f"{block.path}.{name}"] for name in names},
+        )
+
+
+def make_plan(recipe: Recipe, steps: Steps, skeleton: Skeleton) -> Plan:
+    """Plan every linear. Raises what `plan_schemes` raises, and `BadRecipe` where a correction does not fit."""
+    schemes = plan_schemes(recipe, steps, skeleton)
+    shapes = skeleton.linear_shapes()
+    planned: dict[str, ActivationScheme | None] = {}
+    for path, scheme in schemes.items():
+        planned[path] = None if scheme is None else recipe.activation_of(path, scheme)
+        if scheme is not None and isinstance(steps.correction, SalientColumns):
+            steps.correction.check(shapes[path][1], scheme, path)
+    return Plan(schemes, planned)
 
 
 def check_plain(source: Source) -> None:
@@ -52,7 +83,8 @@ def plan_rotation(recipe: Recipe, steps: Steps, skeleton: Skeleton) -> Rotation 
 
 def packed_bytes(recipe: Recipe, steps: Steps, schemes: Mapping[str, Scheme | None], skeleton: Skeleton) -> int:
     """Bytes of the weight files that a recipe will give, headers aside. schemes: see `plan_schemes`."""
-    bits = 0
+    linears = skeleton.linear_shapes().items()
+    bits = sum(_extra_bits(steps, *shape, scheme) for path, shape in linears if (scheme := schemes[path]) is not None)
     tables = {f"{skeleton.arch.embedding}.weight", f"{skeleton.arch.head}.weight"}
     shapes = skeleton.parameter_shapes()
     if steps.rotation != "none" and skeleton.tied:
@@ -66,12 +98,22 @@ def packed_bytes(recipe: Recipe, steps: Steps, schemes: Mapping[str, Scheme | No
     return bits // 8
 
 
-def effective_bits(schemes: Mapping[str, Scheme | None], skeleton: Skeleton) -> float:
-    """Stored bits over weights of all quantized linears, without norm biases and unabsorbed column scales."""
+def effective_bits(steps: Steps, schemes: Mapping[str, Scheme | None], skeleton: Skeleton) -> float:
+    """Stored bits over weights of all quantized linears, without norm biases, gathers, unabsorbed column scales."""
     bits = weights = 0
     for path, (rows, columns) in skeleton.linear_shapes().items():
         scheme = schemes[path]
         if scheme is not None:
-            bits += rows * scheme.row_bits(columns)
+            bits += rows * scheme.row_bits(columns) + _extra_bits(steps, rows, columns, scheme)
             weights += rows * columns
     return bits / weights
+
+
+def _extra_bits(steps: Steps, rows: int, columns: int, scheme: Scheme) -> int:
+    """Bits of the terms beside a linear's weight, gathers and column scales aside."""
+    match steps.correction:
+        case SalientColumns() as correction:
+            return rows * correction.row_bits(scheme)
+        case LowRank() as correction:
+            return correction.stored_bits(rows, columns, scheme)
+    return 0

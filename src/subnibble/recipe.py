@@ -13,10 +13,11 @@ import tomli_w
 
 from subnibble.device import AUTO, DTYPES
 from subnibble.errors import BadRecipe
-from subnibble.scheme import Scheme
+from subnibble.scheme import E8M0, ActivationScheme, Scheme
 
 EMBEDDING_BITS = (16, 8, 4)
-_OVERRIDE_KEYS = ("bits", "group_size", "grid", "zero_point", "skip")
+_OVERRIDE_KEYS = ("bits", "group_size", "grid", "zero_point", "activation_bits", "skip")
+PLAIN_ACTIVATIONS = 16
 
 
 @dataclass(frozen=True)
@@ -25,12 +26,15 @@ class Recipe:
 
     method: a name that `subnibble list` shows. bits, group_size, zero_point, scale_type, grid: see `Scheme`; the
     zero_point is that of uniform grids; "auto" leaves grid or zero_point to the method, and is "uniform" and "integer"
-    where that has no wish. embedding_bits: 16, 8 or 4, for embedding and head, on a uniform grid.
+    where that has no wish; "mxfp4" as grid fixes zero_point and scale_type. embedding_bits: 16, 8 or 4, for embedding
+    and head, on a uniform grid. activation_bits: 16 leaves the inputs of linears as they are, 8, 4 and 3 quantize them
+    while the model runs, in groups of activation_group_size (None: as the weights'), with activation_zero_point and
+    activation_clip, see `ActivationScheme`; 4 bits beside mxfp4 weights are mxfp4.
     calibration: a file or a named set; None takes "c4" if the method needs data. num_windows, window: how many windows
     of how many tokens. seed: draws the windows and a rotation's signs. device: where to compute, a torch device or
     "auto". dtype: of activations and weights while computing, see `device.py`. options: the method's own. overrides:
     patterns of linears ("re:..." a regular expression matched from the start, else an exact path) to bits, group_size,
-    grid, zero_point or skip; the first that matches holds.
+    grid, zero_point, activation_bits or skip; the first that matches holds.
     """
 
     method: str = "gptq"
@@ -40,6 +44,10 @@ class Recipe:
     scale_type: str = "float16"
     grid: str = AUTO
     embedding_bits: int = 16
+    activation_bits: int = PLAIN_ACTIVATIONS
+    activation_group_size: int | None = None
+    activation_zero_point: str = "integer"
+    activation_clip: float = 1.0
     calibration: str | None = None
     num_windows: int = 128
     window: int = 2048
@@ -62,7 +70,7 @@ class Recipe:
             raise BadRecipe(f"seed is {self.seed}; give a whole number from 0 to 2**63 - 1")
         if self.dtype not in (AUTO, *DTYPES):
             raise BadRecipe(f"dtype is {self.dtype!r}; choose one of {AUTO}, {', '.join(DTYPES)}")
-        _ = self.scheme, self.embedding_scheme
+        _ = self.embedding_scheme, self.activation
         for pattern, values in self.overrides.items():
             _check_override(self, pattern, values)
 
@@ -70,6 +78,11 @@ class Recipe:
     def scheme(self) -> Scheme:
         """The scheme of linears that no override touches, of a method without wishes."""
         return self._scheme({}, {})
+
+    @property
+    def activation(self) -> ActivationScheme | None:
+        """How inputs of linears are quantized that no override touches."""
+        return self._activation({}, self.scheme)
 
     @property
     def embedding_scheme(self) -> Scheme | None:
@@ -83,14 +96,29 @@ class Recipe:
 
         prefers: the grid and zero-point that the method wants there at a bit width, for what the recipe leaves open.
         """
-        values: Mapping[str, Any] = {}
-        for pattern, found in self.overrides.items():
-            if matches(pattern, path):
-                values = found
-                break
+        values = self._override(path)
         if values.get("skip", False):
             return None
         return self._scheme(values, prefers(values.get("bits", self.bits)))
+
+    def activation_of(self, path: str, scheme: Scheme) -> ActivationScheme | None:
+        """How the input of the linear at `path` is quantized, None for not at all. scheme: its weight's."""
+        return self._activation(self._override(path), scheme)
+
+    def _override(self, path: str) -> Mapping[str, Any]:
+        for pattern, found in self.overrides.items():
+            if matches(pattern, path):
+                return found
+        return {}
+
+    def _activation(self, values: Mapping[str, Any], scheme: Scheme) -> ActivationScheme | None:
+        bits = values.get("activation_bits", self.activation_bits)
+        if bits == PLAIN_ACTIVATIONS:
+            return None
+        size = scheme.group_size if self.activation_group_size is None else self.activation_group_size
+        if scheme.grid == "mxfp4" and bits == scheme.bits:
+            return ActivationScheme(bits, size, "none", "mxfp4", self.activation_clip)
+        return ActivationScheme(bits, size, self.activation_zero_point, "uniform", self.activation_clip)
 
     def _scheme(self, values: Mapping[str, Any], wishes: Mapping[str, str]) -> Scheme:
         """values: an override's, which come first; wishes: the method's, which come last."""
@@ -99,8 +127,8 @@ class Recipe:
         return Scheme(
             values.get("bits", self.bits),
             values.get("group_size", self.group_size),
-            "none" if grid == "sign" else zero_point,
-            self.scale_type,
+            zero_point if grid == "uniform" else "none",
+            E8M0 if grid == "mxfp4" else self.scale_type,
             grid,
         )
 
@@ -150,13 +178,15 @@ def matches(pattern: str, path: str) -> bool:
 def _check_types(recipe: Recipe) -> None:
     wanted: dict[str, type | tuple[type, ...]] = {
         "method": str, "bits": int, "group_size": int, "zero_point": str, "scale_type": str, "grid": str,
-        "embedding_bits": int, "calibration": (str, type(None)), "num_windows": int, "window": int, "seed": int,
-        "device": str, "dtype": str, "options": Mapping, "overrides": Mapping,
+        "embedding_bits": int, "activation_bits": int, "activation_group_size": (int, type(None)),
+        "activation_zero_point": str, "activation_clip": (float, int), "calibration": (str, type(None)),
+        "num_windows": int, "window": int, "seed": int, "device": str, "dtype": str, "options": Mapping,
+        "overrides": Mapping,
     }  # fmt: skip
     for key, kind in wanted.items():
         value = getattr(recipe, key)
-        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            name = kind.__name__ if isinstance(kind, type) else "str"
+        if not isinstance(value, kind) or isinstance(value, bool):
+            name = (kind if isinstance(kind, type) else kind[0]).__name__
             raise BadRecipe(f"{key} is {value!r}; expected {'a table' if kind is Mapping else name}")
 
 
@@ -173,9 +203,9 @@ def _check_override(recipe: Recipe, pattern: str, values: Any) -> None:
             re.compile(pattern[3:])
         except (re.error, OverflowError) as error:
             raise BadRecipe(f"override {pattern!r} is no regular expression: {error}") from error
-    if values.get("grid") == "sign" and values.get("zero_point", "none") not in ("none", AUTO):
-        raise BadRecipe(f"override {pattern!r}: a sign grid has no zero-point; leave zero_point out")
-    recipe._scheme(values, {})
+    if values.get("grid") in ("sign", "mxfp4") and values.get("zero_point", "none") not in ("none", AUTO):
+        raise BadRecipe(f"override {pattern!r}: a {values['grid']} grid has no zero-point; leave zero_point out")
+    recipe._activation(values, recipe._scheme(values, {}))
 
 
 def _unless_auto(value: str, wish: str) -> str:

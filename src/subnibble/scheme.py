@@ -9,26 +9,35 @@ from typing import Any, Self
 from subnibble.errors import BadRecipe
 
 BITS = (2, 3, 4, 8)
-GRIDS = ("uniform", "sign")
+GRIDS = ("uniform", "sign", "mxfp4")
 ZERO_POINTS = ("none", "integer", "real")
 # A sign-basis grid stores a scale a bit and searches all its levels for each weight.
 _LARGEST_SIGN_BITS = 4
 SCALE_TYPES = {"float16": 16, "bfloat16": 16, "float32": 32}
+# A biased exponent, of powers of two.
+E8M0 = "e8m0"
+_SCALE_BITS = {**SCALE_TYPES, E8M0: 8}
 WHOLE_CHANNEL = -1
+# Of the OCP Microscaling specification 1.0.
+MX_GROUP = 32
+ACTIVATION_BITS = (3, 4, 8)
+# Dynamic scales are rounded to bfloat16, whose range no activation leaves.
+_ACTIVATION_SCALE_BITS = 16
 
 
 @dataclass(frozen=True)
 class Scheme:
     """A grid of `2**bits` levels for each row and group; a code says which.
 
-    grid: "uniform", `w = scale * (code - zero)` with one scale; or "sign", `w = sum_k scale_k * (+1 if bit k of the
-        code is set else -1)` with a scale a bit: symmetric about 0, no level at 0, not evenly spaced.
+    grid: "uniform", `w = scale * (code - zero)` with one scale; "sign", `w = sum_k scale_k * (+1 if bit k of the
+        code is set else -1)` with a scale a bit: symmetric about 0, no level at 0, not evenly spaced; or "mxfp4",
+        `w = scale * E2M1(code)` in groups of 32 with scales that are powers of two (OCP Microscaling 1.0).
     bits: width of a code: 2, 3, 4 or 8.
     group_size: consecutive input columns that share a scale; -1 is the whole row. A width that it does not
         divide ends in a shorter group.
     zero_point: of a uniform grid; a sign grid has "none". "none" puts code `2**(bits-1)` at 0, "integer" stores a
         code-wide integer per group, "real" stores a number of `scale_type` per group.
-    scale_type: how scales and real zero-points are stored.
+    scale_type: how scales and real zero-points are stored; "e8m0", a biased exponent, on an mxfp4 grid and only there.
     """
 
     bits: int
@@ -46,7 +55,7 @@ class Scheme:
             raise BadRecipe(f"group_size is {self.group_size}; give a positive number, or -1 for the whole row")
         if self.zero_point not in ZERO_POINTS:
             raise BadRecipe(f"zero_point is {self.zero_point!r}; choose one of {', '.join(ZERO_POINTS)}")
-        if self.scale_type not in SCALE_TYPES:
+        if self.scale_type not in SCALE_TYPES and (self.grid, self.scale_type) != ("mxfp4", E8M0):
             raise BadRecipe(f"scale_type is {self.scale_type!r}; choose one of {', '.join(SCALE_TYPES)}")
         if self.grid not in GRIDS:
             raise BadRecipe(f"grid is {self.grid!r}; choose one of {', '.join(GRIDS)}")
@@ -54,6 +63,12 @@ class Scheme:
             raise BadRecipe(
                 f"a sign grid has at most {_LARGEST_SIGN_BITS} bits and no zero-point; found {self.bits} bits and "
                 f"zero_point {self.zero_point!r}: use 2, 3 or 4 bits, or a uniform grid"
+            )
+        found = (self.bits, self.group_size, self.zero_point, self.scale_type)
+        if self.grid == "mxfp4" and found != (4, MX_GROUP, "none", E8M0):
+            raise BadRecipe(
+                f"an mxfp4 grid has 4 bits, groups of {MX_GROUP}, no zero-point and e8m0 scales; found {found[0]} "
+                f"bits, groups of {found[1]}, zero_point {found[2]!r}, {found[3]}; set bits = 4, group_size = 32"
             )
 
     @property
@@ -72,13 +87,14 @@ class Scheme:
         group = "channel" if self.group_size == WHOLE_CHANNEL else f"g{self.group_size}"
         zero = {"none": "-sym", "integer": "", "real": "-real"}[self.zero_point]
         kind = "-sign" if self.grid == "sign" else zero
+        if self.grid == "mxfp4":
+            return f"mxfp4g{self.group_size}"
         scale = "" if self.scale_type == "float16" else f"-{self.scale_type}"
         return f"w{self.bits}{group}{kind}{scale}"
 
     def group_bounds(self, columns: int) -> list[tuple[int, int]]:
         """Start and stop column of every group of a row of `columns`; the last may be shorter."""
-        width = columns if self.group_size == WHOLE_CHANNEL else self.group_size
-        return [(start, min(start + width, columns)) for start in range(0, columns, width)]
+        return _bounds(self.group_size, columns)
 
     def groups(self, columns: int) -> int:
         """Number of groups in a row of `columns`."""
@@ -99,7 +115,7 @@ class Scheme:
     def row_bits(self, columns: int) -> int:
         """All bits stored for one row: codes with padding, scales and zero-points."""
         groups = self.groups(columns)
-        scale = SCALE_TYPES[self.scale_type]
+        scale = _SCALE_BITS[self.scale_type]
         zeros = {"none": 0, "integer": 8 * self.row_bytes(groups), "real": groups * scale}[self.zero_point]
         return 8 * self.row_bytes(columns) + groups * self.scales_per_group * scale + zeros
 
@@ -115,3 +131,81 @@ class Scheme:
         if unknown:
             raise BadRecipe(f"unknown scheme key {unknown[0]!r}; known: {', '.join(sorted(known))}")
         return cls(**values)
+
+
+@dataclass(frozen=True)
+class ActivationScheme:
+    """How a linear's input is quantized while it runs: dynamically, each token by itself.
+
+    bits: 8, 4 or 3. group_size: consecutive channels that share a scale; -1 is the whole token. A width that it does
+    not divide ends in a shorter group. grid: "uniform", or "mxfp4" (4 bits, groups of 32, symmetric; the scale is
+    2^(floor(log2 max|x|) - 2), and what is beyond the largest level saturates, as OCP Microscaling 1.0 has it).
+    zero_point: of a uniform grid. "none": levels -(2^(b-1) - 1) .. 2^(b-1) - 1, scale max|x| / (2^(b-1) - 1);
+    "integer": 2^b levels from min(x, 0) to max(x, 0). clip: the share of that range that is kept. Uniform scales are
+    rounded to bfloat16.
+    """
+
+    bits: int
+    group_size: int = WHOLE_CHANNEL
+    zero_point: str = "integer"
+    grid: str = "uniform"
+    clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        if type(self.bits) is not int or self.bits not in ACTIVATION_BITS:
+            raise BadRecipe(f"activation bits are {self.bits!r}; choose one of {', '.join(map(str, ACTIVATION_BITS))}")
+        if type(self.group_size) is not int or (self.group_size != WHOLE_CHANNEL and self.group_size < 1):
+            raise BadRecipe(
+                f"the activations' group_size is {self.group_size!r}; give a positive number, or -1 for the whole token"
+            )
+        if self.grid not in ("uniform", "mxfp4"):
+            raise BadRecipe(f"the activations' grid is {self.grid!r}; choose uniform or mxfp4")
+        if self.zero_point not in ("none", "integer"):
+            raise BadRecipe(f"the activations' zero_point is {self.zero_point!r}; choose none or integer")
+        if isinstance(self.clip, bool) or not isinstance(self.clip, int | float) or not 0 < self.clip <= 1:
+            raise BadRecipe(f"the activations' clip is {self.clip!r}; give a number above 0 and at most 1")
+        found = (self.bits, self.group_size, self.zero_point, self.clip)
+        if self.grid == "mxfp4" and found != (4, MX_GROUP, "none", 1):
+            raise BadRecipe(
+                f"mxfp4 activations have 4 bits, groups of {MX_GROUP}, no zero-point and no clip; found {self.bits} "
+                f"bits, groups of {self.group_size}, zero_point {self.zero_point!r}, clip {self.clip:g}"
+            )
+
+    @property
+    def name(self) -> str:
+        """Short name for tables, for example `a4g128`."""
+        group = "token" if self.group_size == WHOLE_CHANNEL else f"g{self.group_size}"
+        if self.grid == "mxfp4":
+            return f"amxfp4{group}"
+        clip = "" if self.clip == 1 else f"-clip{self.clip!r}"
+        return f"a{self.bits}{group}{'-sym' if self.zero_point == 'none' else ''}{clip}"
+
+    def group_bounds(self, channels: int) -> list[tuple[int, int]]:
+        """First and stop channel of every group of a token of `channels`; the last may be shorter."""
+        return _bounds(self.group_size, channels)
+
+    def token_bits(self, channels: int) -> int:
+        """All bits of a token of `channels`: codes, scales, zero-points."""
+        groups = len(self.group_bounds(channels))
+        if self.grid == "mxfp4":
+            return self.bits * channels + _SCALE_BITS[E8M0] * groups
+        zero = self.bits if self.zero_point == "integer" else 0
+        return self.bits * channels + groups * (_ACTIVATION_SCALE_BITS + zero)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dictionary, the inverse of `from_dict`."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Build from a dictionary; an unknown key is an error."""
+        known = {field.name for field in fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise BadRecipe(f"unknown activation scheme key {unknown[0]!r}; known: {', '.join(sorted(known))}")
+        return cls(**values)
+
+
+def _bounds(group_size: int, columns: int) -> list[tuple[int, int]]:
+    width = columns if group_size == WHOLE_CHANNEL else group_size
+    return [(start, min(start + width, columns)) for start in range(0, columns, width)]

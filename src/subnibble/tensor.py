@@ -13,17 +13,34 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from subnibble import mxfp4
 from subnibble.errors import CheckpointError
 from subnibble.scheme import Scheme
 
 # Codes of one word fill whole bytes: (codes, bytes) of a word by bit width.
 _WORD = {2: (4, 1), 3: (8, 3), 4: (2, 1), 8: (1, 1)}
-_SCALE_DTYPE = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+_SCALE_DTYPE = {
+    "float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "e8m0": torch.uint8,
+}  # fmt: skip
 
 
 def scale_dtype(scheme: Scheme) -> torch.dtype:
     """The torch dtype in which `scheme` stores scales and real zero-points."""
     return _SCALE_DTYPE[scheme.scale_type]
+
+
+def stored_scales(scales: Tensor, scheme: Scheme) -> Tensor:
+    """Scales (m, n) float32, exact in the scheme's type, as they are stored."""
+    if scheme.scale_type == "e8m0":
+        return mxfp4.encode_e8m0(scales)
+    return scales.to(scale_dtype(scheme))
+
+
+def float_scales(stored: Tensor, scheme: Scheme) -> Tensor:
+    """Stored scales as float32; inverse of `stored_scales`."""
+    if scheme.scale_type == "e8m0":
+        return mxfp4.decode_e8m0(stored)
+    return stored.float()
 
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
@@ -116,7 +133,7 @@ class PackedRange:
             scheme,
             coded.codes.shape[1],
             pack_codes(coded.codes, scheme.bits),
-            coded.scales.to(scale_dtype(scheme)),
+            stored_scales(coded.scales, scheme),
             stored_zeros,
         )
 
@@ -139,19 +156,28 @@ class PackedRange:
     def unpack(self) -> CodedMatrix:
         """The codes, scales and zero-points, unpacked; inverse of `pack`."""
         codes = unpack_codes(self.codes, self.scheme.bits, self.columns)
-        return CodedMatrix(codes, self.scales.float(), self._zeros())
+        return CodedMatrix(codes, float_scales(self.scales, self.scheme), self.float_zeros())
 
     def dequantize(self) -> Tensor:
         """Dense float32 (m, columns), by the scheme's grid."""
         codes = unpack_codes(self.codes, self.scheme.bits, self.columns)
-        return self._on_sign_grid(codes) if self.scheme.grid == "sign" else self._on_uniform_grid(codes)
+        if self.scheme.grid == "sign":
+            return self._on_sign_grid(codes)
+        return self._on_mx_grid(codes) if self.scheme.grid == "mxfp4" else self._on_uniform_grid(codes)
 
     def _on_uniform_grid(self, codes: Tensor) -> Tensor:
         values = codes.float()
-        scales, zeros = self.scales.float().unsqueeze(-1), self._zeros()
+        scales, zeros = self.scales.float().unsqueeze(-1), self.float_zeros()
         centre = torch.full_like(scales, self.scheme.levels // 2) if zeros is None else zeros.unsqueeze(-1)
         for view, groups in grouped_views(values, self.scheme):
             view.sub_(centre[:, groups]).mul_(scales[:, groups])
+        return values
+
+    def _on_mx_grid(self, codes: Tensor) -> Tensor:
+        values = mxfp4.decode_e2m1(codes)
+        scales = float_scales(self.scales, self.scheme).unsqueeze(-1)
+        for view, groups in grouped_views(values, self.scheme):
+            view.mul_(scales[:, groups])
         return values
 
     def _on_sign_grid(self, codes: Tensor) -> Tensor:
@@ -170,7 +196,8 @@ class PackedRange:
         zeros = None if self.zeros is None else self.zeros[index]
         return PackedRange(self.scheme, self.columns, self.codes[index], self.scales[index], zeros)
 
-    def _zeros(self) -> Tensor | None:
+    def float_zeros(self) -> Tensor | None:
+        """Zero-points (m, groups) float32, or None if the scheme has none."""
         if self.zeros is None:
             return None
         if self.scheme.zero_point == "real":

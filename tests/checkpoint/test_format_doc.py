@@ -3,23 +3,38 @@
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from subnibble.checkpoint.packed import PackedConfig, PackedLinearEntry
+from subnibble.checkpoint.packed import PackedConfig, PackedLinearEntry, gather_type, stored_shapes
 from subnibble.checkpoint.size import measure
-from subnibble.scheme import Scheme
+from subnibble.mxfp4 import E2M1
+from subnibble.runtime.activations import quantize
+from subnibble.runtime.hadamard import hadamard
+from subnibble.runtime.ops import LinearTerms, linear
+from subnibble.scheme import ActivationScheme, Scheme
 from subnibble.tensor import PackedLayout, PackedTensor, pack_codes, scale_dtype, unpack_codes
 
 DOC = (Path(__file__).parents[2] / "docs" / "format.md").read_text(encoding="utf-8")
-CONFIG, VECTORS = (json.loads(block) for block in re.findall(r"```json\n(.*?)```", DOC, re.DOTALL))
+CONFIG, VECTORS, CONFIG_3, TOKENS, LINEAR = (
+    json.loads(block) for block in re.findall(r"```json\n(.*?)```", DOC, re.DOTALL)
+)
+DOWN = "model.layers.0.mlp.down_proj"
 STREAMS = re.findall(r"^bits (\d): codes ([\d ]+) -> bytes ([0-9a-f ]+)$", DOC, re.MULTILINE)
 TENSORS = re.findall(r"^\| `(model\.\S+)` \| (\w+) \| \((\d+), (\d+)\) \|$", DOC, re.MULTILINE)
-TYPES = {torch.uint8: "U8", torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
-WIDTHS = {"U8": 8, "F16": 16, "BF16": 16, "F32": 32}
+COMPOSED_TENSORS = re.findall(
+    r"^\| `([a-z_.]+)` \| (\w+) \| \(([\d, ]+)\) \|$", DOC.split("## Composed")[1], re.MULTILINE
+)
+E2M1_ROWS = re.findall(r"^\| (?:code|E2M1) \| (.*) \|$", DOC, re.MULTILINE)
+KRONECKER = re.findall(r"^hadamard (\d+): (.*)$", DOC, re.MULTILINE)
+TYPES = {
+    torch.uint8: "U8", torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.int16: "I16",
+}  # fmt: skip
+WIDTHS = {"U8": 8, "F16": 16, "BF16": 16, "F32": 32, "I16": 16}
 
 
 def bytes_row(text: str) -> torch.Tensor:
@@ -29,7 +44,12 @@ def bytes_row(text: str) -> torch.Tensor:
 def test_the_examples_are_found() -> None:
     assert {bits for bits, _, _ in STREAMS} == {"2", "3", "4", "8"}
     assert {vector["scheme"]["zero_point"] for vector in VECTORS} == {"none", "integer", "real"}
-    assert {vector["scheme"]["grid"] for vector in VECTORS} == {"uniform", "sign"}
+    assert {vector["scheme"]["grid"] for vector in VECTORS} == {"uniform", "sign", "mxfp4"}
+    assert {token["activation"]["grid"] for token in TOKENS} == {"uniform", "mxfp4"}
+    assert {token["activation"]["zero_point"] for token in TOKENS} == {"none", "integer"}
+    assert len(E2M1_ROWS) == 2
+    assert len(KRONECKER) == 6
+    assert {entry["kind"] for entry in CONFIG_3["modules"].values()} == {"composed_linear", "linear"}
     kinds = {entry["kind"] for entry in CONFIG["modules"].values()}
     assert kinds == {"linear", "embedding", "tied_head", "norm_bias"}
 
@@ -54,8 +74,129 @@ def test_stored_rows_have_the_documented_weights(vector) -> None:
     assert packed.dequantize().tolist() == [vector["weights"]]
 
 
-def test_the_documented_config_is_read_and_written_back_the_same() -> None:
-    assert PackedConfig.from_dict(CONFIG).to_dict() == CONFIG
+@pytest.mark.parametrize("config", [CONFIG, CONFIG_3], ids=["version 1", "version 3"])
+def test_the_documented_config_is_read_and_written_back_the_same(config) -> None:
+    assert PackedConfig.from_dict(config).to_dict() == config
+
+
+def test_the_documented_numbers_of_mxfp4_are_those_of_the_code() -> None:
+    codes, values = ([float(cell) for cell in row.split(" | ")] for row in E2M1_ROWS)
+    assert codes == list(range(16))
+    assert values == list(E2M1)
+    scheme = Scheme.from_dict(json.loads(re.search(r"An mxfp4 grid is `(.*)` and", DOC)[1]))
+    assert scheme == Scheme(4, 32, "none", "e8m0", "mxfp4")
+
+
+def test_the_documented_keys_are_those_of_the_schemes_and_of_a_composed_linear() -> None:
+    keys = set(re.findall(r"^\| `(\w+)` \| ", DOC.split("**`activations`** gives")[1], re.MULTILINE))
+    assert set(ActivationScheme(4).to_dict()) < keys
+    assert set(CONFIG_3["modules"][DOWN]) - {"kind", "rows", "ranges", "bias"} < keys
+    for scheme in CONFIG_3["activations"].values():
+        assert set(scheme) == set(ActivationScheme(4).to_dict())
+
+
+@pytest.mark.parametrize("token", TOKENS, ids=lambda token: ActivationScheme.from_dict(token["activation"]).name)
+def test_documented_tokens_have_the_documented_numbers(token) -> None:
+    found = quantize(torch.tensor([token["token"]]), ActivationScheme.from_dict(token["activation"]))
+    assert found.numbers.tolist() == [token["numbers"]]
+    assert found.scales.tolist() == [token["scales"]]
+
+
+def as_documented(order: int) -> tuple[torch.Tensor, list[int]] | None:
+    """`H(order)` built as the page says, and the factors of its Kronecker product from left to right."""
+    if order == 1:
+        return torch.ones(1, 1, dtype=torch.float64), []
+    for f in range(order, 1, -1):
+        q = f - 1
+        prime = f == 2 or (q % 4 == 3 and all(q % d for d in range(2, q)))
+        rest = as_documented(order // f) if order % f == 0 and prime else None
+        if rest is not None:
+            matrix = torch.ones(f, f, dtype=torch.float64)
+            if f == 2:
+                matrix[1, 1] = -1
+            else:
+                squares = {i * i % q for i in range(1, q)}
+                matrix[1:, 0] = -1
+                for i in range(1, f):
+                    for j in range(1, f):
+                        matrix[i, j] = 1 if i == j or (i - j) % q in squares else -1
+            return torch.kron(rest[0], matrix), [*rest[1], f]
+    return None
+
+
+@pytest.mark.parametrize("order", [1, 2, 4, 8, 12, 16, 20, 24, 28, 40, 64, 80, 92, 96, 160])
+def test_the_documented_hadamard_matrices_are_those_of_the_code(order) -> None:
+    found, expected = hadamard(order), as_documented(order)
+    assert (found is None) == (expected is None)
+    assert found is None or torch.equal(found, expected[0])
+
+
+@pytest.mark.parametrize(("order", "product"), KRONECKER)
+def test_documented_widths_have_the_documented_factors(order, product) -> None:
+    expected = as_documented(int(order))
+    assert product == ("none" if expected is None else " ".join(f"P({f})" for f in expected[1]))
+
+
+def test_the_documented_smallest_matrix_is_that_of_the_code() -> None:
+    rows = re.search(r"^P\(4\): (.*)$", DOC, re.MULTILINE)[1].split(" / ")
+    assert [[int(sign) for sign in row.split()] for row in rows] == hadamard(4).tolist()
+
+
+def documented_linear() -> LinearTerms:
+    """The linear of the page, of its stored tensors."""
+    config = {"quant_method": "subnibble", "format_version": 3, "modules": {"at": LINEAR["module"]}}
+    config |= {key: LINEAR[key] for key in ("schemes", "activations")}
+    entry = PackedConfig.from_dict(config).modules["at"]
+    stored = {"bias": torch.float32, "column_scale": torch.float16, "gather": torch.int16}
+    plain = {name: torch.tensor(LINEAR["tensors"][name], dtype=kind) for name, kind in stored.items()}
+    matrices = {}
+    for prefix, layout in entry.matrices.items():
+        state = {}
+        for name, tensor in layout.empty().state().items():
+            rows = LINEAR["tensors"][prefix + name]
+            is_bytes = tensor.dtype == torch.uint8
+            state[name] = (
+                torch.cat([bytes_row(row) for row in rows]) if is_bytes else torch.tensor(rows, dtype=tensor.dtype)
+            )
+        matrices[prefix] = PackedTensor.from_state(state, layout)
+    assert set(LINEAR["tensors"]) == {p + n for p, m in matrices.items() for n in m.state()} | set(plain)
+    return LinearTerms(
+        matrices[""], plain["bias"], plain["column_scale"], plain["gather"], entry.blocks, entry.activation,
+        matrices["salient."], entry.residual, (matrices["down."], matrices["up."]),
+    )  # fmt: skip
+
+
+def test_the_documented_linear_gives_the_documented_output() -> None:
+    terms, x = documented_linear(), torch.tensor([LINEAR["x"]])
+    assert torch.equal(linear(x, terms), torch.tensor([LINEAR["y"]]))
+    c, g = terms.column_scale.float(), terms.gather.long()
+    entered = (x * c)[:, g] @ as_documented(4)[0].float() / 2
+    assert entered.tolist() == [LINEAR["after step 3"]]
+    found = quantize(entered, terms.activation)
+    assert found.numbers.tolist() == [LINEAR["numbers"]]
+    assert found.scales.tolist() == [LINEAR["scales"]]
+    # The example tells the terms apart.
+    nothing = {"bias": None, "column_scale": None, "gather": None, "blocks": (), "activation": None, "low_rank": None,
+               "residual": "none"}  # fmt: skip
+    for name, value in nothing.items():
+        assert not torch.equal(linear(x, replace(terms, **{name: value})), torch.tensor([LINEAR["y"]])), name
+    for residual in ("none", "weight"):
+        assert not torch.equal(linear(x, replace(terms, residual=residual)), torch.tensor([LINEAR["y"]]))
+
+
+def test_the_documented_composed_linear_stores_the_documented_tensors() -> None:
+    entry = PackedConfig.from_dict(CONFIG_3).modules[DOWN]
+    stored = {
+        prefix + name: (TYPES[tensor.dtype], tuple(tensor.shape))
+        for prefix, layout in entry.matrices.items()
+        for name, tensor in layout.empty().state().items()
+    }
+    stored |= {"column_scale": ("F16", (192,)), "gather": (TYPES[gather_type(192)], (192,))}
+    documented = {name: (kind, tuple(map(int, shape.split(", ")))) for name, kind, shape in COMPOSED_TENSORS}
+    assert stored == documented
+    assert {name: shape for name, (_, shape) in documented.items()} == {
+        name.removeprefix(f"{DOWN}."): shape for name, shape in stored_shapes(PackedConfig({DOWN: entry})).items()
+    }
 
 
 def test_the_documented_config_stores_the_documented_tensors() -> None:
@@ -68,15 +209,13 @@ def test_the_documented_config_stores_the_documented_tensors() -> None:
 
 
 class ExampleSource:
-    """The documented checkpoint, seen through its headers: one weight file of 20000 bytes, biases in F32."""
+    """A documented checkpoint, seen through its headers: shapes and widths by name, one weight file of 20000 bytes."""
 
     path = Path("example")
-    config = SimpleNamespace(model_type="llama", quantization_config=CONFIG)
 
-    def __init__(self) -> None:
-        tensors = {name: ((int(rows), int(columns)), WIDTHS[kind]) for name, kind, rows, columns in TENSORS}
-        biases = re.findall(r"`(\S+\.bias)` \((\d+)\)", DOC)
-        self.tensors = tensors | {name: ((int(rows),), 32) for name, rows in biases}
+    def __init__(self, config: dict, tensors: dict[str, tuple[tuple[int, ...], int]]) -> None:
+        self.config = SimpleNamespace(model_type="llama", quantization_config=config)
+        self.tensors = tensors
 
     def names(self) -> list[str]:
         return list(self.tensors)
@@ -98,8 +237,37 @@ def test_the_documented_bits_are_those_that_are_measured() -> None:
     terms = re.search(r"take 64 \* \(([\d +]+)\) and 64 \* \(([\d +]+)\) bits", DOC).groups()
     documented = [64 * sum(map(int, term.split("+"))) for term in terms]
     assert documented == [layout.stored_bits for layout in linears]
-    size = measure(ExampleSource())
+    tensors = {name: ((int(rows), int(columns)), WIDTHS[kind]) for name, kind, rows, columns in TENSORS}
+    biases = re.findall(r"`(\S+\.bias)` \((\d+)\)", DOC)
+    size = measure(ExampleSource(CONFIG, tensors | {name: ((int(rows),), 32) for name, rows in biases}))
+    assert size.activation_bits == 16
     assert f"these are {size.effective_bits:.3f} effective bits" in DOC
     # The table, both linears, and two biases.
     assert size.parameters == 100 * 64 + 64 * 64 + 64 * 72 + 64 + 64
     assert size.model_bits == 8 * 20000 / size.parameters
+
+
+def test_the_documented_bits_of_version_3_are_those_that_are_measured() -> None:
+    packed = PackedConfig.from_dict(CONFIG_3)
+    names = stored_shapes(packed)
+    widths = {f"{DOWN}.{name}": WIDTHS[kind] for name, kind, _ in COMPOSED_TENSORS}
+    size = measure(ExampleSource(CONFIG_3, {name: (shape, widths.get(name, 8)) for name, shape in names.items()}))
+    text = " ".join(DOC.split("Those of version 3 take")[1].split("## Versions")[0].split())
+    down, up = re.match(r"(.*) and (192 \* \([\d +]+\)) bits", text).groups()
+    bits = [sum(math.prod(eval_sum(f) for f in term.split(" * ")) for term in split_sum(part)) for part in (down, up)]
+    assert bits[0] == sum(math.prod(names[name]) * width for name, width in widths.items())
+    assert sum(bits) / (64 * 192 + 192 * 64) == size.effective_bits
+    assert f"these are {size.effective_bits:.3f} effective bits" in text
+    assert f"over 192 + 64 channels {size.activation_bits:.3f} activation bits" in text
+    assert size.activation_bits == ((768 + 40) + 2 * (128 + 20) + (32 + 20) + 1024) / (192 + 64)
+    assert "(768 + 40) + 2 * (128 + 20) + (32 + 20) and 1024 bits" in text
+    assert size.parameters == 64 * 192 + 192 * 64
+
+
+def split_sum(text: str) -> list[str]:
+    """Terms of a sum, sums in brackets kept whole."""
+    return re.split(r" \+ (?![^(]*\))", text)
+
+
+def eval_sum(text: str) -> int:
+    return sum(int(number) for number in text.strip("()").split(" + "))

@@ -12,6 +12,7 @@ from subnibble.evaluate.layer_error import layer_errors
 from subnibble.model.arch.llama import LLAMA
 from subnibble.rounding import grid
 from subnibble.runtime.modules import PackedLinear
+from subnibble.runtime.ops import LinearTerms
 from subnibble.scheme import Scheme
 from subnibble.tensor import PackedRange, PackedTensor
 
@@ -40,7 +41,7 @@ def packed(reference: Any, paths: tuple[str, ...]) -> Any:
     for path in paths:
         coded = grid.coded(model.get_submodule(path).weight.detach(), SCHEME, grid.Clip())
         weight = PackedTensor((PackedRange.pack(coded, SCHEME),))
-        model.set_submodule(path, PackedLinear(weight, None))
+        model.set_submodule(path, PackedLinear(LinearTerms(weight, None)))
     return model
 
 
@@ -94,7 +95,7 @@ def test_layer_error_of_a_linear_that_lost_nothing_is_zero_and_of_zeros_is_one()
     model = packed(reference, (path, zeros))
     reference.get_submodule(path).weight.data.copy_(model.get_submodule(path).packed.dequantize())
     blank = grid.coded(torch.zeros(48, 80), SCHEME, grid.Clip())
-    model.set_submodule(zeros, PackedLinear(PackedTensor((PackedRange.pack(blank, SCHEME),)), None))
+    model.set_submodule(zeros, PackedLinear(LinearTerms(PackedTensor((PackedRange.pack(blank, SCHEME),)), None)))
     assert layer_errors(model, reference, windows()) == {path: 0.0, zeros: 1.0}
 
 

@@ -2,14 +2,17 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from subnibble.runtime import ops
+from subnibble.runtime.hadamard import hadamard, multiply
 from subnibble.runtime.modules import PackedEmbedding, PackedLinear, TiedHead, add_output_bias_
-from subnibble.scheme import Scheme
+from subnibble.runtime.ops import LinearTerms
+from subnibble.scheme import ActivationScheme, Scheme
 from subnibble.tensor import CodedMatrix, PackedRange, PackedTensor, scale_dtype
 
 ROWS = 9
@@ -98,7 +101,7 @@ def state_bytes(module: nn.Module) -> dict[str, tuple[torch.dtype, bytes]]:
 def test_packed_linear_equals_the_dense_linear(name, dtype, has_bias) -> None:
     weight = packed_tensor(name)
     bias = bias_of(ROWS).to(dtype) if has_bias else None
-    linear = PackedLinear(weight, bias)
+    linear = PackedLinear(LinearTerms(weight, bias))
     x = inputs(linear.in_features, dtype)
     y = linear(x)
     assert y.dtype == dtype
@@ -160,8 +163,8 @@ def test_the_linear_oracle_rejects_a_planted_fault_of_the_weight(fault) -> None:
     fault(coded)
     wrong = PackedTensor((PackedRange.pack(coded, scheme),))
     w, x, bias = dense(PackedTensor((right,))), inputs(139), bias_of(ROWS)
-    assert within_bound(PackedLinear(PackedTensor((right,)), bias)(x), x, w, bias)
-    assert not within_bound(PackedLinear(wrong, bias)(x), x, w, bias)
+    assert within_bound(PackedLinear(LinearTerms(PackedTensor((right,)), bias))(x), x, w, bias)
+    assert not within_bound(PackedLinear(LinearTerms(wrong, bias))(x), x, w, bias)
 
 
 def one_output_off_by_five_percent(y: Tensor) -> Tensor:
@@ -204,7 +207,7 @@ OUTPUT_FAULTS = [
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_the_linear_oracle_rejects_a_planted_fault_of_the_output(name, fault) -> None:
     weight, bias = packed_tensor(name), bias_of(ROWS)
-    linear = PackedLinear(weight, bias)
+    linear = PackedLinear(LinearTerms(weight, bias))
     x = inputs(linear.in_features)
     assert not within_bound(fault(linear(x).detach()), x, dense(weight), bias)
 
@@ -212,7 +215,7 @@ def test_the_linear_oracle_rejects_a_planted_fault_of_the_output(name, fault) ->
 @pytest.mark.parametrize("dtype", CAST)
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_cast_leaves_codes_scales_and_zeros_bit_identical(name, dtype) -> None:
-    linear = PackedLinear(packed_tensor(name), bias_of(ROWS))
+    linear = PackedLinear(LinearTerms(packed_tensor(name), bias_of(ROWS)))
     embedding = PackedEmbedding(packed_tensor(name), torch.float32)
     model = nn.ModuleList([linear, embedding, TiedHead(embedding)])
     before, layout = state_bytes(model), linear.layout
@@ -225,7 +228,7 @@ def test_a_cast_leaves_codes_scales_and_zeros_bit_identical(name, dtype) -> None
 
 @pytest.mark.parametrize("dtype", CAST)
 def test_a_cast_there_and_back_changes_no_output(dtype) -> None:
-    linear = PackedLinear(packed_tensor("3 bits, ragged"), None)
+    linear = PackedLinear(LinearTerms(packed_tensor("3 bits, ragged"), None))
     x = inputs(linear.in_features)
     before = linear(x)
     assert torch.equal(CAST[dtype](linear)(x), before)
@@ -235,12 +238,12 @@ def test_a_cast_there_and_back_changes_no_output(dtype) -> None:
 @pytest.mark.parametrize("dtype", CAST)
 def test_a_cast_model_runs_in_its_new_type(dtype) -> None:
     embedding = PackedEmbedding(packed_tensor("3 bits, ragged"), torch.float32)
-    model = nn.Sequential(embedding, PackedLinear(packed_tensor("3 bits, ragged"), bias_of(ROWS)))
+    model = nn.Sequential(embedding, PackedLinear(LinearTerms(packed_tensor("3 bits, ragged"), bias_of(ROWS))))
     assert CAST[dtype](model)(torch.tensor([0, 3])).dtype == dtype
 
 
 def test_moving_to_another_device_moves_everything() -> None:
-    linear = PackedLinear(packed_tensor("two ranges"), bias_of(ROWS)).to("meta", torch.bfloat16)
+    linear = PackedLinear(LinearTerms(packed_tensor("two ranges"), bias_of(ROWS))).to("meta", torch.bfloat16)
     assert {buffer.device.type for buffer in linear.buffers()} == {"meta"}
     types = {name: tensor.dtype for name, tensor in packed_tensor("two ranges").state().items()}
     assert {name: buffer.dtype for name, buffer in linear.named_buffers()} == types
@@ -249,16 +252,16 @@ def test_moving_to_another_device_moves_everything() -> None:
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_stored_names_are_those_of_the_format(name) -> None:
     weight = packed_tensor(name)
-    linear = PackedLinear(weight, bias_of(ROWS))
+    linear = PackedLinear(LinearTerms(weight, bias_of(ROWS)))
     assert set(linear.state_dict()) == {*weight.state(), "bias"}
-    assert set(PackedLinear(weight, None).state_dict()) == set(weight.state())
+    assert set(PackedLinear(LinearTerms(weight, None)).state_dict()) == set(weight.state())
     assert set(PackedEmbedding(weight, torch.float32).state_dict()) == set(weight.state())
 
 
 def test_a_state_dict_loads_into_empty_storage() -> None:
     weight = packed_tensor("two ranges")
-    source = PackedLinear(weight, bias_of(ROWS))
-    target = PackedLinear(weight.layout.empty("cpu"), torch.full((ROWS,), torch.nan))
+    source = PackedLinear(LinearTerms(weight, bias_of(ROWS)))
+    target = PackedLinear(LinearTerms(weight.layout.empty("cpu"), torch.full((ROWS,), torch.nan)))
     target.load_state_dict(source.state_dict())
     x = inputs(source.in_features)
     assert torch.equal(target(x), source(x))
@@ -352,7 +355,7 @@ def test_an_output_bias_follows_casts_copies_and_loaded_weights() -> None:
 
 
 def test_printing_shows_shape_and_schemes() -> None:
-    assert "139 -> 9, w2g32+w8channel-sym" in repr(PackedLinear(packed_tensor("two ranges"), None))
+    assert "139 -> 9, w2g32+w8channel-sym" in repr(PackedLinear(LinearTerms(packed_tensor("two ranges"), None)))
 
 
 # Column scales: y = (x c) Wᵀ + b.
@@ -365,7 +368,7 @@ def column_scale_of(columns: int) -> Tensor:
 
 def scaled_linear(name: str, bias: Tensor | None = None) -> PackedLinear:
     weight = packed_tensor(name)
-    return PackedLinear(weight, bias, column_scale_of(weight.shape[1]))
+    return PackedLinear(LinearTerms(weight, bias, column_scale_of(weight.shape[1])))
 
 
 def within_scaled_bound(y: Tensor, x: Tensor, w: Tensor, bias: Tensor | None, column_scale: Tensor) -> bool:
@@ -389,7 +392,7 @@ def test_a_scaled_linear_equals_the_dense_linear_of_scaled_inputs(name, dtype, h
     wide = torch.promote_types(dtype, torch.float32)
     scaled = (x.to(wide) * linear.column_scale.to(wide)).to(dtype)
     assert torch.equal(y, nn.functional.linear(scaled, linear.packed.dequantize().to(dtype), bias))
-    assert torch.equal(y, ops.linear(x, linear.packed, bias, linear.column_scale))
+    assert torch.equal(y, ops.linear(x, LinearTerms(linear.packed, bias, linear.column_scale)))
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -397,7 +400,7 @@ def test_dequantize_is_the_weight_that_plain_inputs_meet(name) -> None:
     linear = scaled_linear(name)
     assert linear.dequantize().dtype == torch.float32
     assert torch.equal(linear.dequantize(), linear.packed.dequantize() * linear.column_scale.float())
-    plain = PackedLinear(packed_tensor(name), None)
+    plain = PackedLinear(LinearTerms(packed_tensor(name), None))
     assert torch.equal(plain.dequantize(), packed_tensor(name).dequantize())
     x = inputs(linear.in_features)
     assert within_bound(linear(x), x, linear.dequantize().double(), None, c=4.0)
@@ -408,43 +411,45 @@ def test_column_scales_of_one_change_no_bit(name) -> None:
     weight = packed_tensor(name)
     ones = torch.ones(weight.shape[1], dtype=torch.float16)
     x = inputs(weight.shape[1])
-    assert torch.equal(PackedLinear(weight, bias_of(ROWS), ones)(x), PackedLinear(weight, bias_of(ROWS))(x))
+    assert torch.equal(
+        PackedLinear(LinearTerms(weight, bias_of(ROWS), ones))(x), PackedLinear(LinearTerms(weight, bias_of(ROWS)))(x)
+    )
 
 
 def c_ignored(x: Tensor, weight: PackedTensor, c: Tensor) -> Tensor:
-    return ops.linear(x, weight, None)
+    return ops.linear(x, LinearTerms(weight, None))
 
 
 def c_on_rows(x: Tensor, weight: PackedTensor, c: Tensor) -> Tensor:
-    return ops.linear(x, weight, None) * c[: weight.shape[0]].float()
+    return ops.linear(x, LinearTerms(weight, None)) * c[: weight.shape[0]].float()
 
 
 def c_divides(x: Tensor, weight: PackedTensor, c: Tensor) -> Tensor:
-    return ops.linear(x, weight, None, 1 / c)
+    return ops.linear(x, LinearTerms(weight, None, 1 / c))
 
 
 def c_twice(x: Tensor, weight: PackedTensor, c: Tensor) -> Tensor:
-    return ops.linear(x * c, weight, None, c)
+    return ops.linear(x * c, LinearTerms(weight, None, c))
 
 
 def c_shifted_by_one_column(x: Tensor, weight: PackedTensor, c: Tensor) -> Tensor:
-    return ops.linear(x, weight, None, c.roll(1))
+    return ops.linear(x, LinearTerms(weight, None, c.roll(1)))
 
 
 def c_of_the_first_range_only(x: Tensor, weight: PackedTensor, c: Tensor) -> Tensor:
     c = c.clone()
     c[120:] = 1
-    return ops.linear(x, weight, None, c)
+    return ops.linear(x, LinearTerms(weight, None, c))
 
 
 def one_c_off_by_five_percent(x: Tensor, weight: PackedTensor, c: Tensor) -> Tensor:
     c = c.clone()
     c[int(c.argmax())] *= 1.05
-    return ops.linear(x, weight, None, c)
+    return ops.linear(x, LinearTerms(weight, None, c))
 
 
 def c_rounded_to_bfloat16(x: Tensor, weight: PackedTensor, c: Tensor) -> Tensor:
-    return ops.linear(x, weight, None, c.bfloat16())
+    return ops.linear(x, LinearTerms(weight, None, c.bfloat16()))
 
 
 SCALE_FAULTS = [
@@ -463,7 +468,7 @@ SCALE_FAULTS = [
 def test_the_scaled_oracle_rejects_a_planted_fault(fault) -> None:
     weight, x = packed_tensor("two ranges"), inputs(139)
     c = column_scale_of(139)
-    assert within_scaled_bound(ops.linear(x, weight, None, c), x, dense(weight), None, c)
+    assert within_scaled_bound(ops.linear(x, LinearTerms(weight, None, c)), x, dense(weight), None, c)
     assert not within_scaled_bound(fault(x, weight, c), x, dense(weight), None, c)
 
 
@@ -491,12 +496,272 @@ def test_a_scaled_linear_stores_its_scale_under_the_name_of_the_format() -> None
 def test_a_scaled_state_dict_loads_into_empty_storage_and_not_into_a_plain_linear() -> None:
     source = scaled_linear("two ranges", bias_of(ROWS))
     empty = source.layout.empty("cpu")
-    target = PackedLinear(empty, torch.full((ROWS,), torch.nan), torch.full((139,), torch.nan, dtype=torch.float16))
+    target = PackedLinear(
+        LinearTerms(empty, torch.full((ROWS,), torch.nan), torch.full((139,), torch.nan, dtype=torch.float16))
+    )
     target.load_state_dict(source.state_dict())
     x = inputs(139)
     assert torch.equal(target(x), source(x))
     assert torch.equal(copy.deepcopy(target)(x), source(x))
     with pytest.raises(RuntimeError, match="column_scale"):
-        PackedLinear(empty, bias_of(ROWS)).load_state_dict(source.state_dict())
+        PackedLinear(LinearTerms(empty, bias_of(ROWS))).load_state_dict(source.state_dict())
     with pytest.raises(RuntimeError, match="column_scale"):
-        target.load_state_dict(PackedLinear(packed_tensor("two ranges"), bias_of(ROWS)).state_dict())
+        target.load_state_dict(PackedLinear(LinearTerms(packed_tensor("two ranges"), bias_of(ROWS))).state_dict())
+
+
+BLOCKS = (96, 40, 1, 1, 1)
+
+
+def every_term(activation: ActivationScheme | None = None, **others: object) -> LinearTerms:
+    """A linear of 139 inputs and 9 outputs with all there is."""
+    generator = torch.Generator().manual_seed(21)
+    mx = Scheme(4, 32, "none", "e8m0", "mxfp4")
+    exponents = torch.randint(-8, 0, (ROWS, 2), generator=generator).float()
+    codes = torch.randint(0, 16, (ROWS, 37), generator=generator, dtype=torch.uint8)
+    terms = LinearTerms(
+        packed_tensor("two ranges"),
+        bias_of(ROWS),
+        column_scale_of(139),
+        torch.randperm(139, generator=generator).to(torch.int16),
+        BLOCKS,
+        activation,
+        PackedTensor((PackedRange.pack(CodedMatrix(codes, torch.exp2(exponents), None), mx),)),
+        "salient",
+        (
+            PackedTensor((packed_range(6, 139, Scheme(8, 64, "none", "bfloat16"), 5),)),
+            PackedTensor((packed_range(ROWS, 6, Scheme(4, -1, "integer", "float32"), 6),)),
+        ),
+    )
+    return replace(terms, **others)
+
+
+TERM_NAMES = {
+    "codes", "scales", "zeros", "codes_1", "scales_1", "bias", "column_scale", "gather", "salient.codes",
+    "salient.scales", "down.codes", "down.scales", "up.codes", "up.scales", "up.zeros",
+}  # fmt: skip
+ACTIVATIONS = {"none": None, "8 bits": ActivationScheme(8, 64), "mxfp4": ActivationScheme(4, 32, "none", "mxfp4")}
+every_activation = pytest.mark.parametrize("activation", ACTIVATIONS)
+
+
+def test_a_linear_stores_every_term_under_the_names_of_the_format() -> None:
+    state = PackedLinear(every_term()).state_dict()
+    assert set(state) == TERM_NAMES
+    assert state["gather"].dtype == torch.int16
+    assert state["salient.scales"].dtype == state["salient.codes"].dtype == torch.uint8
+    bare = LinearTerms(packed_tensor("two ranges"))
+    assert set(PackedLinear(bare).state_dict()) == set(packed_tensor("two ranges").state())
+
+
+@every_activation
+@pytest.mark.parametrize("dtype", CAST)
+def test_a_cast_leaves_every_term_bit_identical(dtype, activation) -> None:
+    linear = PackedLinear(every_term(ACTIVATIONS[activation]))
+    before, x = state_bytes(linear), inputs(139, dtype)
+    output = ops.linear(x, every_term(ACTIVATIONS[activation], bias=bias_of(ROWS).to(dtype)))
+    CAST[dtype](linear)
+    assert set(before) == TERM_NAMES - {"bias"}
+    assert state_bytes(linear) == before
+    assert linear.bias is not None
+    assert linear.bias.dtype == output.dtype == dtype
+    assert torch.equal(linear(x), output)
+
+
+def test_every_term_moves_to_another_device() -> None:
+    linear = PackedLinear(every_term()).to("meta", torch.bfloat16)
+    assert {buffer.device.type for buffer in linear.buffers()} == {"meta"}
+    assert linear(torch.empty(2, 139, dtype=torch.bfloat16, device="meta")).is_meta
+
+
+@every_activation
+def test_terms_of_a_linear_are_those_it_was_built_of_and_share_its_buffers(activation) -> None:
+    terms = every_term(ACTIVATIONS[activation])
+    linear, x = PackedLinear(terms), inputs(139)
+    found = linear.terms
+    assert (found.blocks, found.activation, found.residual) == (terms.blocks, terms.activation, terms.residual)
+    assert found.gather is linear.gather
+    assert found.salient.ranges[0].codes is linear.salient.codes
+    assert torch.equal(linear(x), ops.linear(x, terms))
+    assert torch.equal(copy.deepcopy(linear)(x), linear(x))
+
+
+@every_activation
+def test_a_state_dict_of_every_term_loads_into_empty_storage(activation) -> None:
+    source = PackedLinear(every_term(ACTIVATIONS[activation]))
+    terms = source.terms
+    empty = replace(
+        terms,
+        weight=terms.weight.layout.empty("cpu"),
+        bias=torch.full((ROWS,), torch.nan),
+        column_scale=torch.full((139,), torch.nan, dtype=torch.float16),
+        gather=torch.zeros(139, dtype=torch.int16),
+        salient=terms.salient.layout.empty("cpu"),
+        low_rank=(terms.low_rank[0].layout.empty("cpu"), terms.low_rank[1].layout.empty("cpu")),
+    )
+    target = PackedLinear(empty)
+    target.load_state_dict(source.state_dict())
+    assert state_bytes(target) == state_bytes(source)
+    assert torch.equal(target(inputs(139)), source(inputs(139)))
+    for name in ("salient.codes", "down.scales", "up.zeros", "gather"):
+        state = {key: value for key, value in source.state_dict().items() if key != name}
+        with pytest.raises(RuntimeError, match=name):
+            target.load_state_dict(state)
+
+
+def transform_of(blocks: tuple[int, ...]) -> Tensor:
+    return torch.block_diag(*(hadamard(block) / block**0.5 for block in blocks))
+
+
+def entered(x: Tensor, terms: LinearTerms) -> tuple[Tensor, Tensor]:
+    """What meets the matrices, float64, and the size of what it is summed of."""
+    y = x.double()
+    if terms.column_scale is not None:
+        y = y * terms.column_scale.double()
+    if terms.gather is not None:
+        y = torch.stack([y[..., int(channel)] for channel in terms.gather], -1)
+    size = y.abs()
+    if terms.blocks:
+        y, size = y @ transform_of(terms.blocks), size @ transform_of(terms.blocks).abs()
+    return y, size
+
+
+def whole_weight(terms: LinearTerms) -> tuple[Tensor, Tensor]:
+    """The dense weight (m, k) float64 behind the steps of the input, and the size of what it is summed of."""
+    parts = [terms.weight.dequantize().double()]
+    if terms.salient is not None:
+        salient = terms.salient.dequantize().double()
+        parts.append(nn.functional.pad(salient, (0, parts[0].shape[1] - salient.shape[1])))
+    size = sum(part.abs() for part in parts)
+    if terms.low_rank is not None:
+        down, up = (part.dequantize().double() for part in terms.low_rank)
+        parts.append(up @ down)
+        size = size + up.abs() @ down.abs()
+    return sum(parts), size
+
+
+def within_term_bound(y: Tensor, x: Tensor, terms: LinearTerms, c: float = 4.0) -> bool:
+    """Every element within `c * eps * sqrt(K) * size` of the steps taken one by one in float64."""
+    (value, size), (weight, weight_size) = entered(x, terms), whole_weight(terms)
+    exact, size = value @ weight.T, size @ weight_size.T
+    if terms.bias is not None:
+        exact, size = exact + terms.bias.double(), size + terms.bias.double().abs()
+    bound = c * torch.finfo(y.dtype).eps * weight.shape[1] ** 0.5 * size
+    return y.shape == exact.shape and bool(((y.double() - exact).abs() <= bound).all())
+
+
+NO_TERM = {
+    "bias": None,
+    "column_scale": None,
+    "gather": None,
+    "blocks": (),
+    "salient": None,
+    "residual": "none",
+    "low_rank": None,
+}
+SOME_TERMS = {
+    "all": {},
+    "no bias": {"bias": None},
+    "no column scale": {"column_scale": None},
+    "no gather": {"gather": None},
+    "no transform": {"blocks": ()},
+    "no salient": {"salient": None, "residual": "none"},
+    "no branch": {"low_rank": None},
+    **{
+        f"only {name}": {key: value for key, value in NO_TERM.items() if key != name}
+        for name in ("column_scale", "gather", "blocks", "salient", "low_rank")
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("some", SOME_TERMS)
+def test_a_linear_takes_its_steps_one_by_one(some, dtype) -> None:
+    terms = every_term(**SOME_TERMS[some])
+    terms = replace(terms, bias=None if terms.bias is None else terms.bias.to(dtype))
+    x = inputs(139, dtype)
+    assert within_term_bound(ops.linear(x, terms), x, terms)
+
+
+@pytest.mark.parametrize("some", SOME_TERMS)
+def test_dequantize_with_terms_is_the_weight_that_plain_inputs_meet(some) -> None:
+    terms = every_term(**SOME_TERMS[some])
+    weight, x = PackedLinear(terms).dequantize(), inputs(139)
+    assert weight.shape == (ROWS, 139)
+    assert weight.dtype == torch.float32
+    y = x.double() @ weight.double().T
+    y = y if terms.bias is None else y + terms.bias.double()
+    assert within_term_bound(y.float(), x, terms)
+    # Of each row: the weight is what the steps make of it.
+    assert within_term_bound(weight.T.contiguous(), torch.eye(139), replace(terms, bias=None))
+
+
+def hadamard_then_gather(x: Tensor, terms: LinearTerms) -> Tensor:
+    x = multiply(x * terms.column_scale.float(), terms.blocks)[..., terms.gather.long()]
+    return ops.linear(x, replace(terms, column_scale=None, gather=None, blocks=()))
+
+
+def gather_then_scale(x: Tensor, terms: LinearTerms) -> Tensor:
+    x = x[..., terms.gather.long()] * terms.column_scale.float()
+    return ops.linear(x, replace(terms, column_scale=None, gather=None))
+
+
+def hadamard_then_scale(x: Tensor, terms: LinearTerms) -> Tensor:
+    x = multiply(x[..., terms.gather.long()], terms.blocks) * terms.column_scale.float()
+    return ops.linear(x, replace(terms, column_scale=None, gather=None, blocks=()))
+
+
+def gather_inverted(x: Tensor, terms: LinearTerms) -> Tensor:
+    return ops.linear(x, replace(terms, gather=terms.gather.long().argsort().to(torch.int16)))
+
+
+def blocks_reversed(x: Tensor, terms: LinearTerms) -> Tensor:
+    return ops.linear(x, replace(terms, blocks=terms.blocks[::-1]))
+
+
+def salient_at_the_end(x: Tensor, terms: LinearTerms) -> Tensor:
+    value, _ = entered(x, terms)
+    part = value.float()[..., -37:] @ terms.salient.dequantize().T
+    return ops.linear(x, replace(terms, salient=None, residual="none")) + part
+
+
+def branch_on_the_raw_input(x: Tensor, terms: LinearTerms) -> Tensor:
+    down, up = terms.low_rank
+    branch = x @ down.dequantize().T @ up.dequantize().T
+    return ops.linear(x, replace(terms, low_rank=None)) + branch
+
+
+TERM_FAULTS = [
+    hadamard_then_gather,
+    gather_then_scale,
+    hadamard_then_scale,
+    gather_inverted,
+    blocks_reversed,
+    salient_at_the_end,
+    branch_on_the_raw_input,
+]
+
+
+@pytest.mark.parametrize("fault", TERM_FAULTS, ids=lambda fault: fault.__name__)
+def test_the_oracle_of_terms_rejects_a_planted_fault(fault) -> None:
+    terms, x = every_term(), inputs(139)
+    assert within_term_bound(ops.linear(x, terms), x, terms)
+    assert not within_term_bound(fault(x, terms), x, terms)
+
+
+@pytest.mark.parametrize("left_out", ["bias", "column_scale", "gather", "blocks", "salient", "low_rank"])
+def test_the_oracle_of_terms_rejects_a_term_left_out(left_out) -> None:
+    terms, x = every_term(), inputs(139)
+    others = {"salient": None, "residual": "none"} if left_out == "salient" else {left_out: NO_TERM[left_out]}
+    assert not within_term_bound(ops.linear(x, replace(terms, **others)), x, terms)
+
+
+@pytest.mark.parametrize("residual", ops.RESIDUALS)
+def test_inputs_that_are_not_quantized_leave_no_residual(residual) -> None:
+    x = inputs(139)
+    assert torch.equal(ops.linear(x, every_term(residual=residual)), ops.linear(x, every_term(residual="none")))
+
+
+def test_inputs_in_8_bits_come_near_the_dense_weight() -> None:
+    x = inputs(139)
+    linear = PackedLinear(every_term(ActivationScheme(8, 16)))
+    exact = x.double() @ linear.dequantize().double().T + linear.bias.double()
+    assert float((linear(x).double() - exact).norm()) < 0.01 * float(exact.norm())

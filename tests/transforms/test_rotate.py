@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import subnibble
 from conftest import CONFIGS, random_model
-from subnibble import Recipe, pipeline
+from subnibble import Recipe
 from subnibble.checkpoint.safetensors_source import SafetensorsSource
 from subnibble.errors import BadRecipe, UnsupportedModel
 from subnibble.methods import METHODS
@@ -24,13 +24,14 @@ from subnibble.model.arch.llama import LLAMA
 from subnibble.model.site import Arch, Heads
 from subnibble.model.skeleton import Block, Skeleton
 from subnibble.plan import plan_rotation
+from subnibble.runtime.hadamard import hadamard
 from subnibble.scheme import Scheme
+from subnibble.transforms import rotate
 from subnibble.transforms.rotate import (
     ROTATIONS,
     Rotation,
     can_rotate,
     check_rotation,
-    hadamard,
     make_rotation,
     rotate_block_,
 )
@@ -399,7 +400,7 @@ def test_planted_faults_of_the_pipeline_move_the_stored_model(
         with torch.no_grad():
             block.linear("mlp.down_proj").bias.copy_(bias)
 
-    monkeypatch.setattr(pipeline, "rotate_block_", forgetful)
+    monkeypatch.setattr(rotate, "rotate_block_", forgetful)
     assert max(stored_departures("llama", "full", folders, tmp_path / "out")) > 3 * STORED
 
 

@@ -15,22 +15,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from subnibble.calibrate.stats import AbsMean, Gram
+from subnibble.calibrate.stats import AbsMax, AbsMean, Gram
 from subnibble.model.site import Site, Tail
 from subnibble.model.skeleton import Block
-from subnibble.scheme import Scheme
+from subnibble.scheme import ActivationScheme, Scheme
+
+# Tokens of a site that are kept for searches.
+_SAMPLES = 1024
 
 
 @dataclass(frozen=True)
 class SiteStatistics:
     """What transforms may know of a block that is not quantized yet, by name of the site; see `stats.py`.
 
-    grams: (channels, channels). mean_sizes: (channels,). schemes: of each linear, None if it stays as it is.
+    grams: (channels, channels). mean_sizes, largest: (channels,), of magnitudes. samples: (tokens, channels) float32,
+    spread evenly over the windows. schemes, activations: of each linear's weight and input, None if it stays as it is.
     """
 
     grams: Mapping[str, Tensor]
     mean_sizes: Mapping[str, Tensor]
+    largest: Mapping[str, Tensor]
+    samples: Mapping[str, Tensor]
     schemes: Mapping[str, Scheme | None]
+    activations: Mapping[str, ActivationScheme | None]
 
 
 class BlockStream:
@@ -72,17 +79,27 @@ class BlockStream:
         if site.tail is not None:
             self._kept[site.tail] = _Replay(reader, kept, site.tail.extra_outputs)
 
-    def statistics(self, schemes: Mapping[str, Scheme | None]) -> SiteStatistics:
-        """Statistics of all sites, of the block as it is now."""
-        grams, sizes = {}, {}
+    def statistics(
+        self, schemes: Mapping[str, Scheme | None], activations: Mapping[str, ActivationScheme | None] | None = None
+    ) -> SiteStatistics:
+        """Statistics of all sites, of the block as it is now. schemes, activations: handed on; None: none."""
+        grams: dict[str, Tensor] = {}
+        sizes: dict[str, Tensor] = {}
+        largest: dict[str, Tensor] = {}
+        samples: dict[str, Tensor] = {}
         for site in self._block.arch.sites:
             channels = self._block.linear(site.readers[0]).in_features
-            gram, size = Gram(channels, self._device), AbsMean(channels, self._device)
+            gram, size, top = (kind(channels, self._device) for kind in (Gram, AbsMean, AbsMax))
+            kept = []
             for x in self.at(site):
                 gram.update(x)
                 size.update(x)
-            grams[site.name], sizes[site.name] = gram.value, size.value
-        return SiteStatistics(grams, sizes, schemes)
+                top.update(x)
+                kept.append(x[:: max(1, x.shape[0] * len(self._hidden) // _SAMPLES)].float())
+            grams[site.name], sizes[site.name], largest[site.name] = gram.value, size.value, top.value
+            samples[site.name] = torch.cat(kept)
+        inputs = dict.fromkeys(schemes) if activations is None else activations
+        return SiteStatistics(grams, sizes, largest, samples, schemes, inputs)
 
     def outputs(self) -> Iterator[Tensor]:
         """The block's outputs as it is now, batch by batch (windows, tokens, channels)."""

@@ -1,8 +1,8 @@
-"""The packed checkpoint format, versions 1 and 2 (docs/format.md): what `quantization_config` in config.json says.
+"""The packed checkpoint format, versions 1 to 3 (docs/format.md): what `quantization_config` in config.json says.
 
 It names every module whose tensors are not what the plain model would have. The tensors themselves are ordinary
-safetensors, `<module path>.codes`, `.scales`, `.zeros`, `.bias`, `.column_scale`. What
-version 1 can say is written as version 1.
+safetensors: `<module path>.codes`, `.scales`, `.zeros`, and what else a kind of module has. What a lower version can
+say is written as that version.
 """
 
 from __future__ import annotations
@@ -11,18 +11,25 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self, TypeVar
 
+import torch
+from torch import Tensor
+
 from subnibble.errors import BadRecipe, CheckpointError
-from subnibble.scheme import Scheme
+from subnibble.runtime.hadamard import hadamard_factors
+from subnibble.runtime.ops import RESIDUALS, LinearTerms
+from subnibble.scheme import ActivationScheme, Scheme
 from subnibble.tensor import PackedLayout
 
 T = TypeVar("T")
 
 QUANT_METHOD = "subnibble"
-FORMAT_VERSIONS = (1, 2)
-_LINEAR, _SCALED_LINEAR = "linear", "scaled_linear"
+FORMAT_VERSIONS = (1, 2, 3)
+_LINEAR, _SCALED_LINEAR, _COMPOSED_LINEAR = "linear", "scaled_linear", "composed_linear"
 _MODULE_KEYS = {
     _LINEAR: {"kind", "rows", "ranges", "bias"},
     _SCALED_LINEAR: {"kind", "rows", "ranges", "bias"},
+    _COMPOSED_LINEAR: {"kind", "rows", "ranges", "bias"}
+    | {"column_scale", "gather", "hadamard", "activation", "salient", "residual", "low_rank"},
     "embedding": {"kind", "rows", "ranges"},
     "tied_head": {"kind", "table"},
     "norm_bias": {"kind", "rows"},
@@ -31,11 +38,91 @@ _MODULE_KEYS = {
 
 @dataclass(frozen=True)
 class PackedLinearEntry:
-    """A linear with a packed weight. bias, column_scale: whether `<path>.bias`, `<path>.column_scale` is stored."""
+    """A linear with a packed weight. bias, column_scale, gather: whether `<path>.bias` and so on is stored.
+
+    blocks, activation, residual: see `ops.LinearTerms`; salient, low_rank: the layouts of its matrices.
+    """
 
     layout: PackedLayout
     bias: bool
     column_scale: bool = False
+    gather: bool = False
+    blocks: tuple[int, ...] = ()
+    activation: ActivationScheme | None = None
+    salient: PackedLayout | None = None
+    residual: str = "none"
+    low_rank: tuple[PackedLayout, PackedLayout] | None = None
+
+    def __post_init__(self) -> None:
+        columns, rows = self.layout.columns, self.layout.rows
+        if self.residual not in RESIDUALS or (self.residual != "none" and self.salient is None):
+            raise ValueError(f"residual is {self.residual!r} with{'' if self.salient else 'out'} salient columns")
+        if self.blocks and sum(self.blocks) != columns:
+            raise ValueError(f"Hadamard blocks {self.blocks} do not add up to {columns} columns")
+        if any(hadamard_factors(width) is None for width in self.blocks):
+            raise ValueError(f"no Hadamard matrix is known for one of the orders {self.blocks}")
+        if self.salient is not None and (self.salient.rows != rows or self.salient.columns > columns):
+            raise ValueError(f"{self.salient.columns} salient columns do not fit a weight of {rows} x {columns}")
+        if self.low_rank is not None:
+            down, up = self.low_rank
+            if (down.columns, up.rows) != (columns, rows) or up.columns != down.rows:
+                raise ValueError(f"a low-rank branch does not fit a weight of {rows} x {columns}")
+
+    @property
+    def matrices(self) -> dict[str, PackedLayout]:
+        """Every packed matrix by the prefix of its stored names."""
+        down, up = self.low_rank or (None, None)
+        named = {"": self.layout, "salient.": self.salient, "down.": down, "up.": up}
+        return {prefix: layout for prefix, layout in named.items() if layout is not None}
+
+    @property
+    def is_composed(self) -> bool:
+        """Whether it has a term that versions 1 and 2 do not know."""
+        return bool(self.gather or self.blocks or self.activation or self.salient or self.low_rank)
+
+    def token_bits(self) -> int:
+        """Bits of a token's quantized input, extra columns included; 16 a channel where it is not quantized."""
+        if self.activation is None:
+            return 16 * self.layout.columns
+        bits = self.activation.token_bits(self.layout.columns)
+        if self.salient is not None:
+            # The same codes meet a second weight: columns of the product, and so bits that are read.
+            bits += self.activation.token_bits(self.salient.columns) * (1 if self.residual == "none" else 2)
+        if self.low_rank is not None:
+            bits += self.activation.token_bits(self.low_rank[0].rows)
+        return bits
+
+
+def linear_entry(terms: LinearTerms) -> PackedLinearEntry:
+    """The entry of a linear that contains `terms`."""
+    low_rank = None if terms.low_rank is None else (terms.low_rank[0].layout, terms.low_rank[1].layout)
+    return PackedLinearEntry(
+        layout=terms.weight.layout,
+        bias=terms.bias is not None,
+        column_scale=terms.column_scale is not None,
+        gather=terms.gather is not None,
+        blocks=terms.blocks,
+        activation=terms.activation,
+        salient=None if terms.salient is None else terms.salient.layout,
+        residual=terms.residual,
+        low_rank=low_rank,
+    )
+
+
+def linear_state(terms: LinearTerms) -> dict[str, Tensor]:
+    """What is stored for a linear that contains `terms`, but for its bias, by name relative to it."""
+    tensors = {
+        f"{prefix}{name}": tensor
+        for prefix, matrix in terms.matrices.items()
+        for name, tensor in matrix.state().items()
+    }
+    vectors = {"column_scale": terms.column_scale, "gather": terms.gather}
+    return tensors | {name: tensor for name, tensor in vectors.items() if tensor is not None}
+
+
+def gather_type(columns: int) -> torch.dtype:
+    """The stored type of a gather of that many channels."""
+    return torch.int16 if columns <= torch.iinfo(torch.int16).max else torch.int32
 
 
 @dataclass(frozen=True)
@@ -70,18 +157,34 @@ class PackedConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The `quantization_config` of config.json."""
-        layouts = [e.layout for e in self.modules.values() if isinstance(e, PackedLinearEntry | PackedEmbeddingEntry)]
-        schemes = {scheme.name: scheme.to_dict() for layout in layouts for _, scheme in layout.ranges}
+        schemes = {scheme.name: scheme.to_dict() for layout in self._layouts for _, scheme in layout.ranges}
+        version = self._version
+        found = [entry.activation for entry in self._linears if entry.activation is not None]
+        activations = {"activations": {scheme.name: scheme.to_dict() for scheme in found}} if version > 2 else {}
         return {
             "quant_method": QUANT_METHOD,
-            "format_version": 2 if self._has_column_scales else 1,
+            "format_version": version,
             "schemes": schemes,
+            **activations,
             "modules": {path: _entry_to_dict(entry) for path, entry in self.modules.items()},
         }
 
     @property
-    def _has_column_scales(self) -> bool:
-        return any(isinstance(entry, PackedLinearEntry) and entry.column_scale for entry in self.modules.values())
+    def _linears(self) -> list[PackedLinearEntry]:
+        return [entry for entry in self.modules.values() if isinstance(entry, PackedLinearEntry)]
+
+    @property
+    def _layouts(self) -> list[PackedLayout]:
+        tables = [entry.layout for entry in self.modules.values() if isinstance(entry, PackedEmbeddingEntry)]
+        return [layout for entry in self._linears for layout in entry.matrices.values()] + tables
+
+    @property
+    def _version(self) -> int:
+        """The lowest version that can say this."""
+        grids = {scheme.grid for layout in self._layouts for _, scheme in layout.ranges}
+        if "mxfp4" in grids or any(entry.is_composed for entry in self._linears):
+            return 3
+        return 2 if any(entry.column_scale for entry in self._linears) else 1
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = "quantization_config") -> Self:
@@ -89,23 +192,29 @@ class PackedConfig:
         version = values.get("format_version")
         # 1 == True and 1 == 1.0, which JSON tells apart.
         if type(version) is not int or version not in FORMAT_VERSIONS:
-            known = " and ".join(map(str, FORMAT_VERSIONS))
+            known = ", ".join(map(str, FORMAT_VERSIONS))
             raise CheckpointError(
                 f"{where}: format version {version!r}; this subnibble reads versions {known}: "
                 "upgrade subnibble, or quantize the model again"
             )
-        unknown = sorted(set(values) - {"quant_method", "format_version", "schemes", "modules"})
+        keys = {"quant_method", "format_version", "schemes", "modules"} | ({"activations"} if version > 2 else set())
+        unknown = sorted(set(values) - keys)
         if unknown:
             raise CheckpointError(f"{where}: unknown key {unknown[0]!r}; it was written by a newer subnibble")
         try:
             schemes = {name: Scheme.from_dict(scheme) for name, scheme in values["schemes"].items()}
-            modules = {path: _entry_from_dict(entry, schemes) for path, entry in values["modules"].items()}
+            found = values["activations"] if version > 2 else {}
+            activations = {name: ActivationScheme.from_dict(scheme) for name, scheme in found.items()}
+            labels = _Labels(schemes, activations)
+            modules = {path: _entry_from_dict(entry, labels) for path, entry in values["modules"].items()}
         except (KeyError, TypeError, ValueError, AttributeError, BadRecipe) as error:
             raise CheckpointError(f"{where} is damaged ({error!r}); quantize the model again") from error
-        found = cls(modules)
-        if version == 1 and found._has_column_scales:
-            raise CheckpointError(f"{where}: {_SCALED_LINEAR} came with version 2 and this says version 1")
-        return found
+        config = cls(modules)
+        if config._version > version:
+            raise CheckpointError(
+                f"{where}: what it describes came with version {config._version} and it says version {version}"
+            )
+        return config
 
 
 def stored_shapes(packed: PackedConfig) -> dict[str, tuple[int, ...]]:
@@ -113,15 +222,21 @@ def stored_shapes(packed: PackedConfig) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
     for path, entry in packed.modules.items():
         match entry:
-            case PackedLinearEntry(layout) | PackedEmbeddingEntry(layout):
-                shapes |= {f"{path}.{name}": tuple(part.shape) for name, part in layout.empty().state().items()}
-        match entry:
-            case PackedLinearEntry(layout, bias, column_scale):
+            case PackedLinearEntry(layout, bias, column_scale, gather):
+                for prefix, matrix in entry.matrices.items():
+                    shapes |= _matrix_shapes(f"{path}.{prefix}", matrix)
                 shapes |= {f"{path}.bias": (layout.rows,)} if bias else {}
                 shapes |= {f"{path}.column_scale": (layout.columns,)} if column_scale else {}
+                shapes |= {f"{path}.gather": (layout.columns,)} if gather else {}
+            case PackedEmbeddingEntry(layout):
+                shapes |= _matrix_shapes(f"{path}.", layout)
             case NormBiasEntry(rows):
                 shapes[f"{path}.bias"] = (rows,)
     return shapes
+
+
+def _matrix_shapes(prefix: str, layout: PackedLayout) -> dict[str, tuple[int, ...]]:
+    return {f"{prefix}{name}": tuple(part.shape) for name, part in layout.empty().state().items()}
 
 
 def packed_config_of(config: Any) -> PackedConfig | None:
@@ -136,6 +251,8 @@ def packed_config_of(config: Any) -> PackedConfig | None:
 
 def _entry_to_dict(entry: Entry) -> dict[str, Any]:
     match entry:
+        case PackedLinearEntry() if entry.is_composed:
+            return _composed_to_dict(entry)
         case PackedLinearEntry(layout, bias, column_scale):
             kind = _SCALED_LINEAR if column_scale else _LINEAR
             return {"kind": kind, **_layout_to_dict(layout), "bias": bias}
@@ -147,7 +264,40 @@ def _entry_to_dict(entry: Entry) -> dict[str, Any]:
             return {"kind": "norm_bias", "rows": rows}
 
 
-def _entry_from_dict(values: Mapping[str, Any], schemes: Mapping[str, Scheme]) -> Entry:
+def _composed_to_dict(entry: PackedLinearEntry) -> dict[str, Any]:
+    low_rank = None
+    if entry.low_rank is not None:
+        down, up = entry.low_rank
+        low_rank = {"rank": down.rows, "down": _ranges_to_list(down), "up": _ranges_to_list(up)}
+    return {
+        "kind": _COMPOSED_LINEAR,
+        **_layout_to_dict(entry.layout),
+        "bias": entry.bias,
+        "column_scale": entry.column_scale,
+        "gather": entry.gather,
+        "hadamard": list(entry.blocks),
+        "activation": None if entry.activation is None else entry.activation.name,
+        "salient": None if entry.salient is None else _ranges_to_list(entry.salient),
+        "residual": entry.residual,
+        "low_rank": low_rank,
+    }
+
+
+@dataclass(frozen=True)
+class _Labels:
+    """What the labels of a `quantization_config` stand for."""
+
+    schemes: Mapping[str, Scheme]
+    activations: Mapping[str, ActivationScheme]
+
+    def layout(self, rows: int, ranges: Any) -> PackedLayout:
+        found = tuple((_count(columns), self.schemes[name]) for columns, name in ranges)
+        if not found:
+            raise ValueError("a packed matrix without column ranges")
+        return PackedLayout(_count(rows), found)
+
+
+def _entry_from_dict(values: Mapping[str, Any], labels: _Labels) -> Entry:
     kind = values["kind"]
     if set(values) != _MODULE_KEYS.get(kind):
         raise CheckpointError(f"module of kind {kind!r} has keys {sorted(values)}; written by a newer subnibble?")
@@ -155,13 +305,35 @@ def _entry_from_dict(values: Mapping[str, Any], schemes: Mapping[str, Scheme]) -
         return TiedHeadEntry(_typed(values["table"], str))
     if kind == "norm_bias":
         return NormBiasEntry(_count(values["rows"]))
-    ranges = tuple((_count(columns), schemes[name]) for columns, name in values["ranges"])
-    if not ranges:
-        raise ValueError("a packed matrix without column ranges")
-    layout = PackedLayout(_count(values["rows"]), ranges)
+    layout = labels.layout(values["rows"], values["ranges"])
     if kind == "embedding":
         return PackedEmbeddingEntry(layout)
+    if kind == _COMPOSED_LINEAR:
+        return _composed_from_dict(values, layout, labels)
     return PackedLinearEntry(layout, _typed(values["bias"], bool), kind == _SCALED_LINEAR)
+
+
+def _composed_from_dict(values: Mapping[str, Any], layout: PackedLayout, labels: _Labels) -> PackedLinearEntry:
+    low_rank = None
+    if values["low_rank"] is not None:
+        branch = values["low_rank"]
+        if set(branch) != {"rank", "down", "up"}:
+            raise KeyError(f"low_rank has keys {sorted(branch)}")
+        low_rank = (labels.layout(branch["rank"], branch["down"]), labels.layout(layout.rows, branch["up"]))
+    entry = PackedLinearEntry(
+        layout,
+        _typed(values["bias"], bool),
+        _typed(values["column_scale"], bool),
+        _typed(values["gather"], bool),
+        tuple(_count(width) for width in values["hadamard"]),
+        None if values["activation"] is None else labels.activations[values["activation"]],
+        None if values["salient"] is None else labels.layout(layout.rows, values["salient"]),
+        _typed(values["residual"], str),
+        low_rank,
+    )
+    if not entry.is_composed:
+        raise ValueError(f"a {_COMPOSED_LINEAR} without a term of its own")
+    return entry
 
 
 def _typed(value: Any, kind: type[T]) -> T:
@@ -178,4 +350,8 @@ def _count(value: Any) -> int:
 
 
 def _layout_to_dict(layout: PackedLayout) -> dict[str, Any]:
-    return {"rows": layout.rows, "ranges": [[columns, scheme.name] for columns, scheme in layout.ranges]}
+    return {"rows": layout.rows, "ranges": _ranges_to_list(layout)}
+
+
+def _ranges_to_list(layout: PackedLayout) -> list[list[Any]]:
+    return [[columns, scheme.name] for columns, scheme in layout.ranges]

@@ -22,8 +22,10 @@ from subnibble.model.arch import find_arch
 class Size:
     """How large a checkpoint is.
 
-    effective_bits: all stored bits that belong to quantized linears (codes, scales, zero-points, added biases,
-    padding) over their weights; of a plain checkpoint, the stored bits of its blocks' linears over their weights.
+    effective_bits: all stored bits that belong to quantized linears (codes, scales, zero-points, low-rank terms,
+    gathers, added biases, padding) over their weights; of a plain checkpoint, the stored bits of its blocks' linears
+    over their weights. activation_bits: bits of the inputs of these linears as they run, with scales, zero-points and
+    extra columns, over their channels; 16 where inputs are not quantized.
     model_bits: 8 x bytes of the weight files over all parameters. parameters: weights, tied ones once.
     """
 
@@ -31,6 +33,7 @@ class Size:
     model_bits: float
     file_bytes: int
     parameters: int
+    activation_bits: float = 16.0
 
     def to_dict(self) -> dict[str, float]:
         """Plain dictionary."""
@@ -42,7 +45,7 @@ def measure(source: Source) -> Size:
     packed = packed_config_of(source.config)
     bits, weights, parameters = _plain(source) if packed is None else _packed(source, packed)
     size = source.file_bytes()
-    return Size(bits / weights, 8 * size / parameters, size, parameters)
+    return Size(bits / weights, 8 * size / parameters, size, parameters, _activation_bits(source, packed))
 
 
 def weights_hash(folder: Path) -> str:
@@ -71,8 +74,9 @@ def _packed(source: Source, packed: PackedConfig) -> tuple[int, int, int]:
         if isinstance(entry, NormBiasEntry):
             bits += source.stored_bits(f"{path}.bias")
         elif isinstance(entry, PackedLinearEntry) and path.startswith(f"{blocks}."):
-            bits += entry.layout.stored_bits
+            bits += sum(layout.stored_bits for layout in entry.matrices.values())
             bits += source.stored_bits(f"{path}.column_scale") if entry.column_scale else 0
+            bits += source.stored_bits(f"{path}.gather") if entry.gather else 0
             weights += entry.layout.rows * entry.layout.columns
     for entry in packed.modules.values():
         if isinstance(entry, PackedLinearEntry | PackedEmbeddingEntry):
@@ -80,3 +84,11 @@ def _packed(source: Source, packed: PackedConfig) -> tuple[int, int, int]:
     packed_names = {name for name in stored_shapes(packed) if not name.endswith(".bias")}
     parameters += sum(numel(source.shape(name)) for name in source.names() if name not in packed_names)
     return bits, max(weights, 1), parameters
+
+
+def _activation_bits(source: Source, packed: PackedConfig | None) -> float:
+    blocks = find_arch(source.config.model_type).blocks
+    modules = {} if packed is None else packed.modules
+    linears = [e for path, e in modules.items() if isinstance(e, PackedLinearEntry) and path.startswith(f"{blocks}.")]
+    channels = sum(entry.layout.columns for entry in linears)
+    return sum(entry.token_bits() for entry in linears) / channels if channels else 16.0

@@ -34,6 +34,7 @@ def inspect(model: o.Model, json: o.Json = False) -> None:
         ("format", found["format"]),
         ("parameters", f"{found['parameters'] / 1e6:.1f} M"),
         ("effective bits", f"{found['effective_bits']:.3f}"),
+        ("activation bits", f"{found['activation_bits']:.3f}"),
         ("model bits", f"{found['model_bits']:.3f}"),
         ("on disk", megabytes(found["file_bytes"])),
         *([("weights SHA-256", found["weights_sha256"])] if packed else []),
@@ -47,13 +48,19 @@ def inspect(model: o.Model, json: o.Json = False) -> None:
 
 
 def _ranges(entry: dict[str, Any]) -> str:
-    return ", ".join(f"{columns} x {scheme}" for columns, scheme in entry.get("ranges", [])) or "-"
+    parts = [f"{columns} x {scheme}" for columns, scheme in entry.get("ranges", [])]
+    parts += [f"salient {columns} x {scheme}" for columns, scheme in entry.get("salient") or []]
+    if entry.get("low_rank"):
+        parts.append(f"low rank {entry['low_rank']['rank']} x {entry['low_rank']['down'][0][1]}")
+    parts += [entry["activation"]] if entry.get("activation") else []
+    return ", ".join(parts) or "-"
 
 
-def _defaults(found: list[str]) -> str:
-    """Defaults of one option by method; one of them alone where all agree."""
-    values = {text.partition(" (")[0] for text in found}
-    return values.pop() if len(values) == 1 else ", ".join(found)
+def _defaults(found: dict[str, Any]) -> str:
+    """Defaults of one option, method -> value: the commonest, then those of the methods that differ."""
+    values = [str(value) for value in found.values()]
+    usual = max(values, key=values.count)
+    return ", ".join([usual, *(f"{value} ({name})" for name, value in found.items() if str(value) != usual)])
 
 
 def list_(json: o.Json = False) -> None:
@@ -63,7 +70,7 @@ def list_(json: o.Json = False) -> None:
     from subnibble.methods import METHODS
     from subnibble.methods.choices import OPTION_CHOICES
     from subnibble.model.arch import ARCHITECTURES
-    from subnibble.scheme import BITS, GRIDS, SCALE_TYPES, ZERO_POINTS
+    from subnibble.scheme import ACTIVATION_BITS, BITS, GRIDS, SCALE_TYPES, ZERO_POINTS
 
     methods: list[dict[str, Any]] = [
         {"name": m.name, "summary": m.summary, "source": m.source, "options": asdict(m.options())}
@@ -74,16 +81,17 @@ def list_(json: o.Json = False) -> None:
             "methods": methods,
             "architectures": sorted(ARCHITECTURES),
             "bits": list(BITS),
+            "activation_bits": list(ACTIVATION_BITS),
             "grids": list(GRIDS),
             "zero_points": list(ZERO_POINTS),
             "scale_types": list(SCALE_TYPES),
         })  # fmt: skip
         return
     table(("method", "what it does", "source"), [(m["name"], m["summary"], m["source"]) for m in methods])
-    options: dict[str, list[str]] = {}
+    options: dict[str, dict[str, Any]] = {}
     for method in methods:
         for key, value in method["options"].items():
-            options.setdefault(key, []).append(f"{value} ({method['name']})")
+            options.setdefault(key, {})[method["name"]] = value
     table(
         ("option (--option KEY=VALUE)", "choices", "default"),
         [(key, OPTION_CHOICES.get(key, "a number"), _defaults(found)) for key, found in options.items()],
@@ -91,6 +99,7 @@ def list_(json: o.Json = False) -> None:
     table(("what", "choices"), [
         ("architectures", ", ".join(sorted(ARCHITECTURES))),
         ("bits", ", ".join(map(str, BITS))),
+        ("activation bits", ", ".join(map(str, (*ACTIVATION_BITS, 16)))),
         ("group size", "any, ragged last group; -1 for the whole row"),
         ("grids", ", ".join(GRIDS)),
         ("zero-points", ", ".join(ZERO_POINTS)),

@@ -22,7 +22,10 @@ def compare(
     methods: Annotated[str, typer.Option(help="Methods, separated by commas.")] = "rtn,gptq",
     bits: Annotated[str, typer.Option(help="Bit widths, separated by commas.")] = "3",
     group_size: o.GroupSize = None,
+    grid: o.Grid = None,
     embedding_bits: o.EmbeddingBits = None,
+    activation_bits: o.ActivationBits = None,
+    activation_group_size: o.ActivationGroupSize = None,
     calibration: o.Calibration = None,
     num_windows: o.NumWindows = None,
     window: o.Window = None,
@@ -37,7 +40,8 @@ def compare(
     """Quantize MODEL by several methods and bit widths and score them all, in one run and one table."""
     recipes = [
         o.build_recipe(
-            None, None, method=method, bits=width, group_size=group_size, embedding_bits=embedding_bits,
+            None, None, method=method, bits=width, group_size=group_size, grid=grid, embedding_bits=embedding_bits,
+            activation_bits=activation_bits, activation_group_size=activation_group_size,
             calibration=calibration, num_windows=num_windows, window=window, seed=seed, device=device, dtype=dtype,
         )
         for width in numbers(bits)
@@ -57,7 +61,10 @@ def compare(
 
 def show(rows: Sequence[Row]) -> None:
     """Print a comparison."""
-    columns = ("model", "perplexity", "KL", "top-1", "effective bits", "model bits", "on disk", "in memory", "time")
+    columns = (
+        "model", "perplexity", "KL", "top-1", "effective bits", "activation bits", "model bits", "on disk", "in memory",
+        "time",
+    )  # fmt: skip
     cells = [
         (
             row.name,
@@ -65,6 +72,7 @@ def show(rows: Sequence[Row]) -> None:
             f"{row.scores.kl_divergence or 0:.3f}",
             f"{100 * (row.scores.top1_agreement or 0):.1f} %",
             f"{row.effective_bits:.3f}",
+            f"{row.activation_bits:.3f}",
             f"{row.model_bits:.2f}",
             megabytes(row.file_bytes),
             megabytes(row.memory_bytes),

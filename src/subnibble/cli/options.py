@@ -20,13 +20,19 @@ MethodName = Annotated[str | None, typer.Option("--method", help="See `subnibble
 Bits = Annotated[int | None, typer.Option(help="Bits of a code: 2, 3, 4 or 8.")]
 GroupSize = Annotated[int | None, typer.Option(help="Columns that share a scale; -1: whole row. Default 128.")]
 EmbeddingBits = Annotated[int | None, typer.Option(help="Bits of embedding and head: 16, 8 or 4. Default 16.")]
+ActivationBits = Annotated[
+    int | None, typer.Option(help="Bits of linears' inputs while running: 16, 8, 4 or 3. Default 16: as they are.")
+]
+ActivationGroupSize = Annotated[
+    int | None, typer.Option(help="Channels of an input that share a scale; -1: whole token. Default: as the weights'.")
+]
 Calibration = Annotated[
     str | None,
     typer.Option(help="Text (.txt, .jsonl), token ids (.npy, .safetensors), or c4, wikitext2, news. Default c4."),
 ]
 NumWindows = Annotated[int | None, typer.Option(help="Calibration windows. Default 128.")]
 Window = Annotated[int | None, typer.Option(help="Tokens of a window. Default 2048.")]
-Grid = Annotated[str | None, typer.Option(help="uniform, or sign (a scale a bit). Default: the method's.")]
+Grid = Annotated[str | None, typer.Option(help="uniform, sign (a scale a bit) or mxfp4. Default: the method's.")]
 ZeroPoint = Annotated[str | None, typer.Option(help="none, integer or real, of uniform grids. Default: the method's.")]
 Seed = Annotated[int | None, typer.Option(help="Draws the windows and a rotation's signs. Default 0.")]
 RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="TOML recipe; options given here go over it.")]

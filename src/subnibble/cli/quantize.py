@@ -20,6 +20,8 @@ def quantize(
     grid: o.Grid = None,
     zero_point: o.ZeroPoint = None,
     embedding_bits: o.EmbeddingBits = None,
+    activation_bits: o.ActivationBits = None,
+    activation_group_size: o.ActivationGroupSize = None,
     calibration: o.Calibration = None,
     num_windows: o.NumWindows = None,
     window: o.Window = None,
@@ -33,7 +35,8 @@ def quantize(
     """Quantize MODEL into the folder OUT."""
     wanted = o.build_recipe(
         recipe, option, method=method, bits=bits, group_size=group_size, grid=grid,
-        zero_point=zero_point, embedding_bits=embedding_bits,
+        zero_point=zero_point, embedding_bits=embedding_bits, activation_bits=activation_bits,
+        activation_group_size=activation_group_size,
         calibration=calibration, num_windows=num_windows, window=window, seed=seed, device=device, dtype=dtype,
     )  # fmt: skip
     from subnibble.pipeline import quantize as run
@@ -42,8 +45,9 @@ def quantize(
         report = run(model, out, wanted, overwrite=overwrite, progress=told)
     size = report.size
     schemes = "+".join(sorted({linear.scheme for linear in report.linears}))
+    inputs = f"{size['activation_bits']:.3f} activation bits, " if wanted.activation_bits < 16 else ""
     typer.echo(
-        f"{out}: {report.method} {schemes}, {size['effective_bits']:.3f} effective bits, "
+        f"{out}: {report.method} {schemes}, {size['effective_bits']:.3f} effective bits, {inputs}"
         f"{size['model_bits']:.3f} bits a parameter, {megabytes(size['file_bytes'])}, "
         f"{duration(report.seconds['total'])}, peak memory {megabytes(report.peak_memory)}"
     )
@@ -61,6 +65,8 @@ def estimate(
     grid: o.Grid = None,
     zero_point: o.ZeroPoint = None,
     embedding_bits: o.EmbeddingBits = None,
+    activation_bits: o.ActivationBits = None,
+    activation_group_size: o.ActivationGroupSize = None,
     calibration: o.Calibration = None,
     num_windows: o.NumWindows = None,
     window: o.Window = None,
@@ -73,7 +79,8 @@ def estimate(
     """Estimate size, memory and time of a quantization before any weight is read."""
     wanted = o.build_recipe(
         recipe, option, method=method, bits=bits, group_size=group_size, grid=grid,
-        zero_point=zero_point, embedding_bits=embedding_bits,
+        zero_point=zero_point, embedding_bits=embedding_bits, activation_bits=activation_bits,
+        activation_group_size=activation_group_size,
         calibration=calibration, num_windows=num_windows, window=window, device=device, dtype=dtype,
     )  # fmt: skip
     from subnibble.estimate import estimate as run

@@ -6,11 +6,16 @@ from subnibble.methods.d2quant import D2QUANT, D2QUANT_UNIFORM
 from subnibble.methods.dualfit import DUALFIT
 from subnibble.methods.gptaq import GPTAQ
 from subnibble.methods.gptq import GPTQ
+from subnibble.methods.low_rank import L2QER, QERA
 from subnibble.methods.method import Method
+from subnibble.methods.quarot import QUAROT
 from subnibble.methods.rtn import RTN
+from subnibble.methods.serq import SERQ
+from subnibble.methods.smoothquant import SMOOTHQUANT
 
 METHODS: dict[str, Method] = {
-    method.name: method for method in (RTN, AWQ, GPTQ, GPTAQ, D2QUANT, D2QUANT_UNIFORM, DUALFIT)
+    method.name: method
+    for method in (RTN, AWQ, GPTQ, GPTAQ, D2QUANT, D2QUANT_UNIFORM, DUALFIT, SMOOTHQUANT, L2QER, QERA, QUAROT, SERQ)
 }
 
 

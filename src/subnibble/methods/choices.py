@@ -1,9 +1,9 @@
 """The words that options of methods may have, for people to choose from; each is checked where it is used."""
 
-from subnibble.corrections import mean_shift
-from subnibble.methods import d2quant
+from subnibble.corrections import mean_shift, salient
+from subnibble.methods import d2quant, method, serq, weights
 from subnibble.rounding import gptaq, gptq, grid, order
-from subnibble.transforms import rotate
+from subnibble.transforms import rotate, saliency
 
 OPTION_CHOICES = {
     key: ", ".join(choices)
@@ -16,5 +16,13 @@ OPTION_CHOICES = {
         "mean_shift": mean_shift.FORMS,
         "columns": d2quant.COLUMNS,
         "rows": d2quant.ROWS,
+        "rounding": weights.ROUNDINGS,
+        "inputs": method.INPUTS,
+        "flattening": serq.FLATTENINGS,
+        "saliency": saliency.SCORES,
+        "heads": saliency.HEAD_ORDERS,
+        "residual_order": saliency.RESIDUAL_ORDERS,
+        "form": salient.FORMS,
+        "residual": salient.RESIDUALS,
     }.items()
 }

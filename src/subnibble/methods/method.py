@@ -6,15 +6,24 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from torch import Tensor
+
 from subnibble.calibrate.stream import SiteStatistics
+from subnibble.corrections.low_rank import LowRank
 from subnibble.corrections.mean_shift import MeanShift
+from subnibble.corrections.salient import SalientColumns
 from subnibble.errors import BadRecipe
 from subnibble.model.skeleton import Block
+from subnibble.rounding.gptq import GPTQ
 from subnibble.rounding.rounder import Rounder
 from subnibble.transforms.rotate import check_rotation
+from subnibble.transforms.saliency import Saliency
 
-# An edit of a block, in float32, that keeps its function, made before anything of it is rounded.
-Transform = Callable[[Block, SiteStatistics], None]
+# An edit of a block, in float32, that keeps its function, made before anything of it is rounded. It gives the factors
+# (channels,) by which it divided sites, by name.
+Transform = Callable[[Block, SiteStatistics], Mapping[str, Tensor]]
+# What the statistics of later linears, and their rounding, see of quantized inputs.
+INPUTS = ("exact", "quantized")
 # The grid and zero-point that a method wants, by the keys of `Scheme`, for a site's readers at a bit width.
 Preference = Callable[[str, int], Mapping[str, str]]
 
@@ -30,6 +39,9 @@ class Steps:
 
     rounder: of every linear but those of the sites named in `rounders`. prefers: see `Preference`; what the recipe
     says goes first. rotation: see `transforms/rotate.py`. mean_shift: corrects the norms behind quantized linears.
+    saliency: gives sites their channel order. correction: gives linears more terms against rounding error. online:
+    names of sites whose readers get an online Hadamard transform. inputs: "exact" calibrates on inputs that are not
+    quantized, "quantized" on what the running model will see.
     """
 
     rounder: Rounder
@@ -38,9 +50,24 @@ class Steps:
     prefers: Preference = no_preference
     rotation: str = "none"
     mean_shift: MeanShift | None = None
+    saliency: Saliency | None = None
+    correction: SalientColumns | LowRank | None = None
+    online: tuple[str, ...] = ()
+    inputs: str = "exact"
 
     def __post_init__(self) -> None:
         check_rotation(self.rotation)
+        if self.inputs not in INPUTS:
+            raise BadRecipe(f"inputs is {self.inputs!r}; choose one of {', '.join(INPUTS)}")
+        if self.orders_residual and self.rotation != "none":
+            raise BadRecipe(
+                'one order of the residual stream and its rotation exclude each other; use residual_order = "gather"'
+            )
+        for rounder in (self.rounder, *self.rounders.values()):
+            if isinstance(self.correction, SalientColumns) and isinstance(rounder, GPTQ):
+                form = rounder.asymmetry.form
+                if form not in ("none", "shifted"):
+                    raise BadRecipe(f'asymmetry {form!r} does not go with salient columns; use "shifted" or "none"')
 
     def rounder_of(self, site: str) -> Rounder:
         """The rounder of a site's readers."""
@@ -50,7 +77,18 @@ class Steps:
     def needs_data(self) -> bool:
         """Whether calibration text is needed."""
         rounders = (self.rounder, *self.rounders.values())
-        return bool(self.transforms) or self.mean_shift is not None or any(r.needs_gram for r in rounders)
+        parts = (self.mean_shift, self.saliency, self.correction)
+        return bool(self.transforms) or any(parts) or any(r.needs_gram for r in rounders)
+
+    @property
+    def orders_residual(self) -> bool:
+        """Whether the whole residual stream gets one channel order."""
+        return self.saliency is not None and self.saliency.residual == "global"
+
+    @property
+    def needs_survey(self) -> bool:
+        """Whether a block must be observed before anything of it is rounded."""
+        return bool(self.transforms) or self.saliency is not None
 
     @property
     def needs_drift(self) -> bool:

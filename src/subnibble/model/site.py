@@ -51,7 +51,8 @@ class Site:
     None. writers: linears whose output rows write it. followers: linears whose rows are permuted with the writers'
     but never scaled (a gate before its activation). edits: what leaves the function unchanged, of "scale" and
     "permute". per_head: channels are heads x head width, writers have one per key-value head, and query heads that
-    share a key-value head must be edited alike. tail: see `Tail`.
+    share a key-value head must be edited alike. queries, keys: linears with a head's rows for each query head, for each
+    key-value head, which move when heads do. tail: see `Tail`.
     """
 
     name: str
@@ -61,6 +62,8 @@ class Site:
     followers: tuple[str, ...] = ()
     edits: frozenset[str] = frozenset({"scale"})
     per_head: bool = False
+    queries: tuple[str, ...] = ()
+    keys: tuple[str, ...] = ()
     tail: Tail | None = None
 
 

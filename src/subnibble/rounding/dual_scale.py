@@ -59,6 +59,7 @@ class DualScale:
 
     def fit(self, group: Tensor, scheme: Scheme, weights: Tensor | None) -> Fitted:
         """See `Fitter`."""
+        _check_grid(scheme)
         sign_basis.check_finite(group)
         h = sign_basis.column_weights(group, grid.usable(weights))
         if scheme.grid == "sign":
@@ -73,12 +74,18 @@ class RowScale(DualScale):
 
     def fit(self, group: Tensor, scheme: Scheme, weights: Tensor | None) -> Fitted:
         """See `Fitter`."""
+        _check_grid(scheme)
         if scheme.grid == "sign":
             return Fitted(sign_basis.fit(group, scheme, grid.usable(weights)))
         sign_basis.check_finite(group)
         h = sign_basis.column_weights(group, grid.usable(weights))
         levels, _ = _fit_uniform(group, scheme, self.clip, h, self.iterations, lambda group, values, old: old)
         return Fitted(levels)
+
+
+def _check_grid(scheme: Scheme) -> None:
+    if scheme.grid == "mxfp4":
+        raise BadRecipe('column scales and refitted rows need a uniform or sign grid; set grid = "uniform"')
 
 
 def _fit_sign(group: Tensor, scheme: Scheme, h: Tensor, iterations: int) -> Fitted:

@@ -108,6 +108,17 @@ class GPTQ:
         coded = round_columns(weight, factor, plan, scheme, self, push)
         return Rounding(coded, {"damping": factor.damping, "damping_retries": factor.retries})
 
+    def settled(self, weight: Tensor, gram: Tensor, drift: Tensor, where: str) -> tuple[Tensor, GPTQ]:
+        """Weights (m, k) and a rounder that needs no drift, to the same end; for asymmetry "shifted" alone.
+
+        For what must know the target before it is rounded, such as a second weight that takes part of it.
+        """
+        order = torch.arange(weight.shape[1], device=weight.device)
+        factor = factorize(gram, order, self.damping, where)
+        push = Push(drift.to(factor.u.dtype), self.asymmetry)
+        target = push.shifted(weight.T.to(factor.u.dtype), factor.u).T.to(weight.dtype)
+        return target, replace(self, asymmetry=Asymmetry())
+
 
 def factorize(gram: Tensor, order: Tensor, damping: float, where: str) -> Factor:
     """Damp and factorize. gram: (k, k), sum of x xᵀ. order: (k,) visiting order of the columns."""

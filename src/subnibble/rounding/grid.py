@@ -1,4 +1,4 @@
-"""Fit grids to groups of weights, and code weights on them. Sign-basis grids are in `sign_basis.py`; here the uniform.
+"""Fit grids to groups of weights, and code weights on them. `sign_basis.py` and `mx_grid.py` fit theirs.
 
 A grid row is `w = s * (q - z)` with codes `q` in `0 .. 2**b - 1`. Three zero-points (see `Scheme`), two clips:
 
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from subnibble.errors import BadRecipe, NumericalFailure
-from subnibble.rounding import sign_basis
+from subnibble.rounding import mx_grid, sign_basis
 from subnibble.rounding.levels import Fitted, Fitter, Levels
 from subnibble.scheme import Scheme
 from subnibble.tensor import CodedMatrix, scale_dtype
@@ -94,6 +94,8 @@ def fit_levels(group: Tensor, scheme: Scheme, clip: Clip, weights: Tensor | None
     weights = usable(weights)
     if scheme.grid == "sign":
         return sign_basis.fit(group, scheme, weights)
+    if scheme.grid == "mxfp4":
+        return mx_grid.fit(group, clip.name, clip.power, weights)
     return UniformLevels(*fit(group, scheme, clip, weights), scheme)
 
 

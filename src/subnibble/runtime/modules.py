@@ -44,24 +44,52 @@ class PackedModule(nn.Module):
 
 
 class PackedLinear(PackedModule):
-    """`y = (x c) Wᵀ + b` with W packed (m, k). bias: (m,) or None. column_scale: c (k,) float16, or None for 1."""
+    """A linear as `ops.LinearTerms` describes it; the terms' matrices are submodules and buffers under these names."""
 
-    def __init__(self, weight: PackedTensor, bias: Tensor | None, column_scale: Tensor | None = None) -> None:
-        super().__init__(weight)
-        self.column_scale: Tensor | None
-        self.register_buffer("column_scale", column_scale)
+    def __init__(self, terms: ops.LinearTerms) -> None:
+        super().__init__(terms.weight)
         self.in_features, self.out_features = self.layout.columns, self.layout.rows
+        self.blocks, self.activation, self.residual = terms.blocks, terms.activation, terms.residual
+        self.column_scale: Tensor | None
+        self.gather: Tensor | None
         self.bias: nn.Parameter | None
-        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
+        self.register_buffer("column_scale", terms.column_scale)
+        self.register_buffer("gather", terms.gather)
+        self.register_parameter("bias", None if terms.bias is None else nn.Parameter(terms.bias, requires_grad=False))
+        down, up = terms.low_rank or (None, None)
+        self.salient = None if terms.salient is None else PackedModule(terms.salient)
+        self.down = None if down is None else PackedModule(down)
+        self.up = None if up is None else PackedModule(up)
+
+    @property
+    def terms(self) -> ops.LinearTerms:
+        """What the linear contains, sharing its buffers."""
+        return ops.LinearTerms(
+            weight=self.packed,
+            bias=self.bias,
+            column_scale=self.column_scale,
+            gather=self.gather,
+            blocks=self.blocks,
+            activation=self.activation,
+            salient=None if self.salient is None else self.salient.packed,
+            residual=self.residual,
+            low_rank=None if self.down is None or self.up is None else (self.down.packed, self.up.packed),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., k) to (..., m)."""
-        return ops.linear(x, self.packed, self.bias, self.column_scale)
+        return ops.linear(x, self.terms)
 
     def dequantize(self) -> Tensor:
-        """The dense weight (m, k) float32 that inputs meet, column scales included."""
-        weight = self.packed.dequantize()
-        return weight if self.column_scale is None else weight * self.column_scale.float()
+        """The dense weight (m, k) float32 that inputs meet as they come, all terms included."""
+        return ops.dense_from_input(self.terms)
+
+    def extra_repr(self) -> str:
+        """Shape, schemes and steps, for printing."""
+        steps = [self.activation.name] if self.activation is not None else []
+        steps += ["gather"] if self.gather is not None else []
+        steps += ["hadamard"] if self.blocks else []
+        return ", ".join([super().extra_repr(), *steps])
 
 
 class PackedEmbedding(PackedModule):
@@ -93,7 +121,7 @@ class TiedHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., d) to (..., n)."""
-        return ops.linear(x, self._embedding[0].packed, None)
+        return ops.linear(x, ops.LinearTerms(self._embedding[0].packed))
 
 
 def add_output_bias_(module: nn.Module, bias: Tensor) -> None:

@@ -6,24 +6,136 @@ beyond the call.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import torch
 from torch import Tensor
 
+from subnibble.runtime import activations, hadamard
+from subnibble.runtime.integer import multiply_add_
+from subnibble.scheme import ActivationScheme
 from subnibble.tensor import PackedTensor
 
+RESIDUALS = ("none", "weight", "salient")
 
-def linear(x: Tensor, weight: PackedTensor, bias: Tensor | None, column_scale: Tensor | None = None) -> Tensor:
-    """`(x * column_scale) @ weight.T + bias`.
 
-    x: (..., k). weight: packed (m, k). bias: (m,) or None. column_scale: (k,) or None for 1.
-    Result (..., m), x's dtype.
+@dataclass(frozen=True)
+class LinearTerms:
+    """All that a running linear may contain, in the order in which an input meets it.
+
+    weight: packed (m, k). bias: (m,) or None. column_scale: (k,) that multiplies the input, or None. gather: (k,)
+    integers, input channel gather[j] becomes channel j, or None. blocks: widths of an online block-diagonal Hadamard
+    transform, () for none. activation: how the input is quantized, None for not at all. salient: packed (m, r), a
+    second weight of the first r channels as they are after the steps above (SERQ's extra K columns), or None.
+    residual: "weight" or "salient" quantizes what is left of these r channels once more and multiplies it with that
+    matrix's first r columns; "none" does not. low_rank: packed down (q, k) and up (m, q), or None: a branch
+    `up · Q(down · x)` on the quantized input.
     """
-    if column_scale is not None:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        x = (x.to(wide) * column_scale.to(wide)).to(x.dtype)
-    return torch.nn.functional.linear(x, weight.dequantize(x.dtype), bias)
+
+    weight: PackedTensor
+    bias: Tensor | None = None
+    column_scale: Tensor | None = None
+    gather: Tensor | None = None
+    blocks: tuple[int, ...] = ()
+    activation: ActivationScheme | None = None
+    salient: PackedTensor | None = None
+    residual: str = "none"
+    low_rank: tuple[PackedTensor, PackedTensor] | None = None
+
+    @property
+    def matrices(self) -> dict[str, PackedTensor]:
+        """Every packed matrix by the prefix of its stored names."""
+        down, up = self.low_rank or (None, None)
+        named = {"": self.weight, "salient.": self.salient, "down.": down, "up.": up}
+        return {prefix: matrix for prefix, matrix in named.items() if matrix is not None}
+
+    @property
+    def stored_bits(self) -> int:
+        """All bits of the packed matrices."""
+        return sum(matrix.stored_bits for matrix in self.matrices.values())
+
+    def rows(self, index: Tensor) -> LinearTerms:
+        """The outputs at `index` (1-D integer tensor), still packed."""
+        return replace(
+            self,
+            weight=self.weight.rows(index),
+            bias=None if self.bias is None else self.bias[index],
+            salient=None if self.salient is None else self.salient.rows(index),
+            low_rank=None if self.low_rank is None else (self.low_rank[0], self.low_rank[1].rows(index)),
+        )
+
+
+def linear(x: Tensor, terms: LinearTerms) -> Tensor:
+    """Apply a linear. x: (..., k). Result (..., m), x's dtype; see `LinearTerms`."""
+    entered = _enter(x, terms)
+    if terms.activation is None:
+        y = torch.nn.functional.linear(entered, dense(terms).to(x.dtype), terms.bias)
+        if terms.low_rank is not None:
+            down, up = terms.low_rank
+            inner = torch.nn.functional.linear(entered, down.dequantize(x.dtype))
+            y = y + torch.nn.functional.linear(inner, up.dequantize(x.dtype))
+        return y
+    tokens = entered.reshape(-1, entered.shape[-1])
+    y = _integer(tokens, terms, terms.activation)
+    if terms.bias is not None:
+        y += terms.bias.float()
+    return y.to(x.dtype).view(*x.shape[:-1], y.shape[1])
 
 
 def embedding(ids: Tensor, weight: PackedTensor, dtype: torch.dtype) -> Tensor:
     """Rows of a packed table. ids: any shape, integer. weight: packed (n, d). Result (*ids.shape, d) in `dtype`."""
     return weight.rows(ids.reshape(-1)).dequantize(dtype).view(*ids.shape, weight.shape[1])
+
+
+def _enter(x: Tensor, terms: LinearTerms) -> Tensor:
+    """Column scale, gather, Hadamard transform; computed in float32 or better and rounded to x's type once."""
+    if terms.column_scale is None and terms.gather is None and not terms.blocks:
+        return x
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    if terms.column_scale is not None:
+        wide = wide * terms.column_scale.to(wide.dtype)
+    if terms.gather is not None:
+        wide = wide[..., terms.gather.long()]
+    if terms.blocks:
+        wide = hadamard.multiply(wide, terms.blocks)
+    return wide.to(x.dtype)
+
+
+def dense(terms: LinearTerms) -> Tensor:
+    """The weight (m, k) float32 that inputs meet behind column scale, gather and transform, low-rank branch aside."""
+    weight = terms.weight.dequantize()
+    if terms.salient is not None:
+        weight[:, : terms.salient.shape[1]] += terms.salient.dequantize()
+    return weight
+
+
+def dense_from_input(terms: LinearTerms) -> Tensor:
+    """The weight (m, k) float32 that inputs meet as they come, all terms included."""
+    weight = dense(terms)
+    if terms.low_rank is not None:
+        down, up = terms.low_rank
+        weight += up.dequantize() @ down.dequantize()
+    if terms.blocks:
+        weight = hadamard.multiply_transposed(weight, terms.blocks)
+    if terms.gather is not None:
+        weight = torch.empty_like(weight).index_copy_(1, terms.gather.long(), weight)
+    return weight if terms.column_scale is None else weight * terms.column_scale.float()
+
+
+def _integer(tokens: Tensor, terms: LinearTerms, scheme: ActivationScheme) -> Tensor:
+    """(t, k) to (t, m) float32, on quantized inputs."""
+    x = activations.quantize(tokens, scheme)
+    y = torch.zeros(tokens.shape[0], terms.weight.shape[0], dtype=torch.float32, device=tokens.device)
+    multiply_add_(y, x, terms.weight)
+    if terms.salient is not None:
+        multiply_add_(y, x, terms.salient)
+        if terms.residual != "none":
+            rank = terms.salient.shape[1]
+            rest = activations.quantize(tokens[:, :rank].float() - x.values()[:, :rank], scheme)
+            multiply_add_(y, rest, terms.salient if terms.residual == "salient" else terms.weight)
+    if terms.low_rank is not None:
+        down, up = terms.low_rank
+        inner = torch.zeros(tokens.shape[0], down.shape[0], dtype=torch.float32, device=tokens.device)
+        multiply_add_(inner, x, down)
+        multiply_add_(y, activations.quantize(inner, scheme), up)
+    return y

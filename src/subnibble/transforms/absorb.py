@@ -22,7 +22,7 @@ def can_absorb(site: Site, heads: Heads, together: Iterable[str], packed: dict[s
 
     packed: what of the block is packed so far, by name. No, if another reader would see them too, if the site may not
     be scaled, if query heads share the channels that write theirs, or if a writer's scale would leave the range of
-    normal numbers of its type.
+    normal numbers of its type, or is a bare exponent.
     """
     if set(together) != set(site.readers) or "scale" not in site.edits or (site.per_head and heads.repeats > 1):
         return False
@@ -54,6 +54,9 @@ def _scaled(tensor: PackedTensor, c: Tensor) -> PackedTensor:
 
 def _in_range(tensor: PackedTensor, c: Tensor) -> bool:
     for part in tensor.ranges:
+        if part.scheme.scale_type == "e8m0":
+            # Powers of two take no factor.
+            return False
         limits = torch.finfo(scale_dtype(part.scheme))
         old, new = part.scales.float(), part.scales.float() * c.unsqueeze(1)
         vanishes = (new < limits.smallest_normal) & (old >= limits.smallest_normal)

@@ -13,6 +13,7 @@ whose readers is quantized, stay as they are. Rounding and clipping follow as fo
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -39,11 +40,15 @@ class ActivationAwareScale:
 
     steps: int = _STEPS
 
-    def __call__(self, block: Block, found: SiteStatistics) -> None:
+    def __call__(self, block: Block, found: SiteStatistics) -> Mapping[str, Tensor]:
         """See `Transform`."""
+        made = {}
         for site in block.arch.sites:
             if "scale" in site.edits and any(found.schemes[name] is not None for name in site.readers):
-                scale_site_(block, site, self._factors(block, site, found))
+                factors = self._factors(block, site, found)
+                scale_site_(block, site, factors)
+                made[site.name] = repeat_over_heads(factors, block) if site.per_head else factors
+        return made
 
     def _factors(self, block: Block, site: Site, found: SiteStatistics) -> Tensor:
         sizes = found.mean_sizes[site.name].clamp(min=1e-8)

@@ -6,13 +6,13 @@ RMSNorm with its gain moved into the linears behind it commutes with any rotatio
 
 Weights alone change: nothing is rotated online, heads and the MLP's hidden channels keep their basis. Q is diag(random
 signs) times a Hadamard matrix: `full` over the whole width, `groups` a block-diagonal one with a block for each
-quantization group, the last one smaller if need be (as D2Quant's released program does with 128). A Hadamard matrix
-of order n is a Kronecker product of Paley's of order q + 1 (q prime, q = 3 mod 4) and Sylvester's of order 2.
+quantization group, the last one smaller if need be (as D2Quant's released program does with 128).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,17 +20,60 @@ from torch import Tensor
 from subnibble.errors import BadRecipe
 from subnibble.model.site import Arch
 from subnibble.model.skeleton import Block
+from subnibble.runtime.hadamard import hadamard
 from subnibble.scheme import Scheme
 
 _USUAL_GROUPS = (16, 32, 64, 128, 256)
 ROTATIONS = ("none", "full", "groups")
 
 
+class ResidualEdit(Protocol):
+    """An edit of the whole residual stream that keeps the model's function. unties: whether a tied head needs a table
+    of its own afterwards.
+    """
+
+    @property
+    def unties(self) -> bool:
+        """See the class."""
+
+    def embedding(self, weight: Tensor) -> Tensor:
+        """The embedding's table (n, d), edited."""
+
+    def edit_block_(self, block: Block) -> None:
+        """Edit a block loaded in float32, in place."""
+
+    def final_gain(self, gain: Tensor) -> Tensor:
+        """The final norm's gain (d,), edited."""
+
+    def head(self, weight: Tensor, gain: Tensor) -> Tensor:
+        """The head's table (n, d), edited. gain: the final norm's, before the edit."""
+
+
 @dataclass(frozen=True)
 class Rotation:
-    """An orthogonal block-diagonal matrix Q. blocks: square, float64, their widths add up to the residual's."""
+    """An orthogonal block-diagonal matrix Q. blocks: square, float64, their widths add up to the residual's.
+
+    As `ResidualEdit`, it moves gains into the linears behind them.
+    """
 
     blocks: tuple[Tensor, ...]
+    unties: bool = True
+
+    def embedding(self, weight: Tensor) -> Tensor:
+        """See `ResidualEdit`."""
+        return self.columns(weight.float())
+
+    def edit_block_(self, block: Block) -> None:
+        """See `ResidualEdit`."""
+        rotate_block_(block, self)
+
+    def final_gain(self, gain: Tensor) -> Tensor:
+        """See `ResidualEdit`."""
+        return torch.ones_like(gain)
+
+    def head(self, weight: Tensor, gain: Tensor) -> Tensor:
+        """See `ResidualEdit`."""
+        return self.columns(weight.float() * gain.float())
 
     def columns(self, matrix: Tensor) -> Tensor:
         """M Q for M (m, d): computed in float64, given in M's type."""
@@ -109,33 +152,3 @@ def can_rotate(arch: Arch) -> bool:
     """Whether every reader of the residual stream has a norm of its own site, whose gain can move into it."""
     behind = {reader for site in arch.sites if site.norm is not None for reader in site.readers}
     return behind == set(arch.residual.readers)
-
-
-def hadamard(order: int) -> Tensor | None:
-    """A matrix (order, order) of +-1 with orthogonal rows, float64, or None if the construction does not reach it."""
-    if order == 1:
-        return torch.ones(1, 1, dtype=torch.float64)
-    for factor in sorted((f for f in range(2, order + 1) if order % f == 0 and _has_paley(f)), reverse=True):
-        rest = hadamard(order // factor)
-        if rest is not None:
-            return torch.kron(rest, _paley(factor))
-    return None
-
-
-def _has_paley(order: int) -> bool:
-    q = order - 1
-    return order == 2 or (q % 4 == 3 and all(q % d for d in range(2, int(q**0.5) + 1)))
-
-
-def _paley(order: int) -> Tensor:
-    """Sylvester's for 2, else Paley's first construction on the prime `order - 1`."""
-    if order == 2:
-        return torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
-    q = order - 1
-    residues = {i * i % q for i in range(1, q)}
-    character = torch.tensor([0.0] + [1.0 if i in residues else -1.0 for i in range(1, q)], dtype=torch.float64)
-    index = (torch.arange(q).unsqueeze(1) - torch.arange(q).unsqueeze(0)) % q
-    matrix = torch.ones(order, order, dtype=torch.float64)
-    matrix[1:, 0] = -1
-    matrix[1:, 1:] = character[index] + torch.eye(q, dtype=torch.float64)
-    return matrix

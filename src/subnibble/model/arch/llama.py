@@ -13,6 +13,8 @@ ATTENTION_OUT = Site(
     readers=("self_attn.o_proj",),
     edits=frozenset({"scale", "permute"}),
     per_head=True,
+    queries=("self_attn.q_proj",),
+    keys=("self_attn.k_proj",),
     tail=Tail("self_attn", extra_outputs=1),
 )
 MLP_IN = Site(

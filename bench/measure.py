@@ -1,0 +1,122 @@
+"""What the benches share: one quantization measured in a process of its own, and a table that grows by such rows."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rows import Rows
+
+if TYPE_CHECKING:
+    from subnibble.recipe import Recipe
+
+WINDOW = 2048
+HERE = Path(__file__).parent
+RECIPES = HERE.parent / "recipes"
+
+
+def texts(wikitext: Path) -> dict[str, str]:
+    """Name -> what `read_text` takes; WikiText is left out, with one message, where its file is not."""
+    file = wikitext / "test.raw.txt"
+    if not file.is_file():
+        print(f"{file} is not there: rows on WikiText-2 are left out (--wikitext DIR)", file=sys.stderr)
+        return {"news": "news"}
+    return {"news": "news", "wikitext2": str(file)}
+
+
+def with_data(recipe: Recipe, windows: int) -> Recipe:
+    """The recipe calibrated as all rows are, on news in bfloat16, if its method needs data."""
+    from subnibble.methods import find_method
+
+    needs = find_method(recipe.method).needs_data(recipe.options)
+    return replace(recipe, num_windows=windows, window=WINDOW, dtype="bfloat16", calibration="news" if needs else None)
+
+
+def measure_row(recipe: Recipe | None, windows: int, names: dict[str, str], exact_inputs: bool = False) -> list[Any]:
+    """Quantize the demo's model by `recipe` (None: not at all) and score it: facts for each text.
+
+    exact_inputs: score the same codes with inputs that are not quantized, too.
+    """
+    from subnibble import quantize
+    from subnibble.calibrate.windows import evaluation_windows
+    from subnibble.checkpoint.size import measure
+    from subnibble.checkpoint.source import open_source
+    from subnibble.cli.demo import find_model
+    from subnibble.evaluate.perplexity import bos_token, score
+    from subnibble.hf import load_model, packed_modules
+    from subnibble.version import __version__
+
+    model = find_model()
+    facts: dict[str, Any] = {"version": __version__, "window": WINDOW, "scored_in": "float32"}
+    with tempfile.TemporaryDirectory() as folder:
+        path = model
+        if recipe is not None:
+            path = Path(folder) / "model"
+            report = quantize(model, path, recipe)
+            facts |= {
+                "calibration": recipe.calibration,
+                "calibrated_in": recipe.dtype,
+                "seconds": report.seconds["total"],
+                "peak_memory": report.peak_memory,
+                "weights_sha256": report.weights_sha256,
+            }
+        source = open_source(path)
+        facts |= measure(source).to_dict()
+        tokenizer = source.load_tokenizer()
+        loaded = load_model(path, "float32")
+        rows = []
+        for name, where in names.items():
+            cut = evaluation_windows(where, tokenizer, WINDOW, windows)
+            rows.append({"text": name, "perplexity": score({"m": loaded}, cut, bos_token(tokenizer))["m"].perplexity})
+        if exact_inputs:
+            for module in packed_modules(loaded).values():
+                module.activation = None
+            for row, where in zip(rows, names.values(), strict=True):
+                cut = evaluation_windows(where, tokenizer, WINDOW, windows)
+                row["perplexity_exact_inputs"] = score({"m": loaded}, cut, bos_token(tokenizer))["m"].perplexity
+        return [row | facts for row in rows]
+
+
+def run(
+    parser: argparse.ArgumentParser,
+    results: Path,
+    key: tuple[str, ...],
+    spec: Callable[..., Any],
+    measured: Callable[[Any, dict[str, str]], list[dict[str, Any]]],
+    wanted: Callable[[argparse.Namespace], Iterable[Any]],
+    show: Callable[[list[dict[str, Any]]], None],
+) -> None:
+    """The bench's command line: make the rows that are missing, each in its own process, and print the table.
+
+    spec: a dataclass of what a row is of. measured: rows of one spec on some texts. wanted: specs to make.
+    """
+    parser.add_argument("--wikitext", type=Path, default=HERE.parent.parent / "shared" / "data" / "wikitext-2")
+    parser.add_argument("--results", type=Path, default=results)
+    parser.add_argument("--print", action="store_true", help="print the finished rows and run none")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        values, names = json.loads(arguments.child)
+        print("ROWS " + json.dumps([{**values, **row} for row in measured(spec(**values), names)]))
+        return
+    table = Rows(arguments.results, key)
+    if not arguments.print:
+        available = texts(arguments.wikitext)
+        for one in wanted(arguments):
+            missing = {n: w for n, w in available.items() if not table.has({**asdict(one), "text": n})}
+            if not missing:
+                continue
+            print(f"{one} on {', '.join(missing)}", file=sys.stderr, flush=True)
+            command = [sys.executable, sys.argv[0], "--child", json.dumps([asdict(one), missing])]
+            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            line = next(line for line in output.splitlines() if line.startswith("ROWS "))
+            for row in json.loads(line.removeprefix("ROWS ")):
+                table.append(row)
+    show(table.rows)

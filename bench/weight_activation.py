@@ -1,0 +1,138 @@
+"""Weights and activations quantized, on SmolLM2-135M: perplexity, bits, time and memory of each arm.
+
+    python bench/weight_activation.py [--wikitext DIR] [--only NAME] [--row ARM:SETTING:WINDOWS ...]
+    python bench/weight_activation.py --print
+
+Finished rows are appended to the results file and skipped when they are there. Arms are the recipes in
+`recipes/weight_activation/`; settings are W4A4 and W4A8 in groups of 128 or 64 (activations alike, per token),
+and MXFP4. Headline rows calibrate on 64 windows of 2048 tokens and score 64; the others 16 and 16. Calibration: the
+first 2000 news articles, computed in bfloat16; scored in float32, through the runtime's integer operations, on the last
+400 news articles and, with --wikitext, on WikiText-2 raw test. Rows at W4A8 also score the same codes with inputs that
+are not quantized.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+from measure import HERE, RECIPES, measure_row, run, with_data
+
+KEY = ("arm", "setting", "windows", "text")
+FOLDER = RECIPES / "weight_activation"
+ARMS = sorted(file.stem for file in FOLDER.glob("*.toml"))
+SETTINGS: dict[str, dict[str, Any]] = {
+    "W4A4g128": {"activation_bits": 4, "group_size": 128},
+    "W4A8g128": {"activation_bits": 8, "group_size": 128},
+    "W4A4g64": {"activation_bits": 4, "group_size": 64},
+    "W4A8g64": {"activation_bits": 8, "group_size": 64},
+    "MXFP4": {"activation_bits": 4, "group_size": 32, "grid": "mxfp4"},
+    "MXFP4A8": {"activation_bits": 8, "group_size": 32, "grid": "mxfp4"},
+}
+BASELINES = ("rtn", "gptq", "smoothquant", "l2qer", "qera", "quarot-rtn", "quarot")
+SERQ = ("serq-rtn", "serq")
+RANKS = tuple(arm for arm in ARMS if "-rank-" in arm)
+STAGES = tuple(arm for arm in ARMS if arm not in (*BASELINES, *SERQ, *RANKS))
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One quantization: which arm at which setting, with how many windows of calibration and of text."""
+
+    arm: str
+    setting: str
+    windows: int
+
+
+def specs(only: str | None) -> list[Spec]:
+    """All rows to make, most telling first."""
+    both = (*SERQ, *BASELINES)
+    chosen = {
+        "headline": [Spec("original", "", 64), *(Spec(arm, s, 64) for s in ("W4A4g128", "W4A8g128") for arm in both)],
+        "table": [Spec("original", "", 16), *(Spec(arm, s, 16) for s in SETTINGS for arm in both)],
+        "ranks": [Spec(arm, "W4A4g128", 16) for arm in RANKS],
+        "stages": [Spec(arm, "W4A4g128", 16) for arm in STAGES],
+        "calibration": [Spec("serq", "W4A4g128", windows) for windows in (4, 64)],
+    }
+    return chosen[only] if only else [spec for specs in chosen.values() for spec in specs]
+
+
+def parse_spec(text: str) -> Spec:
+    """A row as written on the command line, for example serq:W4A4g128:16."""
+    arm, setting, windows = text.split(":")
+    if arm not in (*ARMS, "original") or (arm != "original" and setting not in SETTINGS):
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: give ARM:SETTING:WINDOWS, ARM one of original, {', '.join(ARMS)}; SETTING one of "
+            f"{', '.join(SETTINGS)} (empty for original)"
+        )
+    return Spec(arm, setting, int(windows))
+
+
+def measured(spec: Spec, names: dict[str, str]) -> list[dict[str, Any]]:
+    """Rows of `spec` on each text."""
+    if spec.arm == "original":
+        return measure_row(None, spec.windows, names)
+    from subnibble import Recipe
+
+    setting = SETTINGS[spec.setting]
+    recipe = replace(Recipe.from_toml(FOLDER / f"{spec.arm}.toml"), **setting)
+    if "factor_bits" in recipe.options:
+        recipe = replace(recipe, options={**recipe.options, "factor_bits": setting["activation_bits"]})
+    return measure_row(with_data(recipe, spec.windows), spec.windows, names, setting["activation_bits"] == 8)
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """Print the table as Markdown, best first in each setting.
+
+    The gap is log(perplexity / original's) over the same of `serq` at the same setting and windows.
+    """
+    print(
+        "| arm | setting | windows | weight bits | activation bits | news | WikiText-2 | same codes, A16 | gap left |"
+        " quantize, s | peak, GB |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
+    found: dict[Spec, dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(Spec(row["arm"], row["setting"], row["windows"]), {})[row["text"]] = row
+    for spec in sorted(found, key=lambda s: (-s.windows, s.setting, found[s]["news"]["perplexity"])):
+        one = found[spec]["news"]
+        exact = [row["perplexity_exact_inputs"] for row in found[spec].values() if "perplexity_exact_inputs" in row]
+        cells = [
+            spec.arm,
+            spec.setting,
+            str(spec.windows),
+            f"{one['effective_bits']:.3f}",
+            f"{one['activation_bits']:.3f}",
+            *(
+                f"{found[spec][text]['perplexity']:.2f}" if text in found[spec] else ""
+                for text in ("news", "wikitext2")
+            ),
+            " / ".join(f"{value:.2f}" for value in exact),
+            " / ".join(f"{100 * gap:.0f} %" for text in found[spec] if (gap := _gap(found, spec, text)) is not None),
+            *([f"{one['seconds']:.0f}", f"{one['peak_memory'] / 1e9:.1f}"] if "seconds" in one else ["", ""]),
+        ]
+        print("| " + " | ".join(cells) + " |")
+
+
+def _gap(found: dict[Spec, dict[str, dict[str, Any]]], spec: Spec, text: str) -> float | None:
+    """Share of serq's log-perplexity gap to the original that an arm leaves; None without the rows for it."""
+    original = found.get(Spec("original", "", spec.windows), {}).get(text)
+    base = found.get(replace(spec, arm="serq"), {}).get(text)
+    if original is None or base is None:
+        return None
+    logs = [math.log(row["perplexity"] / original["perplexity"]) for row in (found[spec][text], base)]
+    return logs[0] / logs[1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=("headline", "table", "ranks", "stages", "calibration"))
+    parser.add_argument("--row", action="append", type=parse_spec, metavar="ARM:SETTING:WINDOWS")
+    results = HERE / "results" / "weight_activation.json"
+    run(parser, results, KEY, Spec, measured, lambda given: given.row or specs(given.only), show)
+
+
+if __name__ == "__main__":
+    main()

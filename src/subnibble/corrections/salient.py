@@ -1,0 +1,114 @@
+"""Saliency-aware error reconstruction (SERQ, arXiv 2603.08185): the r salient input channels get a second weight.
+
+With W (m, k) in the order of falling saliency (`transforms/input_basis.py`), W_s its first r columns, and Q rounding,
+
+    before   R = Q(W_s);  main = round([W_s - R, rest])              (the released program, and appendix A.3)
+    after    main = round(W);  R = Q(W_s - main_s)                   (equations 5 to 7)
+    fitted   main = round(W);  R = Q((W - main) G_:s (G_ss + damping)^-1)     least squares on the calibration inputs
+
+and y = main x + R x_s: both are read by the same quantized input, so R is r more columns of one product. `before` keeps
+the coarse part in R: rounding with error compensation then starts with small, finely coded residuals. Where r is a
+multiple of the group size and rounding is to nearest, `before` and `after` are the same numbers; where it is not,
+`after` and `fitted` would share a group between salient and other columns, and are refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from subnibble.errors import BadRecipe
+from subnibble.rounding import grid
+from subnibble.rounding.levels import Fitter
+from subnibble.rounding.rounder import Rounding
+from subnibble.scheme import WHOLE_CHANNEL, Scheme
+from subnibble.tensor import PackedRange
+
+FORMS = ("before", "after", "fitted")
+# What the quantized input's remainder on the salient channels is multiplied with: nothing, or the coarse weight.
+RESIDUALS = ("none", "salient")
+_DAMPING = 0.01
+
+
+@dataclass(frozen=True)
+class SalientColumns:
+    """Correction. rank: r. form: see the module. fitter: of R's grids. residual: "salient" runs the remainder of the
+    quantized salient channels through the coarse weight, too: twice r more columns of the product, no more weights.
+    """
+
+    rank: int
+    form: str = "before"
+    fitter: Fitter = field(default_factory=grid.Clip)
+    residual: str = "none"
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise BadRecipe(f"rank is {self.rank}; give a positive number of salient channels")
+        if self.form not in FORMS:
+            raise BadRecipe(f"form is {self.form!r}; choose one of {', '.join(FORMS)}")
+        if self.residual not in RESIDUALS:
+            raise BadRecipe(f"residual is {self.residual!r}; choose one of {', '.join(RESIDUALS)}")
+
+    @property
+    def coarse(self) -> str:
+        """Which matrix holds the coarse weight of the salient channels, in the words of `ops.LinearTerms`."""
+        if self.residual == "none":
+            return "none"
+        return "salient" if self.form == "before" else "weight"
+
+    def check(self, columns: int, scheme: Scheme, where: str) -> None:
+        """Raise `BadRecipe` if the salient channels do not fit the linear `where` of `columns` inputs."""
+        if self.rank > columns:
+            raise BadRecipe(f"rank {self.rank} is larger than the {columns} inputs of {where}; use at most {columns}")
+        if self.form != "before" and scheme.group_size != WHOLE_CHANNEL and self.rank % scheme.group_size:
+            raise BadRecipe(
+                f"rank {self.rank} is no multiple of {where}'s group size {scheme.group_size}: form {self.form!r} "
+                'would split a group between salient and other channels; use a multiple, or form = "before"'
+            )
+
+    def row_bits(self, scheme: Scheme) -> int:
+        """Stored bits of one row of R."""
+        return scheme.row_bits(self.rank)
+
+    def __call__(
+        self, weight: Tensor, gram: Tensor | None, scheme: Scheme, round_main: Callable[[Tensor], Rounding]
+    ) -> tuple[Rounding, PackedRange]:
+        """The main matrix's codes, and R.
+
+        weight: (m, k) float32, most salient columns first. gram: (k, k), sum of x xᵀ over the inputs in that order, of
+        which only `fitted` needs to know. round_main: rounds a main matrix (m, k).
+        """
+        if self.form == "before":
+            salient = self._pack(weight[:, : self.rank], scheme)
+            rest = weight.clone()
+            rest[:, : self.rank] -= salient.dequantize()
+            return round_main(rest), salient
+        main = round_main(weight)
+        error = weight - PackedRange.pack(main.coded, scheme).dequantize()
+        if self.form == "fitted":
+            if gram is None:
+                raise BadRecipe('form = "fitted" needs calibration text; set calibration')
+            return main, self._pack(least_squares(error, gram, self.rank), scheme)
+        return main, self._pack(error[:, : self.rank], scheme)
+
+    def _pack(self, matrix: Tensor, scheme: Scheme) -> PackedRange:
+        return PackedRange.pack(grid.coded(matrix, scheme, self.fitter), scheme)
+
+
+def least_squares(error: Tensor, gram: Tensor, rank: int) -> Tensor:
+    """R (m, rank) with the least ||error X - R X_s||² + damping, X_s the first rows of X.
+
+    error: (m, k). gram: (k, k) = X Xᵀ. Damping as in GPTQ: 1 % of the mean of the diagonal.
+    """
+    part = gram[:rank, :rank].double()
+    mean = part.diagonal().mean()
+    if not float(mean) > 0:
+        return error[:, :rank]
+    damped = part + _DAMPING * mean * torch.eye(rank, dtype=part.dtype, device=part.device)
+    # Towards the plain residual where the inputs say little.
+    right = error.double() @ gram[:, :rank].double() + _DAMPING * mean * error[:, :rank].double()
+    solved: Tensor = torch.linalg.solve(damped, right.T).T
+    return solved.to(error.dtype)

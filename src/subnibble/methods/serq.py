@@ -1,0 +1,110 @@
+"""SERQ (arXiv 2603.08185): flattened activations, error of salient channels in one low-rank matrix, offline orders.
+
+The three stages are a transform (`transforms/flatten.py`), a correction (`corrections/salient.py`) and a channel order
+(`transforms/saliency.py`). `serq` is the paper's form with GPTQ: factors are the largest activations, channels in their
+falling order, 128 of them salient, the coarse weight in the second matrix (appendix A.3 and the released program), a
+symmetric grid whose range is not searched for. `rounding = "rtn"` is the form of its section 4. Deviations: factors
+and orders are those of the model as quantized up to the block, not of the original; heads that share a key-value head
+take the larger factor; factors and orders are folded or gathered where the released program divides and gathers online
+in every linear; the recipe's grids may be searched (`clip = "mse"`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from subnibble.calibrate.stream import SiteStatistics
+from subnibble.corrections.salient import SalientColumns
+from subnibble.errors import BadRecipe
+from subnibble.methods.method import Method, Steps, Transform
+from subnibble.methods.weights import WeightOptions, rounder_of
+from subnibble.rounding import grid
+from subnibble.rounding.grid import Clip
+from subnibble.runtime import activations
+from subnibble.tensor import PackedRange
+from subnibble.transforms.flatten import Flatten, Loss, SearchedFlatten
+from subnibble.transforms.saliency import Saliency
+
+FLATTENINGS = ("none", "powers", "search")
+_SEARCH_CLIP = Clip("minmax")
+
+
+@dataclass(frozen=True)
+class Options(WeightOptions):
+    """rank: salient channels, 0 for none. form, residual: `corrections/salient.py`. flattening: "none", "powers" for
+    alpha and beta everywhere, "search" for each site's own; see `transforms/flatten.py`. saliency, heads,
+    residual_order: `transforms/saliency.py`. The others as in `methods/weights.py`.
+    """
+
+    rounding: str = "gptq"
+    clip: str = "minmax"
+    rank: int = 128
+    form: str = "before"
+    residual: str = "none"
+    flattening: str = "powers"
+    alpha: float = 1.0
+    beta: float = 0.0
+    saliency: str = "size"
+    heads: str = "gather"
+    residual_order: str = "gather"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rank < 0:
+            raise BadRecipe(f"rank is {self.rank}; give a number of salient channels, 0 for none")
+        if self.flattening not in FLATTENINGS:
+            raise BadRecipe(f"flattening is {self.flattening!r}; choose one of {', '.join(FLATTENINGS)}")
+
+
+def build(options: Options) -> Steps:
+    """Steps of SERQ."""
+    fitter = Clip(options.clip, options.clip_power)
+    correction = SalientColumns(options.rank, options.form, fitter, options.residual) if options.rank else None
+    return Steps(
+        rounder=rounder_of(options),
+        transforms=_transforms(options, correction),
+        prefers=symmetric,
+        rotation=options.rotation,
+        saliency=Saliency(options.saliency, options.heads, options.residual_order),
+        correction=correction,
+        inputs=options.inputs,
+    )
+
+
+def symmetric(site: str, bits: int) -> Mapping[str, str]:
+    """Weights without zero-points."""
+    return {"zero_point": "none"}
+
+
+def _transforms(options: Options, correction: SalientColumns | None) -> tuple[Transform, ...]:
+    match options.flattening:
+        case "none":
+            return ()
+        case "powers":
+            return (Flatten(options.alpha, options.beta),)
+    return (SearchedFlatten(lambda found: _quantized_error(found, correction)),)
+
+
+def _quantized_error(found: SiteStatistics, correction: SalientColumns | None) -> Loss:
+    """Squared output error with weights rounded to nearest and inputs quantized."""
+
+    def loss(name: str, weight: Tensor, tokens: Tensor) -> float:
+        scheme, activation = found.schemes[name], found.activations[name]
+        assert scheme is not None
+        dense = PackedRange.pack(grid.coded(weight, scheme, _SEARCH_CLIP), scheme).dequantize()
+        repeated = 0
+        if correction is not None:
+            rank = correction.rank
+            repeated = rank if correction.coarse != "none" else 0
+            rest = weight[:, :rank] - dense[:, :rank]
+            dense[:, :rank] += PackedRange.pack(grid.coded(rest, scheme, _SEARCH_CLIP), scheme).dequantize()
+        seen = tokens if activation is None else activations.quantize_values(tokens, activation, repeated)
+        return float((seen @ dense.T - tokens @ weight.T).square().sum())
+
+    return loss
+
+
+SERQ = Method("serq", "flattened activations, salient channels twice", "arXiv 2603.08185", Options, build)

@@ -1,0 +1,44 @@
+"""How weights are rounded by the methods that treat activations as well: to nearest, or by GPTQ."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from subnibble.errors import BadRecipe
+from subnibble.rounding.gptaq import Asymmetry
+from subnibble.rounding.gptq import GPTQ
+from subnibble.rounding.grid import Clip
+from subnibble.rounding.rounder import Rounder
+from subnibble.rounding.rtn import RTN
+
+ROUNDINGS = ("rtn", "gptq")
+
+
+@dataclass(frozen=True)
+class WeightOptions:
+    """rounding: "rtn" or "gptq". clip, clip_power: `rounding/grid.py`; damping, order: `rounding/gptq.py`; asymmetry,
+    alpha_drift: form and alpha of `rounding/gptaq.py`; rotation: `transforms/rotate.py`; inputs: `methods/method.py`.
+    """
+
+    rounding: str = "rtn"
+    clip: str = "mse"
+    clip_power: float = 2.0
+    damping: float = 0.01
+    order: str = "natural"
+    asymmetry: str = "none"
+    alpha_drift: float = 0.5
+    rotation: str = "none"
+    inputs: str = "exact"
+
+    def __post_init__(self) -> None:
+        if self.rounding not in ROUNDINGS:
+            raise BadRecipe(f"rounding is {self.rounding!r}; choose one of {', '.join(ROUNDINGS)}")
+
+
+def rounder_of(options: WeightOptions) -> Rounder:
+    """The rounder that options ask for."""
+    clip = Clip(options.clip, options.clip_power)
+    if options.rounding == "rtn":
+        return RTN(clip)
+    asymmetry = Asymmetry(options.asymmetry, options.alpha_drift)
+    return GPTQ(clip, damping=options.damping, order=options.order, asymmetry=asymmetry)

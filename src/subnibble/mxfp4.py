@@ -1,0 +1,50 @@
+"""The MXFP4 number format (OCP Microscaling 1.0): E2M1 elements, one E8M0 scale for 32 of them."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor
+
+# Values of E2M1 codes: sign, two bits of exponent, one of mantissa.
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+# All are whole numbers of this.
+E2M1_STEP = 0.5
+_MIDDLES = tuple((low + high) / 2 for low, high in itertools.pairwise(E2M1[:8]))
+# Of the largest level, 6 = 1.5 * 2^2.
+_LARGEST_EXPONENT = 2
+_BIAS = 127
+SMALLEST_SCALE, LARGEST_SCALE = 2.0**-126, 2.0**127
+
+
+def encode_e2m1(values: Tensor) -> Tensor:
+    """Codes (0 .. 15, int64) of the nearest E2M1 number of every value; larger ones saturate at 6, ties go to even."""
+    sizes = values.abs()
+    codes = torch.zeros(values.shape, dtype=torch.int64, device=values.device)
+    for lower, middle in enumerate(_MIDDLES):
+        # A tie goes to the code whose mantissa bit is 0.
+        codes += sizes >= middle if lower % 2 else sizes > middle
+    return codes + 8 * (values < 0)
+
+
+def decode_e2m1(codes: Tensor) -> Tensor:
+    """Values of codes 0 .. 15 of any type: float32."""
+    return torch.tensor(E2M1, dtype=torch.float32, device=codes.device)[codes.long()]
+
+
+def shared_scale(largest: Tensor) -> Tensor:
+    """The specification's scale for groups of that largest magnitude, 2^(floor(log2 largest) - 2), float32."""
+    exponent = torch.frexp(largest.float()).exponent - 1 - _LARGEST_EXPONENT
+    scale = torch.ldexp(torch.ones_like(largest, dtype=torch.float32), exponent)
+    return torch.where(largest > 0, scale, SMALLEST_SCALE).clamp(SMALLEST_SCALE, LARGEST_SCALE)
+
+
+def encode_e8m0(scales: Tensor) -> Tensor:
+    """Powers of two as biased exponents, uint8."""
+    return (torch.frexp(scales).exponent - 1 + _BIAS).to(torch.uint8)
+
+
+def decode_e8m0(exponents: Tensor) -> Tensor:
+    """Biased exponents (uint8) as powers of two, float32."""
+    return torch.ldexp(torch.ones_like(exponents, dtype=torch.float32), exponents.int() - _BIAS)

@@ -1,0 +1,48 @@
+"""Fit the scales of MXFP4 grids: powers of two (`mxfp4.py` has the number format).
+
+`minmax` is the specification's scale, `2^(floor(log2 max|w|) - 2)`: what lies beyond 6 scales saturates. `mse` tries
+twice and half that besides and keeps, per row, the one with the least sum of `|error| ** power`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from subnibble.errors import NumericalFailure
+from subnibble.mxfp4 import LARGEST_SCALE, SMALLEST_SCALE, decode_e2m1, encode_e2m1, shared_scale
+
+
+@dataclass(frozen=True)
+class MxLevels:
+    """See `Levels`. scales: (m, 1), powers of two."""
+
+    scales: Tensor
+    zeros: None = None
+
+    def encode(self, weight: Tensor) -> Tensor:
+        """See `Levels`."""
+        return encode_e2m1(weight / self.scales).to(weight.dtype)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """See `Levels`."""
+        return decode_e2m1(codes).to(codes.dtype) * self.scales
+
+
+def fit(group: Tensor, clip: str, power: float, weights: Tensor | None) -> MxLevels:
+    """The scale of every row of `group` (m, 32 or fewer) float32. clip: see the module. weights: (g,) or None for 1."""
+    if not bool(torch.isfinite(group).all()):
+        raise NumericalFailure("the weights to round are not finite; raise the damping or use more calibration text")
+    standard = shared_scale(group.abs().amax(1, keepdim=True))
+    if clip == "minmax":
+        return MxLevels(standard)
+    best, least = standard, torch.full_like(standard, torch.inf)
+    for factor in (1.0, 2.0, 0.5):
+        levels = MxLevels((standard * factor).clamp(SMALLEST_SCALE, LARGEST_SCALE))
+        errors = (levels.decode(levels.encode(group)) - group).abs().pow(power)
+        loss = (errors if weights is None else errors * weights).sum(1, keepdim=True)
+        better = loss < least
+        best, least = torch.where(better, levels.scales, best), torch.where(better, loss, least)
+    return MxLevels(best)

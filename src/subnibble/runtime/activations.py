@@ -1,0 +1,78 @@
+"""Quantize a linear's input while it runs: each token by itself, group by group (`ActivationScheme`).
+
+What leaves here are whole numbers with their zero-points already taken off, so that
+
+    x = scale * number        number in -255 .. 255 (8 bits), -15 .. 15 (4), -7 .. 7 (3); of MXFP4, -12 .. 12
+
+Kept in float32, whose sums of products with weight numbers are those of int32 (`integer.py`). What is not finite stays
+so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from subnibble import mxfp4
+from subnibble.scheme import ActivationScheme
+
+# Below this a scale is raised, so that a group of zeros has one; bfloat16 holds it as a normal number.
+_SMALLEST_SCALE = 2.0**-120
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """numbers: (t, k) whole, float32. scales: (t, groups) float32. bounds: first and stop channel of each group."""
+
+    numbers: Tensor
+    scales: Tensor
+    bounds: list[tuple[int, int]]
+
+    def values(self) -> Tensor:
+        """What the numbers stand for: (t, k) float32."""
+        widths = torch.tensor([stop - start for start, stop in self.bounds], device=self.scales.device)
+        return self.numbers * self.scales.repeat_interleave(widths, dim=1)
+
+
+def quantize(x: Tensor, scheme: ActivationScheme) -> Quantized:
+    """Quantize tokens. x: (t, k) of any float type, computed in float32."""
+    wide = x.float()
+    bounds = scheme.group_bounds(x.shape[1])
+    parts = [_group(wide[:, start:stop], scheme) for start, stop in bounds]
+    return Quantized(torch.cat([part[0] for part in parts], 1), torch.cat([part[1] for part in parts], 1), bounds)
+
+
+def quantize_values(x: Tensor, scheme: ActivationScheme, repeated: int = 0) -> Tensor:
+    """What tokens (t, k) become when they are quantized: float32.
+
+    repeated: of so many first channels, what is left is quantized once more and added (`ops.LinearTerms.residual`).
+    """
+    values = quantize(x, scheme).values()
+    if repeated:
+        values[:, :repeated] += quantize(x[:, :repeated].float() - values[:, :repeated], scheme).values()
+    return values
+
+
+def _group(x: Tensor, scheme: ActivationScheme) -> tuple[Tensor, Tensor]:
+    """Numbers (t, g) and scales (t, 1) of one group."""
+    if scheme.grid == "mxfp4":
+        largest = x.abs().amax(1, keepdim=True)
+        scale = torch.where(largest.isfinite(), mxfp4.shared_scale(largest), torch.nan)
+        numbers = mxfp4.decode_e2m1(mxfp4.encode_e2m1(x / scale)) / mxfp4.E2M1_STEP
+        return numbers, scale * mxfp4.E2M1_STEP
+    if scheme.zero_point == "none":
+        largest = 2 ** (scheme.bits - 1) - 1
+        scale = _stored(scheme.clip * x.abs().amax(1, keepdim=True) / largest)
+        return (x / scale).round_().clamp_(-largest, largest), scale
+    # The range contains 0, so that zero-points are codes.
+    low, high = x.amin(1, keepdim=True).clamp(max=0), x.amax(1, keepdim=True).clamp(min=0)
+    last = 2**scheme.bits - 1
+    scale = _stored(scheme.clip * (high - low) / last)
+    zero = (scheme.clip * -low / scale).round_().clamp_(0, last)
+    return ((x / scale).round_() + zero).clamp_(0, last).sub_(zero), scale
+
+
+def _stored(scale: Tensor) -> Tensor:
+    return scale.clamp(min=_SMALLEST_SCALE).to(torch.bfloat16).float()

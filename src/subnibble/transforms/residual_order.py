@@ -1,0 +1,73 @@
+"""One channel order for the whole residual stream (SERQ, arXiv 2603.08185, stage 3), carried out offline.
+
+Every norm, reader and writer of the stream, the embedding and the head see the channels in the same order, so that
+nothing is gathered at run time; sites that would like different orders share one. Channels are ranked by the mean over
+all sites behind norms of log(a_j / median a), a_j being the largest magnitude of channel j there in the full-precision
+model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from subnibble.calibrate.stats import AbsMax
+from subnibble.calibrate.stream import BlockStream
+from subnibble.model.skeleton import Block, Skeleton
+from subnibble.transforms.permute import permute_residual_
+
+# Of the median: a channel that is silent somewhere must not decide alone.
+_SMALLEST = 1e-3
+
+
+@dataclass(frozen=True)
+class ResidualOrder:
+    """See `ResidualEdit`. order: (channels,) int64, old channel order[i] becomes channel i."""
+
+    order: Tensor
+    unties: bool = False
+
+    def embedding(self, weight: Tensor) -> Tensor:
+        """See `ResidualEdit`."""
+        return weight[:, self.order]
+
+    def edit_block_(self, block: Block) -> None:
+        """See `ResidualEdit`."""
+        permute_residual_(block, block.arch.residual, self.order)
+
+    def final_gain(self, gain: Tensor) -> Tensor:
+        """See `ResidualEdit`."""
+        return gain[self.order]
+
+    def head(self, weight: Tensor, gain: Tensor) -> Tensor:
+        """See `ResidualEdit`."""
+        return weight[:, self.order]
+
+
+def survey(skeleton: Skeleton, hidden: list[Tensor], arguments: Sequence[dict[str, object]]) -> ResidualOrder:
+    """Run the full-precision model over all windows and rank the residual channels.
+
+    hidden: what the embedding gives, batches (windows, tokens, channels); used up. arguments: of each block.
+    """
+    scores: list[Tensor] = []
+    for index in range(skeleton.num_blocks):
+        block = skeleton.load_block(index)
+        block.module.to(skeleton.dtype)
+        stream = BlockStream(block, hidden, dict(arguments[index]))
+        for site in block.arch.sites:
+            if site.norm is not None:
+                largest = AbsMax(block.gain(site.norm).shape[0], skeleton.device)
+                for x in stream.at(site):
+                    largest.update(x)
+                scores.append(_relative(largest.value))
+        stream.advance()
+        skeleton.release(block.path)
+    return ResidualOrder(torch.sort(torch.stack(scores).mean(0), descending=True, stable=True).indices)
+
+
+def _relative(sizes: Tensor) -> Tensor:
+    middle = sizes.median().clamp(min=torch.finfo(sizes.dtype).tiny)
+    return (sizes / middle).clamp(min=_SMALLEST).log()

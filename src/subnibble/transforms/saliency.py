@@ -1,0 +1,114 @@
+"""The order in which a linear meets its input channels: the most salient first (SERQ, arXiv 2603.08185, section 4.3).
+
+Scores of a channel, of the site's tensor before anything was scaled:
+
+    size   its largest magnitude over the calibration tokens; with SERQ's flattening that is the scale itself (eq. 4)
+    gain   the output error that its weights would get from rounding to nearest, H_jj ||E_j||², of the readers as scaled
+
+Orders of the MLP's hidden channels are carried out offline, in the rows of their writers. Behind a norm and behind
+attention, the linear gathers its channels as it quantizes them; `heads = "whole"` moves channels of attention's output
+inside their head only (alike in all heads that share a key-value head), and heads as wholes, which is offline, too.
+`offline_rows` says which orders can be. `residual = "global"` gives the residual stream one order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from subnibble.calibrate.stream import SiteStatistics
+from subnibble.errors import BadRecipe
+from subnibble.model.site import Heads, Site
+from subnibble.model.skeleton import Block
+from subnibble.rounding import grid
+from subnibble.tensor import PackedRange
+
+SCORES = ("size", "gain")
+HEAD_ORDERS = ("gather", "whole")
+RESIDUAL_ORDERS = ("gather", "global")
+_CLIP = grid.Clip("minmax")
+
+
+@dataclass(frozen=True)
+class Saliency:
+    """Gives each site's channel order. score, heads: see the module. residual: "gather" gives every site behind a norm
+    its own order, "global" one order to the whole residual stream (`residual_order.py`), which needs no gather.
+    """
+
+    score: str = "size"
+    heads: str = "gather"
+    residual: str = "gather"
+
+    def __post_init__(self) -> None:
+        if self.score not in SCORES:
+            raise BadRecipe(f"saliency is {self.score!r}; choose one of {', '.join(SCORES)}")
+        if self.heads not in HEAD_ORDERS:
+            raise BadRecipe(f"heads is {self.heads!r}; choose one of {', '.join(HEAD_ORDERS)}")
+        if self.residual not in RESIDUAL_ORDERS:
+            raise BadRecipe(f"residual_order is {self.residual!r}; choose one of {', '.join(RESIDUAL_ORDERS)}")
+
+    def __call__(self, block: Block, site: Site, found: SiteStatistics, factors: Mapping[str, Tensor]) -> Tensor | None:
+        """(channels,) int64: which channel comes at each place. factors: by which sites' channels were divided.
+
+        None where the residual stream has an order of its own.
+        """
+        if self.residual == "global" and site.norm is not None:
+            return None
+        scores = found.largest[site.name]
+        if self.score == "gain":
+            scores = _gain(block, site, found, factors.get(site.name))
+        if site.per_head and self.heads == "whole":
+            return _by_heads(scores, block.heads)
+        return torch.sort(scores, descending=True, stable=True).indices
+
+
+def _by_heads(scores: Tensor, heads: Heads) -> Tensor:
+    """Key-value heads, in them query heads, in them channels, each most salient first; scores: (query * width,)."""
+    grouped = scores.view(heads.key_value, heads.repeats, heads.width)
+    shared = grouped.amax(1)
+    inside, query = _falling(shared), _falling(grouped.amax(2))
+    first = torch.arange(heads.key_value, device=scores.device)[:, None] * heads.repeats
+    channels = (first + query).unsqueeze(2) * heads.width + inside.unsqueeze(1)
+    return channels[_falling(shared.amax(1))].flatten()
+
+
+def _falling(scores: Tensor) -> Tensor:
+    return torch.sort(scores, dim=-1, descending=True, stable=True).indices
+
+
+def _gain(block: Block, site: Site, found: SiteStatistics, factors: Tensor | None) -> Tensor:
+    diagonal = found.grams[site.name].diagonal()
+    if factors is not None:
+        diagonal = diagonal / factors.square()
+    total = torch.zeros_like(diagonal)
+    for name in site.readers:
+        scheme = found.schemes[name]
+        if scheme is not None:
+            weight = block.linear(name).weight
+            rounded = PackedRange.pack(grid.coded(weight, scheme, _CLIP), scheme).dequantize()
+            total += (rounded - weight).square().sum(0)
+    return diagonal * total
+
+
+def offline_rows(site: Site, order: Tensor, heads: Heads) -> dict[str, Tensor] | None:
+    """Which rows the linears before the site must have for its channels to come in `order`; None if none will do.
+
+    order: (channels,). Result: name of each linear -> (rows,), where its rows come from. Biases move with rows.
+    """
+    if "permute" not in site.edits:
+        return None
+    if not site.per_head:
+        return dict.fromkeys((*site.writers, *site.followers), order)
+    old = order.view(heads.key_value, heads.repeats, heads.width)
+    shared = old[:, :1, :1] // (heads.repeats * heads.width)
+    query, inside = old[:, :, :1] // heads.width, old[:, :1] % heads.width
+    moves = torch.equal(query * heads.width + inside, old) and bool((query // heads.repeats == shared).all())
+    if not moves:
+        return None
+    places = torch.arange(heads.width, device=order.device)
+    rows = dict.fromkeys(site.writers, (shared * heads.width + inside).flatten())
+    rows |= dict.fromkeys(site.queries, (query * heads.width + places).flatten())
+    return rows | dict.fromkeys(site.keys, (shared * heads.width + places).flatten())

@@ -1,0 +1,99 @@
+"""Two factors for the rounding error: optimal under their own weight, and what they store."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from subnibble.corrections.low_rank import FORMS, LowRank, factorize
+from subnibble.errors import BadRecipe
+from subnibble.rounding import grid
+from subnibble.scheme import Scheme
+from subnibble.tensor import PackedRange
+
+ROWS, COLUMNS, RANK = 40, 56, 6
+
+
+def tokens() -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    mix = torch.randn(COLUMNS, COLUMNS, generator=generator, dtype=torch.float64) / 4
+    return torch.randn(600, COLUMNS, generator=generator, dtype=torch.float64) @ mix * torch.linspace(4, 0.2, COLUMNS)
+
+
+def error() -> Tensor:
+    w = torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(1))
+    scheme = Scheme(3, 16)
+    return w - PackedRange.pack(grid.coded(w, scheme, grid.Clip("minmax")), scheme).dequantize()
+
+
+def loss(e: Tensor, down: Tensor, up: Tensor) -> float:
+    return float(((e.double() - up.double() @ down.double()) @ tokens().T).square().sum())
+
+
+def factors(form: str, e: Tensor, rank: int = RANK) -> tuple[Tensor, Tensor]:
+    x = tokens()
+    return factorize(e, form, x.T @ x, x.abs().mean(0), rank)
+
+
+def test_each_form_is_better_on_outputs_than_the_one_before() -> None:
+    e = error()
+    nothing = loss(e, torch.zeros(RANK, COLUMNS), torch.zeros(ROWS, RANK))
+    losses = [loss(e, *factors(form, e)) for form in FORMS]
+    assert [nothing, *losses] == sorted([nothing, *losses], reverse=True)
+    assert losses[2] < 0.9 * losses[0]
+
+
+def test_qera_reaches_the_bound_of_any_square_root() -> None:
+    e, x = error().double(), tokens()
+    lower = torch.linalg.cholesky(x.T @ x)
+    bound = torch.linalg.svdvals(e @ lower)[RANK:].square().sum()
+    torch.testing.assert_close(loss(e, *factors("qera", e)), float(bound), rtol=1e-8, atol=0)
+
+
+def test_qera_and_svd_agree_on_white_inputs() -> None:
+    e = error()
+    white = factorize(e, "qera", torch.eye(COLUMNS) * 3, None, RANK)
+    plain = factorize(e, "svd", None, None, RANK)
+    torch.testing.assert_close(white[1] @ white[0], plain[1] @ plain[0])
+
+
+def test_full_rank_leaves_nothing() -> None:
+    e = error()
+    for form in FORMS:
+        down, up = factors(form, e, ROWS)
+        torch.testing.assert_close(up @ down, e.double(), rtol=0, atol=1e-8)
+
+
+def test_silent_inputs_do_not_make_factors_infinite() -> None:
+    e, x = error(), tokens()
+    x[:, 4:9] = 0
+    for form in ("l2qer", "qera"):
+        down, up = factorize(e, form, x.T @ x, x.abs().mean(0), RANK)
+        assert bool(torch.isfinite(down).all())
+        assert bool(torch.isfinite(up).all())
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("weight", [Scheme(4, 16), Scheme(4, 16, "none"), Scheme(4, 32, "none", "e8m0", "mxfp4")])
+def test_packed_factors_take_the_bits_that_were_planned(bits: int, weight: Scheme) -> None:
+    e, x = error(), tokens().float()
+    correction = LowRank(RANK, "qera", bits)
+    down, up = correction(e, x.T @ x, None, weight)
+    assert (down.shape, up.shape) == ((RANK, COLUMNS), (ROWS, RANK))
+    assert down.stored_bits + up.stored_bits == correction.stored_bits(ROWS, COLUMNS, weight)
+    exact = factors("qera", e)
+    assert loss(e, down.dequantize(), up.dequantize()) < (1.02 if bits == 8 else 1.6) * loss(e, *exact)
+
+
+def test_a_rank_beyond_the_weight_is_its_smaller_side() -> None:
+    x = tokens().float()
+    down, up = LowRank(500, "qera", 8)(error(), x.T @ x, None, Scheme(4, 16))
+    assert (down.shape[0], up.shape[1]) == (ROWS, ROWS)
+
+
+def test_bad_values_name_the_choices() -> None:
+    with pytest.raises(BadRecipe, match="rank is 0"):
+        LowRank(0, "qera", 4)
+    with pytest.raises(BadRecipe, match="choose one of svd, l2qer, qera"):
+        LowRank(4, "pca", 4)

@@ -1,0 +1,191 @@
+"""Methods that quantize inputs, end to end on tiny models: what the options of SERQ and its baselines must bring."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from conftest import CONFIGS
+from subnibble import Recipe, quantize
+from subnibble.checkpoint.packed import packed_config_of
+from subnibble.errors import BadRecipe, CheckpointError
+from subnibble.fold import fold_norm_biases_
+from subnibble.hf import packed_modules
+from subnibble.report import Report
+from subnibble.runtime.modules import PackedLinear
+
+IDS = (torch.arange(80).view(4, 20) * 7) % 96
+BASE = {"bits": 4, "group_size": 16, "num_windows": 8, "window": 32, "dtype": "float32", "embedding_bits": 16}
+SERQ = {"method": "serq", "activation_bits": 4}
+RANK = 16
+
+
+def make(folder: Path, tokens: Path, out: Path, **values: Any) -> tuple[Report, torch.nn.Module]:
+    report = quantize(folder, out, Recipe(**{**BASE, "calibration": str(tokens), **values}), overwrite=True)
+    return report, AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+
+
+def logits(model: torch.nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+def departure(model: torch.nn.Module, folder: Path) -> float:
+    wanted = logits(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+    return float((logits(model) - wanted).norm() / wanted.norm())
+
+
+STAGES: dict[str, dict[str, Any]] = {
+    "published": {},
+    "to nearest": {"rounding": "rtn"},
+    "after": {"form": "after", "rounding": "rtn"},
+    "fitted": {"form": "fitted", "rounding": "rtn"},
+    "residual": {"residual": "salient"},
+    "residual after": {"residual": "salient", "form": "after", "rounding": "rtn"},
+    "offline orders": {"heads": "whole", "residual_order": "global"},
+    "gain": {"saliency": "gain"},
+    "no flattening": {"flattening": "none"},
+    "searched": {"flattening": "search"},
+    "quantized inputs": {"inputs": "quantized", "asymmetry": "shifted"},
+    "rotated": {"rotation": "groups"},
+}
+
+
+@pytest.mark.parametrize("options", STAGES.values(), ids=STAGES)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_stage_of_serq_leaves_the_function_where_bits_are_many(
+    name: str, options: dict[str, Any], folders: dict[str, Path], token_file: Path, tmp_path: Path
+) -> None:
+    """At 8 bits with a second weight hardly anything is lost: a fold, order or gather gone wrong would show."""
+    values = {"method": "serq", "bits": 8, "activation_bits": 8, "options": {"rank": RANK, **options}}
+    _, model = make(folders[name], token_file, tmp_path / "out", **values)
+    assert departure(model, folders[name]) < 0.06
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_quarot_and_smoothquant_leave_the_function_where_bits_are_many(
+    name: str, folders: dict[str, Path], token_file: Path, tmp_path: Path
+) -> None:
+    for method in ("quarot", "smoothquant", "qera", "l2qer"):
+        _, model = make(folders[name], token_file, tmp_path / method, method=method, bits=8, activation_bits=8)
+        assert departure(model, folders[name]) < 0.04, method
+
+
+def test_serq_is_better_than_its_baselines_and_twice_the_input_better_still(
+    folders: dict[str, Path], token_file: Path, tmp_path: Path
+) -> None:
+    # Of the tiny models, this one has outlier channels enough for flattening and salient channels to matter.
+    name = "llama"
+
+    def found(method: str, **options: Any) -> float:
+        values = {"method": method, "activation_bits": 4, "options": options}
+        return departure(make(folders[name], token_file, tmp_path / "out", **values)[1], folders[name])
+
+    serq = found("serq", rank=RANK)
+    assert serq < min(found("rtn"), found("smoothquant"))
+    assert found("serq", rank=RANK, residual="salient") < 0.9 * serq
+
+
+def test_output_error_of_every_linear_falls_with_the_rank(
+    folders: dict[str, Path], token_file: Path, tmp_path: Path
+) -> None:
+    errors = []
+    for rank in (0, 16, 32, 48):
+        options = {"rank": rank, "rounding": "rtn"}
+        report, _ = make(folders["llama"], token_file, tmp_path / "out", **SERQ, options=options)
+        errors.append([linear.output_error for linear in report.linears])
+        assert all(linear.output_error is not None for linear in report.linears)
+    for one, more in itertools.pairwise(errors):
+        assert all(b < a for a, b in zip(one, more, strict=True))
+
+
+def test_offline_orders_store_no_gather(folders: dict[str, Path], token_file: Path, tmp_path: Path) -> None:
+    def gathers(**options: Any) -> set[str]:
+        _, model = make(folders["llama"], token_file, tmp_path / "out", **SERQ, options={"rank": RANK, **options})
+        linears = {path: m for path, m in packed_modules(model).items() if isinstance(m, PackedLinear)}
+        return {path.split(".")[-1] for path, module in linears.items() if module.gather is not None}
+
+    assert gathers() == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"}
+    assert gathers(heads="whole") == {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"}
+    assert gathers(heads="whole", residual_order="global") == set()
+
+
+def test_a_global_order_keeps_a_tied_head_tied(folders: dict[str, Path], token_file: Path, tmp_path: Path) -> None:
+    options = {"rank": RANK, "residual_order": "global"}
+    _, model = make(folders["llama-tied"], token_file, tmp_path / "out", **SERQ, options=options)
+    assert model.config.tie_word_embeddings
+    assert "lm_head" not in packed_config_of(model.config).modules
+
+
+def test_bits_are_what_the_stored_terms_take(folders: dict[str, Path], token_file: Path, tmp_path: Path) -> None:
+    report, model = make(folders["llama"], token_file, tmp_path / "out", **SERQ, options={"rank": RANK})
+    bits = weights = channels = tokens = 0
+    for path, module in packed_modules(model).items():
+        if isinstance(module, PackedLinear) and path.startswith("model.layers."):
+            stored = [t for n, t in module.state_dict().items() if n != "bias"]
+            bits += 8 * sum(tensor.nbytes for tensor in stored)
+            k = module.in_features
+            weights += module.out_features * k
+            channels += k
+            # 4 bits a code, a scale of 16 bits and a zero-point of 4 for each group, salient channels twice.
+            tokens += 4 * k + 20 * -(-k // 16) + 4 * RANK + 20
+    assert report.size["effective_bits"] == pytest.approx(bits / weights)
+    assert report.size["activation_bits"] == pytest.approx(tokens / channels)
+    assert sum(linear.effective_bits for linear in report.linears) > 0
+
+
+def test_an_override_keeps_one_linears_input(folders: dict[str, Path], token_file: Path, tmp_path: Path) -> None:
+    overrides = {"re:.*down_proj": {"activation_bits": 8}, "re:.*o_proj": {"activation_bits": 16}}
+    _, model = make(
+        folders["llama"], token_file, tmp_path / "out", method="rtn", activation_bits=4, overrides=overrides
+    )
+    found = {
+        path.split(".")[-1]: None if module.activation is None else module.activation.bits
+        for path, module in packed_modules(model).items()
+        if isinstance(module, PackedLinear)
+    }
+    assert (found["down_proj"], found["o_proj"], found["q_proj"]) == (8, None, 4)
+
+
+def test_wider_inputs_come_closer_to_those_that_are_not_quantized(
+    folders: dict[str, Path], token_file: Path, tmp_path: Path
+) -> None:
+    _, model = make(folders["llama"], token_file, tmp_path / "out", method="rtn", activation_bits=8)
+    eight = logits(model)
+    for module in model.modules():
+        if isinstance(module, PackedLinear):
+            module.activation = None
+    exact = logits(model)
+    assert 0 < float((eight - exact).norm() / exact.norm()) < 0.02
+
+
+@pytest.mark.parametrize(("values", "message"), [
+    ({"method": "serq", "options": {"rank": 200}}, "rank 200 is larger than the 48 inputs"),
+    ({"method": "serq", "options": {"rank": 24, "form": "after"}}, "no multiple of"),
+    ({"method": "serq", "options": {"rotation": "groups", "residual_order": "global"}}, "exclude each other"),
+    ({"method": "serq", "options": {"rank": 16, "asymmetry": "released"}}, 'use "shifted" or "none"'),
+    ({"method": "serq", "options": {"flattening": "flat"}}, "choose one of none, powers, search"),
+    ({"method": "rtn", "activation_bits": 5}, "activation bits are 5; choose one of 3, 4, 8"),
+    ({"method": "rtn", "grid": "mxfp4"}, "an mxfp4 grid has 4 bits, groups of 32"),
+])  # fmt: skip
+def test_what_does_not_fit_is_refused_before_anything_is_written(
+    values: dict[str, Any], message: str, folders: dict[str, Path], token_file: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(BadRecipe, match=message):
+        make(folders["llama"], token_file, tmp_path / "out", **values)
+    assert not list(tmp_path.iterdir())
+
+
+def test_norm_biases_are_not_folded_behind_quantized_inputs(
+    folders: dict[str, Path], token_file: Path, tmp_path: Path
+) -> None:
+    values = {"method": "d2quant", "activation_bits": 8, "options": {"rotation": "none"}}
+    _, model = make(folders["llama"], token_file, tmp_path / "out", **values)
+    with pytest.raises(CheckpointError, match="quantizes activations"):
+        fold_norm_biases_(model)

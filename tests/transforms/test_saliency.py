@@ -1,0 +1,142 @@
+"""Channel orders: what comes first, and which orders the linears before a site can carry out offline."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor
+
+from conftest import CONFIGS
+from subnibble.calibrate.stream import BlockStream, SiteStatistics
+from subnibble.checkpoint.safetensors_source import SafetensorsSource
+from subnibble.errors import BadRecipe
+from subnibble.model.skeleton import Block, Skeleton
+from subnibble.scheme import Scheme
+from subnibble.transforms.input_basis import InputBasis
+from subnibble.transforms.saliency import Saliency, offline_rows
+
+
+@pytest.fixture(params=CONFIGS)
+def skeleton(request: pytest.FixtureRequest, folders: dict[str, object]) -> Skeleton:
+    return Skeleton(SafetensorsSource(folders[request.param]), torch.float32, torch.device("cpu"))
+
+
+def hidden_states(skeleton: Skeleton) -> Tensor:
+    return torch.randn(4, 16, skeleton.config.hidden_size, generator=torch.Generator().manual_seed(0))
+
+
+def statistics(skeleton: Skeleton, block: Block) -> SiteStatistics:
+    arguments = skeleton.block_arguments(16)[block.index]
+    names = block.arch.linears
+    stream = BlockStream(block, [hidden_states(skeleton)], arguments)
+    return stream.statistics(dict.fromkeys(names, Scheme(3, 16)), dict.fromkeys(names))
+
+
+def moved_by(skeleton: Skeleton, block: Block, edited: Block) -> float:
+    hidden, arguments = hidden_states(skeleton), skeleton.block_arguments(16)[block.index]
+    with torch.no_grad():
+        outputs = [part.module(hidden, **arguments) for part in (block, edited)]
+    before, after = (output[0] if isinstance(output, tuple) else output for output in outputs)
+    return float((after - before).norm() / (before - hidden).norm())
+
+
+def carry_out(block: Block, site_index: int, order: Tensor, rows: dict[str, Tensor]) -> Block:
+    edited = Block(block.index, block.path, copy.deepcopy(block.module), block.arch, block.heads)
+    for name, index in rows.items():
+        linear = edited.linear(name)
+        linear.weight.data = linear.weight.data[index]
+        if linear.bias is not None:
+            linear.bias.data = linear.bias.data[index]
+    for name in block.arch.sites[site_index].readers:
+        linear = edited.linear(name)
+        linear.weight.data = linear.weight.data[:, order]
+    return edited
+
+
+@pytest.mark.parametrize("score", ["size", "gain"])
+@pytest.mark.parametrize("heads", ["gather", "whole"])
+def test_every_order_is_a_permutation_and_starts_with_the_most_salient(
+    score: str, heads: str, skeleton: Skeleton
+) -> None:
+    block = skeleton.load_block(0)
+    found = statistics(skeleton, block)
+    for site in block.arch.sites:
+        order = Saliency(score, heads)(block, site, found, {})
+        assert torch.equal(order.sort().values, torch.arange(len(order)))
+        if score == "size" and not (site.per_head and heads == "whole"):
+            assert bool((found.largest[site.name][order].diff() <= 0).all())
+
+
+def test_gain_is_the_output_error_of_rounding_each_channel(skeleton: Skeleton) -> None:
+    block = skeleton.load_block(0)
+    found = statistics(skeleton, block)
+    site = block.arch.sites[0]
+    order = Saliency("gain")(block, site, found, {})
+    scaled = Saliency("gain")(block, site, found, {site.name: torch.full_like(found.largest[site.name], 7.0)})
+    assert torch.equal(order, scaled)
+    assert not torch.equal(order, Saliency("size")(block, site, found, {}))
+
+
+def test_orders_that_linears_write_are_carried_out_offline(skeleton: Skeleton) -> None:
+    block = skeleton.load_block(1)
+    found = statistics(skeleton, block)
+    done = 0
+    for index, site in enumerate(block.arch.sites):
+        order = Saliency("size", "whole")(block, site, found, {})
+        rows = offline_rows(site, order, block.heads)
+        assert (rows is None) == (site.norm is not None)
+        if rows is not None:
+            assert moved_by(skeleton, block, carry_out(block, index, order, rows)) < 1e-5
+            done += 1
+    assert done == 2
+
+
+def test_the_oracle_rejects_rows_that_stay_behind(skeleton: Skeleton) -> None:
+    block = skeleton.load_block(1)
+    found = statistics(skeleton, block)
+    for index, site in enumerate(block.arch.sites):
+        order = Saliency("size", "whole")(block, site, found, {})
+        rows = offline_rows(site, order, block.heads)
+        for name, own in (rows or {}).items():
+            if not torch.equal(own, torch.arange(len(own))):
+                fewer = {other: value for other, value in rows.items() if other != name}
+                assert moved_by(skeleton, block, carry_out(block, index, order, fewer)) > 1e-3, name
+
+
+def test_an_order_across_heads_needs_a_gather(skeleton: Skeleton) -> None:
+    block = skeleton.load_block(0)
+    site = block.arch.sites[1]
+    order = torch.arange(block.heads.query * block.heads.width)
+    assert offline_rows(site, order, block.heads) is not None
+    order[0], order[block.heads.width] = block.heads.width, 0
+    assert offline_rows(site, order, block.heads) is None
+
+
+def test_query_heads_that_share_a_value_must_be_moved_alike(folders: dict[str, object]) -> None:
+    skeleton = Skeleton(SafetensorsSource(folders["llama"]), torch.float32, torch.device("cpu"))
+    block = skeleton.load_block(0)
+    order = torch.arange(block.heads.query * block.heads.width)
+    order[0], order[1] = 1, 0
+    assert offline_rows(block.arch.sites[1], order, block.heads) is None
+
+
+def test_bad_words_name_the_choices() -> None:
+    with pytest.raises(BadRecipe, match="choose one of size, gain"):
+        Saliency("loud")
+    with pytest.raises(BadRecipe, match="choose one of gather, whole"):
+        Saliency("size", "half")
+
+
+@pytest.mark.parametrize("blocks", [(), (40,), (8, 32)])
+@pytest.mark.parametrize("ordered", [False, True])
+def test_a_basis_leaves_products_and_undoes_itself(blocks: tuple[int, ...], ordered: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    order = torch.randperm(40, generator=generator) if ordered else None
+    basis = InputBasis(order, blocks)
+    weight, x, y = (torch.randn(12, 40, generator=generator, dtype=torch.float64) for _ in range(3))
+    torch.testing.assert_close(basis.columns(x) @ basis.columns(weight).T, x @ weight.T)
+    torch.testing.assert_close(basis.natural(basis.columns(weight)), weight)
+    seen = basis.columns(y).T @ basis.columns(x)
+    torch.testing.assert_close(basis.both(y.T @ x), seen)
