@@ -44,6 +44,8 @@ def measure_row(recipe: Recipe | None, windows: int, names: dict[str, str], exac
 
     exact_inputs: score the same codes with inputs that are not quantized, too.
     """
+    import torch
+
     from subnibble import quantize
     from subnibble.calibrate.windows import evaluation_windows
     from subnibble.checkpoint.size import measure
@@ -55,6 +57,7 @@ def measure_row(recipe: Recipe | None, windows: int, names: dict[str, str], exac
 
     model = find_model()
     facts: dict[str, Any] = {"version": __version__, "window": WINDOW, "scored_in": "float32"}
+    facts["threads"] = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder:
         path = model
         if recipe is not None:

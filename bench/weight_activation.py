@@ -32,7 +32,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "MXFP4A8": {"activation_bits": 8, "group_size": 32, "grid": "mxfp4"},
 }
 BASELINES = ("rtn", "gptq", "smoothquant", "l2qer", "qera", "quarot-rtn", "quarot")
-SERQ = ("serq-rtn", "serq")
+SERQ = ("serq-rtn", "serq", "twinfit")
 RANKS = tuple(arm for arm in ARMS if "-rank-" in arm)
 STAGES = tuple(arm for arm in ARMS if arm not in (*BASELINES, *SERQ, *RANKS))
 

@@ -41,8 +41,8 @@ INPUT_SETTINGS = {
         "activation_zero_point": "none", "embedding_bits": 16,
     },
 }  # fmt: skip
-RANKS = {"serq": 32, "l2qer": 4, "qera": 4}
-WITH_INPUTS = ("rtn", "gptq", "smoothquant", "l2qer", "qera", "quarot", "serq")
+RANKS = {"serq": 32, "twinfit": 16, "l2qer": 4, "qera": 4}
+WITH_INPUTS = ("rtn", "gptq", "smoothquant", "l2qer", "qera", "quarot", "serq", "twinfit")
 WEIGHT_ONLY = tuple(method for method in METHODS if method not in WITH_INPUTS[2:])
 
 
@@ -108,6 +108,10 @@ def check_quantized_linears(model: torch.nn.Module) -> None:
             branches.append((activations.quantize(seen @ down.T, terms.activation).values(), up))
         if terms.salient is not None:
             branches.append((seen[:, : terms.salient.shape[1]], terms.salient.dequantize()))
+        if terms.residual != "none":
+            rank = terms.salient.shape[1]
+            rest = activations.quantize(inner[:, :rank] - seen[:, :rank], terms.activation).values()
+            branches.append((rest, terms.salient.dequantize()))
         branches.append((seen, terms.weight.dequantize()))
         wanted = sum(a.double() @ w.double().T for a, w in branches)
         size = sum(a.abs() @ w.abs().T for a, w in branches)

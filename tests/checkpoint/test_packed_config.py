@@ -21,6 +21,7 @@ from subnibble.checkpoint.packed import (
     stored_shapes,
 )
 from subnibble.errors import CheckpointError
+from subnibble.runtime.hadamard import hadamard_blocks
 from subnibble.runtime.ops import RESIDUALS
 from subnibble.scheme import ACTIVATION_BITS, BITS, SCALE_TYPES, ZERO_POINTS, ActivationScheme, Scheme
 from subnibble.tensor import PackedLayout
@@ -92,7 +93,6 @@ def composed(draw) -> PackedLinearEntry:
     layout, rank = draw(layouts), draw(st.integers(1, 9))
     few = st.tuples(st.integers(1, layout.columns), schemes).map(lambda part: (part,))
     salient = draw(st.one_of(st.none(), few.map(lambda part: PackedLayout(layout.rows, part))))
-    half = layout.columns // 2
     low_rank = (
         PackedLayout(rank, ((layout.columns, draw(schemes)),)),
         PackedLayout(layout.rows, ((rank, draw(schemes)),)),
@@ -102,7 +102,7 @@ def composed(draw) -> PackedLinearEntry:
         draw(st.booleans()),
         draw(st.booleans()),
         draw(st.booleans()),
-        draw(st.sampled_from([(), (layout.columns,), (half, layout.columns - half) if half else ()])),
+        draw(st.sampled_from([(), hadamard_blocks(layout.columns), (1,) * layout.columns])),
         draw(st.one_of(st.none(), activations)),
         salient,
         draw(st.sampled_from(RESIDUALS)) if salient is not None else "none",

@@ -12,10 +12,25 @@ from subnibble.methods.quarot import QUAROT
 from subnibble.methods.rtn import RTN
 from subnibble.methods.serq import SERQ
 from subnibble.methods.smoothquant import SMOOTHQUANT
+from subnibble.methods.twinfit import TWINFIT
 
 METHODS: dict[str, Method] = {
     method.name: method
-    for method in (RTN, AWQ, GPTQ, GPTAQ, D2QUANT, D2QUANT_UNIFORM, DUALFIT, SMOOTHQUANT, L2QER, QERA, QUAROT, SERQ)
+    for method in (
+        RTN,
+        AWQ,
+        GPTQ,
+        GPTAQ,
+        D2QUANT,
+        D2QUANT_UNIFORM,
+        DUALFIT,
+        SMOOTHQUANT,
+        L2QER,
+        QERA,
+        QUAROT,
+        SERQ,
+        TWINFIT,
+    )
 }
 
 

@@ -2,7 +2,7 @@
 
 from subnibble.corrections import mean_shift, salient
 from subnibble.methods import d2quant, method, serq, weights
-from subnibble.rounding import gptaq, gptq, grid, order
+from subnibble.rounding import gptaq, grid, levels, order
 from subnibble.transforms import rotate, saliency
 
 OPTION_CHOICES = {
@@ -10,7 +10,7 @@ OPTION_CHOICES = {
     for key, choices in {
         "clip": grid.CLIPS,
         "order": order.ORDERS,
-        "weighting": gptq.WEIGHTINGS,
+        "weighting": levels.WEIGHTINGS,
         "asymmetry": gptaq.FORMS,
         "rotation": rotate.ROTATIONS,
         "mean_shift": mean_shift.FORMS,

@@ -17,6 +17,7 @@ class Options(WeightOptions):
     """alpha: see `transforms/flatten.py`; the others as in `methods/weights.py`."""
 
     alpha: float = 0.5
+    weighting: str = "hessian"
 
 
 def build(options: Options) -> Steps:

@@ -16,8 +16,9 @@ ROUNDINGS = ("rtn", "gptq")
 
 @dataclass(frozen=True)
 class WeightOptions:
-    """rounding: "rtn" or "gptq". clip, clip_power: `rounding/grid.py`; damping, order: `rounding/gptq.py`; asymmetry,
-    alpha_drift: form and alpha of `rounding/gptaq.py`; rotation: `transforms/rotate.py`; inputs: `methods/method.py`.
+    """rounding: "rtn" or "gptq". clip, clip_power: `rounding/grid.py`; damping, order, weighting: `rounding/gptq.py` and
+    `rtn.py`; asymmetry, alpha_drift: form and alpha of `rounding/gptaq.py`; rotation: `transforms/rotate.py`; inputs:
+    `methods/method.py`.
     """
 
     rounding: str = "rtn"
@@ -25,6 +26,7 @@ class WeightOptions:
     clip_power: float = 2.0
     damping: float = 0.01
     order: str = "natural"
+    weighting: str = "none"
     asymmetry: str = "none"
     alpha_drift: float = 0.5
     rotation: str = "none"
@@ -39,6 +41,6 @@ def rounder_of(options: WeightOptions) -> Rounder:
     """The rounder that options ask for."""
     clip = Clip(options.clip, options.clip_power)
     if options.rounding == "rtn":
-        return RTN(clip)
+        return RTN(clip, options.weighting)
     asymmetry = Asymmetry(options.asymmetry, options.alpha_drift)
-    return GPTQ(clip, damping=options.damping, order=options.order, asymmetry=asymmetry)
+    return GPTQ(clip, damping=options.damping, order=options.order, weighting=options.weighting, asymmetry=asymmetry)

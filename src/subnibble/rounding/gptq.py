@@ -23,13 +23,12 @@ from subnibble.errors import BadRecipe, NumericalFailure
 from subnibble.rounding import grid
 from subnibble.rounding.descent import Home, sweep_
 from subnibble.rounding.gptaq import Asymmetry, Push, Spread
-from subnibble.rounding.levels import Fitter
+from subnibble.rounding.levels import WEIGHTINGS, Fitter
 from subnibble.rounding.order import ORDERS, ColumnPlan, plan_columns
 from subnibble.rounding.rounder import Rounding
 from subnibble.scheme import Scheme
 from subnibble.tensor import CodedMatrix
 
-WEIGHTINGS = ("none", "hessian")
 _LARGEST_DAMPING = 1.0
 
 

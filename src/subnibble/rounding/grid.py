@@ -117,10 +117,15 @@ def fit(
     return _least_error(group, (low, high), scheme, clip.power, weights, range(0, _SHRINK_STEPS, stride))
 
 
-def coded(weight: Tensor, scheme: Scheme, fitter: Fitter) -> CodedMatrix:
-    """Round `weight` (m, k) to nearest on a grid fitted to each group: the RTN of every method."""
-    groups = [weight[:, start:stop] for start, stop in scheme.group_bounds(weight.shape[1])]
-    fitted = [fitter.fit(group, scheme, None) for group in groups]
+def coded(weight: Tensor, scheme: Scheme, fitter: Fitter, weights: Tensor | None = None) -> CodedMatrix:
+    """Round `weight` (m, k) to nearest on a grid fitted to each group: the RTN of every method.
+
+    weights: (k,) not negative, of each column's squared error in the fits, or None for 1.
+    """
+    bounds = scheme.group_bounds(weight.shape[1])
+    groups = [weight[:, start:stop] for start, stop in bounds]
+    shares = [None if weights is None else weights[start:stop] for start, stop in bounds]
+    fitted = [fitter.fit(group, scheme, share) for group, share in zip(groups, shares, strict=True)]
     codes = [fit.encode(group).to(torch.uint8) for fit, group in zip(fitted, groups, strict=True)]
     return CodedMatrix(torch.cat(codes, dim=1), *join(fitted))
 

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from subnibble.scheme import Scheme
 
+# Of columns' errors in the fit of a grid: none, or the diagonal of the inputs' Gram matrix.
+WEIGHTINGS = ("none", "hessian")
+
 
 class Levels(Protocol):
     """Levels of each of m rows, for the columns of one group. Scales and zeros are exact in their stored type."""

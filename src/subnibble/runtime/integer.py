@@ -70,8 +70,7 @@ def multiply_add_(y: Tensor, x: Quantized, weight: PackedTensor) -> None:
 
 def _exact_product(a: Tensor, n: Tensor) -> Tensor:
     """The product a nᵀ of whole numbers, float32: exact below 2^24, beyond it rounded once."""
-    largest = a.abs().amax() * n.abs().amax() * a.shape[1]
-    if float(largest) < _EXACT:
+    if a.numel() == 0 or float(a.abs().amax() * n.abs().amax() * a.shape[1]) < _EXACT:
         return a @ n.T
     return (a.double() @ n.double().T).float()
 
