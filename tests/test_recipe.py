@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from subnibble.errors import BadRecipe
 from subnibble.methods import METHODS
 from subnibble.recipe import EMBEDDING_BITS, Recipe, matches
-from subnibble.scheme import BITS, SCALE_TYPES, ZERO_POINTS, Scheme
+from subnibble.scheme import ACTIVATION_BITS, BITS, SCALE_TYPES, ZERO_POINTS, ActivationScheme, Scheme
 
 Q = "model.layers.0.self_attn.q_proj"
 DOWN = "model.layers.11.mlp.down_proj"
@@ -43,6 +43,10 @@ recipes = st.builds(
     grid=st.sampled_from(["auto", "uniform"]),
     scale_type=st.sampled_from(sorted(SCALE_TYPES)),
     embedding_bits=st.sampled_from(EMBEDDING_BITS),
+    activation_bits=st.sampled_from([*ACTIVATION_BITS, 16]),
+    activation_group_size=st.one_of(st.none(), group_sizes),
+    activation_zero_point=st.sampled_from(["none", "integer"]),
+    activation_clip=st.floats(0.01, 1.0),
     calibration=st.one_of(st.none(), text),
     num_windows=st.integers(1, 10**6),
     window=st.integers(1, 10**6),
@@ -106,6 +110,12 @@ def test_an_unknown_key_is_an_error_that_names_it(tmp_path) -> None:
         ("grid", None),
         ("embedding_bits", True),
         ("embedding_bits", 8.0),
+        ("activation_bits", True),
+        ("activation_bits", 4.0),
+        ("activation_group_size", "128"),
+        ("activation_zero_point", None),
+        ("activation_clip", "1"),
+        ("activation_clip", True),
         ("calibration", 5),
         ("num_windows", True),
         ("num_windows", 1.5),
@@ -234,6 +244,9 @@ def test_a_pattern_that_matches_no_linear_is_an_error_that_names_it() -> None:
         (Q, {"group_size": 0}, "group_size is 0"),
         (Q, {"group_size": 64.0}, "group_size is 64.0"),
         (Q, {"skip": True, "bits": 5}, "bits is 5"),
+        (Q, {"activation_bits": 5}, "activation bits are 5"),
+        (Q, {"grid": "mxfp4"}, "set bits = 4, group_size = 32"),
+        (Q, {"grid": "mxfp4", "group_size": 32, "zero_point": "real"}, "a mxfp4 grid has no zero-point"),
     ],
 )
 def test_an_invalid_override_is_an_error_when_the_recipe_is_built(pattern, values, message) -> None:
@@ -364,3 +377,45 @@ def test_d2quant_wishes_sign_bases_where_its_program_has_them() -> None:
             scheme = Recipe(bits=bits).scheme_of(DOWN, partial(published.prefers, site))
             assert scheme == Scheme(bits, 128, "none" if sign else "integer", grid="sign" if sign else "uniform")
             assert Recipe(bits=bits).scheme_of(DOWN, partial(uniform.prefers, site)) == Scheme(bits)
+
+
+# Inputs follow the weights' groups unless they are told otherwise.
+
+
+def test_inputs_stay_as_they_are_by_default() -> None:
+    assert Recipe().activation is None
+    assert Recipe().activation_of(Q, Recipe().scheme) is None
+
+
+def test_inputs_take_the_weights_groups_or_their_own() -> None:
+    scheme = Scheme(4, 64)
+    assert Recipe(activation_bits=4).activation_of(Q, scheme) == ActivationScheme(4, 64)
+    own = Recipe(activation_bits=8, activation_group_size=-1, activation_zero_point="none", activation_clip=0.9)
+    assert own.activation_of(Q, scheme) == ActivationScheme(8, -1, "none", "uniform", 0.9)
+
+
+def test_inputs_beside_mxfp4_weights_are_mxfp4_at_4_bits_and_integers_at_8() -> None:
+    recipe = Recipe(grid="mxfp4", group_size=32, activation_bits=4)
+    assert recipe.scheme == Scheme(4, 32, "none", "e8m0", "mxfp4")
+    assert recipe.activation == ActivationScheme(4, 32, "none", "mxfp4")
+    assert Recipe(grid="mxfp4", group_size=32, activation_bits=8).activation == ActivationScheme(8, 32)
+
+
+def test_an_override_sets_the_bits_of_one_input() -> None:
+    recipe = Recipe(activation_bits=4, overrides={Q: {"activation_bits": 16}, DOWN: {"activation_bits": 8}})
+    assert recipe.activation_of(Q, recipe.scheme) is None
+    assert recipe.activation_of(DOWN, recipe.scheme) == ActivationScheme(8, 128)
+
+
+@pytest.mark.parametrize(("values", "message"), [
+    ({"activation_bits": 5}, "activation bits are 5; choose one of 3, 4, 8"),
+    ({"activation_bits": 4, "activation_group_size": 0}, "group_size is 0"),
+    ({"activation_bits": 4, "activation_zero_point": "real"}, "choose none or integer"),
+    ({"activation_bits": 4, "activation_clip": 0.0}, "clip is 0.0"),
+    ({"grid": "mxfp4", "group_size": 32, "activation_bits": 4, "activation_clip": 0.5}, "no clip"),
+    ({"grid": "mxfp4"}, "set bits = 4, group_size = 32"),
+    ({"scale_type": "e8m0"}, "scale_type is 'e8m0'"),
+])  # fmt: skip
+def test_inputs_that_cannot_be_are_refused(values, message) -> None:
+    with pytest.raises(BadRecipe, match=message):
+        Recipe(**values)

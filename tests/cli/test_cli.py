@@ -81,6 +81,34 @@ def test_grid_and_zero_point_reach_the_checkpoint(run: Run, arguments: list[obje
         assert {linear["scheme"] for linear in report["linears"]} == {name}
 
 
+def test_quantized_inputs_reach_the_checkpoint_and_every_command(
+    run: Run, arguments: list[object], folders: dict[str, Path], text_file: Path, tmp_path: Path
+) -> None:
+    extra = ("--method", "twinfit", "--bits", 4, "--group-size", 16, "--activation-bits", 4, "--option", "rank=16")
+    code, out, err = run(*arguments, *extra)
+    assert code == 0, err
+    assert "activation bits" in out
+    code, out, _ = run("inspect", tmp_path / "out")
+    assert code == 0
+    assert "composed_linear" in out
+    assert "a4g16" in out
+    assert "salient 16 x w4g16" in out
+    code, out, err = run("evaluate", tmp_path / "out", "--text", text_file, "--window", 32, "--json")
+    assert code == 0, err
+    assert 4 < json.loads(out)["activation_bits"] < 16
+    code, out, err = run("generate", tmp_path / "out", "--prompt", "w1 w2", "--max-new-tokens", 3)
+    assert code == 0, err
+    code, out, err = run(
+        "compare", folders["llama"], "--methods", "rtn", "--bits", 4, "--group-size", 32, "--grid", "mxfp4",
+        "--activation-bits", 4, "--text", text_file, "--window", 32, "--json",
+    )  # fmt: skip
+    assert code == 0, err
+    rows = json.loads(out)
+    assert [row["name"] for row in rows] == ["original", "rtn-mxfp4g32-amxfp4g32"]
+    assert rows[0]["activation_bits"] == 16
+    assert 4 < rows[1]["activation_bits"] < 5
+
+
 def test_plain_table_without_json(run: Run, folders: dict[str, Path], text_file: Path) -> None:
     code, out, _ = run("evaluate", folders["llama"], "--text", text_file, "--window", 32)
     assert code == 0

@@ -17,8 +17,8 @@ ROUNDINGS = ("rtn", "gptq")
 @dataclass(frozen=True)
 class WeightOptions:
     """rounding: "rtn" or "gptq". clip, clip_power: `rounding/grid.py`; damping, order, weighting: `rounding/gptq.py`,
-    `rounding/rtn.py`; asymmetry, alpha_drift: form and alpha of `rounding/gptaq.py`; rotation: `transforms/rotate.py`; inputs:
-    `methods/method.py`.
+    `rounding/rtn.py`; asymmetry, alpha_drift: form and alpha of `rounding/gptaq.py`; rotation: `transforms/rotate.py`;
+    inputs: `methods/method.py`.
     """
 
     rounding: str = "rtn"
