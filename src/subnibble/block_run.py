@@ -13,12 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from subnibble.calibrate.stats import AbsMean, Drift, Gram
-from subnibble.calibrate.stream import BlockStream
+from subnibble.calibrate.stream import BlockStream, SiteStatistics
 from subnibble.checkpoint.packed import Entry, NormBiasEntry, gather_type, linear_entry, linear_state
 from subnibble.corrections.low_rank import LowRank
 from subnibble.corrections.mean_shift import ordinary_tokens
 from subnibble.corrections.salient import SalientColumns
-from subnibble.errors import NumericalFailure
 from subnibble.methods.method import Steps
 from subnibble.model.site import Site
 from subnibble.model.skeleton import Block
@@ -27,13 +26,12 @@ from subnibble.report import LinearReport
 from subnibble.report.clock import Clock
 from subnibble.rounding import grid
 from subnibble.rounding.error import relative_errors
-from subnibble.rounding.gptq import GPTQ
-from subnibble.rounding.rounder import Rounder, Rounding
 from subnibble.runtime import activations
 from subnibble.runtime.hadamard import hadamard_blocks
 from subnibble.runtime.modules import add_output_bias_
 from subnibble.runtime.ops import LinearTerms
 from subnibble.scheme import Scheme
+from subnibble.stack import Observed, Stack, branches_of, round_stack
 from subnibble.tensor import PackedRange, PackedTensor
 from subnibble.transforms.absorb import absorb_, can_absorb
 from subnibble.transforms.input_basis import InputBasis
@@ -51,20 +49,6 @@ class Streams:
     hidden: list[Tensor]
     wanted: list[Tensor]
     arguments: list[dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Observed:
-    """Statistics of a site's tensor, each None if it is not needed; see `Rounder`. sizes: (k,), mean magnitudes."""
-
-    gram: Tensor | None = None
-    drift: Tensor | None = None
-    sizes: Tensor | None = None
-
-    def seen_in(self, basis: InputBasis) -> Observed:
-        """The same in another basis of the input."""
-        gram, drift = (None if matrix is None else basis.both(matrix) for matrix in (self.gram, self.drift))
-        return Observed(gram, drift, None if self.sizes is None else basis.columns(self.sizes.unsqueeze(0))[0])
 
 
 @dataclass
@@ -107,20 +91,13 @@ class BlockRun:
     ) -> BlockRun:
         """Carry out the transforms on `block`, loaded in float32, and set its streams up."""
         arguments = streams.arguments[block.index]
-        bases = {site.name: _online(block, site, steps) for site in block.arch.sites}
+        found = None
         if steps.needs_survey:
             with clock.step("forward"):
                 own = plan.of_block(block)
                 found = BlockStream(_twin(block, dtype), streams.hidden, arguments).statistics(*own)
-            with clock.step("transform"):
-                factors: dict[str, Tensor] = {}
-                for transform in steps.transforms:
-                    for name, made in transform(block, found).items():
-                        factors[name] = factors.get(name, torch.ones_like(made)) * made
-                if steps.saliency is not None:
-                    for site in block.arch.sites:
-                        order = steps.saliency(block, site, found, factors)
-                        bases[site.name] = replace(bases[site.name], order=order)
+        with clock.step("transform"):
+            _, bases = prepare_block_(block, steps, found)
         exact = {name: parameter.data for name, parameter in block.module.named_parameters()}
         block.module.to(dtype)
         needs_twin = steps.needs_drift or steps.mean_shift is not None
@@ -145,10 +122,10 @@ class BlockRun:
 
     def round_site(self, site: Site) -> None:
         """Observe the site's tensor and round its readers; the block holds them dequantized then."""
-        groups = self._by_scheme(site)
-        observed = self._observe(site) if groups and self.hidden else Observed()
-        for scheme, names in groups.items():
-            self._round(site, scheme, names, observed)
+        stacks = self._stacks(site)
+        observed = self._observe(site) if stacks and self.hidden else Observed()
+        for stack in stacks:
+            self._round(site, stack, observed)
 
     def outputs(self) -> list[Tensor]:
         """The block's outputs as it is now."""
@@ -268,7 +245,9 @@ class BlockRun:
         if scheme is None or self.steps.inputs == "exact":
             return None
         basis, correction = self.bases[site.name], self.steps.correction
-        repeated = correction.rank if isinstance(correction, SalientColumns) and correction.coarse != "none" else 0
+        repeated = 0
+        if isinstance(correction, SalientColumns) and correction.coarse != "none":
+            repeated = self.plan.ranks.get(f"{self.block.path}.{name}", correction.rank)
 
         def quantized(x: Tensor) -> Tensor:
             tokens = basis.columns(x.flatten(0, -2).float())
@@ -276,91 +255,85 @@ class BlockRun:
 
         return quantized
 
-    def _by_scheme(self, site: Site) -> dict[Scheme, list[str]]:
-        """The readers to round, together where they share a scheme; skipped ones are left out."""
-        groups: dict[Scheme, list[str]] = {}
+    def _stacks(self, site: Site) -> list[Stack]:
+        """The readers to round, together where they share scheme and rank; skipped ones are left out."""
+        path, correction = self.block.path, self.steps.correction
+        usual = correction.rank if isinstance(correction, SalientColumns) else 0
+        groups: dict[tuple[Scheme, int], list[str]] = {}
         for name in site.readers:
-            scheme = self.plan.schemes[f"{self.block.path}.{name}"]
+            scheme = self.plan.schemes[f"{path}.{name}"]
             if scheme is not None:
-                groups.setdefault(scheme, []).append(name)
-        return groups
+                groups.setdefault((scheme, self.plan.ranks.get(f"{path}.{name}", usual)), []).append(name)
+        stacks = []
+        for (scheme, rank), names in groups.items():
+            where = f"{path}.{{{', '.join(names)}}}" if len(names) > 1 else f"{path}.{names[0]}"
+            heights = tuple(self.block.linear(name).out_features for name in names)
+            stacks.append(Stack(tuple(names), heights, scheme, rank, where))
+        return stacks
 
-    def _round(self, site: Site, scheme: Scheme, names: list[str], observed: Observed) -> None:
-        """Round the linears `names`, which read one site by one scheme, on top of each other."""
-        path, basis = self.block.path, self.bases[site.name]
-        where = f"{path}.{{{', '.join(names)}}}" if len(names) > 1 else f"{path}.{names[0]}"
-        heights = [self.block.linear(name).out_features for name in names]
-        seen = observed.seen_in(basis)
+    def _round(self, site: Site, stack: Stack, observed: Observed) -> None:
+        """Round a stack of the site's readers, and put them back dequantized."""
+        basis, seen, correction = self.bases[site.name], observed.seen_in(self.bases[site.name]), self.steps.correction
         start = time.perf_counter()
         with self.clock.step("round"):
-            natural = torch.cat([self.exact[f"{name}.weight"] for name in names])
+            natural = torch.cat([self.exact[f"{name}.weight"] for name in stack.names])
             weight = basis.columns(natural)
-            rounding, salient = self._codes(site, weight, seen, scheme, where)
-            whole = PackedRange.pack(rounding.coded, scheme)
-            columns = self._place(site, names, rounding.coded.columns)
+            rounding, salient = round_stack(stack, weight, seen, self.steps.rounder_of(site.name), correction)
+            whole = PackedRange.pack(rounding.coded, stack.scheme)
+            columns = self._place(site, list(stack.names), rounding.coded.columns)
             dense = whole.dequantize() if columns is None else whole.dequantize() * columns
             if salient is not None:
                 dense[:, : salient.columns] += salient.dequantize()
-            rows = torch.arange(weight.shape[0], device=weight.device).split(heights)
-            branches = [self._branch(weight[index] - dense[index], seen, scheme) for index in rows]
+            branches = branches_of(stack, weight - dense, seen, correction)
+            rows = stack.rows(weight.device)
             for index, branch in zip(rows, branches, strict=True):
                 if branch is not None:
                     dense[index] += branch[1].dequantize() @ branch[0].dequantize()
         seconds = time.perf_counter() - start
         with self.clock.step("measure error"):
-            errors = relative_errors(weight, dense, seen.gram, heights)
-            nearest = PackedRange.pack(grid.coded(natural, scheme, grid.Clip("minmax")), scheme).dequantize()
-            floors = relative_errors(natural, nearest, observed.gram, heights)
+            errors = relative_errors(weight, dense, seen.gram, stack.heights)
+            nearest = PackedRange.pack(grid.coded(natural, stack.scheme, grid.Clip("minmax")), stack.scheme)
+            floors = relative_errors(natural, nearest.dequantize(), observed.gram, stack.heights)
             dense = basis.natural(dense)
-        for name, index, branch, error, floor in zip(names, rows, branches, errors, floors, strict=True):
-            linear = self.block.linear(name)
+        for name, index, branch, error, floor in zip(stack.names, rows, branches, errors, floors, strict=True):
             self.packed[name] = PackedTensor((whole.rows(index),))
-            self.extras[name] = LinearTerms(
-                self.packed[name],
-                blocks=basis.blocks,
-                activation=self.plan.activations[f"{path}.{name}"],
-                salient=None if salient is None else PackedTensor((salient.rows(index),)),
-                residual=self._residual(f"{path}.{name}"),
-                low_rank=branch,
-            )
-            linear.weight.data = dense[index].to(linear.weight.dtype)
-            quantizer = self._quantizer(site, name)
-            if quantizer is not None:
-                linear.register_forward_pre_hook(_on_input(quantizer))
+            second = None if salient is None else PackedTensor((salient.rows(index),))
+            self.extras[name] = self._terms(site, name, second, branch)
+            self._put_back(site, name, dense[index])
             bits = self.extras[name].stored_bits + (16 * weight.shape[1] if name in self.columns else 0)
             self.linears[name] = LinearReport(
-                path=f"{path}.{name}",
+                path=f"{self.block.path}.{name}",
                 shape=self.packed[name].shape,
-                scheme=scheme.name,
-                effective_bits=bits / linear.weight.numel(),
+                scheme=stack.scheme.name,
+                effective_bits=bits / natural[index].numel(),
                 weight_error=error.weight,
                 output_error=error.output,
                 nearest_error=floor.output,
                 seconds=round(seconds, 3),
-                notes=dict(rounding.notes),
+                notes={**rounding.notes, **({"rank": stack.rank} if stack.rank else {})},
             )
 
-    def _codes(
-        self, site: Site, weight: Tensor, seen: Observed, scheme: Scheme, where: str
-    ) -> tuple[Rounding, PackedRange | None]:
-        """Round stacked linears (m, k) in their basis: the codes, and the salient channels' second weight."""
-        rounder, correction = self.steps.rounder_of(site.name), self.steps.correction
-        if not isinstance(correction, SalientColumns):
-            return _rounded(rounder, weight, seen, scheme, where), None
-        if isinstance(rounder, GPTQ) and rounder.needs_drift and seen.gram is not None and seen.drift is not None:
-            # What the second weight takes must be part of the target, not of what rounding moves later.
-            weight, rounder = rounder.settled(weight, seen.gram, seen.drift, where)
-        settled = replace(seen, drift=None)
-        return correction(weight, seen.gram, scheme, lambda main: _rounded(rounder, main, settled, scheme, where))
+    def _terms(
+        self, site: Site, name: str, salient: PackedTensor | None, branch: tuple[PackedTensor, PackedTensor] | None
+    ) -> LinearTerms:
+        activation, correction = self.plan.activations[f"{self.block.path}.{name}"], self.steps.correction
+        repeats = activation is not None and salient is not None and isinstance(correction, SalientColumns)
+        return LinearTerms(
+            self.packed[name],
+            blocks=self.bases[site.name].blocks,
+            activation=activation,
+            salient=salient,
+            residual=correction.coarse if repeats and isinstance(correction, SalientColumns) else "none",
+            low_rank=branch,
+        )
 
-    def _branch(self, error: Tensor, seen: Observed, scheme: Scheme) -> tuple[PackedTensor, PackedTensor] | None:
-        correction = self.steps.correction
-        return correction(error, seen.gram, seen.sizes, scheme) if isinstance(correction, LowRank) else None
-
-    def _residual(self, path: str) -> str:
-        correction = self.steps.correction
-        quantized = self.plan.activations[path] is not None
-        return correction.coarse if quantized and isinstance(correction, SalientColumns) else "none"
+    def _put_back(self, site: Site, name: str, dense: Tensor) -> None:
+        """Let the block run on the rounded weight (m, k), and on quantized inputs if the method asks."""
+        linear = self.block.linear(name)
+        linear.weight.data = dense.to(linear.weight.dtype)
+        quantizer = self._quantizer(site, name)
+        if quantizer is not None:
+            linear.register_forward_pre_hook(_on_input(quantizer))
 
     def _place(self, site: Site, names: list[str], columns: Tensor | None) -> Tensor | None:
         """Decide where column scales (k,) go; give them as they will act. None stays None."""
@@ -379,14 +352,24 @@ def _twin(block: Block, dtype: torch.dtype) -> Block:
     return replace(block, module=copy.deepcopy(block.module).to(dtype))
 
 
-def _rounded(rounder: Rounder, weight: Tensor, observed: Observed, scheme: Scheme, where: str) -> Rounding:
-    """Round; a failure that does not name its linears gets their names."""
-    try:
-        return rounder(weight, observed.gram, scheme, where, observed.drift)
-    except NumericalFailure as error:
-        if str(error).startswith(where):
-            raise
-        raise NumericalFailure(f"{where}: {error}") from error
+def prepare_block_(
+    block: Block, steps: Steps, found: SiteStatistics | None
+) -> tuple[dict[str, Tensor], dict[str, InputBasis]]:
+    """Carry out the method's transforms on a block in float32; the factors by which sites were divided, and the bases
+    in which their readers meet them. found: statistics before, None where no step needs them.
+    """
+    factors: dict[str, Tensor] = {}
+    bases = {site.name: _online(block, site, steps) for site in block.arch.sites}
+    if found is None:
+        return factors, bases
+    for transform in steps.transforms:
+        for name, made in transform(block, found).items():
+            factors[name] = factors.get(name, torch.ones_like(made)) * made
+    if steps.saliency is not None:
+        for site in block.arch.sites:
+            order = steps.saliency(block, site, found, factors)
+            bases[site.name] = replace(bases[site.name], order=order)
+    return factors, bases
 
 
 def _online(block: Block, site: Site, steps: Steps) -> InputBasis:

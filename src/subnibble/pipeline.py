@@ -25,7 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from subnibble.block_run import BlockRun, Streams
+from subnibble.block_run import BlockRun, Streams, prepare_block_
+from subnibble.calibrate.stream import BlockStream
+from subnibble.calibrate.survey import full_precision_blocks
 from subnibble.calibrate.windows import calibration_windows, check_positions
 from subnibble.checkpoint.packed import (
     Entry,
@@ -39,11 +41,13 @@ from subnibble.checkpoint.size import measure, weights_hash
 from subnibble.checkpoint.source import Source, open_source
 from subnibble.checkpoint.writer import CheckpointWriter, check_output
 from subnibble.corrections.mean_shift import ordinary_tokens
+from subnibble.corrections.ranks import Gains, allocate, gains_of
+from subnibble.corrections.salient import SalientColumns
 from subnibble.device import AUTO, resolve_device, resolve_dtype
 from subnibble.errors import OutputError
 from subnibble.methods import find_method
 from subnibble.methods.method import Steps
-from subnibble.model.skeleton import Skeleton
+from subnibble.model.skeleton import Block, Skeleton
 from subnibble.plan import Plan, check_plain, make_plan, packed_bytes, plan_rotation
 from subnibble.progress import Progress, silent
 from subnibble.recipe import Recipe
@@ -54,7 +58,7 @@ from subnibble.runtime import ops
 from subnibble.scheme import Scheme
 from subnibble.tensor import PackedRange, PackedTensor
 from subnibble.transforms.invariance import check_sites
-from subnibble.transforms.residual_order import survey
+from subnibble.transforms.residual_order import residual_order
 from subnibble.transforms.rotate import ResidualEdit
 from subnibble.version import __version__
 
@@ -199,7 +203,11 @@ class _Run:
         with self.clock.step("read"):
             weight = skeleton.source.load(f"{path}.weight").to(skeleton.device)
         if self.windows is not None and self.steps.orders_residual:
-            self.edit = self._survey(weight, self.windows)
+            with self.clock.step("survey"):
+                self.edit = residual_order(self._full_precision(weight, self.windows))
+        if self.windows is not None and self.steps.ranks == "gain":
+            with self.clock.step("survey"):
+                self._allocate_ranks(self._full_precision(weight, self.windows))
         if self.edit is not None:
             weight = self.edit.embedding(weight)
         with self.clock.step("embedding"):
@@ -224,15 +232,26 @@ class _Run:
                     streams.wanted.append(exact.to(skeleton.dtype).cpu())
         return streams, tensors
 
-    def _survey(self, table: Tensor, windows: Tensor) -> ResidualEdit:
-        """The order of the residual channels, by the full-precision model. table: the embedding's."""
+    def _full_precision(self, table: Tensor, windows: Tensor) -> Iterator[tuple[Block, BlockStream]]:
+        """The model's blocks as they come, on all windows. table: the embedding's."""
         skeleton = self.skeleton
-        with self.clock.step("survey"), torch.no_grad():
-            hidden = [
-                torch.nn.functional.embedding(batch.to(skeleton.device), table).to(skeleton.dtype).cpu()
-                for batch in windows.split(max(1, _TOKENS_PER_BATCH // self.recipe.window))
-            ]
-            return survey(skeleton, hidden, skeleton.block_arguments(self.recipe.window))
+        hidden = [
+            torch.nn.functional.embedding(batch.to(skeleton.device), table).to(skeleton.dtype).cpu()
+            for batch in windows.split(max(1, _TOKENS_PER_BATCH // self.recipe.window))
+        ]
+        return full_precision_blocks(skeleton, hidden, skeleton.block_arguments(self.recipe.window))
+
+    def _allocate_ranks(self, blocks: Iterator[tuple[Block, BlockStream]]) -> None:
+        """Decide how many salient channels each linear gets."""
+        correction = self.steps.correction
+        assert isinstance(correction, SalientColumns)
+        found: dict[str, Gains] = {}
+        for block, stream in blocks:
+            statistics = stream.statistics(*self.plan.of_block(block))
+            factors, bases = prepare_block_(block, self.steps, statistics)
+            orders = {name: basis.order for name, basis in bases.items()}
+            found |= gains_of(block, statistics, factors, orders, correction)
+        self.plan = replace(self.plan, ranks=allocate(found, correction.rank))
 
     def _final_norm(self, wanted: list[Tensor], hidden: list[Tensor]) -> dict[str, Tensor]:
         """The final norm's tensors, its mean shift corrected if the method asks.

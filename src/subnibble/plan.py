@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -22,10 +22,14 @@ from subnibble.transforms.rotate import Rotation, can_rotate, make_rotation
 
 @dataclass(frozen=True)
 class Plan:
-    """Path of each linear -> how its weight and its input are quantized, None for not at all."""
+    """Path of each linear -> how its weight and its input are quantized, None for not at all.
+
+    ranks: salient channels of linears that get another number than the correction's.
+    """
 
     schemes: Mapping[str, Scheme | None]
     activations: Mapping[str, ActivationScheme | None]
+    ranks: Mapping[str, int] = field(default_factory=dict)
 
     def of_block(self, block: Block) -> tuple[dict[str, Scheme | None], dict[str, ActivationScheme | None]]:
         """The same for one block, by names in it."""

@@ -22,6 +22,7 @@ OPTION_CHOICES = {
         "saliency": saliency.SCORES,
         "heads": saliency.HEAD_ORDERS,
         "residual_order": saliency.RESIDUAL_ORDERS,
+        "ranks": method.RANKS,
         "form": salient.FORMS,
         "residual": salient.RESIDUALS,
     }.items()

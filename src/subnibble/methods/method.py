@@ -22,8 +22,11 @@ from subnibble.transforms.saliency import Saliency
 # An edit of a block, in float32, that keeps its function, made before anything of it is rounded. It gives the factors
 # (channels,) by which it divided sites, by name.
 Transform = Callable[[Block, SiteStatistics], Mapping[str, Tensor]]
+# What makes up for rounding error besides codes.
+Correction = SalientColumns | LowRank | None
 # What the statistics of later linears, and their rounding, see of quantized inputs.
 INPUTS = ("exact", "quantized")
+RANKS = ("uniform", "gain")
 # The grid and zero-point that a method wants, by the keys of `Scheme`, for a site's readers at a bit width.
 Preference = Callable[[str, int], Mapping[str, str]]
 
@@ -39,9 +42,10 @@ class Steps:
 
     rounder: of every linear but those of the sites named in `rounders`. prefers: see `Preference`; what the recipe
     says goes first. rotation: see `transforms/rotate.py`. mean_shift: corrects the norms behind quantized linears.
-    saliency: gives sites their channel order. correction: gives linears more terms against rounding error. online:
-    names of sites whose readers get an online Hadamard transform. inputs: "exact" calibrates on inputs that are not
-    quantized, "quantized" on what the running model will see.
+    saliency: gives sites their channel order. correction: gives linears more terms against rounding error. ranks: of
+    salient columns, "uniform" or "gain", see `corrections/ranks.py`. online: names of sites whose readers get an online
+    Hadamard transform. inputs: "exact" calibrates on inputs that are not quantized, "quantized" on what the running
+    model will see.
     """
 
     rounder: Rounder
@@ -51,7 +55,8 @@ class Steps:
     rotation: str = "none"
     mean_shift: MeanShift | None = None
     saliency: Saliency | None = None
-    correction: SalientColumns | LowRank | None = None
+    correction: Correction = None
+    ranks: str = "uniform"
     online: tuple[str, ...] = ()
     inputs: str = "exact"
 
@@ -63,6 +68,14 @@ class Steps:
             raise BadRecipe(
                 'one order of the residual stream and its rotation exclude each other; use residual_order = "gather"'
             )
+        if self.ranks not in RANKS:
+            raise BadRecipe(f"ranks is {self.ranks!r}; choose one of {', '.join(RANKS)}")
+        if self.ranks == "gain" and (self.rotation != "none" or self.orders_residual):
+            raise BadRecipe(
+                'ranks by gain go with neither rotation nor residual_order = "global"; use ranks = "uniform"'
+            )
+        if self.ranks == "gain" and not isinstance(self.correction, SalientColumns):
+            raise BadRecipe('ranks = "gain" needs a rank above 0, which is their mean')
         for rounder in (self.rounder, *self.rounders.values()):
             if isinstance(self.correction, SalientColumns) and isinstance(rounder, GPTQ):
                 form = rounder.asymmetry.form

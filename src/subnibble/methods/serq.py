@@ -36,7 +36,8 @@ _SEARCH_CLIP = Clip("minmax")
 class Options(WeightOptions):
     """rank: salient channels, 0 for none. form, residual: `corrections/salient.py`. flattening: "none", "powers" for
     alpha and beta everywhere, "search" for each site's own; see `transforms/flatten.py`. saliency, heads,
-    residual_order: `transforms/saliency.py`. The others as in `methods/weights.py`.
+    residual_order: `transforms/saliency.py`. ranks: "uniform", or "gain" for each linear's own with rank as their mean,
+    see `corrections/ranks.py`. The others as in `methods/weights.py`.
     """
 
     rounding: str = "gptq"
@@ -50,6 +51,7 @@ class Options(WeightOptions):
     saliency: str = "size"
     heads: str = "gather"
     residual_order: str = "gather"
+    ranks: str = "uniform"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -70,6 +72,7 @@ def build(options: Options) -> Steps:
         rotation=options.rotation,
         saliency=Saliency(options.saliency, options.heads, options.residual_order),
         correction=correction,
+        ranks=options.ranks,
         inputs=options.inputs,
     )
 

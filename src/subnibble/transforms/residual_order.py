@@ -8,7 +8,7 @@ model.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from subnibble.calibrate.stats import AbsMax
 from subnibble.calibrate.stream import BlockStream
-from subnibble.model.skeleton import Block, Skeleton
+from subnibble.model.skeleton import Block
 from subnibble.transforms.permute import permute_residual_
 
 # Of the median: a channel that is silent somewhere must not decide alone.
@@ -47,24 +47,17 @@ class ResidualOrder:
         return weight[:, self.order]
 
 
-def survey(skeleton: Skeleton, hidden: list[Tensor], arguments: Sequence[dict[str, object]]) -> ResidualOrder:
-    """Run the full-precision model over all windows and rank the residual channels.
-
-    hidden: what the embedding gives, batches (windows, tokens, channels); used up. arguments: of each block.
-    """
+def residual_order(blocks: Iterable[tuple[Block, BlockStream]]) -> ResidualOrder:
+    """Rank the residual channels. blocks: of the full-precision model, as `full_precision_blocks` gives them."""
     scores: list[Tensor] = []
-    for index in range(skeleton.num_blocks):
-        block = skeleton.load_block(index)
-        block.module.to(skeleton.dtype)
-        stream = BlockStream(block, hidden, dict(arguments[index]))
+    for block, stream in blocks:
         for site in block.arch.sites:
             if site.norm is not None:
-                largest = AbsMax(block.gain(site.norm).shape[0], skeleton.device)
+                gain = block.gain(site.norm)
+                largest = AbsMax(gain.shape[0], gain.device)
                 for x in stream.at(site):
                     largest.update(x)
                 scores.append(_relative(largest.value))
-        stream.advance()
-        skeleton.release(block.path)
     return ResidualOrder(torch.sort(torch.stack(scores).mean(0), descending=True, stable=True).indices)
 
 

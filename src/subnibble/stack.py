@@ -1,0 +1,84 @@
+"""Linears that read one site by one scheme, rounded on top of each other: their rows are independent."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from subnibble.corrections.low_rank import LowRank
+from subnibble.corrections.salient import SalientColumns
+from subnibble.errors import NumericalFailure
+from subnibble.methods.method import Correction
+from subnibble.rounding.gptq import GPTQ
+from subnibble.rounding.rounder import Rounder, Rounding
+from subnibble.scheme import Scheme
+from subnibble.tensor import PackedRange, PackedTensor
+from subnibble.transforms.input_basis import InputBasis
+
+
+@dataclass(frozen=True)
+class Observed:
+    """Statistics of a site's tensor, each None if it is not needed; see `Rounder`. sizes: (k,), mean magnitudes."""
+
+    gram: Tensor | None = None
+    drift: Tensor | None = None
+    sizes: Tensor | None = None
+
+    def seen_in(self, basis: InputBasis) -> Observed:
+        """The same in another basis of the input."""
+        gram, drift = (None if matrix is None else basis.both(matrix) for matrix in (self.gram, self.drift))
+        return Observed(gram, drift, None if self.sizes is None else basis.columns(self.sizes.unsqueeze(0))[0])
+
+
+@dataclass(frozen=True)
+class Stack:
+    """names: of the linears in their block. heights: rows of each. rank: salient channels, 0 for none.
+
+    where: names them in errors.
+    """
+
+    names: tuple[str, ...]
+    heights: tuple[int, ...]
+    scheme: Scheme
+    rank: int
+    where: str
+
+    def rows(self, device: torch.device) -> tuple[Tensor, ...]:
+        """Rows of each linear in the stack, (height,) each."""
+        rows: tuple[Tensor, ...] = torch.arange(sum(self.heights), device=device).split(list(self.heights))
+        return rows
+
+
+def round_stack(
+    stack: Stack, weight: Tensor, seen: Observed, rounder: Rounder, correction: Correction
+) -> tuple[Rounding, PackedRange | None]:
+    """Codes of the weights, and the salient channels' second weight. weight: (m, k) float32, as inputs meet it."""
+    if not isinstance(correction, SalientColumns) or stack.rank == 0:
+        return _rounded(stack, rounder, weight, seen), None
+    if isinstance(rounder, GPTQ) and rounder.needs_drift and seen.gram is not None and seen.drift is not None:
+        # What the second weight takes must be part of the target, not of what rounding moves later.
+        weight, rounder = rounder.settled(weight, seen.gram, seen.drift, stack.where)
+    settled, final = replace(seen, drift=None), rounder
+    own = replace(correction, rank=stack.rank)
+    return own(weight, seen.gram, stack.scheme, lambda main: _rounded(stack, final, main, settled))
+
+
+def branches_of(
+    stack: Stack, error: Tensor, seen: Observed, correction: Correction
+) -> list[tuple[PackedTensor, PackedTensor] | None]:
+    """The low-rank branch of each linear. error: (m, k), what rounding left."""
+    if not isinstance(correction, LowRank):
+        return [None] * len(stack.names)
+    return [correction(error[index], seen.gram, seen.sizes, stack.scheme) for index in stack.rows(error.device)]
+
+
+def _rounded(stack: Stack, rounder: Rounder, weight: Tensor, seen: Observed) -> Rounding:
+    """Round; a failure that does not name its linears gets their names."""
+    try:
+        return rounder(weight, seen.gram, stack.scheme, stack.where, seen.drift)
+    except NumericalFailure as error:
+        if str(error).startswith(stack.where):
+            raise
+        raise NumericalFailure(f"{stack.where}: {error}") from error

@@ -1,0 +1,87 @@
+"""Salient channels go where they take most output error a bit, within the budget of one rank everywhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from subnibble import Recipe, quantize
+from subnibble.corrections.ranks import Gains, allocate
+from subnibble.errors import BadRecipe
+from subnibble.report import Report
+from subnibble.scheme import Scheme
+
+SCHEME = Scheme(4, 16, "none")
+
+
+def gains(values: list[float], rows: int = 8, columns: int = 64) -> Gains:
+    """Gains of each step of 16 channels, spread evenly over them."""
+    per_channel = torch.tensor(values).repeat_interleave(16)[:columns] / 16
+    return Gains(per_channel, rows, 16, SCHEME)
+
+
+def spent(found: dict[str, Gains], ranks: dict[str, int]) -> int:
+    return sum(found[path].bits(rank) for path, rank in ranks.items())
+
+
+def test_a_budget_goes_to_the_largest_gains_first() -> None:
+    found = {"a": gains([8.0, 4.0, 2.0, 1.0]), "b": gains([1.0, 0.5, 0.2, 0.1]), "c": gains([3.0, 0.9, 0.1, 0.1])}
+    assert allocate(found, 16) == {"a": 32, "b": 0, "c": 16}
+    assert allocate(found, 32) == {"a": 64, "b": 16, "c": 16}
+
+
+def test_a_wide_linear_pays_for_its_rows() -> None:
+    found = {"narrow": gains([1.0, 1.0, 1.0, 1.0], rows=8), "wide": gains([3.0, 3.0, 3.0, 3.0], rows=64)}
+    ranks = allocate(found, 16)
+    assert ranks["narrow"] == 64
+    assert spent(found, ranks) <= spent(found, dict.fromkeys(found, 16))
+
+
+@pytest.mark.parametrize("rank", [1, 16, 40, 64, 100])
+def test_the_budget_is_never_passed_and_no_rank_is_wider_than_its_linear(rank: int) -> None:
+    generator = torch.Generator().manual_seed(rank)
+    found = {
+        str(i): Gains(torch.rand(columns, generator=generator), 8 * (1 + i), 16, SCHEME)
+        for i, columns in enumerate((48, 39, 64, 80))
+    }
+    ranks = allocate(found, rank)
+    assert spent(found, ranks) <= sum(g.bits(min(rank, g.gains.shape[0])) for g in found.values())
+    assert all(0 <= ranks[path] <= found[path].gains.shape[0] for path in found)
+
+
+def test_equal_gains_share_equally() -> None:
+    found = {str(i): gains([1.0, 0.5, 0.25, 0.1]) for i in range(5)}
+    assert set(allocate(found, 32).values()) == {32}
+
+
+def made(folder: Path, tokens: Path, out: Path, **options: object) -> Report:
+    recipe = Recipe(
+        method="serq", bits=4, group_size=16, activation_bits=4, calibration=str(tokens), num_windows=8, window=32,
+        dtype="float32", options={"rank": 16, "rounding": "rtn", **options},
+    )  # fmt: skip
+    return quantize(folder, out, recipe)
+
+
+def test_ranks_by_gain_lower_the_summed_error_at_no_more_bits(
+    folders: dict[str, Path], token_file: Path, tmp_path: Path
+) -> None:
+    uniform = made(folders["llama"], token_file, tmp_path / "uniform")
+    own = made(folders["llama"], token_file, tmp_path / "gain", ranks="gain")
+    assert own.size["effective_bits"] <= uniform.size["effective_bits"] + 1e-9
+    assert len({linear.notes.get("rank", 0) for linear in own.linears}) > 1
+    total = [sum(linear.output_error for linear in report.linears) for report in (own, uniform)]
+    assert total[0] < total[1]
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"ranks": "most"}, "choose one of uniform, gain"),
+    ({"ranks": "gain", "rotation": "groups"}, "neither rotation nor"),
+    ({"ranks": "gain", "rank": 0}, "needs a rank above 0"),
+])  # fmt: skip
+def test_what_does_not_go_together_is_refused(
+    options: dict[str, object], message: str, folders: dict[str, Path], token_file: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(BadRecipe, match=message):
+        made(folders["llama"], token_file, tmp_path / "out", **options)
