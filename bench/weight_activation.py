@@ -1,14 +1,14 @@
 """Weights and activations quantized, on SmolLM2-135M: perplexity, bits, time and memory of each arm.
 
-    python bench/weight_activation.py [--wikitext DIR] [--only NAME] [--row ARM:SETTING:WINDOWS ...]
+    python bench/weight_activation.py [--wikitext DIR] [--only NAME] [--row ARM:SETTING:WINDOWS[:CALIBRATED_ON] ...]
     python bench/weight_activation.py --print
 
 Finished rows are appended to the results file and skipped when they are there. Arms are the recipes in
-`recipes/weight_activation/`; settings are W4A4 and W4A8 in groups of 128 or 64 (activations alike, per token),
-and MXFP4. Headline rows calibrate on 64 windows of 2048 tokens and score 64; the others 16 and 16. Calibration: the
-first 2000 news articles, computed in bfloat16; scored in float32, through the runtime's integer operations, on the last
-400 news articles and, with --wikitext, on WikiText-2 raw test. Rows at W4A8 also score the same codes with inputs that
-are not quantized.
+`recipes/weight_activation/`; settings are W4A4 and W4A8 in groups of 128 or 64 (activations alike, per token), and
+MXFP4. WINDOWS of 2048 tokens are scored; CALIBRATED_ON, by default as many, calibrate. Headline rows have 64, others
+16. Calibration: the first 2000 news articles, computed in bfloat16; scored in float32, through the runtime's integer
+operations, on the last 400 news articles and, with --wikitext, on WikiText-2 raw test. Rows at W4A8 also score the same
+codes with inputs that are not quantized.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 from measure import HERE, RECIPES, measure_row, run, with_data
 
-KEY = ("arm", "setting", "windows", "text")
+KEY = ("arm", "setting", "windows", "calibrated_on", "text")
 FOLDER = RECIPES / "weight_activation"
 ARMS = sorted(file.stem for file in FOLDER.glob("*.toml"))
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -39,35 +39,39 @@ STAGES = tuple(arm for arm in ARMS if arm not in (*BASELINES, *SERQ, *RANKS))
 
 @dataclass(frozen=True)
 class Spec:
-    """One quantization: which arm at which setting, with how many windows of calibration and of text."""
+    """One quantization: which arm at which setting, calibrated and scored on how many windows."""
 
     arm: str
     setting: str
     windows: int
+    calibrated_on: int
 
 
 def specs(only: str | None) -> list[Spec]:
     """All rows to make, most telling first."""
     both = (*SERQ, *BASELINES)
     chosen = {
-        "headline": [Spec("original", "", 64), *(Spec(arm, s, 64) for s in ("W4A4g128", "W4A8g128") for arm in both)],
-        "table": [Spec("original", "", 16), *(Spec(arm, s, 16) for s in SETTINGS for arm in both)],
-        "ranks": [Spec(arm, "W4A4g128", 16) for arm in RANKS],
-        "stages": [Spec(arm, "W4A4g128", 16) for arm in STAGES],
-        "calibration": [Spec("serq", "W4A4g128", windows) for windows in (4, 64)],
+        "headline": [
+            Spec("original", "", 64, 0),
+            *(Spec(arm, s, 64, 64) for s in ("W4A4g128", "W4A8g128") for arm in both),
+        ],
+        "table": [Spec("original", "", 16, 0), *(Spec(arm, s, 16, 16) for s in SETTINGS for arm in both)],
+        "ranks": [Spec(arm, "W4A4g128", 16, 16) for arm in RANKS],
+        "stages": [Spec(arm, "W4A4g128", 16, 16) for arm in STAGES],
+        "calibration": [Spec("serq", "W4A4g128", 16, windows) for windows in (4, 64)],
     }
     return chosen[only] if only else [spec for specs in chosen.values() for spec in specs]
 
 
 def parse_spec(text: str) -> Spec:
-    """A row as written on the command line, for example serq:W4A4g128:16."""
-    arm, setting, windows = text.split(":")
+    """A row as written on the command line, for example serq:W4A4g128:16, or serq:W4A4g128:16:64 for the sweep."""
+    arm, setting, windows, *rest = text.split(":")
     if arm not in (*ARMS, "original") or (arm != "original" and setting not in SETTINGS):
         raise argparse.ArgumentTypeError(
             f"{text!r}: give ARM:SETTING:WINDOWS, ARM one of original, {', '.join(ARMS)}; SETTING one of "
             f"{', '.join(SETTINGS)} (empty for original)"
         )
-    return Spec(arm, setting, int(windows))
+    return Spec(arm, setting, int(windows), 0 if arm == "original" else int(rest[0] if rest else windows))
 
 
 def measured(spec: Spec, names: dict[str, str]) -> list[dict[str, Any]]:
@@ -80,7 +84,7 @@ def measured(spec: Spec, names: dict[str, str]) -> list[dict[str, Any]]:
     recipe = replace(Recipe.from_toml(FOLDER / f"{spec.arm}.toml"), **setting)
     if "factor_bits" in recipe.options:
         recipe = replace(recipe, options={**recipe.options, "factor_bits": setting["activation_bits"]})
-    return measure_row(with_data(recipe, spec.windows), spec.windows, names, setting["activation_bits"] == 8)
+    return measure_row(with_data(recipe, spec.calibrated_on), spec.windows, names, setting["activation_bits"] == 8)
 
 
 def show(rows: list[dict[str, Any]]) -> None:
@@ -95,14 +99,14 @@ def show(rows: list[dict[str, Any]]) -> None:
     print("|---|---|---|---|---|---|---|---|---|---|---|")
     found: dict[Spec, dict[str, dict[str, Any]]] = {}
     for row in rows:
-        found.setdefault(Spec(row["arm"], row["setting"], row["windows"]), {})[row["text"]] = row
+        found.setdefault(Spec(row["arm"], row["setting"], row["windows"], row["calibrated_on"]), {})[row["text"]] = row
     for spec in sorted(found, key=lambda s: (-s.windows, s.setting, found[s]["news"]["perplexity"])):
         one = found[spec]["news"]
         exact = [row["perplexity_exact_inputs"] for row in found[spec].values() if "perplexity_exact_inputs" in row]
         cells = [
             spec.arm,
             spec.setting,
-            str(spec.windows),
+            f"{spec.calibrated_on} / {spec.windows}" if spec.calibrated_on else str(spec.windows),
             f"{one['effective_bits']:.3f}",
             f"{one['activation_bits']:.3f}",
             *(
@@ -118,8 +122,8 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 def _gap(found: dict[Spec, dict[str, dict[str, Any]]], spec: Spec, text: str) -> float | None:
     """Share of serq's log-perplexity gap to the original that an arm leaves; None without the rows for it."""
-    original = found.get(Spec("original", "", spec.windows), {}).get(text)
-    base = found.get(replace(spec, arm="serq"), {}).get(text)
+    original = found.get(Spec("original", "", spec.windows, 0), {}).get(text)
+    base = found.get(replace(spec, arm="serq", calibrated_on=spec.windows), {}).get(text)
     if original is None or base is None:
         return None
     logs = [math.log(row["perplexity"] / original["perplexity"]) for row in (found[spec][text], base)]
@@ -129,7 +133,7 @@ def _gap(found: dict[Spec, dict[str, dict[str, Any]]], spec: Spec, text: str) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=("headline", "table", "ranks", "stages", "calibration"))
-    parser.add_argument("--row", action="append", type=parse_spec, metavar="ARM:SETTING:WINDOWS")
+    parser.add_argument("--row", action="append", type=parse_spec, metavar="ARM:SETTING:WINDOWS[:CALIBRATED_ON]")
     results = HERE / "results" / "weight_activation.json"
     run(parser, results, KEY, Spec, measured, lambda given: given.row or specs(given.only), show)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -173,6 +174,11 @@ def test_wider_inputs_come_closer_to_those_that_are_not_quantized(
     ({"method": "serq", "options": {"flattening": "flat"}}, "choose one of none, powers, search"),
     ({"method": "rtn", "activation_bits": 5}, "activation bits are 5; choose one of 3, 4, 8"),
     ({"method": "rtn", "grid": "mxfp4"}, "an mxfp4 grid has 4 bits, groups of 32"),
+    ({"method": "dualfit", "grid": "mxfp4", "group_size": 32}, "q_proj: column scales and refitted rows need"),
+    ({"method": "serq", "group_size": -1, "options": {"rank": 16, "form": "after"}}, "no multiple of"),
+    ({"method": "qera", "options": {"rounding": "gptq", "asymmetry": "shifted"}}, "does not go with low-rank"),
+    ({"method": "smoothquant", "options": {"asymmetry": "shifted"}}, 'needs rounding = "gptq"'),
+    ({"method": "serq", "options": {"rank": 0, "residual": "salient"}}, "rank is 0 and residual"),
 ])  # fmt: skip
 def test_what_does_not_fit_is_refused_before_anything_is_written(
     values: dict[str, Any], message: str, folders: dict[str, Path], token_file: Path, tmp_path: Path
@@ -187,5 +193,61 @@ def test_norm_biases_are_not_folded_behind_quantized_inputs(
 ) -> None:
     values = {"method": "d2quant", "activation_bits": 8, "options": {"rotation": "none"}}
     _, model = make(folders["llama"], token_file, tmp_path / "out", **values)
-    with pytest.raises(CheckpointError, match="quantizes activations"):
+    with pytest.raises(CheckpointError, match="its readers quantize their inputs"):
         fold_norm_biases_(model)
+
+
+def test_a_model_without_norm_biases_has_nothing_to_fold(
+    folders: dict[str, Path], token_file: Path, tmp_path: Path
+) -> None:
+    _, model = make(folders["llama"], token_file, tmp_path / "out", **SERQ, options={"rank": RANK})
+    before = logits(model)
+    fold_norm_biases_(model)
+    assert torch.equal(logits(model), before)
+
+
+def test_readers_of_one_site_are_calibrated_on_what_each_of_them_sees(
+    folders: dict[str, Path], token_file: Path, tmp_path: Path
+) -> None:
+    """One reader whose input stays as it is must not decide for the others."""
+    options = {"inputs": "quantized", "rounding": "gptq"}
+    values = {"method": "smoothquant", "activation_bits": 3, "options": options}
+    alike, _ = make(folders["llama"], token_file, tmp_path / "alike", **values)
+    overrides = {"re:.*q_proj": {"activation_bits": 16}}
+    mixed, _ = make(folders["llama"], token_file, tmp_path / "mixed", **values, overrides=overrides)
+    errors = [
+        {linear.path: linear.output_error for linear in report.linears if ".layers.0." in linear.path}
+        for report in (alike, mixed)
+    ]
+    for name in ("k_proj", "v_proj"):
+        path = f"model.layers.0.self_attn.{name}"
+        assert errors[0][path] == pytest.approx(errors[1][path], rel=1e-4)
+    assert errors[0]["model.layers.0.self_attn.q_proj"] != errors[1]["model.layers.0.self_attn.q_proj"]
+
+
+@pytest.mark.parametrize("fault", ["twice", "beyond"])
+def test_a_gather_that_is_no_permutation_is_refused_at_load(
+    fault: str, folders: dict[str, Path], token_file: Path, tmp_path: Path
+) -> None:
+    make(folders["llama"], token_file, tmp_path / "out", **SERQ, options={"rank": RANK})
+    file = tmp_path / "out" / "model.safetensors"
+    files = [file] if file.is_file() else sorted((tmp_path / "out").glob("*.safetensors"))
+    for one in files:
+        tensors = load_file(one)
+        for name, tensor in tensors.items():
+            if name.endswith("gather"):
+                tensor[0] = tensor[1] if fault == "twice" else 99
+        save_file(tensors, one, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="gather does not hold each channel once"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+
+
+def test_layers_in_another_order_are_not_compared_with_the_original(
+    folders: dict[str, Path], token_file: Path, tmp_path: Path
+) -> None:
+    options = {"rank": RANK, "flattening": "none", "residual_order": "global"}
+    report, _ = make(folders["llama"], token_file, tmp_path / "out", **SERQ, options=options)
+    assert all(linear.moved for linear in report.linears)
+    bits = [linear.effective_bits * linear.shape[0] * linear.shape[1] for linear in report.linears]
+    weights = [linear.shape[0] * linear.shape[1] for linear in report.linears]
+    assert sum(bits) / sum(weights) == pytest.approx(report.size["effective_bits"])

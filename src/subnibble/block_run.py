@@ -30,8 +30,8 @@ from subnibble.runtime import activations
 from subnibble.runtime.hadamard import hadamard_blocks
 from subnibble.runtime.modules import add_output_bias_
 from subnibble.runtime.ops import LinearTerms
-from subnibble.scheme import Scheme
-from subnibble.stack import Observed, Stack, branches_of, round_stack
+from subnibble.scheme import ActivationScheme, Scheme
+from subnibble.stack import Branch, Observed, Stack, branches_of, round_stack
 from subnibble.tensor import PackedRange, PackedTensor
 from subnibble.transforms.absorb import absorb_, can_absorb
 from subnibble.transforms.input_basis import InputBasis
@@ -60,7 +60,8 @@ class BlockRun:
     site. stream: the block as it is quantized, on the quantized model's hidden states `hidden`; reference: a
     full-precision copy on the full-precision model's; teacher: that copy on `hidden`; None where no step asks. extras:
     all terms of what was rounded so far, by name in the block; packed: their weights, which absorb column scales.
-    columns: column scales that no other module of the block can take; to_absorb: those that one will.
+    columns: column scales that no other module of the block can take; to_absorb: those that one will. gathers: of the
+    linears that store one.
     """
 
     block: Block
@@ -77,6 +78,7 @@ class BlockRun:
     extras: dict[str, LinearTerms] = field(default_factory=dict)
     columns: dict[str, Tensor] = field(default_factory=dict)
     to_absorb: list[tuple[Site, Tensor]] = field(default_factory=list)
+    gathers: dict[str, Tensor] = field(default_factory=dict)
     linears: dict[str, LinearReport] = field(default_factory=dict)
 
     @classmethod
@@ -122,10 +124,13 @@ class BlockRun:
 
     def round_site(self, site: Site) -> None:
         """Observe the site's tensor and round its readers; the block holds them dequantized then."""
-        stacks = self._stacks(site)
-        observed = self._observe(site) if stacks and self.hidden else Observed()
-        for stack in stacks:
-            self._round(site, stack, observed)
+        observed: dict[tuple[ActivationScheme | None, int], Observed] = {}
+        for stack in self._stacks(site):
+            # Inputs that are not quantized look the same to all readers.
+            seen_by = (stack.activation, stack.rank) if self.steps.inputs == "quantized" else (None, 0)
+            if seen_by not in observed:
+                observed[seen_by] = self._observe(site, stack) if self.hidden else Observed()
+            self._round(site, stack, observed[seen_by])
 
     def outputs(self) -> list[Tensor]:
         """The block's outputs as it is now."""
@@ -140,14 +145,20 @@ class BlockRun:
                 self.reference.advance()
 
     def reports(self) -> list[LinearReport]:
-        """What the report says of each linear."""
-        moved = set(self.block.arch.linears) if self.steps.transforms or self.steps.rotation != "none" else set()
+        """What the report says of each linear, once its tensors are known."""
+        steps = self.steps
+        everything = bool(steps.transforms) or steps.rotation != "none" or steps.orders_residual
+        moved = set(self.block.arch.linears) if everything else set()
         for site, _ in self.to_absorb:
             moved |= {*site.readers, *site.writers}
         for site in self.block.arch.sites:
             rows = self._offline_rows(site)
             moved |= {*site.readers, *rows} if rows else set()
-        return [replace(linear, moved=name in moved) for name, linear in self.linears.items()]
+        found = []
+        for name, linear in self.linears.items():
+            gather = 8 * self.gathers[name].nbytes / (linear.shape[0] * linear.shape[1]) if name in self.gathers else 0
+            found.append(replace(linear, moved=name in moved, effective_bits=linear.effective_bits + gather))
+        return found
 
     def tensors(self) -> tuple[dict[str, Tensor], dict[str, Entry]]:
         """What to store of the block, column scales absorbed, and the entries of its modules. To be called last.
@@ -156,7 +167,6 @@ class BlockRun:
         """
         for site, c in self.to_absorb:
             absorb_(site, c, self.packed, self.exact)
-        gathers: dict[str, Tensor] = {}
         for site in self.block.arch.sites:
             rows, order = self._offline_rows(site), self.bases[site.name].order
             for name, index in (rows or {}).items():
@@ -164,7 +174,7 @@ class BlockRun:
             if order is not None and rows is None:
                 kind = gather_type(order.shape[0])
                 # A copy each: the file holds one for each linear.
-                gathers |= {name: order.to(kind, copy=True) for name in site.readers}
+                self.gathers |= {name: order.to(kind, copy=True) for name in site.readers if name in self.packed}
         path = self.block.path
         tensors: dict[str, Tensor] = {}
         entries: dict[str, Entry] = {}
@@ -175,7 +185,7 @@ class BlockRun:
                 weight=tensor,
                 bias=self.exact.get(f"{name}.bias"),
                 column_scale=None if columns is None else columns.to(torch.float16),
-                gather=gathers.get(name),
+                gather=self.gathers.get(name),
             )
             entries[f"{path}.{name}"] = linear_entry(terms)
             tensors |= {f"{path}.{name}.{key}": part for key, part in linear_state(terms).items()}
@@ -215,7 +225,8 @@ class BlockRun:
             add_output_bias_(norm, bias.to(self.block.gain(norm_name).dtype))
             self.exact[f"{norm_name}.bias"] = bias
 
-    def _observe(self, site: Site) -> Observed:
+    def _observe(self, site: Site, stack: Stack) -> Observed:
+        """Statistics of the site's tensor, as the stack sees it."""
         rounder = self.steps.rounder_of(site.name)
         channels = self.block.linear(site.readers[0]).in_features
         device = next(iter(self.exact.values())).device
@@ -223,7 +234,7 @@ class BlockRun:
         needs_sizes = isinstance(self.steps.correction, LowRank)
         reference = self.reference if rounder.needs_drift else None
         wanted = itertools.repeat(None) if reference is None else reference.at(site)
-        quantizer = self._quantizer(site, site.readers[0])
+        quantizer = self._quantizer(site, stack)
         with self.clock.step("forward"):
             for x, target in zip(self.stream.at(site), wanted, strict=reference is not None):
                 with self.clock.step("gram"):
@@ -239,15 +250,15 @@ class BlockRun:
             sizes.value if needs_sizes else None,
         )
 
-    def _quantizer(self, site: Site, name: str) -> Callable[[Tensor], Tensor] | None:
-        """What a reader's input becomes before it is multiplied, in the input's own basis; None for nothing."""
-        scheme = self.plan.activations[f"{self.block.path}.{name}"]
+    def _quantizer(self, site: Site, stack: Stack) -> Callable[[Tensor], Tensor] | None:
+        """What a reader's input becomes before it is multiplied, in the input's own basis; None for nothing.
+
+        The remainder of salient channels counts as if it met both their weights, of which it meets the coarse one.
+        """
+        scheme, basis, correction = stack.activation, self.bases[site.name], self.steps.correction
         if scheme is None or self.steps.inputs == "exact":
             return None
-        basis, correction = self.bases[site.name], self.steps.correction
-        repeated = 0
-        if isinstance(correction, SalientColumns) and correction.coarse != "none":
-            repeated = self.plan.ranks.get(f"{self.block.path}.{name}", correction.rank)
+        repeated = stack.rank if isinstance(correction, SalientColumns) and correction.coarse != "none" else 0
 
         def quantized(x: Tensor) -> Tensor:
             tokens = basis.columns(x.flatten(0, -2).float())
@@ -256,19 +267,20 @@ class BlockRun:
         return quantized
 
     def _stacks(self, site: Site) -> list[Stack]:
-        """The readers to round, together where they share scheme and rank; skipped ones are left out."""
+        """The readers to round, together where they share schemes and rank; skipped ones are left out."""
         path, correction = self.block.path, self.steps.correction
         usual = correction.rank if isinstance(correction, SalientColumns) else 0
-        groups: dict[tuple[Scheme, int], list[str]] = {}
+        groups: dict[tuple[Scheme, ActivationScheme | None, int], list[str]] = {}
         for name in site.readers:
             scheme = self.plan.schemes[f"{path}.{name}"]
             if scheme is not None:
-                groups.setdefault((scheme, self.plan.ranks.get(f"{path}.{name}", usual)), []).append(name)
+                key = (scheme, self.plan.activations[f"{path}.{name}"], self.plan.ranks.get(f"{path}.{name}", usual))
+                groups.setdefault(key, []).append(name)
         stacks = []
-        for (scheme, rank), names in groups.items():
+        for (scheme, activation, rank), names in groups.items():
             where = f"{path}.{{{', '.join(names)}}}" if len(names) > 1 else f"{path}.{names[0]}"
             heights = tuple(self.block.linear(name).out_features for name in names)
-            stacks.append(Stack(tuple(names), heights, scheme, rank, where))
+            stacks.append(Stack(tuple(names), heights, scheme, activation, rank, where))
         return stacks
 
     def _round(self, site: Site, stack: Stack, observed: Observed) -> None:
@@ -298,8 +310,8 @@ class BlockRun:
         for name, index, branch, error, floor in zip(stack.names, rows, branches, errors, floors, strict=True):
             self.packed[name] = PackedTensor((whole.rows(index),))
             second = None if salient is None else PackedTensor((salient.rows(index),))
-            self.extras[name] = self._terms(site, name, second, branch)
-            self._put_back(site, name, dense[index])
+            self.extras[name] = self._terms(site, name, stack, second, branch)
+            self._put_back(site, name, stack, dense[index])
             bits = self.extras[name].stored_bits + (16 * weight.shape[1] if name in self.columns else 0)
             self.linears[name] = LinearReport(
                 path=f"{self.block.path}.{name}",
@@ -314,24 +326,25 @@ class BlockRun:
             )
 
     def _terms(
-        self, site: Site, name: str, salient: PackedTensor | None, branch: tuple[PackedTensor, PackedTensor] | None
+        self, site: Site, name: str, stack: Stack, salient: PackedTensor | None, branch: Branch | None
     ) -> LinearTerms:
-        activation, correction = self.plan.activations[f"{self.block.path}.{name}"], self.steps.correction
-        repeats = activation is not None and salient is not None and isinstance(correction, SalientColumns)
+        correction, residual = self.steps.correction, "none"
+        if isinstance(correction, SalientColumns) and salient is not None and stack.activation is not None:
+            residual = correction.coarse
         return LinearTerms(
             self.packed[name],
             blocks=self.bases[site.name].blocks,
-            activation=activation,
+            activation=stack.activation,
             salient=salient,
-            residual=correction.coarse if repeats and isinstance(correction, SalientColumns) else "none",
+            residual=residual,
             low_rank=branch,
         )
 
-    def _put_back(self, site: Site, name: str, dense: Tensor) -> None:
+    def _put_back(self, site: Site, name: str, stack: Stack, dense: Tensor) -> None:
         """Let the block run on the rounded weight (m, k), and on quantized inputs if the method asks."""
         linear = self.block.linear(name)
         linear.weight.data = dense.to(linear.weight.dtype)
-        quantizer = self._quantizer(site, name)
+        quantizer = self._quantizer(site, stack)
         if quantizer is not None:
             linear.register_forward_pre_hook(_on_input(quantizer))
 

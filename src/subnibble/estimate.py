@@ -78,7 +78,7 @@ def _memory(steps: Steps, skeleton: Skeleton, tokens: int) -> dict[str, int]:
     tails = [site.readers[0] for site in skeleton.arch.sites if site.tail is not None]
     kept = sum(linears[first + reader][1] for reader in tails)
     hidden = skeleton.config.hidden_size
-    has_twin = steps.needs_drift or steps.mean_shift is not None
+    has_twin = steps.needs_drift or steps.mean_shift is not None or steps.needs_survey
     streams = 2 if steps.needs_drift else 1
     parts = {
         "this process now": psutil.Process().memory_info().rss,
@@ -102,6 +102,7 @@ def _seconds(steps: Steps, skeleton: Skeleton, tokens: int) -> float:
     grams = sum(s[1] ** 2 for path, s in shapes.items() if path.endswith(tuple(read_once)))
     forward = 2 * weights * tokens / (speed * _FORWARD_EFFICIENCY)
     passes = (2 if steps.needs_drift else 1) + 0.4 * (steps.mean_shift is not None) + steps.needs_survey
+    passes += steps.orders_residual + (steps.ranks == "gain")
     grams *= (2 if steps.needs_drift else 1) + steps.needs_survey
     return forward * passes + 2 * grams * tokens / exact + weights * _ROUND_SECONDS
 

@@ -30,13 +30,13 @@ def fold_norm_biases_(model: Any) -> None:
         raise CheckpointError("the model is not a packed one; load a folder that `subnibble quantize` wrote")
     arch = find_arch(model.config.model_type)
     modules = dict(packed.modules)
-    if any(isinstance(entry, PackedLinearEntry) and entry.activation for entry in packed.modules.values()):
-        raise CheckpointError(
-            "the model quantizes activations, which a folded bias would no longer be part of; quantize it without "
-            'mean shift (mean_shift = "none"), or with activation_bits = 16'
-        )
     for path, entry in packed.modules.items():
         readers = {name: model.get_submodule(name) for name in _readers(arch, path)}
+        if isinstance(entry, NormBiasEntry) and any(_quantizes_input(module) for module in readers.values()):
+            raise CheckpointError(
+                f"{path}: its readers quantize their inputs, which a folded bias would no longer be part of; quantize "
+                'the model without mean shift (mean_shift = "none"), or with activation_bits = 16'
+            )
         if isinstance(entry, NormBiasEntry) and all(isinstance(m, PackedLinear) for m in readers.values()):
             norm = model.get_submodule(path)
             for name, linear in readers.items():
@@ -57,6 +57,10 @@ def _readers(arch: Arch, norm: str) -> list[str]:
         if site.norm is not None and norm.endswith(f".{site.norm}"):
             return [norm.removesuffix(site.norm) + reader for reader in site.readers]
     return []
+
+
+def _quantizes_input(module: nn.Module) -> bool:
+    return isinstance(module, PackedLinear) and module.activation is not None
 
 
 def _add_(linear: Any, shift: torch.Tensor) -> None:

@@ -33,6 +33,8 @@ from subnibble.model.arch import ARCHITECTURES
 from subnibble.model.skeleton import Skeleton
 from subnibble.runtime.modules import PackedEmbedding, PackedLinear, PackedModule, TiedHead, add_output_bias_
 from subnibble.runtime.ops import LinearTerms
+from subnibble.scheme import E8M0
+from subnibble.tensor import range_key
 
 
 class SubnibbleConfig(QuantizationConfigMixin):
@@ -75,6 +77,11 @@ class SubnibbleQuantizer(HfQuantizer):
             replace_module(model, path, module, entry, dtype)
         if files := kwargs.get("checkpoint_files"):
             _verify(model, [Path(file) for file in files])
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        for path, module in packed_modules(model).items():
+            _check_values(path, module)
+        return model
 
     def is_serializable(self) -> bool:
         """`save_pretrained` writes the packed tensors back as they are."""
@@ -152,6 +159,21 @@ def _verify(model: Any, files: list[Path]) -> None:
     spare = sorted(set(headers) - set(expected) - set(model.all_tied_weights_keys))
     if spare:
         raise CheckpointError(f"{where}: tensor {spare[0]} has no place in the model that config.json describes")
+
+
+def _check_values(path: str, module: PackedModule) -> None:
+    """Raise `CheckpointError` if stored numbers are none that a writer may write."""
+    for name, buffer in module.named_buffers(recurse=False):
+        if name == "gather":
+            whole = torch.arange(buffer.shape[0], device=buffer.device, dtype=buffer.dtype)
+            if not torch.equal(buffer.sort().values, whole):
+                raise CheckpointError(
+                    f"{path}.gather does not hold each channel once; fetch or quantize the model again"
+                )
+    for index, part in enumerate(module.packed.ranges):
+        if part.scheme.scale_type == E8M0 and bool(((part.scales == 0) | (part.scales == 255)).any()):
+            key = range_key("scales", index)
+            raise CheckpointError(f"{path}.{key} holds a byte that is no E8M0 scale; fetch or quantize the model again")
 
 
 def register() -> None:

@@ -16,6 +16,7 @@ from subnibble.errors import BadRecipe, CheckpointError, UnsupportedModel
 from subnibble.methods.method import Steps
 from subnibble.model.skeleton import Block, Skeleton
 from subnibble.recipe import Recipe
+from subnibble.rounding.dual_scale import DualScale, check_grid
 from subnibble.scheme import ActivationScheme, Scheme
 from subnibble.transforms.rotate import Rotation, can_rotate, make_rotation
 
@@ -47,6 +48,9 @@ def make_plan(recipe: Recipe, steps: Steps, skeleton: Skeleton) -> Plan:
     planned: dict[str, ActivationScheme | None] = {}
     for path, scheme in schemes.items():
         planned[path] = None if scheme is None else recipe.activation_of(path, scheme)
+        rounder = steps.rounder_of(skeleton.site_of(path).name)
+        if scheme is not None and isinstance(getattr(rounder, "fitter", None), DualScale):
+            check_grid(scheme, path)
         if scheme is not None and isinstance(steps.correction, SalientColumns):
             steps.correction.check(shapes[path][1], scheme, path)
     return Plan(schemes, planned)

@@ -13,9 +13,12 @@ from subnibble.errors import NumericalFailure
 from subnibble.methods.method import Correction
 from subnibble.rounding.gptq import GPTQ
 from subnibble.rounding.rounder import Rounder, Rounding
-from subnibble.scheme import Scheme
+from subnibble.scheme import ActivationScheme, Scheme
 from subnibble.tensor import PackedRange, PackedTensor
 from subnibble.transforms.input_basis import InputBasis
+
+# The packed factors of a low-rank branch, down and up.
+Branch = tuple[PackedTensor, PackedTensor]
 
 
 @dataclass(frozen=True)
@@ -34,14 +37,15 @@ class Observed:
 
 @dataclass(frozen=True)
 class Stack:
-    """names: of the linears in their block. heights: rows of each. rank: salient channels, 0 for none.
+    """names: of the linears in their block. heights: rows of each. scheme, activation: of weights and inputs.
 
-    where: names them in errors.
+    rank: salient channels, 0 for none. where: names them in errors.
     """
 
     names: tuple[str, ...]
     heights: tuple[int, ...]
     scheme: Scheme
+    activation: ActivationScheme | None
     rank: int
     where: str
 
@@ -65,9 +69,7 @@ def round_stack(
     return own(weight, seen.gram, stack.scheme, lambda main: _rounded(stack, final, main, settled))
 
 
-def branches_of(
-    stack: Stack, error: Tensor, seen: Observed, correction: Correction
-) -> list[tuple[PackedTensor, PackedTensor] | None]:
+def branches_of(stack: Stack, error: Tensor, seen: Observed, correction: Correction) -> list[Branch | None]:
     """The low-rank branch of each linear. error: (m, k), what rounding left."""
     if not isinstance(correction, LowRank):
         return [None] * len(stack.names)

@@ -102,29 +102,44 @@ def test_documented_tokens_have_the_documented_numbers(token) -> None:
     assert found.scales.tolist() == [token["scales"]]
 
 
+def products(order: int, largest: int) -> list[list[int]]:
+    """Every way to write the order as a product of documented factors, falling, none above `largest`."""
+    if order == 1:
+        return [[]]
+    found = []
+    for f in range(2, min(order, largest) + 1):
+        q = f - 1
+        known = f == 2 or (q % 4 == 3 and all(q % d for d in range(2, q)))
+        if order % f == 0 and known:
+            found += [[f, *rest] for rest in products(order // f, f)]
+    return found
+
+
 def as_documented(order: int) -> tuple[torch.Tensor, list[int]] | None:
     """`H(order)` built as the page says, and the factors of its Kronecker product from left to right."""
-    if order == 1:
-        return torch.ones(1, 1, dtype=torch.float64), []
-    for f in range(order, 1, -1):
-        q = f - 1
-        prime = f == 2 or (q % 4 == 3 and all(q % d for d in range(2, q)))
-        rest = as_documented(order // f) if order % f == 0 and prime else None
-        if rest is not None:
-            matrix = torch.ones(f, f, dtype=torch.float64)
-            if f == 2:
-                matrix[1, 1] = -1
-            else:
-                squares = {i * i % q for i in range(1, q)}
-                matrix[1:, 0] = -1
-                for i in range(1, f):
-                    for j in range(1, f):
-                        matrix[i, j] = 1 if i == j or (i - j) % q in squares else -1
-            return torch.kron(rest[0], matrix), [*rest[1], f]
-    return None
+    ways = sorted(products(order, order))
+    if not ways:
+        return None
+    least = min(sum(way) for way in ways)
+    ways = [way for way in ways if sum(way) == least]
+    factors = next(way for way in ways if len(way) == max(map(len, ways)))
+    whole = torch.ones(1, 1, dtype=torch.float64)
+    for f in reversed(factors):
+        matrix = torch.ones(f, f, dtype=torch.float64)
+        if f == 2:
+            matrix[1, 1] = -1
+        else:
+            q = f - 1
+            squares = {i * i % q for i in range(1, q)}
+            matrix[1:, 0] = -1
+            for i in range(1, f):
+                for j in range(1, f):
+                    matrix[i, j] = 1 if i == j or (i - j) % q in squares else -1
+        whole = torch.kron(whole, matrix)
+    return whole, factors[::-1]
 
 
-@pytest.mark.parametrize("order", [1, 2, 4, 8, 12, 16, 20, 24, 28, 40, 64, 80, 92, 96, 160])
+@pytest.mark.parametrize("order", [1, 2, 4, 8, 12, 16, 20, 24, 28, 40, 64, 80, 92, 96, 144, 160, 224])
 def test_the_documented_hadamard_matrices_are_those_of_the_code(order) -> None:
     found, expected = hadamard(order), as_documented(order)
     assert (found is None) == (expected is None)
@@ -137,9 +152,10 @@ def test_documented_widths_have_the_documented_factors(order, product) -> None:
     assert product == ("none" if expected is None else " ".join(f"P({f})" for f in expected[1]))
 
 
-def test_the_documented_smallest_matrix_is_that_of_the_code() -> None:
-    rows = re.search(r"^P\(4\): (.*)$", DOC, re.MULTILINE)[1].split(" / ")
-    assert [[int(sign) for sign in row.split()] for row in rows] == hadamard(4).tolist()
+def test_the_documented_small_matrices_are_those_of_the_code() -> None:
+    for pattern, order in ((r"^H\(4\): (.*)$", 4), (r"^P\(12\), rows 0 to 2: (.*)$", 12)):
+        rows = re.search(pattern, DOC, re.MULTILINE)[1].split(" / ")
+        assert [[int(sign) for sign in row.split()] for row in rows] == hadamard(order)[: len(rows)].tolist()
 
 
 def documented_linear() -> LinearTerms:

@@ -144,7 +144,20 @@ def test_compare_shows_every_method_and_width(
     assert (tmp_path / "kept" / "gptq-w3g16" / "config.json").is_file()
 
 
+def test_compare_hands_options_to_the_methods_that_have_them(
+    run: Run, folders: dict[str, Path], text_file: Path, token_file: Path
+) -> None:
+    common = ("--window", 32, "--num-windows", 4, "--group-size", 16, "--calibration", token_file, "--text", text_file)
+    code, out, err = run(
+        "compare", folders["llama"], "--methods", "rtn,serq", "--bits", 4, "--activation-bits", 4, "--option", "rank=16",
+        "--json", *common,
+    )  # fmt: skip
+    assert code == 0, err
+    assert [row["name"] for row in json.loads(out)] == ["original", "rtn-w4g16-a4g16", "serq-w4g16-a4g16-16"]
+
+
 COMPARE_WRONG = {
+    "an option of no method": (["--option", "rank=16"], "none of rtn, gptq has it"),
     "no windows": (["--max-windows", 0], "--max-windows at least 1"),
     "negative windows": (["--max-windows", -1], "--max-windows at least 1"),
     "window of one": (["--window", 1], "--window must be at least 2"),

@@ -124,7 +124,9 @@ def test_a_group_that_mixes_salient_and_other_columns_is_refused(form: str) -> N
     with pytest.raises(BadRecipe, match="no multiple of q's group size 16"):
         SalientColumns(24, form).check(COLUMNS, SCHEME, "q")
     SalientColumns(24, "before").check(COLUMNS, SCHEME, "q")
-    SalientColumns(24, form).check(COLUMNS, Scheme(4, -1, "none"), "q")
+    SalientColumns(COLUMNS, form).check(COLUMNS, SCHEME, "q")
+    with pytest.raises(BadRecipe, match="group size 88"):
+        SalientColumns(16, form).check(COLUMNS, Scheme(4, -1, "none"), "q")
 
 
 def test_a_rank_beyond_the_inputs_is_refused() -> None:

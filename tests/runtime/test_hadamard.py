@@ -7,7 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from subnibble.runtime.hadamard import hadamard, hadamard_blocks, hadamard_factors, multiply, multiply_transposed
+from subnibble.runtime.hadamard import (
+    hadamard,
+    hadamard_blocks,
+    hadamard_factors,
+    has_paley,
+    multiply,
+    multiply_transposed,
+)
 
 # Paley factors, Sylvester's alone, both; orders without any other construction than Paley's.
 ORDERS = [1, 2, 4, 8, 12, 16, 20, 24, 32, 40, 44, 48, 60, 64, 80, 96, 128, 144, 240]
@@ -56,7 +63,26 @@ def test_factors_multiply_to_the_order_and_are_two_or_a_prime_and_one() -> None:
             q = factor - 1
             assert factor == 2 or (q % 4 == 3 and all(q % d for d in range(2, q)))
     assert hadamard_factors(1) == ()
-    assert hadamard_factors(8) == (8,)
+    assert hadamard_factors(8) == (2, 2, 2)
+    assert hadamard_factors(576) == (12, 12, 2, 2)
+    assert hadamard_factors(14336) == (224, 2, 2, 2, 2, 2, 2)
+
+
+def test_factors_are_the_cheapest_of_all() -> None:
+    def cheapest(order: int) -> float:
+        if order == 1:
+            return 0
+        known = [f for f in range(2, order + 1) if order % f == 0 and has_paley(f)]
+        return min((f + cheapest(order // f) for f in known), default=float("inf"))
+
+    for order in range(1, 161):
+        factors = hadamard_factors(order)
+        assert cheapest(order) == (float("inf") if factors is None else sum(factors))
+
+
+def test_an_online_transform_has_no_costly_factor() -> None:
+    assert hadamard_blocks(8192) == (8192,)
+    assert hadamard_blocks(11008) == (256,) * 43
 
 
 @pytest.mark.parametrize("order", OUT_OF_REACH)

@@ -24,7 +24,6 @@ from subnibble.model.arch.llama import LLAMA
 from subnibble.model.site import Arch, Heads
 from subnibble.model.skeleton import Block, Skeleton
 from subnibble.plan import plan_rotation
-from subnibble.runtime.hadamard import hadamard
 from subnibble.scheme import Scheme
 from subnibble.transforms import rotate
 from subnibble.transforms.rotate import (
@@ -32,6 +31,7 @@ from subnibble.transforms.rotate import (
     Rotation,
     can_rotate,
     check_rotation,
+    hadamard,
     make_rotation,
     rotate_block_,
 )

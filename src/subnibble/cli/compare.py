@@ -31,16 +31,22 @@ def compare(
     window: o.Window = None,
     seed: o.Seed = None,
     max_windows: o.MaxWindows = None,
+    option: o.MethodOptions = None,
     out: Annotated[Path | None, typer.Option(help="Keep the checkpoints in this folder. Default: keep none.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace checkpoints in --out.")] = False,
     json: o.Json = False,
     device: o.Device = None,
     dtype: o.Dtype = None,
 ) -> None:
-    """Quantize MODEL by several methods and bit widths and score them all, in one run and one table."""
+    """Quantize MODEL by several methods and bit widths and score them all, in one run and one table.
+
+    An --option goes to the methods that have it.
+    """
+    o.check_options(_words(methods), option)
     recipes = [
         o.build_recipe(
-            None, None, method=method, bits=width, group_size=group_size, grid=grid, embedding_bits=embedding_bits,
+            None, o.options_of(method, option), method=method, bits=width, group_size=group_size, grid=grid,
+            embedding_bits=embedding_bits,
             activation_bits=activation_bits, activation_group_size=activation_group_size,
             calibration=calibration, num_windows=num_windows, window=window, seed=seed, device=device, dtype=dtype,
         )

@@ -56,6 +56,21 @@ def build_recipe(path: Path | None, options: list[str] | None, **given: Any) -> 
     return Recipe.from_dict(values)
 
 
+def options_of(method: str, options: list[str] | None) -> list[str]:
+    """The options, as KEY=VALUE, that a method has."""
+    from subnibble.methods import find_method
+
+    own = find_method(method).options()
+    return [text for text in options or [] if hasattr(own, _parse_option(text)[0])]
+
+
+def check_options(methods: list[str], options: list[str] | None) -> None:
+    """Raise `BadRecipe` for an option that none of the methods has."""
+    for text in options or []:
+        if not any(options_of(method, [text]) for method in methods):
+            raise BadRecipe(f"--option {text!r}: none of {', '.join(methods)} has it; see `subnibble list`")
+
+
 def _parse_option(text: str) -> tuple[str, Any]:
     """KEY=VALUE with VALUE as in TOML; a bare word is a string."""
     key, equals, value = text.partition("=")

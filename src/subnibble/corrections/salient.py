@@ -4,7 +4,7 @@ With W (m, k) in the order of falling saliency (`transforms/input_basis.py`), W_
 
     before   R = Q(W_s);  main = round([W_s - R, rest])              (the released program, and appendix A.3)
     after    main = round(W);  R = Q(W_s - main_s)                   (equations 5 to 7)
-    fitted   main = round(W);  R = Q((W - main) G_:s (G_ss + damping)^-1)     least squares on the calibration inputs
+    fitted   main = round(W);  R = Q((E G_:s + d E_s) (G_ss + d)^-1), E = W - main    (least squares on the inputs)
 
 and y = main x + R x_s: both are read by the same quantized input, so R is r more columns of one product. `before` keeps
 the coarse part in R: rounding with error compensation then starts with small, finely coded residuals. Where r is a
@@ -63,9 +63,10 @@ class SalientColumns:
         """Raise `BadRecipe` if the salient channels do not fit the linear `where` of `columns` inputs."""
         if self.rank > columns:
             raise BadRecipe(f"rank {self.rank} is larger than the {columns} inputs of {where}; use at most {columns}")
-        if self.form != "before" and scheme.group_size != WHOLE_CHANNEL and self.rank % scheme.group_size:
+        width = columns if scheme.group_size == WHOLE_CHANNEL else scheme.group_size
+        if self.form != "before" and self.rank % width and self.rank != columns:
             raise BadRecipe(
-                f"rank {self.rank} is no multiple of {where}'s group size {scheme.group_size}: form {self.form!r} "
+                f"rank {self.rank} is no multiple of {where}'s group size {width}: form {self.form!r} "
                 'would split a group between salient and other channels; use a multiple, or form = "before"'
             )
 

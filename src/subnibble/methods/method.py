@@ -77,10 +77,8 @@ class Steps:
         if self.ranks == "gain" and not isinstance(self.correction, SalientColumns):
             raise BadRecipe('ranks = "gain" needs a rank above 0, which is their mean')
         for rounder in (self.rounder, *self.rounders.values()):
-            if isinstance(self.correction, SalientColumns) and isinstance(rounder, GPTQ):
-                form = rounder.asymmetry.form
-                if form not in ("none", "shifted"):
-                    raise BadRecipe(f'asymmetry {form!r} does not go with salient columns; use "shifted" or "none"')
+            if isinstance(rounder, GPTQ):
+                _check_asymmetry(self.correction, rounder.asymmetry.form)
 
     def rounder_of(self, site: str) -> Rounder:
         """The rounder of a site's readers."""
@@ -107,6 +105,14 @@ class Steps:
     def needs_drift(self) -> bool:
         """Whether the full-precision model must be run beside the quantized one."""
         return any(rounder.needs_drift for rounder in (self.rounder, *self.rounders.values()))
+
+
+def _check_asymmetry(correction: Correction, form: str) -> None:
+    """Raise `BadRecipe` where a correction would undo what the rounder does towards full-precision outputs."""
+    if isinstance(correction, SalientColumns) and form not in ("none", "shifted"):
+        raise BadRecipe(f'asymmetry {form!r} does not go with salient columns; use "shifted" or "none"')
+    if isinstance(correction, LowRank) and form != "none":
+        raise BadRecipe(f'asymmetry {form!r} does not go with low-rank factors; use "none"')
 
 
 @dataclass(frozen=True)

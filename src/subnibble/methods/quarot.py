@@ -1,6 +1,6 @@
 """QuaRot (Ashkboos et al., arXiv 2404.00456): every linear reads a rotated input, weights by GPTQ.
 
-The residual stream is rotated offline by a randomized Hadamard matrix (`rotation = "full"`, by groups where the width
+The residual stream is rotated offline by a randomized Hadamard matrix (`rotation = "full"`; "groups" where the width
 has none), and the inputs of o_proj and down_proj online. Attention's output is transformed as one vector, which is what
 the paper's per-head factor (in v_proj) and across-head factor (online) make together, where the number of heads has a
 Hadamard matrix. Queries, keys and the cache come with the KV cache's own schemes.

@@ -6,7 +6,9 @@ falling order, 128 of them salient, the coarse weight in the second matrix (appe
 symmetric grid whose range is not searched for. `rounding = "rtn"` is the form of its section 4. Deviations: factors
 and orders are those of the model as quantized up to the block, not of the original; heads that share a key-value head
 take the larger factor; factors and orders are folded or gathered where the released program divides and gathers online
-in every linear; the recipe's grids may be searched (`clip = "mse"`).
+in every linear; the recipe's grids may be searched (`clip = "mse"`). Grids are this project's: a symmetric 4-bit one
+has the scale max|w| / 7.5 and levels -8 .. 7 where the program has max|w| / 7; an input's range always contains 0, so
+that its zero-point is a code, and its scale is a bfloat16 number.
 """
 
 from __future__ import annotations
@@ -57,6 +59,8 @@ class Options(WeightOptions):
         super().__post_init__()
         if self.rank < 0:
             raise BadRecipe(f"rank is {self.rank}; give a number of salient channels, 0 for none")
+        if self.rank == 0 and self.residual != "none":
+            raise BadRecipe(f'rank is 0 and residual {self.residual!r}; give salient channels, or residual = "none"')
         if self.flattening not in FLATTENINGS:
             raise BadRecipe(f"flattening is {self.flattening!r}; choose one of {', '.join(FLATTENINGS)}")
 

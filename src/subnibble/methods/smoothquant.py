@@ -1,6 +1,7 @@
 """SmoothQuant (Xiao et al., arXiv 2211.10438): activation outliers move into weights behind norms, alpha 0.5.
 
-Weights and activations take the recipe's bits and groups; the paper has 8 bits. `rounding = "gptq"` is beyond it.
+Weights and activations take the recipe's bits and groups; the paper has 8 bits. `rounding = "gptq"` is beyond it, and
+so is the clip search, weighted by the inputs' second moments: unweighted, it would cut off the scaled-up columns.
 """
 
 from __future__ import annotations

@@ -35,6 +35,8 @@ class WeightOptions:
     def __post_init__(self) -> None:
         if self.rounding not in ROUNDINGS:
             raise BadRecipe(f"rounding is {self.rounding!r}; choose one of {', '.join(ROUNDINGS)}")
+        if self.rounding == "rtn" and self.asymmetry != "none":
+            raise BadRecipe(f'asymmetry {self.asymmetry!r} needs rounding = "gptq"; found "rtn"')
 
 
 def rounder_of(options: WeightOptions) -> Rounder:

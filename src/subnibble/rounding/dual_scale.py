@@ -59,7 +59,7 @@ class DualScale:
 
     def fit(self, group: Tensor, scheme: Scheme, weights: Tensor | None) -> Fitted:
         """See `Fitter`."""
-        _check_grid(scheme)
+        check_grid(scheme, "a group")
         sign_basis.check_finite(group)
         h = sign_basis.column_weights(group, grid.usable(weights))
         if scheme.grid == "sign":
@@ -74,7 +74,7 @@ class RowScale(DualScale):
 
     def fit(self, group: Tensor, scheme: Scheme, weights: Tensor | None) -> Fitted:
         """See `Fitter`."""
-        _check_grid(scheme)
+        check_grid(scheme, "a group")
         if scheme.grid == "sign":
             return Fitted(sign_basis.fit(group, scheme, grid.usable(weights)))
         sign_basis.check_finite(group)
@@ -83,9 +83,10 @@ class RowScale(DualScale):
         return Fitted(levels)
 
 
-def _check_grid(scheme: Scheme) -> None:
+def check_grid(scheme: Scheme, where: str) -> None:
+    """Raise `BadRecipe` if the grid of the linear `where` has no column scales or refitted rows."""
     if scheme.grid == "mxfp4":
-        raise BadRecipe('column scales and refitted rows need a uniform or sign grid; set grid = "uniform"')
+        raise BadRecipe(f'{where}: column scales and refitted rows need a uniform or sign grid; set grid = "uniform"')
 
 
 def _fit_sign(group: Tensor, scheme: Scheme, h: Tensor, iterations: int) -> Fitted:

@@ -1,61 +1,82 @@
 """Hadamard matrices, and the fast product with them.
 
 A Hadamard matrix of order n has entries +-1 and orthogonal rows. Here it is a Kronecker product of Paley's matrices of
-order q + 1 (q prime, q = 3 mod 4; largest factors first) and Sylvester's of order 2, so that `x H` needs one small
-dense product for each Paley factor and additions alone for the rest.
+order q + 1 (q prime, q = 3 mod 4) and Sylvester's of order 2. Of all ways to factor n the one with the least sum is
+taken, since that sum is the work of `x H` for each channel: powers of two need additions alone.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+# A larger one costs more than the product behind it.
+_LARGEST_ONLINE_FACTOR = 512
+
 
 def hadamard(order: int) -> Tensor | None:
     """A matrix (order, order) of +-1 with orthogonal rows, float64, or None if the construction does not reach it."""
     factors = hadamard_factors(order)
-    if factors is None:
-        return None
+    return None if factors is None else kronecker(factors)
+
+
+def kronecker(factors: tuple[int, ...]) -> Tensor:
+    """The Kronecker product of the matrices of these orders, the first running fastest."""
     matrix = torch.ones(1, 1, dtype=torch.float64, device="cpu")
     for factor in factors:
-        matrix = torch.kron(_paley(factor), matrix)
+        matrix = torch.kron(paley(factor), matrix)
     return matrix
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=4096)
 def hadamard_factors(order: int) -> tuple[int, ...] | None:
-    """Orders of the factors of `hadamard(order)`, the last of the Kronecker product first; None if there is none."""
+    """Orders of the factors of `hadamard(order)`, falling, the first running fastest; None if there are none.
+
+    Of several ways the one with the least sum, then with the most factors, then with the smallest first factor.
+    """
     if order == 1:
         return ()
-    for factor in sorted((f for f in range(2, order + 1) if order % f == 0 and _has_paley(f)), reverse=True):
-        rest = hadamard_factors(order // factor)
-        if rest is not None:
-            return (factor, *rest)
-    return None
+    found = []
+    for factor in range(2, order + 1):
+        if order % factor == 0 and has_paley(factor):
+            rest = hadamard_factors(order // factor)
+            if rest is not None:
+                found.append(tuple(sorted((factor, *rest), reverse=True)))
+    return min(found, key=lambda factors: (sum(factors), -len(factors), factors), default=None)
 
 
 def hadamard_blocks(width: int) -> tuple[int, ...]:
-    """Widths of the blocks of an orthogonal transform of `width` channels: one block where a matrix of that order is
-    known, else as many as it takes of the largest power of two that divides the width.
+    """Widths of the blocks of an online transform of `width` channels.
+
+    One block where a matrix of that order is known whose factors are all cheap, else as many as it takes of the largest
+    power of two that divides the width.
     """
-    return (width,) if hadamard_factors(width) is not None else (width & -width,) * (width // (width & -width))
+    factors = hadamard_factors(width)
+    if factors is not None and max(factors, default=1) <= _LARGEST_ONLINE_FACTOR:
+        return (width,)
+    power = width & -width
+    return (power,) * (width // power)
 
 
 def multiply(x: Tensor, blocks: tuple[int, ...]) -> Tensor:
     """`x H` with H block-diagonal, orthonormal. x: (..., k), k the sum of `blocks`. Computed and given in x's type."""
-    parts = x.split(list(blocks), dim=-1)
-    return torch.cat([_multiply(part, block, False) for part, block in zip(parts, blocks, strict=True)], dim=-1)
+    return _multiply(x, blocks, paley)
 
 
 def multiply_transposed(x: Tensor, blocks: tuple[int, ...]) -> Tensor:
     """`x Hᵀ`, which undoes `multiply`."""
+    return _multiply(x, blocks, lambda factor: paley(factor).T)
+
+
+def _multiply(x: Tensor, blocks: tuple[int, ...], matrix: Callable[[int], Tensor]) -> Tensor:
     parts = x.split(list(blocks), dim=-1)
-    return torch.cat([_multiply(part, block, True) for part, block in zip(parts, blocks, strict=True)], dim=-1)
+    return torch.cat([_block(part, block, matrix) for part, block in zip(parts, blocks, strict=True)], dim=-1)
 
 
-def _multiply(x: Tensor, order: int, transposed: bool) -> Tensor:
+def _block(x: Tensor, order: int, matrix: Callable[[int], Tensor]) -> Tensor:
     factors = hadamard_factors(order)
     if factors is None:
         raise ValueError(f"no Hadamard matrix of order {order} is known here")
@@ -68,21 +89,21 @@ def _multiply(x: Tensor, order: int, transposed: bool) -> Tensor:
             first, second = y.unbind(-2)
             y = torch.stack([first + second, first - second], dim=-2)
         else:
-            matrix = _paley(factor).to(y)
-            y = torch.einsum("...fi,fg->...gi", y, matrix.T if transposed else matrix)
+            y = torch.einsum("...fi,fg->...gi", y, matrix(factor).to(y))
         y = y.reshape(shape)
         inner *= factor
     result: Tensor = y / order**0.5
     return result
 
 
-def _has_paley(order: int) -> bool:
+def has_paley(order: int) -> bool:
+    """Whether one of the two constructions gives a matrix of this order."""
     q = order - 1
     return order == 2 or (q % 4 == 3 and all(q % d for d in range(2, int(q**0.5) + 1)))
 
 
 @lru_cache(maxsize=16)
-def _paley(order: int) -> Tensor:
+def paley(order: int) -> Tensor:
     """Sylvester's for 2, else Paley's first construction on the prime `order - 1`; on the CPU, as it is kept."""
     cpu = torch.device("cpu")
     if order == 2:

@@ -20,7 +20,7 @@ from torch import Tensor
 from subnibble.errors import BadRecipe
 from subnibble.model.site import Arch
 from subnibble.model.skeleton import Block
-from subnibble.runtime.hadamard import hadamard
+from subnibble.runtime.hadamard import has_paley, kronecker
 from subnibble.scheme import Scheme
 
 _USUAL_GROUPS = (16, 32, 64, 128, 256)
@@ -152,3 +152,22 @@ def can_rotate(arch: Arch) -> bool:
     """Whether every reader of the residual stream has a norm of its own site, whose gain can move into it."""
     behind = {reader for site in arch.sites if site.norm is not None for reader in site.readers}
     return behind == set(arch.residual.readers)
+
+
+def hadamard(order: int) -> Tensor | None:
+    """A matrix (order, order) of +-1 with orthogonal rows, float64, or None if the construction does not reach it.
+
+    Other than online, where work counts, of the ways to factor the order the one with the largest first factor.
+    """
+    factors = _largest_factors(order)
+    return None if factors is None else kronecker(factors)
+
+
+def _largest_factors(order: int) -> tuple[int, ...] | None:
+    if order == 1:
+        return ()
+    for factor in sorted((f for f in range(2, order + 1) if order % f == 0 and has_paley(f)), reverse=True):
+        rest = _largest_factors(order // factor)
+        if rest is not None:
+            return (factor, *rest)
+    return None
