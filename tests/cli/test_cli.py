@@ -149,8 +149,8 @@ def test_compare_hands_options_to_the_methods_that_have_them(
 ) -> None:
     common = ("--window", 32, "--num-windows", 4, "--group-size", 16, "--calibration", token_file, "--text", text_file)
     code, out, err = run(
-        "compare", folders["llama"], "--methods", "rtn,serq", "--bits", 4, "--activation-bits", 4, "--option", "rank=16",
-        "--json", *common,
+        "compare", folders["llama"], "--methods", "rtn,serq", "--bits", 4, "--activation-bits", 4, "--json",
+        "--option", "rank=16", *common,
     )  # fmt: skip
     assert code == 0, err
     assert [row["name"] for row in json.loads(out)] == ["original", "rtn-w4g16-a4g16", "serq-w4g16-a4g16-16"]
