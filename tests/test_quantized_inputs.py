@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ from transformers import AutoModelForCausalLM
 
 from conftest import CONFIGS
 from subnibble import Recipe, quantize
+from subnibble.calibrate.stream import BlockStream
 from subnibble.checkpoint.packed import packed_config_of
 from subnibble.errors import BadRecipe, CheckpointError
 from subnibble.fold import fold_norm_biases_
 from subnibble.hf import packed_modules
+from subnibble.model.site import Site
 from subnibble.report import Report
 from subnibble.runtime.modules import PackedLinear
 
@@ -223,6 +226,38 @@ def test_readers_of_one_site_are_calibrated_on_what_each_of_them_sees(
         path = f"model.layers.0.self_attn.{name}"
         assert errors[0][path] == pytest.approx(errors[1][path], rel=1e-4)
     assert errors[0]["model.layers.0.self_attn.q_proj"] != errors[1]["model.layers.0.self_attn.q_proj"]
+
+
+def test_a_reader_is_not_calibrated_on_what_the_one_before_it_sees(
+    folders: dict[str, Path], token_file: Path, tmp_path: Path
+) -> None:
+    """k_proj's input stays as it is: q_proj's, quantized and rounded first, must not take its place."""
+    values = {"method": "smoothquant", "activation_bits": 3, "options": {"inputs": "quantized", "rounding": "gptq"}}
+    errors = []
+    for pattern in ("re:.*k_proj", "re:.*[qkv]_proj"):
+        overrides = {pattern: {"activation_bits": 16}}
+        report, _ = make(folders["llama"], token_file, tmp_path / "out", **values, overrides=overrides)
+        errors.append({linear.path: linear.output_error for linear in report.linears})
+    path = "model.layers.0.self_attn.k_proj"
+    assert errors[0][path] == pytest.approx(errors[1][path], rel=1e-4)
+
+
+def test_a_site_is_streamed_once_however_many_ways_its_readers_see_it(
+    folders: dict[str, Path], token_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passages: list[str] = []
+    at = BlockStream.at
+
+    def noted(self: BlockStream, site: Site) -> Iterator[Tensor]:
+        passages.append(site.name)
+        return at(self, site)
+
+    monkeypatch.setattr(BlockStream, "at", noted)
+    overrides = {"re:.*q_proj": {"activation_bits": 8}, "re:.*k_proj": {"activation_bits": 16}}
+    options = {"inputs": "quantized", "rounding": "gptq"}
+    values = {"method": "quarot", "activation_bits": 4, "options": options, "overrides": overrides}
+    make(folders["llama"], token_file, tmp_path / "out", **values)
+    assert passages == ["attention_in", "attention_out", "mlp_in", "mlp_hidden"] * 3
 
 
 @pytest.mark.parametrize("fault", ["twice", "beyond"])

@@ -5,12 +5,11 @@ from __future__ import annotations
 import copy
 import itertools
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from subnibble.calibrate.stats import AbsMean, Drift, Gram
 from subnibble.calibrate.stream import BlockStream, SiteStatistics
@@ -31,7 +30,7 @@ from subnibble.runtime.hadamard import hadamard_blocks
 from subnibble.runtime.modules import add_output_bias_
 from subnibble.runtime.ops import LinearTerms
 from subnibble.scheme import ActivationScheme, Scheme
-from subnibble.stack import Branch, Observed, Stack, branches_of, round_stack
+from subnibble.stack import Observed, Stack, View, Watch, branches_of, round_stack
 from subnibble.tensor import PackedRange, PackedTensor
 from subnibble.transforms.absorb import absorb_, can_absorb
 from subnibble.transforms.input_basis import InputBasis
@@ -124,13 +123,10 @@ class BlockRun:
 
     def round_site(self, site: Site) -> None:
         """Observe the site's tensor and round its readers; the block holds them dequantized then."""
-        observed: dict[tuple[ActivationScheme | None, int], Observed] = {}
-        for stack in self._stacks(site):
-            # Inputs that are not quantized look the same to all readers.
-            seen_by = (stack.activation, stack.rank) if self.steps.inputs == "quantized" else (None, 0)
-            if seen_by not in observed:
-                observed[seen_by] = self._observe(site, stack) if self.hidden else Observed()
-            self._round(site, stack, observed[seen_by])
+        stacks = self._stacks(site)
+        observed = self._observe(site, stacks) if stacks and self.hidden else {}
+        for stack in stacks:
+            self._round(site, stack, observed.get(self._view(stack), Observed()))
 
     def outputs(self) -> list[Tensor]:
         """The block's outputs as it is now."""
@@ -225,46 +221,42 @@ class BlockRun:
             add_output_bias_(norm, bias.to(self.block.gain(norm_name).dtype))
             self.exact[f"{norm_name}.bias"] = bias
 
-    def _observe(self, site: Site, stack: Stack) -> Observed:
-        """Statistics of the site's tensor, as the stack sees it."""
-        rounder = self.steps.rounder_of(site.name)
+    def _observe(self, site: Site, stacks: list[Stack]) -> dict[View, Observed]:
+        """Statistics of the site's tensor as each of the stacks sees it, in one passage, before any is rounded."""
         channels = self.block.linear(site.readers[0]).in_features
         device = next(iter(self.exact.values())).device
-        gram, drift, sizes = Gram(channels, device), Drift(channels, device), AbsMean(channels, device)
+        reference = self.reference if self.steps.rounder_of(site.name).needs_drift else None
         needs_sizes = isinstance(self.steps.correction, LowRank)
-        reference = self.reference if rounder.needs_drift else None
+        watches = {
+            view: Watch(
+                Gram(channels, device),
+                None if reference is None else Drift(channels, device),
+                AbsMean(channels, device) if needs_sizes else None,
+            )
+            for view in map(self._view, stacks)
+        }
         wanted = itertools.repeat(None) if reference is None else reference.at(site)
-        quantizer = self._quantizer(site, stack)
         with self.clock.step("forward"):
             for x, target in zip(self.stream.at(site), wanted, strict=reference is not None):
                 with self.clock.step("gram"):
-                    seen = x if quantizer is None else quantizer(x)
-                    gram.update(seen)
-                    if needs_sizes:
-                        sizes.update(seen)
-                    if target is not None:
-                        drift.update(seen, target)
-        return Observed(
-            gram.value,
-            drift.value if reference is not None else None,
-            sizes.value if needs_sizes else None,
-        )
+                    for view, watch in watches.items():
+                        watch.update(x if view is None else self._quantized(site, view, x), target)
+        return {view: watch.value for view, watch in watches.items()}
 
-    def _quantizer(self, site: Site, stack: Stack) -> Callable[[Tensor], Tensor] | None:
-        """What a reader's input becomes before it is multiplied, in the input's own basis; None for nothing.
+    def _view(self, stack: Stack) -> View:
+        """How calibration sees the stack's input."""
+        if self.steps.inputs == "exact" or stack.activation is None:
+            return None
+        return stack.activation, stack.rank if stack.residual != "none" else 0
+
+    def _quantized(self, site: Site, view: tuple[ActivationScheme, int], x: Tensor) -> Tensor:
+        """What an input (..., k) becomes before it is multiplied, in its own basis.
 
         The remainder of salient channels counts as if it met both their weights, of which it meets the coarse one.
         """
-        scheme, basis, correction = stack.activation, self.bases[site.name], self.steps.correction
-        if scheme is None or self.steps.inputs == "exact":
-            return None
-        repeated = stack.rank if isinstance(correction, SalientColumns) and correction.coarse != "none" else 0
-
-        def quantized(x: Tensor) -> Tensor:
-            tokens = basis.columns(x.flatten(0, -2).float())
-            return basis.natural(activations.quantize_values(tokens, scheme, repeated)).to(x.dtype).view(x.shape)
-
-        return quantized
+        basis, (scheme, repeated) = self.bases[site.name], view
+        tokens = basis.columns(x.flatten(0, -2).float())
+        return basis.natural(activations.quantize_values(tokens, scheme, repeated)).to(x.dtype).view(x.shape)
 
     def _stacks(self, site: Site) -> list[Stack]:
         """The readers to round, together where they share schemes and rank; skipped ones are left out."""
@@ -280,7 +272,10 @@ class BlockRun:
         for (scheme, activation, rank), names in groups.items():
             where = f"{path}.{{{', '.join(names)}}}" if len(names) > 1 else f"{path}.{names[0]}"
             heights = tuple(self.block.linear(name).out_features for name in names)
-            stacks.append(Stack(tuple(names), heights, scheme, activation, rank, where))
+            residual = "none"
+            if isinstance(correction, SalientColumns) and rank and activation is not None:
+                residual = correction.coarse
+            stacks.append(Stack(tuple(names), heights, scheme, activation, rank, residual, where))
         return stacks
 
     def _round(self, site: Site, stack: Stack, observed: Observed) -> None:
@@ -310,7 +305,14 @@ class BlockRun:
         for name, index, branch, error, floor in zip(stack.names, rows, branches, errors, floors, strict=True):
             self.packed[name] = PackedTensor((whole.rows(index),))
             second = None if salient is None else PackedTensor((salient.rows(index),))
-            self.extras[name] = self._terms(site, name, stack, second, branch)
+            self.extras[name] = LinearTerms(
+                self.packed[name],
+                blocks=basis.blocks,
+                activation=stack.activation,
+                salient=second,
+                residual=stack.residual,
+                low_rank=branch,
+            )
             self._put_back(site, name, stack, dense[index])
             bits = self.extras[name].stored_bits + (16 * weight.shape[1] if name in self.columns else 0)
             self.linears[name] = LinearReport(
@@ -325,28 +327,13 @@ class BlockRun:
                 notes={**rounding.notes, **({"rank": stack.rank} if stack.rank else {})},
             )
 
-    def _terms(
-        self, site: Site, name: str, stack: Stack, salient: PackedTensor | None, branch: Branch | None
-    ) -> LinearTerms:
-        correction, residual = self.steps.correction, "none"
-        if isinstance(correction, SalientColumns) and salient is not None and stack.activation is not None:
-            residual = correction.coarse
-        return LinearTerms(
-            self.packed[name],
-            blocks=self.bases[site.name].blocks,
-            activation=stack.activation,
-            salient=salient,
-            residual=residual,
-            low_rank=branch,
-        )
-
     def _put_back(self, site: Site, name: str, stack: Stack, dense: Tensor) -> None:
         """Let the block run on the rounded weight (m, k), and on quantized inputs if the method asks."""
         linear = self.block.linear(name)
         linear.weight.data = dense.to(linear.weight.dtype)
-        quantizer = self._quantizer(site, stack)
-        if quantizer is not None:
-            linear.register_forward_pre_hook(_on_input(quantizer))
+        view = self._view(stack)
+        if view is not None:
+            linear.register_forward_pre_hook(lambda _, args: (self._quantized(site, view, args[0]),))
 
     def _place(self, site: Site, names: list[str], columns: Tensor | None) -> Tensor | None:
         """Decide where column scales (k,) go; give them as they will act. None stays None."""
@@ -388,7 +375,3 @@ def prepare_block_(
 def _online(block: Block, site: Site, steps: Steps) -> InputBasis:
     width = block.linear(site.readers[0]).in_features
     return InputBasis(blocks=hadamard_blocks(width) if site.name in steps.online else ())
-
-
-def _on_input(edit: Callable[[Tensor], Tensor]) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor]]:
-    return lambda module, args: (edit(args[0]),)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from subnibble.calibrate.stats import AbsMean, Drift, Gram
 from subnibble.corrections.low_rank import LowRank
 from subnibble.corrections.salient import SalientColumns
 from subnibble.errors import NumericalFailure
@@ -19,6 +20,8 @@ from subnibble.transforms.input_basis import InputBasis
 
 # The packed factors of a low-rank branch, down and up.
 Branch = tuple[PackedTensor, PackedTensor]
+# How calibration sees an input: quantized by a scheme, so many salient channels twice; None for as it is.
+View = tuple[ActivationScheme, int] | None
 
 
 @dataclass(frozen=True)
@@ -36,10 +39,33 @@ class Observed:
 
 
 @dataclass(frozen=True)
+class Watch:
+    """Gathers what `Observed` holds; drift, sizes: None where it is not needed."""
+
+    gram: Gram
+    drift: Drift | None
+    sizes: AbsMean | None
+
+    def update(self, seen: Tensor, target: Tensor | None) -> None:
+        """Add tokens (t, k), and the same in the full-precision model."""
+        self.gram.update(seen)
+        if self.sizes is not None:
+            self.sizes.update(seen)
+        if self.drift is not None and target is not None:
+            self.drift.update(seen, target)
+
+    @property
+    def value(self) -> Observed:
+        """The statistics over all tokens seen."""
+        drift, sizes = (None if part is None else part.value for part in (self.drift, self.sizes))
+        return Observed(self.gram.value, drift, sizes)
+
+
+@dataclass(frozen=True)
 class Stack:
     """names: of the linears in their block. heights: rows of each. scheme, activation: of weights and inputs.
 
-    rank: salient channels, 0 for none. where: names them in errors.
+    rank: salient channels, 0 for none. residual: see `ops.LinearTerms`. where: names them in errors.
     """
 
     names: tuple[str, ...]
@@ -47,6 +73,7 @@ class Stack:
     scheme: Scheme
     activation: ActivationScheme | None
     rank: int
+    residual: str
     where: str
 
     def rows(self, device: torch.device) -> tuple[Tensor, ...]:
