@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -74,17 +75,27 @@ def measure_row(recipe: Recipe | None, windows: int, names: dict[str, str], exac
         facts |= measure(source).to_dict()
         tokenizer = source.load_tokenizer()
         loaded = load_model(path, "float32")
-        rows = []
-        for name, where in names.items():
-            cut = evaluation_windows(where, tokenizer, WINDOW, windows)
-            rows.append({"text": name, "perplexity": score({"m": loaded}, cut, bos_token(tokenizer))["m"].perplexity})
+        cuts = {name: evaluation_windows(where, tokenizer, WINDOW, windows) for name, where in names.items()}
+
+        def perplexities() -> list[float]:
+            bos = bos_token(tokenizer)
+            return [score({"m": loaded}, cut, bos)["m"].perplexity for cut in cuts.values()]
+
+        rows = [{"text": name, "perplexity": found} for name, found in zip(cuts, perplexities(), strict=True)]
         if exact_inputs:
             for module in packed_modules(loaded).values():
                 module.activation = None
-            for row, where in zip(rows, names.values(), strict=True):
-                cut = evaluation_windows(where, tokenizer, WINDOW, windows)
-                row["perplexity_exact_inputs"] = score({"m": loaded}, cut, bos_token(tokenizer))["m"].perplexity
+            for row, found in zip(rows, perplexities(), strict=True):
+                row["perplexity_exact_inputs"] = found
         return [row | facts for row in rows]
+
+
+def gap_left(row: dict[str, Any] | None, base: dict[str, Any] | None, original: dict[str, Any] | None) -> float | None:
+    """log(perplexity / original's) over the same of `base`; None where a row is missing."""
+    if row is None or base is None or original is None:
+        return None
+    logs = [math.log(one["perplexity"] / original["perplexity"]) for one in (row, base)]
+    return logs[0] / logs[1]
 
 
 def run(

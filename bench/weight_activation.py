@@ -14,11 +14,10 @@ codes with inputs that are not quantized.
 from __future__ import annotations
 
 import argparse
-import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-from measure import HERE, RECIPES, measure_row, run, with_data
+from measure import HERE, RECIPES, gap_left, measure_row, run, with_data
 
 KEY = ("arm", "setting", "windows", "calibrated_on", "text")
 FOLDER = RECIPES / "weight_activation"
@@ -122,12 +121,15 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 def _gap(found: dict[Spec, dict[str, dict[str, Any]]], spec: Spec, text: str) -> float | None:
     """Share of serq's log-perplexity gap to the original that an arm leaves; None without the rows for it."""
-    original = found.get(Spec("original", "", spec.windows, 0), {}).get(text)
-    base = found.get(replace(spec, arm="serq", calibrated_on=spec.windows), {}).get(text)
-    if original is None or base is None:
-        return None
-    logs = [math.log(row["perplexity"] / original["perplexity"]) for row in (found[spec][text], base)]
-    return logs[0] / logs[1]
+    rows = (
+        found.get(other, {}).get(text)
+        for other in (
+            spec,
+            replace(spec, arm="serq", calibrated_on=spec.windows),
+            Spec("original", "", spec.windows, 0),
+        )
+    )
+    return gap_left(*rows)
 
 
 def main() -> None:

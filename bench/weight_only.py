@@ -13,11 +13,10 @@ WikiText-2 raw test.
 from __future__ import annotations
 
 import argparse
-import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-from measure import HERE, RECIPES, measure_row, run, with_data
+from measure import HERE, RECIPES, gap_left, measure_row, run, with_data
 
 KEY = ("arm", "bits", "group_size", "windows", "text")
 # An arm is a shipped recipe; bits, group size and windows come from the row.
@@ -104,12 +103,11 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 def _gap(found: dict[Spec, dict[str, dict[str, Any]]], spec: Spec, text: str) -> float | None:
     """Share of gptq-gar's log-perplexity gap to the original that an arm leaves; None without the rows for it."""
-    original = found.get(Spec("original", 16, 0, spec.windows), {}).get(text)
-    base = found.get(replace(spec, arm="gptq-gar"), {}).get(text)
-    if original is None or base is None:
-        return None
-    logs = [math.log(row["perplexity"] / original["perplexity"]) for row in (found[spec][text], base)]
-    return logs[0] / logs[1]
+    rows = (
+        found.get(other, {}).get(text)
+        for other in (spec, replace(spec, arm="gptq-gar"), Spec("original", 16, 0, spec.windows))
+    )
+    return gap_left(*rows)
 
 
 def main() -> None:

@@ -299,8 +299,7 @@ class BlockRun:
         seconds = time.perf_counter() - start
         with self.clock.step("measure error"):
             errors = relative_errors(weight, dense, seen.gram, stack.heights)
-            nearest = PackedRange.pack(grid.coded(natural, stack.scheme, grid.Clip("minmax")), stack.scheme)
-            floors = relative_errors(natural, nearest.dequantize(), observed.gram, stack.heights)
+            floors = relative_errors(natural, grid.nearest(natural, stack.scheme), observed.gram, stack.heights)
             dense = basis.natural(dense)
         for name, index, branch, error, floor in zip(stack.names, rows, branches, errors, floors, strict=True):
             self.packed[name] = PackedTensor((whole.rows(index),))
@@ -324,7 +323,7 @@ class BlockRun:
                 output_error=error.output,
                 nearest_error=floor.output,
                 seconds=round(seconds, 3),
-                notes={**rounding.notes, **({"rank": stack.rank} if stack.rank else {})},
+                notes={**rounding.notes, **_notes(stack, basis)},
             )
 
     def _put_back(self, site: Site, name: str, stack: Stack, dense: Tensor) -> None:
@@ -370,6 +369,12 @@ def prepare_block_(
             order = steps.saliency(block, site, found, factors)
             bases[site.name] = replace(bases[site.name], order=order)
     return factors, bases
+
+
+def _notes(stack: Stack, basis: InputBasis) -> dict[str, float]:
+    """What the report says of a linear's terms: salient channels, and into how many blocks an online transform fell."""
+    found = {"rank": stack.rank, "hadamard_blocks": len(basis.blocks)}
+    return {name: count for name, count in found.items() if count}
 
 
 def _online(block: Block, site: Site, steps: Steps) -> InputBasis:

@@ -126,11 +126,7 @@ class Scheme:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Build from a dictionary; an unknown key is an error."""
-        known = {field.name for field in fields(cls)}
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise BadRecipe(f"unknown scheme key {unknown[0]!r}; known: {', '.join(sorted(known))}")
-        return cls(**values)
+        return cls(**_known(cls, values, "scheme"))
 
 
 @dataclass(frozen=True)
@@ -199,13 +195,18 @@ class ActivationScheme:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Build from a dictionary; an unknown key is an error."""
-        known = {field.name for field in fields(cls)}
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise BadRecipe(f"unknown activation scheme key {unknown[0]!r}; known: {', '.join(sorted(known))}")
-        return cls(**values)
+        return cls(**_known(cls, values, "activation scheme"))
 
 
 def _bounds(group_size: int, columns: int) -> list[tuple[int, int]]:
     width = columns if group_size == WHOLE_CHANNEL else group_size
     return [(start, min(start + width, columns)) for start in range(0, columns, width)]
+
+
+def _known(kind: type[Scheme] | type[ActivationScheme], values: Mapping[str, Any], what: str) -> Mapping[str, Any]:
+    """The values, if all their keys are fields of `kind`; `BadRecipe` names the first that is none."""
+    known = {field.name for field in fields(kind)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise BadRecipe(f"unknown {what} key {unknown[0]!r}; known: {', '.join(sorted(known))}")
+    return values

@@ -24,11 +24,9 @@ from subnibble.model.skeleton import Block
 from subnibble.rounding import grid
 from subnibble.runtime import activations
 from subnibble.scheme import WHOLE_CHANNEL, ActivationScheme, Scheme
-from subnibble.tensor import PackedRange
 
 # Salient channels of a linear whose groups are whole rows come in steps of so many.
 _STEP = 64
-_CLIP = grid.Clip("minmax")
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,7 @@ def gains_of(
             if scheme is None:
                 continue
             weight = block.linear(name).weight[:, order]
-            error = weight - PackedRange.pack(grid.coded(weight, scheme, _CLIP), scheme).dequantize()
+            error = weight - grid.nearest(weight, scheme)
             gains = gram.diagonal() * error.square().sum(0)
             activation = found.activations[name]
             if activation is not None and correction.coarse != "none":

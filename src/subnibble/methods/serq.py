@@ -26,12 +26,10 @@ from subnibble.methods.weights import WeightOptions, rounder_of
 from subnibble.rounding import grid
 from subnibble.rounding.grid import Clip
 from subnibble.runtime import activations
-from subnibble.tensor import PackedRange
 from subnibble.transforms.flatten import Flatten, Loss, SearchedFlatten
 from subnibble.transforms.saliency import Saliency
 
 FLATTENINGS = ("none", "powers", "search")
-_SEARCH_CLIP = Clip("minmax")
 
 
 @dataclass(frozen=True)
@@ -101,13 +99,13 @@ def _quantized_error(found: SiteStatistics, correction: SalientColumns | None) -
     def loss(name: str, weight: Tensor, tokens: Tensor) -> float:
         scheme, activation = found.schemes[name], found.activations[name]
         assert scheme is not None
-        dense = PackedRange.pack(grid.coded(weight, scheme, _SEARCH_CLIP), scheme).dequantize()
+        dense = grid.nearest(weight, scheme)
         repeated = 0
         if correction is not None:
             rank = correction.rank
             repeated = rank if correction.coarse != "none" else 0
             rest = weight[:, :rank] - dense[:, :rank]
-            dense[:, :rank] += PackedRange.pack(grid.coded(rest, scheme, _SEARCH_CLIP), scheme).dequantize()
+            dense[:, :rank] += grid.nearest(rest, scheme)
         seen = tokens if activation is None else activations.quantize_values(tokens, activation, repeated)
         return float((seen @ dense.T - tokens @ weight.T).square().sum())
 

@@ -26,7 +26,7 @@ from subnibble.errors import BadRecipe, NumericalFailure
 from subnibble.rounding import mx_grid, sign_basis
 from subnibble.rounding.levels import Fitted, Fitter, Levels
 from subnibble.scheme import Scheme
-from subnibble.tensor import CodedMatrix, scale_dtype
+from subnibble.tensor import CodedMatrix, PackedRange, scale_dtype
 
 CLIPS = ("minmax", "mse")
 _SHRINK_STEPS = 80
@@ -128,6 +128,11 @@ def coded(weight: Tensor, scheme: Scheme, fitter: Fitter, weights: Tensor | None
     fitted = [fitter.fit(group, scheme, share) for group, share in zip(groups, shares, strict=True)]
     codes = [fit.encode(group).to(torch.uint8) for fit, group in zip(fitted, groups, strict=True)]
     return CodedMatrix(torch.cat(codes, dim=1), *join(fitted))
+
+
+def nearest(weight: Tensor, scheme: Scheme, fitter: Fitter | None = None) -> Tensor:
+    """`weight` (m, k) rounded to nearest, dense float32; grids span each group's extremes unless a fitter is given."""
+    return PackedRange.pack(coded(weight, scheme, fitter or Clip("minmax")), scheme).dequantize()
 
 
 def join(fitted: Sequence[Fitted]) -> tuple[Tensor, Tensor | None, Tensor | None]:

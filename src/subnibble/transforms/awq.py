@@ -23,15 +23,11 @@ from subnibble.calibrate.stream import SiteStatistics
 from subnibble.model.site import Site
 from subnibble.model.skeleton import Block
 from subnibble.rounding import grid
-from subnibble.tensor import PackedRange
 from subnibble.transforms.scale import repeat_over_heads, scale_site_
 
 _STEPS = 20
 # Of a factor before they are normalised, as in the released program: a silent channel must not blow up the others.
 _SMALLEST = 1e-4
-# Scales are searched with the plain range, and for sign bases on the uniform grid of as many bits: their fits would
-# take many times as long.
-_SEARCH_CLIP = grid.Clip("minmax")
 
 
 @dataclass(frozen=True)
@@ -72,9 +68,10 @@ def _loss(block: Block, site: Site, factors: Tensor, found: SiteStatistics) -> f
     for name in site.readers:
         scheme = found.schemes[name]
         if scheme is not None:
+            # The fits of sign bases would take many times as long.
             scheme = replace(scheme, grid="uniform", zero_point="integer") if scheme.grid == "sign" else scheme
             weight = block.linear(name).weight
-            rounded = PackedRange.pack(grid.coded(weight * wide, scheme, _SEARCH_CLIP), scheme).dequantize()
+            rounded = grid.nearest(weight * wide, scheme)
             delta = rounded / wide - weight
             total += float(((delta @ gram) * delta).sum())
     return total

@@ -24,12 +24,10 @@ from subnibble.errors import BadRecipe
 from subnibble.model.site import Heads, Site
 from subnibble.model.skeleton import Block
 from subnibble.rounding import grid
-from subnibble.tensor import PackedRange
 
 SCORES = ("size", "gain")
 HEAD_ORDERS = ("gather", "whole")
 RESIDUAL_ORDERS = ("gather", "global")
-_CLIP = grid.Clip("minmax")
 
 
 @dataclass(frozen=True)
@@ -88,7 +86,7 @@ def _gain(block: Block, site: Site, found: SiteStatistics, factors: Tensor | Non
         scheme = found.schemes[name]
         if scheme is not None:
             weight = block.linear(name).weight
-            rounded = PackedRange.pack(grid.coded(weight, scheme, _CLIP), scheme).dequantize()
+            rounded = grid.nearest(weight, scheme)
             total += (rounded - weight).square().sum(0)
     return diagonal * total
 
