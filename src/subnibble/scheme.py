@@ -149,7 +149,10 @@ class ActivationScheme:
 
     def __post_init__(self) -> None:
         if type(self.bits) is not int or self.bits not in ACTIVATION_BITS:
-            raise BadRecipe(f"activation bits are {self.bits!r}; choose one of {', '.join(map(str, ACTIVATION_BITS))}")
+            known = ", ".join(map(str, ACTIVATION_BITS))
+            raise BadRecipe(
+                f"activation bits are {self.bits!r}; choose one of {known}, or 16 to leave inputs as they are"
+            )
         if type(self.group_size) is not int or (self.group_size != WHOLE_CHANNEL and self.group_size < 1):
             raise BadRecipe(
                 f"the activations' group_size is {self.group_size!r}; give a positive number, or -1 for the whole token"
