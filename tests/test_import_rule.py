@@ -11,13 +11,13 @@ ROOT = Path(subnibble.__file__).parent
 # A module may import from its own rank and below.
 RANK = {
     "errors": 0, "version": 0, "progress": 0,
-    "scheme": 1, "tensor": 1, "mxfp4": 1, "device": 1,
+    "scheme": 1, "cache_scheme": 1, "tensor": 1, "mxfp4": 1, "device": 1,
     "runtime": 2,
     "checkpoint": 3, "model": 3, "calibrate": 3,
     "transforms": 4, "rounding": 4, "corrections": 4,
     "recipe": 5, "methods": 5,
-    "pipeline": 6, "plan": 6, "block_run": 6, "stack": 6, "evaluate": 6, "report": 6,
-    "cli": 7, "hf": 7, "compare": 7, "evaluation": 7, "estimate": 7, "fold": 7, "speak": 7,
+    "pipeline": 6, "plan": 6, "block_run": 6, "stack": 6, "prompt": 6, "evaluate": 6, "report": 6,
+    "cli": 7, "hf": 7, "hf_cache": 7, "compare": 7, "evaluation": 7, "estimate": 7, "fold": 7, "speak": 7,
 }  # fmt: skip
 
 
@@ -37,7 +37,7 @@ def violations(files: dict[str, set[str]]) -> list[str]:
     for name, imports in files.items():
         for other in imports:
             if RANK[other] > RANK[name] or (
-                name == "runtime" and other not in {"errors", "scheme", "tensor", "mxfp4", "runtime"}
+                name == "runtime" and other not in {"errors", "scheme", "cache_scheme", "tensor", "mxfp4", "runtime"}
             ):
                 wrong.append(f"{name} imports {other}")
     return wrong

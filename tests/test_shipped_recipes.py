@@ -13,7 +13,7 @@ from subnibble import Recipe, quantize
 from subnibble.checkpoint.safetensors_source import SafetensorsSource
 from subnibble.methods import find_method
 from subnibble.model.skeleton import Skeleton
-from subnibble.plan import make_plan, plan_rotation
+from subnibble.plan import make_plan, plan_cache, plan_rotation
 
 FILES = sorted((Path(__file__).parent.parent / "recipes").rglob("*.toml"))
 BASE = {"group_size": 16, "num_windows": 4, "window": 32}
@@ -26,6 +26,10 @@ def small(file: Path) -> Recipe:
     method = find_method(values["method"])
     if hasattr(method.options(), "rank") and options.get("rank") != 0:
         options["rank"] = 16
+    if values["method"] == "atom":
+        options["outliers"] = 16
+    if values["kv"].get("window"):
+        values["kv"] = values["kv"] | {"window": 8} | ({"group_size": 4} if "group_size" in values["kv"] else {})
     return Recipe.from_dict(values | BASE | {"options": options})
 
 
@@ -38,9 +42,11 @@ def test_recipe_resolves_on_every_architecture(file: Path, folders: dict[str, Pa
     for name in CONFIGS:
         skeleton = Skeleton(SafetensorsSource(folders[name]), torch.float32, torch.device("cpu"))
         plan = make_plan(recipe, steps, skeleton)
-        assert all(scheme is not None for scheme in plan.schemes.values())
+        assert all((scheme is None) == (recipe.method == "none") for scheme in plan.schemes.values())
         bits = {None if scheme is None else scheme.bits for scheme in plan.activations.values()}
-        assert bits == ({4} if file.parent.name == "weight_activation" else {None})
+        assert bits == ({None} if file.parent.name == "recipes" or recipe.method == "none" else {4})
+        cached = plan_cache(recipe, steps, skeleton)
+        assert (cached is not None) == (file.parent.name == "weight_activation_kv")
         assert (plan_rotation(recipe, steps, skeleton) is None) == (steps.rotation == "none")
 
 
@@ -65,6 +71,9 @@ def test_no_two_recipes_are_the_same() -> None:
         "weight_activation/serq",
         "weight_activation/quarot",
         "weight_activation/qera",
+        "weight_activation_kv/atom",
+        "weight_activation_kv/quarot",
+        "weight_activation_kv/kv-by-channel",
     ],
 )
 def test_recipe_written_beside_the_checkpoint_makes_the_same_bytes_again(

@@ -11,12 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from subnibble.calibrate.prefix import PrefixStream
 from subnibble.calibrate.stats import AbsMean, Drift, Gram
 from subnibble.calibrate.stream import BlockStream, SiteStatistics
-from subnibble.checkpoint.packed import Entry, NormBiasEntry, gather_type, linear_entry, linear_state
+from subnibble.checkpoint.packed import (
+    PREFIX_KEYS,
+    PREFIX_VALUES,
+    Entry,
+    NormBiasEntry,
+    PrefixEntry,
+    gather_type,
+    linear_entry,
+    linear_state,
+)
 from subnibble.corrections.low_rank import LowRank
 from subnibble.corrections.mean_shift import ordinary_tokens
 from subnibble.corrections.salient import SalientColumns
+from subnibble.errors import NumericalFailure
 from subnibble.methods.method import Steps
 from subnibble.model.site import Site
 from subnibble.model.skeleton import Block
@@ -31,7 +42,7 @@ from subnibble.runtime.modules import add_output_bias_
 from subnibble.runtime.ops import LinearTerms
 from subnibble.scheme import ActivationScheme, Scheme
 from subnibble.stack import Observed, Stack, View, Watch, branches_of, round_stack
-from subnibble.tensor import PackedRange, PackedTensor
+from subnibble.tensor import PackedTensor
 from subnibble.transforms.absorb import absorb_, can_absorb
 from subnibble.transforms.input_basis import InputBasis
 from subnibble.transforms.saliency import offline_rows
@@ -42,12 +53,13 @@ class Streams:
     """Hidden states of all windows between two blocks, batches of (windows, tokens, channels), and what goes with them.
 
     hidden: in the model as quantized so far. wanted: in the full-precision model, empty if no method asks. arguments:
-    what the model passes to each block beside them.
+    what the model passes to each block beside them. prefix: on its way through the full-precision model, or None.
     """
 
     hidden: list[Tensor]
     wanted: list[Tensor]
     arguments: list[dict[str, Any]]
+    prefix: PrefixStream | None = None
 
 
 @dataclass
@@ -60,7 +72,7 @@ class BlockRun:
     full-precision copy on the full-precision model's; teacher: that copy on `hidden`; None where no step asks. extras:
     all terms of what was rounded so far, by name in the block; packed: their weights, which absorb column scales.
     columns: column scales that no other module of the block can take; to_absorb: those that one will. gathers: of the
-    linears that store one.
+    linears that store one. prefix: its keys and values in this block, (heads, tokens, width), or None.
     """
 
     block: Block
@@ -73,6 +85,7 @@ class BlockRun:
     reference: BlockStream | None
     teacher: BlockStream | None
     hidden: list[Tensor]
+    prefix: tuple[Tensor, Tensor] | None = None
     packed: dict[str, PackedTensor] = field(default_factory=dict)
     extras: dict[str, LinearTerms] = field(default_factory=dict)
     columns: dict[str, Tensor] = field(default_factory=dict)
@@ -99,6 +112,8 @@ class BlockRun:
                 found = BlockStream(_twin(block, dtype), streams.hidden, arguments).statistics(*own)
         with clock.step("transform"):
             _, bases = prepare_block_(block, steps, found)
+        with clock.step("prefix"):
+            prefix = None if streams.prefix is None else streams.prefix.advance(block)
         exact = {name: parameter.data for name, parameter in block.module.named_parameters()}
         block.module.to(dtype)
         needs_twin = steps.needs_drift or steps.mean_shift is not None
@@ -114,6 +129,7 @@ class BlockRun:
             BlockStream(twin, streams.wanted, arguments) if twin is not None and steps.needs_drift else None,
             BlockStream(twin, streams.hidden, arguments) if twin is not None and steps.mean_shift is not None else None,
             streams.hidden,
+            prefix,
         )
 
     def correct_norm(self, site: Site) -> None:
@@ -193,7 +209,32 @@ class BlockRun:
                 bias = self.exact[f"{site.norm}.bias"].to(torch.float16)
                 tensors[f"{path}.{site.norm}.bias"] = bias
                 entries[f"{path}.{site.norm}"] = NormBiasEntry(bias.shape[0])
+        if self.prefix is not None:
+            keys, values = self._stored_prefix(self.prefix)
+            attention = f"{path}.{self.block.arch.attention}"
+            tensors |= {f"{attention}.{PREFIX_KEYS}": keys, f"{attention}.{PREFIX_VALUES}": values}
+            entries[attention] = PrefixEntry(*keys.shape)
         return tensors, entries
+
+    def _stored_prefix(self, prefix: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Keys and values as the stored block would make them: column scales absorbed, heads in their order."""
+        rows = [part.transpose(0, 1).flatten(1) for part in prefix]
+        for site in self.block.arch.sites:
+            if not site.per_head:
+                continue
+            for absorbed, c in self.to_absorb:
+                rows[1] = rows[1] * c if absorbed == site else rows[1]
+            moved = self._offline_rows(site) or {}
+            for place, names in enumerate((site.keys, site.writers)):
+                for name in names:
+                    rows[place] = rows[place][:, moved[name]] if name in moved else rows[place]
+        keys, values = (part.unflatten(1, (prefix[0].shape[0], -1)).transpose(0, 1) for part in rows)
+        half = keys.to(torch.float16).contiguous(), values.to(torch.float16).contiguous()
+        if not all(bool(part.isfinite().all()) for part in half):
+            raise NumericalFailure(
+                f"{self.block.path}: keys or values of the system prompt do not fit float16; use another prompt"
+            )
+        return half
 
     def _offline_rows(self, site: Site) -> dict[str, Tensor] | None:
         """See `offline_rows`; None, too, where a site's readers have no order of their own."""
@@ -285,8 +326,7 @@ class BlockRun:
         with self.clock.step("round"):
             natural = torch.cat([self.exact[f"{name}.weight"] for name in stack.names])
             weight = basis.columns(natural)
-            rounding, salient = round_stack(stack, weight, seen, self.steps.rounder_of(site.name), correction)
-            whole = PackedRange.pack(rounding.coded, stack.scheme)
+            rounding, whole, salient = round_stack(stack, weight, seen, self.steps.rounder_of(site.name), correction)
             columns = self._place(site, list(stack.names), rounding.coded.columns)
             dense = whole.dequantize() if columns is None else whole.dequantize() * columns
             if salient is not None:
@@ -302,7 +342,7 @@ class BlockRun:
             floors = relative_errors(natural, grid.nearest(natural, stack.scheme), observed.gram, stack.heights)
             dense = basis.natural(dense)
         for name, index, branch, error, floor in zip(stack.names, rows, branches, errors, floors, strict=True):
-            self.packed[name] = PackedTensor((whole.rows(index),))
+            self.packed[name] = whole.rows(index)
             second = None if salient is None else PackedTensor((salient.rows(index),))
             self.extras[name] = LinearTerms(
                 self.packed[name],

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from subnibble.calibrate.windows import check_positions, evaluation_windows
+from subnibble.checkpoint.packed import packed_config_of
 from subnibble.checkpoint.size import measure
 from subnibble.checkpoint.source import Source, open_source
 from subnibble.errors import BadRecipe, CheckpointError
@@ -42,7 +43,9 @@ class Evaluation:
 
     def windows(self, source: Source) -> Tensor:
         """The windows, in the tokens of `source`."""
-        check_positions(self.window, source.config)
+        packed = packed_config_of(source.config)
+        prefix = 0 if packed is None or packed.prefix is None else len(packed.prefix.ids)
+        check_positions(self.window, source.config, prefix)
         return evaluation_windows(self.text, source.load_tokenizer(), self.window, self.max_windows)
 
 

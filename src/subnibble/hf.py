@@ -16,11 +16,14 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from subnibble.checkpoint.packed import (
+    PREFIX_KEYS,
+    PREFIX_VALUES,
     QUANT_METHOD,
     NormBiasEntry,
     PackedConfig,
     PackedEmbeddingEntry,
     PackedLinearEntry,
+    PrefixEntry,
     TiedHeadEntry,
     gather_type,
     packed_config_of,
@@ -81,6 +84,12 @@ class SubnibbleQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         for path, module in packed_modules(model).items():
             _check_values(path, module)
+        packed = self.quantization_config.packed
+        if packed.cache is not None or packed.prefix is not None:
+            # Not above: it needs what transformers has not imported yet when it imports its quantizers.
+            from subnibble.hf_cache import attach_cache_
+
+            attach_cache_(model, packed.cache, packed.prefix)
         return model
 
     def is_serializable(self) -> bool:
@@ -120,6 +129,10 @@ def replace_module(model: Any, path: str, module: nn.Module, entry: Any, dtype: 
             model._tied_weights_keys = None
         case NormBiasEntry(rows):
             add_output_bias_(module, torch.empty(rows, dtype=dtype, device="meta"))
+        case PrefixEntry(heads, tokens, width):
+            for name in (PREFIX_KEYS, PREFIX_VALUES):
+                empty = torch.empty(heads, tokens, width, dtype=torch.float16, device="meta")
+                module.register_buffer(name, empty)
 
 
 def _empty_terms(entry: PackedLinearEntry, dtype: torch.dtype) -> LinearTerms:

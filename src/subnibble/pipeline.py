@@ -1,5 +1,6 @@
 """The driver: stream a checkpoint through a method, one block at a time, into a packed checkpoint.
 
+    embed the system prompt             its keys and values are the full-precision model's, block by block
     rotate                              norms fused, the residual stream in another basis, if the method asks
     for block in checkpoint:            one block resident
         method's transforms             function unchanged
@@ -26,6 +27,8 @@ import torch
 from torch import Tensor
 
 from subnibble.block_run import BlockRun, Streams, prepare_block_
+from subnibble.cache_scheme import CacheScheme, PrefixIds
+from subnibble.calibrate.prefix import PrefixStream
 from subnibble.calibrate.stream import BlockStream
 from subnibble.calibrate.survey import full_precision_blocks
 from subnibble.calibrate.windows import calibration_windows, check_positions
@@ -44,12 +47,14 @@ from subnibble.corrections.mean_shift import ordinary_tokens
 from subnibble.corrections.ranks import Gains, allocate, gains_of
 from subnibble.corrections.salient import SalientColumns
 from subnibble.device import AUTO, resolve_device, resolve_dtype
-from subnibble.errors import OutputError
+from subnibble.errors import BadRecipe, OutputError
 from subnibble.methods import find_method
 from subnibble.methods.method import Steps
+from subnibble.model.site import Heads
 from subnibble.model.skeleton import Block, Skeleton
-from subnibble.plan import Plan, check_plain, make_plan, packed_bytes, plan_rotation
+from subnibble.plan import Plan, check_plain, make_plan, packed_bytes, plan_cache, plan_rotation
 from subnibble.progress import Progress, silent
+from subnibble.prompt import prefix_ids
 from subnibble.recipe import Recipe
 from subnibble.report import LinearReport, Report
 from subnibble.report.clock import Clock, peak_memory
@@ -60,6 +65,7 @@ from subnibble.tensor import PackedRange, PackedTensor
 from subnibble.transforms.invariance import check_sites
 from subnibble.transforms.residual_order import residual_order
 from subnibble.transforms.rotate import ResidualEdit
+from subnibble.transforms.rotate_values import ValueRotation, make_value_rotation
 from subnibble.version import __version__
 
 # Tokens forwarded together: enough to keep the matrix products large.
@@ -108,6 +114,9 @@ class _Run:
     steps: Steps
     plan: Plan
     edit: ResidualEdit | None
+    values: ValueRotation | None
+    cache: CacheScheme | None
+    prefix: PrefixIds | None
     windows: Tensor | None
     clock: Clock
     modules: dict[str, Entry] = field(default_factory=dict)
@@ -123,8 +132,20 @@ class _Run:
         skeleton = Skeleton(source, dtype, device)
         plan = make_plan(recipe, steps, skeleton)
         rotation = plan_rotation(recipe, steps, skeleton)
+        values = make_value_rotation(steps.value_rotation, Heads.of(skeleton.config).width, recipe.seed)
+        cache = plan_cache(recipe, steps, skeleton)
+        prefix = None if recipe.system_prompt is None else prefix_ids(recipe.system_prompt, source.load_tokenizer())
+        if steps.leaves_weights and cache is None and prefix is None and recipe.embedding_scheme is None:
+            raise BadRecipe(
+                f"method {recipe.method} leaves all weights, and there is nothing else to do; set kv_bits, "
+                "system_prompt or embedding_bits"
+            )
+        if prefix is not None:
+            check_positions(1, source.config, len(prefix.ids))
         resolved = replace(
             recipe,
+            kv={} if cache is None else {key: value for key, value in cache.to_dict().items() if key != "bits"},
+            system_prompt=_absolute(recipe.system_prompt),
             calibration=_absolute(recipe.calibration),
             device=str(device),
             dtype=str(dtype).removeprefix("torch."),
@@ -146,7 +167,7 @@ class _Run:
         with clock.step("check sites"):
             skeleton.check_tied_head()
             check_sites(skeleton)
-        return cls(skeleton, resolved, steps, plan, rotation, windows, clock)
+        return cls(skeleton, resolved, steps, plan, rotation, values, cache, prefix, windows, clock)
 
     @property
     def head_is_tied(self) -> bool:
@@ -170,6 +191,8 @@ class _Run:
                 block = skeleton.load_block(index)
                 if self.edit is not None:
                     self.edit.edit_block_(block)
+                if self.values is not None:
+                    self.values.edit_block_(block)
             run = BlockRun.prepare(block, self.steps, self.plan, clock, streams, skeleton.dtype)
             for number, site in enumerate(skeleton.arch.sites, start=1):
                 run.correct_norm(site)
@@ -216,10 +239,11 @@ class _Run:
                 self.modules[path] = PackedEmbeddingEntry(packed.layout)
                 if self.head_is_tied:
                     self.modules[skeleton.arch.head] = TiedHeadEntry(path)
+            prefix = self._embed_prefix(weight)
             if self.windows is None:
-                return Streams([], [], [{}] * skeleton.num_blocks), tensors
+                return Streams([], [], [{}] * skeleton.num_blocks, prefix), tensors
             batches = self.windows.split(max(1, _TOKENS_PER_BATCH // self.recipe.window))
-            streams = Streams([], [], skeleton.block_arguments(self.recipe.window))
+            streams = Streams([], [], skeleton.block_arguments(self.recipe.window), prefix)
             for batch in batches:
                 ids = batch.to(skeleton.device)
                 if packed is not None:
@@ -231,6 +255,13 @@ class _Run:
                     exact = torch.nn.functional.embedding(ids, weight)
                     streams.wanted.append(exact.to(skeleton.dtype).cpu())
         return streams, tensors
+
+    def _embed_prefix(self, table: Tensor) -> PrefixStream | None:
+        """The system prompt before the first block. table: the embedding's, exact and edited."""
+        if self.prefix is None:
+            return None
+        ids = torch.tensor([self.prefix.ids], device=table.device)
+        return PrefixStream(self.skeleton, torch.nn.functional.embedding(ids, table))
 
     def _full_precision(self, table: Tensor, windows: Tensor) -> Iterator[tuple[Block, BlockStream]]:
         """The model's blocks as they come, on all windows. table: the embedding's."""
@@ -335,7 +366,7 @@ class _Run:
     def _write_config(self, writer: CheckpointWriter) -> None:
         config = self.skeleton.config.to_diff_dict()
         config["tie_word_embeddings"] = self.head_is_tied
-        config["quantization_config"] = PackedConfig(self.modules).to_dict()
+        config["quantization_config"] = PackedConfig(self.modules, self.cache, self.prefix).to_dict()
         config["dtype"] = str(self.skeleton.source.config.dtype or self.skeleton.dtype).removeprefix("torch.")
         config.pop("_name_or_path", None)
         writer.write_json("config.json", config)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
 
+from subnibble.cache_scheme import CacheScheme
 from subnibble.checkpoint.packed import packed_config_of
 from subnibble.checkpoint.source import Source
 from subnibble.corrections.low_rank import LowRank
+from subnibble.corrections.outliers import OutlierColumns
 from subnibble.corrections.salient import SalientColumns
 from subnibble.errors import BadRecipe, CheckpointError, UnsupportedModel
 from subnibble.methods.method import Steps
+from subnibble.model.site import Heads
 from subnibble.model.skeleton import Block, Skeleton
 from subnibble.recipe import Recipe
 from subnibble.rounding.dual_scale import DualScale, check_grid
@@ -53,7 +56,24 @@ def make_plan(recipe: Recipe, steps: Steps, skeleton: Skeleton) -> Plan:
             check_grid(scheme, path)
         if scheme is not None and isinstance(steps.correction, SalientColumns):
             steps.correction.check(shapes[path][1], scheme, path)
+        if scheme is not None and isinstance(steps.correction, OutlierColumns):
+            steps.correction.check(shapes[path][1], path)
+            found = planned[path]
+            if found is not None:
+                planned[path] = replace(found, outliers=steps.correction.count)
     return Plan(schemes, planned)
+
+
+def plan_cache(recipe: Recipe, steps: Steps, skeleton: Skeleton) -> CacheScheme | None:
+    """How the KV cache is coded, None for not at all; `BadRecipe` if its groups do not fit a head."""
+    scheme = recipe.cache_scheme(steps.cache)
+    width = Heads.of(skeleton.config).width
+    if scheme is not None and scheme.key_axis == "token" and scheme.group_size > width:
+        raise BadRecipe(
+            f"the cache's group {scheme.group_size} is larger than a head of {width} channels; use at most {width}, "
+            "or -1 for the whole head"
+        )
+    return scheme
 
 
 def check_plain(source: Source) -> None:
@@ -69,6 +89,8 @@ def plan_schemes(recipe: Recipe, steps: Steps, skeleton: Skeleton) -> dict[str, 
     """
     shapes = skeleton.linear_shapes()
     recipe.check_overrides(list(shapes))
+    if steps.leaves_weights:
+        return dict.fromkeys(shapes)
     schemes = {}
     for path, (_, columns) in shapes.items():
         scheme = schemes[path] = recipe.scheme_of(path, partial(steps.prefers, skeleton.site_of(path).name))
@@ -114,7 +136,7 @@ def effective_bits(steps: Steps, schemes: Mapping[str, Scheme | None], skeleton:
         if scheme is not None:
             bits += rows * scheme.row_bits(columns) + _extra_bits(steps, rows, columns, scheme)
             weights += rows * columns
-    return bits / weights
+    return bits / weights if weights else 16.0
 
 
 def _extra_bits(steps: Steps, rows: int, columns: int, scheme: Scheme) -> int:
@@ -124,4 +146,6 @@ def _extra_bits(steps: Steps, rows: int, columns: int, scheme: Scheme) -> int:
             return rows * correction.row_bits(scheme)
         case LowRank() as correction:
             return correction.stored_bits(rows, columns, scheme)
+        case OutlierColumns() as correction:
+            return rows * correction.row_bits(columns, scheme)
     return 0

@@ -11,6 +11,7 @@ from typing import Any, Self
 
 import tomli_w
 
+from subnibble.cache_scheme import PLAIN_CACHE, CacheScheme
 from subnibble.device import AUTO, DTYPES
 from subnibble.errors import BadRecipe
 from subnibble.scheme import E8M0, ActivationScheme, Scheme
@@ -29,7 +30,10 @@ class Recipe:
     where that has no wish; "mxfp4" as grid fixes zero_point and scale_type. embedding_bits: 16, 8 or 4, for embedding
     and head, on a uniform grid. activation_bits: 16 leaves the inputs of linears as they are, 8, 4 and 3 quantize them
     while the model runs, in groups of activation_group_size (None: as the weights'), with activation_zero_point and
-    activation_clip, see `ActivationScheme`; 4 bits beside mxfp4 weights are mxfp4.
+    activation_clip, see `ActivationScheme`; 4 bits beside mxfp4 weights are mxfp4. kv_bits: 16 leaves the KV cache as
+    it is, 8, 4, 3 and 2 code it, with the other settings of `CacheScheme` in the table kv. system_prompt: text, or a
+    file of text, whose keys and values are computed by the unquantized model and stay at 16 bits; or "default", the
+    system turn of the chat template, or "bos"; see `prompt.py`.
     calibration: a file or a named set; None takes "c4" if the method needs data. num_windows, window: how many windows
     of how many tokens. seed: draws the windows and a rotation's signs. device: where to compute, a torch device or
     "auto". dtype: of activations and weights while computing, see `device.py`. options: the method's own. overrides:
@@ -48,6 +52,9 @@ class Recipe:
     activation_group_size: int | None = None
     activation_zero_point: str = "integer"
     activation_clip: float = 1.0
+    kv_bits: int = PLAIN_CACHE
+    kv: Mapping[str, Any] = field(default_factory=dict)
+    system_prompt: str | None = None
     calibration: str | None = None
     num_windows: int = 128
     window: int = 2048
@@ -70,7 +77,7 @@ class Recipe:
             raise BadRecipe(f"seed is {self.seed}; give a whole number from 0 to 2**63 - 1")
         if self.dtype not in (AUTO, *DTYPES):
             raise BadRecipe(f"dtype is {self.dtype!r}; choose one of {AUTO}, {', '.join(DTYPES)}")
-        _ = self.embedding_scheme, self.activation
+        _ = self.embedding_scheme, self.activation, self.cache_scheme({})
         for pattern, values in self.overrides.items():
             _check_override(self, pattern, values)
 
@@ -83,6 +90,16 @@ class Recipe:
     def activation(self) -> ActivationScheme | None:
         """How inputs of linears are quantized that no override touches."""
         return self._activation({}, self.scheme)
+
+    def cache_scheme(self, prefers: Mapping[str, Any]) -> CacheScheme | None:
+        """How the KV cache is coded, None for not at all. prefers: what the method wants where the recipe is silent."""
+        if "bits" in self.kv:
+            raise BadRecipe("the table kv has no bits; set kv_bits")
+        if self.kv_bits == PLAIN_CACHE:
+            if self.kv:
+                raise BadRecipe(f"kv.{next(iter(self.kv))} is set and kv_bits is 16; set kv_bits to 8, 4, 3 or 2")
+            return None
+        return CacheScheme.from_dict({**prefers, **self.kv, "bits": self.kv_bits})
 
     @property
     def embedding_scheme(self) -> Scheme | None:
@@ -179,9 +196,9 @@ def _check_types(recipe: Recipe) -> None:
     wanted: dict[str, type | tuple[type, ...]] = {
         "method": str, "bits": int, "group_size": int, "zero_point": str, "scale_type": str, "grid": str,
         "embedding_bits": int, "activation_bits": int, "activation_group_size": (int, type(None)),
-        "activation_zero_point": str, "activation_clip": (float, int), "calibration": (str, type(None)),
-        "num_windows": int, "window": int, "seed": int, "device": str, "dtype": str, "options": Mapping,
-        "overrides": Mapping,
+        "activation_zero_point": str, "activation_clip": (float, int), "kv_bits": int, "kv": Mapping,
+        "system_prompt": (str, type(None)), "calibration": (str, type(None)), "num_windows": int, "window": int,
+        "seed": int, "device": str, "dtype": str, "options": Mapping, "overrides": Mapping,
     }  # fmt: skip
     for key, kind in wanted.items():
         value = getattr(recipe, key)

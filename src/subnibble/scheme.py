@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Self
 
 from subnibble.errors import BadRecipe
@@ -137,8 +137,9 @@ class ActivationScheme:
     not divide ends in a shorter group. grid: "uniform", or "mxfp4" (4 bits, groups of 32, symmetric; the scale is
     2^(floor(log2 max|x|) - 2), and what is beyond the largest level saturates, as OCP Microscaling 1.0 has it).
     zero_point: of a uniform grid. "none": levels -(2^(b-1) - 1) .. 2^(b-1) - 1, scale max|x| / (2^(b-1) - 1);
-    "integer": 2^b levels from min(x, 0) to max(x, 0). clip: the share of that range that is kept. Uniform scales are
-    rounded to bfloat16.
+    "integer": 2^b levels from min(x, 0) to max(x, 0). clip: the share of that range that is kept. outliers: of so many
+    last channels the code has 8 bits, symmetric, unclipped, with one scale (Atom's). Uniform scales are rounded to
+    bfloat16.
     """
 
     bits: int
@@ -146,8 +147,14 @@ class ActivationScheme:
     zero_point: str = "integer"
     grid: str = "uniform"
     clip: float = 1.0
+    outliers: int = 0
 
     def __post_init__(self) -> None:
+        if type(self.outliers) is not int or self.outliers < 0 or (self.outliers and self.grid != "uniform"):
+            raise BadRecipe(
+                f"the activations' outliers are {self.outliers!r} on a grid {self.grid!r}; give a number of channels, "
+                "on a uniform grid"
+            )
         if type(self.bits) is not int or self.bits not in ACTIVATION_BITS:
             known = ", ".join(map(str, ACTIVATION_BITS))
             raise BadRecipe(
@@ -177,14 +184,27 @@ class ActivationScheme:
         if self.grid == "mxfp4":
             return f"amxfp4{group}"
         clip = "" if self.clip == 1 else f"-clip{self.clip!r}"
-        return f"a{self.bits}{group}{'-sym' if self.zero_point == 'none' else ''}{clip}"
+        outliers = f"-o{self.outliers}" if self.outliers else ""
+        return f"a{self.bits}{group}{'-sym' if self.zero_point == 'none' else ''}{clip}{outliers}"
+
+    @property
+    def of_outliers(self) -> ActivationScheme:
+        """How the outliers are coded, as if they were a token of their own."""
+        return ActivationScheme(8, WHOLE_CHANNEL, "none")
 
     def group_bounds(self, channels: int) -> list[tuple[int, int]]:
-        """First and stop channel of every group of a token of `channels`; the last may be shorter."""
-        return _bounds(self.group_size, channels)
+        """First and stop channel of every group of a token of `channels`; the outliers are one, the last.
+
+        The group before them, or the last if there are none, may be shorter.
+        """
+        bounds = _bounds(self.group_size, channels - self.outliers)
+        return [*bounds, (channels - self.outliers, channels)] if self.outliers else bounds
 
     def token_bits(self, channels: int) -> int:
         """All bits of a token of `channels`: codes, scales, zero-points."""
+        if self.outliers:
+            usual = replace(self, outliers=0).token_bits(channels - self.outliers)
+            return usual + self.of_outliers.token_bits(self.outliers)
         groups = len(self.group_bounds(channels))
         if self.grid == "mxfp4":
             return self.bits * channels + _SCALE_BITS[E8M0] * groups
@@ -192,8 +212,8 @@ class ActivationScheme:
         return self.bits * channels + groups * (_ACTIVATION_SCALE_BITS + zero)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain dictionary, the inverse of `from_dict`."""
-        return asdict(self)
+        """Plain dictionary, the inverse of `from_dict`; without outliers if there are none."""
+        return {key: value for key, value in asdict(self).items() if key != "outliers" or value}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:

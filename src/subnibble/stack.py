@@ -9,6 +9,7 @@ from torch import Tensor
 
 from subnibble.calibrate.stats import AbsMean, Drift, Gram
 from subnibble.corrections.low_rank import LowRank
+from subnibble.corrections.outliers import OutlierColumns
 from subnibble.corrections.salient import SalientColumns
 from subnibble.errors import NumericalFailure
 from subnibble.methods.method import Correction
@@ -84,8 +85,25 @@ class Stack:
 
 def round_stack(
     stack: Stack, weight: Tensor, seen: Observed, rounder: Rounder, correction: Correction
+) -> tuple[Rounding, PackedTensor, PackedRange | None]:
+    """How the weights were rounded, packed, and the salient channels' second weight.
+
+    weight: (m, k) float32, as inputs meet it.
+    """
+    if isinstance(correction, OutlierColumns):
+
+        def round_main(main: Tensor, gram: Tensor | None) -> Rounding:
+            return _rounded(stack, rounder, main, replace(seen, gram=gram))
+
+        compensated = seen.gram if rounder.needs_gram else None
+        return *correction(weight, compensated, stack.scheme, round_main), None
+    rounding, salient = _round_whole(stack, weight, seen, rounder, correction)
+    return rounding, PackedTensor((PackedRange.pack(rounding.coded, stack.scheme),)), salient
+
+
+def _round_whole(
+    stack: Stack, weight: Tensor, seen: Observed, rounder: Rounder, correction: Correction
 ) -> tuple[Rounding, PackedRange | None]:
-    """Codes of the weights, and the salient channels' second weight. weight: (m, k) float32, as inputs meet it."""
     if not isinstance(correction, SalientColumns) or stack.rank == 0:
         return _rounded(stack, rounder, weight, seen), None
     if isinstance(rounder, GPTQ) and rounder.needs_drift and seen.gram is not None and seen.drift is not None:

@@ -15,12 +15,13 @@ from subnibble.checkpoint.size import measure
 from subnibble.mxfp4 import E2M1
 from subnibble.runtime.activations import quantize
 from subnibble.runtime.hadamard import hadamard
+from subnibble.runtime.kv_cache import quantize_rows
 from subnibble.runtime.ops import LinearTerms, linear
 from subnibble.scheme import ActivationScheme, Scheme
 from subnibble.tensor import PackedLayout, PackedTensor, pack_codes, scale_dtype, unpack_codes
 
 DOC = (Path(__file__).parents[2] / "docs" / "format.md").read_text(encoding="utf-8")
-CONFIG, VECTORS, CONFIG_3, TOKENS, LINEAR = (
+CONFIG, VECTORS, CONFIG_3, TOKENS, LINEAR, CONFIG_4, ROWS = (
     json.loads(block) for block in re.findall(r"```json\n(.*?)```", DOC, re.DOTALL)
 )
 DOWN = "model.layers.0.mlp.down_proj"
@@ -48,6 +49,7 @@ def test_the_examples_are_found() -> None:
     assert {token["activation"]["grid"] for token in TOKENS} == {"uniform", "mxfp4"}
     assert {token["activation"]["zero_point"] for token in TOKENS} == {"none", "integer"}
     assert len(E2M1_ROWS) == 2
+    assert {token["activation"].get("outliers", 0) > 0 for token in TOKENS} == {False, True}
     assert len(KRONECKER) == 6
     assert {entry["kind"] for entry in CONFIG_3["modules"].values()} == {"composed_linear", "linear"}
     kinds = {entry["kind"] for entry in CONFIG["modules"].values()}
@@ -74,7 +76,7 @@ def test_stored_rows_have_the_documented_weights(vector) -> None:
     assert packed.dequantize().tolist() == [vector["weights"]]
 
 
-@pytest.mark.parametrize("config", [CONFIG, CONFIG_3], ids=["version 1", "version 3"])
+@pytest.mark.parametrize("config", [CONFIG, CONFIG_3, CONFIG_4], ids=["version 1", "version 3", "version 4"])
 def test_the_documented_config_is_read_and_written_back_the_same(config) -> None:
     assert PackedConfig.from_dict(config).to_dict() == config
 
@@ -230,7 +232,8 @@ class ExampleSource:
     path = Path("example")
 
     def __init__(self, config: dict, tensors: dict[str, tuple[tuple[int, ...], int]]) -> None:
-        self.config = SimpleNamespace(model_type="llama", quantization_config=config)
+        shape = {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+        self.config = SimpleNamespace(model_type="llama", quantization_config=config, **shape)
         self.tensors = tensors
 
     def names(self) -> list[str]:
@@ -278,6 +281,28 @@ def test_the_documented_bits_of_version_3_are_those_that_are_measured() -> None:
     assert size.activation_bits == ((768 + 40) + 2 * (128 + 20) + (32 + 20) + 1024) / (192 + 64)
     assert "(768 + 40) + 2 * (128 + 20) + (32 + 20) and 1024 bits" in text
     assert size.parameters == 64 * 192 + 192 * 64
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: str(row["bits"]))
+def test_groups_of_a_cache_become_the_documented_codes(row) -> None:
+    group = torch.tensor([row["group"]])
+    found = quantize_rows(group, row["bits"], [(0, group.shape[1])], row["clip"])
+    assert unpack_codes(found.codes, row["bits"], group.shape[1]).tolist() == [row["codes"]]
+    assert (found.lows.tolist(), found.scales.tolist()) == ([[row["low"]]], [[row["scale"]]])
+
+
+def test_the_documented_prefix_has_the_documented_tensors() -> None:
+    path = "model.layers.0.self_attn"
+    shapes = stored_shapes(PackedConfig.from_dict(CONFIG_4))
+    assert shapes == {f"{path}.prefix_keys": (2, 3, 16), f"{path}.prefix_values": (2, 3, 16)}
+    assert "`prefix_keys`\nand `prefix_values`, F16 (heads, tokens, width)" in DOC
+
+
+def test_the_documented_bytes_of_a_cache_are_those_that_are_measured() -> None:
+    source = ExampleSource(CONFIG_4, {"model.layers.0.self_attn.q_proj.weight": ((64, 64), 16)})
+    # Two key-value heads of 16 channels: keys in groups of 2 tokens, values in groups of 2 channels.
+    assert measure(source).cache_bytes == 2 * (16 * (1 + 4) / 2 + (6 + 8 * 4))
+    assert measure(source).effective_bits == 16
 
 
 def split_sum(text: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""`quantization_config` round-trips through JSON and rejects what versions 1, 2 and 3 do not know."""
+"""`quantization_config` round-trips through JSON and rejects what versions 1 to 4 do not know."""
 
 import copy
 import json
@@ -202,11 +202,11 @@ def test_names_of_schemes_are_labels_without_meaning() -> None:
     assert PackedConfig.from_dict(values) == CONFIG
 
 
-@pytest.mark.parametrize("version", [0, 4, -1, "1", "2", "3", 1.0, 2.0, 3.0, True, False, [1], None])
+@pytest.mark.parametrize("version", [0, 5, -1, "1", "2", "3", "4", 1.0, 2.0, 3.0, 4.0, True, False, [1], None])
 @pytest.mark.parametrize("config", [CONFIG, SCALED, COMPOSED], ids=["plain", "scaled", "composed"])
 def test_another_version_is_an_error_that_says_so(config, version) -> None:
     values = {**through_json(config), "format_version": version}
-    said = re.escape(f"mine: format version {version!r}; this subnibble reads versions 1, 2, 3")
+    said = re.escape(f"mine: format version {version!r}; this subnibble reads versions 1, 2, 3, 4")
     with pytest.raises(CheckpointError, match=f"^{said}"):
         PackedConfig.from_dict(values, "mine")
 

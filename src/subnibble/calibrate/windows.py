@@ -52,9 +52,17 @@ def evaluation_windows(spec: str, tokenizer: Any, length: int, limit: int | None
     return windows if limit is None else windows[:limit]
 
 
-def check_positions(length: int, config: Any) -> None:
-    """Raise `CalibrationError` if windows of `length` tokens are longer than the model was made for."""
+def check_positions(length: int, config: Any, prefix: int = 0) -> None:
+    """Raise `CalibrationError` if windows of `length` tokens are longer than the model was made for.
+
+    prefix: tokens of a system prompt before them.
+    """
     most = getattr(config, "max_position_embeddings", None)
+    if most is not None and prefix and length + prefix > most:
+        raise CalibrationError(
+            f"windows of {length} tokens behind a system prompt of {prefix} are longer than the model's {most} "
+            f"positions; use a shorter prompt, or --window {max(most - prefix, 0)}"
+        )
     if most is not None and length > most:
         raise CalibrationError(
             f"windows of {length} tokens are longer than the model's {most} positions; use --window {most}"

@@ -1,4 +1,4 @@
-"""The packed checkpoint format, versions 1 to 3 (docs/format.md): what `quantization_config` in config.json says.
+"""The packed checkpoint format, versions 1 to 4 (docs/format.md): what `quantization_config` in config.json says.
 
 It names every module whose tensors are not what the plain model would have. The tensors themselves are ordinary
 safetensors: `<module path>.codes`, `.scales`, `.zeros`, and what else a kind of module has. What a lower version can
@@ -14,6 +14,7 @@ from typing import Any, Self, TypeVar
 import torch
 from torch import Tensor
 
+from subnibble.cache_scheme import CacheScheme, PrefixIds
 from subnibble.errors import BadRecipe, CheckpointError
 from subnibble.runtime.hadamard import hadamard_factors
 from subnibble.runtime.ops import RESIDUALS, LinearTerms
@@ -23,7 +24,9 @@ from subnibble.tensor import PackedLayout
 T = TypeVar("T")
 
 QUANT_METHOD = "subnibble"
-FORMAT_VERSIONS = (1, 2, 3)
+FORMAT_VERSIONS = (1, 2, 3, 4)
+# Names of what an attention holds of a prefix.
+PREFIX_KEYS, PREFIX_VALUES = "prefix_keys", "prefix_values"
 _LINEAR, _SCALED_LINEAR, _COMPOSED_LINEAR = "linear", "scaled_linear", "composed_linear"
 _MODULE_KEYS = {
     _LINEAR: {"kind", "rows", "ranges", "bias"},
@@ -33,6 +36,7 @@ _MODULE_KEYS = {
     "embedding": {"kind", "rows", "ranges"},
     "tied_head": {"kind", "table"},
     "norm_bias": {"kind", "rows"},
+    "prefix": {"kind", "heads", "tokens", "width"},
 }
 
 
@@ -146,14 +150,32 @@ class NormBiasEntry:
     rows: int
 
 
-Entry = PackedLinearEntry | PackedEmbeddingEntry | TiedHeadEntry | NormBiasEntry
+@dataclass(frozen=True)
+class PrefixEntry:
+    """An attention that holds keys and values of a prefix, (heads, tokens, width) float16 each."""
+
+    heads: int
+    tokens: int
+    width: int
+
+
+Entry = PackedLinearEntry | PackedEmbeddingEntry | TiedHeadEntry | NormBiasEntry | PrefixEntry
 
 
 @dataclass(frozen=True)
 class PackedConfig:
-    """Module path -> what is stored for it."""
+    """modules: path -> what is stored for it. cache: how the KV cache is coded, None for not at all. prefix: tokens
+    before every text, whose keys and values the attentions hold.
+    """
 
     modules: Mapping[str, Entry] = field(default_factory=dict)
+    cache: CacheScheme | None = None
+    prefix: PrefixIds | None = None
+
+    def __post_init__(self) -> None:
+        held = {entry.tokens for entry in self.modules.values() if isinstance(entry, PrefixEntry)}
+        if held != (set() if self.prefix is None else {len(self.prefix.ids)}):
+            raise ValueError("a prefix's ids and what attentions hold of it do not belong together")
 
     def to_dict(self) -> dict[str, Any]:
         """The `quantization_config` of config.json."""
@@ -161,11 +183,16 @@ class PackedConfig:
         version = self._version
         found = [entry.activation for entry in self._linears if entry.activation is not None]
         activations = {"activations": {scheme.name: scheme.to_dict() for scheme in found}} if version > 2 else {}
+        cache = {
+            "cache": None if self.cache is None else self.cache.to_dict(),
+            "prefix": None if self.prefix is None else self.prefix.to_dict(),
+        }
         return {
             "quant_method": QUANT_METHOD,
             "format_version": version,
             "schemes": schemes,
             **activations,
+            **(cache if version > 3 else {}),
             "modules": {path: _entry_to_dict(entry) for path, entry in self.modules.items()},
         }
 
@@ -181,6 +208,10 @@ class PackedConfig:
     @property
     def _version(self) -> int:
         """The lowest version that can say this."""
+        if self.cache is not None or self.prefix is not None:
+            return 4
+        if any(entry.activation is not None and entry.activation.outliers for entry in self._linears):
+            return 4
         grids = {scheme.grid for layout in self._layouts for _, scheme in layout.ranges}
         if "mxfp4" in grids or any(entry.is_composed for entry in self._linears):
             return 3
@@ -198,6 +229,7 @@ class PackedConfig:
                 "upgrade subnibble, or quantize the model again"
             )
         keys = {"quant_method", "format_version", "schemes", "modules"} | ({"activations"} if version > 2 else set())
+        keys |= {"cache", "prefix"} if version > 3 else set()
         unknown = sorted(set(values) - keys)
         if unknown:
             raise CheckpointError(f"{where}: unknown key {unknown[0]!r}; it was written by a newer subnibble")
@@ -207,9 +239,14 @@ class PackedConfig:
             activations = {name: ActivationScheme.from_dict(scheme) for name, scheme in found.items()}
             labels = _Labels(schemes, activations)
             modules = {path: _entry_from_dict(entry, labels) for path, entry in values["modules"].items()}
+            cache, prefix = (values[key] if version > 3 else None for key in ("cache", "prefix"))
+            config = cls(
+                modules,
+                None if cache is None else CacheScheme.from_dict(cache),
+                None if prefix is None else PrefixIds.from_dict(prefix),
+            )
         except (KeyError, TypeError, ValueError, AttributeError, BadRecipe) as error:
             raise CheckpointError(f"{where} is damaged ({error!r}); quantize the model again") from error
-        config = cls(modules)
         if config._version > version:
             raise CheckpointError(
                 f"{where}: what it describes came with version {config._version} and it says version {version}"
@@ -232,6 +269,8 @@ def stored_shapes(packed: PackedConfig) -> dict[str, tuple[int, ...]]:
                 shapes |= _matrix_shapes(f"{path}.", layout)
             case NormBiasEntry(rows):
                 shapes[f"{path}.bias"] = (rows,)
+            case PrefixEntry(heads, tokens, width):
+                shapes |= dict.fromkeys((f"{path}.{PREFIX_KEYS}", f"{path}.{PREFIX_VALUES}"), (heads, tokens, width))
     return shapes
 
 
@@ -262,6 +301,8 @@ def _entry_to_dict(entry: Entry) -> dict[str, Any]:
             return {"kind": "tied_head", "table": table}
         case NormBiasEntry(rows):
             return {"kind": "norm_bias", "rows": rows}
+        case PrefixEntry(heads, tokens, width):
+            return {"kind": "prefix", "heads": heads, "tokens": tokens, "width": width}
 
 
 def _composed_to_dict(entry: PackedLinearEntry) -> dict[str, Any]:
@@ -305,6 +346,8 @@ def _entry_from_dict(values: Mapping[str, Any], labels: _Labels) -> Entry:
         return TiedHeadEntry(_typed(values["table"], str))
     if kind == "norm_bias":
         return NormBiasEntry(_count(values["rows"]))
+    if kind == "prefix":
+        return PrefixEntry(*(_count(values[key]) for key in ("heads", "tokens", "width")))
     layout = labels.layout(values["rows"], values["ranges"])
     if kind == "embedding":
         return PackedEmbeddingEntry(layout)

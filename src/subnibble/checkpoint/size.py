@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from subnibble.checkpoint.packed import (
     NormBiasEntry,
@@ -16,6 +17,7 @@ from subnibble.checkpoint.packed import (
 )
 from subnibble.checkpoint.source import Source, numel
 from subnibble.model.arch import find_arch
+from subnibble.model.site import Heads
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class Size:
     over their weights. activation_bits: bits of the inputs of these linears as they run, with scales, zero-points and
     extra columns, over their channels; 16 where inputs are not quantized.
     model_bits: 8 x bytes of the weight files over all parameters. parameters: weights, tied ones once.
+    cache_bytes: of one token in the KV caches of all layers, at 16 bits where they are not coded.
     """
 
     effective_bits: float
@@ -34,6 +37,7 @@ class Size:
     file_bytes: int
     parameters: int
     activation_bits: float = 16.0
+    cache_bytes: float = 0.0
 
     def to_dict(self) -> dict[str, float]:
         """Plain dictionary."""
@@ -44,8 +48,20 @@ def measure(source: Source) -> Size:
     """Measure a checkpoint from its headers; no weight is read."""
     packed = packed_config_of(source.config)
     bits, weights, parameters = _plain(source) if packed is None else _packed(source, packed)
+    if not weights:
+        # Nothing but a cache, a prefix or tables were packed.
+        bits, weights, _ = _plain(source)
     size = source.file_bytes()
-    return Size(bits / weights, 8 * size / parameters, size, parameters, _activation_bits(source, packed))
+    activation, cache = _activation_bits(source, packed), cache_bytes(source.config)
+    return Size(bits / weights, 8 * size / parameters, size, parameters, activation, cache)
+
+
+def cache_bytes(config: Any) -> float:
+    """Bytes of one coded token in the KV caches of all layers, windows and prefix aside."""
+    packed, heads = packed_config_of(config), Heads.of(config)
+    if packed is None or packed.cache is None:
+        return float(config.num_hidden_layers * heads.key_value * heads.width * 2 * 2)
+    return float(config.num_hidden_layers * packed.cache.token_bytes(heads.key_value, heads.width))
 
 
 def weights_hash(folder: Path) -> str:
@@ -83,7 +99,7 @@ def _packed(source: Source, packed: PackedConfig) -> tuple[int, int, int]:
             parameters += entry.layout.rows * entry.layout.columns
     packed_names = {name for name in stored_shapes(packed) if not name.endswith(".bias")}
     parameters += sum(numel(source.shape(name)) for name in source.names() if name not in packed_names)
-    return bits, max(weights, 1), parameters
+    return bits, weights, parameters
 
 
 def _activation_bits(source: Source, packed: PackedConfig | None) -> float:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from subnibble.cli import options as o
 from subnibble.cli.console import megabytes, print_json, table
+
+if TYPE_CHECKING:
+    from subnibble.checkpoint.packed import PackedConfig
 
 
 def inspect(model: o.Model, json: o.Json = False) -> None:
@@ -25,6 +28,8 @@ def inspect(model: o.Model, json: o.Json = False) -> None:
     if packed is not None:
         found["weights_sha256"] = weights_hash(source.path)
         found["modules"] = packed.to_dict()["modules"]
+        found["cache"] = None if packed.cache is None else packed.cache.to_dict()
+        found["prefix"] = None if packed.prefix is None else packed.prefix.to_dict()
     if json:
         print_json(found)
         return
@@ -36,7 +41,9 @@ def inspect(model: o.Model, json: o.Json = False) -> None:
         ("effective bits", f"{found['effective_bits']:.3f}"),
         ("activation bits", f"{found['activation_bits']:.3f}"),
         ("model bits", f"{found['model_bits']:.3f}"),
+        ("KV cache", f"{found['cache_bytes']:.0f} bytes a token{_cache_name(packed)}"),
         ("on disk", megabytes(found["file_bytes"])),
+        *([("system prompt", f"{len(found['prefix']['ids'])} tokens at 16 bits")] if found.get("prefix") else []),
         *([("weights SHA-256", found["weights_sha256"])] if packed else []),
     ])  # fmt: skip
     if packed is not None:
@@ -45,6 +52,10 @@ def inspect(model: o.Model, json: o.Json = False) -> None:
             for path, entry in found["modules"].items()
         ]
         table(("module", "kind", "rows", "columns x scheme"), rows)
+
+
+def _cache_name(packed: PackedConfig | None) -> str:
+    return "" if packed is None or packed.cache is None else f", {packed.cache.name}"
 
 
 def _ranges(entry: dict[str, Any]) -> str:
@@ -71,7 +82,7 @@ def list_(json: o.Json = False) -> None:
     from dataclasses import asdict
 
     from subnibble.methods import METHODS
-    from subnibble.methods.choices import OPTION_CHOICES
+    from subnibble.methods.choices import KV_CHOICES, OPTION_CHOICES
     from subnibble.model.arch import ARCHITECTURES
     from subnibble.scheme import ACTIVATION_BITS, BITS, GRIDS, SCALE_TYPES, ZERO_POINTS
 
@@ -85,6 +96,8 @@ def list_(json: o.Json = False) -> None:
             "architectures": sorted(ARCHITECTURES),
             "bits": list(BITS),
             "activation_bits": list(ACTIVATION_BITS),
+            "kv_bits": list(BITS),
+            "kv_options": KV_CHOICES,
             "grids": list(GRIDS),
             "zero_points": list(ZERO_POINTS),
             "scale_types": list(SCALE_TYPES),
@@ -103,6 +116,8 @@ def list_(json: o.Json = False) -> None:
         ("architectures", ", ".join(sorted(ARCHITECTURES))),
         ("bits", ", ".join(map(str, BITS))),
         ("activation bits", ", ".join(map(str, (*ACTIVATION_BITS, 16)))),
+        ("KV cache bits", ", ".join(map(str, (*BITS, 16)))),
+        *[(f"--kv-option {key}", choices) for key, choices in KV_CHOICES.items()],
         ("group size", "any, ragged last group; -1 for the whole row"),
         ("grids", ", ".join(GRIDS)),
         ("zero-points", ", ".join(ZERO_POINTS)),

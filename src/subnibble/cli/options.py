@@ -26,6 +26,19 @@ ActivationBits = Annotated[
 ActivationGroupSize = Annotated[
     int | None, typer.Option(help="Channels of an input that share a scale; -1: whole token. Default: as the weights'.")
 ]
+KvBits = Annotated[int | None, typer.Option(help="Bits of the KV cache: 16, 8, 4, 3 or 2. Default 16: as it is.")]
+KvOptions = Annotated[
+    list[str] | None,
+    typer.Option("--kv-option", help="A setting of the KV cache, KEY=VALUE, see `subnibble list`; may be repeated."),
+]
+SystemPrompt = Annotated[
+    str | None,
+    typer.Option(
+        help="Text (or a file of it) before every text, its keys and values kept at 16 bits; default: the chat "
+        "template's own; bos: BOS alone.",
+        metavar="TEXT|FILE|default|bos",
+    ),
+]
 Calibration = Annotated[
     str | None,
     typer.Option(help="Text (.txt, .jsonl), token ids (.npy, .safetensors), or c4, wikitext2, news. Default c4."),
@@ -44,7 +57,9 @@ MaxWindows = Annotated[int | None, typer.Option(help="Score at most this many wi
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else to stdout.")]
 
 
-def build_recipe(path: Path | None, options: list[str] | None, **given: Any) -> Recipe:
+def build_recipe(
+    path: Path | None, options: list[str] | None, kv_options: list[str] | None = None, **given: Any
+) -> Recipe:
     """The recipe of a file, or the default one, with what the command line gives going over it."""
     from subnibble.recipe import Recipe
 
@@ -53,6 +68,7 @@ def build_recipe(path: Path | None, options: list[str] | None, **given: Any) -> 
     changed = values["method"] != recipe.method
     kept = {} if changed else dict(recipe.options)
     values["options"] = kept | dict(_parse_option(option) for option in options or [])
+    values["kv"] = {**recipe.kv, **dict(_parse_option(option) for option in kv_options or [])}
     return Recipe.from_dict(values)
 
 

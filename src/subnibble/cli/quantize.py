@@ -22,6 +22,9 @@ def quantize(
     embedding_bits: o.EmbeddingBits = None,
     activation_bits: o.ActivationBits = None,
     activation_group_size: o.ActivationGroupSize = None,
+    kv_bits: o.KvBits = None,
+    kv_option: o.KvOptions = None,
+    system_prompt: o.SystemPrompt = None,
     calibration: o.Calibration = None,
     num_windows: o.NumWindows = None,
     window: o.Window = None,
@@ -34,9 +37,9 @@ def quantize(
 ) -> None:
     """Quantize MODEL into the folder OUT."""
     wanted = o.build_recipe(
-        recipe, option, method=method, bits=bits, group_size=group_size, grid=grid,
+        recipe, option, kv_option, method=method, bits=bits, group_size=group_size, grid=grid,
         zero_point=zero_point, embedding_bits=embedding_bits, activation_bits=activation_bits,
-        activation_group_size=activation_group_size,
+        activation_group_size=activation_group_size, kv_bits=kv_bits, system_prompt=system_prompt,
         calibration=calibration, num_windows=num_windows, window=window, seed=seed, device=device, dtype=dtype,
     )  # fmt: skip
     from subnibble.pipeline import quantize as run
@@ -46,11 +49,14 @@ def quantize(
     size = report.size
     schemes = "+".join(sorted({linear.scheme for linear in report.linears}))
     inputs = f"{size['activation_bits']:.3f} activation bits, " if wanted.activation_bits < 16 else ""
+    inputs += f"{size['cache_bytes']:.0f} bytes a token in the KV cache, " if wanted.kv_bits < 16 else ""
     typer.echo(
-        f"{out}: {report.method} {schemes}, {size['effective_bits']:.3f} effective bits, {inputs}"
+        f"{out}: {report.method}{schemes and ' '}{schemes}, {size['effective_bits']:.3f} effective bits, {inputs}"
         f"{size['model_bits']:.3f} bits a parameter, {megabytes(size['file_bytes'])}, "
         f"{duration(report.seconds['total'])}, peak memory {megabytes(report.peak_memory)}"
     )
+    if not report.linears:
+        return
     worst = sorted(report.linears, key=lambda linear: -(linear.output_error or linear.weight_error))[:3]
     kind = "output" if worst[0].output_error is not None else "weight"
     names = ", ".join(f"{linear.path} {linear.output_error or linear.weight_error:.3f}" for linear in worst)
@@ -67,6 +73,8 @@ def estimate(
     embedding_bits: o.EmbeddingBits = None,
     activation_bits: o.ActivationBits = None,
     activation_group_size: o.ActivationGroupSize = None,
+    kv_bits: o.KvBits = None,
+    kv_option: o.KvOptions = None,
     calibration: o.Calibration = None,
     num_windows: o.NumWindows = None,
     window: o.Window = None,
@@ -78,9 +86,9 @@ def estimate(
 ) -> None:
     """Estimate size, memory and time of a quantization before any weight is read."""
     wanted = o.build_recipe(
-        recipe, option, method=method, bits=bits, group_size=group_size, grid=grid,
+        recipe, option, kv_option, method=method, bits=bits, group_size=group_size, grid=grid,
         zero_point=zero_point, embedding_bits=embedding_bits, activation_bits=activation_bits,
-        activation_group_size=activation_group_size,
+        activation_group_size=activation_group_size, kv_bits=kv_bits,
         calibration=calibration, num_windows=num_windows, window=window, device=device, dtype=dtype,
     )  # fmt: skip
     from subnibble.estimate import estimate as run

@@ -1,6 +1,7 @@
 """The methods by name. To add one: a file beside this that composes steps, and its name here."""
 
 from subnibble.errors import BadRecipe
+from subnibble.methods.atom import ATOM
 from subnibble.methods.awq import AWQ
 from subnibble.methods.d2quant import D2QUANT, D2QUANT_UNIFORM
 from subnibble.methods.dualfit import DUALFIT
@@ -8,6 +9,7 @@ from subnibble.methods.gptaq import GPTAQ
 from subnibble.methods.gptq import GPTQ
 from subnibble.methods.low_rank import L2QER, QERA
 from subnibble.methods.method import Method
+from subnibble.methods.none import NONE
 from subnibble.methods.quarot import QUAROT
 from subnibble.methods.rtn import RTN
 from subnibble.methods.serq import SERQ
@@ -30,6 +32,8 @@ METHODS: dict[str, Method] = {
         QUAROT,
         SERQ,
         TWINFIT,
+        ATOM,
+        NONE,
     )
 }
 

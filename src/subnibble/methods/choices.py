@@ -1,9 +1,10 @@
 """The words that options of methods may have, for people to choose from; each is checked where it is used."""
 
+from subnibble import cache_scheme
 from subnibble.corrections import mean_shift, salient
 from subnibble.methods import d2quant, method, serq, weights
 from subnibble.rounding import gptaq, grid, levels, order
-from subnibble.transforms import rotate, saliency
+from subnibble.transforms import rotate, rotate_values, saliency
 
 OPTION_CHOICES = {
     key: ", ".join(choices)
@@ -13,6 +14,7 @@ OPTION_CHOICES = {
         "weighting": levels.WEIGHTINGS,
         "asymmetry": gptaq.FORMS,
         "rotation": rotate.ROTATIONS,
+        "value_rotation": rotate_values.VALUE_ROTATIONS,
         "mean_shift": mean_shift.FORMS,
         "columns": d2quant.COLUMNS,
         "rows": d2quant.ROWS,
@@ -26,4 +28,13 @@ OPTION_CHOICES = {
         "form": salient.FORMS,
         "residual": salient.RESIDUALS,
     }.items()
+}
+# Of the KV cache, see `CacheScheme`.
+KV_CHOICES = {
+    "group_size": "channels, -1: the whole head; of keys by channel, tokens",
+    "key_axis": ", ".join(cache_scheme.KEY_AXES),
+    "rope": ", ".join(cache_scheme.ROPES),
+    "key_rotation": ", ".join(cache_scheme.KEY_ROTATIONS),
+    "window": "last tokens at 16 bits",
+    "clip": "share of the range that is kept",
 }

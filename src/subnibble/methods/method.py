@@ -11,19 +11,21 @@ from torch import Tensor
 from subnibble.calibrate.stream import SiteStatistics
 from subnibble.corrections.low_rank import LowRank
 from subnibble.corrections.mean_shift import MeanShift
+from subnibble.corrections.outliers import OutlierColumns
 from subnibble.corrections.salient import SalientColumns
 from subnibble.errors import BadRecipe
 from subnibble.model.skeleton import Block
 from subnibble.rounding.gptq import GPTQ
 from subnibble.rounding.rounder import Rounder
 from subnibble.transforms.rotate import check_rotation
+from subnibble.transforms.rotate_values import check_value_rotation
 from subnibble.transforms.saliency import Saliency
 
 # An edit of a block, in float32, that keeps its function, made before anything of it is rounded. It gives the factors
 # (channels,) by which it divided sites, by name.
 Transform = Callable[[Block, SiteStatistics], Mapping[str, Tensor]]
 # What makes up for rounding error besides codes.
-Correction = SalientColumns | LowRank | None
+Correction = SalientColumns | LowRank | OutlierColumns | None
 # What the statistics of later linears, and their rounding, see of quantized inputs.
 INPUTS = ("exact", "quantized")
 RANKS = ("uniform", "gain")
@@ -45,7 +47,8 @@ class Steps:
     saliency: gives sites their channel order. correction: gives linears more terms against rounding error. ranks: of
     salient columns, "uniform" or "gain", see `corrections/ranks.py`. online: names of sites whose readers get an online
     Hadamard transform. inputs: "exact" calibrates on inputs that are not quantized, "quantized" on what the running
-    model will see.
+    model will see. value_rotation: see `transforms/rotate_values.py`. cache: settings of `CacheScheme` that the method
+    wants; what the recipe says goes first. leaves_weights: no linear is rounded at all.
     """
 
     rounder: Rounder
@@ -59,9 +62,13 @@ class Steps:
     ranks: str = "uniform"
     online: tuple[str, ...] = ()
     inputs: str = "exact"
+    value_rotation: str = "none"
+    cache: Mapping[str, Any] = field(default_factory=dict)
+    leaves_weights: bool = False
 
     def __post_init__(self) -> None:
         check_rotation(self.rotation)
+        check_value_rotation(self.value_rotation)
         if self.inputs not in INPUTS:
             raise BadRecipe(f"inputs is {self.inputs!r}; choose one of {', '.join(INPUTS)}")
         if self.orders_residual and self.rotation != "none":
@@ -111,8 +118,9 @@ def _check_asymmetry(correction: Correction, form: str) -> None:
     """Raise `BadRecipe` where a correction would undo what the rounder does towards full-precision outputs."""
     if isinstance(correction, SalientColumns) and form not in ("none", "shifted"):
         raise BadRecipe(f'asymmetry {form!r} does not go with salient columns; use "shifted" or "none"')
-    if isinstance(correction, LowRank) and form != "none":
-        raise BadRecipe(f'asymmetry {form!r} does not go with low-rank factors; use "none"')
+    if isinstance(correction, LowRank | OutlierColumns) and form != "none":
+        kind = "low-rank factors" if isinstance(correction, LowRank) else "outlier columns"
+        raise BadRecipe(f'asymmetry {form!r} does not go with {kind}; use "none"')
 
 
 @dataclass(frozen=True)

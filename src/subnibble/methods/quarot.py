@@ -1,9 +1,10 @@
 """QuaRot (Ashkboos et al., arXiv 2404.00456): every linear reads a rotated input, weights by GPTQ.
 
 The residual stream is rotated offline by a randomized Hadamard matrix (`rotation = "full"`; "groups" where the width
-has none), and the inputs of o_proj and down_proj online. Attention's output is transformed as one vector, which is what
-the paper's per-head factor (in v_proj) and across-head factor (online) make together, where the number of heads has a
-Hadamard matrix. Queries, keys and the cache come with the KV cache's own schemes.
+has none), values offline by one a head (`value_rotation`), the inputs of o_proj and down_proj online, and queries and
+keys online behind rotary positions, where the KV cache is coded (`kv_bits`; keys and values in groups of a head, clip
+0.95). Deviations: attention's output is transformed online as one vector, where the paper transforms across heads;
+values have random signs besides, without which the two would cancel within heads.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from subnibble.methods.weights import WeightOptions, rounder_of
 
 @dataclass(frozen=True)
 class Options(WeightOptions):
-    """As `methods/weights.py`, with other defaults."""
+    """value_rotation: `transforms/rotate_values.py`. The others as in `methods/weights.py`, with other defaults."""
 
     rounding: str = "gptq"
     rotation: str = "full"
+    value_rotation: str = "hadamard"
 
 
 def build(options: Options) -> Steps:
@@ -29,6 +31,8 @@ def build(options: Options) -> Steps:
         rotation=options.rotation,
         online=("attention_out", "mlp_hidden"),
         inputs=options.inputs,
+        value_rotation=options.value_rotation,
+        cache={"key_rotation": "hadamard", "clip": 0.95},
     )
 
 

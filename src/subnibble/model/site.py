@@ -82,7 +82,10 @@ class Residual:
 
 @dataclass(frozen=True)
 class Arch:
-    """An architecture: the sites of a block in data-flow order, the residual stream, and where the rest lives."""
+    """An architecture: the sites of a block in data-flow order, the residual stream, and where the rest lives.
+
+    attention: the module of a block that has keys and values, relative to it; the other paths are the model's.
+    """
 
     model_type: str
     sites: tuple[Site, ...]
@@ -91,6 +94,7 @@ class Arch:
     embedding: str = "model.embed_tokens"
     final_norm: str = "model.norm"
     head: str = "lm_head"
+    attention: str = "self_attn"
 
     @property
     def linears(self) -> tuple[str, ...]:

@@ -122,14 +122,17 @@ class Skeleton:
         for name, parameter in list(module.named_parameters()):
             _set_parameter(module, name, torch.empty_like(parameter, device="meta", dtype=self.dtype))
 
-    def block_arguments(self, window: int) -> list[dict[str, Any]]:
-        """What the model passes to each block beside hidden states, for a batch of full windows of this length."""
+    def block_arguments(self, window: int, dtype: torch.dtype | None = None) -> list[dict[str, Any]]:
+        """What the model passes to each block beside hidden states, for a batch of full windows of this length.
+
+        dtype: of the hidden states, None for the skeleton's.
+        """
         blocks = self._blocks()
         parent = self.model.get_submodule(self.arch.blocks.rpartition(".")[0])
         norm_name = self.arch.final_norm.rpartition(".")[2]
         norm = getattr(parent, norm_name)
         recorders = [_ArgumentRecorder() for _ in blocks]
-        hidden = torch.zeros(1, window, self.config.hidden_size, dtype=self.dtype, device=self.device)
+        hidden = torch.zeros(1, window, self.config.hidden_size, dtype=dtype or self.dtype, device=self.device)
         setattr(parent, self.arch.blocks.rpartition(".")[2], nn.ModuleList(recorders))
         setattr(parent, norm_name, nn.Identity())
         try:
@@ -138,6 +141,9 @@ class Skeleton:
         finally:
             setattr(parent, self.arch.blocks.rpartition(".")[2], blocks)
             setattr(parent, norm_name, norm)
+        for recorder in recorders:
+            # No cache: what runs a block may give it one.
+            recorder.arguments.pop("past_key_values", None)
         return [recorder.arguments for recorder in recorders]
 
     def _blocks(self) -> nn.ModuleList:

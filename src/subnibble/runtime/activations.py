@@ -4,8 +4,8 @@ What leaves here are whole numbers with their zero-points already taken off, so 
 
     x = scale * number        number in -255 .. 255 (8 bits), -15 .. 15 (4), -7 .. 7 (3); of MXFP4, -12 .. 12
 
-Kept in float32, whose sums of products with weight numbers are those of int32 (`integer.py`). What is not finite stays
-so.
+Outlier channels, if the scheme has any, are the last group. Kept in float32, whose sums of products with weight numbers
+are those of int32 (`integer.py`). What is not finite stays so.
 """
 
 from __future__ import annotations
@@ -40,7 +40,10 @@ def quantize(x: Tensor, scheme: ActivationScheme) -> Quantized:
     """Quantize tokens. x: (t, k) of any float type, computed in float32."""
     wide = x.float()
     bounds = scheme.group_bounds(x.shape[1])
-    parts = [_group(wide[:, start:stop], scheme) for start, stop in bounds]
+    groups = [scheme] * len(bounds)
+    if scheme.outliers:
+        groups[-1] = scheme.of_outliers
+    parts = [_group(wide[:, start:stop], own) for (start, stop), own in zip(bounds, groups, strict=True)]
     return Quantized(torch.cat([part[0] for part in parts], 1), torch.cat([part[1] for part in parts], 1), bounds)
 
 

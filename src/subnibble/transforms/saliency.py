@@ -1,8 +1,10 @@
-"""The order in which a linear meets its input channels: the most salient first (SERQ, arXiv 2603.08185, section 4.3).
+"""The order in which a linear meets its input channels: the most salient first (SERQ, arXiv 2603.08185, section 4.3),
+or last (Atom, arXiv 2310.19102).
 
 Scores of a channel, of the site's tensor before anything was scaled:
 
     size   its largest magnitude over the calibration tokens; with SERQ's flattening that is the scale itself (eq. 4)
+    energy the sum of its squares, H_jj; Atom's
     gain   the output error that its weights would get from rounding to nearest, H_jj ||E_j||², of the readers as scaled
 
 Orders of the MLP's hidden channels are carried out offline, in the rows of their writers. Behind a norm and behind
@@ -25,7 +27,8 @@ from subnibble.model.site import Heads, Site
 from subnibble.model.skeleton import Block
 from subnibble.rounding import grid
 
-SCORES = ("size", "gain")
+SCORES = ("size", "energy", "gain")
+DIRECTIONS = ("falling", "rising")
 HEAD_ORDERS = ("gather", "whole")
 RESIDUAL_ORDERS = ("gather", "global")
 
@@ -34,13 +37,19 @@ RESIDUAL_ORDERS = ("gather", "global")
 class Saliency:
     """Gives each site's channel order. score, heads: see the module. residual: "gather" gives every site behind a norm
     its own order, "global" one order to the whole residual stream (`residual_order.py`), which needs no gather.
+    direction: of the scores; "rising" goes with gathers alone.
     """
 
     score: str = "size"
     heads: str = "gather"
     residual: str = "gather"
+    direction: str = "falling"
 
     def __post_init__(self) -> None:
+        if self.direction not in DIRECTIONS:
+            raise BadRecipe(f"direction is {self.direction!r}; choose one of {', '.join(DIRECTIONS)}")
+        if self.direction == "rising" and (self.heads, self.residual) != ("gather", "gather"):
+            raise BadRecipe('rising scores go with heads = "gather" and residual_order = "gather"')
         if self.score not in SCORES:
             raise BadRecipe(f"saliency is {self.score!r}; choose one of {', '.join(SCORES)}")
         if self.heads not in HEAD_ORDERS:
@@ -56,11 +65,13 @@ class Saliency:
         if self.residual == "global" and site.norm is not None:
             return None
         scores = found.largest[site.name]
+        if self.score == "energy":
+            scores = found.grams[site.name].diagonal()
         if self.score == "gain":
             scores = _gain(block, site, found, factors.get(site.name))
         if site.per_head and self.heads == "whole":
             return _by_heads(scores, block.heads)
-        return torch.sort(scores, descending=True, stable=True).indices
+        return torch.sort(scores, descending=self.direction == "falling", stable=True).indices
 
 
 def _by_heads(scores: Tensor, heads: Heads) -> Tensor:

@@ -1,0 +1,143 @@
+"""Weights, activations and KV cache quantized, or the cache alone, on SmolLM2-135M: perplexity, bits, bytes a token.
+
+    python bench/weight_activation_kv.py [--wikitext DIR] [--only NAME] [--row ARM:SETTING:PROMPT:WINDOWS ...]
+    python bench/weight_activation_kv.py --print
+
+Finished rows are appended to the results file and skipped when they are there. Arms are the recipes in
+`recipes/weight_activation_kv/`, and `original`. Those named kv leave weights and inputs at 16 bits: their settings are
+KV2, KV3, KV4 and KV8. The others have W4A4KV4 and W3A3KV3, in groups of 128, 64 or of whole channels and tokens
+(`channel`); cached keys and values share a scale a head and token. PROMPT is none, bos or default (the chat template's
+system turn): its keys and values stay at 16 bits, it stands before each window and is not scored; compare with
+`original` and the same prompt. WINDOWS of 2048 tokens calibrate (news, computed in bfloat16) and as many are scored, in
+float32, on the last 400 news articles and, with --wikitext, on WikiText-2 raw test.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass, replace
+from typing import Any
+
+from measure import HERE, RECIPES, measure_row, run, with_data
+
+KEY = ("arm", "setting", "prompt", "windows", "text")
+FOLDER = RECIPES / "weight_activation_kv"
+ARMS = sorted(file.stem for file in FOLDER.glob("*.toml"))
+CACHE_ALONE = tuple(arm for arm in ARMS if arm.startswith("kv"))
+ALL = tuple(arm for arm in ARMS if arm not in CACHE_ALONE)
+CACHES = {f"KV{bits}": {"kv_bits": bits} for bits in (8, 4, 3, 2)}
+SETTINGS: dict[str, dict[str, Any]] = {
+    f"W{bits}A{bits}KV{bits}{name}": {
+        "bits": bits,
+        "activation_bits": bits,
+        "kv_bits": bits,
+        "group_size": size,
+    }
+    for bits in (4, 3)
+    for name, size in (("g128", 128), ("g64", 64), ("channel", -1))
+}
+PROMPTS = ("none", "bos", "default")
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One quantization: which arm at which setting, behind which system prompt, on how many windows."""
+
+    arm: str
+    setting: str
+    prompt: str
+    windows: int
+
+
+def specs(only: str | None) -> list[Spec]:
+    """All rows to make, most telling first."""
+    chosen = {
+        "original": [Spec("original", "", prompt, 16) for prompt in PROMPTS],
+        "cache": [Spec(arm, s, p, 16) for p in PROMPTS for s in CACHES for arm in CACHE_ALONE],
+        "table": [Spec(arm, s, "none", 16) for s in SETTINGS for arm in ALL],
+        "prompt": [Spec(arm, s, p, 16) for p in PROMPTS[1:] for s in ("W4A4KV4g128", "W3A3KV3g128") for arm in ALL],
+    }
+    return chosen[only] if only else [spec for specs in chosen.values() for spec in specs]
+
+
+def parse_spec(text: str) -> Spec:
+    """A row as written on the command line, for example kv:KV4:bos:16 or quarot:W4A4KV4g128:none:16."""
+    try:
+        arm, setting, prompt, windows = text.split(":")
+        settings = CACHES if arm in CACHE_ALONE else {"": {}} if arm == "original" else SETTINGS
+        known = arm in (*ARMS, "original") and setting in settings and prompt in PROMPTS
+        if known:
+            return Spec(arm, setting, prompt, int(windows))
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(
+        f"{text!r}: give ARM:SETTING:PROMPT:WINDOWS, ARM one of original, {', '.join(ARMS)}; SETTING one of "
+        f"{', '.join((*CACHES, *SETTINGS))} (empty for original); PROMPT one of {', '.join(PROMPTS)}"
+    )
+
+
+def measured(spec: Spec, names: dict[str, str]) -> list[dict[str, Any]]:
+    """Rows of `spec` on each text."""
+    from subnibble import Recipe
+
+    prompt = None if spec.prompt == "none" else spec.prompt
+    if spec.arm == "original":
+        return measure_row(Recipe(method="none", system_prompt=prompt) if prompt else None, spec.windows, names)
+    recipe = Recipe.from_toml(FOLDER / f"{spec.arm}.toml")
+    recipe = replace(recipe, **{**CACHES, **SETTINGS}[spec.setting], system_prompt=prompt)
+    return measure_row(with_data(recipe, spec.windows), spec.windows, names)
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """Print the table as Markdown, best first in each setting.
+
+    The last columns but two say by how much perplexity is above that of the original behind the same prompt.
+    """
+    print(
+        "| arm | setting | prompt | windows | weight bits | activation bits | KV, bytes a token | news | WikiText-2 |"
+        " over the original | quantize, s | peak, GB |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|---|---|")
+    found: dict[Spec, dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(Spec(row["arm"], row["setting"], row["prompt"], row["windows"]), {})[row["text"]] = row
+    for spec in sorted(found, key=lambda s: (-s.windows, s.setting, s.prompt, found[s]["news"]["perplexity"])):
+        one = found[spec]["news"]
+        cells = [
+            spec.arm,
+            spec.setting,
+            spec.prompt,
+            str(spec.windows),
+            f"{one['effective_bits']:.3f}",
+            f"{one['activation_bits']:.3f}",
+            f"{one['cache_bytes']:.0f}",
+            *(
+                f"{found[spec][text]['perplexity']:.2f}" if text in found[spec] else ""
+                for text in ("news", "wikitext2")
+            ),
+            " / ".join(
+                f"{100 * loss:+.1f} %" for text in found[spec] if (loss := _over(found, spec, text)) is not None
+            ),
+            *([f"{one['seconds']:.0f}", f"{one['peak_memory'] / 1e9:.1f}"] if "seconds" in one else ["", ""]),
+        ]
+        print("| " + " | ".join(cells) + " |")
+
+
+def _over(found: dict[Spec, dict[str, dict[str, Any]]], spec: Spec, text: str) -> float | None:
+    """By which share of it an arm's perplexity is above the original's behind the same prompt; None without its row."""
+    original = found.get(replace(spec, arm="original", setting=""), {}).get(text)
+    if original is None or spec.arm == "original":
+        return None
+    return float(found[spec][text]["perplexity"] / original["perplexity"] - 1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=("original", "cache", "table", "prompt"))
+    parser.add_argument("--row", action="append", type=parse_spec, metavar="ARM:SETTING:PROMPT:WINDOWS")
+    results = HERE / "results" / "weight_activation_kv.json"
+    run(parser, results, KEY, Spec, measured, lambda given: given.row or specs(given.only), show)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""Outlier channels at 8 bits (Atom, Zhao et al., arXiv 2310.19102): a linear's last input columns, and their inputs.
+
+With S the columns before and R the outliers, S is rounded as if R could make up for all of its error that it can, and
+then R takes what it can before it goes to 8 bits, which is what error compensation over S, then R, amounts to:
+
+    G_S' = G_SS - G_SR (G_RR + d)^-1 G_RS;    W_R' = W_R + (W_S - Q(W_S)) G_SR (G_RR + d)^-1
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from subnibble.errors import BadRecipe
+from subnibble.rounding import grid
+from subnibble.rounding.grid import Clip
+from subnibble.rounding.rounder import Rounding
+from subnibble.scheme import WHOLE_CHANNEL, Scheme
+from subnibble.tensor import PackedRange, PackedTensor
+
+_DAMPING = 0.01
+
+
+@dataclass(frozen=True)
+class OutlierColumns:
+    """Correction. count: columns at 8 bits, symmetric, one scale a row; of inputs, one scale a token."""
+
+    count: int = 128
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise BadRecipe(f"outliers is {self.count}; give a positive number of channels")
+
+    def check(self, columns: int, where: str) -> None:
+        """Raise `BadRecipe` if nothing would be left of the linear `where` of `columns` inputs."""
+        if self.count >= columns:
+            raise BadRecipe(
+                f"{self.count} outlier channels leave none of the {columns} inputs of {where} to quantize; "
+                f"use at most {columns - 1}"
+            )
+
+    def scheme(self, scheme: Scheme) -> Scheme:
+        """That of the outliers beside weights of `scheme`."""
+        return Scheme(8, WHOLE_CHANNEL, "none", scheme.scale_type)
+
+    def row_bits(self, columns: int, scheme: Scheme) -> int:
+        """Stored bits of one row of `columns` beyond those of `scheme` alone."""
+        split = scheme.row_bits(columns - self.count) + self.scheme(scheme).row_bits(self.count)
+        return split - scheme.row_bits(columns)
+
+    def __call__(
+        self,
+        weight: Tensor,
+        gram: Tensor | None,
+        scheme: Scheme,
+        round_main: Callable[[Tensor, Tensor | None], Rounding],
+    ) -> tuple[Rounding, PackedTensor]:
+        """Codes of the columns before, and all columns packed.
+
+        weight: (m, k) float32, outliers last. gram: (k, k), sum of x xᵀ over the inputs in that order, or None for no
+        compensation. round_main: rounds the columns before (m, k - count), given their Gram matrix.
+        """
+        split = weight.shape[1] - self.count
+        share = None if gram is None else _share(gram, split)
+        seen = None if gram is None or share is None else gram[:split, :split] - share @ gram[split:, :split]
+        rounding = round_main(weight[:, :split].contiguous(), seen)
+        main = PackedRange.pack(rounding.coded, scheme)
+        rest = weight[:, split:]
+        if share is not None:
+            rest = rest + (weight[:, :split] - main.dequantize()) @ share.to(rest.dtype)
+        own = self.scheme(scheme)
+        last = PackedRange.pack(grid.coded(rest, own, Clip("minmax")), own)
+        return rounding, PackedTensor((main, last))
+
+
+def _share(gram: Tensor, split: int) -> Tensor:
+    """G_SR (G_RR + d)^-1, (split, count): how much of each column's error each outlier can take."""
+    part = gram[split:, split:].double()
+    mean = float(part.diagonal().mean())
+    if not mean > 0:
+        return torch.zeros(split, part.shape[0], dtype=gram.dtype, device=gram.device)
+    damped = part + _DAMPING * mean * torch.eye(part.shape[0], dtype=part.dtype, device=part.device)
+    found: Tensor = torch.linalg.solve(damped, gram[split:, :split].double()).T
+    return found.to(gram.dtype)

@@ -1,0 +1,86 @@
+"""The tokens of a system prompt: text, a file of text, the chat template's own system turn, or BOS alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from subnibble.cache_scheme import PrefixIds
+from subnibble.errors import BadRecipe
+
+DEFAULT, BOS = "default", "bos"
+# Text that no template contains.
+_SYSTEM, _USER = "\u2983system\u2984", "\u2983user\u2984"
+
+
+def prefix_ids(prompt: str, tokenizer: Any) -> PrefixIds:
+    """The prefix that `prompt` asks for, in the tokens of a transformers `tokenizer`.
+
+    prompt: "default", the system turn that the chat template writes by itself; "bos"; a file's name; or text. Text
+    becomes a system turn where the chat template has such turns; else it comes bare, behind BOS if there is one.
+    """
+    bos = tokenizer.bos_token_id
+    own = tokenizer("a", verbose=False)["input_ids"]
+    added = bos if bos is not None and own and own[0] == bos else None
+    if prompt == BOS:
+        if bos is None:
+            raise BadRecipe('this tokenizer has no BOS token; give --system-prompt text, or "default"')
+        return PrefixIds((int(bos),), added)
+    turn = _system_turn(tokenizer)
+    if prompt == DEFAULT:
+        text = _default_turn(tokenizer, turn)
+    else:
+        text = _text(prompt)
+        text = f"{turn[0]}{text}{turn[1]}" if turn is not None else text
+    ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    first = added if turn is not None else bos
+    if first is not None and ids[:1] != [first]:
+        ids = [first, *ids]
+    if not ids:
+        raise BadRecipe("the system prompt is empty; give some text, or leave --system-prompt out")
+    return PrefixIds(tuple(map(int, ids)), added)
+
+
+def _text(prompt: str) -> str:
+    try:
+        path = Path(prompt)
+        if not path.is_file():
+            return prompt
+    except OSError:
+        # Too long for a file's name.
+        return prompt
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadRecipe(f"{path}: the system prompt cannot be read ({error}); give a file of UTF-8 text") from error
+
+
+def _system_turn(tokenizer: Any) -> tuple[str, str] | None:
+    """What the chat template writes before and behind the text of a system turn; None if it has no such turn."""
+    rendered = _rendered(tokenizer, [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": _USER}])
+    alone = _rendered(tokenizer, [{"role": "system", "content": _SYSTEM}])
+    if rendered is None or alone is None or not rendered.startswith(alone) or alone.count(_SYSTEM) != 1:
+        return None
+    before, _, behind = alone.partition(_SYSTEM)
+    return before, behind
+
+
+def _default_turn(tokenizer: Any, turn: tuple[str, str] | None) -> str:
+    rendered = _rendered(tokenizer, [{"role": "user", "content": _USER}])
+    if turn is not None and rendered is not None and turn[1] and rendered.startswith(turn[0]):
+        end = rendered.find(turn[1], len(turn[0]))
+        if end >= 0 and end + len(turn[1]) <= rendered.find(_USER):
+            return rendered[: end + len(turn[1])]
+    raise BadRecipe("this model's chat template writes no system turn by itself; give --system-prompt text, or bos")
+
+
+def _rendered(tokenizer: Any, turns: list[dict[str, str]]) -> str | None:
+    """The turns in the chat template; None where it has none or refuses them."""
+    from jinja2 import TemplateError
+
+    if not tokenizer.chat_template:
+        return None
+    try:
+        return str(tokenizer.apply_chat_template(turns, tokenize=False))
+    except TemplateError:
+        return None

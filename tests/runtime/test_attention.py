@@ -1,0 +1,125 @@
+"""Attention over a prefix and a coded cache, against scores written out and a log-sum-exp merge."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from subnibble.runtime.attention import PrefixSeen, attend
+from subnibble.runtime.kv_cache import Seen
+from subnibble.runtime.rotary import rotate, unrotate
+
+SCALING = 0.3
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def example(count: int = 5, total: int = 9, prefix: int = 4) -> dict[str, object]:
+    """Two sequences, four query heads on two key-value heads; the second sequence is padded by two on the left."""
+    visible = torch.ones(2, 1, count, total, dtype=torch.bool).tril(total - count)
+    visible[1, :, :, :2] = False
+    shown = torch.ones(1, 1, count, prefix, dtype=torch.bool)
+    shown[..., 3:, 0] = False
+    return {
+        "query": random(2, 4, count, 6),
+        "keys": random(2, 2, total, 6, seed=1),
+        "values": random(2, 2, total, 6, seed=2),
+        "visible": visible,
+        "prefix": PrefixSeen(random(2, prefix, 6, seed=3), random(2, prefix, 6, seed=4), shown),
+    }
+
+
+def by_hand(e: dict[str, object], keys=None, values=None, with_prefix: bool = True) -> torch.Tensor:
+    """Each query by itself. keys, values: (query, ...) of each query, by default the same for all."""
+    query, prefix = e["query"], e["prefix"]
+    result = torch.empty_like(query)
+    for b, h, t in torch.cartesian_prod(*map(torch.arange, query.shape[:3])).tolist():
+        k = e["keys"][b, h // 2] if keys is None else keys[t][b, h // 2]
+        v = e["values"][b, h // 2] if values is None else values[t][b, h // 2]
+        seen = e["visible"][b, 0, t]
+        k, v = k[seen], v[seen]
+        if with_prefix:
+            shown = prefix.visible[0, 0, t]
+            k = torch.cat([prefix.keys[h // 2][shown], k])
+            v = torch.cat([prefix.values[h // 2][shown], v])
+        result[b, h, t] = (SCALING * k @ query[b, h, t]).softmax(0) @ v
+    return result
+
+
+@pytest.mark.parametrize("with_prefix", [True, False])
+def test_attention_is_that_of_each_query_by_itself(with_prefix: bool) -> None:
+    e = example()
+    prefix = e["prefix"] if with_prefix else None
+    found = attend(e["query"], Seen(e["keys"]), Seen(e["values"]), e["visible"], SCALING, prefix)
+    torch.testing.assert_close(found, by_hand(e, with_prefix=with_prefix), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("which", ["keys", "values", "both"])
+@pytest.mark.parametrize("with_prefix", [True, False])
+def test_queries_that_see_more_or_less_coded_get_their_own(which: str, with_prefix: bool) -> None:
+    e = example()
+    counts = torch.tensor([0, 2, 2, 5, 6])
+    seen, own = {}, {}
+    for number, name in enumerate(("keys", "values")):
+        late, early = e[name], e[name] + random(*e[name].shape, seed=7 + number)
+        if which not in (name, "both"):
+            seen[name], own[name] = Seen(late), None
+            continue
+        # What no query sees coded is the same in both.
+        late = torch.cat([late[:, :, :6], early[:, :, 6:]], 2)
+        seen[name] = Seen(late, early, counts)
+        own[name] = [torch.cat([late[:, :, :c], early[:, :, c:]], 2) for c in counts.tolist()]
+        e[name] = late
+    prefix = e["prefix"] if with_prefix else None
+    found = attend(e["query"], seen["keys"], seen["values"], e["visible"], SCALING, prefix)
+    wanted = by_hand(e, own["keys"], own["values"], with_prefix)
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_no_mask_is_the_causal_mask() -> None:
+    for count in (1, 4, 9):
+        e = example(count)
+        e["visible"] = torch.ones(2, 1, count, 9, dtype=torch.bool).tril(9 - count)
+        for prefix in (None, e["prefix"]):
+            found = attend(e["query"], Seen(e["keys"]), Seen(e["values"]), None, SCALING, prefix)
+            wanted = by_hand(e, with_prefix=prefix is not None)
+            torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_two_segments_are_a_log_sum_exp_merge() -> None:
+    e = example()
+    e["prefix"].visible.fill_(True)
+    parts = []
+    for k, v, seen in (
+        (e["keys"], e["values"], e["visible"]),
+        *[(p.keys.expand(2, -1, -1, -1), p.values.expand(2, -1, -1, -1), p.visible) for p in [e["prefix"]]],
+    ):
+        scores = SCALING * e["query"].unflatten(1, (2, 2)) @ k.unsqueeze(2).transpose(-1, -2)
+        scores = scores.masked_fill(~seen.unsqueeze(1), -torch.inf)
+        lse = scores.logsumexp(-1, keepdim=True)
+        parts.append((lse, (scores - lse).exp() @ v.unsqueeze(2)))
+    (a, y), (b, z) = parts
+    share = torch.sigmoid(a - b)
+    merged = (share * y + (1 - share) * z).flatten(1, 2)
+    found = attend(e["query"], Seen(e["keys"]), Seen(e["values"]), e["visible"], SCALING, e["prefix"])
+    torch.testing.assert_close(found, merged, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("turned", [16, 8])
+@pytest.mark.parametrize("factor", [1.0, 1.7])
+def test_taking_positions_off_undoes_putting_them_on(turned: int, factor: float) -> None:
+    x = random(2, 3, 7, 16)
+    angle = random(2, 7, turned // 2, seed=5).repeat(1, 1, 2)
+    cos, sin = factor * angle.cos(), factor * angle.sin()
+    torch.testing.assert_close(unrotate(rotate(x, cos, sin), cos, sin), x, rtol=1e-12, atol=1e-12)
+
+
+def test_positions_are_those_of_transformers() -> None:
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    x = random(2, 3, 7, 16)
+    angle = random(2, 7, 8, seed=5).repeat(1, 1, 2)
+    wanted, _ = apply_rotary_pos_emb(x, x, angle.cos(), angle.sin())
+    torch.testing.assert_close(rotate(x, angle.cos(), angle.sin()), wanted)
