@@ -78,6 +78,16 @@ def test_queries_that_see_more_or_less_coded_get_their_own(which: str, with_pref
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
 
 
+def test_a_query_that_sees_nothing_gives_zeros() -> None:
+    e = example()
+    e["visible"][1, :, 2] = False
+    counts = torch.tensor([0, 2, 2, 5, 6])
+    for keys in (Seen(e["keys"]), Seen(e["keys"], e["keys"] + 1, counts)):
+        found = attend(e["query"], keys, Seen(e["values"]), e["visible"], SCALING)
+        assert bool((found[1, :, 2] == 0).all())
+        assert bool(found.isfinite().all())
+
+
 def test_no_mask_is_the_causal_mask() -> None:
     for count in (1, 4, 9):
         e = example(count)

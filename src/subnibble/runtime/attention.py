@@ -64,8 +64,11 @@ def _by_query(
     if keys.early is not None:
         early = _behind(prefix, "keys", keys.early).unsqueeze(2)
         scores = torch.where(_coded(keys, offset), scores, grouped @ early.transpose(-1, -2))
-    scores = (scores * scaling).masked_fill(~visible.unsqueeze(1), -torch.inf)
+    visible = visible.unsqueeze(1)
+    scores = (scores * scaling).masked_fill(~visible, -torch.inf)
     shares = scores.softmax(-1, dtype=torch.promote_types(query.dtype, torch.float32)).to(query.dtype)
+    # A padded query sees nothing: 0, as of torch's own attention, not 0 / 0.
+    shares = shares.masked_fill(~visible.any(-1, keepdim=True), 0)
     late = _behind(prefix, "values", values.late).unsqueeze(2)
     if values.early is None:
         found: Tensor = (shares @ late).flatten(1, 2)

@@ -1,0 +1,331 @@
+"""A transformers model on a coded cache and behind a prefix: `forward` and `generate`, against what they must equal."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import DynamicCache, StaticCache
+
+from conftest import CONFIGS, VOCABULARY, random_model
+from subnibble.cache_scheme import CacheScheme, PrefixIds
+from subnibble.errors import BadRecipe
+from subnibble.hf_cache import (
+    KVCache,
+    attach_cache_,
+    attached_cache,
+    detach_cache_,
+    repeated_prefix,
+    set_prefix_,
+)
+
+SCHEMES = {
+    "token": CacheScheme(4),
+    "before-rope": CacheScheme(3, 5, rope="before"),
+    "hadamard": CacheScheme(4, key_rotation="hadamard"),
+    "channel": CacheScheme(2, 4, "channel", window=4),
+    "channel-before-rope": CacheScheme(3, 4, "channel", rope="before", window=8),
+    "window": CacheScheme(3, window=5),
+}
+PREFIX = 5
+
+
+def model_of(name: str) -> torch.nn.Module:
+    model = random_model(name).double()
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+def ids(tokens: int, batch: int = 2, seed: int = 0) -> torch.Tensor:
+    return torch.randint(1, VOCABULARY, (batch, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def logits(model: torch.nn.Module, tokens: torch.Tensor, **more: object) -> torch.Tensor:
+    with torch.no_grad():
+        return model(tokens, **more).logits
+
+
+def in_pieces(model: torch.nn.Module, tokens: torch.Tensor, pieces: tuple[int, ...], mask=None) -> torch.Tensor:
+    past, found, start = None, [], 0
+    for piece in pieces:
+        stop = start + piece
+        more = {} if mask is None else {"attention_mask": mask[:, :stop]}
+        if mask is not None:
+            more["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, start:stop]
+        with torch.no_grad():
+            out = model(tokens[:, start:stop], past_key_values=past, use_cache=True, **more)
+        past, start = out.past_key_values, stop
+        found.append(out.logits)
+    return torch.cat(found, 1)
+
+
+def with_prefix(model: torch.nn.Module, prefix: torch.Tensor, scheme: CacheScheme | None, bos: int | None = None):
+    """A copy of the model behind the prefix (p,), whose keys and values it makes itself."""
+    cache = DynamicCache()
+    with torch.no_grad():
+        model.model(prefix.unsqueeze(0), past_key_values=cache, use_cache=True)
+    own = copy.deepcopy(model)
+    attach_cache_(own, scheme, PrefixIds(tuple(prefix.tolist()), bos))
+    set_prefix_(own, [layer.keys[0] for layer in cache.layers], [layer.values[0] for layer in cache.layers])
+    return own
+
+
+def close(a: torch.Tensor, b: torch.Tensor) -> None:
+    torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_without_scheme_and_prefix_nothing_changes(name: str) -> None:
+    model, tokens = model_of(name), ids(14)
+    wanted = logits(model, tokens)
+    attach_cache_(model, None)
+    close(logits(model, tokens), wanted)
+    close(in_pieces(model, tokens, (5, 1, 8)), wanted)
+    detach_cache_(model)
+    assert attached_cache(model) is None
+    assert model.config._attn_implementation == "sdpa"
+    assert torch.equal(logits(model, tokens), wanted)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_at_once_and_token_by_token_are_the_same(name: str, scheme: str) -> None:
+    model, tokens = model_of(name), ids(17)
+    plain = logits(model, tokens)
+    attach_cache_(model, SCHEMES[scheme])
+    wanted = logits(model, tokens)
+    close(in_pieces(model, tokens, (1,) * 17), wanted)
+    close(in_pieces(model, tokens, (7, 4, 1, 5)), wanted)
+    # It is coded at all.
+    assert float((wanted - plain).abs().max()) > 1e-3
+
+
+def test_keys_coded_before_positions_are_those_of_an_attention_that_codes_them_there() -> None:
+    """Against the model's own attention with k_proj's output replaced by what its codes stand for."""
+    from subnibble.runtime.kv_cache import dequantize_rows, quantize_rows
+
+    model, tokens, scheme = model_of("llama"), ids(11), SCHEMES["before-rope"]
+    twin = copy.deepcopy(model)
+    bounds = scheme.bounds(16)
+
+    def coded(module, args, output):
+        heads = output.unflatten(-1, (-1, 16))
+        return dequantize_rows(quantize_rows(heads, scheme.bits, bounds), scheme.bits, bounds, output.dtype).flatten(-2)
+
+    for block in twin.model.layers:
+        block.self_attn.k_proj.register_forward_hook(coded)
+        block.self_attn.v_proj.register_forward_hook(coded)
+    attach_cache_(model, scheme)
+    # Positions are taken off in float32.
+    torch.testing.assert_close(logits(model, tokens), logits(twin, tokens), rtol=1e-4, atol=1e-4)
+
+
+def test_turned_keys_at_many_bits_are_the_plain_ones() -> None:
+    model, tokens = model_of("llama"), ids(11)
+    plain = logits(model, tokens)
+    attach_cache_(model, CacheScheme(8, key_rotation="hadamard"))
+    error = float((logits(model, tokens) - plain).abs().max())
+    attach_cache_(model, CacheScheme(2, key_rotation="hadamard"))
+    assert error < 0.1 * float((logits(model, tokens) - plain).abs().max())
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("scheme", [None, "window", "hadamard"])
+def test_a_prefix_is_what_the_model_makes_of_it_in_front(name: str, scheme: str | None) -> None:
+    model = model_of(name)
+    prefix, text = ids(PREFIX, 1, seed=3)[0], ids(14)
+    whole = torch.cat([prefix.expand(2, -1), text], 1)
+    own = with_prefix(model, prefix, None if scheme is None else SCHEMES[scheme])
+    if scheme is None:
+        wanted = logits(model, whole)[:, PREFIX:]
+        close(logits(own, text), wanted)
+        # The test can fail: without the prefix's positions it is something else.
+        own.model._forward_pre_hooks.popitem()
+        attach_cache_(own, None)
+        assert float((logits(own, text) - wanted).abs().max()) > 1e-2
+        return
+    wanted = logits(own, text)
+    close(in_pieces(own, text, (1,) * 14), wanted)
+    close(logits(own, whole)[:, PREFIX:], wanted)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+@pytest.mark.parametrize("scheme", [None, *SCHEMES])
+@pytest.mark.parametrize("prefixed", [False, True])
+def test_padding_on_the_left_changes_nothing(name: str, scheme: str | None, prefixed: bool) -> None:
+    found = None if scheme is None else SCHEMES[scheme]
+    if found is not None and found.key_axis == "channel":
+        pytest.skip("keys by channel share ranges with the padding of their group")
+    model = model_of(name)
+    if prefixed:
+        model = with_prefix(model, ids(PREFIX, 1, seed=3)[0], found)
+    else:
+        attach_cache_(model, found)
+    text = ids(9)
+    padded = torch.cat([torch.zeros(2, 3, dtype=torch.long), text], 1)
+    padded[1] = ids(12, 1, seed=4)[0]
+    mask = torch.ones_like(padded)
+    mask[0, :3] = 0
+    if found is not None and found.window:
+        # A window counts places in the cache, padding among them: only from behind.
+        pieces = in_pieces(model, padded, (12,), mask)
+        close(in_pieces(model, padded, (4, 1, 7), mask), pieces)
+        return
+    both = in_pieces(model, padded, (12,), mask)
+    close(both[:1, 3:], logits(model, text[:1]))
+    close(both[1:], logits(model, padded[1:]))
+
+
+@pytest.mark.parametrize("scheme", [None, *SCHEMES])
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("prefixed", [False, True])
+def test_generate_takes_the_likeliest_continuation(scheme: str | None, beams: int, prefixed: bool) -> None:
+    """Greedy search is that of whole forwards; beams score what whole forwards score."""
+    found = None if scheme is None else SCHEMES[scheme]
+    model = model_of("llama")
+    if prefixed:
+        model = with_prefix(model, ids(PREFIX, 1, seed=3)[0], found)
+    else:
+        attach_cache_(model, found)
+    text = ids(6)
+    out = model.generate(
+        text, attention_mask=torch.ones_like(text), max_new_tokens=7, do_sample=False, num_beams=beams,
+        output_scores=True, return_dict_in_generate=True, length_penalty=0.0,
+    )  # fmt: skip
+    assert torch.equal(out.sequences[:, :6], text)
+    scores = logits(model, out.sequences[:, :-1]).log_softmax(-1)[:, 5:]
+    if beams == 1:
+        assert torch.equal(scores.argmax(-1), out.sequences[:, 6:])
+        assert isinstance(out.past_key_values, KVCache)
+        return
+    picked = scores.gather(-1, out.sequences[:, 6:, None]).sum((1, 2))
+    torch.testing.assert_close(picked, out.sequences_scores.double(), rtol=1e-4, atol=1e-4)
+
+
+def test_generate_with_and_without_the_prefix_in_its_ids() -> None:
+    prefix, text = ids(PREFIX, 1, seed=3)[0], ids(6)
+    model = with_prefix(model_of("llama"), prefix, CacheScheme(4))
+    whole = torch.cat([prefix.expand(2, -1), text], 1)
+    settings = {"max_new_tokens": 6, "do_sample": False}
+    alone = model.generate(text, attention_mask=torch.ones_like(text), **settings)
+    behind = model.generate(whole, attention_mask=torch.ones_like(whole), **settings)
+    assert torch.equal(behind[:, PREFIX:], alone)
+    # One row with, one without, which is padded.
+    mixed = torch.cat([whole[:1], torch.nn.functional.pad(text[1:], (PREFIX, 0))])
+    mask = torch.ones_like(mixed)
+    mask[1, :PREFIX] = 0
+    both = model.generate(mixed, attention_mask=mask, **settings)
+    assert torch.equal(both[:, PREFIX:], alone)
+    beams = model.generate(mixed, attention_mask=mask, num_beams=3, **settings)
+    assert torch.equal(
+        beams[:, PREFIX:], model.generate(text, attention_mask=torch.ones_like(text), num_beams=3, **settings)
+    )
+
+
+def test_a_second_bos_is_dropped_and_another_token_is_not() -> None:
+    prefix, text = ids(PREFIX, 1, seed=3)[0], ids(6)
+    bos = int(prefix[0])
+    model = with_prefix(model_of("llama"), prefix, None, bos)
+    begun = torch.cat([torch.full((2, 1), bos), text], 1)
+    close(logits(model, begun)[:, 1:], logits(model, text))
+    without = with_prefix(model_of("llama"), prefix, None, None)
+    assert float((logits(without, begun)[:, 1:] - logits(without, text)).abs().max()) > 1e-3
+
+
+def test_what_repeats_the_prefix_is_found_row_by_row() -> None:
+    prefix = PrefixIds((7, 8, 9), 7)
+    rows = torch.tensor([[7, 8, 9, 1, 2], [0, 0, 7, 8, 9], [7, 8, 1, 1, 1], [1, 7, 8, 9, 1], [0, 0, 0, 0, 7]])
+    mask = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [1, 1, 1, 1, 1], [0, 0, 0, 0, 1]])
+    hidden = repeated_prefix(rows, mask, prefix)
+    assert hidden.int().tolist() == [[1, 1, 1, 0, 0], [0, 0, 1, 1, 0], [1, 0, 0, 0, 0], [0] * 5, [0] * 5]
+    assert repeated_prefix(rows[3:4], None, prefix) is None
+    assert repeated_prefix(rows[2:3], None, replace(prefix, bos=None)) is None
+
+
+def test_the_prefix_is_shared_and_the_cache_does_not_hold_it() -> None:
+    prefix = ids(PREFIX, 1, seed=3)[0]
+    model = with_prefix(model_of("llama"), prefix, CacheScheme(4))
+    text = ids(6, batch=4)
+    with torch.no_grad():
+        cache = model(text, use_cache=True).past_key_values
+    assert cache.get_seq_length() == 6
+    assert cache.nbytes == 4 * 6 * 3 * CacheScheme(4).token_bytes(2, 16)
+    assert [tuple(block.self_attn.prefix_keys.shape) for block in model.model.layers] == [(2, PREFIX, 16)] * 3
+
+
+def test_no_dense_copy_stays_behind() -> None:
+    model = model_of("llama")
+    attach_cache_(model, CacheScheme(4, rope="before"))
+    with torch.no_grad():
+        cache = model(ids(6), use_cache=True).past_key_values
+    held = {id(t): t for layer in cache.layers for t in vars(layer).values() if isinstance(t, torch.Tensor)}
+    assert sum(t.numel() for t in held.values()) <= 6 * len(cache.layers)
+    assert all(layer._seen is None for layer in cache.layers)
+
+
+def test_a_cache_that_the_model_returned_goes_on_and_another_does_not() -> None:
+    model, tokens = model_of("llama"), ids(9)
+    attach_cache_(model, CacheScheme(4))
+    wanted = logits(model, tokens)
+    with torch.no_grad():
+        past = model(tokens[:, :5], use_cache=True).past_key_values
+    close(logits(model, tokens[:, 5:], past_key_values=past), wanted[:, 5:])
+    used = DynamicCache()
+    used.update(torch.zeros(2, 2, 3, 16), torch.zeros(2, 2, 3, 16), 0)
+    for wrong in (used, StaticCache(config=model.config, max_cache_len=16), KVCache(CacheScheme(3), 3)):
+        with pytest.raises(BadRecipe, match="leave past_key_values"):
+            logits(model, tokens, past_key_values=wrong)
+
+
+def test_a_cache_resets_selects_repeats_and_crops() -> None:
+    model, tokens = model_of("llama"), ids(9)
+    for scheme in (CacheScheme(4), CacheScheme(3, rope="before")):
+        attach_cache_(model, scheme)
+        wanted = logits(model, tokens)
+        with torch.no_grad():
+            past = model(tokens, use_cache=True).past_key_values
+        past.crop(-4)
+        close(logits(model, tokens[:, 5:], past_key_values=past), wanted[:, 5:])
+        past.crop(-4)
+        past.batch_select_indices(torch.tensor([1]))
+        past.batch_repeat_interleave(2)
+        both = logits(model, tokens[1:, 5:].expand(2, -1), past_key_values=past)
+        close(both, wanted[1:, 5:].expand(2, -1, -1))
+        past.reset()
+        assert past.get_seq_length() == 0
+        close(logits(model, tokens, past_key_values=past), wanted)
+
+
+def test_a_turned_cache_is_refused_where_queries_are_not() -> None:
+    model = model_of("llama")
+    with pytest.raises(BadRecipe, match="attach the cache"):
+        logits(model, ids(5), past_key_values=KVCache(CacheScheme(4, key_rotation="hadamard"), 3))
+
+
+def test_masks_that_cannot_be_moved_are_refused_behind_a_prefix() -> None:
+    model = with_prefix(model_of("llama"), ids(PREFIX, 1, seed=3)[0], None)
+    with pytest.raises(BadRecipe, match="two dimensions"):
+        logits(model, ids(5), attention_mask=torch.ones(2, 1, 5, 5, dtype=torch.bool))
+
+
+def test_a_deep_copy_has_a_cache_of_its_own_and_can_be_detached() -> None:
+    model, tokens = model_of("llama"), ids(9)
+    plain = logits(model, tokens)
+    attach_cache_(model, CacheScheme(2))
+    wanted = logits(model, tokens)
+    twin = copy.deepcopy(model)
+    close(logits(twin, tokens), wanted)
+    detach_cache_(twin)
+    close(logits(twin, tokens), plain)
+    close(logits(model, tokens), wanted)
+
+
+def test_inputs_may_be_embeddings_or_positional() -> None:
+    model, tokens = model_of("llama"), ids(9)
+    attach_cache_(model, CacheScheme(4))
+    wanted = logits(model, tokens)
+    close(logits(model, None, inputs_embeds=model.model.embed_tokens(tokens)), wanted)
+    with torch.no_grad():
+        close(model.lm_head(model.model(tokens).last_hidden_state), wanted)
