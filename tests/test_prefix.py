@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,10 @@ from subnibble.cache_scheme import CacheScheme
 from subnibble.checkpoint.packed import packed_config_of
 from subnibble.checkpoint.size import measure
 from subnibble.checkpoint.source import open_source
-from subnibble.errors import BadRecipe, CalibrationError
+from subnibble.errors import BadRecipe, CalibrationError, CheckpointError
 from subnibble.evaluation import Evaluation, evaluate
 from subnibble.hf_cache import attached_cache
+from subnibble.prefix import add_prefix, attach_prefix_
 
 PROMPT = "w5 w9 w2 w7"
 IDS = (5, 9, 2, 7)
@@ -188,8 +190,6 @@ def test_a_prompt_longer_than_the_model_is_refused(folders: dict[str, Path], tmp
 
 
 def test_a_prefix_without_its_tensors_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
-    from subnibble.errors import CheckpointError
-
     quantize(folders["llama"], tmp_path / "out", Recipe(method="none", kv_bits=4))
     file = tmp_path / "out" / "config.json"
     config = json.loads(file.read_text())
@@ -200,3 +200,69 @@ def test_a_prefix_without_its_tensors_is_refused(folders: dict[str, Path], tmp_p
     file.write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="prefix_keys is missing"):
         load(tmp_path / "out")
+
+
+def test_a_prompt_can_be_added_and_replaced_later(folders: dict[str, Path], token_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    recipe = Recipe(bits=4, group_size=16, **DATA, calibration=str(token_file), kv_bits=8, system_prompt="w1 w2")
+    quantize(folders["mistral"], out, recipe)
+    (out / "notes.txt").write_text("mine")
+    before = json.loads((out / "report.json").read_text())
+    packed = load(out)
+    wanted = own_states(packed)
+    assert add_prefix(out, PROMPT).ids == IDS
+    found = load(out)
+    attached = attached_cache(found)
+    assert (attached.prefix.ids, attached.scheme) == (IDS, CacheScheme(8))
+    for block, (keys, values) in zip(found.model.layers, wanted, strict=True):
+        assert torch.equal(block.self_attn.prefix_keys, keys.half())
+        assert torch.equal(block.self_attn.prefix_values, values.half())
+    after = json.loads((out / "report.json").read_text())
+    assert after["weights_sha256"] not in (before["weights_sha256"], "")
+    assert after["linears"] == before["linears"]
+    assert (out / "recipe.toml").is_file()
+    assert (out / "notes.txt").read_text() == "mine"
+    # In memory it is the same.
+    again = load(out)
+    attach_prefix_(again, CacheScheme(8), attached.prefix)
+    assert torch.equal(logits(again, text()), logits(found, text()))
+
+
+def test_a_prompt_is_added_to_packed_checkpoints_alone_and_nothing_is_lost(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    with pytest.raises(CheckpointError, match="quantize the model first"):
+        add_prefix(folders["llama"], PROMPT)
+    quantize(folders["llama"], tmp_path / "out", Recipe(method="none", kv_bits=4))
+    names = {file.name: file.stat().st_size for file in (tmp_path / "out").iterdir()}
+    with pytest.raises(BadRecipe, match="writes no system turn"):
+        add_prefix(tmp_path / "out", "default")
+    assert {file.name: file.stat().st_size for file in (tmp_path / "out").iterdir()} == names
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_reference_is_scored_behind_the_same_prompt(
+    folders: dict[str, Path], text_file: Path, tmp_path: Path
+) -> None:
+    quantize(folders["llama"], tmp_path / "out", Recipe(method="none", system_prompt=PROMPT))
+    evaluation = Evaluation(str(text_file), window=16, dtype="float32")
+    found = evaluate(tmp_path / "out", evaluation, folders["llama"])
+    assert found["prefix_tokens"] == 4
+    # Nothing but half precision tells them apart.
+    assert found["kl_divergence"] < 1e-4
+    behind = evaluate(folders["llama"], replace(evaluation, system_prompt=PROMPT), folders["llama"])
+    assert behind["kl_divergence"] == 0
+    assert abs(behind["perplexity"] / found["perplexity"] - 1) < 1e-3
+
+
+def test_any_model_can_be_scored_on_a_coded_cache(folders: dict[str, Path], text_file: Path, tmp_path: Path) -> None:
+    evaluation = Evaluation(str(text_file), window=16, dtype="float32")
+    distances = [
+        evaluate(folders["llama"], replace(evaluation, cache=CacheScheme(bits)), folders["llama"])["kl_divergence"]
+        for bits in (8, 4, 2)
+    ]
+    assert distances == sorted(distances)
+    assert distances[2] > 10 * distances[0] > 0
+    quantize(folders["llama"], tmp_path / "out", Recipe(method="none", system_prompt=PROMPT))
+    both = evaluate(tmp_path / "out", replace(evaluation, cache=CacheScheme(2)))
+    assert (both["prefix_tokens"], both["cache_bytes"]) == (4, 3 * CacheScheme(2).token_bytes(2, 16))

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from subnibble.cache_scheme import CacheScheme
 from subnibble.calibrate.windows import check_positions, evaluation_windows
 from subnibble.checkpoint.packed import packed_config_of
 from subnibble.checkpoint.size import measure
@@ -17,7 +18,11 @@ from subnibble.errors import BadRecipe, CheckpointError
 from subnibble.evaluate.layer_error import layer_errors
 from subnibble.evaluate.perplexity import bos_token, check_vocabularies, score
 from subnibble.hf import load_model, memory_bytes
+from subnibble.hf_cache import attach_cache_, attached_cache, change_scheme_
+from subnibble.model.site import Heads
+from subnibble.prefix import attach_prefix_, same_prefix_
 from subnibble.progress import Progress, silent
+from subnibble.prompt import prefix_ids
 from subnibble.report.clock import Clock, peak_memory
 
 
@@ -25,7 +30,8 @@ from subnibble.report.clock import Clock, peak_memory
 class Evaluation:
     """What to score on, and how. text: a file or named set. window: tokens. max_windows: at most, None for all.
 
-    device, dtype: where and in which type to compute, see `device.py`.
+    device, dtype: where and in which type to compute, see `device.py`. cache: code the KV cache so, whatever the
+    checkpoint says. system_prompt: put the model behind it, see `prompt.py`; its keys and values are the model's own.
     """
 
     text: str
@@ -33,6 +39,8 @@ class Evaluation:
     max_windows: int | None = None
     device: str = "auto"
     dtype: str = "auto"
+    cache: CacheScheme | None = None
+    system_prompt: str | None = None
 
     def __post_init__(self) -> None:
         if self.window < 2 or (self.max_windows is not None and self.max_windows < 1):
@@ -44,9 +52,25 @@ class Evaluation:
     def windows(self, source: Source) -> Tensor:
         """The windows, in the tokens of `source`."""
         packed = packed_config_of(source.config)
-        prefix = 0 if packed is None or packed.prefix is None else len(packed.prefix.ids)
-        check_positions(self.window, source.config, prefix)
+        prefix = None if packed is None else packed.prefix
+        if self.system_prompt is not None:
+            prefix = prefix_ids(self.system_prompt, source.load_tokenizer())
+        check_positions(self.window, source.config, 0 if prefix is None else len(prefix.ids))
         return evaluation_windows(self.text, source.load_tokenizer(), self.window, self.max_windows)
+
+
+def prepare_(model: Any, tokenizer: Any, cache: CacheScheme | None, system_prompt: str | None) -> None:
+    """Put a loaded model on a coded cache and behind a system prompt, as far as they are asked for (not None)."""
+    if cache is None and system_prompt is None:
+        return
+    attached = attached_cache(model)
+    scheme = cache or (None if attached is None else attached.scheme)
+    if system_prompt is not None:
+        attach_prefix_(model, scheme, prefix_ids(system_prompt, tokenizer))
+    elif attached is not None and attached.prefix is not None:
+        change_scheme_(model, scheme)
+    else:
+        attach_cache_(model, scheme)
 
 
 def evaluate(
@@ -57,7 +81,8 @@ def evaluate(
     layers: bool = False,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Perplexity, bits, sizes and cost of `model`; with a `reference`, how far it is from it.
+    """Perplexity, bits, sizes and cost of `model`; with a `reference`, behind the same system prompt, how far it is
+    from it.
 
     layers: add each packed linear's output error against the reference's; linears that were stored in another basis
     (rotated, channels scaled) have none.
@@ -70,19 +95,33 @@ def evaluate(
     size = measure(source)
     windows = evaluation.windows(source)
     loaded = load_model(source, evaluation.dtype, evaluation.device)
+    prepare_(loaded, source.load_tokenizer(), evaluation.cache, evaluation.system_prompt)
     original = None if reference is None else load_model(reference, evaluation.dtype, evaluation.device)
     if original is not None:
         check_vocabularies(loaded, original)
+        same_prefix_(loaded, original)
     scores = score({"model": loaded}, windows, bos_token(source.load_tokenizer()), original, progress)["model"]
     found = scores.to_dict() | size.to_dict()
     found |= {
         "text": evaluation.text,
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "memory_bytes": memory_bytes(loaded),
+        **_attached_facts(loaded, size.cache_bytes),
     }
     if layers:
         found["output_errors"] = layer_errors(loaded, original, windows, moved)
     return found | {"seconds": clock.seconds()["total"], "peak_memory": peak_memory()}
+
+
+def _attached_facts(model: Any, cache_bytes: float) -> dict[str, Any]:
+    """What the model ran on: bytes of a token in its KV cache, tokens of its prefix."""
+    attached = attached_cache(model)
+    if attached is None:
+        return {"cache_bytes": cache_bytes, "prefix_tokens": 0}
+    heads, layers = Heads.of(model.config), model.config.num_hidden_layers
+    if attached.scheme is not None:
+        cache_bytes = layers * attached.scheme.token_bytes(heads.key_value, heads.width)
+    return {"cache_bytes": cache_bytes, "prefix_tokens": 0 if attached.prefix is None else len(attached.prefix.ids)}
 
 
 def _moved(folder: Path) -> set[str]:

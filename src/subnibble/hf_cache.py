@@ -288,6 +288,16 @@ def detach_cache_(model: Any) -> None:
     delattr(model, _RECORD)
 
 
+def change_scheme_(model: Any, scheme: CacheScheme | None) -> None:
+    """Give a model another cache; its prefix stays."""
+    attached, attentions = attached_cache(model), _attentions(model)
+    prefix = None if attached is None else attached.prefix
+    held = [(module.prefix_keys, module.prefix_values) for module in attentions] if prefix is not None else []
+    attach_cache_(model, scheme, prefix)
+    if held:
+        set_prefix_(model, [keys for keys, _ in held], [values for _, values in held])
+
+
 def attached_cache(model: Any) -> Attached | None:
     """What `attach_cache_` gave the model, None if nothing."""
     return getattr(model, _RECORD, None)

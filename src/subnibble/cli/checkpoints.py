@@ -1,8 +1,11 @@
-"""`subnibble inspect` and `subnibble list`."""
+"""`subnibble inspect`, `subnibble prefix` and `subnibble list`."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from subnibble.cli import options as o
 from subnibble.cli.console import megabytes, print_json, table
@@ -52,6 +55,21 @@ def inspect(model: o.Model, json: o.Json = False) -> None:
             for path, entry in found["modules"].items()
         ]
         table(("module", "kind", "rows", "columns x scheme"), rows)
+
+
+def prefix(
+    out: Annotated[Path, typer.Argument(help="A folder that `subnibble quantize` wrote.", metavar="OUT")],
+    system_prompt: Annotated[
+        str, typer.Option(help="As of `subnibble quantize`, but as the packed model sees it.", metavar=o.PROMPTS)
+    ],
+    device: o.Device = None,
+    dtype: o.Dtype = None,
+) -> None:
+    """Give the checkpoint in OUT a system prompt, its keys and values at 16 bits."""
+    from subnibble.prefix import add_prefix
+
+    found = add_prefix(out, system_prompt, dtype=dtype or "float32", device=device or "auto")
+    typer.echo(f"{out}: system prompt of {len(found.ids)} tokens at 16 bits")
 
 
 def _cache_name(packed: PackedConfig | None) -> str:

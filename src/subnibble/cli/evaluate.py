@@ -18,6 +18,9 @@ def evaluate(
     window: Annotated[int, typer.Option(help="Tokens of a window.")] = 2048,
     max_windows: o.MaxWindows = None,
     reference: Reference = None,
+    kv_bits: o.KvBits = None,
+    kv_option: o.KvOptions = None,
+    system_prompt: o.SystemPrompt = None,
     layers: Annotated[
         bool, typer.Option("--layers", help="Add each linear's output error; needs --reference.")
     ] = False,
@@ -29,7 +32,8 @@ def evaluate(
     from subnibble.evaluation import Evaluation
     from subnibble.evaluation import evaluate as run
 
-    evaluation = Evaluation(text, window, max_windows, device or "auto", dtype or "auto")
+    scheme = o.cache_scheme(kv_bits, kv_option)
+    evaluation = Evaluation(text, window, max_windows, device or "auto", dtype or "auto", scheme, system_prompt)
     with progress("evaluate") as told:
         found = run(model, evaluation, reference, layers=layers, progress=told)
     if json:
@@ -40,6 +44,8 @@ def evaluate(
         ("windows", f"{found['windows']} of {window} tokens{' after BOS' if found['bos'] else ''}"),
         ("effective bits", f"{found['effective_bits']:.3f}"),
         ("model bits", f"{found['model_bits']:.3f}"),
+        ("KV cache", f"{found['cache_bytes']:.0f} bytes a token"),
+        *([("system prompt", f"{found['prefix_tokens']} tokens at 16 bits")] if found["prefix_tokens"] else []),
         ("on disk", megabytes(found["file_bytes"])),
         ("in memory", megabytes(found["memory_bytes"])),
         ("peak memory of this run", megabytes(found["peak_memory"])),
@@ -59,16 +65,21 @@ def generate(
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the chat template.")] = False,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.", min=0.0)] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    kv_bits: o.KvBits = None,
+    kv_option: o.KvOptions = None,
+    system_prompt: o.SystemPrompt = None,
     device: o.Device = None,
     dtype: o.Dtype = None,
 ) -> None:
     """Let MODEL continue a prompt."""
     from subnibble.checkpoint.source import open_source
+    from subnibble.evaluation import prepare_
     from subnibble.hf import load_model
     from subnibble.speak import chat_prompt, speak
 
     source = open_source(model)
     tokenizer = source.load_tokenizer()
     loaded = load_model(source, dtype or "auto", device or "auto")
+    prepare_(loaded, tokenizer, o.cache_scheme(kv_bits, kv_option), system_prompt)
     text = chat_prompt(tokenizer, prompt) if chat else prompt
     typer.echo(speak(loaded, tokenizer, text, max_new_tokens, temperature, seed))

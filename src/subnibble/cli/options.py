@@ -11,8 +11,10 @@ import typer
 from subnibble.errors import BadRecipe
 
 if TYPE_CHECKING:
+    from subnibble.cache_scheme import CacheScheme
     from subnibble.recipe import Recipe
 
+PROMPTS = "TEXT|FILE|default|bos"
 Model = Annotated[str, typer.Argument(help="Folder, hub id or .gguf file.", metavar="MODEL")]
 Device = Annotated[str | None, typer.Option(help="Torch device; default: an accelerator if there is one.")]
 Dtype = Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16: type to compute in.")]
@@ -36,7 +38,7 @@ SystemPrompt = Annotated[
     typer.Option(
         help="Text (or a file of it) before every text, its keys and values kept at 16 bits; default: the chat "
         "template's own; bos: BOS alone.",
-        metavar="TEXT|FILE|default|bos",
+        metavar=PROMPTS,
     ),
 ]
 Calibration = Annotated[
@@ -70,6 +72,15 @@ def build_recipe(
     values["options"] = kept | dict(_parse_option(option) for option in options or [])
     values["kv"] = {**recipe.kv, **dict(_parse_option(option) for option in kv_options or [])}
     return Recipe.from_dict(values)
+
+
+def cache_scheme(bits: int | None, options: list[str] | None) -> CacheScheme | None:
+    """The KV cache that a command line asks for; None if it asks for none."""
+    from subnibble.cache_scheme import PLAIN_CACHE
+    from subnibble.recipe import Recipe
+
+    settings = dict(_parse_option(option) for option in options or [])
+    return Recipe(kv_bits=PLAIN_CACHE if bits is None else bits, kv=settings).cache_scheme({})
 
 
 def options_of(method: str, options: list[str] | None) -> list[str]:
