@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from subnibble.evaluation import Evaluation
 from subnibble.hf import load_model, memory_bytes
 from subnibble.methods import find_method
 from subnibble.pipeline import quantize
+from subnibble.prefix import same_prefix_
 from subnibble.progress import Progress, silent, titled
 from subnibble.recipe import Recipe
 
@@ -55,7 +56,8 @@ def compare(
 ) -> list[Row]:
     """Quantize `model` by each recipe and score all of them and the original on the same windows.
 
-    out: where to keep the checkpoints, `<method>-<scheme>` each; None keeps none.
+    Recipes have one system prompt, or none; the original is scored behind the same. out: where to keep the checkpoints,
+    `<method>-<scheme>` each; None keeps none.
     """
     names = [recipe_name(recipe) for recipe in recipes]
     for name in names:
@@ -63,8 +65,11 @@ def compare(
             raise BadRecipe(f"{name} is asked for {names.count(name)} times; name each method and width once")
         if out is not None:
             check_output(out / name, overwrite)
+    prompts = {recipe.system_prompt for recipe in recipes}
+    if len(prompts) > 1 or evaluation.system_prompt is not None or evaluation.cache is not None:
+        raise BadRecipe("models side by side have one system prompt, and cache and prompt come with their recipes")
     source = open_source(model)
-    windows = evaluation.windows(source)
+    windows = replace(evaluation, system_prompt=next(iter(prompts), None)).windows(source)
     bos = bos_token(source.load_tokenizer())
     with _folder(out) as folder:
         seconds: dict[str, float | None] = {ORIGINAL: None}
@@ -75,6 +80,8 @@ def compare(
             report = quantize(source, folder / name, recipe, overwrite=overwrite, progress=titled(progress, name))
             seconds[name] = report.seconds["total"]
         models = {name: load_model(path, evaluation.dtype, evaluation.device) for name, path in paths.items()}
+        if names:
+            same_prefix_(models[names[0]], models[ORIGINAL])
         scores = score(models, windows, bos, models[ORIGINAL], titled(progress, "evaluate"))
         rows = []
         for name, path in paths.items():
@@ -100,7 +107,10 @@ def recipe_name(recipe: Recipe) -> str:
     options = "".join(f"-{value}" for _, value in sorted(recipe.options.items()))
     activation = recipe.activation
     inputs = "" if activation is None else f"-{activation.name}"
-    return f"{recipe.method}-{recipe.scheme.name}{inputs}{options}"
+    steps = find_method(recipe.method)
+    cache = recipe.cache_scheme(steps.build(steps.configure(recipe.options)).cache)
+    cached = "" if cache is None else f"-{cache.name}"
+    return f"{recipe.method}-{recipe.scheme.name}{inputs}{cached}{options}"
 
 
 @contextmanager

@@ -10,12 +10,13 @@ import psutil
 import torch
 
 from subnibble.calibrate.windows import check_positions
+from subnibble.checkpoint.size import cache_bytes
 from subnibble.checkpoint.source import numel, open_source
 from subnibble.device import resolve_device, resolve_dtype
 from subnibble.methods import find_method
 from subnibble.methods.method import Steps
 from subnibble.model.skeleton import Skeleton
-from subnibble.plan import check_plain, effective_bits, make_plan, packed_bytes, plan_rotation
+from subnibble.plan import check_plain, effective_bits, make_plan, packed_bytes, plan_cache, plan_rotation
 from subnibble.recipe import Recipe
 
 _FLOAT_BYTES = 4
@@ -29,6 +30,7 @@ _ROUND_SECONDS = 3.5e-7
 class Estimate:
     """file_bytes: of the packed weights. effective_bits: of quantized linears, without norm biases, gathers and column
     scales that nothing absorbs: some thousandths of a bit on real models. memory_bytes: by part, with "peak".
+    cache_bytes: of one token in the KV caches of all layers while the result runs.
 
     seconds: rough, from the speed of one matrix product measured here; within a factor of about two.
     """
@@ -38,6 +40,7 @@ class Estimate:
     effective_bits: float
     memory_bytes: dict[str, int]
     seconds: float
+    cache_bytes: float
 
     def to_dict(self) -> dict[str, object]:
         """Plain dictionary."""
@@ -64,6 +67,7 @@ def estimate(model: str | Path, recipe: Recipe) -> Estimate:
         effective_bits=effective_bits(steps, schemes, skeleton),
         memory_bytes=_memory(steps, skeleton, tokens),
         seconds=_seconds(steps, skeleton, tokens),
+        cache_bytes=cache_bytes(source.config, plan_cache(recipe, steps, skeleton)),
     )
 
 

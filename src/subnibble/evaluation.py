@@ -12,14 +12,13 @@ from torch import Tensor
 from subnibble.cache_scheme import CacheScheme
 from subnibble.calibrate.windows import check_positions, evaluation_windows
 from subnibble.checkpoint.packed import packed_config_of
-from subnibble.checkpoint.size import measure
+from subnibble.checkpoint.size import cache_bytes, measure
 from subnibble.checkpoint.source import Source, open_source
 from subnibble.errors import BadRecipe, CheckpointError
 from subnibble.evaluate.layer_error import layer_errors
 from subnibble.evaluate.perplexity import bos_token, check_vocabularies, score
 from subnibble.hf import load_model, memory_bytes
 from subnibble.hf_cache import attach_cache_, attached_cache, change_scheme_
-from subnibble.model.site import Heads
 from subnibble.prefix import attach_prefix_, same_prefix_
 from subnibble.progress import Progress, silent
 from subnibble.prompt import prefix_ids
@@ -106,22 +105,20 @@ def evaluate(
         "text": evaluation.text,
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "memory_bytes": memory_bytes(loaded),
-        **_attached_facts(loaded, size.cache_bytes),
+        **_attached_facts(loaded),
     }
     if layers:
         found["output_errors"] = layer_errors(loaded, original, windows, moved)
     return found | {"seconds": clock.seconds()["total"], "peak_memory": peak_memory()}
 
 
-def _attached_facts(model: Any, cache_bytes: float) -> dict[str, Any]:
+def _attached_facts(model: Any) -> dict[str, Any]:
     """What the model ran on: bytes of a token in its KV cache, tokens of its prefix."""
     attached = attached_cache(model)
     if attached is None:
-        return {"cache_bytes": cache_bytes, "prefix_tokens": 0}
-    heads, layers = Heads.of(model.config), model.config.num_hidden_layers
-    if attached.scheme is not None:
-        cache_bytes = layers * attached.scheme.token_bytes(heads.key_value, heads.width)
-    return {"cache_bytes": cache_bytes, "prefix_tokens": 0 if attached.prefix is None else len(attached.prefix.ids)}
+        return {"cache_bytes": cache_bytes(model.config, None), "prefix_tokens": 0}
+    tokens = 0 if attached.prefix is None else len(attached.prefix.ids)
+    return {"cache_bytes": cache_bytes(model.config, attached.scheme), "prefix_tokens": tokens}
 
 
 def _moved(folder: Path) -> set[str]:

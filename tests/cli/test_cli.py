@@ -109,6 +109,46 @@ def test_quantized_inputs_reach_the_checkpoint_and_every_command(
     assert 4 < rows[1]["activation_bits"] < 5
 
 
+def test_a_coded_cache_and_a_prompt_reach_the_checkpoint_and_every_command(
+    run: Run, folders: dict[str, Path], text_file: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text("w4 w5 w6")
+    cache = ("--kv-bits", 4, "--kv-option", "group_size=8", "--kv-option", "rope=before")
+    code, said, err = run("quantize", folders["llama"], out, "--method", "none", *cache, "--system-prompt", prompt)
+    assert code == 0, err
+    # Three layers, two heads, key and value of 8 bytes of codes and two groups.
+    assert "192 bytes a token in the KV cache" in said
+    code, said, _ = run("inspect", out)
+    assert "192 bytes a token, kv4g8-prerope" in said
+    assert "3 tokens at 16 bits" in said
+    code, said, _ = run("inspect", out, "--json")
+    assert json.loads(said)["prefix"] == {"ids": [4, 5, 6], "bos": None}
+    code, said, err = run("estimate", folders["llama"], "--method", "none", *cache, "--json")
+    assert code == 0, err
+    assert json.loads(said)["cache_bytes"] == 192
+    text = ("--text", text_file, "--window", 16, "--json")
+    code, said, err = run("evaluate", out, *text, "--reference", folders["llama"])
+    assert code == 0, err
+    stored = json.loads(said)
+    assert (stored["cache_bytes"], stored["prefix_tokens"]) == (192, 3)
+    code, said, err = run("evaluate", folders["llama"], *text, *cache, "--system-prompt", prompt)
+    assert code == 0, err
+    assert abs(json.loads(said)["perplexity"] / stored["perplexity"] - 1) < 0.01
+    code, said, err = run("prefix", out, "--system-prompt", "w7")
+    assert code == 0, err
+    assert "system prompt of 1 tokens" in said
+    settings = ("--prompt", "w1 w2", "--max-new-tokens", 3)
+    code, said, err = run("generate", out, *settings)
+    assert code == 0, err
+    code, said, err = run("generate", folders["llama"], *settings, "--kv-bits", 3, "--system-prompt", "w7")
+    assert code == 0, err
+    for wrong in (("--kv-bits", 5), ("--kv-option", "window=4"), ("--kv-bits", 4, "--kv-option", "windows=4")):
+        code, _, err = run("evaluate", folders["llama"], *text, *wrong)
+        assert (code, "error:" in err) == (2, True)
+
+
 def test_plain_table_without_json(run: Run, folders: dict[str, Path], text_file: Path) -> None:
     code, out, _ = run("evaluate", folders["llama"], "--text", text_file, "--window", 32)
     assert code == 0

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from subnibble.cache_scheme import CacheScheme
 from subnibble.checkpoint.packed import (
     NormBiasEntry,
     PackedConfig,
@@ -52,16 +53,17 @@ def measure(source: Source) -> Size:
         # Nothing but a cache, a prefix or tables were packed.
         bits, weights, _ = _plain(source)
     size = source.file_bytes()
-    activation, cache = _activation_bits(source, packed), cache_bytes(source.config)
+    cache = cache_bytes(source.config, None if packed is None else packed.cache)
+    activation = _activation_bits(source, packed)
     return Size(bits / weights, 8 * size / parameters, size, parameters, activation, cache)
 
 
-def cache_bytes(config: Any) -> float:
-    """Bytes of one coded token in the KV caches of all layers, windows and prefix aside."""
-    packed, heads = packed_config_of(config), Heads.of(config)
-    if packed is None or packed.cache is None:
-        return float(config.num_hidden_layers * heads.key_value * heads.width * 2 * 2)
-    return float(config.num_hidden_layers * packed.cache.token_bytes(heads.key_value, heads.width))
+def cache_bytes(config: Any, scheme: CacheScheme | None) -> float:
+    """Bytes of one token in the KV caches of all layers: coded, windows and prefix aside, or (None) at 16 bits."""
+    heads = Heads.of(config)
+    plain = 2 * 2 * heads.key_value * heads.width
+    token = plain if scheme is None else scheme.token_bytes(heads.key_value, heads.width)
+    return float(config.num_hidden_layers * token)
 
 
 def weights_hash(folder: Path) -> str:
