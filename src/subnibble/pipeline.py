@@ -58,10 +58,9 @@ from subnibble.prompt import prefix_ids
 from subnibble.recipe import Recipe
 from subnibble.report import LinearReport, Report
 from subnibble.report.clock import Clock, peak_memory
-from subnibble.rounding import grid
+from subnibble.rounding.table import as_stored, pack_table
 from subnibble.runtime import ops
 from subnibble.scheme import Scheme
-from subnibble.tensor import PackedRange, PackedTensor
 from subnibble.transforms.invariance import check_sites
 from subnibble.transforms.residual_order import residual_order
 from subnibble.transforms.rotate import ResidualEdit
@@ -70,8 +69,6 @@ from subnibble.version import __version__
 
 # Tokens forwarded together: enough to keep the matrix products large.
 _TOKENS_PER_BATCH = 4096
-# Rows of an embedding table rounded together, to bound the memory of the clip search.
-_EMBEDDING_ROWS = 8192
 
 
 def quantize(
@@ -234,7 +231,7 @@ class _Run:
         if self.edit is not None:
             weight = self.edit.embedding(weight)
         with self.clock.step("embedding"):
-            tensors, packed = self._table(path, weight)
+            tensors, packed = pack_table(path, weight, self.recipe.embedding_scheme)
             if packed is not None:
                 self.modules[path] = PackedEmbeddingEntry(packed.layout)
                 if self.head_is_tied:
@@ -316,7 +313,7 @@ class _Run:
         tensors = {}
         for name in skeleton.parameter_shapes():
             if not name.startswith(tuple(f"{prefix}." for prefix in done)):
-                tensors[name] = _stored(self._load(name))
+                tensors[name] = as_stored(self._load(name))
         if self.head_is_tied:
             return tensors
         with self.clock.step("read"):
@@ -326,7 +323,7 @@ class _Run:
                 gain = self._load(f"{skeleton.arch.final_norm}.weight").to(skeleton.device)
                 weight = self.edit.head(weight, gain)
         with self.clock.step("embedding"):
-            stored, packed = self._table(head, weight)
+            stored, packed = pack_table(head, weight, self.recipe.embedding_scheme)
             tensors |= stored
             if packed is not None:
                 self.modules[head] = PackedLinearEntry(packed.layout, bias=False)
@@ -335,33 +332,13 @@ class _Run:
     def _load(self, name: str) -> Tensor:
         return self.skeleton.source.load(name)
 
-    def _table(self, path: str, weight: Tensor) -> tuple[dict[str, Tensor], PackedTensor | None]:
-        """An embedding or head at `embedding_bits`: the tensors to store, and the packed form if there is one."""
-        scheme = self.recipe.embedding_scheme
-        if scheme is None:
-            return {f"{path}.weight": _stored(weight)}, None
-        scheme.check_width(weight.shape[1], path)
-        clip = grid.Clip("minmax" if scheme.bits == 8 else "mse")
-        chunks = [grid.coded(rows.float(), scheme, clip) for rows in weight.split(_EMBEDDING_ROWS)]
-        parts = [PackedRange.pack(chunk, scheme) for chunk in chunks]
-        zeros = [part.zeros for part in parts if part.zeros is not None]
-        whole = PackedRange(
-            scheme,
-            weight.shape[1],
-            torch.cat([part.codes for part in parts]),
-            torch.cat([part.scales for part in parts]),
-            torch.cat(zeros) if zeros else None,
-        )
-        packed = PackedTensor((whole,))
-        return {f"{path}.{name}": tensor for name, tensor in packed.state().items()}, packed
-
     def _as_stored(self, name: str, tensor: Tensor) -> Tensor:
         """As it goes to the file: the source's own numbers where the tensor is one of its and was not edited."""
         if tensor.dtype == torch.float32 and name in self.skeleton.parameter_shapes():
             own = self._load(name)
             if torch.equal(own.float(), tensor.to(own.device)):
-                return _stored(own)
-        return _stored(tensor) if tensor.dtype == torch.float32 else tensor
+                return as_stored(own)
+        return as_stored(tensor) if tensor.dtype == torch.float32 else tensor
 
     def _write_config(self, writer: CheckpointWriter) -> None:
         config = self.skeleton.config.to_diff_dict()
@@ -387,14 +364,6 @@ class _Run:
         )
         writer.write_json("report.json", report.to_dict())
         return report
-
-
-def _stored(tensor: Tensor) -> Tensor:
-    """A tensor that is not quantized, as it is stored: matrices at 16 bits, vectors as they are."""
-    if tensor.dim() < 2 or tensor.dtype in (torch.float16, torch.bfloat16):
-        return tensor
-    half = tensor.to(torch.float16)
-    return half if bool(torch.isfinite(half).all()) else tensor.to(torch.bfloat16)
 
 
 def _agreed(recipe: Recipe, schemes: Mapping[str, Scheme | None]) -> dict[str, str]:
