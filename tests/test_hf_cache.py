@@ -298,10 +298,10 @@ def test_a_cache_resets_selects_repeats_and_crops() -> None:
         close(logits(model, tokens, past_key_values=past), wanted)
 
 
-def test_a_turned_cache_is_refused_where_queries_are_not() -> None:
+def test_a_cache_is_refused_by_a_model_that_is_not_attached() -> None:
     model = model_of("llama")
-    with pytest.raises(BadRecipe, match="attach the cache"):
-        logits(model, ids(5), past_key_values=KVCache(CacheScheme(4, key_rotation="hadamard"), 3))
+    with pytest.raises(BadRecipe, match="attach it to the model"):
+        logits(model, ids(5), past_key_values=KVCache(CacheScheme(4), 3))
 
 
 def test_masks_that_cannot_be_moved_are_refused_behind_a_prefix() -> None:

@@ -13,13 +13,18 @@ from transformers import AutoModelForCausalLM
 from conftest import CONFIGS
 from subnibble import Recipe, quantize
 from subnibble.cache_scheme import CacheScheme
+from subnibble.calibrate.prefix import PrefixStream, behind
+from subnibble.calibrate.stream import BlockStream
 from subnibble.checkpoint.packed import packed_config_of
+from subnibble.checkpoint.safetensors_source import SafetensorsSource
 from subnibble.checkpoint.size import measure
 from subnibble.checkpoint.source import open_source
 from subnibble.errors import BadRecipe, CalibrationError, CheckpointError
 from subnibble.evaluation import Evaluation, evaluate
 from subnibble.hf_cache import attached_cache
+from subnibble.model.skeleton import Skeleton
 from subnibble.prefix import add_prefix, attach_prefix_
+from test_conformance import tensors_of
 
 PROMPT = "w5 w9 w2 w7"
 IDS = (5, 9, 2, 7)
@@ -128,17 +133,41 @@ def test_a_coded_cache_reaches_the_loaded_model_and_the_files(
     assert (tmp_path / "twin" / "config.json").read_text() == (tmp_path / "out" / "config.json").read_text()
 
 
-def test_the_prompt_changes_no_other_tensor(folders: dict[str, Path], token_file: Path, tmp_path: Path) -> None:
-    from test_conformance import tensors_of
-
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_the_prompt_changes_what_calibration_sees_and_nothing_else(
+    method: str, folders: dict[str, Path], token_file: Path, tmp_path: Path
+) -> None:
     for name, prompt in (("with", PROMPT), ("without", None)):
-        recipe = Recipe(bits=4, group_size=16, **DATA, calibration=str(token_file), system_prompt=prompt)
+        recipe = Recipe(
+            method=method, bits=4, group_size=16, **DATA, calibration=str(token_file), system_prompt=prompt
+        )  # fmt: skip
         quantize(folders["qwen3"], tmp_path / name, recipe)
     found, plain = tensors_of(tmp_path / "with"), tensors_of(tmp_path / "without")
     assert {name for name in found if name not in plain} == {
         f"model.layers.{i}.self_attn.prefix_{kind}" for i in range(3) for kind in ("keys", "values")
     }
-    assert all(torch.equal(found[name], tensor) for name, tensor in plain.items())
+    changed = {name.rpartition(".")[2] for name, tensor in plain.items() if not torch.equal(found[name], tensor)}
+    assert changed <= {"codes", "scales", "zeros"}
+    assert bool(changed) == (method == "gptq")
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if "qwen2" not in name])
+def test_calibration_sees_what_the_model_makes_of_a_text_behind_the_prompt(name: str, folders: dict[str, Path]) -> None:
+    """Hidden states behind each block, windows alone on the prefix's states, against whole texts."""
+    skeleton = Skeleton(SafetensorsSource(folders[name]), torch.float32, torch.device("cpu"))
+    embed = skeleton.load("model.embed_tokens", torch.float32)
+    window = text()
+    whole = embed(torch.cat([torch.tensor([IDS]).expand(2, -1), window], 1))
+    prefix = PrefixStream(skeleton, embed(torch.tensor([IDS])))
+    hidden, plain = [embed(window)], skeleton.block_arguments(len(IDS) + window.shape[1])
+    arguments = skeleton.block_arguments(window.shape[1], past=len(IDS))
+    for index in range(skeleton.num_blocks):
+        block = skeleton.load_block(index)
+        assert all(torch.equal(*pair) for pair in zip(prefix.states(block), prefix.states(block), strict=True))
+        BlockStream(block, hidden, behind(arguments[index], prefix.advance(block))).advance()
+        with torch.no_grad():
+            whole = block.module(whole, **plain[index])
+        torch.testing.assert_close(hidden[0], whole[:, len(IDS) :], rtol=1e-4, atol=1e-4)
 
 
 def test_a_model_of_16_bits_keeps_its_weights_and_bits(folders: dict[str, Path], tmp_path: Path) -> None:

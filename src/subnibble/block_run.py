@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from subnibble.calibrate.prefix import PrefixStream
+from subnibble.calibrate.prefix import PrefixStream, States, behind
 from subnibble.calibrate.stats import AbsMean, Drift, Gram
 from subnibble.calibrate.stream import BlockStream, SiteStatistics
 from subnibble.checkpoint.packed import (
@@ -53,7 +53,7 @@ class Streams:
     """Hidden states of all windows between two blocks, batches of (windows, tokens, channels), and what goes with them.
 
     hidden: in the model as quantized so far. wanted: in the full-precision model, empty if no method asks. arguments:
-    what the model passes to each block beside them. prefix: on its way through the full-precision model, or None.
+    what the model passes to each block beside them. prefix: of a system prompt before the windows, or None.
     """
 
     hidden: list[Tensor]
@@ -85,7 +85,7 @@ class BlockRun:
     reference: BlockStream | None
     teacher: BlockStream | None
     hidden: list[Tensor]
-    prefix: tuple[Tensor, Tensor] | None = None
+    prefix: States | None = None
     packed: dict[str, PackedTensor] = field(default_factory=dict)
     extras: dict[str, LinearTerms] = field(default_factory=dict)
     columns: dict[str, Tensor] = field(default_factory=dict)
@@ -104,16 +104,18 @@ class BlockRun:
         dtype: torch.dtype,
     ) -> BlockRun:
         """Carry out the transforms on `block`, loaded in float32, and set its streams up."""
-        arguments = streams.arguments[block.index]
+        arguments, prefix = streams.arguments[block.index], streams.prefix
         found = None
         if steps.needs_survey:
             with clock.step("forward"):
                 own = plan.of_block(block)
-                found = BlockStream(_twin(block, dtype), streams.hidden, arguments).statistics(*own)
+                before = behind(arguments, None if prefix is None else prefix.states(block))
+                found = BlockStream(_twin(block, dtype), streams.hidden, before).statistics(*own)
         with clock.step("transform"):
             _, bases = prepare_block_(block, steps, found)
         with clock.step("prefix"):
-            prefix = None if streams.prefix is None else streams.prefix.advance(block)
+            states = None if prefix is None else prefix.advance(block)
+            arguments = behind(arguments, states)
         exact = {name: parameter.data for name, parameter in block.module.named_parameters()}
         block.module.to(dtype)
         needs_twin = steps.needs_drift or steps.mean_shift is not None
@@ -129,7 +131,7 @@ class BlockRun:
             BlockStream(twin, streams.wanted, arguments) if twin is not None and steps.needs_drift else None,
             BlockStream(twin, streams.hidden, arguments) if twin is not None and steps.mean_shift is not None else None,
             streams.hidden,
-            prefix,
+            states,
         )
 
     def correct_norm(self, site: Site) -> None:
@@ -216,7 +218,7 @@ class BlockRun:
             entries[attention] = PrefixEntry(*keys.shape)
         return tensors, entries
 
-    def _stored_prefix(self, prefix: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def _stored_prefix(self, prefix: States) -> States:
         """Keys and values as the stored block would make them: column scales absorbed, heads in their order."""
         rows = [part.transpose(0, 1).flatten(1) for part in prefix]
         for site in self.block.arch.sites:

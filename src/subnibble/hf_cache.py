@@ -98,6 +98,11 @@ class CacheLayer(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Store new keys and values (b, heads, t, width); all of them dense, as the last query sees them."""
+        if not self._expected:
+            raise BadRecipe(
+                "this cache needs subnibble's own attention; attach it to the model (`attach_cache_`) instead of "
+                "passing it in"
+            )
         before, scheme = self.store.length, self.scheme
         if scheme is not None and scheme.rope == "before":
             keys = self._without_positions(key_states, before)
@@ -105,14 +110,7 @@ class CacheLayer(CacheLayerMixin):
             turned = hadamard.multiply(key_states, self.blocks(key_states)) if self.blocks(key_states) else key_states
             keys = self.store.keys.append(turned)
         values = self.store.values.append(value_states)
-        if self._expected:
-            self._seen, self._expected = (keys, values), False
-            return keys.late, values.late
-        if self.blocks(key_states):
-            raise BadRecipe(
-                "this cache stores keys turned by a Hadamard matrix, for which the model's attention must be "
-                "subnibble's; attach the cache to the model (`attach_cache_`) instead of passing it in"
-            )
+        self._seen, self._expected = (keys, values), False
         return keys.late, values.late
 
     def blocks(self, x: Tensor) -> tuple[int, ...]:

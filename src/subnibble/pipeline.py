@@ -137,8 +137,8 @@ class _Run:
                 f"method {recipe.method} leaves all weights, and there is nothing else to do; set kv_bits, "
                 "system_prompt or embedding_bits"
             )
-        if prefix is not None:
-            check_positions(1, source.config, len(prefix.ids))
+        before = 0 if prefix is None else len(prefix.ids)
+        check_positions(1, source.config, before)
         resolved = replace(
             recipe,
             kv={} if cache is None else {key: value for key, value in cache.to_dict().items() if key != "bits"},
@@ -151,7 +151,7 @@ class _Run:
         resolved = Recipe.from_dict(resolved.to_dict() | _agreed(recipe, plan.schemes))
         windows = None
         if recipe.calibration is not None:
-            check_positions(recipe.window, source.config)
+            check_positions(recipe.window, source.config, before)
             with clock.step("read text"):
                 windows = calibration_windows(
                     recipe.calibration,
@@ -240,7 +240,7 @@ class _Run:
             if self.windows is None:
                 return Streams([], [], [{}] * skeleton.num_blocks, prefix), tensors
             batches = self.windows.split(max(1, _TOKENS_PER_BATCH // self.recipe.window))
-            streams = Streams([], [], skeleton.block_arguments(self.recipe.window), prefix)
+            streams = Streams([], [], self._arguments(), prefix)
             for batch in batches:
                 ids = batch.to(skeleton.device)
                 if packed is not None:
@@ -267,7 +267,12 @@ class _Run:
             torch.nn.functional.embedding(batch.to(skeleton.device), table).to(skeleton.dtype).cpu()
             for batch in windows.split(max(1, _TOKENS_PER_BATCH // self.recipe.window))
         ]
-        return full_precision_blocks(skeleton, hidden, skeleton.block_arguments(self.recipe.window))
+        return full_precision_blocks(skeleton, hidden, self._arguments(), self._embed_prefix(table))
+
+    def _arguments(self) -> list[dict[str, Any]]:
+        """What the model passes to each block beside a batch of windows."""
+        past = 0 if self.prefix is None else len(self.prefix.ids)
+        return self.skeleton.block_arguments(self.recipe.window, past=past)
 
     def _allocate_ranks(self, blocks: Iterator[tuple[Block, BlockStream]]) -> None:
         """Decide how many salient channels each linear gets."""

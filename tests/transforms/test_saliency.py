@@ -123,7 +123,7 @@ def test_query_heads_that_share_a_value_must_be_moved_alike(folders: dict[str, o
 
 
 def test_bad_words_name_the_choices() -> None:
-    with pytest.raises(BadRecipe, match="choose one of size, gain"):
+    with pytest.raises(BadRecipe, match="choose one of size, energy, gain"):
         Saliency("loud")
     with pytest.raises(BadRecipe, match="choose one of gather, whole"):
         Saliency("size", "half")

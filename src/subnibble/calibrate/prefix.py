@@ -1,13 +1,20 @@
-"""A prefix on its way through the full-precision model: the keys and values that each block's attention makes of it."""
+"""A prefix on its way through the full-precision model: the keys and values that each block's attention makes of it.
+
+Calibration windows go through the block behind them, as texts will.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from subnibble.model.skeleton import Block, Skeleton
+
+# Keys and values, (heads, tokens, width) each, positions put on.
+States = tuple[Tensor, Tensor]
 
 
 class PrefixStream:
@@ -17,13 +24,28 @@ class PrefixStream:
         self._hidden = hidden.float()
         self._arguments = skeleton.block_arguments(hidden.shape[1], torch.float32)
 
-    def advance(self, block: Block) -> tuple[Tensor, Tensor]:
-        """Run the prefix through a block in float32; its keys and values (heads, tokens, width), positions put on."""
+    def states(self, block: Block) -> States:
+        """What a block, in float32, makes of the prefix."""
+        return self._run(block)[0]
+
+    def advance(self, block: Block) -> States:
+        """The same, and move to behind the block."""
+        states, self._hidden = self._run(block)
+        return states
+
+    def _run(self, block: Block) -> tuple[States, Tensor]:
         kept = _Kept()
         with torch.no_grad():
             output = block.module(self._hidden, **self._arguments[block.index], past_key_values=kept)
-        self._hidden = output[0] if isinstance(output, tuple) else output
-        return kept.keys[0], kept.values[0]
+        return (kept.keys[0], kept.values[0]), output[0] if isinstance(output, tuple) else output
+
+
+def behind(arguments: Mapping[str, Any], states: States | None) -> dict[str, Any]:
+    """Arguments of a block behind a prefix's states; as they are behind None.
+
+    arguments: of `Skeleton.block_arguments` with as many tokens of past.
+    """
+    return {**arguments} if states is None else {**arguments, "past_key_values": _Past(*states)}
 
 
 class _Kept:
@@ -32,7 +54,22 @@ class _Kept:
     keys: Tensor
     values: Tensor
 
-    def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> States:
         """keys, values: (1, heads, tokens, width), given back as they are."""
         self.keys, self.values = keys, values
         return keys, values
+
+
+class _Past:
+    """Stands for a cache that holds a prefix and keeps nothing more."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        self._states = keys, values
+
+    def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> States:
+        """keys, values: (b, heads, tokens, width); the same behind the prefix's."""
+        first, second = (
+            torch.cat([past.to(new).expand(new.shape[0], -1, -1, -1), new], 2)
+            for past, new in zip(self._states, (keys, values), strict=True)
+        )
+        return first, second

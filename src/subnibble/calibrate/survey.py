@@ -9,21 +9,27 @@ from typing import Any
 
 from torch import Tensor
 
+from subnibble.calibrate.prefix import PrefixStream, behind
 from subnibble.calibrate.stream import BlockStream
 from subnibble.model.skeleton import Block, Skeleton
 
 
 def full_precision_blocks(
-    skeleton: Skeleton, hidden: list[Tensor], arguments: Sequence[Mapping[str, Any]]
+    skeleton: Skeleton,
+    hidden: list[Tensor],
+    arguments: Sequence[Mapping[str, Any]],
+    prefix: PrefixStream | None = None,
 ) -> Iterator[tuple[Block, BlockStream]]:
     """Every block in float32, to look at and to edit, and the stream of all windows through a copy of it.
 
-    hidden: what the embedding gives, batches (windows, tokens, channels); used up. arguments: of each block.
+    hidden: what the embedding gives, batches (windows, tokens, channels); used up. arguments: of each block. prefix:
+    embedded, of a system prompt before the windows.
     """
     for index in range(skeleton.num_blocks):
         block = skeleton.load_block(index)
         twin = replace(block, module=copy.deepcopy(block.module).to(skeleton.dtype))
-        stream = BlockStream(twin, hidden, dict(arguments[index]))
+        states = None if prefix is None else prefix.advance(block)
+        stream = BlockStream(twin, hidden, behind(arguments[index], states))
         yield block, stream
         stream.advance()
         skeleton.release(block.path)

@@ -122,11 +122,14 @@ class Skeleton:
         for name, parameter in list(module.named_parameters()):
             _set_parameter(module, name, torch.empty_like(parameter, device="meta", dtype=self.dtype))
 
-    def block_arguments(self, window: int, dtype: torch.dtype | None = None) -> list[dict[str, Any]]:
+    def block_arguments(self, window: int, dtype: torch.dtype | None = None, past: int = 0) -> list[dict[str, Any]]:
         """What the model passes to each block beside hidden states, for a batch of full windows of this length.
 
-        dtype: of the hidden states, None for the skeleton's.
+        dtype: of the hidden states, None for the skeleton's. past: tokens before the windows, whose keys and values the
+        block's attention will have.
         """
+        from transformers import DynamicCache
+
         blocks = self._blocks()
         parent = self.model.get_submodule(self.arch.blocks.rpartition(".")[0])
         norm_name = self.arch.final_norm.rpartition(".")[2]
@@ -137,7 +140,13 @@ class Skeleton:
         setattr(parent, norm_name, nn.Identity())
         try:
             with torch.no_grad():
-                parent(inputs_embeds=hidden, use_cache=False)
+                cache = DynamicCache()
+                if past:
+                    # Masks and positions depend on its length alone.
+                    empty = torch.empty(1, 1, past, 1, device=self.device)
+                    for layer in range(len(blocks)):
+                        cache.update(empty, empty, layer)
+                parent(inputs_embeds=hidden, use_cache=False, past_key_values=cache if past else None)
         finally:
             setattr(parent, self.arch.blocks.rpartition(".")[2], blocks)
             setattr(parent, norm_name, norm)
