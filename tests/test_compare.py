@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from subnibble import Recipe
-from subnibble.cache_scheme import CacheScheme
 from subnibble.compare import ORIGINAL, compare, recipe_name
 from subnibble.errors import BadRecipe
 from subnibble.evaluation import Evaluation
@@ -36,4 +35,4 @@ def test_one_prompt_at_a_time(folders: dict[str, Path], text_file: Path) -> None
     with pytest.raises(BadRecipe, match="one system prompt"):
         compare(folders["llama"], recipes, evaluation)
     with pytest.raises(BadRecipe, match="come with their recipes"):
-        compare(folders["llama"], recipes[:1], replace(evaluation, cache=CacheScheme(4)))
+        compare(folders["llama"], recipes[:1], replace(evaluation, kv_bits=4))

@@ -12,14 +12,8 @@ from transformers import DynamicCache, StaticCache
 from conftest import CONFIGS, VOCABULARY, random_model
 from subnibble.cache_scheme import CacheScheme, PrefixIds
 from subnibble.errors import BadRecipe
-from subnibble.hf_cache import (
-    KVCache,
-    attach_cache_,
-    attached_cache,
-    detach_cache_,
-    repeated_prefix,
-    set_prefix_,
-)
+from subnibble.hf_attention import attach_cache_, attached_cache, detach_cache_, repeated_prefix, set_prefix_
+from subnibble.hf_cache import KVCache
 
 SCHEMES = {
     "token": CacheScheme(4),
@@ -68,7 +62,7 @@ def with_prefix(model: torch.nn.Module, prefix: torch.Tensor, scheme: CacheSchem
         model.model(prefix.unsqueeze(0), past_key_values=cache, use_cache=True)
     own = copy.deepcopy(model)
     attach_cache_(own, scheme, PrefixIds(tuple(prefix.tolist()), bos))
-    set_prefix_(own, [layer.keys[0] for layer in cache.layers], [layer.values[0] for layer in cache.layers])
+    set_prefix_(own, [(layer.keys[0], layer.values[0]) for layer in cache.layers])
     return own
 
 
@@ -142,7 +136,6 @@ def test_a_prefix_is_what_the_model_makes_of_it_in_front(name: str, scheme: str 
         wanted = logits(model, whole)[:, PREFIX:]
         close(logits(own, text), wanted)
         # The test can fail: without the prefix's positions it is something else.
-        own.model._forward_pre_hooks.popitem()
         attach_cache_(own, None)
         assert float((logits(own, text) - wanted).abs().max()) > 1e-2
         return
@@ -252,7 +245,7 @@ def test_the_prefix_is_shared_and_the_cache_does_not_hold_it() -> None:
         cache = model(text, use_cache=True).past_key_values
     assert cache.get_seq_length() == 6
     assert cache.nbytes == 4 * 6 * 3 * CacheScheme(4).token_bytes(2, 16)
-    assert [tuple(block.self_attn.prefix_keys.shape) for block in model.model.layers] == [(2, PREFIX, 16)] * 3
+    assert [tuple(block.self_attn.prefix.keys.shape) for block in model.model.layers] == [(2, PREFIX, 16)] * 3
 
 
 def test_no_dense_copy_stays_behind() -> None:
@@ -274,9 +267,16 @@ def test_a_cache_that_the_model_returned_goes_on_and_another_does_not() -> None:
     close(logits(model, tokens[:, 5:], past_key_values=past), wanted[:, 5:])
     used = DynamicCache()
     used.update(torch.zeros(2, 2, 3, 16), torch.zeros(2, 2, 3, 16), 0)
-    for wrong in (used, StaticCache(config=model.config, max_cache_len=16), KVCache(CacheScheme(3), 3)):
+    static = StaticCache(config=model.config, max_cache_len=16)
+    other = KVCache(CacheScheme(4), 3, PrefixIds((1,)))
+    for wrong in (used, DynamicCache(), static, KVCache(CacheScheme(3), 3), other):
         with pytest.raises(BadRecipe, match="leave past_key_values"):
             logits(model, tokens, past_key_values=wrong)
+        with pytest.raises(BadRecipe, match="leave past_key_values"):
+            model.generate(tokens, past_key_values=wrong, max_new_tokens=2)
+    for name in ("static", "dynamic", "offloaded"):
+        with pytest.raises(BadRecipe, match="leave cache_implementation out"):
+            model.generate(tokens, cache_implementation=name, max_new_tokens=2)
 
 
 def test_a_cache_resets_selects_repeats_and_crops() -> None:
@@ -329,3 +329,75 @@ def test_inputs_may_be_embeddings_or_positional() -> None:
     close(logits(model, None, inputs_embeds=model.model.embed_tokens(tokens)), wanted)
     with torch.no_grad():
         close(model.lm_head(model.model(tokens).last_hidden_state), wanted)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("scheme", [None, CacheScheme(3)])
+def test_generation_without_a_cache_is_generation_with_one(name: str, scheme: CacheScheme | None) -> None:
+    model, tokens = model_of(name), ids(6)
+    attach_cache_(model, scheme)
+    settings = {"attention_mask": torch.ones_like(tokens), "max_new_tokens": 6, "do_sample": False}
+    assert torch.equal(model.generate(tokens, use_cache=False, **settings), model.generate(tokens, **settings))
+    with torch.no_grad():
+        assert model(tokens, use_cache=False).past_key_values is None
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2"])
+def test_padding_on_the_left_needs_no_positions_behind_a_prefix(name: str) -> None:
+    model = with_prefix(model_of(name), ids(PREFIX, 1, seed=3)[0], None)
+    text = ids(9)
+    padded = torch.nn.functional.pad(text, (3, 0))
+    mask = torch.nn.functional.pad(torch.ones_like(text), (3, 0))
+    close(logits(model, padded, attention_mask=mask)[:, 3:], logits(model, text))
+
+
+def test_padding_on_the_right_is_no_text() -> None:
+    prefix = PrefixIds((7, 8, 9), 7)
+    rows, mask = torch.tensor([[7, 8, 9, 0, 0], [7, 8, 9, 1, 0]]), torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 0]])
+    assert repeated_prefix(rows, mask, prefix).int().tolist() == [[1, 1, 0, 0, 0], [1, 1, 1, 0, 0]]
+
+
+@pytest.mark.parametrize("scheme", ["token", "window", "channel"])
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_looked_up_tokens_change_no_text_or_are_refused(scheme: str, name: str) -> None:
+    model, tokens = model_of(name), ids(12, batch=1).repeat(1, 2)
+    attach_cache_(model, SCHEMES[scheme])
+    settings = {"attention_mask": torch.ones_like(tokens), "max_new_tokens": 12, "do_sample": False}
+    wanted = model.generate(tokens, **settings)
+    if SCHEMES[scheme].window:
+        with pytest.raises(ValueError, match="cannot be uncoded"):
+            model.generate(tokens, prompt_lookup_num_tokens=3, **settings)
+        return
+    assert torch.equal(model.generate(tokens, prompt_lookup_num_tokens=3, **settings), wanted)
+
+
+def test_another_attention_is_refused_while_a_cache_is_attached() -> None:
+    model, tokens = model_of("llama"), ids(5)
+    attach_cache_(model, CacheScheme(4))
+    model.set_attn_implementation("eager")
+    with pytest.raises(BadRecipe, match="detach the cache first"):
+        logits(model, tokens)
+
+
+def test_ids_without_states_are_refused() -> None:
+    model = model_of("llama")
+    attach_cache_(model, None, PrefixIds((1, 2)))
+    with pytest.raises(BadRecipe, match="not its keys and values"):
+        logits(model, ids(5))
+
+
+def test_groups_larger_than_a_head_are_refused() -> None:
+    with pytest.raises(BadRecipe, match="at most 16"):
+        attach_cache_(model_of("llama"), CacheScheme(4, 17))
+
+
+def test_additive_masks_are_refused() -> None:
+    model = model_of("llama")
+    attach_cache_(model, CacheScheme(4))
+    with pytest.raises(BadRecipe, match="truth values"):
+        logits(model, ids(5), attention_mask=torch.zeros(2, 1, 5, 5))
+
+
+def test_a_positive_crop_is_refused_as_transformers_does() -> None:
+    with pytest.raises(ValueError, match="negative"):
+        KVCache(CacheScheme(4), 2).crop(3)

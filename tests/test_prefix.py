@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from conftest import CONFIGS
 from subnibble import Recipe, quantize
-from subnibble.cache_scheme import CacheScheme
+from subnibble.cache_scheme import CacheScheme, PrefixIds
 from subnibble.calibrate.prefix import PrefixStream, behind
 from subnibble.calibrate.stream import BlockStream
 from subnibble.checkpoint.packed import packed_config_of
@@ -21,7 +21,7 @@ from subnibble.checkpoint.size import measure
 from subnibble.checkpoint.source import open_source
 from subnibble.errors import BadRecipe, CalibrationError, CheckpointError
 from subnibble.evaluation import Evaluation, evaluate
-from subnibble.hf_cache import attached_cache
+from subnibble.hf_attention import attach_cache_, attached_cache, detach_cache_, set_prefix_
 from subnibble.model.skeleton import Skeleton
 from subnibble.prefix import add_prefix, attach_prefix_
 from test_conformance import tensors_of
@@ -79,7 +79,7 @@ def test_the_prompt_is_in_the_basis_of_the_stored_model(
     quantize(folders[name], tmp_path / "out", recipe)
     packed = load(tmp_path / "out")
     held = [
-        (block.self_attn.prefix_keys.float(), block.self_attn.prefix_values.float()) for block in packed.model.layers
+        (block.self_attn.prefix.keys.float(), block.self_attn.prefix.values.float()) for block in packed.model.layers
     ]
     own = own_states(packed)
     for layer, (stored, made) in enumerate(zip(held, own, strict=True)):
@@ -94,8 +94,6 @@ def test_the_prompt_is_in_the_basis_of_the_stored_model(
 def own_states(packed: torch.nn.Module) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """What the packed model makes of the prompt without a prefix, at 16 bits."""
     from transformers import DynamicCache
-
-    from subnibble.hf_cache import detach_cache_
 
     detach_cache_(packed)
     cache = DynamicCache()
@@ -144,7 +142,7 @@ def test_the_prompt_changes_what_calibration_sees_and_nothing_else(
         quantize(folders["qwen3"], tmp_path / name, recipe)
     found, plain = tensors_of(tmp_path / "with"), tensors_of(tmp_path / "without")
     assert {name for name in found if name not in plain} == {
-        f"model.layers.{i}.self_attn.prefix_{kind}" for i in range(3) for kind in ("keys", "values")
+        f"model.layers.{i}.self_attn.prefix.{kind}" for i in range(3) for kind in ("keys", "values")
     }
     changed = {name.rpartition(".")[2] for name, tensor in plain.items() if not torch.equal(found[name], tensor)}
     assert changed <= {"codes", "scales", "zeros"}
@@ -202,6 +200,8 @@ def test_perplexity_is_scored_behind_the_prompt(folders: dict[str, Path], text_f
         ({"method": "none", "system_prompt": "default"}, "writes no system turn"),
         ({"method": "none", "system_prompt": "bos"}, "has no BOS token"),
         ({"method": "none", "system_prompt": ""}, "system prompt is empty"),
+        ({"method": "none", "system_prompt": "prompt.txt"}, "there is no such file"),
+        ({"method": "none", "kv_bits": 4, "activation_bits": 4}, "method none leaves all linears"),
         ({"method": "atom", "group_size": 16}, "128 outlier channels leave none of the 48"),
     ],
 )
@@ -227,7 +227,7 @@ def test_a_prefix_without_its_tensors_is_refused(folders: dict[str, Path], tmp_p
         f"model.layers.{i}.self_attn": {"kind": "prefix", "heads": 2, "tokens": 4, "width": 16} for i in range(3)
     }
     file.write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match="prefix_keys is missing"):
+    with pytest.raises(CheckpointError, match=r"prefix.keys is missing"):
         load(tmp_path / "out")
 
 
@@ -244,13 +244,18 @@ def test_a_prompt_can_be_added_and_replaced_later(folders: dict[str, Path], toke
     attached = attached_cache(found)
     assert (attached.prefix.ids, attached.scheme) == (IDS, CacheScheme(8))
     for block, (keys, values) in zip(found.model.layers, wanted, strict=True):
-        assert torch.equal(block.self_attn.prefix_keys, keys.half())
-        assert torch.equal(block.self_attn.prefix_values, values.half())
+        assert torch.equal(block.self_attn.prefix.keys, keys.half())
+        assert torch.equal(block.self_attn.prefix.values, values.half())
     after = json.loads((out / "report.json").read_text())
     assert after["weights_sha256"] not in (before["weights_sha256"], "")
     assert after["linears"] == before["linears"]
     assert (out / "recipe.toml").is_file()
+    assert after["system_prompt_added"] == PROMPT
     assert (out / "notes.txt").read_text() == "mine"
+    # Once more, and no empty shard stays behind.
+    shards = len(list(out.glob("*.safetensors")))
+    add_prefix(out, PROMPT)
+    assert len(list(out.glob("*.safetensors"))) == shards
     # In memory it is the same.
     again = load(out)
     attach_prefix_(again, CacheScheme(8), attached.prefix)
@@ -279,6 +284,8 @@ def test_a_reference_is_scored_behind_the_same_prompt(
     assert found["prefix_tokens"] == 4
     # Nothing but half precision tells them apart.
     assert found["kl_divergence"] < 1e-4
+    alone = evaluate(folders["llama"], evaluation, tmp_path / "out")
+    assert alone["kl_divergence"] < 1e-4
     behind = evaluate(folders["llama"], replace(evaluation, system_prompt=PROMPT), folders["llama"])
     assert behind["kl_divergence"] == 0
     assert abs(behind["perplexity"] / found["perplexity"] - 1) < 1e-3
@@ -287,11 +294,60 @@ def test_a_reference_is_scored_behind_the_same_prompt(
 def test_any_model_can_be_scored_on_a_coded_cache(folders: dict[str, Path], text_file: Path, tmp_path: Path) -> None:
     evaluation = Evaluation(str(text_file), window=16, dtype="float32")
     distances = [
-        evaluate(folders["llama"], replace(evaluation, cache=CacheScheme(bits)), folders["llama"])["kl_divergence"]
+        evaluate(folders["llama"], replace(evaluation, kv_bits=bits), folders["llama"])["kl_divergence"]
         for bits in (8, 4, 2)
     ]
     assert distances == sorted(distances)
     assert distances[2] > 10 * distances[0] > 0
     quantize(folders["llama"], tmp_path / "out", Recipe(method="none", system_prompt=PROMPT))
-    both = evaluate(tmp_path / "out", replace(evaluation, cache=CacheScheme(2)))
+    both = evaluate(tmp_path / "out", replace(evaluation, kv_bits=2))
     assert (both["prefix_tokens"], both["cache_bytes"]) == (4, 3 * CacheScheme(2).token_bytes(2, 16))
+
+
+def test_what_is_asked_for_goes_over_the_checkpoints_own_cache(
+    folders: dict[str, Path], text_file: Path, tmp_path: Path
+) -> None:
+    evaluation = Evaluation(str(text_file), window=16, dtype="float32")
+    quantize(folders["llama"], tmp_path / "out", Recipe(method="none", kv_bits=2))
+    found = {
+        name: evaluate(tmp_path / "out", replace(evaluation, **settings))
+        for name, settings in (("own", {}), ("plain", {"kv_bits": 16}), ("groups", {"kv": {"group_size": 8}}))
+    }
+    assert found["own"]["cache_bytes"] == 3 * CacheScheme(2).token_bytes(2, 16)
+    assert found["plain"]["cache_bytes"] == 3 * 2 * 2 * 16 * 2
+    assert found["groups"]["cache_bytes"] == 3 * CacheScheme(2, 8).token_bytes(2, 16)
+    original = evaluate(folders["llama"], evaluation)["perplexity"]
+    assert abs(found["plain"]["perplexity"] / original - 1) < 1e-3
+    assert abs(found["own"]["perplexity"] / original - 1) > 1e-3
+    with pytest.raises(BadRecipe, match="give --kv-bits"):
+        evaluate(folders["llama"], replace(evaluation, kv={"window": 4}))
+
+
+def test_what_a_packed_model_runs_on_is_saved_with_it(folders: dict[str, Path], tmp_path: Path) -> None:
+    quantize(folders["llama"], tmp_path / "out", Recipe(method="none", kv_bits=4, system_prompt=PROMPT))
+    states = [(torch.zeros(2, 1, 16).half(), torch.zeros(2, 1, 16).half()) for _ in range(3)]
+    changed = load(tmp_path / "out")
+    attach_cache_(changed, CacheScheme(3), PrefixIds((7,)))
+    set_prefix_(changed, states)
+    bare = load(tmp_path / "out")
+    detach_cache_(bare)
+    for name, model in (("changed", changed), ("bare", bare)):
+        model.save_pretrained(tmp_path / name)
+        again = load(tmp_path / name)
+        attached = attached_cache(again)
+        assert torch.equal(logits(again, text()), logits(model, text()))
+        assert (attached is None) == (name == "bare")
+    assert (attached_cache(load(tmp_path / "changed")).scheme, changed.config.quantization_config.packed.cache) == (
+        CacheScheme(3),
+        CacheScheme(3),
+    )
+
+
+def test_a_prefix_keeps_its_type_and_a_plain_model_does_not_save_it(folders: dict[str, Path], tmp_path: Path) -> None:
+    quantize(folders["llama"], tmp_path / "out", Recipe(method="none", system_prompt=PROMPT))
+    packed = load(tmp_path / "out").to(torch.bfloat16)
+    assert packed.model.layers[0].self_attn.prefix.keys.dtype == torch.float16
+    plain = load(folders["llama"])
+    attach_prefix_(plain, CacheScheme(4), PrefixIds(IDS))
+    plain.save_pretrained(tmp_path / "plain")
+    assert not any("prefix" in name for name in tensors_of(tmp_path / "plain"))

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from subnibble.errors import BadRecipe
 from subnibble.prompt import prefix_ids
+from subnibble.speak import chat_prompt
 
 WORDS = ["<s>", "<e>", "sys", "user", "be", "kind", "short", "hello", "<unk>"]
 TURNS = (
@@ -77,3 +78,21 @@ def test_a_file_is_read(tmp_path: Path) -> None:
 def test_an_empty_prompt_is_refused() -> None:
     with pytest.raises(BadRecipe, match="the system prompt is empty"):
         words("", template=None, bos=None)
+
+
+def test_a_chat_behind_a_prefix_has_no_second_system_turn() -> None:
+    own = tokenizer(WITH_DEFAULT)
+    prefix = prefix_ids("be short", own)
+    assert chat_prompt(own, "hello") == "sys be kind <e> user hello <e> "
+    assert chat_prompt(own, "hello", prefix) == "user hello <e> "
+    assert chat_prompt(tokenizer(WITHOUT_DEFAULT), "hello", prefix) == "user hello <e> "
+    with pytest.raises(BadRecipe, match="no chat template"):
+        chat_prompt(tokenizer(None), "hello", prefix)
+
+
+def test_what_looks_like_a_file_and_is_none_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadRecipe, match="there is no such file"):
+        words(str(tmp_path / "prompt.txt"), template=None)
+    file = tmp_path / "prompt.md"
+    file.write_text("be kind\n")
+    assert prefix_ids(str(file), tokenizer(None)) == prefix_ids("be kind", tokenizer(None))

@@ -15,8 +15,8 @@ from subnibble.calibrate.prefix import PrefixStream, States, behind
 from subnibble.calibrate.stats import AbsMean, Drift, Gram
 from subnibble.calibrate.stream import BlockStream, SiteStatistics
 from subnibble.checkpoint.packed import (
-    PREFIX_KEYS,
-    PREFIX_VALUES,
+    PREFIX,
+    PREFIX_NAMES,
     Entry,
     NormBiasEntry,
     PrefixEntry,
@@ -212,10 +212,10 @@ class BlockRun:
                 tensors[f"{path}.{site.norm}.bias"] = bias
                 entries[f"{path}.{site.norm}"] = NormBiasEntry(bias.shape[0])
         if self.prefix is not None:
-            keys, values = self._stored_prefix(self.prefix)
+            states = self._stored_prefix(self.prefix)
             attention = f"{path}.{self.block.arch.attention}"
-            tensors |= {f"{attention}.{PREFIX_KEYS}": keys, f"{attention}.{PREFIX_VALUES}": values}
-            entries[attention] = PrefixEntry(*keys.shape)
+            tensors |= {f"{attention}.{PREFIX}.{name}": part for name, part in zip(PREFIX_NAMES, states, strict=True)}
+            entries[attention] = PrefixEntry(*states[0].shape)
         return tensors, entries
 
     def _stored_prefix(self, prefix: States) -> States:

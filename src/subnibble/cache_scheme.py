@@ -80,6 +80,14 @@ class CacheScheme:
         size = width if self.group_size == WHOLE_CHANNEL else self.group_size
         return [(start, min(start + size, width)) for start in range(0, width, size)]
 
+    def check_width(self, width: int) -> None:
+        """Raise `BadRecipe` if a group is larger than a head of `width` channels."""
+        if self.key_axis == "token" and self.group_size > width:
+            raise BadRecipe(
+                f"the cache's group {self.group_size} is larger than a head of {width} channels; use at most {width}, "
+                "or -1 for the whole head"
+            )
+
     def coded_tokens(self, tokens: int, of_keys: bool) -> int:
         """How many of the first `tokens` tokens are coded once so many are there; the others are at 16 bits."""
         if of_keys and self.key_axis == "channel":

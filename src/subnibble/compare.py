@@ -34,6 +34,7 @@ class Row:
     model_bits: float
     file_bytes: int
     activation_bits: float
+    cache_bytes: float
     memory_bytes: int
     seconds: float | None
     scores: Scores
@@ -66,7 +67,7 @@ def compare(
         if out is not None:
             check_output(out / name, overwrite)
     prompts = {recipe.system_prompt for recipe in recipes}
-    if len(prompts) > 1 or evaluation.system_prompt is not None or evaluation.cache is not None:
+    if len(prompts) > 1 or evaluation.system_prompt is not None or evaluation.kv_bits is not None:
         raise BadRecipe("models side by side have one system prompt, and cache and prompt come with their recipes")
     source = open_source(model)
     windows = replace(evaluation, system_prompt=next(iter(prompts), None)).windows(source)
@@ -94,6 +95,7 @@ def compare(
                     size.model_bits,
                     size.file_bytes,
                     size.activation_bits,
+                    size.cache_bytes,
                     memory,
                     seconds[name],
                     scores[name],

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,11 @@ from subnibble.errors import BadRecipe, CheckpointError
 from subnibble.evaluate.layer_error import layer_errors
 from subnibble.evaluate.perplexity import bos_token, check_vocabularies, score
 from subnibble.hf import load_model, memory_bytes
-from subnibble.hf_cache import attach_cache_, attached_cache, change_scheme_
+from subnibble.hf_attention import attached_cache, change_scheme_
 from subnibble.prefix import attach_prefix_, same_prefix_
 from subnibble.progress import Progress, silent
 from subnibble.prompt import prefix_ids
+from subnibble.recipe import Recipe
 from subnibble.report.clock import Clock, peak_memory
 
 
@@ -29,8 +31,9 @@ from subnibble.report.clock import Clock, peak_memory
 class Evaluation:
     """What to score on, and how. text: a file or named set. window: tokens. max_windows: at most, None for all.
 
-    device, dtype: where and in which type to compute, see `device.py`. cache: code the KV cache so, whatever the
-    checkpoint says. system_prompt: put the model behind it, see `prompt.py`; its keys and values are the model's own.
+    device, dtype: where and in which type to compute, see `device.py`. kv_bits, kv: code the KV cache so, whatever the
+    checkpoint says, as in `Recipe`; None and nothing leave it at that. system_prompt: put the model behind it, see
+    `prompt.py`; its keys and values are the model's own.
     """
 
     text: str
@@ -38,7 +41,8 @@ class Evaluation:
     max_windows: int | None = None
     device: str = "auto"
     dtype: str = "auto"
-    cache: CacheScheme | None = None
+    kv_bits: int | None = None
+    kv: Mapping[str, Any] = field(default_factory=dict)
     system_prompt: str | None = None
 
     def __post_init__(self) -> None:
@@ -58,18 +62,23 @@ class Evaluation:
         return evaluation_windows(self.text, source.load_tokenizer(), self.window, self.max_windows)
 
 
-def prepare_(model: Any, tokenizer: Any, cache: CacheScheme | None, system_prompt: str | None) -> None:
-    """Put a loaded model on a coded cache and behind a system prompt, as far as they are asked for (not None)."""
-    if cache is None and system_prompt is None:
-        return
+def prepare_(model: Any, tokenizer: Any, kv_bits: int | None, kv: Mapping[str, Any], system_prompt: str | None) -> None:
+    """Put a loaded model on a coded cache and behind a system prompt, as far as they are asked for.
+
+    kv_bits, kv: as in `Evaluation`; kv alone changes settings of the cache that the model has.
+    """
     attached = attached_cache(model)
-    scheme = cache or (None if attached is None else attached.scheme)
+    scheme = None if attached is None else attached.scheme
+    if kv_bits is not None:
+        scheme = Recipe(kv_bits=kv_bits, kv=kv).cache_scheme()
+    elif kv and scheme is not None:
+        scheme = CacheScheme.from_dict({**scheme.to_dict(), **kv})
+    elif kv:
+        raise BadRecipe(f"the model's KV cache is not coded, and has no {next(iter(kv))}; give --kv-bits, too")
     if system_prompt is not None:
         attach_prefix_(model, scheme, prefix_ids(system_prompt, tokenizer))
-    elif attached is not None and attached.prefix is not None:
+    elif kv_bits is not None or kv:
         change_scheme_(model, scheme)
-    else:
-        attach_cache_(model, scheme)
 
 
 def evaluate(
@@ -94,7 +103,7 @@ def evaluate(
     size = measure(source)
     windows = evaluation.windows(source)
     loaded = load_model(source, evaluation.dtype, evaluation.device)
-    prepare_(loaded, source.load_tokenizer(), evaluation.cache, evaluation.system_prompt)
+    prepare_(loaded, source.load_tokenizer(), evaluation.kv_bits, evaluation.kv, evaluation.system_prompt)
     original = None if reference is None else load_model(reference, evaluation.dtype, evaluation.device)
     if original is not None:
         check_vocabularies(loaded, original)

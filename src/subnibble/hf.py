@@ -16,8 +16,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from subnibble.checkpoint.packed import (
-    PREFIX_KEYS,
-    PREFIX_VALUES,
+    PREFIX,
     QUANT_METHOD,
     NormBiasEntry,
     PackedConfig,
@@ -34,7 +33,14 @@ from subnibble.device import resolve_device, resolve_dtype
 from subnibble.errors import CheckpointError
 from subnibble.model.arch import ARCHITECTURES
 from subnibble.model.skeleton import Skeleton
-from subnibble.runtime.modules import PackedEmbedding, PackedLinear, PackedModule, TiedHead, add_output_bias_
+from subnibble.runtime.modules import (
+    PackedEmbedding,
+    PackedLinear,
+    PackedModule,
+    PrefixStates,
+    TiedHead,
+    add_output_bias_,
+)
 from subnibble.runtime.ops import LinearTerms
 from subnibble.scheme import E8M0
 from subnibble.tensor import range_key
@@ -87,7 +93,7 @@ class SubnibbleQuantizer(HfQuantizer):
         packed = self.quantization_config.packed
         if packed.cache is not None or packed.prefix is not None:
             # Not above: it needs what transformers has not imported yet when it imports its quantizers.
-            from subnibble.hf_cache import attach_cache_
+            from subnibble.hf_attention import attach_cache_
 
             attach_cache_(model, packed.cache, packed.prefix)
         return model
@@ -130,9 +136,8 @@ def replace_module(model: Any, path: str, module: nn.Module, entry: Any, dtype: 
         case NormBiasEntry(rows):
             add_output_bias_(module, torch.empty(rows, dtype=dtype, device="meta"))
         case PrefixEntry(heads, tokens, width):
-            for name in (PREFIX_KEYS, PREFIX_VALUES):
-                empty = torch.empty(heads, tokens, width, dtype=torch.float16, device="meta")
-                module.register_buffer(name, empty)
+            empty = torch.empty(heads, tokens, width, dtype=torch.float16, device="meta")
+            module.add_module(PREFIX, PrefixStates(empty, torch.empty_like(empty), persistent=True))
 
 
 def _empty_terms(entry: PackedLinearEntry, dtype: torch.dtype) -> LinearTerms:

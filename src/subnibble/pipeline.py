@@ -363,6 +363,7 @@ class _Run:
             linears=tuple(self.linears),
             size=measure(open_source(writer.folder)).to_dict(),
             calibration_tokens=0 if self.windows is None else self.windows.numel(),
+            prefix_tokens=0 if self.prefix is None else len(self.prefix.ids),
             seconds=self.clock.seconds(),
             peak_memory=peak_memory(),
             weights_sha256=weights_hash(writer.folder),

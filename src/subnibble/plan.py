@@ -18,7 +18,7 @@ from subnibble.errors import BadRecipe, CheckpointError, UnsupportedModel
 from subnibble.methods.method import Steps
 from subnibble.model.site import Heads
 from subnibble.model.skeleton import Block, Skeleton
-from subnibble.recipe import Recipe
+from subnibble.recipe import PLAIN_ACTIVATIONS, Recipe
 from subnibble.rounding.dual_scale import DualScale, check_grid
 from subnibble.scheme import ActivationScheme, Scheme
 from subnibble.transforms.rotate import Rotation, can_rotate, make_rotation
@@ -67,12 +67,8 @@ def make_plan(recipe: Recipe, steps: Steps, skeleton: Skeleton) -> Plan:
 def plan_cache(recipe: Recipe, steps: Steps, skeleton: Skeleton) -> CacheScheme | None:
     """How the KV cache is coded, None for not at all; `BadRecipe` if its groups do not fit a head."""
     scheme = recipe.cache_scheme(steps.cache)
-    width = Heads.of(skeleton.config).width
-    if scheme is not None and scheme.key_axis == "token" and scheme.group_size > width:
-        raise BadRecipe(
-            f"the cache's group {scheme.group_size} is larger than a head of {width} channels; use at most {width}, "
-            "or -1 for the whole head"
-        )
+    if scheme is not None:
+        scheme.check_width(Heads.of(skeleton.config).width)
     return scheme
 
 
@@ -90,6 +86,11 @@ def plan_schemes(recipe: Recipe, steps: Steps, skeleton: Skeleton) -> dict[str, 
     shapes = skeleton.linear_shapes()
     recipe.check_overrides(list(shapes))
     if steps.leaves_weights:
+        if recipe.activation_bits < PLAIN_ACTIVATIONS:
+            raise BadRecipe(
+                f"method {recipe.method} leaves all linears, and activation_bits is {recipe.activation_bits}; use "
+                "another method, or activation_bits = 16"
+            )
         return dict.fromkeys(shapes)
     schemes = {}
     for path, (_, columns) in shapes.items():

@@ -15,14 +15,21 @@ from transformers import DynamicCache
 
 from subnibble.cache_scheme import CacheScheme, PrefixIds
 from subnibble.calibrate.windows import check_positions
-from subnibble.checkpoint.packed import PREFIX_KEYS, PREFIX_VALUES, Entry, PrefixEntry, packed_config_of
-from subnibble.checkpoint.safetensors_source import INDEX
+from subnibble.checkpoint.packed import (
+    PREFIX,
+    PREFIX_NAMES,
+    Entry,
+    PrefixEntry,
+    packed_config_of,
+    stored_shapes,
+)
+from subnibble.checkpoint.safetensors_source import INDEX, read_header
 from subnibble.checkpoint.size import measure, weights_hash
 from subnibble.checkpoint.source import open_source
 from subnibble.checkpoint.writer import CheckpointWriter
 from subnibble.errors import CheckpointError, NumericalFailure
 from subnibble.hf import load_model
-from subnibble.hf_cache import attach_cache_, attached_cache, detach_cache_, set_prefix_
+from subnibble.hf_attention import attach_cache_, attached_cache, detach_cache_, set_prefix_
 from subnibble.model.arch import find_arch
 from subnibble.prompt import prefix_ids
 
@@ -37,7 +44,7 @@ def attach_prefix_(model: Any, scheme: CacheScheme | None, prefix: PrefixIds | N
         return
     states = compute_prefix(model, prefix)
     attach_cache_(model, scheme, prefix)
-    set_prefix_(model, [keys for keys, _ in states], [values for _, values in states])
+    set_prefix_(model, states)
 
 
 def compute_prefix(model: Any, prefix: PrefixIds) -> list[tuple[Tensor, Tensor]]:
@@ -47,7 +54,7 @@ def compute_prefix(model: Any, prefix: PrefixIds) -> list[tuple[Tensor, Tensor]]
     cache = DynamicCache()
     device = next(iter((*model.parameters(), *model.buffers()))).device
     decoder = model.get_submodule(find_arch(model.config.model_type).blocks.rpartition(".")[0])
-    with torch.inference_mode():
+    with torch.no_grad():
         decoder(torch.tensor([prefix.ids], device=device), past_key_values=cache, use_cache=True)
     # Without a config the cache has no sliding layers, which would keep the last tokens alone.
     layers: list[Any] = list(cache.layers)
@@ -63,6 +70,8 @@ def add_prefix(folder: str | Path, prompt: str, *, dtype: str = "float32", devic
     Its keys and values are those of the packed model; `quantize` with a system prompt stores the unquantized one's. The
     folder is replaced in one step; recipe.toml and whatever else is in it stays as it is.
     """
+    if not Path(folder).is_dir():
+        raise CheckpointError(f"{folder} is no folder; a system prompt is added to a checkpoint on this machine")
     source = open_source(folder)
     packed = packed_config_of(source.config)
     if packed is None:
@@ -75,29 +84,29 @@ def add_prefix(folder: str | Path, prompt: str, *, dtype: str = "float32", devic
     paths = [f"{arch.block_path(index)}.{arch.attention}" for index in range(len(states))]
     modules: dict[str, Entry] = {p: entry for p, entry in packed.modules.items() if not isinstance(entry, PrefixEntry)}
     modules |= {path: PrefixEntry(*keys.shape) for path, (keys, _) in zip(paths, states, strict=True)}
-    tensors = {f"{path}.{PREFIX_KEYS}": keys for path, (keys, _) in zip(paths, states, strict=True)}
-    tensors |= {f"{path}.{PREFIX_VALUES}": values for path, (_, values) in zip(paths, states, strict=True)}
-    shards = sorted(source.path.glob("*.safetensors"))
+    tensors = {
+        f"{path}.{PREFIX}.{name}": part
+        for path, pair in zip(paths, states, strict=True)
+        for name, part in zip(PREFIX_NAMES, pair, strict=True)
+    }
+    # Of the prompt before.
+    dropped = set(tensors) & set(stored_shapes(packed))
+    shards = [file for file in sorted(source.path.glob("*.safetensors")) if set(read_header(file)) - dropped]
     with CheckpointWriter(source.path, len(shards) + 1, replace=True) as writer:
         for file in shards:
-            kept = {name: part for name, part in load_file(file).items() if not _of_prefix(name)}
-            writer.write_shard(kept)
+            writer.write_shard({name: part for name, part in load_file(file).items() if name not in dropped})
         writer.write_shard(tensors)
         config = json.loads((source.path / "config.json").read_text(encoding="utf-8"))
         config["quantization_config"] = replace(packed, modules=modules, prefix=prefix).to_dict()
         writer.write_json("config.json", config)
         writer.finish_weights()
-        _copy_others(source.path, writer)
+        _copy_others(source.path, writer, prompt)
         writer.commit()
     return prefix
 
 
-def _of_prefix(name: str) -> bool:
-    return name.rpartition(".")[2] in (PREFIX_KEYS, PREFIX_VALUES)
-
-
-def _copy_others(folder: Path, writer: CheckpointWriter) -> None:
-    """What else is in the folder as it is, but for the report, which gets the new size and hash."""
+def _copy_others(folder: Path, writer: CheckpointWriter, prompt: str) -> None:
+    """What else is in the folder as it is, but for the report, which gets the new size and hash, and the prompt."""
     report = folder / "report.json"
     for item in folder.iterdir():
         if item.suffix == ".safetensors" or item.name in ("config.json", INDEX, report.name):
@@ -108,12 +117,15 @@ def _copy_others(folder: Path, writer: CheckpointWriter) -> None:
         values = json.loads(report.read_text(encoding="utf-8"))
         values["size"] = measure(open_source(writer.folder)).to_dict()
         values["weights_sha256"] = weights_hash(writer.folder)
+        values["system_prompt_added"] = prompt
         writer.write_json("report.json", values)
 
 
 def same_prefix_(model: Any, other: Any) -> None:
-    """Put `other` behind the prompt that `model` is behind, computed by itself, so that the two can be compared."""
+    """Put `other` behind the prompt that `model` is behind, computed by itself, or behind none if it is behind none, so
+    that the two can be compared.
+    """
     attached, theirs = attached_cache(model), attached_cache(other)
     prefix = None if attached is None else attached.prefix
-    if prefix is not None and (theirs is None or theirs.prefix != prefix):
+    if prefix != (None if theirs is None else theirs.prefix):
         attach_prefix_(other, None if theirs is None else theirs.scheme, prefix)

@@ -9,6 +9,8 @@ from subnibble.cache_scheme import PrefixIds
 from subnibble.errors import BadRecipe
 
 DEFAULT, BOS = "default", "bos"
+# Endings of what is more likely a file's name with a mistake than a prompt.
+_TEXT_FILES = (".txt", ".md", ".text")
 # Text that no template contains.
 _SYSTEM, _USER = "\u2983system\u2984", "\u2983user\u2984"
 
@@ -24,12 +26,13 @@ def prefix_ids(prompt: str, tokenizer: Any) -> PrefixIds:
     added = bos if bos is not None and own and own[0] == bos else None
     if prompt == BOS:
         if bos is None:
-            raise BadRecipe('this tokenizer has no BOS token; give --system-prompt text, or "default"')
+            raise BadRecipe("this tokenizer has no BOS token; give --system-prompt text")
         return PrefixIds((int(bos),), added)
     turn = _system_turn(tokenizer)
-    if prompt == DEFAULT:
-        text = _default_turn(tokenizer, turn)
-    else:
+    text = default_turn(tokenizer) if prompt == DEFAULT else None
+    if prompt == DEFAULT and text is None:
+        raise BadRecipe("this model's chat template writes no system turn by itself; give --system-prompt text")
+    if text is None:
         text = _text(prompt)
         text = f"{turn[0]}{text}{turn[1]}" if turn is not None else text
     ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
@@ -41,16 +44,29 @@ def prefix_ids(prompt: str, tokenizer: Any) -> PrefixIds:
     return PrefixIds(tuple(map(int, ids)), added)
 
 
+def default_turn(tokenizer: Any) -> str | None:
+    """The system turn that the chat template writes by itself, None if it writes none."""
+    turn = _system_turn(tokenizer)
+    rendered = _rendered(tokenizer, [{"role": "user", "content": _USER}])
+    if turn is None or rendered is None or not turn[1] or not rendered.startswith(turn[0]):
+        return None
+    end = rendered.find(turn[1], len(turn[0])) + len(turn[1])
+    return rendered[:end] if len(turn[1]) <= end <= rendered.find(_USER) else None
+
+
 def _text(prompt: str) -> str:
+    """The prompt, or what is in the file of this name; a line break at its end is not part of it."""
     try:
         path = Path(prompt)
         if not path.is_file():
+            if path.suffix in _TEXT_FILES and len(prompt.split()) == 1:
+                raise BadRecipe(f"--system-prompt {prompt}: there is no such file; give its full name, or text")
             return prompt
     except OSError:
         # Too long for a file's name.
         return prompt
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8").removesuffix("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise BadRecipe(f"{path}: the system prompt cannot be read ({error}); give a file of UTF-8 text") from error
 
@@ -63,15 +79,6 @@ def _system_turn(tokenizer: Any) -> tuple[str, str] | None:
         return None
     before, _, behind = alone.partition(_SYSTEM)
     return before, behind
-
-
-def _default_turn(tokenizer: Any, turn: tuple[str, str] | None) -> str:
-    rendered = _rendered(tokenizer, [{"role": "user", "content": _USER}])
-    if turn is not None and rendered is not None and turn[1] and rendered.startswith(turn[0]):
-        end = rendered.find(turn[1], len(turn[0]))
-        if end >= 0 and end + len(turn[1]) <= rendered.find(_USER):
-            return rendered[: end + len(turn[1])]
-    raise BadRecipe("this model's chat template writes no system turn by itself; give --system-prompt text, or bos")
 
 
 def _rendered(tokenizer: Any, turns: list[dict[str, str]]) -> str | None:

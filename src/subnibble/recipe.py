@@ -77,7 +77,7 @@ class Recipe:
             raise BadRecipe(f"seed is {self.seed}; give a whole number from 0 to 2**63 - 1")
         if self.dtype not in (AUTO, *DTYPES):
             raise BadRecipe(f"dtype is {self.dtype!r}; choose one of {AUTO}, {', '.join(DTYPES)}")
-        _ = self.embedding_scheme, self.activation, self.cache_scheme({})
+        _ = self.embedding_scheme, self.activation, self.cache_scheme()
         for pattern, values in self.overrides.items():
             _check_override(self, pattern, values)
 
@@ -91,15 +91,18 @@ class Recipe:
         """How inputs of linears are quantized that no override touches."""
         return self._activation({}, self.scheme)
 
-    def cache_scheme(self, prefers: Mapping[str, Any]) -> CacheScheme | None:
-        """How the KV cache is coded, None for not at all. prefers: what the method wants where the recipe is silent."""
+    def cache_scheme(self, prefers: Callable[[int], Mapping[str, Any]] = lambda bits: {}) -> CacheScheme | None:
+        """How the KV cache is coded, None for not at all.
+
+        prefers: the settings that the method wants at a bit width, where the recipe is silent.
+        """
         if "bits" in self.kv:
             raise BadRecipe("the table kv has no bits; set kv_bits")
         if self.kv_bits == PLAIN_CACHE:
             if self.kv:
                 raise BadRecipe(f"kv.{next(iter(self.kv))} is set and kv_bits is 16; set kv_bits to 8, 4, 3 or 2")
             return None
-        return CacheScheme.from_dict({**prefers, **self.kv, "bits": self.kv_bits})
+        return CacheScheme.from_dict({**prefers(self.kv_bits), **self.kv, "bits": self.kv_bits})
 
     @property
     def embedding_scheme(self) -> Scheme | None:

@@ -6,15 +6,21 @@ from typing import Any
 
 import torch
 
+from subnibble.cache_scheme import PrefixIds
 from subnibble.errors import BadRecipe
+from subnibble.prompt import default_turn
 
 
-def chat_prompt(tokenizer: Any, message: str) -> str:
-    """The message of a user in the tokenizer's chat template, ready for the model's turn."""
+def chat_prompt(tokenizer: Any, message: str, prefix: PrefixIds | None = None) -> str:
+    """The message of a user in the tokenizer's chat template, ready for the model's turn.
+
+    prefix: what the model stands behind; the system turn that the template writes by itself is left out then.
+    """
     if not tokenizer.chat_template:
         raise BadRecipe("this model's tokenizer has no chat template; generate without --chat")
     turns = [{"role": "user", "content": message}]
-    return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+    text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+    return text if prefix is None else text.removeprefix(default_turn(tokenizer) or "")
 
 
 def speak(model: Any, tokenizer: Any, prompt: str, tokens: int, temperature: float = 0.0, seed: int = 0) -> str:

@@ -294,8 +294,8 @@ def test_groups_of_a_cache_become_the_documented_codes(row) -> None:
 def test_the_documented_prefix_has_the_documented_tensors() -> None:
     path = "model.layers.0.self_attn"
     shapes = stored_shapes(PackedConfig.from_dict(CONFIG_4))
-    assert shapes == {f"{path}.prefix_keys": (2, 3, 16), f"{path}.prefix_values": (2, 3, 16)}
-    assert "`prefix_keys`\nand `prefix_values`, F16 (heads, tokens, width)" in DOC
+    assert shapes == {f"{path}.prefix.keys": (2, 3, 16), f"{path}.prefix.values": (2, 3, 16)}
+    assert "`path.prefix.keys` and `path.prefix.values`, F16 (heads, tokens, width)" in DOC
 
 
 def test_the_documented_bytes_of_a_cache_are_those_that_are_measured() -> None:

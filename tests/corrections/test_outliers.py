@@ -123,5 +123,5 @@ def test_atom_puts_the_strongest_channels_last() -> None:
     steps = atom.build(atom.configure({"outliers": 8}))
     assert (steps.saliency.score, steps.saliency.direction) == ("energy", "rising")
     assert steps.correction == OutlierColumns(8)
-    assert steps.cache == {"rope": "before"}
+    assert steps.cache(4) == {"rope": "before"}
     assert steps.prefers("attention_in", 4) == {"zero_point": "none"}

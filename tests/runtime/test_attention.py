@@ -78,6 +78,20 @@ def test_queries_that_see_more_or_less_coded_get_their_own(which: str, with_pref
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_large_scores_of_half_types_neither_overflow_nor_lose_more_than_torchs_own(dtype: torch.dtype) -> None:
+    e = example()
+    query, keys, values = (60 * e[name].to(dtype) for name in ("query", "keys", "values"))
+    counts = torch.tensor([5, 6, 7, 8, 9])
+    both = [Seen(part, part, counts) for part in (keys, values)]
+    found = attend(query, *both, e["visible"], SCALING)
+    own = attend(query, Seen(keys), Seen(values), e["visible"], SCALING)
+    wide = {"query": query.double(), "keys": keys.double(), "values": values.double(), "visible": e["visible"]}
+    exact = by_hand({**wide, "prefix": None}, with_prefix=False)
+    assert bool(found.isfinite().all())
+    assert float((found - exact).norm()) <= 1.5 * float((own - exact).norm())
+
+
 def test_a_query_that_sees_nothing_gives_zeros() -> None:
     e = example()
     e["visible"][1, :, 2] = False

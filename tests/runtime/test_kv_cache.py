@@ -177,12 +177,17 @@ def test_cropping_takes_the_last_tokens_back(scheme: CacheScheme | None) -> None
 
 
 def test_what_is_coded_behind_a_window_cannot_be_taken_back() -> None:
-    store = TensorStore(CacheScheme(3, window=4), False)
-    store.append(states(9))
-    store.crop(3)
-    assert store.length == 6
+    by_token, by_channel = TensorStore(CacheScheme(3, window=4), False), TensorStore(SCHEMES[5], True)
+    for store in (by_token, by_channel):
+        store.append(states(10))
     with pytest.raises(ValueError, match="window = 0"):
-        store.crop(3)
+        by_token.crop(1)
+    # Two windows of four are coded; the two tokens behind them are not.
+    by_channel.crop(2)
+    assert torch.equal(by_channel.append(states(10)[:, :, 8:]).late, expected(states(10), SCHEMES[5], True, 10))
+    with pytest.raises(ValueError, match="window = 0"):
+        by_channel.crop(3)
+    assert (by_token.length, by_channel.length) == (10, 10)
 
 
 def test_both_forms_change_alike() -> None:

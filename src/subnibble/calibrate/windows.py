@@ -61,7 +61,7 @@ def check_positions(length: int, config: Any, prefix: int = 0) -> None:
     if most is not None and prefix and length + prefix > most:
         raise CalibrationError(
             f"windows of {length} tokens behind a system prompt of {prefix} are longer than the model's {most} "
-            f"positions; use a shorter prompt, or --window {max(most - prefix, 0)}"
+            f"positions; use a shorter prompt{f', or --window {most - prefix}' if prefix < most else ''}"
         )
     if most is not None and length > most:
         raise CalibrationError(

@@ -25,8 +25,8 @@ T = TypeVar("T")
 
 QUANT_METHOD = "subnibble"
 FORMAT_VERSIONS = (1, 2, 3, 4)
-# Names of what an attention holds of a prefix.
-PREFIX_KEYS, PREFIX_VALUES = "prefix_keys", "prefix_values"
+# Where an attention holds a prefix's states, and under which names there.
+PREFIX, PREFIX_NAMES = "prefix", ("keys", "values")
 _LINEAR, _SCALED_LINEAR, _COMPOSED_LINEAR = "linear", "scaled_linear", "composed_linear"
 _MODULE_KEYS = {
     _LINEAR: {"kind", "rows", "ranges", "bias"},
@@ -270,7 +270,7 @@ def stored_shapes(packed: PackedConfig) -> dict[str, tuple[int, ...]]:
             case NormBiasEntry(rows):
                 shapes[f"{path}.bias"] = (rows,)
             case PrefixEntry(heads, tokens, width):
-                shapes |= dict.fromkeys((f"{path}.{PREFIX_KEYS}", f"{path}.{PREFIX_VALUES}"), (heads, tokens, width))
+                shapes |= dict.fromkeys((f"{path}.{PREFIX}.{name}" for name in PREFIX_NAMES), (heads, tokens, width))
     return shapes
 
 

@@ -26,6 +26,9 @@ def compare(
     embedding_bits: o.EmbeddingBits = None,
     activation_bits: o.ActivationBits = None,
     activation_group_size: o.ActivationGroupSize = None,
+    kv_bits: o.KvBits = None,
+    kv_option: o.KvOptions = None,
+    system_prompt: o.SystemPrompt = None,
     calibration: o.Calibration = None,
     num_windows: o.NumWindows = None,
     window: o.Window = None,
@@ -45,8 +48,8 @@ def compare(
     o.check_options(_words(methods), option)
     recipes = [
         o.build_recipe(
-            None, o.options_of(method, option), method=method, bits=width, group_size=group_size, grid=grid,
-            embedding_bits=embedding_bits,
+            None, o.options_of(method, option), kv_option, method=method, bits=width, group_size=group_size, grid=grid,
+            embedding_bits=embedding_bits, kv_bits=kv_bits, system_prompt=system_prompt,
             activation_bits=activation_bits, activation_group_size=activation_group_size,
             calibration=calibration, num_windows=num_windows, window=window, seed=seed, device=device, dtype=dtype,
         )
@@ -68,8 +71,8 @@ def compare(
 def show(rows: Sequence[Row]) -> None:
     """Print a comparison."""
     columns = (
-        "model", "perplexity", "KL", "top-1", "effective bits", "activation bits", "model bits", "on disk", "in memory",
-        "time",
+        "model", "perplexity", "KL", "top-1", "effective bits", "activation bits", "KV bytes a token", "model bits",
+        "on disk", "in memory", "time",
     )  # fmt: skip
     cells = [
         (
@@ -79,6 +82,7 @@ def show(rows: Sequence[Row]) -> None:
             f"{100 * (row.scores.top1_agreement or 0):.1f} %",
             f"{row.effective_bits:.3f}",
             f"{row.activation_bits:.3f}",
+            f"{row.cache_bytes:.0f}",
             f"{row.model_bits:.2f}",
             megabytes(row.file_bytes),
             megabytes(row.memory_bytes),

@@ -32,8 +32,10 @@ def evaluate(
     from subnibble.evaluation import Evaluation
     from subnibble.evaluation import evaluate as run
 
-    scheme = o.cache_scheme(kv_bits, kv_option)
-    evaluation = Evaluation(text, window, max_windows, device or "auto", dtype or "auto", scheme, system_prompt)
+    settings = o.kv_settings(kv_option)
+    evaluation = Evaluation(
+        text, window, max_windows, device or "auto", dtype or "auto", kv_bits, settings, system_prompt
+    )
     with progress("evaluate") as told:
         found = run(model, evaluation, reference, layers=layers, progress=told)
     if json:
@@ -75,11 +77,15 @@ def generate(
     from subnibble.checkpoint.source import open_source
     from subnibble.evaluation import prepare_
     from subnibble.hf import load_model
+    from subnibble.hf_attention import attached_cache
     from subnibble.speak import chat_prompt, speak
 
     source = open_source(model)
     tokenizer = source.load_tokenizer()
     loaded = load_model(source, dtype or "auto", device or "auto")
-    prepare_(loaded, tokenizer, o.cache_scheme(kv_bits, kv_option), system_prompt)
-    text = chat_prompt(tokenizer, prompt) if chat else prompt
+    prepare_(loaded, tokenizer, kv_bits, o.kv_settings(kv_option), system_prompt)
+    text = prompt
+    if chat:
+        attached = attached_cache(loaded)
+        text = chat_prompt(tokenizer, prompt, None if attached is None else attached.prefix)
     typer.echo(speak(loaded, tokenizer, text, max_new_tokens, temperature, seed))

@@ -11,7 +11,6 @@ import typer
 from subnibble.errors import BadRecipe
 
 if TYPE_CHECKING:
-    from subnibble.cache_scheme import CacheScheme
     from subnibble.recipe import Recipe
 
 PROMPTS = "TEXT|FILE|default|bos"
@@ -70,17 +69,13 @@ def build_recipe(
     changed = values["method"] != recipe.method
     kept = {} if changed else dict(recipe.options)
     values["options"] = kept | dict(_parse_option(option) for option in options or [])
-    values["kv"] = {**recipe.kv, **dict(_parse_option(option) for option in kv_options or [])}
+    values["kv"] = {**recipe.kv, **kv_settings(kv_options)}
     return Recipe.from_dict(values)
 
 
-def cache_scheme(bits: int | None, options: list[str] | None) -> CacheScheme | None:
-    """The KV cache that a command line asks for; None if it asks for none."""
-    from subnibble.cache_scheme import PLAIN_CACHE
-    from subnibble.recipe import Recipe
-
-    settings = dict(_parse_option(option) for option in options or [])
-    return Recipe(kv_bits=PLAIN_CACHE if bits is None else bits, kv=settings).cache_scheme({})
+def kv_settings(options: list[str] | None) -> dict[str, Any]:
+    """The settings of the KV cache that a command line gives."""
+    return dict(_parse_option(option, "--kv-option", "window=32") for option in options or [])
 
 
 def options_of(method: str, options: list[str] | None) -> list[str]:
@@ -98,11 +93,11 @@ def check_options(methods: list[str], options: list[str] | None) -> None:
             raise BadRecipe(f"--option {text!r}: none of {', '.join(methods)} has it; see `subnibble list`")
 
 
-def _parse_option(text: str) -> tuple[str, Any]:
+def _parse_option(text: str, flag: str = "--option", example: str = "order=natural") -> tuple[str, Any]:
     """KEY=VALUE with VALUE as in TOML; a bare word is a string."""
     key, equals, value = text.partition("=")
     if not equals or not key:
-        raise BadRecipe(f"--option {text!r}: give KEY=VALUE, for example order=natural")
+        raise BadRecipe(f"{flag} {text!r}: give KEY=VALUE, for example {example}")
     try:
         return key, tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:

@@ -55,6 +55,8 @@ def quantize(
         f"{size['model_bits']:.3f} bits a parameter, {megabytes(size['file_bytes'])}, "
         f"{duration(report.seconds['total'])}, peak memory {megabytes(report.peak_memory)}"
     )
+    if wanted.system_prompt is not None:
+        typer.echo(f"system prompt of {report.prefix_tokens} tokens at 16 bits")
     if not report.linears:
         return
     worst = sorted(report.linears, key=lambda linear: -(linear.output_error or linear.weight_error))[:3]

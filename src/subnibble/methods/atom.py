@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from subnibble.corrections.outliers import OutlierColumns
 from subnibble.methods.method import Method, Steps
@@ -37,8 +38,13 @@ def build(options: Options) -> Steps:
         saliency=Saliency("energy", direction="rising"),
         correction=OutlierColumns(options.outliers),
         inputs=options.inputs,
-        cache={"rope": "before"},
+        cache=keys_before_rope,
     )
+
+
+def keys_before_rope(bits: int) -> Mapping[str, Any]:
+    """Keys coded without positions."""
+    return {"rope": "before"}
 
 
 def symmetric(site: str, bits: int) -> Mapping[str, str]:

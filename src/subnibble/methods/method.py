@@ -33,6 +33,15 @@ RANKS = ("uniform", "gain")
 Preference = Callable[[str, int], Mapping[str, str]]
 
 
+# The settings that a method wants, by the keys of `CacheScheme`, for a KV cache of so many bits.
+CachePreference = Callable[[int], Mapping[str, Any]]
+
+
+def no_cache_preference(bits: int) -> Mapping[str, Any]:
+    """See `CachePreference`."""
+    return {}
+
+
 def no_preference(site: str, bits: int) -> Mapping[str, str]:
     """See `Preference`."""
     return {}
@@ -47,8 +56,8 @@ class Steps:
     saliency: gives sites their channel order. correction: gives linears more terms against rounding error. ranks: of
     salient columns, "uniform" or "gain", see `corrections/ranks.py`. online: names of sites whose readers get an online
     Hadamard transform. inputs: "exact" calibrates on inputs that are not quantized, "quantized" on what the running
-    model will see. value_rotation: see `transforms/rotate_values.py`. cache: settings of `CacheScheme` that the method
-    wants; what the recipe says goes first. leaves_weights: no linear is rounded at all.
+    model will see. value_rotation: see `transforms/rotate_values.py`. cache: see `CachePreference`; what the recipe
+    says goes first. leaves_weights: no linear is rounded at all.
     """
 
     rounder: Rounder
@@ -63,7 +72,7 @@ class Steps:
     online: tuple[str, ...] = ()
     inputs: str = "exact"
     value_rotation: str = "none"
-    cache: Mapping[str, Any] = field(default_factory=dict)
+    cache: CachePreference = no_cache_preference
     leaves_weights: bool = False
 
     def __post_init__(self) -> None:

@@ -33,7 +33,7 @@ class LinearReport:
 class Report:
     """A whole quantization. seconds: by step, and "total". peak_memory: bytes, of the process.
 
-    calibration_tokens: how many tokens the statistics were gathered on, 0 if none.
+    calibration_tokens: how many tokens the statistics were gathered on, 0 if none. prefix_tokens: of the system prompt.
     """
 
     model: str
@@ -42,6 +42,7 @@ class Report:
     linears: tuple[LinearReport, ...]
     size: dict[str, float]
     calibration_tokens: int
+    prefix_tokens: int
     seconds: dict[str, float]
     peak_memory: int
     weights_sha256: str

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from subnibble.runtime.kv_cache import Seen
+from subnibble.runtime.kv_cache import Seen, changed
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,13 @@ def attend(
 def _by_query(
     query: Tensor, keys: Seen, values: Seen, visible: Tensor, scaling: float, prefix: PrefixSeen | None
 ) -> Tensor:
-    """Where queries of one call see more or less of the cache coded: both forms, chosen score by score."""
-    heads = keys.late.shape[1]
-    grouped = query.unflatten(1, (heads, -1))
+    """Where queries of one call see more or less of the cache coded: both forms, chosen score by score.
+
+    Computed in float32 or better, as torch's own attention does inside, and rounded to the query's type once.
+    """
+    heads, wide = keys.late.shape[1], torch.promote_types(query.dtype, torch.float32)
+    grouped = (query.to(wide) * scaling).unflatten(1, (heads, -1))
+    keys, values = (changed(seen, lambda part: part.to(wide)) for seen in (keys, values))
     late = _behind(prefix, "keys", keys.late).unsqueeze(2)
     scores = grouped @ late.transpose(-1, -2)
     offset = late.shape[-2] - keys.late.shape[-2]
@@ -65,18 +69,17 @@ def _by_query(
         early = _behind(prefix, "keys", keys.early).unsqueeze(2)
         scores = torch.where(_coded(keys, offset), scores, grouped @ early.transpose(-1, -2))
     visible = visible.unsqueeze(1)
-    scores = (scores * scaling).masked_fill(~visible, -torch.inf)
-    shares = scores.softmax(-1, dtype=torch.promote_types(query.dtype, torch.float32)).to(query.dtype)
+    shares = scores.masked_fill(~visible, -torch.inf).softmax(-1)
     # A padded query sees nothing: 0, as of torch's own attention, not 0 / 0.
     shares = shares.masked_fill(~visible.any(-1, keepdim=True), 0)
     late = _behind(prefix, "values", values.late).unsqueeze(2)
     if values.early is None:
         found: Tensor = (shares @ late).flatten(1, 2)
-        return found
+        return found.to(query.dtype)
     coded = _coded(values, offset)
     early = _behind(prefix, "values", values.early).unsqueeze(2)
     text: Tensor = torch.where(coded, shares, 0) @ late + torch.where(coded, 0, shares) @ early
-    return text.flatten(1, 2)
+    return text.flatten(1, 2).to(query.dtype)
 
 
 def _coded(seen: Seen, offset: int) -> Tensor:

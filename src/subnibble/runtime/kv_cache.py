@@ -137,6 +137,7 @@ class TensorStore:
             return Seen(exact)
         total = first + x.shape[2]
         counts = [scheme.coded_tokens(first + i + 1, self._of_keys) for i in range(x.shape[2])]
+        assert not counts or counts[-1] >= before
         ready = exact[:, :, : counts[-1] - before] if counts else exact[:, :, :0]
         # A window is none of a query's business where each sees all that it may see coded.
         differs = any(count < min(first + i + 1, counts[-1]) for i, count in enumerate(counts))
@@ -155,22 +156,18 @@ class TensorStore:
         self._map(lambda part: part.index_select(0, index.to(part.device)))
 
     def crop(self, tokens: int) -> None:
-        """Forget the last `tokens` tokens; `ValueError` if a coded group of keys would have to be split."""
-        exact = 0 if self.exact is None else self.exact.shape[2]
-        if self.exact is not None and tokens:
-            kept = max(exact - tokens, 0)
-            self.exact = self.exact[:, :, :kept].clone() if kept else None
-        over = max(tokens - exact, 0)
-        if not over:
-            return
-        if self._scheme is None or self._by_channel or self._scheme.window:
+        """Forget the last `tokens` tokens; `ValueError` if what is coded would have to be uncoded."""
+        left = max(self.length - tokens, 0)
+        wanted = 0 if self._scheme is None else self._scheme.coded_tokens(left, self._of_keys)
+        if self._scheme is not None and self._scheme.window and wanted != self._coded_length:
             raise ValueError(
-                f"{over} of the {tokens} tokens to take back are coded, and a cache with a window cannot uncode them; "
-                "use a scheme with window = 0, or decode without assistant"
+                f"without its last {tokens} tokens a cache of {self.length} would have {wanted} coded, and it has "
+                f"{self._coded_length}, which cannot be uncoded; use window = 0, or decode without assistant"
             )
-        assert self.coded is not None
-        length = self.coded.codes.shape[2] - over
-        self.coded = self.coded.map(lambda part: part[:, :, :length].clone())
+        if self.coded is not None and wanted < self._coded_length:
+            self.coded = self.coded.map(lambda part: part[:, :, :wanted].clone())
+        rest = left - wanted
+        self.exact = self.exact[:, :, :rest].clone() if self.exact is not None and rest else None
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> None:
         self.coded = None if self.coded is None else self.coded.map(change)

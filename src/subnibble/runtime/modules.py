@@ -1,4 +1,4 @@
-"""Modules of a running packed model: their parameters are packed codes, their forward calls `ops`."""
+"""Modules of a running packed model: they hold what is stored, as it is stored, and their forward calls `ops`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,41 @@ from subnibble.runtime import ops
 from subnibble.tensor import PackedLayout, PackedTensor
 
 
-class PackedModule(nn.Module):
+class StoredModule(nn.Module):
+    """Holds buffers that keep their stored type on `.to(dtype)`."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move between devices as any module does; buffers keep their type."""
+        types = {name: buffer.dtype for name, buffer in self.named_buffers(recurse=False)}
+        before = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, dtype in types.items():
+            after = getattr(self, name)
+            if after.dtype != dtype:
+                setattr(self, name, before[name].to(after.device))
+        return self
+
+
+class PrefixStates(StoredModule):
+    """Keys and values of a prefix in one attention: (heads, tokens, width) float16 each.
+
+    persistent: whether they are saved with the model.
+    """
+
+    keys: Tensor
+    values: Tensor
+
+    def __init__(self, keys: Tensor, values: Tensor, persistent: bool) -> None:
+        super().__init__()
+        self.register_buffer("keys", keys, persistent)
+        self.register_buffer("values", values, persistent)
+
+    def extra_repr(self) -> str:
+        """Shape, for printing."""
+        return f"{self.keys.shape[1]} tokens"
+
+
+class PackedModule(StoredModule):
     """Holds one packed matrix as buffers, under the names of the checkpoint format."""
 
     def __init__(self, weight: PackedTensor) -> None:
@@ -25,17 +59,6 @@ class PackedModule(nn.Module):
     def packed(self) -> PackedTensor:
         """The packed matrix, sharing the buffers."""
         return PackedTensor.from_state(dict(self.named_buffers(recurse=False)), self.layout)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move between devices as any module does; codes and scales keep their stored type on `.to(dtype)`."""
-        types = {name: buffer.dtype for name, buffer in self.named_buffers(recurse=False)}
-        before = dict(self.named_buffers(recurse=False))
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, dtype in types.items():
-            after = getattr(self, name)
-            if after.dtype != dtype:
-                setattr(self, name, before[name].to(after.device))
-        return self
 
     def extra_repr(self) -> str:
         """Shape and schemes, for printing."""

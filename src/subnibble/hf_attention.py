@@ -1,0 +1,312 @@
+"""A transformers model on a coded KV cache and behind a prefix at 16 bits: hooks, and an attention function.
+
+No modeling file is involved. `attach_cache_` gives the model
+
+- a hook on the decoder that makes its `KVCache`, moves positions behind the prefix, and hides what an input repeats of
+  the prefix; and the same cache for `generate`;
+- a hook on each attention that hands that cache's layer, which transformers gives turned keys alone, the positions, and
+  the attention function the layer;
+- that function, under the name `subnibble` in transformers' registry: it turns queries where keys are stored turned,
+  and attends over prefix and cache (`runtime/attention.py`).
+
+The prefix is before the text, not in it: token ids, masks and lengths of `generate` and `forward` are the text's alone.
+An input that begins with the prefix's ids is taken as if it began behind them, and a BOS that the tokenizer put before
+a text is dropped where the prefix begins with it: these tokens stay in the ids, hidden. A row's last token is never
+hidden. The first call of a text decides; what later calls bring is text.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from subnibble.cache_scheme import CacheScheme, PrefixIds
+from subnibble.checkpoint.packed import PREFIX, Entry, PackedConfig, PrefixEntry
+from subnibble.errors import BadRecipe
+from subnibble.hf_cache import CacheLayer, KVCache
+from subnibble.model.arch import find_arch
+from subnibble.model.site import Heads
+from subnibble.runtime import hadamard
+from subnibble.runtime.attention import PrefixSeen, attend
+from subnibble.runtime.modules import PrefixStates
+
+ATTENTION = "subnibble"
+_RECORD, _GENERATION = "_subnibble_cache", "_prepare_cache_for_generation"
+
+
+@dataclass(frozen=True)
+class Attached:
+    """What a model runs on. scheme: None for a cache at 16 bits. prefix: None for none. layers: of the model.
+
+    before: its attention implementation without.
+    """
+
+    scheme: CacheScheme | None
+    prefix: PrefixIds | None
+    layers: int
+    before: str
+
+    def cache(self) -> KVCache:
+        """A new, empty cache."""
+        return KVCache(self.scheme, self.layers, self.prefix)
+
+    def accepted(self, given: Any) -> KVCache:
+        """The cache to go on with where a caller passed `given`."""
+        if given is None:
+            return self.cache()
+        if isinstance(given, KVCache) and (given.scheme, given.prefix) == (self.scheme, self.prefix):
+            return given
+        kind = "KVCache of another scheme or prefix" if isinstance(given, KVCache) else type(given).__name__
+        raise BadRecipe(
+            f"the model keeps its cache coded, and cannot go on with a {kind}: leave past_key_values and "
+            "cache_implementation out, or pass what the model itself returned"
+        )
+
+
+def attach_cache_(model: Any, scheme: CacheScheme | None, prefix: PrefixIds | None = None) -> None:
+    """Let a transformers model, packed or plain, run on a `KVCache` of `scheme`, in `forward` and `generate`.
+
+    scheme: None for a cache at 16 bits. prefix: ids of the keys and values that the model's attentions hold
+    (`set_prefix_`), None for none. What was attached before is replaced.
+    """
+    if scheme is not None:
+        scheme.check_width(Heads.of(model.config).width)
+    detach_cache_(model)
+    attentions = _attentions(model)
+    attached = Attached(scheme, prefix, len(attentions), model.config._attn_implementation)
+    decoder = _decoder(model)
+    decoder.register_forward_pre_hook(_BeforeDecoder(attached), with_kwargs=True)
+    decoder.register_forward_hook(_without_cache, with_kwargs=True)
+    for module in attentions:
+        module.register_forward_pre_hook(_announce, with_kwargs=True)
+    model.set_attn_implementation(ATTENTION)
+    setattr(model, _RECORD, attached)
+    setattr(model, _GENERATION, _GenerationCache(attached))
+    _write_config(model)
+
+
+def detach_cache_(model: Any) -> None:
+    """Undo `attach_cache_`; a prefix's keys and values are dropped."""
+    attached = attached_cache(model)
+    if attached is None:
+        return
+    for module in (_decoder(model), *_attentions(model)):
+        # Found by what they are: a deep copy of the model has copies of them.
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if hook is _announce or isinstance(hook, _BeforeDecoder):
+                del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key]
+        for key, hook in list(module._forward_hooks.items()):
+            if hook is _without_cache:
+                del module._forward_hooks[key], module._forward_hooks_with_kwargs[key]
+        if hasattr(module, PREFIX):
+            delattr(module, PREFIX)
+    model.set_attn_implementation(attached.before)
+    delattr(model, _RECORD)
+    delattr(model, _GENERATION)
+    _write_config(model)
+
+
+def attached_cache(model: Any) -> Attached | None:
+    """What `attach_cache_` gave the model, None if nothing."""
+    return getattr(model, _RECORD, None)
+
+
+def change_scheme_(model: Any, scheme: CacheScheme | None) -> None:
+    """Give a model another cache; its prefix stays."""
+    attached, states = attached_cache(model), [getattr(module, PREFIX, None) for module in _attentions(model)]
+    prefix = None if attached is None else attached.prefix
+    attach_cache_(model, scheme, prefix)
+    if prefix is not None:
+        set_prefix_(model, [(held.keys, held.values) for held in states if held is not None])
+
+
+def set_prefix_(model: Any, states: list[tuple[Tensor, Tensor]]) -> None:
+    """Give every attention of the model its prefix's keys and values, (heads, p, width) float16 each, by layers."""
+    packed = _packed_config(model) is not None
+    for module, (keys, values) in zip(_attentions(model), states, strict=True):
+        module.add_module(PREFIX, PrefixStates(keys, values, persistent=packed))
+    _write_config(model)
+
+
+def _decoder(model: Any) -> Any:
+    return model.get_submodule(find_arch(model.config.model_type).blocks.rpartition(".")[0])
+
+
+def _attentions(model: Any) -> list[Any]:
+    arch = find_arch(model.config.model_type)
+    return [block.get_submodule(arch.attention) for block in model.get_submodule(arch.blocks)]
+
+
+def _packed_config(model: Any) -> Any:
+    """The `SubnibbleConfig` of a packed model, None of another."""
+    found = getattr(model.config, "quantization_config", None)
+    return found if isinstance(getattr(found, "packed", None), PackedConfig) else None
+
+
+def _write_config(model: Any) -> None:
+    """Let a packed model's config say what it runs on, so that it is saved as it is."""
+    config, attached = _packed_config(model), attached_cache(model)
+    if config is None:
+        return
+    arch = find_arch(model.config.model_type)
+    modules: dict[str, Entry] = {p: e for p, e in config.packed.modules.items() if not isinstance(e, PrefixEntry)}
+    for index, module in enumerate(_attentions(model)):
+        if hasattr(module, PREFIX):
+            modules[f"{arch.block_path(index)}.{arch.attention}"] = PrefixEntry(*module.prefix.keys.shape)
+    held = any(isinstance(entry, PrefixEntry) for entry in modules.values())
+    scheme, prefix = (None, None) if attached is None else (attached.scheme, attached.prefix if held else None)
+    config.packed = replace(config.packed, modules=modules, cache=scheme, prefix=prefix)
+
+
+@dataclass(frozen=True)
+class _GenerationCache:
+    """Stands for the model's method by which `generate` makes its cache."""
+
+    attached: Attached
+
+    def __call__(
+        self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        """As transformers calls it: puts the cache into model_kwargs."""
+        if generation_config.cache_implementation is not None:
+            raise BadRecipe("the model has a cache of its own; leave cache_implementation out")
+        if generation_config.use_cache is not False or model_kwargs.get("past_key_values") is not None:
+            model_kwargs["past_key_values"] = self.attached.accepted(model_kwargs.get("past_key_values"))
+
+
+@dataclass(frozen=True)
+class _BeforeDecoder:
+    """A forward pre-hook that gives the decoder its cache, and positions behind the prefix."""
+
+    attached: Attached
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """As torch calls it."""
+        if args:
+            kwargs, args = {"input_ids": args[0], **kwargs}, args[1:]
+        kwargs, prefix = dict(kwargs), self.attached.prefix
+        ids = kwargs.get("input_ids")
+        tokens = kwargs.get("inputs_embeds") if ids is None else ids
+        if tokens is None or args:
+            return args, kwargs
+        cache = kwargs["past_key_values"] = self.attached.accepted(kwargs.get("past_key_values"))
+        mask = kwargs.get("attention_mask")
+        flat = mask is None or (isinstance(mask, Tensor) and mask.dim() == 2)
+        if prefix is not None and not flat:
+            raise BadRecipe("a model with a prefix takes attention masks of two dimensions, (batch, tokens)")
+        if prefix is not None and ids is not None and cache.get_seq_length() == 0:
+            cache.hidden = repeated_prefix(ids, mask, prefix)
+        new = tokens.shape[1]
+        if flat:
+            kwargs["attention_mask"] = cache.visible(mask, new)
+        positions = kwargs.get("position_ids")
+        if positions is None:
+            positions = _positions(kwargs["attention_mask"] if flat else None, cache.get_seq_length(), tokens)
+        elif cache.skipped is not None:
+            positions = (positions - cache.skipped.to(positions.device)).clamp(min=0)
+        kwargs["position_ids"] = positions + (0 if prefix is None else len(prefix.ids))
+        return args, kwargs
+
+
+def _positions(mask: Tensor | None, past: int, tokens: Tensor) -> Tensor:
+    """Places of new tokens (b, t, ...) in their texts, padding and hidden tokens not counted."""
+    new = tokens.shape[1]
+    if mask is None:
+        return torch.arange(past, past + new, device=tokens.device).unsqueeze(0)
+    return (mask.long().cumsum(1) - 1).clamp(min=0)[:, -new:]
+
+
+def repeated_prefix(ids: Tensor, mask: Tensor | None, prefix: PrefixIds) -> Tensor | None:
+    """(b, t) bool: tokens at the start of each row that repeat the prefix or its BOS; None if there are none.
+
+    ids: (b, t). mask: (b, t), 0 where a row is padded, None for no padding.
+    """
+    hidden = torch.zeros_like(ids, dtype=torch.bool)
+    known = torch.tensor(prefix.ids, device=ids.device)
+    for row in range(ids.shape[0]):
+        places = torch.arange(ids.shape[1], device=ids.device) if mask is None else mask[row].nonzero()[:, 0]
+        own = ids[row, places]
+        if own.shape[0] >= len(known) and torch.equal(own[: len(known)], known):
+            count = len(known)
+        else:
+            count = int(own.shape[0] > 0 and prefix.bos == int(own[0]) == prefix.ids[0])
+        hidden[row, places[: min(count, own.shape[0] - 1)]] = True
+    return hidden if bool(hidden.any()) else None
+
+
+def _without_cache(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+    """A forward hook: gives no cache back where none was asked for, as some models do by themselves."""
+    if kwargs.get("use_cache") is False and getattr(output, "past_key_values", None) is not None:
+        output.past_key_values = None
+    return output
+
+
+def _announce(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """A forward pre-hook of attention: hands its cache layer over."""
+    cache = kwargs.get("past_key_values")
+    if not isinstance(cache, KVCache):
+        return args, kwargs
+    if module.config._attn_implementation != ATTENTION:
+        raise BadRecipe(
+            f"the attention implementation was set to {module.config._attn_implementation!r}, which knows no coded "
+            "cache; detach the cache first (`detach_cache_`)"
+        )
+    if cache.prefix is not None and not hasattr(module, PREFIX):
+        raise BadRecipe("the model has a prefix's ids and not its keys and values; give it both (`attach_prefix_`)")
+    layer = cache.layers[module.layer_idx]
+    cos, sin = kwargs["position_embeddings"]
+    hidden = args[0] if args else kwargs["hidden_states"]
+    if module.layer_idx == 0 and cache.scheme is not None and cache.scheme.rope == "before":
+        cache.positions.append(cos, sin, hidden.shape[0])
+    layer.expect(kwargs.get("position_ids"))
+    return args, {**kwargs, "kv_layer": layer}
+
+
+def cached_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    kv_layer: CacheLayer | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention as transformers calls it, on what `kv_layer` holds. query: (b, query heads, t, width)."""
+    if kv_layer is None:
+        found: tuple[Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, sliding_window=sliding_window, **kwargs
+        )
+        return found
+    if attention_mask is not None and attention_mask.dtype != torch.bool:
+        raise BadRecipe("a model on a coded cache takes masks of truth values, or of two dimensions")
+    keys, values = kv_layer.take()
+    blocks = kv_layer.blocks(query)
+    turned = hadamard.multiply(query, blocks) if blocks else query
+    prefix = None
+    if hasattr(module, PREFIX):
+        own = module.prefix.keys.to(query.dtype)
+        shown = _prefix_visible(query, own.shape[1], kv_layer.queries, sliding_window)
+        prefix = PrefixSeen(hadamard.multiply(own, blocks) if blocks else own, module.prefix.values, shown)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    output = attend(turned, keys, values, attention_mask, scale, prefix)
+    return output.transpose(1, 2).contiguous(), None
+
+
+def _prefix_visible(query: Tensor, length: int, positions: Tensor | None, sliding_window: int | None) -> Tensor:
+    """(b or 1, 1, t, length): which tokens of the prefix are near enough to a query."""
+    if sliding_window is None or positions is None:
+        return torch.ones(1, 1, query.shape[2], length, dtype=torch.bool, device=query.device)
+    distance = positions.unsqueeze(-1) - torch.arange(length, device=positions.device)
+    return (distance < sliding_window).unsqueeze(1)
+
+
+AttentionInterface.register(ATTENTION, cached_attention)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)
