@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from subnibble.runtime import attention
 from subnibble.runtime.attention import PrefixSeen, attend
 from subnibble.runtime.kv_cache import Seen
 from subnibble.runtime.rotary import rotate, unrotate
@@ -58,7 +59,11 @@ def test_attention_is_that_of_each_query_by_itself(with_prefix: bool) -> None:
 
 @pytest.mark.parametrize("which", ["keys", "values", "both"])
 @pytest.mark.parametrize("with_prefix", [True, False])
-def test_queries_that_see_more_or_less_coded_get_their_own(which: str, with_prefix: bool) -> None:
+@pytest.mark.parametrize("at_once", [1, 2, 128])
+def test_queries_that_see_more_or_less_coded_get_their_own(
+    which: str, with_prefix: bool, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "_QUERIES", at_once)
     e = example()
     counts = torch.tensor([0, 2, 2, 5, 6])
     seen, own = {}, {}

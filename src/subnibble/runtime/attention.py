@@ -14,6 +14,9 @@ from torch import Tensor
 
 from subnibble.runtime.kv_cache import Seen, changed
 
+# Queries whose scores are held at once where they differ in what they see coded.
+_QUERIES = 128
+
 
 @dataclass(frozen=True)
 class PrefixSeen:
@@ -55,44 +58,67 @@ def attend(
 def _by_query(
     query: Tensor, keys: Seen, values: Seen, visible: Tensor, scaling: float, prefix: PrefixSeen | None
 ) -> Tensor:
-    """Where queries of one call see more or less of the cache coded: both forms, chosen score by score.
+    """Where queries of one call see more or less of the cache coded: some queries at a time.
 
     Computed in float32 or better, as torch's own attention does inside, and rounded to the query's type once.
     """
-    heads, wide = keys.late.shape[1], torch.promote_types(query.dtype, torch.float32)
-    grouped = (query.to(wide) * scaling).unflatten(1, (heads, -1))
+    wide = torch.promote_types(query.dtype, torch.float32)
+    grouped = (query.to(wide) * scaling).unflatten(1, (keys.late.shape[1], -1))
     keys, values = (changed(seen, lambda part: part.to(wide)) for seen in (keys, values))
-    late = _behind(prefix, "keys", keys.late).unsqueeze(2)
-    scores = grouped @ late.transpose(-1, -2)
-    offset = late.shape[-2] - keys.late.shape[-2]
-    if keys.early is not None:
-        early = _behind(prefix, "keys", keys.early).unsqueeze(2)
-        scores = torch.where(_coded(keys, offset), scores, grouped @ early.transpose(-1, -2))
+    offset, found = visible.shape[-1] - keys.late.shape[2], []
+    for start in range(0, query.shape[2], _QUERIES):
+        shown = visible[:, :, start : start + _QUERIES]
+        # Tokens behind the last that any of these queries sees cost nothing.
+        ends = shown.flatten(0, 2).any(0).nonzero()
+        stop = max(int(ends.max()) + 1 if ends.numel() else 0, offset)
+        k, v = (_Part(seen, start, stop - offset) for seen in (keys, values))
+        found.append(_few(grouped[..., start : start + _QUERIES, :], k, v, shown[..., :stop], prefix))
+    return torch.cat(found, -2).flatten(1, 2).to(query.dtype)
+
+
+class _Part:
+    """What the queries from `start` on, `_QUERIES` of them, see of the first n keys or values.
+
+    base: (b, heads, 1, n, width), tokens as all of these queries see them, but for those of the range first .. stop -
+    1: coded says of each query and token there whether it sees late instead.
+    """
+
+    def __init__(self, seen: Seen, start: int, n: int) -> None:
+        self.first = self.stop = 0
+        late = seen.late[:, :, :n]
+        self.base, self.late = late.unsqueeze(2), late
+        if seen.early is None or seen.counts is None:
+            return
+        counts = seen.counts[start : start + _QUERIES].clamp(max=n)
+        self.first, self.stop = int(counts.min()), int(counts.max())
+        self.base = torch.cat([late[:, :, : self.first], seen.early[:, :, self.first : n]], 2).unsqueeze(2)
+        self.late = late[:, :, self.first : self.stop].unsqueeze(2)
+        self.coded = torch.arange(self.first, self.stop, device=counts.device) < counts.unsqueeze(1)
+
+
+def _few(query: Tensor, keys: _Part, values: _Part, visible: Tensor, prefix: PrefixSeen | None) -> Tensor:
+    """Attention of some queries (b, heads, repeats, t, width), scaled already. visible: (b or 1, 1, t, p + n)."""
+    offset = visible.shape[-1] - keys.base.shape[-2]
+    scores = query @ _behind(prefix, "keys", keys.base).transpose(-1, -2)
+    if keys.first < keys.stop:
+        mixed = scores[..., offset + keys.first : offset + keys.stop]
+        mixed.copy_(torch.where(keys.coded, query @ keys.late.transpose(-1, -2), mixed))
     visible = visible.unsqueeze(1)
-    shares = scores.masked_fill(~visible, -torch.inf).softmax(-1)
+    shares = scores.masked_fill_(~visible, -torch.inf).softmax(-1)
     # A padded query sees nothing: 0, as of torch's own attention, not 0 / 0.
-    shares = shares.masked_fill(~visible.any(-1, keepdim=True), 0)
-    late = _behind(prefix, "values", values.late).unsqueeze(2)
-    if values.early is None:
-        found: Tensor = (shares @ late).flatten(1, 2)
-        return found.to(query.dtype)
-    coded = _coded(values, offset)
-    early = _behind(prefix, "values", values.early).unsqueeze(2)
-    text: Tensor = torch.where(coded, shares, 0) @ late + torch.where(coded, 0, shares) @ early
-    return text.flatten(1, 2).to(query.dtype)
-
-
-def _coded(seen: Seen, offset: int) -> Tensor:
-    """(t, offset + n) bool: whether a query sees the late form of a token. offset: tokens of the prefix before."""
-    assert seen.counts is not None
-    places = torch.arange(seen.late.shape[2], device=seen.counts.device)
-    coded = places < seen.counts.unsqueeze(1)
-    return torch.nn.functional.pad(coded, (offset, 0), value=True)
+    shares = shares.masked_fill_(~visible.any(-1, keepdim=True), 0)
+    found: Tensor = shares @ _behind(prefix, "values", values.base)
+    if values.first < values.stop:
+        mixed = torch.where(values.coded, shares[..., offset + values.first : offset + values.stop], 0)
+        found += mixed @ (values.late - values.base[..., values.first : values.stop, :])
+    return found
 
 
 def _behind(prefix: PrefixSeen | None, name: str, text: Tensor) -> Tensor:
-    """Keys or values of the prefix, then of the text: (b, heads, p + n, width)."""
+    """Keys or values of the prefix, then of the text: (b, heads, ..., p + n, width)."""
     if prefix is None:
         return text
     part: Tensor = getattr(prefix, name).to(text.dtype)
-    return torch.cat([part.expand(text.shape[0], *part.shape), text], 2)
+    between = [1] * (text.dim() - 4)
+    part = part.view(1, part.shape[0], *between, *part.shape[1:])
+    return torch.cat([part.expand(*text.shape[:-2], *part.shape[-2:]), text], -2)
