@@ -27,7 +27,6 @@ from subnibble.checkpoint.packed import (
 from subnibble.corrections.low_rank import LowRank
 from subnibble.corrections.mean_shift import ordinary_tokens
 from subnibble.corrections.salient import SalientColumns
-from subnibble.errors import NumericalFailure
 from subnibble.methods.method import Steps
 from subnibble.model.site import Site
 from subnibble.model.skeleton import Block
@@ -45,6 +44,7 @@ from subnibble.stack import Observed, Stack, View, Watch, branches_of, round_sta
 from subnibble.tensor import PackedTensor
 from subnibble.transforms.absorb import absorb_, can_absorb
 from subnibble.transforms.input_basis import InputBasis
+from subnibble.transforms.prefix_basis import stored_states
 from subnibble.transforms.saliency import offline_rows
 
 
@@ -212,31 +212,13 @@ class BlockRun:
                 tensors[f"{path}.{site.norm}.bias"] = bias
                 entries[f"{path}.{site.norm}"] = NormBiasEntry(bias.shape[0])
         if self.prefix is not None:
-            states = self._stored_prefix(self.prefix)
+            orders = [self._offline_rows(site) or {} for site in self.block.arch.sites]
+            moved = {name: index for order in orders for name, index in order.items()}
+            states = stored_states(self.prefix, self.block, self.to_absorb, moved)
             attention = f"{path}.{self.block.arch.attention}"
             tensors |= {f"{attention}.{PREFIX}.{name}": part for name, part in zip(PREFIX_NAMES, states, strict=True)}
             entries[attention] = PrefixEntry(*states[0].shape)
         return tensors, entries
-
-    def _stored_prefix(self, prefix: States) -> States:
-        """Keys and values as the stored block would make them: column scales absorbed, heads in their order."""
-        rows = [part.transpose(0, 1).flatten(1) for part in prefix]
-        for site in self.block.arch.sites:
-            if not site.per_head:
-                continue
-            for absorbed, c in self.to_absorb:
-                rows[1] = rows[1] * c if absorbed == site else rows[1]
-            moved = self._offline_rows(site) or {}
-            for place, names in enumerate((site.keys, site.writers)):
-                for name in names:
-                    rows[place] = rows[place][:, moved[name]] if name in moved else rows[place]
-        keys, values = (part.unflatten(1, (prefix[0].shape[0], -1)).transpose(0, 1) for part in rows)
-        half = keys.to(torch.float16).contiguous(), values.to(torch.float16).contiguous()
-        if not all(bool(part.isfinite().all()) for part in half):
-            raise NumericalFailure(
-                f"{self.block.path}: keys or values of the system prompt do not fit float16; use another prompt"
-            )
-        return half
 
     def _offline_rows(self, site: Site) -> dict[str, Tensor] | None:
         """See `offline_rows`; None, too, where a site's readers have no order of their own."""

@@ -1,0 +1,46 @@
+"""A prefix's keys and values as the stored block would make them: edits of heads that come after they were computed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from subnibble.calibrate.prefix import States
+from subnibble.errors import NumericalFailure
+from subnibble.model.site import Site
+from subnibble.model.skeleton import Block
+
+
+def stored_states(
+    states: States, block: Block, absorbed: Iterable[tuple[Site, Tensor]], moved: Mapping[str, Tensor]
+) -> States:
+    """Keys and values (heads, tokens, width) float16.
+
+    absorbed: column scales (channels,) that sites' writers take. moved: name of a linear -> (rows,), where its rows
+    come from.
+    """
+    # (tokens, heads * width) each, as k_proj and v_proj write them.
+    keys, values = (part.transpose(0, 1).flatten(1) for part in states)
+    for site in block.arch.sites:
+        if not site.per_head:
+            continue
+        for other, c in absorbed:
+            values = values * c if other == site else values
+        keys, values = _moved(keys, site.keys, moved), _moved(values, site.writers, moved)
+    heads = states[0].shape[0]
+    first, second = (
+        part.unflatten(1, (heads, -1)).transpose(0, 1).to(torch.float16).contiguous() for part in (keys, values)
+    )
+    if not bool(first.isfinite().all() and second.isfinite().all()):
+        raise NumericalFailure(
+            f"{block.path}: keys or values of the system prompt do not fit float16; use another prompt"
+        )
+    return first, second
+
+
+def _moved(rows: Tensor, names: Iterable[str], moved: Mapping[str, Tensor]) -> Tensor:
+    for name in names:
+        rows = rows[:, moved[name]] if name in moved else rows
+    return rows
