@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from conftest import CONFIGS
@@ -236,6 +237,7 @@ def test_a_prompt_can_be_added_and_replaced_later(folders: dict[str, Path], toke
     recipe = Recipe(bits=4, group_size=16, **DATA, calibration=str(token_file), kv_bits=8, system_prompt="w1 w2")
     quantize(folders["mistral"], out, recipe)
     (out / "notes.txt").write_text("mine")
+    save_file({"a": torch.ones(3)}, out / "adapter.safetensors")
     before = json.loads((out / "report.json").read_text())
     packed = load(out)
     wanted = own_states(packed)
@@ -252,6 +254,7 @@ def test_a_prompt_can_be_added_and_replaced_later(folders: dict[str, Path], toke
     assert (out / "recipe.toml").is_file()
     assert after["system_prompt_added"] == PROMPT
     assert (out / "notes.txt").read_text() == "mine"
+    assert load_file(out / "adapter.safetensors")["a"].tolist() == [1, 1, 1]
     # Once more, and no empty shard stays behind.
     shards = len(list(out.glob("*.safetensors")))
     add_prefix(out, PROMPT)

@@ -15,17 +15,10 @@ from transformers import DynamicCache
 
 from subnibble.cache_scheme import CacheScheme, PrefixIds
 from subnibble.calibrate.windows import check_positions
-from subnibble.checkpoint.packed import (
-    PREFIX,
-    PREFIX_NAMES,
-    Entry,
-    PrefixEntry,
-    packed_config_of,
-    stored_shapes,
-)
+from subnibble.checkpoint.packed import PREFIX, PREFIX_NAMES, Entry, PrefixEntry, packed_config_of
 from subnibble.checkpoint.safetensors_source import INDEX, read_header
 from subnibble.checkpoint.size import measure, weights_hash
-from subnibble.checkpoint.source import open_source
+from subnibble.checkpoint.source import Source, open_source
 from subnibble.checkpoint.writer import CheckpointWriter
 from subnibble.errors import CheckpointError, NumericalFailure
 from subnibble.hf import load_model
@@ -89,27 +82,28 @@ def add_prefix(folder: str | Path, prompt: str, *, dtype: str = "float32", devic
         for path, pair in zip(paths, states, strict=True)
         for name, part in zip(PREFIX_NAMES, pair, strict=True)
     }
-    # Of the prompt before.
-    dropped = set(tensors) & set(stored_shapes(packed))
-    shards = [file for file in sorted(source.path.glob("*.safetensors")) if set(read_header(file)) - dropped]
+    # Without those of the prompt before.
+    kept = set(source.names()) - set(tensors)
+    shards = [file for file in sorted(source.path.glob("*.safetensors")) if kept & set(read_header(file))]
     with CheckpointWriter(source.path, len(shards) + 1, replace=True) as writer:
         for file in shards:
-            writer.write_shard({name: part for name, part in load_file(file).items() if name not in dropped})
+            writer.write_shard({name: part for name, part in load_file(file).items() if name in kept})
         writer.write_shard(tensors)
         config = json.loads((source.path / "config.json").read_text(encoding="utf-8"))
         config["quantization_config"] = replace(packed, modules=modules, prefix=prefix).to_dict()
         writer.write_json("config.json", config)
         writer.finish_weights()
-        _copy_others(source.path, writer, prompt)
+        _copy_others(source, writer, prompt)
         writer.commit()
     return prefix
 
 
-def _copy_others(folder: Path, writer: CheckpointWriter, prompt: str) -> None:
+def _copy_others(source: Source, writer: CheckpointWriter, prompt: str) -> None:
     """What else is in the folder as it is, but for the report, which gets the new size and hash, and the prompt."""
-    report = folder / "report.json"
-    for item in folder.iterdir():
-        if item.suffix == ".safetensors" or item.name in ("config.json", INDEX, report.name):
+    report, known = source.path / "report.json", set(source.names())
+    for item in source.path.iterdir():
+        holds_weights = item.suffix == ".safetensors" and known & set(read_header(item))
+        if holds_weights or item.name in ("config.json", INDEX, report.name):
             continue
         copy = shutil.copytree if item.is_dir() else shutil.copy2
         copy(item, writer.folder / item.name)

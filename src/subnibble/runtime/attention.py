@@ -104,9 +104,9 @@ def _few(query: Tensor, keys: _Part, values: _Part, visible: Tensor, prefix: Pre
         mixed = scores[..., offset + keys.first : offset + keys.stop]
         mixed.copy_(torch.where(keys.coded, query @ keys.late.transpose(-1, -2), mixed))
     visible = visible.unsqueeze(1)
-    shares = scores.masked_fill_(~visible, -torch.inf).softmax(-1)
+    shares = scores.masked_fill(~visible, -torch.inf).softmax(-1)
     # A padded query sees nothing: 0, as of torch's own attention, not 0 / 0.
-    shares = shares.masked_fill_(~visible.any(-1, keepdim=True), 0)
+    shares = shares.masked_fill(~visible.any(-1, keepdim=True), 0)
     found: Tensor = shares @ _behind(prefix, "values", values.base)
     if values.first < values.stop:
         mixed = torch.where(values.coded, shares[..., offset + values.first : offset + values.stop], 0)
