@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
+import subnibble
+from subnibble import Recipe
+from subnibble.calibrate.windows import calibration_windows
 from subnibble.corrections.outliers import OutlierColumns
 from subnibble.errors import BadRecipe
 from subnibble.methods import find_method
@@ -125,3 +131,27 @@ def test_atom_puts_the_strongest_channels_last() -> None:
     assert steps.correction == OutlierColumns(8)
     assert steps.cache(4) == {"rope": "before"}
     assert steps.prefers("attention_in", 4) == {"zero_point": "none"}
+
+
+def test_atom_stores_what_its_rules_say(folders: dict[str, Path], token_file: Path, tmp_path: Path) -> None:
+    """The first block's linears behind its first norm, to nearest, from the model's own weights and activations."""
+    recipe = Recipe(
+        method="atom", bits=4, group_size=16, calibration=str(token_file), num_windows=4, window=32, device="cpu",
+        options={"outliers": 8, "rounding": "rtn", "clip": "minmax"},
+    )  # fmt: skip
+    subnibble.quantize(folders["llama"], tmp_path / "out", recipe)
+    packed = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    original = AutoModelForCausalLM.from_pretrained(folders["llama"], dtype=torch.float32)
+    ids = calibration_windows(str(token_file), lambda: None, 4, 32, recipe.seed, 96)
+    with torch.no_grad():
+        # The embedding of the result is float16.
+        hidden = original.model.embed_tokens.weight.half().float()[ids]
+        inputs = original.model.layers[0].input_layernorm(hidden).flatten(0, 1)
+    order = inputs.double().square().sum(0).argsort()
+    for name in ("q_proj", "k_proj", "v_proj"):
+        linear = packed.model.layers[0].self_attn.get_submodule(name)
+        assert torch.equal(linear.gather.long(), order)
+        weight = original.model.layers[0].self_attn.get_submodule(name).weight.detach()[:, order]
+        main = grid.nearest(weight[:, :40], Scheme(4, 16, "none"))
+        last = grid.nearest(weight[:, 40:], Scheme(8, -1, "none"))
+        assert torch.equal(linear.packed.dequantize(), torch.cat([main, last], 1))
