@@ -9,15 +9,16 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rows import Rows
 
 if TYPE_CHECKING:
     from subnibble.recipe import Recipe
 
+T = TypeVar("T")
 WINDOW = 2048
 HERE = Path(__file__).parent
 RECIPES = HERE.parent / "recipes"
@@ -88,6 +89,38 @@ def measure_row(recipe: Recipe | None, windows: int, names: dict[str, str], exac
             for row, found in zip(rows, perplexities(), strict=True):
                 row["perplexity_exact_inputs"] = found
         return [row | facts for row in rows]
+
+
+def by_spec(rows: list[dict[str, Any]], spec: type[T]) -> dict[T, dict[str, dict[str, Any]]]:
+    """Rows by what they are of, then by text. spec: a dataclass whose fields are fields of the rows."""
+    found: dict[T, dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(spec(**{item.name: row[item.name] for item in fields(spec)}), {})[row["text"]] = row
+    return found
+
+
+def score_cells(of_spec: dict[str, dict[str, Any]]) -> list[str]:
+    """Perplexity on news and on WikiText-2, empty where there is none."""
+    return [f"{of_spec[text]['perplexity']:.2f}" if text in of_spec else "" for text in ("news", "wikitext2")]
+
+
+def share_cell(of_spec: dict[str, dict[str, Any]], share: Callable[[str], float | None], style: str) -> str:
+    """A share for each text that has one, in percent. style: how a percentage is written, as in format strings."""
+    found = (share(text) for text in of_spec)
+    return " / ".join(f"{100 * value:{style}} %" for value in found if value is not None)
+
+
+def cost_cells(row: dict[str, Any]) -> list[str]:
+    """Seconds and peak memory of quantizing; empty for what was not quantized."""
+    return [f"{row['seconds']:.0f}", f"{row['peak_memory'] / 1e9:.1f}"] if "seconds" in row else ["", ""]
+
+
+def print_table(columns: tuple[str, ...], rows: Iterable[list[str]]) -> None:
+    """A table as Markdown."""
+    print("| " + " | ".join(columns) + " |")
+    print("|" + "---|" * len(columns))
+    for cells in rows:
+        print("| " + " | ".join(cells) + " |")
 
 
 def gap_left(row: dict[str, Any] | None, base: dict[str, Any] | None, original: dict[str, Any] | None) -> float | None:

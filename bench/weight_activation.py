@@ -17,7 +17,19 @@ import argparse
 from dataclasses import dataclass, replace
 from typing import Any
 
-from measure import HERE, RECIPES, gap_left, measure_row, run, with_data
+from measure import (
+    HERE,
+    RECIPES,
+    by_spec,
+    cost_cells,
+    gap_left,
+    measure_row,
+    print_table,
+    run,
+    score_cells,
+    share_cell,
+    with_data,
+)
 
 KEY = ("arm", "setting", "windows", "calibrated_on", "text")
 FOLDER = RECIPES / "weight_activation"
@@ -91,32 +103,29 @@ def show(rows: list[dict[str, Any]]) -> None:
 
     The gap is log(perplexity / original's) over the same of `serq` at the same setting and windows.
     """
-    print(
-        "| arm | setting | windows | weight bits | activation bits | news | WikiText-2 | same codes, A16 | gap left |"
-        " quantize, s | peak, GB |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|---|---|")
-    found: dict[Spec, dict[str, dict[str, Any]]] = {}
-    for row in rows:
-        found.setdefault(Spec(row["arm"], row["setting"], row["windows"], row["calibrated_on"]), {})[row["text"]] = row
-    for spec in sorted(found, key=lambda s: (-s.windows, s.setting, found[s]["news"]["perplexity"])):
-        one = found[spec]["news"]
-        exact = [row["perplexity_exact_inputs"] for row in found[spec].values() if "perplexity_exact_inputs" in row]
-        cells = [
-            spec.arm,
-            spec.setting,
-            f"{spec.calibrated_on} / {spec.windows}" if spec.calibrated_on else str(spec.windows),
-            f"{one['effective_bits']:.3f}",
-            f"{one['activation_bits']:.3f}",
-            *(
-                f"{found[spec][text]['perplexity']:.2f}" if text in found[spec] else ""
-                for text in ("news", "wikitext2")
-            ),
-            " / ".join(f"{value:.2f}" for value in exact),
-            " / ".join(f"{100 * gap:.0f} %" for text in found[spec] if (gap := _gap(found, spec, text)) is not None),
-            *([f"{one['seconds']:.0f}", f"{one['peak_memory'] / 1e9:.1f}"] if "seconds" in one else ["", ""]),
-        ]
-        print("| " + " | ".join(cells) + " |")
+    found = by_spec(rows, Spec)
+    order = sorted(found, key=lambda s: (-s.windows, s.setting, found[s]["news"]["perplexity"]))
+    columns = (
+        "arm", "setting", "windows", "weight bits", "activation bits", "news", "WikiText-2", "same codes, A16",
+        "gap left", "quantize, s", "peak, GB",
+    )  # fmt: skip
+    print_table(columns, (_cells(found, spec) for spec in order))
+
+
+def _cells(found: dict[Spec, dict[str, dict[str, Any]]], spec: Spec) -> list[str]:
+    one = found[spec]["news"]
+    exact = [row["perplexity_exact_inputs"] for row in found[spec].values() if "perplexity_exact_inputs" in row]
+    return [
+        spec.arm,
+        spec.setting,
+        f"{spec.calibrated_on} / {spec.windows}" if spec.calibrated_on else str(spec.windows),
+        f"{one['effective_bits']:.3f}",
+        f"{one['activation_bits']:.3f}",
+        *score_cells(found[spec]),
+        " / ".join(f"{value:.2f}" for value in exact),
+        share_cell(found[spec], lambda text: _gap(found, spec, text), ".0f"),
+        *cost_cells(one),
+    ]
 
 
 def _gap(found: dict[Spec, dict[str, dict[str, Any]]], spec: Spec, text: str) -> float | None:

@@ -18,7 +18,18 @@ import argparse
 from dataclasses import dataclass, replace
 from typing import Any
 
-from measure import HERE, RECIPES, measure_row, run, with_data
+from measure import (
+    HERE,
+    RECIPES,
+    by_spec,
+    cost_cells,
+    measure_row,
+    print_table,
+    run,
+    score_cells,
+    share_cell,
+    with_data,
+)
 
 KEY = ("arm", "setting", "prompt", "windows", "text")
 FOLDER = RECIPES / "weight_activation_kv"
@@ -91,36 +102,31 @@ def measured(spec: Spec, names: dict[str, str]) -> list[dict[str, Any]]:
 def show(rows: list[dict[str, Any]]) -> None:
     """Print the table as Markdown, best first in each setting.
 
-    The last columns but two say by how much perplexity is above that of the original behind the same prompt.
+    "Over the original" is by how much perplexity is above that of the original behind the same prompt.
     """
-    print(
-        "| arm | setting | prompt | windows | weight bits | activation bits | KV, bytes a token | news | WikiText-2 |"
-        " over the original | quantize, s | peak, GB |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|---|---|---|")
-    found: dict[Spec, dict[str, dict[str, Any]]] = {}
-    for row in rows:
-        found.setdefault(Spec(row["arm"], row["setting"], row["prompt"], row["windows"]), {})[row["text"]] = row
-    for spec in sorted(found, key=lambda s: (-s.windows, s.setting, s.prompt, found[s]["news"]["perplexity"])):
-        one = found[spec]["news"]
-        cells = [
-            spec.arm,
-            spec.setting,
-            spec.prompt,
-            str(spec.windows),
-            f"{one['effective_bits']:.3f}",
-            f"{one['activation_bits']:.3f}",
-            f"{one['cache_bytes']:.0f}",
-            *(
-                f"{found[spec][text]['perplexity']:.2f}" if text in found[spec] else ""
-                for text in ("news", "wikitext2")
-            ),
-            " / ".join(
-                f"{100 * loss:+.1f} %" for text in found[spec] if (loss := _over(found, spec, text)) is not None
-            ),
-            *([f"{one['seconds']:.0f}", f"{one['peak_memory'] / 1e9:.1f}"] if "seconds" in one else ["", ""]),
-        ]
-        print("| " + " | ".join(cells) + " |")
+    found = by_spec(rows, Spec)
+    order = sorted(found, key=lambda s: (-s.windows, s.setting, s.prompt, found[s]["news"]["perplexity"]))
+    columns = (
+        "arm", "setting", "prompt", "windows", "weight bits", "activation bits", "KV, bytes a token", "news",
+        "WikiText-2", "over the original", "quantize, s", "peak, GB",
+    )  # fmt: skip
+    print_table(columns, (_cells(found, spec) for spec in order))
+
+
+def _cells(found: dict[Spec, dict[str, dict[str, Any]]], spec: Spec) -> list[str]:
+    one = found[spec]["news"]
+    return [
+        spec.arm,
+        spec.setting,
+        spec.prompt,
+        str(spec.windows),
+        f"{one['effective_bits']:.3f}",
+        f"{one['activation_bits']:.3f}",
+        f"{one['cache_bytes']:.0f}",
+        *score_cells(found[spec]),
+        share_cell(found[spec], lambda text: _over(found, spec, text), "+.1f"),
+        *cost_cells(one),
+    ]
 
 
 def _over(found: dict[Spec, dict[str, dict[str, Any]]], spec: Spec, text: str) -> float | None:

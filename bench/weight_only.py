@@ -16,7 +16,19 @@ import argparse
 from dataclasses import dataclass, replace
 from typing import Any
 
-from measure import HERE, RECIPES, gap_left, measure_row, run, with_data
+from measure import (
+    HERE,
+    RECIPES,
+    by_spec,
+    cost_cells,
+    gap_left,
+    measure_row,
+    print_table,
+    run,
+    score_cells,
+    share_cell,
+    with_data,
+)
 
 KEY = ("arm", "bits", "group_size", "windows", "text")
 # An arm is a shipped recipe; bits, group size and windows come from the row.
@@ -79,26 +91,27 @@ def show(rows: list[dict[str, Any]]) -> None:
     The gap is log(perplexity / original's) over the same of gptq-gar at the same bits, group and windows: 100 % is what
     that leaves, 0 % the original.
     """
-    print("| arm | bits | group | windows | effective bits | news | WikiText-2 | gap left | quantize, s | peak, GB |")
-    print("|---|---|---|---|---|---|---|---|---|---|")
-    found: dict[Spec, dict[str, dict[str, Any]]] = {}
-    for row in rows:
-        spec = Spec(row["arm"], row["bits"], row["group_size"], row["windows"])
-        found.setdefault(spec, {})[row["text"]] = row
-    for spec in sorted(found, key=lambda s: (-s.windows, s.bits, s.group_size, found[s]["news"]["perplexity"])):
-        one = found[spec]["news"]
-        scores = {text: row["perplexity"] for text, row in found[spec].items()}
-        cells = [
-            spec.arm,
-            str(spec.bits),
-            str(spec.group_size or ""),
-            str(spec.windows),
-            f"{one['effective_bits']:.3f}",
-            *(f"{scores[text]:.2f}" if text in scores else "" for text in ("news", "wikitext2")),
-            " / ".join(f"{100 * gap:.0f} %" for text in scores if (gap := _gap(found, spec, text)) is not None),
-            *([f"{one['seconds']:.0f}", f"{one['peak_memory'] / 1e9:.1f}"] if "seconds" in one else ["", ""]),
-        ]
-        print("| " + " | ".join(cells) + " |")
+    found = by_spec(rows, Spec)
+    order = sorted(found, key=lambda s: (-s.windows, s.bits, s.group_size, found[s]["news"]["perplexity"]))
+    columns = (
+        "arm", "bits", "group", "windows", "effective bits", "news", "WikiText-2", "gap left", "quantize, s",
+        "peak, GB",
+    )  # fmt: skip
+    print_table(columns, (_cells(found, spec) for spec in order))
+
+
+def _cells(found: dict[Spec, dict[str, dict[str, Any]]], spec: Spec) -> list[str]:
+    one = found[spec]["news"]
+    return [
+        spec.arm,
+        str(spec.bits),
+        str(spec.group_size or ""),
+        str(spec.windows),
+        f"{one['effective_bits']:.3f}",
+        *score_cells(found[spec]),
+        share_cell(found[spec], lambda text: _gap(found, spec, text), ".0f"),
+        *cost_cells(one),
+    ]
 
 
 def _gap(found: dict[Spec, dict[str, dict[str, Any]]], spec: Spec, text: str) -> float | None:
