@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 from subnibble.errors import BadRecipe
-from subnibble.scheme import BITS, WHOLE_CHANNEL
+from subnibble.scheme import BITS, WHOLE_CHANNEL, check_clip, check_group_size, group_bounds, known_fields
 
 KEY_AXES = ("token", "channel")
 ROPES = ("after", "before")
@@ -42,17 +42,13 @@ class CacheScheme:
         if type(self.bits) is not int or self.bits not in BITS:
             known = ", ".join(map(str, BITS))
             raise BadRecipe(f"the cache's bits are {self.bits!r}; choose one of {known}, or 16 to leave it as it is")
-        if type(self.group_size) is not int or (self.group_size != WHOLE_CHANNEL and self.group_size < 1):
-            raise BadRecipe(
-                f"the cache's group_size is {self.group_size!r}; give a positive number, or -1 for the whole head"
-            )
+        check_group_size(self.group_size, "cache's", "head")
         for name, choices in (("key_axis", KEY_AXES), ("rope", ROPES), ("key_rotation", KEY_ROTATIONS)):
             if getattr(self, name) not in choices:
                 raise BadRecipe(f"the cache's {name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}")
         if type(self.window) is not int or self.window < 0:
             raise BadRecipe(f"the cache's window is {self.window!r}; give a number of tokens, 0 for none")
-        if isinstance(self.clip, bool) or not isinstance(self.clip, int | float) or not 0 < self.clip <= 1:
-            raise BadRecipe(f"the cache's clip is {self.clip!r}; give a number above 0 and at most 1")
+        check_clip(self.clip, "cache's")
         if self.key_rotation != "none" and self.rope == "before":
             raise BadRecipe(
                 'a Hadamard matrix does not pass rotary positions: use key_rotation = "none" or rope = "after"'
@@ -77,8 +73,7 @@ class CacheScheme:
 
     def bounds(self, width: int) -> list[tuple[int, int]]:
         """First and stop channel of each group of a head of `width` channels coded token by token."""
-        size = width if self.group_size == WHOLE_CHANNEL else self.group_size
-        return [(start, min(start + size, width)) for start in range(0, width, size)]
+        return group_bounds(self.group_size, width)
 
     def check_width(self, width: int) -> None:
         """Raise `BadRecipe` if a group is larger than a head of `width` channels."""
@@ -110,11 +105,7 @@ class CacheScheme:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Build from a dictionary; an unknown key is an error."""
-        known = {field.name for field in fields(cls)}
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise BadRecipe(f"unknown key {unknown[0]!r} of the cache; known: {', '.join(sorted(known))}")
-        return cls(**values)
+        return cls(**known_fields(cls, values, "unknown key {} of the cache"))
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,7 @@ class Scheme:
 
     def group_bounds(self, columns: int) -> list[tuple[int, int]]:
         """Start and stop column of every group of a row of `columns`; the last may be shorter."""
-        return _bounds(self.group_size, columns)
+        return group_bounds(self.group_size, columns)
 
     def groups(self, columns: int) -> int:
         """Number of groups in a row of `columns`."""
@@ -126,7 +126,7 @@ class Scheme:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Build from a dictionary; an unknown key is an error."""
-        return cls(**_known(cls, values, "scheme"))
+        return cls(**known_fields(cls, values, "unknown scheme key {}"))
 
 
 @dataclass(frozen=True)
@@ -160,16 +160,12 @@ class ActivationScheme:
             raise BadRecipe(
                 f"activation bits are {self.bits!r}; choose one of {known}, or 16 to leave inputs as they are"
             )
-        if type(self.group_size) is not int or (self.group_size != WHOLE_CHANNEL and self.group_size < 1):
-            raise BadRecipe(
-                f"the activations' group_size is {self.group_size!r}; give a positive number, or -1 for the whole token"
-            )
+        check_group_size(self.group_size, "activations'", "token")
         if self.grid not in ("uniform", "mxfp4"):
             raise BadRecipe(f"the activations' grid is {self.grid!r}; choose uniform or mxfp4")
         if self.zero_point not in ("none", "integer"):
             raise BadRecipe(f"the activations' zero_point is {self.zero_point!r}; choose none or integer")
-        if isinstance(self.clip, bool) or not isinstance(self.clip, int | float) or not 0 < self.clip <= 1:
-            raise BadRecipe(f"the activations' clip is {self.clip!r}; give a number above 0 and at most 1")
+        check_clip(self.clip, "activations'")
         found = (self.bits, self.group_size, self.zero_point, self.clip)
         if self.grid == "mxfp4" and found != (4, MX_GROUP, "none", 1):
             raise BadRecipe(
@@ -197,7 +193,7 @@ class ActivationScheme:
 
         The group before them, or the last if there are none, may be shorter.
         """
-        bounds = _bounds(self.group_size, channels - self.outliers)
+        bounds = group_bounds(self.group_size, channels - self.outliers)
         return [*bounds, (channels - self.outliers, channels)] if self.outliers else bounds
 
     def token_bits(self, channels: int) -> int:
@@ -218,18 +214,34 @@ class ActivationScheme:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Build from a dictionary; an unknown key is an error."""
-        return cls(**_known(cls, values, "activation scheme"))
+        return cls(**known_fields(cls, values, "unknown activation scheme key {}"))
 
 
-def _bounds(group_size: int, columns: int) -> list[tuple[int, int]]:
+def group_bounds(group_size: int, columns: int) -> list[tuple[int, int]]:
+    """Start and stop of every group of `columns` columns; the last may be shorter. group_size: -1 for one group."""
     width = columns if group_size == WHOLE_CHANNEL else group_size
     return [(start, min(start + width, columns)) for start in range(0, columns, width)]
 
 
-def _known(kind: type[Scheme] | type[ActivationScheme], values: Mapping[str, Any], what: str) -> Mapping[str, Any]:
-    """The values, if all their keys are fields of `kind`; `BadRecipe` names the first that is none."""
+def check_group_size(size: Any, whose: str, whole: str) -> None:
+    """Raise `BadRecipe` unless `size` is a positive whole number, or -1. whose: possessive; whole: what -1 takes in."""
+    if type(size) is not int or (size != WHOLE_CHANNEL and size < 1):
+        raise BadRecipe(f"the {whose} group_size is {size!r}; give a positive number, or -1 for the whole {whole}")
+
+
+def check_clip(clip: Any, whose: str) -> None:
+    """Raise `BadRecipe` unless `clip` is a share of a range. whose: possessive."""
+    if isinstance(clip, bool) or not isinstance(clip, int | float) or not 0 < clip <= 1:
+        raise BadRecipe(f"the {whose} clip is {clip!r}; give a number above 0 and at most 1")
+
+
+def known_fields(kind: type[Any], values: Mapping[str, Any], said: str) -> Mapping[str, Any]:
+    """The values, if all their keys are fields of the dataclass `kind`.
+
+    `BadRecipe` names the first that is none, in the {} of `said`.
+    """
     known = {field.name for field in fields(kind)}
     unknown = sorted(set(values) - known)
     if unknown:
-        raise BadRecipe(f"unknown {what} key {unknown[0]!r}; known: {', '.join(sorted(known))}")
+        raise BadRecipe(f"{said.format(repr(unknown[0]))}; known: {', '.join(sorted(known))}")
     return values

@@ -16,7 +16,7 @@ from typing import Any
 
 from subnibble.corrections.outliers import OutlierColumns
 from subnibble.methods.method import Method, Steps
-from subnibble.methods.weights import WeightOptions, rounder_of
+from subnibble.methods.weights import WeightOptions, rounder_of, symmetric
 from subnibble.transforms.saliency import Saliency
 
 
@@ -45,11 +45,6 @@ def build(options: Options) -> Steps:
 def keys_before_rope(bits: int) -> Mapping[str, Any]:
     """Keys coded without positions."""
     return {"rope": "before"}
-
-
-def symmetric(site: str, bits: int) -> Mapping[str, str]:
-    """Weights without zero-points."""
-    return {"zero_point": "none"}
 
 
 ATOM = Method("atom", "channels by energy, the strongest at 8 bits", "arXiv 2310.19102", Options, build)

@@ -13,7 +13,6 @@ that its zero-point is a code, and its scale is a bfloat16 number.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -22,7 +21,7 @@ from subnibble.calibrate.stream import SiteStatistics
 from subnibble.corrections.salient import SalientColumns
 from subnibble.errors import BadRecipe
 from subnibble.methods.method import Method, Steps, Transform
-from subnibble.methods.weights import WeightOptions, rounder_of
+from subnibble.methods.weights import WeightOptions, rounder_of, symmetric
 from subnibble.rounding import grid
 from subnibble.rounding.grid import Clip
 from subnibble.runtime import activations
@@ -77,11 +76,6 @@ def build(options: Options) -> Steps:
         ranks=options.ranks,
         inputs=options.inputs,
     )
-
-
-def symmetric(site: str, bits: int) -> Mapping[str, str]:
-    """Weights without zero-points."""
-    return {"zero_point": "none"}
 
 
 def _transforms(options: Options, correction: SalientColumns | None) -> tuple[Transform, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from subnibble.errors import BadRecipe
@@ -37,6 +38,11 @@ class WeightOptions:
             raise BadRecipe(f"rounding is {self.rounding!r}; choose one of {', '.join(ROUNDINGS)}")
         if self.rounding == "rtn" and self.asymmetry != "none":
             raise BadRecipe(f'asymmetry {self.asymmetry!r} needs rounding = "gptq"; found "rtn"')
+
+
+def symmetric(site: str, bits: int) -> Mapping[str, str]:
+    """The wish for weights without zero-points; see `Preference`."""
+    return {"zero_point": "none"}
 
 
 def rounder_of(options: WeightOptions) -> Rounder:
