@@ -15,14 +15,13 @@ from subnibble.calibrate.prefix import PrefixStream, States, behind
 from subnibble.calibrate.stats import AbsMean, Drift, Gram
 from subnibble.calibrate.stream import BlockStream, SiteStatistics
 from subnibble.checkpoint.packed import (
-    PREFIX,
-    PREFIX_NAMES,
     Entry,
     NormBiasEntry,
     PrefixEntry,
     gather_type,
     linear_entry,
     linear_state,
+    prefix_state,
 )
 from subnibble.corrections.low_rank import LowRank
 from subnibble.corrections.mean_shift import ordinary_tokens
@@ -181,8 +180,10 @@ class BlockRun:
         """
         for site, c in self.to_absorb:
             absorb_(site, c, self.packed, self.exact)
+        moved: dict[str, Tensor] = {}
         for site in self.block.arch.sites:
             rows, order = self._offline_rows(site), self.bases[site.name].order
+            moved |= rows or {}
             for name, index in (rows or {}).items():
                 self._permute_rows_(name, index)
             if order is not None and rows is None:
@@ -212,11 +213,9 @@ class BlockRun:
                 tensors[f"{path}.{site.norm}.bias"] = bias
                 entries[f"{path}.{site.norm}"] = NormBiasEntry(bias.shape[0])
         if self.prefix is not None:
-            orders = [self._offline_rows(site) or {} for site in self.block.arch.sites]
-            moved = {name: index for order in orders for name, index in order.items()}
             states = stored_states(self.prefix, self.block, self.to_absorb, moved)
             attention = f"{path}.{self.block.arch.attention}"
-            tensors |= {f"{attention}.{PREFIX}.{name}": part for name, part in zip(PREFIX_NAMES, states, strict=True)}
+            tensors |= prefix_state(attention, states)
             entries[attention] = PrefixEntry(*states[0].shape)
         return tensors, entries
 

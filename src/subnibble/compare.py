@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from subnibble.methods import find_method
 from subnibble.pipeline import quantize
 from subnibble.prefix import same_prefix_
 from subnibble.progress import Progress, silent, titled
+from subnibble.prompt import prefix_ids
 from subnibble.recipe import Recipe
 
 ORIGINAL = "original"
@@ -67,11 +68,14 @@ def compare(
         if out is not None:
             check_output(out / name, overwrite)
     prompts = {recipe.system_prompt for recipe in recipes}
-    if len(prompts) > 1 or evaluation.system_prompt is not None or evaluation.kv_bits is not None:
+    own = evaluation.system_prompt is not None or evaluation.kv_bits is not None or evaluation.kv
+    if len(prompts) > 1 or own:
         raise BadRecipe("models side by side have one system prompt, and cache and prompt come with their recipes")
     source = open_source(model)
-    windows = replace(evaluation, system_prompt=next(iter(prompts), None)).windows(source)
-    bos = bos_token(source.load_tokenizer())
+    tokenizer = source.load_tokenizer()
+    prompt = next(iter(prompts), None)
+    windows = evaluation.windows(source, tokenizer, None if prompt is None else prefix_ids(prompt, tokenizer))
+    bos = bos_token(tokenizer)
     with _folder(out) as folder:
         seconds: dict[str, float | None] = {ORIGINAL: None}
         paths: dict[str, Path | Source] = {ORIGINAL: source} | {name: folder / name for name in names}

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from subnibble.cache_scheme import CacheScheme
+from subnibble.cache_scheme import CacheScheme, PrefixIds
 from subnibble.calibrate.windows import check_positions, evaluation_windows
 from subnibble.checkpoint.packed import packed_config_of
 from subnibble.checkpoint.size import cache_bytes, measure
@@ -52,20 +52,17 @@ class Evaluation:
                 "--window must be at least 2 and --max-windows at least 1"
             )
 
-    def windows(self, source: Source) -> Tensor:
-        """The windows, in the tokens of `source`."""
-        packed = packed_config_of(source.config)
-        prefix = None if packed is None else packed.prefix
-        if self.system_prompt is not None:
-            prefix = prefix_ids(self.system_prompt, source.load_tokenizer())
+    def windows(self, source: Source, tokenizer: Any, prefix: PrefixIds | None) -> Tensor:
+        """The windows, in the tokens of `source`, whose tokenizer is given. prefix: what they will stand behind."""
         check_positions(self.window, source.config, 0 if prefix is None else len(prefix.ids))
-        return evaluation_windows(self.text, source.load_tokenizer(), self.window, self.max_windows)
+        return evaluation_windows(self.text, tokenizer, self.window, self.max_windows)
 
 
-def prepare_(model: Any, tokenizer: Any, kv_bits: int | None, kv: Mapping[str, Any], system_prompt: str | None) -> None:
-    """Put a loaded model on a coded cache and behind a system prompt, as far as they are asked for.
+def prepare_(model: Any, kv_bits: int | None, kv: Mapping[str, Any], prefix: PrefixIds | None) -> None:
+    """Put a loaded model on a coded cache and behind a prefix, as far as they are asked for.
 
-    kv_bits, kv: as in `Evaluation`; kv alone changes settings of the cache that the model has.
+    kv_bits, kv: as in `Evaluation`; kv alone changes settings of the cache that the model has. prefix: None for the
+    model's own.
     """
     attached = attached_cache(model)
     scheme = None if attached is None else attached.scheme
@@ -75,8 +72,8 @@ def prepare_(model: Any, tokenizer: Any, kv_bits: int | None, kv: Mapping[str, A
         scheme = CacheScheme.from_dict({**scheme.to_dict(), **kv})
     elif kv:
         raise BadRecipe(f"the model's KV cache is not coded, and has no {next(iter(kv))}; give --kv-bits, too")
-    if system_prompt is not None:
-        attach_prefix_(model, scheme, prefix_ids(system_prompt, tokenizer))
+    if prefix is not None:
+        attach_prefix_(model, scheme, prefix)
     elif kv_bits is not None or kv:
         change_scheme_(model, scheme)
 
@@ -101,14 +98,16 @@ def evaluate(
     source = open_source(model)
     moved = _moved(source.path) if layers else set()
     size = measure(source)
-    windows = evaluation.windows(source)
+    packed, tokenizer = packed_config_of(source.config), source.load_tokenizer()
+    asked = None if evaluation.system_prompt is None else prefix_ids(evaluation.system_prompt, tokenizer)
+    windows = evaluation.windows(source, tokenizer, asked or (None if packed is None else packed.prefix))
     loaded = load_model(source, evaluation.dtype, evaluation.device)
-    prepare_(loaded, source.load_tokenizer(), evaluation.kv_bits, evaluation.kv, evaluation.system_prompt)
+    prepare_(loaded, evaluation.kv_bits, evaluation.kv, asked)
     original = None if reference is None else load_model(reference, evaluation.dtype, evaluation.device)
     if original is not None:
         check_vocabularies(loaded, original)
         same_prefix_(loaded, original)
-    scores = score({"model": loaded}, windows, bos_token(source.load_tokenizer()), original, progress)["model"]
+    scores = score({"model": loaded}, windows, bos_token(tokenizer), original, progress)["model"]
     found = scores.to_dict() | size.to_dict()
     found |= {
         "text": evaluation.text,

@@ -308,5 +308,6 @@ def _prefix_visible(query: Tensor, length: int, positions: Tensor | None, slidin
     return (distance < sliding_window).unsqueeze(1)
 
 
+# On import, so that a model that was pickled with a cache finds them; attaching one imports this, too.
 AttentionInterface.register(ATTENTION, cached_attention)
 AttentionMaskInterface.register(ATTENTION, sdpa_mask)

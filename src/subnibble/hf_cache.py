@@ -82,8 +82,8 @@ class CacheLayer(CacheLayerMixin):
         if scheme is not None and scheme.rope == "before":
             keys = self._without_positions(key_states, before)
         else:
-            turned = hadamard.multiply(key_states, self.blocks(key_states)) if self.blocks(key_states) else key_states
-            keys = self.store.keys.append(turned)
+            blocks = self.blocks(key_states)
+            keys = self.store.keys.append(hadamard.multiply(key_states, blocks) if blocks else key_states)
         values = self.store.values.append(value_states)
         self._seen, self._expected = (keys, values), False
         return keys.late, values.late

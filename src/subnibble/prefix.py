@@ -14,13 +14,14 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from subnibble.cache_scheme import CacheScheme, PrefixIds
+from subnibble.calibrate.prefix import States, half_states
 from subnibble.calibrate.windows import check_positions
-from subnibble.checkpoint.packed import PREFIX, PREFIX_NAMES, Entry, PrefixEntry, packed_config_of
+from subnibble.checkpoint.packed import Entry, PrefixEntry, packed_config_of, prefix_state
 from subnibble.checkpoint.safetensors_source import INDEX, read_header
 from subnibble.checkpoint.size import measure, weights_hash
 from subnibble.checkpoint.source import Source, open_source
 from subnibble.checkpoint.writer import CheckpointWriter
-from subnibble.errors import CheckpointError, NumericalFailure
+from subnibble.errors import CheckpointError
 from subnibble.hf import load_model
 from subnibble.hf_attention import attach_cache_, attached_cache, detach_cache_, set_prefix_
 from subnibble.model.arch import find_arch
@@ -40,7 +41,7 @@ def attach_prefix_(model: Any, scheme: CacheScheme | None, prefix: PrefixIds | N
     set_prefix_(model, states)
 
 
-def compute_prefix(model: Any, prefix: PrefixIds) -> list[tuple[Tensor, Tensor]]:
+def compute_prefix(model: Any, prefix: PrefixIds) -> list[States]:
     """Keys and values (heads, tokens, width) float16 of each layer. The model's own cache and prefix are dropped."""
     detach_cache_(model)
     check_positions(1, model.config, len(prefix.ids))
@@ -51,10 +52,7 @@ def compute_prefix(model: Any, prefix: PrefixIds) -> list[tuple[Tensor, Tensor]]
         decoder(torch.tensor([prefix.ids], device=device), past_key_values=cache, use_cache=True)
     # Without a config the cache has no sliding layers, which would keep the last tokens alone.
     layers: list[Any] = list(cache.layers)
-    states = [(layer.keys[0].to(torch.float16), layer.values[0].to(torch.float16)) for layer in layers]
-    if not all(bool(part.isfinite().all()) for pair in states for part in pair):
-        raise NumericalFailure("keys or values of the system prompt do not fit float16; use another prompt")
-    return states
+    return [half_states((layer.keys[0], layer.values[0]), f"layer {i}") for i, layer in enumerate(layers)]
 
 
 def add_prefix(folder: str | Path, prompt: str, *, dtype: str = "float32", device: str = "auto") -> PrefixIds:
@@ -77,11 +75,9 @@ def add_prefix(folder: str | Path, prompt: str, *, dtype: str = "float32", devic
     paths = [f"{arch.block_path(index)}.{arch.attention}" for index in range(len(states))]
     modules: dict[str, Entry] = {p: entry for p, entry in packed.modules.items() if not isinstance(entry, PrefixEntry)}
     modules |= {path: PrefixEntry(*keys.shape) for path, (keys, _) in zip(paths, states, strict=True)}
-    tensors = {
-        f"{path}.{PREFIX}.{name}": part
-        for path, pair in zip(paths, states, strict=True)
-        for name, part in zip(PREFIX_NAMES, pair, strict=True)
-    }
+    tensors: dict[str, Tensor] = {}
+    for path, pair in zip(paths, states, strict=True):
+        tensors |= prefix_state(path, pair)
     # Without those of the prompt before.
     kept = set(source.names()) - set(tensors)
     shards = [file for file in sorted(source.path.glob("*.safetensors")) if kept & set(read_header(file))]

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from subnibble.errors import NumericalFailure
 from subnibble.model.skeleton import Block, Skeleton
 
 # Keys and values, (heads, tokens, width) each, positions put on.
@@ -38,6 +39,14 @@ class PrefixStream:
         with torch.no_grad():
             output = block.module(self._hidden, **self._arguments[block.index], past_key_values=kept)
         return (kept.keys[0], kept.values[0]), output[0] if isinstance(output, tuple) else output
+
+
+def half_states(states: States, where: str) -> States:
+    """The states as they are stored, float16; `NumericalFailure` naming `where` if they do not fit."""
+    keys, values = (part.to(torch.float16).contiguous() for part in states)
+    if not bool(keys.isfinite().all() and values.isfinite().all()):
+        raise NumericalFailure(f"{where}: keys or values of the system prompt do not fit float16; use another prompt")
+    return keys, values
 
 
 def behind(arguments: Mapping[str, Any], states: States | None) -> dict[str, Any]:

@@ -159,6 +159,11 @@ class PrefixEntry:
     width: int
 
 
+def prefix_state(path: str, states: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    """What is stored of a prefix's keys and values in the attention at `path`, by name."""
+    return {f"{path}.{PREFIX}.{name}": part for name, part in zip(PREFIX_NAMES, states, strict=True)}
+
+
 Entry = PackedLinearEntry | PackedEmbeddingEntry | TiedHeadEntry | NormBiasEntry | PrefixEntry
 
 

@@ -78,12 +78,14 @@ def generate(
     from subnibble.evaluation import prepare_
     from subnibble.hf import load_model
     from subnibble.hf_attention import attached_cache
+    from subnibble.prompt import prefix_ids
     from subnibble.speak import chat_prompt, speak
 
     source = open_source(model)
     tokenizer = source.load_tokenizer()
     loaded = load_model(source, dtype or "auto", device or "auto")
-    prepare_(loaded, tokenizer, kv_bits, o.kv_settings(kv_option), system_prompt)
+    prefix = None if system_prompt is None else prefix_ids(system_prompt, tokenizer)
+    prepare_(loaded, kv_bits, o.kv_settings(kv_option), prefix)
     text = prompt
     if chat:
         attached = attached_cache(loaded)

@@ -31,19 +31,17 @@ INPUTS = ("exact", "quantized")
 RANKS = ("uniform", "gain")
 # The grid and zero-point that a method wants, by the keys of `Scheme`, for a site's readers at a bit width.
 Preference = Callable[[str, int], Mapping[str, str]]
-
-
 # The settings that a method wants, by the keys of `CacheScheme`, for a KV cache of so many bits.
 CachePreference = Callable[[int], Mapping[str, Any]]
 
 
-def no_cache_preference(bits: int) -> Mapping[str, Any]:
-    """See `CachePreference`."""
+def no_preference(site: str, bits: int) -> Mapping[str, str]:
+    """See `Preference`."""
     return {}
 
 
-def no_preference(site: str, bits: int) -> Mapping[str, str]:
-    """See `Preference`."""
+def no_cache_preference(bits: int) -> Mapping[str, Any]:
+    """See `CachePreference`."""
     return {}
 
 

@@ -128,8 +128,6 @@ class Skeleton:
         dtype: of the hidden states, None for the skeleton's. past: tokens before the windows, whose keys and values the
         block's attention will have.
         """
-        from transformers import DynamicCache
-
         blocks = self._blocks()
         parent = self.model.get_submodule(self.arch.blocks.rpartition(".")[0])
         norm_name = self.arch.final_norm.rpartition(".")[2]
@@ -140,13 +138,8 @@ class Skeleton:
         setattr(parent, norm_name, nn.Identity())
         try:
             with torch.no_grad():
-                cache = DynamicCache()
-                if past:
-                    # Masks and positions depend on its length alone.
-                    empty = torch.empty(1, 1, past, 1, device=self.device)
-                    for layer in range(len(blocks)):
-                        cache.update(empty, empty, layer)
-                parent(inputs_embeds=hidden, use_cache=False, past_key_values=cache if past else None)
+                cache = self._cache_of(past) if past else None
+                parent(inputs_embeds=hidden, use_cache=False, past_key_values=cache)
         finally:
             setattr(parent, self.arch.blocks.rpartition(".")[2], blocks)
             setattr(parent, norm_name, norm)
@@ -154,6 +147,15 @@ class Skeleton:
             # No cache: what runs a block may give it one.
             recorder.arguments.pop("past_key_values", None)
         return [recorder.arguments for recorder in recorders]
+
+    def _cache_of(self, tokens: int) -> Any:
+        """A cache of so many tokens of no content: masks and positions depend on its length alone."""
+        from transformers import DynamicCache
+
+        cache, empty = DynamicCache(), torch.empty(1, 1, tokens, 1, device=self.device)
+        for layer in range(self.num_blocks):
+            cache.update(empty, empty, layer)
+        return cache
 
     def _blocks(self) -> nn.ModuleList:
         blocks = self.model.get_submodule(self.arch.blocks)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-import torch
 from torch import Tensor
 
-from subnibble.calibrate.prefix import States
-from subnibble.errors import NumericalFailure
+from subnibble.calibrate.prefix import States, half_states
 from subnibble.model.site import Site
 from subnibble.model.skeleton import Block
 
@@ -30,14 +28,8 @@ def stored_states(
             values = values * c if other == site else values
         keys, values = _moved(keys, site.keys, moved), _moved(values, site.writers, moved)
     heads = states[0].shape[0]
-    first, second = (
-        part.unflatten(1, (heads, -1)).transpose(0, 1).to(torch.float16).contiguous() for part in (keys, values)
-    )
-    if not bool(first.isfinite().all() and second.isfinite().all()):
-        raise NumericalFailure(
-            f"{block.path}: keys or values of the system prompt do not fit float16; use another prompt"
-        )
-    return first, second
+    first, second = (part.unflatten(1, (heads, -1)).transpose(0, 1) for part in (keys, values))
+    return half_states((first, second), block.path)
 
 
 def _moved(rows: Tensor, names: Iterable[str], moved: Mapping[str, Tensor]) -> Tensor:
