@@ -66,7 +66,7 @@ def with_prefix(model: torch.nn.Module, prefix: torch.Tensor, scheme: CacheSchem
     return own
 
 
-def close(a: torch.Tensor, b: torch.Tensor) -> None:
+def assert_close(a: torch.Tensor, b: torch.Tensor) -> None:
     torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
@@ -75,8 +75,8 @@ def test_without_scheme_and_prefix_nothing_changes(name: str) -> None:
     model, tokens = model_of(name), ids(14)
     wanted = logits(model, tokens)
     attach_cache_(model, None)
-    close(logits(model, tokens), wanted)
-    close(in_pieces(model, tokens, (5, 1, 8)), wanted)
+    assert_close(logits(model, tokens), wanted)
+    assert_close(in_pieces(model, tokens, (5, 1, 8)), wanted)
     detach_cache_(model)
     assert attached_cache(model) is None
     assert model.config._attn_implementation == "sdpa"
@@ -90,8 +90,8 @@ def test_at_once_and_token_by_token_are_the_same(name: str, scheme: str) -> None
     plain = logits(model, tokens)
     attach_cache_(model, SCHEMES[scheme])
     wanted = logits(model, tokens)
-    close(in_pieces(model, tokens, (1,) * 17), wanted)
-    close(in_pieces(model, tokens, (7, 4, 1, 5)), wanted)
+    assert_close(in_pieces(model, tokens, (1,) * 17), wanted)
+    assert_close(in_pieces(model, tokens, (7, 4, 1, 5)), wanted)
     # It is coded at all.
     assert float((wanted - plain).abs().max()) > 1e-3
 
@@ -134,41 +134,47 @@ def test_a_prefix_is_what_the_model_makes_of_it_in_front(name: str, scheme: str 
     own = with_prefix(model, prefix, None if scheme is None else SCHEMES[scheme])
     if scheme is None:
         wanted = logits(model, whole)[:, PREFIX:]
-        close(logits(own, text), wanted)
+        assert_close(logits(own, text), wanted)
         # The test can fail: without the prefix's positions it is something else.
         attach_cache_(own, None)
         assert float((logits(own, text) - wanted).abs().max()) > 1e-2
         return
     wanted = logits(own, text)
-    close(in_pieces(own, text, (1,) * 14), wanted)
-    close(logits(own, whole)[:, PREFIX:], wanted)
+    assert_close(in_pieces(own, text, (1,) * 14), wanted)
+    assert_close(logits(own, whole)[:, PREFIX:], wanted)
+
+
+def padded_batch(name: str, scheme: CacheScheme | None, prefixed: bool):
+    """A model on a cache, behind a prefix or not; two rows of 12 tokens, the first padded by three; their mask."""
+    model = model_of(name)
+    if prefixed:
+        model = with_prefix(model, ids(PREFIX, 1, seed=3)[0], scheme)
+    else:
+        attach_cache_(model, scheme)
+    rows = ids(12, seed=4)
+    rows[0, :3] = 0
+    mask = torch.ones_like(rows)
+    mask[0, :3] = 0
+    return model, rows, mask
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral"])
-@pytest.mark.parametrize("scheme", [None, *SCHEMES])
+@pytest.mark.parametrize("scheme", [None, *(name for name, scheme in SCHEMES.items() if not scheme.window)])
 @pytest.mark.parametrize("prefixed", [False, True])
 def test_padding_on_the_left_changes_nothing(name: str, scheme: str | None, prefixed: bool) -> None:
-    found = None if scheme is None else SCHEMES[scheme]
-    if found is not None and found.key_axis == "channel":
-        pytest.skip("keys by channel share ranges with the padding of their group")
-    model = model_of(name)
-    if prefixed:
-        model = with_prefix(model, ids(PREFIX, 1, seed=3)[0], found)
-    else:
-        attach_cache_(model, found)
-    text = ids(9)
-    padded = torch.cat([torch.zeros(2, 3, dtype=torch.long), text], 1)
-    padded[1] = ids(12, 1, seed=4)[0]
-    mask = torch.ones_like(padded)
-    mask[0, :3] = 0
-    if found is not None and found.window:
-        # A window counts places in the cache, padding among them: only from behind.
-        pieces = in_pieces(model, padded, (12,), mask)
-        close(in_pieces(model, padded, (4, 1, 7), mask), pieces)
-        return
-    both = in_pieces(model, padded, (12,), mask)
-    close(both[:1, 3:], logits(model, text[:1]))
-    close(both[1:], logits(model, padded[1:]))
+    model, rows, mask = padded_batch(name, SCHEMES.get(scheme), prefixed)
+    both = in_pieces(model, rows, (12,), mask)
+    assert_close(both[:1, 3:], logits(model, rows[:1, 3:]))
+    assert_close(both[1:], logits(model, rows[1:]))
+
+
+# A window counts places in the cache, padding among them, and keys by channel share ranges with it.
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+@pytest.mark.parametrize("scheme", [name for name, scheme in SCHEMES.items() if scheme.window])
+@pytest.mark.parametrize("prefixed", [False, True])
+def test_padded_rows_in_windows_are_the_same_at_once_and_in_pieces(name: str, scheme: str, prefixed: bool) -> None:
+    model, rows, mask = padded_batch(name, SCHEMES[scheme], prefixed)
+    assert_close(in_pieces(model, rows, (4, 1, 7), mask)[mask.bool()], in_pieces(model, rows, (12,), mask)[mask.bool()])
 
 
 @pytest.mark.parametrize("scheme", [None, *SCHEMES])
@@ -222,7 +228,7 @@ def test_a_second_bos_is_dropped_and_another_token_is_not() -> None:
     bos = int(prefix[0])
     model = with_prefix(model_of("llama"), prefix, None, bos)
     begun = torch.cat([torch.full((2, 1), bos), text], 1)
-    close(logits(model, begun)[:, 1:], logits(model, text))
+    assert_close(logits(model, begun)[:, 1:], logits(model, text))
     without = with_prefix(model_of("llama"), prefix, None, None)
     assert float((logits(without, begun)[:, 1:] - logits(without, text)).abs().max()) > 1e-3
 
@@ -264,7 +270,7 @@ def test_a_cache_that_the_model_returned_goes_on_and_another_does_not() -> None:
     wanted = logits(model, tokens)
     with torch.no_grad():
         past = model(tokens[:, :5], use_cache=True).past_key_values
-    close(logits(model, tokens[:, 5:], past_key_values=past), wanted[:, 5:])
+    assert_close(logits(model, tokens[:, 5:], past_key_values=past), wanted[:, 5:])
     used = DynamicCache()
     used.update(torch.zeros(2, 2, 3, 16), torch.zeros(2, 2, 3, 16), 0)
     static = StaticCache(config=model.config, max_cache_len=16)
@@ -287,15 +293,15 @@ def test_a_cache_resets_selects_repeats_and_crops() -> None:
         with torch.no_grad():
             past = model(tokens, use_cache=True).past_key_values
         past.crop(-4)
-        close(logits(model, tokens[:, 5:], past_key_values=past), wanted[:, 5:])
+        assert_close(logits(model, tokens[:, 5:], past_key_values=past), wanted[:, 5:])
         past.crop(-4)
         past.batch_select_indices(torch.tensor([1]))
         past.batch_repeat_interleave(2)
         both = logits(model, tokens[1:, 5:].expand(2, -1), past_key_values=past)
-        close(both, wanted[1:, 5:].expand(2, -1, -1))
+        assert_close(both, wanted[1:, 5:].expand(2, -1, -1))
         past.reset()
         assert past.get_seq_length() == 0
-        close(logits(model, tokens, past_key_values=past), wanted)
+        assert_close(logits(model, tokens, past_key_values=past), wanted)
 
 
 def test_a_cache_is_refused_by_a_model_that_is_not_attached() -> None:
@@ -316,19 +322,19 @@ def test_a_deep_copy_has_a_cache_of_its_own_and_can_be_detached() -> None:
     attach_cache_(model, CacheScheme(2))
     wanted = logits(model, tokens)
     twin = copy.deepcopy(model)
-    close(logits(twin, tokens), wanted)
+    assert_close(logits(twin, tokens), wanted)
     detach_cache_(twin)
-    close(logits(twin, tokens), plain)
-    close(logits(model, tokens), wanted)
+    assert_close(logits(twin, tokens), plain)
+    assert_close(logits(model, tokens), wanted)
 
 
 def test_inputs_may_be_embeddings_or_positional() -> None:
     model, tokens = model_of("llama"), ids(9)
     attach_cache_(model, CacheScheme(4))
     wanted = logits(model, tokens)
-    close(logits(model, None, inputs_embeds=model.model.embed_tokens(tokens)), wanted)
+    assert_close(logits(model, None, inputs_embeds=model.model.embed_tokens(tokens)), wanted)
     with torch.no_grad():
-        close(model.lm_head(model.model(tokens).last_hidden_state), wanted)
+        assert_close(model.lm_head(model.model(tokens).last_hidden_state), wanted)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -348,7 +354,7 @@ def test_padding_on_the_left_needs_no_positions_behind_a_prefix(name: str) -> No
     text = ids(9)
     padded = torch.nn.functional.pad(text, (3, 0))
     mask = torch.nn.functional.pad(torch.ones_like(text), (3, 0))
-    close(logits(model, padded, attention_mask=mask)[:, 3:], logits(model, text))
+    assert_close(logits(model, padded, attention_mask=mask)[:, 3:], logits(model, text))
 
 
 def test_padding_on_the_right_is_no_text() -> None:

@@ -204,6 +204,10 @@ def test_perplexity_is_scored_behind_the_prompt(folders: dict[str, Path], text_f
         ({"method": "none", "system_prompt": "prompt.txt"}, "there is no such file"),
         ({"method": "none", "kv_bits": 4, "activation_bits": 4}, "method none leaves all linears"),
         ({"method": "atom", "group_size": 16}, "128 outlier channels leave none of the 48"),
+        (
+            {"method": "atom", "group_size": 32, "grid": "mxfp4", "activation_bits": 4, "options": {"outliers": 8}},
+            "on a uniform grid",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_written(
