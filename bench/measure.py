@@ -34,11 +34,16 @@ def texts(wikitext: Path) -> dict[str, str]:
 
 
 def with_data(recipe: Recipe, windows: int) -> Recipe:
-    """The recipe calibrated as all rows are, on news in bfloat16, if its method needs data."""
+    """The recipe calibrated as all rows are, on news in bfloat16, if its method needs data.
+
+    On `windows` times 2048 tokens; a recipe with shorter windows has them cut into so many more.
+    """
     from subnibble.methods import find_method
 
     needs = find_method(recipe.method).needs_data(recipe.options)
-    return replace(recipe, num_windows=windows, window=WINDOW, dtype="bfloat16", calibration="news" if needs else None)
+    window = min(recipe.window, WINDOW)
+    windows = windows * WINDOW // window
+    return replace(recipe, num_windows=windows, window=window, dtype="bfloat16", calibration="news" if needs else None)
 
 
 def measure_row(recipe: Recipe | None, windows: int, names: dict[str, str], exact_inputs: bool = False) -> list[Any]:

@@ -43,10 +43,12 @@ INPUT_SETTINGS = {
 }  # fmt: skip
 OPTIONS = {
     "serq": {"rank": 32}, "twinfit": {"rank": 16}, "l2qer": {"rank": 4}, "qera": {"rank": 4}, "atom": {"outliers": 8},
+    "omniquant": {"effort": "fast"}, "bisup": {"effort": "fast", "rank": 4},
 }  # fmt: skip
-WITH_INPUTS = ("rtn", "gptq", "smoothquant", "l2qer", "qera", "quarot", "serq", "twinfit", "atom")
-# Outlier channels are coded on uniform grids alone (`test_prefix.py`).
-COMBINATIONS = [(m, s) for m in WITH_INPUTS for s in INPUT_SETTINGS if (m, s) != ("atom", "mxfp4")]
+WITH_INPUTS = ("rtn", "gptq", "smoothquant", "l2qer", "qera", "quarot", "serq", "twinfit", "atom", "omniquant", "bisup")
+# Outlier channels are coded, and ranges learned, on uniform grids alone (`test_prefix.py`, `tuning/`).
+UNIFORM_ONLY = ("atom", "omniquant", "bisup")
+COMBINATIONS = [(m, s) for m in WITH_INPUTS for s in INPUT_SETTINGS if m not in UNIFORM_ONLY or s != "mxfp4"]
 # One rounds nothing (`test_prefix.py`).
 WEIGHT_ONLY = tuple(method for method in METHODS if method not in (*WITH_INPUTS[2:], "none"))
 

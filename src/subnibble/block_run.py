@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import time
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from subnibble.calibrate.prefix import PrefixStream, States, behind
+from subnibble.block_tuning import BlockTuning, Tuner, twin_of
+from subnibble.calibrate.prefix import States, behind
 from subnibble.calibrate.stats import AbsMean, Drift, Gram
 from subnibble.calibrate.stream import BlockStream, SiteStatistics
 from subnibble.checkpoint.packed import (
@@ -34,31 +33,19 @@ from subnibble.report import LinearReport
 from subnibble.report.clock import Clock
 from subnibble.rounding import grid
 from subnibble.rounding.error import relative_errors
+from subnibble.rounding.rounder import Rounding
 from subnibble.runtime import activations
 from subnibble.runtime.hadamard import hadamard_blocks
 from subnibble.runtime.modules import add_output_bias_
 from subnibble.runtime.ops import LinearTerms
 from subnibble.scheme import ActivationScheme, Scheme
 from subnibble.stack import Observed, Stack, View, Watch, branches_of, round_stack
-from subnibble.tensor import PackedTensor
+from subnibble.streams import Streams
+from subnibble.tensor import PackedRange, PackedTensor
 from subnibble.transforms.absorb import absorb_, can_absorb
 from subnibble.transforms.input_basis import InputBasis
 from subnibble.transforms.prefix_basis import stored_states
 from subnibble.transforms.saliency import offline_rows
-
-
-@dataclass
-class Streams:
-    """Hidden states of all windows between two blocks, batches of (windows, tokens, channels), and what goes with them.
-
-    hidden: in the model as quantized so far. wanted: in the full-precision model, empty if no method asks. arguments:
-    what the model passes to each block beside them. prefix: of a system prompt before the windows, or None.
-    """
-
-    hidden: list[Tensor]
-    wanted: list[Tensor]
-    arguments: list[dict[str, Any]]
-    prefix: PrefixStream | None = None
 
 
 @dataclass
@@ -71,7 +58,8 @@ class BlockRun:
     full-precision copy on the full-precision model's; teacher: that copy on `hidden`; None where no step asks. extras:
     all terms of what was rounded so far, by name in the block; packed: their weights, which absorb column scales.
     columns: column scales that no other module of the block can take; to_absorb: those that one will. gathers: of the
-    linears that store one. prefix: its keys and values in this block, (heads, tokens, width), or None.
+    linears that store one. prefix: its keys and values in this block, (heads, tokens, width), or None. tuning: the
+    block's, or None.
     """
 
     block: Block
@@ -85,6 +73,7 @@ class BlockRun:
     teacher: BlockStream | None
     hidden: list[Tensor]
     prefix: States | None = None
+    tuning: BlockTuning | None = None
     packed: dict[str, PackedTensor] = field(default_factory=dict)
     extras: dict[str, LinearTerms] = field(default_factory=dict)
     columns: dict[str, Tensor] = field(default_factory=dict)
@@ -101,37 +90,36 @@ class BlockRun:
         clock: Clock,
         streams: Streams,
         dtype: torch.dtype,
+        tuner: Tuner | None = None,
     ) -> BlockRun:
-        """Carry out the transforms on `block`, loaded in float32, and set its streams up."""
+        """Carry out the transforms on `block`, loaded in float32, tune it, and set its streams up."""
         arguments, prefix = streams.arguments[block.index], streams.prefix
         found = None
         if steps.needs_survey:
             with clock.step("forward"):
                 own = plan.of_block(block)
                 before = behind(arguments, None if prefix is None else prefix.states(block))
-                found = BlockStream(_twin(block, dtype), streams.hidden, before).statistics(*own)
+                found = BlockStream(twin_of(block, dtype), streams.hidden, before).statistics(*own)
         with clock.step("transform"):
             _, bases = prepare_block_(block, steps, found)
         with clock.step("prefix"):
             states = None if prefix is None else prefix.advance(block)
-            arguments = behind(arguments, states)
+        before = behind(arguments, states)
+        reference = teacher = tuning = None
+        if streams.hidden and tuner is not None:
+            tuning = tuner(block, bases, states, streams, before)
+            reference, states = tuning.reference, tuning.block.prefix
+            before = behind(arguments, states, tuner.cache)
+        elif streams.hidden and (steps.needs_drift or steps.mean_shift is not None):
+            twin = twin_of(block, dtype)
+            reference = BlockStream(twin, streams.wanted, before) if steps.needs_drift else None
+            teacher = BlockStream(twin, streams.hidden, before) if steps.mean_shift is not None else None
         exact = {name: parameter.data for name, parameter in block.module.named_parameters()}
         block.module.to(dtype)
-        needs_twin = steps.needs_drift or steps.mean_shift is not None
-        twin = _twin(block, dtype) if needs_twin and streams.hidden else None
+        stream = BlockStream(block, streams.hidden, before)
         return cls(
-            block,
-            steps,
-            plan,
-            clock,
-            exact,
-            bases,
-            BlockStream(block, streams.hidden, arguments),
-            BlockStream(twin, streams.wanted, arguments) if twin is not None and steps.needs_drift else None,
-            BlockStream(twin, streams.hidden, arguments) if twin is not None and steps.mean_shift is not None else None,
-            streams.hidden,
-            states,
-        )
+            block, steps, plan, clock, exact, bases, stream, reference, teacher, streams.hidden, states, tuning
+        )  # fmt: skip
 
     def correct_norm(self, site: Site) -> None:
         """If the method asks, give the site's norm the bias that undoes the mean shift of what was rounded before."""
@@ -155,12 +143,13 @@ class BlockRun:
         with self.clock.step("forward"):
             self.stream.advance()
             if self.reference is not None:
-                self.reference.advance()
+                self.reference.advance(None if self.tuning is None else self.tuning.outputs)
 
     def reports(self) -> list[LinearReport]:
         """What the report says of each linear, once its tensors are known."""
         steps = self.steps
         everything = bool(steps.transforms) or steps.rotation != "none" or steps.orders_residual
+        everything = everything or steps.tuning is not None
         moved = set(self.block.arch.linears) if everything else set()
         for site, _ in self.to_absorb:
             moved |= {*site.readers, *site.writers}
@@ -309,12 +298,14 @@ class BlockRun:
         with self.clock.step("round"):
             natural = torch.cat([self.exact[f"{name}.weight"] for name in stack.names])
             weight = basis.columns(natural)
-            rounding, whole, salient = round_stack(stack, weight, seen, self.steps.rounder_of(site.name), correction)
+            rounding, whole, salient = self._rounded(site, stack, weight, seen)
             columns = self._place(site, list(stack.names), rounding.coded.columns)
             dense = whole.dequantize() if columns is None else whole.dequantize() * columns
             if salient is not None:
                 dense[:, : salient.columns] += salient.dequantize()
             branches = branches_of(stack, weight - dense, seen, correction)
+            if self.tuning is not None:
+                branches = self.tuning.branches(stack)
             rows = stack.rows(weight.device)
             for index, branch in zip(rows, branches, strict=True):
                 if branch is not None:
@@ -349,6 +340,15 @@ class BlockRun:
                 notes={**rounding.notes, **_notes(stack, basis)},
             )
 
+    def _rounded(
+        self, site: Site, stack: Stack, weight: Tensor, seen: Observed
+    ) -> tuple[Rounding, PackedTensor, PackedRange | None]:
+        """See `round_stack`; on learned grids if there are any."""
+        rounder, correction = self.steps.rounder_of(site.name), self.steps.correction
+        if self.tuning is not None:
+            return self.tuning.round(stack, weight, seen, rounder, correction)
+        return round_stack(stack, weight, seen, rounder, correction)
+
     def _put_back(self, site: Site, name: str, stack: Stack, dense: Tensor) -> None:
         """Let the block run on the rounded weight (m, k), and on quantized inputs if the method asks."""
         linear = self.block.linear(name)
@@ -367,11 +367,6 @@ class BlockRun:
         stored = columns.to(torch.float16).float()
         self.columns |= dict.fromkeys(names, stored)
         return stored
-
-
-def _twin(block: Block, dtype: torch.dtype) -> Block:
-    """A copy of a block, in the compute type, that stays as it is."""
-    return replace(block, module=copy.deepcopy(block.module).to(dtype))
 
 
 def prepare_block_(

@@ -18,7 +18,7 @@ The order lives here and in `block_run.py` alone; methods say what happens at ea
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from subnibble.block_run import BlockRun, Streams, prepare_block_
+from subnibble.block_run import BlockRun, prepare_block_
+from subnibble.block_tuning import Tuner
 from subnibble.cache_scheme import CacheScheme, PrefixIds
 from subnibble.calibrate.prefix import PrefixStream
 from subnibble.calibrate.stream import BlockStream
@@ -56,15 +57,17 @@ from subnibble.plan import Plan, check_plain, make_plan, packed_bytes, plan_cach
 from subnibble.progress import Progress, silent
 from subnibble.prompt import prefix_ids
 from subnibble.recipe import Recipe
-from subnibble.report import LinearReport, Report
+from subnibble.report import BlockReport, LinearReport, Report
 from subnibble.report.clock import Clock, peak_memory
 from subnibble.rounding.table import as_stored, pack_table
 from subnibble.runtime import ops
 from subnibble.scheme import Scheme
+from subnibble.streams import Streams
 from subnibble.transforms.invariance import check_sites
 from subnibble.transforms.residual_order import residual_order
 from subnibble.transforms.rotate import ResidualEdit
 from subnibble.transforms.rotate_values import ValueRotation, make_value_rotation
+from subnibble.tuning.tuning import EFFORTS
 from subnibble.version import __version__
 
 # Tokens forwarded together: enough to keep the matrix products large.
@@ -118,6 +121,7 @@ class _Run:
     clock: Clock
     modules: dict[str, Entry] = field(default_factory=dict)
     linears: list[LinearReport] = field(default_factory=list)
+    blocks: list[BlockReport] = field(default_factory=list)
 
     @classmethod
     def prepare(cls, source: Source, recipe: Recipe, options: Any, steps: Steps) -> _Run:
@@ -181,6 +185,7 @@ class _Run:
         streams, outer = self._embed()
         progress(1, total, "embedding")
         unquantized_tail: list[Tensor] = []
+        tuner = self._tuner(lambda index, loss: progress(1 + index * (sites + 1), total, _losing(index, loss)))
         last_norm = [site for site in skeleton.arch.sites if site.norm is not None][-1]
         for index in range(skeleton.num_blocks):
             done = 1 + index * (sites + 1)
@@ -190,7 +195,7 @@ class _Run:
                     self.edit.edit_block_(block)
                 if self.values is not None:
                     self.values.edit_block_(block)
-            run = BlockRun.prepare(block, self.steps, self.plan, clock, streams, skeleton.dtype)
+            run = BlockRun.prepare(block, self.steps, self.plan, clock, streams, skeleton.dtype, tuner)
             for number, site in enumerate(skeleton.arch.sites, start=1):
                 run.correct_norm(site)
                 if self._corrects_norms and index == skeleton.num_blocks - 1 and site == last_norm:
@@ -203,6 +208,7 @@ class _Run:
                 writer.write_shard({name: self._as_stored(name, tensor) for name, tensor in tensors.items()})
             self.modules |= entries
             self.linears += run.reports()
+            self.blocks += [] if run.tuning is None else [run.tuning.report(block.path)]
             skeleton.release(block.path)
             progress(done + sites + 1, total, f"block {index}")
         outer |= self._final_norm(unquantized_tail, streams.hidden)
@@ -248,7 +254,7 @@ class _Run:
                 else:
                     stored = tensors[f"{path}.weight"]
                     streams.hidden.append(torch.nn.functional.embedding(ids, stored).to(skeleton.dtype).cpu())
-                if self.steps.needs_drift:
+                if self.steps.needs_reference:
                     exact = torch.nn.functional.embedding(ids, weight)
                     streams.wanted.append(exact.to(skeleton.dtype).cpu())
         return streams, tensors
@@ -271,8 +277,20 @@ class _Run:
 
     def _arguments(self) -> list[dict[str, Any]]:
         """What the model passes to each block beside a batch of windows."""
-        past = 0 if self.prefix is None else len(self.prefix.ids)
-        return self.skeleton.block_arguments(self.recipe.window, past=past)
+        return self.skeleton.block_arguments(self.recipe.window, past=self._past)
+
+    @property
+    def _past(self) -> int:
+        return 0 if self.prefix is None else len(self.prefix.ids)
+
+    def _tuner(self, told: Callable[[int, float], None]) -> Tuner | None:
+        """What tunes blocks, None if the method does not. told: see `Tuner`."""
+        if self.steps.tuning is None:
+            return None
+        skeleton, tokens = self.skeleton, min(EFFORTS[self.steps.tuning.effort].tokens, self.recipe.window)
+        arguments = skeleton.block_arguments(tokens, past=self._past)
+        seed, clock = self.recipe.seed, self.clock
+        return Tuner(self.steps, self.plan, self.cache, arguments, seed, skeleton.dtype, clock, told)
 
     def _allocate_ranks(self, blocks: Iterator[tuple[Block, BlockStream]]) -> None:
         """Decide how many salient channels each linear gets."""
@@ -367,9 +385,14 @@ class _Run:
             seconds=self.clock.seconds(),
             peak_memory=peak_memory(),
             weights_sha256=weights_hash(writer.folder),
+            blocks=tuple(self.blocks),
         )
         writer.write_json("report.json", report.to_dict())
         return report
+
+
+def _losing(index: int, loss: float) -> str:
+    return f"block {index} tuned to a held-out loss of {loss:.4f}"
 
 
 def _agreed(recipe: Recipe, schemes: Mapping[str, Scheme | None]) -> dict[str, str]:

@@ -22,6 +22,7 @@ from subnibble.recipe import PLAIN_ACTIVATIONS, Recipe
 from subnibble.rounding.dual_scale import DualScale, check_grid
 from subnibble.scheme import ActivationScheme, Scheme
 from subnibble.transforms.rotate import Rotation, can_rotate, make_rotation
+from subnibble.tuning.clipping import check_scheme
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,8 @@ def make_plan(recipe: Recipe, steps: Steps, skeleton: Skeleton) -> Plan:
         rounder = steps.rounder_of(skeleton.site_of(path).name)
         if scheme is not None and isinstance(getattr(rounder, "fitter", None), DualScale):
             check_grid(scheme, path)
+        if scheme is not None and steps.tuning is not None:
+            check_scheme(scheme, path)
         if scheme is not None and isinstance(steps.correction, SalientColumns):
             steps.correction.check(shapes[path][1], scheme, path)
         if scheme is not None and isinstance(steps.correction, OutlierColumns):

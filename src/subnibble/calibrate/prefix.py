@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from subnibble.cache_scheme import CacheScheme
 from subnibble.errors import NumericalFailure
 from subnibble.model.skeleton import Block, Skeleton
+from subnibble.runtime.coded_text import coded_keys, coded_values
 
 # Keys and values, (heads, tokens, width) each, positions put on.
 States = tuple[Tensor, Tensor]
@@ -49,12 +51,14 @@ def half_states(states: States, where: str) -> States:
     return keys, values
 
 
-def behind(arguments: Mapping[str, Any], states: States | None) -> dict[str, Any]:
-    """Arguments of a block behind a prefix's states; as they are behind None.
+def behind(arguments: Mapping[str, Any], states: States | None, scheme: CacheScheme | None = None) -> dict[str, Any]:
+    """Arguments of a block behind a prefix's states, None for none, its cache coded by `scheme`, None for not at all.
 
     arguments: of `Skeleton.block_arguments` with as many tokens of past.
     """
-    return {**arguments} if states is None else {**arguments, "past_key_values": _Past(*states)}
+    if states is None and scheme is None:
+        return {**arguments}
+    return {**arguments, "past_key_values": _Past(states, scheme, arguments["position_embeddings"])}
 
 
 class _Kept:
@@ -70,15 +74,22 @@ class _Kept:
 
 
 class _Past:
-    """Stands for a cache that holds a prefix and keeps nothing more."""
+    """Stands for a cache that holds a prefix, gives texts back as they come out of the codes, and keeps nothing."""
 
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
-        self._states = keys, values
+    def __init__(self, states: States | None, scheme: CacheScheme | None, positions: tuple[Tensor, Tensor]) -> None:
+        self._states, self._scheme, self._positions = states, scheme, positions
 
     def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> States:
         """keys, values: (b, heads, tokens, width); the same behind the prefix's."""
-        first, second = (
-            torch.cat([past.to(new).expand(new.shape[0], -1, -1, -1), new], 2)
-            for past, new in zip(self._states, (keys, values), strict=True)
-        )
-        return first, second
+        if self._scheme is not None:
+            keys, values = coded_keys(keys, self._scheme, self._positions), coded_values(values, self._scheme)
+        return (keys, values) if self._states is None else with_past(self._states, (keys, values))
+
+
+def with_past(past: States, new: States) -> States:
+    """A prefix's states, (heads, tokens, width), before a text's, (b, heads, tokens, width)."""
+    first, second = (
+        torch.cat([before.to(after).expand(after.shape[0], -1, -1, -1), after], 2)
+        for before, after in zip(past, new, strict=True)
+    )
+    return first, second

@@ -7,7 +7,7 @@ reader, by then quantized, to what was kept. Nothing is forwarded twice for the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -107,9 +107,9 @@ class BlockStream:
             for batch in range(len(self._hidden)):
                 yield self._run(batch)
 
-    def advance(self) -> None:
-        """Run the block to its end: `hidden` becomes its output, in place of its input."""
-        for batch, output in enumerate(self.outputs()):
+    def advance(self, outputs: Iterable[Tensor] | None = None) -> None:
+        """Run the block to its end: `hidden` becomes its output, in place of its input. outputs: where known."""
+        for batch, output in enumerate(self.outputs() if outputs is None else outputs):
             self._hidden[batch] = output
         self._kept.clear()
 

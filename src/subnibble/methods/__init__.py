@@ -3,6 +3,7 @@
 from subnibble.errors import BadRecipe
 from subnibble.methods.atom import ATOM
 from subnibble.methods.awq import AWQ
+from subnibble.methods.bisup import BISUP
 from subnibble.methods.d2quant import D2QUANT, D2QUANT_UNIFORM
 from subnibble.methods.dualfit import DUALFIT
 from subnibble.methods.gptaq import GPTAQ
@@ -10,6 +11,7 @@ from subnibble.methods.gptq import GPTQ
 from subnibble.methods.low_rank import L2QER, QERA
 from subnibble.methods.method import Method
 from subnibble.methods.none import NONE
+from subnibble.methods.omniquant import OMNIQUANT
 from subnibble.methods.quarot import QUAROT
 from subnibble.methods.rtn import RTN
 from subnibble.methods.serq import SERQ
@@ -33,6 +35,8 @@ METHODS: dict[str, Method] = {
         SERQ,
         TWINFIT,
         ATOM,
+        OMNIQUANT,
+        BISUP,
         NONE,
     )
 }

@@ -20,6 +20,7 @@ from subnibble.rounding.rounder import Rounder
 from subnibble.transforms.rotate import check_rotation
 from subnibble.transforms.rotate_values import check_value_rotation
 from subnibble.transforms.saliency import Saliency
+from subnibble.tuning.tuning import Tuning
 
 # An edit of a block, in float32, that keeps its function, made before anything of it is rounded. It gives the factors
 # (channels,) by which it divided sites, by name.
@@ -55,7 +56,8 @@ class Steps:
     salient columns, "uniform" or "gain", see `corrections/ranks.py`. online: names of sites whose readers get an online
     Hadamard transform. inputs: "exact" calibrates on inputs that are not quantized, "quantized" on what the running
     model will see. value_rotation: see `transforms/rotate_values.py`. cache: see `CachePreference`; what the recipe
-    says goes first. leaves_weights: no linear is rounded at all.
+    says goes first. leaves_weights: no linear is rounded at all. tuning: what is learned of each block before it is
+    rounded, None for nothing.
     """
 
     rounder: Rounder
@@ -72,6 +74,7 @@ class Steps:
     value_rotation: str = "none"
     cache: CachePreference = no_cache_preference
     leaves_weights: bool = False
+    tuning: Tuning | None = None
 
     def __post_init__(self) -> None:
         check_rotation(self.rotation)
@@ -90,6 +93,8 @@ class Steps:
             )
         if self.ranks == "gain" and not isinstance(self.correction, SalientColumns):
             raise BadRecipe('ranks = "gain" needs a rank above 0, which is their mean')
+        if self.tuning is not None:
+            _check_tuning(self)
         for rounder in (self.rounder, *self.rounders.values()):
             if isinstance(rounder, GPTQ):
                 _check_asymmetry(self.correction, rounder.asymmetry.form)
@@ -103,7 +108,7 @@ class Steps:
         """Whether calibration text is needed."""
         rounders = (self.rounder, *self.rounders.values())
         parts = (self.mean_shift, self.saliency, self.correction)
-        return bool(self.transforms) or any(parts) or any(r.needs_gram for r in rounders)
+        return bool(self.transforms) or any((*parts, self.tuning)) or any(r.needs_gram for r in rounders)
 
     @property
     def orders_residual(self) -> bool:
@@ -117,8 +122,23 @@ class Steps:
 
     @property
     def needs_drift(self) -> bool:
-        """Whether the full-precision model must be run beside the quantized one."""
+        """Whether a rounder must know how far inputs are from the full-precision model's."""
         return any(rounder.needs_drift for rounder in (self.rounder, *self.rounders.values()))
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the full-precision model must be run beside the quantized one."""
+        return self.needs_drift or self.tuning is not None
+
+
+def _check_tuning(steps: Steps) -> None:
+    """Raise `BadRecipe` where a step does not go with tuning."""
+    if steps.mean_shift is not None or steps.transforms:
+        raise BadRecipe("tuning goes with neither a mean shift nor transforms of its own; leave one of them out")
+    if isinstance(steps.correction, SalientColumns | LowRank):
+        raise BadRecipe('tuning does not go with salient columns or low-rank factors; use low_rank = "side"')
+    if steps.inputs != "quantized":
+        raise BadRecipe('tuning sees inputs as they will run; use inputs = "quantized"')
 
 
 def _check_asymmetry(correction: Correction, form: str) -> None:

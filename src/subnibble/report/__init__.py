@@ -30,10 +30,28 @@ class LinearReport:
 
 
 @dataclass(frozen=True)
+class BlockReport:
+    """The tuning of one block. Losses are on held-out windows: the squared error of its output over the energy of what
+    the full-precision block adds. before: on the method's own grids, to nearest; tuned: on the learned ones, to
+    nearest; after: as stored. rollbacks: of steps that were not finite. compensated: linears whose rounding with error
+    compensation was kept, the others were rounded to nearest.
+    """
+
+    path: str
+    before: float
+    tuned: float
+    after: float
+    epochs: int
+    rollbacks: int
+    compensated: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Report:
     """A whole quantization. seconds: by step, and "total". peak_memory: bytes, of the process.
 
     calibration_tokens: how many tokens the statistics were gathered on, 0 if none. prefix_tokens: of the system prompt.
+    blocks: of methods that tune.
     """
 
     model: str
@@ -46,6 +64,7 @@ class Report:
     seconds: dict[str, float]
     peak_memory: int
     weights_sha256: str
+    blocks: tuple[BlockReport, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionary for JSON."""

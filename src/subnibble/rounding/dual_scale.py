@@ -57,7 +57,7 @@ class DualScale:
         if self.iterations < 1:
             raise BadRecipe(f"iterations is {self.iterations}; give a positive number")
 
-    def fit(self, group: Tensor, scheme: Scheme, weights: Tensor | None) -> Fitted:
+    def fit(self, group: Tensor, scheme: Scheme, weights: Tensor | None, index: int = 0) -> Fitted:
         """See `Fitter`."""
         check_grid(scheme, "a group")
         sign_basis.check_finite(group)
@@ -72,7 +72,7 @@ class DualScale:
 class RowScale(DualScale):
     """Fitter: the same alternation with all column scales at 1, which shows what column scales add."""
 
-    def fit(self, group: Tensor, scheme: Scheme, weights: Tensor | None) -> Fitted:
+    def fit(self, group: Tensor, scheme: Scheme, weights: Tensor | None, index: int = 0) -> Fitted:
         """See `Fitter`."""
         check_grid(scheme, "a group")
         if scheme.grid == "sign":

@@ -191,7 +191,7 @@ def _fit_group(w: Tensor, start: int, factor: Factor, plan: ColumnPlan, scheme: 
     """Fit the grid of the group whose first column in the visit is `start`; the homes of its columns."""
     index, width = _group_starts(plan)[start]
     weights = None if factor.weights is None else factor.weights[start : start + width]
-    fitted = how.fitter.fit(w[start : start + width].T.float(), scheme, weights)
+    fitted = how.fitter.fit(w[start : start + width].T.float(), scheme, weights, index)
     return [Home(index, fitted, place) for place in range(width)]
 
 

@@ -47,7 +47,7 @@ class Clip:
         if not 1.0 <= self.power <= 4.0:
             raise BadRecipe(f"clip_power is {self.power!r}; give a number from 1 to 4 (2 is the squared error)")
 
-    def fit(self, group: Tensor, scheme: Scheme, weights: Tensor | None) -> Fitted:
+    def fit(self, group: Tensor, scheme: Scheme, weights: Tensor | None, index: int = 0) -> Fitted:
         """See `Fitter`: a grid without column scales."""
         return Fitted(fit_levels(group, scheme, self, weights))
 
@@ -125,7 +125,8 @@ def coded(weight: Tensor, scheme: Scheme, fitter: Fitter, weights: Tensor | None
     bounds = scheme.group_bounds(weight.shape[1])
     groups = [weight[:, start:stop] for start, stop in bounds]
     shares = [None if weights is None else weights[start:stop] for start, stop in bounds]
-    fitted = [fitter.fit(group, scheme, share) for group, share in zip(groups, shares, strict=True)]
+    pairs = enumerate(zip(groups, shares, strict=True))
+    fitted = [fitter.fit(group, scheme, share, index) for index, (group, share) in pairs]
     codes = [fit.encode(group).to(torch.uint8) for fit, group in zip(fitted, groups, strict=True)]
     return CodedMatrix(torch.cat(codes, dim=1), *join(fitted))
 

@@ -56,5 +56,8 @@ class Fitted:
 class Fitter(Protocol):
     """Fits the grid of a group."""
 
-    def fit(self, group: Tensor, scheme: Scheme, weights: Tensor | None) -> Fitted:
-        """Fit `group` (m, g) float32. weights: (g,) not negative, of each column's squared error, or None for 1."""
+    def fit(self, group: Tensor, scheme: Scheme, weights: Tensor | None, index: int = 0) -> Fitted:
+        """Fit `group` (m, g) float32, the row's `index`-th.
+
+        weights: (g,) not negative, of each column's squared error, or None for 1.
+        """

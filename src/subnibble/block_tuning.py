@@ -1,0 +1,199 @@
+"""The tuning of one block inside the pipeline: samples from its streams, training, and rounding on what was learned."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from subnibble.cache_scheme import CacheScheme
+from subnibble.calibrate.prefix import States, behind
+from subnibble.calibrate.stream import BlockStream
+from subnibble.corrections.mean_shift import ordinary_tokens
+from subnibble.corrections.outliers import OutlierColumns
+from subnibble.methods.method import Correction, Steps
+from subnibble.model.skeleton import Block
+from subnibble.plan import Plan
+from subnibble.report import BlockReport
+from subnibble.report.clock import Clock
+from subnibble.rounding import grid
+from subnibble.rounding.gptq import GPTQ
+from subnibble.rounding.rounder import Rounder, Rounding
+from subnibble.rounding.rtn import RTN
+from subnibble.stack import Branch, Observed, Stack, round_stack
+from subnibble.streams import Streams
+from subnibble.tensor import PackedRange, PackedTensor
+from subnibble.transforms.input_basis import InputBasis
+from subnibble.tuning.block import Frame, TunedBlock
+from subnibble.tuning.train import Samples, Trained, held_out_loss, train_
+from subnibble.tuning.tuning import EFFORTS, Effort, Tuning
+
+# Windows over which inputs are looked at before factors start.
+_LOOKED_AT = 8
+_BRANCH_BITS = 8
+
+
+@dataclass
+class BlockTuning:
+    """A block that was tuned, on its way through rounding. left: held-out loss of the block as rounded so far.
+
+    reference: the full-precision block with the learned factors, on the full-precision chain, whose outputs are known.
+    kept: linears whose rounding with compensation made the loss smaller than rounding to nearest.
+    """
+
+    block: TunedBlock
+    samples: Samples
+    trained: Trained
+    left: float
+    reference: BlockStream
+    outputs: list[Tensor]
+    kept: list[str] = field(default_factory=list)
+
+    def round(
+        self, stack: Stack, weight: Tensor, seen: Observed, rounder: Rounder, correction: Correction
+    ) -> tuple[Rounding, PackedTensor, PackedRange | None]:
+        """As `round_stack`, on the learned grids: by `rounder` or to nearest, whichever leaves the lower loss."""
+        grids = self.block.grids(stack.names)
+        candidates: list[Rounder] = [RTN(grids)]
+        if isinstance(rounder, GPTQ):
+            candidates.append(replace(rounder, fitter=grids))
+        tried = [(round_stack(stack, weight, seen, one, correction), one) for one in candidates]
+        losses = []
+        for (_, whole, _), _ in tried:
+            self._fix_(stack, whole.dequantize())
+            losses.append(held_out_loss(self.block, self.samples))
+        best = losses.index(min(losses))
+        if best > 0:
+            self.kept += stack.names
+        found, self.left = tried[best][0], losses[best]
+        self._fix_(stack, found[1].dequantize())
+        return found
+
+    def branches(self, stack: Stack) -> list[Branch | None]:
+        """The learned branch of each linear, packed at 8 bits."""
+        return [_packed_branch(self.block.branch(name), stack) for name in stack.names]
+
+    def report(self, path: str) -> BlockReport:
+        """What the report says of the block."""
+        trained = self.trained
+        return BlockReport(
+            path, trained.before, trained.after, self.left, trained.epochs, trained.rollbacks, tuple(self.kept)
+        )
+
+    def _fix_(self, stack: Stack, dense: Tensor) -> None:
+        for name, index in zip(stack.names, stack.rows(dense.device), strict=True):
+            self.block.fix_(name, dense[index])
+
+
+@dataclass(frozen=True)
+class Tuner:
+    """Tunes blocks as they come. cache: how the running model codes keys and values, None for not at all. arguments: of
+    each block, for as many tokens as the effort takes of a window. seed: of the recipe. dtype: of streams and products.
+    told: is called with the number of a block and its held-out loss so far.
+    """
+
+    steps: Steps
+    plan: Plan
+    cache: CacheScheme | None
+    arguments: list[dict[str, Any]]
+    seed: int
+    dtype: torch.dtype
+    clock: Clock
+    told: Callable[[int, float], None]
+
+    @property
+    def tuning(self) -> Tuning:
+        """What is learned."""
+        assert self.steps.tuning is not None
+        return self.steps.tuning
+
+    def __call__(
+        self,
+        block: Block,
+        bases: Mapping[str, InputBasis],
+        prefix: States | None,
+        streams: Streams,
+        before: dict[str, Any],
+    ) -> BlockTuning:
+        """Tune a transformed float32 `block` in place.
+
+        bases: of its sites. prefix: its states in the block. before: the block's arguments behind them.
+        """
+        exact = streams.wanted
+        reference = BlockStream(twin_of(block, self.dtype), exact, before)
+        with self.clock.step("forward"):
+            outputs = list(reference.outputs())
+        with self.clock.step("tune"):
+            effort = EFFORTS[self.tuning.effort]
+            device = next(block.module.parameters()).device
+            arguments = self.arguments[block.index]
+            samples = samples_of(effort, streams.hidden, exact, outputs, arguments, device)
+            untouched = replace(block, module=copy.deepcopy(block.module)) if self.steps.needs_drift else None
+            tuned, trained = self._train(block, self._frame(block, bases, prefix), samples)
+            if untouched is not None:
+                tuned.fold_(untouched)
+            tuned.settle_(block)
+            if untouched is not None:
+                before = behind(streams.arguments[block.index], tuned.prefix)
+                reference = BlockStream(twin_of(untouched, self.dtype), exact, before)
+        return BlockTuning(tuned, samples, trained, trained.after, reference, outputs)
+
+    def _frame(self, block: Block, bases: Mapping[str, InputBasis], prefix: States | None) -> Frame:
+        schemes, inputs = self.plan.of_block(block)
+        correction, fitter = self.steps.correction, getattr(self.steps.rounder, "fitter", None)
+        outliers = correction.count if isinstance(correction, OutlierColumns) else 0
+        clip = fitter if isinstance(fitter, grid.Clip) else grid.Clip()
+        return Frame(schemes, inputs, bases, self.cache, prefix, outliers, clip, self.dtype)
+
+    def _train(self, block: Block, frame: Frame, samples: Samples) -> tuple[TunedBlock, Trained]:
+        # Every block draws its own numbers.
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + block.index) % 2**63)
+        tuned = TunedBlock(block, frame, self.tuning, generator)
+        if self.tuning.smoothing != "none":
+            few = slice(0, min(_LOOKED_AT, samples.trained))
+            largest = tuned.largest(samples.inputs[few].float(), samples.arguments, samples.ordinary[few])
+            plain = held_out_loss(tuned, samples)
+            tuned.smooth_(block, largest)
+            if held_out_loss(tuned, samples) > plain:
+                tuned.forget_smoothing_start_()
+        effort = EFFORTS[self.tuning.effort]
+        return tuned, train_(tuned, samples, effort, generator, lambda loss: self.told(block.index, loss))
+
+
+def twin_of(block: Block, dtype: torch.dtype) -> Block:
+    """A copy of a block, in the compute type, that stays as it is."""
+    return replace(block, module=copy.deepcopy(block.module).to(dtype))
+
+
+def samples_of(
+    effort: Effort,
+    hidden: list[Tensor],
+    exact: list[Tensor],
+    wanted: list[Tensor],
+    arguments: dict[str, Any],
+    device: torch.device,
+) -> Samples:
+    """What to train on: the first tokens of the first windows.
+
+    hidden, exact: the block's inputs in the quantized and the full-precision chain, batches (windows, tokens,
+    channels); wanted: its outputs in the latter. arguments: of the block, for as many tokens.
+    """
+    ordinary = [ordinary_tokens(batch).view(batch.shape[:2]) for batch in exact]
+    inputs, before, after, usual = (
+        torch.cat(parts)[: effort.windows, : effort.tokens].to(device) for parts in (hidden, exact, wanted, ordinary)
+    )
+    added = (after.float() - before.float()).square().sum(-1)
+    energy = float(added[usual].mean()) if bool(usual.any()) else float(added.mean())
+    return Samples(inputs, after, usual, max(energy, torch.finfo(torch.float32).tiny), arguments)
+
+
+def _packed_branch(factors: tuple[Tensor, Tensor] | None, stack: Stack) -> Branch | None:
+    if factors is None:
+        return None
+    scheme = replace(stack.scheme, bits=_BRANCH_BITS)
+    packed = [PackedTensor((PackedRange.pack(grid.coded(m, scheme, grid.Clip("minmax")), scheme),)) for m in factors]
+    return packed[0], packed[1]

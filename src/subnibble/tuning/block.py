@@ -1,0 +1,353 @@
+"""A block as it will run quantized, and as a differentiable function of what is learned of it.
+
+A twin of the block in float32 has its linears replaced: each enters its input into its basis, quantizes it by the
+runtime's own operation (its gradient passes straight through) and multiplies it by a weight that is smoothed, given
+its low-rank part and rounded to nearest on learned ranges. Keys and values go through the codes of the cache. Factors
+of a site stand before its readers here; `settle_` folds them into what writes the site.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from subnibble.cache_scheme import CacheScheme
+from subnibble.calibrate.prefix import States, with_past
+from subnibble.model.site import Site
+from subnibble.model.skeleton import Block
+from subnibble.rounding import grid
+from subnibble.rounding.fixed import FixedGrids
+from subnibble.rounding.levels import Fitted
+from subnibble.runtime import activations
+from subnibble.runtime.coded_text import coded_keys, coded_values
+from subnibble.scheme import WHOLE_CHANNEL, ActivationScheme, Scheme
+from subnibble.transforms.input_basis import InputBasis
+from subnibble.transforms.scale import scale_site_
+from subnibble.tuning.clipping import Clipping
+from subnibble.tuning.fake_quant import straight_through
+from subnibble.tuning.low_rank import Compensation
+from subnibble.tuning.smoothing import Smoothing
+from subnibble.tuning.tuning import Tuning
+
+# Of a smoothing's start: the largest input's share, OmniQuant's alpha.
+_ALPHA = 0.5
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What a block is tuned within. schemes, activations: of its linears, None for not at all. bases: of its sites.
+
+    cache: of keys and values, None for 16 bits. prefix: its states in this block, or None. outliers: last columns at 8
+    bits. clip: how ranges of weights are chosen where nothing is learned yet. dtype: that products are computed in.
+    """
+
+    schemes: Mapping[str, Scheme | None]
+    activations: Mapping[str, ActivationScheme | None]
+    bases: Mapping[str, InputBasis]
+    cache: CacheScheme | None
+    prefix: States | None
+    outliers: int
+    clip: grid.Clip
+    dtype: torch.dtype
+
+
+class TunedBlock:
+    """See the module. block: in float32, which stays as it is until `settle_`. generator: draws what starts random."""
+
+    def __init__(self, block: Block, frame: Frame, tuning: Tuning, generator: torch.Generator) -> None:
+        self.tuning, self.prefix = tuning, frame.prefix
+        self._arch, self._frame = block.arch, frame
+        self.module = copy.deepcopy(block.module)
+        self.sites: dict[str, _Entrance] = {}
+        self.linears: dict[str, _TunedLinear] = {}
+        for site in block.arch.sites:
+            entrance = self.sites[site.name] = _Entrance(frame.bases[site.name], frame.dtype)
+            for name in site.readers:
+                linear = _TunedLinear(block.linear(name), entrance, frame, name, tuning, generator)
+                self.module.set_submodule(name, linear)
+                self.linears[name] = linear
+        self.module.requires_grad_(False)
+        for parameter in self.parameters().values():
+            parameter.requires_grad_(True)
+
+    def smooth_(self, block: Block, largest: Mapping[str, Tensor]) -> None:
+        """Give every site that may be scaled its factors. largest: (channels,), magnitudes of its inputs, by name."""
+        for site in block.arch.sites:
+            if "scale" not in site.edits or site.name in self.tuning.unsmoothed or self.tuning.smoothing == "none":
+                continue
+            kept = self._kept(site)
+            start = _start(block, site, largest[site.name])
+            heads = block.heads if site.per_head else None
+            factors = Smoothing(start, kept, heads, self.tuning.smoothing == "soft")
+            self.sites[site.name].set_smoothing(factors, values=site.per_head)
+
+    def forget_smoothing_start_(self) -> None:
+        """Let all factors start at 1."""
+        with torch.no_grad():
+            for entrance in self.sites.values():
+                if entrance.smoothing is not None:
+                    entrance.smoothing.log_factors.zero_()
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """All that is learned, by name: what a name begins with says which space it belongs to."""
+        found: dict[str, nn.Parameter] = {}
+        for name, linear in self.linears.items():
+            if linear.clipping is not None and self.tuning.clipping != "none":
+                found |= {f"clipping.{name}.{key}": value for key, value in linear.clipping.named_parameters()}
+            if linear.low_rank is not None:
+                found |= {f"low_rank.{name}.{key}": value for key, value in linear.low_rank.named_parameters()}
+        for name, entrance in self.sites.items():
+            if entrance.smoothing is not None:
+                found |= {f"smoothing.{name}.{key}": value for key, value in entrance.smoothing.named_parameters()}
+        return found
+
+    def penalty(self) -> Tensor:
+        """λ mean(d²) over all channels of all sites."""
+        slacks = [e.smoothing.slack for e in self.sites.values() if e.smoothing is not None]
+        parts = [slack.square().flatten() for slack in slacks if slack is not None]
+        return self.tuning.penalty * torch.cat(parts).mean() if parts else torch.zeros(())
+
+    def __call__(self, hidden: Tensor, arguments: Mapping[str, Any]) -> Tensor:
+        """The block's output. hidden: (b, t, d) float32. arguments: what the model passes beside it for t tokens."""
+        for entrance in self.sites.values():
+            entrance.forget()
+        past = _Cache(self, arguments["position_embeddings"])
+        output = self.module(hidden, **{**arguments, "past_key_values": past})
+        found: Tensor = output[0] if isinstance(output, tuple) else output
+        return found
+
+    def largest(self, hidden: Tensor, arguments: Mapping[str, Any], ordinary: Tensor) -> dict[str, Tensor]:
+        """Largest magnitudes (channels,) of each site's tensor over the ordinary tokens, (b, t) bool."""
+        found: dict[str, Tensor] = {}
+
+        def note(name: str, x: Tensor) -> None:
+            found[name] = x.detach()[ordinary].abs().amax(0).float()
+
+        handles = [
+            self.linears[site.readers[0]].register_forward_pre_hook(lambda _, args, name=site.name: note(name, args[0]))
+            for site in self._arch.sites
+        ]
+        with torch.no_grad():
+            self(hidden, arguments)
+        for handle in handles:
+            handle.remove()
+        return found
+
+    def fold_(self, block: Block) -> None:
+        """Divide a float32 `block`, untouched so far, by the learned factors, which leaves its function."""
+        with torch.no_grad():
+            for site in block.arch.sites:
+                smoothing = self.sites[site.name].smoothing
+                if smoothing is not None:
+                    scale_site_(block, site, smoothing.narrow())
+
+    def settle_(self, block: Block) -> None:
+        """Carry out on the float32 `block` what was learned: factors folded, slacks and low-rank parts merged. This
+        block, too, is then one without factors, on the same weights and ranges, and `prefix` what the settled one makes
+        of it.
+        """
+        with torch.no_grad():
+            factors = self._value_factors()
+            if self.prefix is not None and factors is not None:
+                self.prefix = self.prefix[0], self.prefix[1] / factors
+            for site in block.arch.sites:
+                smoothing = self.sites[site.name].smoothing
+                wide = torch.ones(()) if smoothing is None else smoothing.wide()
+                for name in site.readers:
+                    weight, low_rank = block.linear(name).weight, self.linears[name].low_rank
+                    if smoothing is not None:
+                        weight.mul_(smoothing.of_weights() / wide)
+                    if low_rank is not None and self.tuning.low_rank == "merge":
+                        # As it was learned, behind the factors that come next.
+                        weight.add_(low_rank.product() / wide.to(weight.device))
+                        self.linears[name].low_rank = None
+            for site in block.arch.sites:
+                smoothing = self.sites[site.name].smoothing
+                for low_rank in [self.linears[name].low_rank for name in site.writers if smoothing is not None]:
+                    if low_rank is not None and smoothing is not None:
+                        low_rank.up.div_(smoothing.narrow().unsqueeze(1))
+        self.fold_(block)
+        for entrance in self.sites.values():
+            entrance.smoothing = None
+        own = dict(self.module.named_parameters()) | dict(self.module.named_buffers())
+        for name, parameter in block.module.named_parameters():
+            own[name].data.copy_(parameter.data)
+
+    def grids(self, names: tuple[str, ...]) -> FixedGrids:
+        """The learned ranges of linears on top of each other."""
+        return FixedGrids.stacked([self.linears[name].fitted() for name in names])
+
+    def branch(self, name: str) -> tuple[Tensor, Tensor] | None:
+        """Factors down (r, k) and up (m, r) of a linear's branch, in its basis; None if it has none."""
+        low_rank = self.linears[name].low_rank
+        return None if low_rank is None or self.tuning.low_rank != "side" else low_rank.factors()
+
+    def fix_(self, name: str, weight: Tensor | None) -> None:
+        """Let a linear run on a weight (m, k), in its basis, that was rounded elsewhere; None: on its own again."""
+        self.linears[name].fixed = weight
+
+    def _kept(self, site: Site) -> Tensor | None:
+        """Channels at 8 bits, which need no factors."""
+        order, outliers = self._frame.bases[site.name].order, self._frame.outliers
+        if order is None or not outliers:
+            return None
+        kept = torch.zeros_like(order, dtype=torch.bool)
+        kept[order[-outliers:]] = True
+        return kept
+
+    def _value_factors(self) -> Tensor | None:
+        """By which values are divided before they are cached, (key-value heads, 1, width)."""
+        found = [e.smoothing.by_head() for e in self.sites.values() if e.of_values and e.smoothing is not None]
+        return found[0] if found else None
+
+    def seen(self, keys: Tensor, values: Tensor, positions: tuple[Tensor, Tensor]) -> States:
+        """What attention sees of a text's keys and values (b, heads, t, width), the prefix before them."""
+        cache, factors, prefix = self._frame.cache, self._value_factors(), self.prefix
+        if factors is not None:
+            values = (values / factors).to(values.dtype)
+            prefix = None if prefix is None else (prefix[0], prefix[1] / factors)
+        if cache is not None:
+            keys = straight_through(keys, coded_keys(keys.detach(), cache, positions))
+            values = straight_through(values, coded_values(values.detach(), cache))
+        return (keys, values) if prefix is None else with_past(prefix, (keys, values))
+
+
+class _Cache:
+    """Stands for the cache that attention updates."""
+
+    def __init__(self, block: TunedBlock, positions: tuple[Tensor, Tensor]) -> None:
+        self._block, self._positions = block, positions
+
+    def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> States:
+        """keys, values: (b, heads, t, width), positions put on."""
+        return self._block.seen(keys, values, self._positions)
+
+
+class _Entrance:
+    """What readers of a site share: factors, basis, and the input as each activation scheme leaves it.
+
+    of_values: its factors act on attention's values, before they are cached.
+    """
+
+    def __init__(self, basis: InputBasis, dtype: torch.dtype) -> None:
+        self.basis, self._dtype = basis, dtype
+        self.smoothing: Smoothing | None = None
+        self.of_values = False
+        self._x: Tensor | None = None
+        self._entered: dict[ActivationScheme | None, Tensor] = {}
+
+    def set_smoothing(self, smoothing: Smoothing, values: bool) -> None:
+        """Give the site its factors."""
+        self.smoothing, self.of_values = smoothing, values
+
+    def forget(self) -> None:
+        """Forget the last input."""
+        self._x, self._entered = None, {}
+
+    def enter(self, x: Tensor, scheme: ActivationScheme | None) -> Tensor:
+        """X (..., k) as a reader multiplies it. All readers hand over the same tensor; it is quantized once."""
+        if self._x is not x:
+            self._x, self._entered = x, {}
+        if scheme not in self._entered:
+            own = x.flatten(0, -2).float()
+            if self.smoothing is not None and not self.of_values:
+                own = own / self.smoothing.wide()
+            own = self.basis.columns(own)
+            if scheme is not None:
+                own = straight_through(own, activations.quantize_values(own.detach(), scheme))
+            self._entered[scheme] = own.to(self._dtype).view(*x.shape[:-1], -1)
+        return self._entered[scheme]
+
+
+class _TunedLinear(nn.Module):
+    """A linear as it will run."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        linear: nn.Linear,
+        entrance: _Entrance,
+        frame: Frame,
+        name: str,
+        tuning: Tuning,
+        generator: torch.Generator,
+    ) -> None:
+        super().__init__()
+        self.register_buffer("weight", linear.weight.detach().clone())
+        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().clone())
+        self._entrance, self._tuning, self._outliers = (entrance,), tuning, frame.outliers
+        self._scheme, self._activation, self._dtype = frame.schemes[name], frame.activations[name], frame.dtype
+        self.fixed: Tensor | None = None
+        self.clipping: Clipping | None = None
+        self.low_rank: Compensation | None = None
+        if self._scheme is None:
+            return
+        self.clipping = Clipping(self._main(entrance.basis.columns(linear.weight.detach())), self._scheme, frame.clip)
+        if tuning.low_rank != "none":
+            rows, columns = linear.weight.shape
+            device = linear.weight.device
+            self.low_rank = Compensation(rows, columns, tuning.rank, generator, device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., k) to (..., m)."""
+        entered = self._entrance[0].enter(x, self._activation)
+        bias = None if self.bias is None else self.bias.to(self._dtype)
+        y = nn.functional.linear(entered, self._rounded().to(self._dtype), bias)
+        if self.low_rank is not None and self._tuning.low_rank == "side":
+            y = y + self.low_rank.branch(entered.float(), self._activation).to(self._dtype)
+        return y
+
+    def fitted(self) -> list[Fitted]:
+        """The learned grids of its groups."""
+        assert self.clipping is not None
+        with torch.no_grad():
+            return self.clipping.fitted(self._main(self._exact()))
+
+    def _exact(self) -> Tensor:
+        """The weight before it is rounded, in its basis."""
+        weight, smoothing = self.weight, self._entrance[0].smoothing
+        if smoothing is not None:
+            weight = weight * smoothing.of_weights()
+        if self.low_rank is not None and self._tuning.low_rank == "merge":
+            weight = weight + self.low_rank.product()
+        return self._entrance[0].basis.columns(weight)
+
+    def _rounded(self) -> Tensor:
+        """The weight as inputs meet it."""
+        if self.fixed is not None:
+            return self.fixed
+        weight = self._exact()
+        if self.clipping is None or self._scheme is None:
+            return weight
+        main: Tensor = self.clipping(self._main(weight))
+        if not self._outliers:
+            return main
+        rest = weight[:, -self._outliers :]
+        own = Scheme(8, WHOLE_CHANNEL, "none", self._scheme.scale_type)
+        return torch.cat([main, straight_through(rest, grid.nearest(rest.detach(), own))], 1)
+
+    def _main(self, weight: Tensor) -> Tensor:
+        return weight[:, : weight.shape[1] - self._outliers]
+
+
+def _start(block: Block, site: Site, largest: Tensor) -> Tensor:
+    """Logarithms of a site's first factors, with mean 0: max |x|^alpha / max |w|^(1 - alpha)."""
+    columns = torch.stack([block.linear(name).weight.detach().abs().amax(0) for name in site.readers]).amax(0)
+    heads = block.heads
+    if site.per_head:
+        largest, columns = (
+            part.view(heads.key_value, heads.repeats, heads.width).amax(1).flatten() for part in (largest, columns)
+        )
+    alive = (largest > 0) & (columns > 0)
+    tiny = torch.finfo(columns.dtype).tiny
+    logs = _ALPHA * largest.clamp(min=tiny).log() - (1 - _ALPHA) * columns.clamp(min=tiny).log()
+    logs = torch.where(alive, logs, logs[alive].mean() if bool(alive.any()) else 0.0)
+    centred: Tensor = logs - logs.mean()
+    return centred

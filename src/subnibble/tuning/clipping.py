@@ -1,0 +1,103 @@
+"""Fine-grained weight clipping: the share of its range that each row keeps in each group is learned.
+
+    high = σ(γ) max(W, 0),   low = σ(β) min(W, 0);   symmetric: high = -low = σ(γ) max |W|
+
+(OmniQuant's learned weight clipping, arXiv 2308.13137, section 3.2, a group at a time.) γ and β start where the clip
+search of the method below stands, so that nothing is lost before anything is learned. Scales are rounded to their
+stored type, as they will be.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from subnibble.errors import BadRecipe
+from subnibble.rounding import grid
+from subnibble.rounding.levels import Fitted
+from subnibble.scheme import Scheme
+from subnibble.tensor import scale_dtype
+from subnibble.tuning.fake_quant import fake_quantize, rounded
+
+# Shares a little below 1: at 1 itself the sigmoid has no inverse.
+_LARGEST_SHARE = 0.995
+
+
+class Clipping(nn.Module):
+    """Grids of one weight (m, k), as its input meets it. start: how ranges are chosen to begin with."""
+
+    _unit: Tensor
+
+    def __init__(self, weight: Tensor, scheme: Scheme, start: grid.Clip) -> None:
+        super().__init__()
+        self._scheme, self._width = scheme, _width(scheme, weight.shape[1])
+        bounds = scheme.group_bounds(weight.shape[1])
+        kept = torch.cat([grid.fit(weight[:, first:stop], scheme, start)[0] for first, stop in bounds], 1).unsqueeze(-1)
+        low, high = self._extremes(self._groups(weight))
+        share = torch.where(high > low, kept * (scheme.levels - 1) / (high - low), 1.0)
+        logits = share.clamp(max=_LARGEST_SHARE).logit()
+        # With it the start is what was found to the last bit.
+        self.register_buffer("_unit", share / logits.sigmoid())
+        self.upper = nn.Parameter(logits)
+        self.lower = nn.Parameter(logits.clone()) if scheme.zero_point == "integer" else None
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The weight (m, k) rounded to nearest."""
+        groups = self._groups(weight)
+        found = fake_quantize(groups, *self._grids(groups), self._scheme.levels).flatten(1)
+        return found[:, : weight.shape[1]]
+
+    def fitted(self, weight: Tensor) -> list[Fitted]:
+        """The grid of each group, as learned, for a weight (m, k)."""
+        with torch.no_grad():
+            scale, zero = self._grids(self._groups(weight))
+            zero = zero.expand_as(scale)
+            return [
+                Fitted(grid.UniformLevels(scale[:, g].clone(), zero[:, g].clone(), self._scheme))
+                for g in range(scale.shape[1])
+            ]
+
+    def _groups(self, weight: Tensor) -> Tensor:
+        """(m, groups, width), the last group filled up with zeros, which every range holds."""
+        spare = -weight.shape[1] % self._width
+        filled = nn.functional.pad(weight, (0, spare)) if spare else weight
+        found: Tensor = filled.unflatten(1, (-1, self._width))
+        return found
+
+    def _extremes(self, groups: Tensor) -> tuple[Tensor, Tensor]:
+        """The least and the largest value of a range that is kept whole, (m, groups, 1)."""
+        if self._scheme.zero_point == "none":
+            high = groups.abs().amax(-1, keepdim=True)
+            return -high, high
+        return groups.amin(-1, keepdim=True).clamp(max=0), groups.amax(-1, keepdim=True).clamp(min=0)
+
+    def _grids(self, groups: Tensor) -> tuple[Tensor, Tensor]:
+        """Scales (m, groups, 1), in stored precision, and zero-points."""
+        scheme = self._scheme
+        last = scheme.levels - 1
+        low, high = self._extremes(groups)
+        high = self._unit * self.upper.sigmoid() * high
+        if self.lower is None:
+            return self._stored(2 * high / last), torch.full_like(high[:1, :1], scheme.levels // 2)
+        low = self._unit * self.lower.sigmoid() * low
+        scale = self._stored((high - low) / last)
+        zero = -low / scale
+        return scale, zero + (zero.round().clamp(0, last) - zero).detach()
+
+    def _stored(self, scale: Tensor) -> Tensor:
+        kind = scale_dtype(self._scheme)
+        return rounded(scale.clamp(grid.smallest_scale(self._scheme), torch.finfo(kind).max), kind)
+
+
+def check_scheme(scheme: Scheme, path: str) -> None:
+    """Raise `BadRecipe` if the linear at `path` has a grid whose ranges cannot be learned."""
+    if scheme.grid != "uniform" or scheme.zero_point == "real":
+        raise BadRecipe(
+            f'{path}: tuning needs a uniform grid with zero_point "none" or "integer", and finds {scheme.name}; set '
+            "these, or choose a method without tuning"
+        )
+
+
+def _width(scheme: Scheme, columns: int) -> int:
+    first, stop = scheme.group_bounds(columns)[0]
+    return stop - first

@@ -1,0 +1,169 @@
+"""Train what is learned of a block on the quantized chain's inputs towards the full-precision chain's outputs.
+
+    L = mean over ordinary tokens ||F^q(h^q) - F(h)||² / mean over the same ||F(h) - h||²  +  λ mean(d²)
+
+h^q, h: the block's inputs in the model as quantized so far and in the full-precision model, as in OmniQuant (arXiv
+2308.13137, eq. 1). Sink tokens, whose states are huge, and the first token of each window are left out. Two stages:
+ranges and factors, then everything, low-rank parts warmed up. AdamW; a cosine over each stage; gradients clipped to
+norm 1. Of all epochs the state with the least loss on held-out windows is kept, the start among them; a loss or
+gradient that is not finite goes back to it at half the step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from subnibble.tuning.block import TunedBlock
+from subnibble.tuning.tuning import Effort
+
+# Of AdamW, by parameter space.
+_RATES = {"clipping": 3e-2, "smoothing": 1e-2, "low_rank": 5e-3}
+_LAST_RATE = 0.05
+_WARM_UP = 0.1
+_LARGEST_GRADIENT = 1.0
+# One window in so many is held out.
+_HELD_OUT = 8
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What a block is trained on. inputs, wanted: (n, t, d), of the quantized chain and the block's outputs in the
+    full-precision chain. ordinary: (n, t) bool, tokens that count. energy: of what the full-precision block adds to a
+    token. arguments: of the block, for t tokens.
+    """
+
+    inputs: Tensor
+    wanted: Tensor
+    ordinary: Tensor
+    energy: float
+    arguments: Mapping[str, Any]
+
+    @property
+    def held_out(self) -> range:
+        """Windows that are only looked at."""
+        count = self.inputs.shape[0]
+        return range(count - max(1, count // _HELD_OUT), count)
+
+    @property
+    def trained(self) -> int:
+        """How many first windows are trained on; the one, if there are no others."""
+        return self.held_out.start or self.inputs.shape[0]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """How it went. before, after: held-out loss. epochs: that were run. rollbacks: of what was not finite."""
+
+    before: float
+    after: float
+    epochs: int
+    rollbacks: int
+
+
+def train_(
+    block: TunedBlock, samples: Samples, effort: Effort, generator: torch.Generator, told: Callable[[float], None]
+) -> Trained:
+    """Train in place. generator: draws the order of windows. told: is called with the held-out loss, epoch by epoch."""
+    best = before = held_out_loss(block, samples)
+    told(before)
+    parameters = block.parameters()
+    state = _copied(parameters)
+    rate, epochs, rollbacks = 1.0, 0, 0
+    stages = ((effort.first, ("clipping", "smoothing")), (effort.second, tuple(_RATES)))
+    for count, spaces in stages:
+        learned = {name: value for name, value in parameters.items() if name.startswith(spaces)}
+        if not learned:
+            continue
+        optimizer = _optimizer(learned)
+        total = count * math.ceil(samples.trained / _per_step(samples, effort))
+        step = 0
+        for _ in range(count):
+            finite = True
+            for batch in _batches(samples, effort, generator):
+                _set_rates_(optimizer, rate, step / max(total, 1))
+                finite = finite and _step_(block, samples, batch, optimizer, learned)
+                step += 1
+            loss = held_out_loss(block, samples) if finite else math.nan
+            epochs += 1
+            if loss < best:
+                best, state = loss, _copied(parameters)
+            elif not math.isfinite(loss):
+                _restore_(parameters, state)
+                optimizer = _optimizer(learned)
+                rate, rollbacks = rate / 2, rollbacks + 1
+            told(best)
+    _restore_(parameters, state)
+    return Trained(before, best, epochs, rollbacks)
+
+
+def held_out_loss(block: TunedBlock, samples: Samples) -> float:
+    """The loss on held-out windows, without penalty."""
+    with torch.no_grad():
+        losses = [float(_loss(block, samples, torch.tensor([index]))) for index in samples.held_out]
+    return sum(losses) / len(losses)
+
+
+def _step_(
+    block: TunedBlock,
+    samples: Samples,
+    batch: Tensor,
+    optimizer: torch.optim.Optimizer,
+    learned: Mapping[str, Tensor],
+) -> bool:
+    """One step; False, and none, if it is not finite."""
+    optimizer.zero_grad(set_to_none=True)
+    loss = _loss(block, samples, batch) + block.penalty()
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(list(learned.values()), _LARGEST_GRADIENT)
+    if not bool(torch.isfinite(norm)):
+        return False
+    optimizer.step()
+    return True
+
+
+def _loss(block: TunedBlock, samples: Samples, batch: Tensor) -> Tensor:
+    found = block(samples.inputs[batch].float(), samples.arguments)
+    error = (found.float() - samples.wanted[batch].float()).square().sum(-1)
+    ordinary = samples.ordinary[batch]
+    return (error * ordinary).sum() / (samples.energy * ordinary.sum().clamp(min=1))
+
+
+def _per_step(samples: Samples, effort: Effort) -> int:
+    return max(1, effort.batch // samples.inputs.shape[1])
+
+
+def _batches(samples: Samples, effort: Effort, generator: torch.Generator) -> list[Tensor]:
+    order = torch.randperm(samples.trained, generator=generator)
+    return list(order.split(_per_step(samples, effort)))
+
+
+def _optimizer(learned: Mapping[str, Tensor]) -> torch.optim.Optimizer:
+    groups = [
+        {"params": [value for name, value in learned.items() if name.startswith(space)], "rate": rate, "space": space}
+        for space, rate in _RATES.items()
+    ]
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0, weight_decay=0.0)
+
+
+def _set_rates_(optimizer: torch.optim.Optimizer, rate: float, done: float) -> None:
+    """Step sizes where so much of a stage is done."""
+    cosine = _LAST_RATE + (1 - _LAST_RATE) * (1 + math.cos(math.pi * done)) / 2
+    for group in optimizer.param_groups:
+        warm = min(1.0, (done + _WARM_UP / 10) / _WARM_UP) if group["space"] == "low_rank" else 1.0
+        group["lr"] = rate * group["rate"] * cosine * warm
+
+
+def _copied(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in parameters.items()}
+
+
+def _restore_(parameters: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, value in parameters.items():
+            value.copy_(state[name])

@@ -1,0 +1,66 @@
+"""What is learned of each block before it is rounded, and at what effort (BiSup, arXiv 2405.15346, reconstructed)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from subnibble.errors import BadRecipe
+
+CLIPPINGS = ("group", "none")
+SMOOTHINGS = ("soft", "hard", "none")
+LOW_RANKS = ("merge", "side", "none")
+
+
+@dataclass(frozen=True)
+class Effort:
+    """windows, tokens: how many calibration windows are trained on, and how many of each one's first tokens.
+
+    first, second: epochs of clipping and smoothing alone, then of everything. batch: tokens of one step.
+    """
+
+    windows: int
+    tokens: int
+    first: int
+    second: int
+    batch: int
+
+
+EFFORTS = {
+    "fast": Effort(windows=64, tokens=512, first=0, second=3, batch=512),
+    # What the paper's class of methods has (OmniQuant, DuQuant): 20 epochs on 128 windows of 2048 tokens.
+    "default": Effort(windows=128, tokens=2048, first=10, second=10, batch=2048),
+    "best": Effort(windows=256, tokens=2048, first=20, second=20, batch=2048),
+}
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Parameter spaces and effort.
+
+    clipping: "group" learns the share of its range that each row keeps in each group, "none" leaves it. smoothing:
+    "soft", "hard" (the same factors for inputs and weights) or "none". low_rank: "merge" learns a matrix of `rank` that
+    is added to each weight before it is rounded, "side" a branch beside it. effort: a name in EFFORTS. penalty: λ of
+    soft smoothing. unsmoothed: sites that keep their channels.
+    """
+
+    clipping: str = "group"
+    smoothing: str = "soft"
+    low_rank: str = "merge"
+    rank: int = 128
+    effort: str = "default"
+    penalty: float = 0.01
+    unsmoothed: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        chosen = (
+            ("clipping", CLIPPINGS), ("smoothing", SMOOTHINGS), ("low_rank", LOW_RANKS), ("effort", tuple(EFFORTS))
+        )  # fmt: skip
+        for name, choices in chosen:
+            if getattr(self, name) not in choices:
+                raise BadRecipe(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}")
+        if self.clipping == self.smoothing == self.low_rank == "none":
+            raise BadRecipe('there is nothing to tune: clipping, smoothing and low_rank are all "none"')
+        if self.rank < 1:
+            raise BadRecipe(f"rank is {self.rank}; give a positive number")
+        if not 0 <= self.penalty < float("inf"):
+            raise BadRecipe(f"penalty is {self.penalty!r}; give a number from 0 on")

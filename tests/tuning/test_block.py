@@ -1,0 +1,165 @@
+"""A tuned block: the same function where nothing is quantized, and settled as it was trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from conftest import CONFIGS
+from subnibble.cache_scheme import CacheScheme
+from subnibble.calibrate.prefix import PrefixStream, States, behind
+from subnibble.checkpoint.safetensors_source import SafetensorsSource
+from subnibble.model.skeleton import Block, Skeleton
+from subnibble.rounding import grid
+from subnibble.rounding.rtn import RTN
+from subnibble.runtime.hadamard import hadamard_blocks
+from subnibble.scheme import ActivationScheme, Scheme
+from subnibble.tensor import PackedRange
+from subnibble.transforms.input_basis import InputBasis
+from subnibble.tuning.block import Frame, TunedBlock
+from subnibble.tuning.tuning import Tuning
+
+TOKENS, PREFIX = 12, 3
+WEIGHTS, INPUTS = Scheme(4, 16, "none"), ActivationScheme(8, 16)
+
+
+class Case:
+    """A block of a tiny model behind a prefix, and what it is tuned within."""
+
+    def __init__(self, folder: Path, quantized: bool, turned: bool = False, outliers: int = 0) -> None:
+        skeleton = Skeleton(SafetensorsSource(folder), torch.float32, torch.device("cpu"))
+        self.block: Block = skeleton.load_block(1)
+        generator = torch.Generator().manual_seed(0)
+        width = skeleton.config.hidden_size
+        self.hidden = torch.randn(2, TOKENS, width, generator=generator)
+        stream = PrefixStream(skeleton, torch.randn(1, PREFIX, width, generator=generator))
+        self.stream, self.states = stream, stream.states(self.block)
+        self.arguments = skeleton.block_arguments(TOKENS, torch.float32, PREFIX)[1]
+        names = self.block.arch.linears
+        bases = {}
+        for site in self.block.arch.sites:
+            channels = self.block.linear(site.readers[0]).in_features
+            order = torch.randperm(channels, generator=generator) if turned else None
+            bases[site.name] = InputBasis(order, hadamard_blocks(channels) if turned else ())
+        self.frame = Frame(
+            dict.fromkeys(names, WEIGHTS if quantized else None),
+            dict.fromkeys(names, INPUTS if quantized else None),
+            bases,
+            CacheScheme(8) if quantized else None,
+            self.states,
+            outliers,
+            grid.Clip(),
+            torch.float32,
+        )
+
+    def tuned(self, **options: Any) -> TunedBlock:
+        tuned = TunedBlock(self.block, self.frame, Tuning(**{"rank": 4, **options}), torch.Generator().manual_seed(1))
+        ordinary = torch.ones(self.hidden.shape[:2], dtype=torch.bool)
+        tuned.smooth_(self.block, tuned.largest(self.hidden, self.arguments, ordinary))
+        return tuned
+
+    def output(self, states: States | None) -> Tensor:
+        with torch.no_grad():
+            output = self.block.module(self.hidden, **behind(self.arguments, states))
+        return output[0] if isinstance(output, tuple) else output
+
+    def of(self, tuned: TunedBlock) -> Tensor:
+        with torch.no_grad():
+            return tuned(self.hidden, self.arguments)
+
+    def distance(self, one: Tensor, other: Tensor) -> float:
+        return float((one - other).norm() / (other - self.hidden).norm())
+
+
+def shake_(tuned: TunedBlock, *spaces: str) -> None:
+    """Move what is learned of these spaces anywhere."""
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, value in tuned.parameters().items():
+            if name.startswith(spaces):
+                value += 0.3 * torch.randn(value.shape, generator=generator)
+
+
+@pytest.mark.parametrize("turned", [False, True], ids=["natural", "turned"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_factors_leave_the_function_and_settle_into_the_block(
+    name: str, turned: bool, folders: dict[str, Path]
+) -> None:
+    case = Case(folders[name], quantized=False, turned=turned)
+    wanted = case.output(case.states)
+    tuned = case.tuned(smoothing="hard")
+    assert case.distance(case.of(tuned), wanted) < 1e-5
+    shake_(tuned, "smoothing")
+    assert case.distance(case.of(tuned), wanted) < 1e-5
+    before = {key: value.clone() for key, value in case.block.module.named_parameters()}
+    tuned.settle_(case.block)
+    assert any(not torch.equal(before[key], value) for key, value in case.block.module.named_parameters())
+    assert case.distance(case.output(tuned.prefix), wanted) < 1e-5
+    assert case.distance(case.of(tuned), wanted) < 1e-5
+    # The prefix is what the settled block makes of it; as it was, it would be wrong.
+    for found, made in zip(tuned.prefix, case.stream.states(case.block), strict=True):
+        assert torch.allclose(found, made, atol=1e-5)
+    assert case.distance(case.output(case.states), wanted) > 1e-2
+
+
+@pytest.mark.parametrize("low_rank", ["merge", "side"])
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_a_settled_block_is_the_one_that_was_trained(name: str, low_rank: str, folders: dict[str, Path]) -> None:
+    case = Case(folders[name], quantized=False)
+    # Slacks and low-rank parts change the function: a scheme is needed for them, and one that rounds next to nothing.
+    fine = dict.fromkeys(case.block.arch.linears, Scheme(8, 4, "none", "float32"))
+    case.frame = Frame(**{**vars(case.frame), "schemes": fine})
+    tuned = case.tuned(low_rank=low_rank)
+    with torch.no_grad():
+        for linear in tuned.linears.values():
+            linear.clipping.upper.fill_(12.0)
+    shake_(tuned, "smoothing", "low_rank")
+    trained = case.of(tuned)
+    assert case.distance(trained, case.output(case.states)) > 0.1
+    tuned.settle_(case.block)
+    assert case.distance(case.of(tuned), trained) < 0.02
+    plain = case.distance(case.output(tuned.prefix), trained)
+    assert plain < 0.02 if low_rank == "merge" else plain > 0.1
+
+
+def test_nothing_is_changed_before_anything_is_learned(folders: dict[str, Path]) -> None:
+    case = Case(folders["llama"], quantized=True)
+    outputs = {low_rank: case.of(case.tuned(low_rank=low_rank)) for low_rank in ("none", "merge", "side")}
+    assert torch.equal(outputs["merge"], outputs["none"])
+    assert torch.equal(outputs["side"], outputs["none"])
+
+
+@pytest.mark.parametrize("outliers", [0, 8])
+def test_learned_grids_round_as_the_tuned_block_does(outliers: int, folders: dict[str, Path]) -> None:
+    case = Case(folders["llama"], quantized=True, turned=True, outliers=outliers)
+    tuned = case.tuned()
+    shake_(tuned, "smoothing", "low_rank", "clipping")
+    tuned.settle_(case.block)
+    trained = case.of(tuned)
+    for site in case.block.arch.sites:
+        natural = torch.cat([case.block.linear(name).weight for name in site.readers])
+        weight = case.frame.bases[site.name].columns(natural)
+        main = weight[:, : weight.shape[1] - outliers]
+        stored = PackedRange.pack(RTN(tuned.grids(site.readers))(main, None, WEIGHTS, "w").coded, WEIGHTS).dequantize()
+        if outliers:
+            own = Scheme(8, -1, "none")
+            stored = torch.cat([stored, grid.nearest(weight[:, -outliers:], own)], 1)
+        heights = [case.block.linear(name).out_features for name in site.readers]
+        for name, part in zip(site.readers, stored.split(heights), strict=True):
+            tuned.fix_(name, part)
+    assert torch.equal(case.of(tuned), trained)
+    tuned.fix_(site.readers[0], 0 * part)
+    assert not torch.equal(case.of(tuned), trained)
+
+
+def test_inputs_and_cache_are_quantized(folders: dict[str, Path]) -> None:
+    case = Case(folders["llama"], quantized=True)
+    whole = case.of(case.tuned())
+    for key, value in {"cache": None, "activations": dict.fromkeys(case.block.arch.linears)}.items():
+        other = Case(folders["llama"], quantized=True)
+        other.frame = Frame(**{**vars(other.frame), key: value})
+        assert not torch.equal(other.of(other.tuned()), whole)

@@ -1,0 +1,106 @@
+"""Training: the loss falls, the best state is kept, what is not finite is rolled back, and a seed decides."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from test_block import TOKENS, Case
+
+from subnibble.errors import BadRecipe
+from subnibble.tuning.block import TunedBlock
+from subnibble.tuning.train import Samples, held_out_loss, train_
+from subnibble.tuning.tuning import Effort, Tuning
+
+EFFORT = Effort(windows=16, tokens=TOKENS, first=2, second=2, batch=2 * TOKENS)
+
+
+def samples(case: Case) -> Samples:
+    generator = torch.Generator().manual_seed(3)
+    case.hidden = torch.randn(16, TOKENS, case.hidden.shape[2], generator=generator)
+    wanted = case.output(case.states)
+    ordinary = torch.ones(16, TOKENS, dtype=torch.bool)
+    ordinary[:, 0] = False
+    energy = float((wanted - case.hidden)[ordinary].square().sum(-1).mean())
+    return Samples(case.hidden, wanted, ordinary, energy, case.arguments)
+
+
+def coarse(case: Case) -> Case:
+    schemes = {name: replace(scheme, bits=2) for name, scheme in case.frame.schemes.items() if scheme is not None}
+    case.frame = replace(case.frame, schemes=schemes)
+    return case
+
+
+@pytest.mark.parametrize("options", [{}, {"low_rank": "side"}, {"low_rank": "none"}, {"smoothing": "hard"}])
+def test_training_lowers_the_held_out_loss(options: dict[str, str], folders: dict[str, Path]) -> None:
+    case = coarse(Case(folders["llama"], quantized=True))
+    data, told = samples(case), []
+    tuned = case.tuned(**options)
+    trained = train_(tuned, data, EFFORT, torch.Generator().manual_seed(0), told.append)
+    assert trained.after < 0.95 * trained.before
+    assert held_out_loss(tuned, data) == pytest.approx(trained.after, rel=1e-6)
+    # The first loss, then that of the best state after each epoch.
+    assert told == sorted(told, reverse=True)
+    assert (told[0], told[-1], len(told)) == (trained.before, trained.after, 1 + trained.epochs)
+    assert trained.rollbacks == 0
+
+
+def test_a_seed_decides_what_is_learned(folders: dict[str, Path]) -> None:
+    def learned(seed: int) -> TunedBlock:
+        case = coarse(Case(folders["llama"], quantized=True))
+        data = samples(case)
+        tuned = case.tuned()
+        train_(tuned, data, EFFORT, torch.Generator().manual_seed(seed), lambda loss: None)
+        return tuned
+
+    first, again, other = (learned(seed).parameters() for seed in (0, 0, 1))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+def test_what_is_not_finite_is_rolled_back(folders: dict[str, Path]) -> None:
+    case = coarse(Case(folders["llama"], quantized=True))
+    data = samples(case)
+    data.wanted[0] = math.nan
+    tuned = case.tuned()
+    before = {name: value.detach().clone() for name, value in tuned.parameters().items()}
+    trained = train_(tuned, data, EFFORT, torch.Generator().manual_seed(0), lambda loss: None)
+    assert trained.rollbacks == trained.epochs == 4
+    assert trained.after == trained.before
+    assert all(torch.equal(before[name], value) for name, value in tuned.parameters().items())
+
+
+def test_held_out_windows_are_not_trained_on(folders: dict[str, Path]) -> None:
+    data = samples(Case(folders["llama"], quantized=True))
+    assert (data.trained, list(data.held_out)) == (14, [14, 15])
+    one = replace(data, inputs=data.inputs[:1])
+    assert (one.trained, list(one.held_out)) == (1, [0])
+
+
+def test_tokens_that_are_left_out_do_not_count(folders: dict[str, Path]) -> None:
+    case = coarse(Case(folders["llama"], quantized=True))
+    data = samples(case)
+    tuned = case.tuned()
+    before = held_out_loss(tuned, data)
+    data.wanted[:, 0] += 1000
+    assert held_out_loss(tuned, data) == before
+    data.wanted[:, 1] += 1000
+    assert held_out_loss(tuned, data) > 10 * before
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"clipping": "row"}, "clipping is 'row'; choose one of group, none"),
+        ({"effort": "much"}, "effort is 'much'; choose one of fast, default, best"),
+        ({"clipping": "none", "smoothing": "none", "low_rank": "none"}, "nothing to tune"),
+        ({"rank": 0}, "rank is 0"),
+        ({"penalty": -1.0}, "penalty is -1.0"),
+    ],
+)
+def test_wrong_settings_are_named(options: dict[str, object], said: str) -> None:
+    with pytest.raises(BadRecipe, match=said):
+        Tuning(**options)
