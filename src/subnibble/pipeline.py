@@ -30,6 +30,7 @@ from subnibble.block_run import BlockRun, prepare_block_
 from subnibble.block_tuning import Tuner
 from subnibble.cache_scheme import CacheScheme, PrefixIds
 from subnibble.calibrate.prefix import PrefixStream
+from subnibble.calibrate.sinks import sink_tokens
 from subnibble.calibrate.stream import BlockStream
 from subnibble.calibrate.survey import full_precision_blocks
 from subnibble.calibrate.windows import calibration_windows, check_positions
@@ -55,7 +56,8 @@ from subnibble.model.site import Heads
 from subnibble.model.skeleton import Block, Skeleton
 from subnibble.plan import Plan, check_plain, make_plan, packed_bytes, plan_cache, plan_rotation
 from subnibble.progress import Progress, silent
-from subnibble.prompt import prefix_ids
+from subnibble.prompt import AUTO as PROMPT_AUTO
+from subnibble.prompt import prefix_ids, sink_prefix
 from subnibble.recipe import Recipe
 from subnibble.report import BlockReport, LinearReport, Report
 from subnibble.report.clock import Clock, peak_memory
@@ -72,6 +74,8 @@ from subnibble.version import __version__
 
 # Tokens forwarded together: enough to keep the matrix products large.
 _TOKENS_PER_BATCH = 4096
+# As many as PrefixQuant looks at.
+_WINDOWS_FOR_SINKS = 64
 
 
 def quantize(
@@ -135,8 +139,10 @@ class _Run:
         rotation = plan_rotation(recipe, steps, skeleton)
         values = make_value_rotation(steps.value_rotation, Heads.of(skeleton.config).width, recipe.seed)
         cache = plan_cache(recipe, steps, skeleton)
-        prefix = None if recipe.system_prompt is None else prefix_ids(recipe.system_prompt, source.load_tokenizer())
-        if steps.leaves_weights and cache is None and prefix is None and recipe.embedding_scheme is None:
+        prefix = _given_prefix(recipe, source)
+        if recipe.system_prompt == PROMPT_AUTO and recipe.calibration is None:
+            raise BadRecipe('system_prompt = "auto" is found in calibration text; set calibration')
+        if steps.leaves_weights and cache is None and recipe.system_prompt is None and recipe.embedding_scheme is None:
             raise BadRecipe(
                 f"method {recipe.method} leaves all weights, and there is nothing else to do; set kv_bits, "
                 "system_prompt or embedding_bits"
@@ -228,6 +234,9 @@ class _Run:
         skeleton, path = self.skeleton, self.skeleton.arch.embedding
         with self.clock.step("read"):
             weight = skeleton.source.load(f"{path}.weight").to(skeleton.device)
+        if self.windows is not None and self.recipe.system_prompt == PROMPT_AUTO:
+            with self.clock.step("survey"):
+                self._find_prefix(weight, self.windows)
         if self.windows is not None and self.steps.orders_residual:
             with self.clock.step("survey"):
                 self.edit = residual_order(self._full_precision(weight, self.windows))
@@ -258,6 +267,12 @@ class _Run:
                     exact = torch.nn.functional.embedding(ids, weight)
                     streams.wanted.append(exact.to(skeleton.dtype).cpu())
         return streams, tensors
+
+    def _find_prefix(self, table: Tensor, windows: Tensor) -> None:
+        """The prefix of the model's own sink tokens. table: the embedding's."""
+        source, few = self.skeleton.source, windows[:_WINDOWS_FOR_SINKS]
+        self.prefix = sink_prefix(sink_tokens(self._full_precision(table, few), few), source.load_tokenizer())
+        check_positions(self.recipe.window, source.config, self._past)
 
     def _embed_prefix(self, table: Tensor) -> PrefixStream | None:
         """The system prompt before the first block. table: the embedding's, exact and edited."""
@@ -389,6 +404,13 @@ class _Run:
         )
         writer.write_json("report.json", report.to_dict())
         return report
+
+
+def _given_prefix(recipe: Recipe, source: Source) -> PrefixIds | None:
+    """The prefix that a recipe names, None for none and for one that is to be found."""
+    if recipe.system_prompt is None or recipe.system_prompt == PROMPT_AUTO:
+        return None
+    return prefix_ids(recipe.system_prompt, source.load_tokenizer())
 
 
 def _losing(index: int, loss: float) -> str:

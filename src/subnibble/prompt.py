@@ -8,7 +8,8 @@ from typing import Any
 from subnibble.cache_scheme import PrefixIds
 from subnibble.errors import BadRecipe
 
-DEFAULT, BOS = "default", "bos"
+# "auto" is found in calibration text, while a model is quantized.
+DEFAULT, BOS, AUTO = "default", "bos", "auto"
 # Endings of what is more likely a file's name with a mistake than a prompt.
 _TEXT_FILES = (".txt", ".md", ".text")
 # Text that no template contains.
@@ -21,9 +22,9 @@ def prefix_ids(prompt: str, tokenizer: Any) -> PrefixIds:
     prompt: "default", the system turn that the chat template writes by itself; "bos"; a file's name; or text. Text
     becomes a system turn where the chat template has such turns; else it comes bare, behind BOS if there is one.
     """
-    bos = tokenizer.bos_token_id
-    own = tokenizer("a", verbose=False)["input_ids"]
-    added = bos if bos is not None and own and own[0] == bos else None
+    bos, added = tokenizer.bos_token_id, _added_bos(tokenizer)
+    if prompt == AUTO:
+        raise BadRecipe('system prompt "auto" is found in calibration text, while a model is quantized; give another')
     if prompt == BOS:
         if bos is None:
             raise BadRecipe("this tokenizer has no BOS token; give --system-prompt text")
@@ -42,6 +43,21 @@ def prefix_ids(prompt: str, tokenizer: Any) -> PrefixIds:
     if not ids:
         raise BadRecipe("the system prompt is empty; give some text, or leave --system-prompt out")
     return PrefixIds(tuple(map(int, ids)), added)
+
+
+def sink_prefix(sinks: tuple[int, ...], tokenizer: Any) -> PrefixIds:
+    """The prefix of tokens that become sinks (`calibrate/sinks.py`), with BOS behind them, EOS where there is none."""
+    last = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    ids = [*(token for token in sinks if token != last), *([] if last is None else [last])]
+    if not ids:
+        raise BadRecipe('this model has no sink tokens, and its tokenizer neither BOS nor EOS; leave "auto" out')
+    return PrefixIds(tuple(map(int, ids)), _added_bos(tokenizer))
+
+
+def _added_bos(tokenizer: Any) -> int | None:
+    """The BOS that the tokenizer puts before texts by itself."""
+    bos, own = tokenizer.bos_token_id, tokenizer("a", verbose=False)["input_ids"]
+    return bos if bos is not None and own and own[0] == bos else None
 
 
 def default_turn(tokenizer: Any) -> str | None:

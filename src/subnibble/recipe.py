@@ -33,7 +33,7 @@ class Recipe:
     activation_clip, see `ActivationScheme`; 4 bits beside mxfp4 weights are mxfp4. kv_bits: 16 leaves the KV cache as
     it is, 8, 4, 3 and 2 code it, with the other settings of `CacheScheme` in the table kv. system_prompt: text, or a
     file of text, whose keys and values are computed by the unquantized model and stay at 16 bits; or "default", the
-    system turn of the chat template, or "bos"; see `prompt.py`.
+    system turn of the chat template, or "bos", or "auto", the model's own sink tokens; see `prompt.py`.
     calibration: a file or a named set; None takes "c4" if the method needs data. num_windows, window: how many windows
     of how many tokens. seed: draws the windows and a rotation's signs. device: where to compute, a torch device or
     "auto". dtype: of activations and weights while computing, see `device.py`. options: the method's own. overrides:

@@ -1,0 +1,42 @@
+"""Which tokens become attention sinks, by their massive activations (PrefixQuant, Chen et al., arXiv 2410.05265).
+
+A token is one in a block if its largest magnitude at the MLP's hidden channels is more than 64 times the median of all
+tokens'. A model needs as many as it has in the block with most of them; set before every text as a prefix, they keep
+later tokens from becoming one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from subnibble.calibrate.stream import BlockStream
+from subnibble.model.skeleton import Block
+
+_FACTOR = 64.0
+# A token that is rarely one is none of the model's own.
+_FEWEST_WINDOWS = 0.1
+
+
+def sink_tokens(blocks: Iterable[tuple[Block, BlockStream]], windows: Tensor) -> tuple[int, ...]:
+    """Ids that become sinks behind the first place of a window, most frequent first, as many as the model needs.
+
+    blocks: of the full-precision model, with the passage of all windows. windows: (n, tokens), their ids.
+    """
+    needed, found = 0, Counter[int]()
+    seen: dict[int, set[int]] = {}
+    for block, stream in blocks:
+        sizes = torch.cat([x.abs().amax(1).float().cpu() for x in stream.at(block.arch.sites[-1])])
+        massive = (sizes > _FACTOR * sizes.median()).view(windows.shape)
+        needed = max(needed, math.ceil(float(massive.sum(1).float().mean())))
+        massive[:, 0] = False
+        for window, place in massive.nonzero().tolist():
+            token = int(windows[window, place])
+            found[token] += 1
+            seen.setdefault(token, set()).add(window)
+    common = [token for token, _ in found.most_common() if len(seen[token]) >= _FEWEST_WINDOWS * windows.shape[0]]
+    return tuple(common[:needed])

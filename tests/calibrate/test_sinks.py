@@ -1,0 +1,110 @@
+"""Sink tokens by massive activations, and the prefix that is made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from subnibble import Recipe, quantize
+from subnibble.calibrate.sinks import sink_tokens
+from subnibble.checkpoint.packed import packed_config_of
+from subnibble.checkpoint.source import open_source
+from subnibble.errors import BadRecipe
+from subnibble.prompt import prefix_ids, sink_prefix
+
+SITE = SimpleNamespace(name="mlp_hidden")
+
+
+class Stream:
+    """Gives out planted activations in batches."""
+
+    def __init__(self, activations: Tensor) -> None:
+        self._activations = activations
+
+    def at(self, site: object) -> Iterator[Tensor]:
+        assert site is SITE
+        for batch in self._activations.split(2):
+            yield batch.flatten(0, 1)
+
+
+def blocks(*massive: list[tuple[int, int]]) -> list[tuple[SimpleNamespace, Stream]]:
+    """Blocks of 10 windows of 6 tokens; at these places (window, token) one channel is a hundred times larger."""
+    made = []
+    for places in massive:
+        x = torch.ones(10, 6, 4)
+        for window, token in places:
+            x[window, token, 2] = -100
+        made.append((SimpleNamespace(arch=SimpleNamespace(sites=[SimpleNamespace(), SITE])), Stream(x)))
+    return made
+
+
+WINDOWS = torch.arange(60).view(10, 6)
+
+
+def test_the_first_place_counts_and_gives_no_token() -> None:
+    assert sink_tokens(blocks([(window, 0) for window in range(10)]), WINDOWS) == ()
+
+
+def test_as_many_tokens_as_the_block_with_most_of_them_needs() -> None:
+    windows = WINDOWS.clone()
+    windows[:, 3], windows[:5, 4], windows[5:, 4] = 71, 72, 73
+    first = [(window, token) for window in range(10) for token in (0, 3, 4)]
+    assert sink_tokens(blocks([(0, 0)], first), windows) == (71, 72, 73)
+    assert sink_tokens(blocks([(window, 3) for window in range(10)], [(0, 4)]), windows) == (71,)
+
+
+def test_a_token_that_is_rarely_a_sink_is_none() -> None:
+    windows = torch.arange(240).view(40, 6)
+    one = blocks([])[0]
+    x = torch.ones(40, 6, 4)
+    x[:, 0, 1] = 100
+    x[3, 2, 1] = 100
+    assert sink_tokens([(one[0], Stream(x))], windows) == ()
+    x[4:8, 2, 1] = 100
+    windows[3:8, 2] = 7
+    assert sink_tokens([(one[0], Stream(x))], windows) == (7,)
+
+
+def test_activations_below_the_factor_are_ordinary() -> None:
+    (block, _), x = blocks([])[0], torch.ones(10, 6, 4)
+    x[:, 2] = 63
+    assert sink_tokens([(block, Stream(x))], WINDOWS) == ()
+
+
+def test_bos_comes_last_and_once(folders: dict[str, Path]) -> None:
+    tokenizer = open_source(folders["llama"]).load_tokenizer()
+    assert sink_prefix((5, 9), tokenizer).ids == (5, 9)
+    tokenizer.add_special_tokens({"eos_token": "w8"})
+    assert sink_prefix((5, 9), tokenizer).ids == (5, 9, 8)
+    tokenizer.add_special_tokens({"bos_token": "w9"})
+    assert sink_prefix((5, 9), tokenizer).ids == (5, 9)
+    assert sink_prefix((), tokenizer).ids == (9,)
+
+
+def test_a_model_without_sinks_and_bos_has_no_such_prefix(folders: dict[str, Path], token_file: Path) -> None:
+    tokenizer = open_source(folders["llama"]).load_tokenizer()
+    with pytest.raises(BadRecipe, match='leave "auto" out'):
+        sink_prefix((), tokenizer)
+    with pytest.raises(BadRecipe, match="found in calibration text"):
+        prefix_ids("auto", tokenizer)
+
+
+def test_a_recipe_finds_its_prefix(
+    folders: dict[str, Path], token_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = Recipe(
+        method="none", system_prompt="auto", calibration=str(token_file), num_windows=4, window=16, device="cpu"
+    )
+    monkeypatch.setattr("subnibble.calibrate.sinks._FACTOR", 1.5)
+    report = quantize(folders["llama"], tmp_path / "out", recipe)
+    prefix = packed_config_of(open_source(tmp_path / "out").config).prefix
+    assert len(prefix.ids) == report.prefix_tokens > 0
+    with pytest.raises(BadRecipe, match="set calibration"):
+        quantize(folders["llama"], tmp_path / "other", replace(recipe, calibration=None))
+    assert not (tmp_path / "other").exists()

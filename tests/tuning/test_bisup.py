@@ -1,0 +1,165 @@
+"""BiSup and OmniQuant from recipe to running model: what was trained is what runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from conftest import CONFIGS
+from subnibble import Recipe, quantize
+from subnibble.block_tuning import BlockTuning
+from subnibble.errors import BadRecipe, SubnibbleError
+from subnibble.hf_attention import attach_cache_, attached_cache, change_scheme_
+from subnibble.report import BlockReport
+
+PROMPT = "w5 w9 w2 w7"
+DATA = {"num_windows": 8, "window": 24, "device": "cpu", "dtype": "float32"}
+SETTING = {"bits": 3, "group_size": 16, "activation_bits": 4, "kv_bits": 4, "zero_point": "none", "embedding_bits": 8}
+METHODS: dict[str, dict[str, Any]] = {
+    "quarot": {"method": "bisup", "options": {"over": "quarot", "effort": "fast", "rank": 4}},
+    "quarot-side": {"method": "bisup", "options": {"effort": "fast", "rank": 4, "low_rank": "side"}},
+    "quarot-drift": {"method": "bisup", "options": {"effort": "fast", "rank": 4, "asymmetry": "shifted"}},
+    "atom": {"method": "bisup", "options": {"over": "atom", "effort": "fast", "rank": 4, "outliers": 8}},
+    "omniquant": {"method": "omniquant", "options": {"effort": "fast"}},
+}
+
+
+def tuned_blocks(monkeypatch: pytest.MonkeyPatch) -> list[BlockTuning]:
+    """Filled, block by block, as they are once they are rounded."""
+    found: list[BlockTuning] = []
+    report = BlockTuning.report
+
+    def kept(self: BlockTuning, path: str) -> BlockReport:
+        found.append(self)
+        return report(self, path)
+
+    monkeypatch.setattr(BlockTuning, "report", kept)
+    return found
+
+
+def first_output(model: torch.nn.Module, inputs: Tensor) -> Tensor:
+    """What the first block makes of inputs (b, t, d)."""
+    seen: list[Any] = []
+    handle = model.model.layers[0].register_forward_hook(lambda module, args, output: seen.append(output))
+    with torch.no_grad():
+        model(inputs_embeds=inputs)
+    handle.remove()
+    return seen[0][0] if isinstance(seen[0], tuple) else seen[0]
+
+
+@pytest.mark.parametrize("kind", METHODS)
+# transformers reads a qwen2 folder's tokenizer as one of bytes, which the tiny one is not.
+@pytest.mark.parametrize("name", [name for name in CONFIGS if "qwen2" not in name])
+def test_the_block_that_was_trained_is_the_block_that_runs(
+    name: str,
+    kind: str,
+    folders: dict[str, Path],
+    token_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tuned, told = tuned_blocks(monkeypatch), []
+    recipe = Recipe(calibration=str(token_file), system_prompt=PROMPT, **DATA, **SETTING, **METHODS[kind])
+    report = quantize(
+        folders[name], tmp_path / "out", recipe, progress=lambda done, total, doing: told.append((done, total, doing))
+    )
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+
+    # The first block's inputs are the embedding's rows: the same in training and in the stored model.
+    samples = tuned[0].samples
+    with torch.no_grad():
+        wanted = tuned[0].block(samples.inputs, samples.arguments)
+
+    def distance() -> float:
+        output = first_output(model, samples.inputs)
+        return float((output - wanted).norm() / (wanted - samples.inputs).norm())
+
+    # Codes may differ by one where a value lies between two of them; a branch's factors are coded at 8 bits at last.
+    found = distance()
+    assert found < (0.1 if kind == "quarot-side" else 0.05)
+    attached = attached_cache(model)
+    change_scheme_(model, None)
+    assert distance() > max(0.03, 1.2 * found)
+    attach_cache_(model, attached.scheme)
+    assert distance() > 0.1
+
+    assert [block.path for block in report.blocks] == [f"model.layers.{index}" for index in range(3)]
+    for block in report.blocks:
+        assert block.tuned <= block.before
+        assert block.epochs == 3
+        assert block.rollbacks == 0
+    assert all(linear.moved for linear in report.linears)
+    stored = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert stored["blocks"][0]["after"] == report.blocks[0].after
+    losses = [doing for _, _, doing in told if "held-out loss" in doing]
+    assert len(losses) == 3 * (1 + 3)
+    assert [done for done, _, _ in told] == sorted(done for done, _, _ in told)
+    assert all(done <= total for done, total, _ in told)
+
+
+def test_tuning_takes_the_prompt_that_runs(folders: dict[str, Path], token_file: Path, tmp_path: Path) -> None:
+    recipes = {
+        prompt: Recipe(calibration=str(token_file), system_prompt=prompt, **DATA, **SETTING, **METHODS["quarot"])
+        for prompt in (None, PROMPT)
+    }
+    for prompt, recipe in recipes.items():
+        quantize(folders["llama"], tmp_path / str(prompt), recipe)
+    first, second = (load_file(next((tmp_path / str(p)).glob("*1-of-*.safetensors"))) for p in recipes)
+    shared = set(first) & set(second)
+    assert any(not torch.equal(first[name], second[name]) for name in shared if name.endswith("codes"))
+
+
+def test_rounding_keeps_what_leaves_the_lower_loss(
+    folders: dict[str, Path], token_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses: list[float] = []
+    from subnibble import block_tuning
+
+    loss_of = block_tuning.held_out_loss
+
+    def noted(*args: Any) -> float:
+        losses.append(loss_of(*args))
+        return losses[-1]
+
+    recipe = Recipe(calibration=str(token_file), **DATA, **SETTING, **METHODS["quarot"])
+    monkeypatch.setattr(block_tuning, "held_out_loss", noted)
+    tuned = tuned_blocks(monkeypatch)
+    quantize(folders["llama"], tmp_path / "out", recipe)
+    # The last of four sites: to nearest, then compensated.
+    assert tuned[-1].left == min(losses[-2:])
+    kept = {name for block in tuned for name in block.kept}
+    assert len(kept) > 0
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "said"),
+    [
+        ("bisup", {"over": "awq"}, "over is 'awq'; choose one of atom, quarot"),
+        ("bisup", {"smoothing": "much"}, "smoothing is 'much'"),
+        ("bisup", {"effort": "slow"}, "effort is 'slow'"),
+        ("omniquant", {"rank": 3}, "has no option 'rank'"),
+    ],
+)
+def test_wrong_options_are_named(
+    method: str, options: dict[str, Any], said: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    with pytest.raises(BadRecipe, match=said):
+        quantize(folders["llama"], tmp_path / "out", Recipe(method=method, options=options, calibration="news"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("setting", [{"grid": "sign"}, {"zero_point": "real"}])
+def test_grids_without_ranges_are_refused_before_weights_are_read(
+    setting: dict[str, Any], folders: dict[str, Path], token_file: Path, tmp_path: Path
+) -> None:
+    recipe = Recipe(method="omniquant", bits=3, group_size=16, calibration=str(token_file), **DATA, **setting)
+    with pytest.raises(SubnibbleError, match=r"model\.layers\.0\.self_attn\.q_proj: tuning needs a uniform grid"):
+        quantize(folders["llama"], tmp_path / "out", recipe)
+    assert not (tmp_path / "out").exists()
