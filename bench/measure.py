@@ -46,10 +46,17 @@ def with_data(recipe: Recipe, windows: int) -> Recipe:
     return replace(recipe, num_windows=windows, window=window, dtype="bfloat16", calibration="news" if needs else None)
 
 
-def measure_row(recipe: Recipe | None, windows: int, names: dict[str, str], exact_inputs: bool = False) -> list[Any]:
+def measure_row(
+    recipe: Recipe | None,
+    windows: int,
+    names: dict[str, str],
+    exact_inputs: bool = False,
+    change: Callable[[Any, Any], None] | None = None,
+) -> list[Any]:
     """Quantize the demo's model by `recipe` (None: not at all) and score it: facts for each text.
 
-    exact_inputs: score the same codes with inputs that are not quantized, too.
+    exact_inputs: score the same codes with inputs that are not quantized, too. change: of the loaded model, given with
+    its tokenizer, before it is scored.
     """
     import torch
 
@@ -81,6 +88,8 @@ def measure_row(recipe: Recipe | None, windows: int, names: dict[str, str], exac
         facts |= measure(source).to_dict()
         tokenizer = source.load_tokenizer()
         loaded = load_model(path, "float32")
+        if change is not None:
+            change(loaded, tokenizer)
         cuts = {name: evaluation_windows(where, tokenizer, WINDOW, windows) for name, where in names.items()}
 
         def perplexities() -> list[float]:

@@ -6,10 +6,12 @@
 Finished rows are appended to the results file and skipped when they are there. Arms are the recipes in
 `recipes/weight_activation_kv/`, and `original`. Those named kv leave weights and inputs at 16 bits: their settings are
 KV2, KV3, KV4 and KV8. The others have W4A4KV4 and W3A3KV3, in groups of 128, 64 or of whole channels and tokens
-(`channel`); cached keys and values share a scale a head and token. PROMPT is none, bos or default (the chat template's
-system turn): its keys and values stay at 16 bits, it stands before each window and is not scored; compare with
-`original` and the same prompt. WINDOWS of 2048 tokens calibrate (news, computed in bfloat16) and as many are scored, in
-float32, on the last 400 news articles and, with --wikitext, on WikiText-2 raw test.
+(`channel`); cached keys and values share a scale a head and token. PROMPT is none, bos, default (the chat template's
+system turn) or auto (the model's sink tokens): its keys and values stay at 16 bits, it stands before each window and is
+not scored; compare with `original` and the same prompt. default-late is default for a model that was quantized without
+it, default-coded the same with the prompt's keys and values coded like any token's. WINDOWS of 2048 tokens calibrate
+(news, computed in bfloat16; arms that are named fast cut them into windows of 512) and as many are scored, in float32,
+on the last 400 news articles and, with --wikitext, on WikiText-2 raw test.
 """
 
 from __future__ import annotations
@@ -47,7 +49,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
     for bits in (4, 3)
     for name, size in (("g128", 128), ("g64", 64), ("channel", -1))
 }
-PROMPTS = ("none", "bos", "default")
+PROMPTS = ("none", "bos", "default", "auto", "default-late", "default-coded")
+# Arms at W3A3KV3 that show what each part of tuning gives.
+TUNED = tuple(arm for arm in ALL if arm.startswith(("bisup", "omniquant")))
+SHOWN = ("bisup-atom-fast", "bisup-quarot-fast", "omniquant-fast")
+PLAIN = tuple(arm for arm in ALL if arm not in TUNED)
+
+
+BOTH = ("W4A4KV4g128", "W3A3KV3g128")
 
 
 @dataclass(frozen=True)
@@ -63,10 +72,15 @@ class Spec:
 def specs(only: str | None) -> list[Spec]:
     """All rows to make, most telling first."""
     chosen = {
-        "original": [Spec("original", "", prompt, 16) for prompt in PROMPTS],
-        "cache": [Spec(arm, s, p, 16) for p in PROMPTS for s in CACHES for arm in CACHE_ALONE],
-        "table": [Spec(arm, s, "none", 16) for s in SETTINGS for arm in ALL],
-        "prompt": [Spec(arm, s, p, 16) for p in PROMPTS[1:] for s in ("W4A4KV4g128", "W3A3KV3g128") for arm in ALL],
+        "original": [Spec("original", "", prompt, 16) for prompt in PROMPTS[:4]],
+        "cache": [Spec(arm, s, p, 16) for p in PROMPTS[:3] for s in CACHES for arm in CACHE_ALONE],
+        "table": [Spec(arm, s, "none", 16) for s in SETTINGS for arm in PLAIN],
+        "prompt": [Spec(arm, s, p, 16) for p in PROMPTS[1:3] for s in BOTH for arm in PLAIN],
+        "tuned": [Spec(arm, s, "none", 16) for s in BOTH for arm in SHOWN],
+        "ablation": [
+            *(Spec(arm, "W3A3KV3g128", "none", 16) for arm in TUNED),
+            *(Spec("bisup-quarot-fast", "W3A3KV3g128", prompt, 16) for prompt in PROMPTS),
+        ],
     }
     return chosen[only] if only else [spec for specs in chosen.values() for spec in specs]
 
@@ -91,12 +105,50 @@ def measured(spec: Spec, names: dict[str, str]) -> list[dict[str, Any]]:
     """Rows of `spec` on each text."""
     from subnibble import Recipe
 
-    prompt = None if spec.prompt == "none" else spec.prompt
+    name, _, kind = spec.prompt.partition("-")
+    prompt = None if name == "none" or kind else name
     if spec.arm == "original":
-        return measure_row(Recipe(method="none", system_prompt=prompt) if prompt else None, spec.windows, names)
+        plain = Recipe(method="none", system_prompt=prompt, num_windows=64, window=512)
+        plain = replace(plain, calibration="news") if prompt == "auto" else plain
+        return measure_row(plain if prompt else None, spec.windows, names)
     recipe = Recipe.from_toml(FOLDER / f"{spec.arm}.toml")
     recipe = replace(recipe, **{**CACHES, **SETTINGS}[spec.setting], system_prompt=prompt)
-    return measure_row(with_data(recipe, spec.windows), spec.windows, names)
+    change = {"": None, "late": put_behind_, "coded": put_behind_coded_}[kind]
+    return measure_row(with_data(recipe, spec.windows), spec.windows, names, change=change)
+
+
+def put_behind_(model: Any, tokenizer: Any) -> None:
+    """Put a model that was quantized without a prompt behind the chat template's."""
+    from subnibble.hf_attention import attached_cache
+    from subnibble.prefix import attach_prefix_
+    from subnibble.prompt import prefix_ids
+
+    attached = attached_cache(model)
+    attach_prefix_(model, None if attached is None else attached.scheme, prefix_ids("default", tokenizer))
+
+
+def put_behind_coded_(model: Any, tokenizer: Any) -> None:
+    """The same, the prompt's keys and values coded as a text's."""
+    import torch
+
+    from subnibble.hf_attention import attached_cache, set_prefix_
+    from subnibble.prefix import compute_prefix
+    from subnibble.prompt import prefix_ids
+    from subnibble.runtime.coded_text import coded_keys, coded_values
+
+    put_behind_(model, tokenizer)
+    attached = attached_cache(model)
+    assert attached is not None
+    assert attached.scheme is not None
+    scheme, prefix = attached.scheme, prefix_ids("default", tokenizer)
+    places = torch.arange(len(prefix.ids)).unsqueeze(0)
+    positions = model.model.rotary_emb(torch.zeros(1, 1), places)
+    states = [
+        (coded_keys(keys[None].float(), scheme, positions)[0], coded_values(values[None].float(), scheme)[0])
+        for keys, values in compute_prefix(model, prefix)
+    ]
+    put_behind_(model, tokenizer)
+    set_prefix_(model, [(keys.half(), values.half()) for keys, values in states])
 
 
 def show(rows: list[dict[str, Any]]) -> None:
@@ -131,7 +183,8 @@ def _cells(found: dict[Spec, dict[str, dict[str, Any]]], spec: Spec) -> list[str
 
 def _over(found: dict[Spec, dict[str, dict[str, Any]]], spec: Spec, text: str) -> float | None:
     """By which share of it an arm's perplexity is above the original's behind the same prompt; None without its row."""
-    original = found.get(replace(spec, arm="original", setting=""), {}).get(text)
+    prompt = spec.prompt.partition("-")[0]
+    original = found.get(replace(spec, arm="original", setting="", prompt=prompt), {}).get(text)
     if original is None or spec.arm == "original":
         return None
     return float(found[spec][text]["perplexity"] / original["perplexity"] - 1)
@@ -139,7 +192,7 @@ def _over(found: dict[Spec, dict[str, dict[str, Any]]], spec: Spec, text: str) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=("original", "cache", "table", "prompt"))
+    parser.add_argument("--only", choices=("original", "cache", "table", "prompt", "tuned", "ablation"))
     parser.add_argument("--row", action="append", type=parse_spec, metavar="ARM:SETTING:PROMPT:WINDOWS")
     results = HERE / "results" / "weight_activation_kv.json"
     run(parser, results, KEY, Spec, measured, lambda given: given.row or specs(given.only), show)

@@ -18,8 +18,8 @@ The order lives here and in `block_run.py` alone; methods say what happens at ea
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,22 +48,21 @@ from subnibble.checkpoint.writer import CheckpointWriter, check_output
 from subnibble.corrections.mean_shift import ordinary_tokens
 from subnibble.corrections.ranks import Gains, allocate, gains_of
 from subnibble.corrections.salient import SalientColumns
-from subnibble.device import AUTO, resolve_device, resolve_dtype
+from subnibble.device import resolve_device, resolve_dtype
 from subnibble.errors import BadRecipe, OutputError
+from subnibble.filled_in import filled_in
 from subnibble.methods import find_method
 from subnibble.methods.method import Steps
 from subnibble.model.site import Heads
 from subnibble.model.skeleton import Block, Skeleton
 from subnibble.plan import Plan, check_plain, make_plan, packed_bytes, plan_cache, plan_rotation
 from subnibble.progress import Progress, silent
-from subnibble.prompt import AUTO as PROMPT_AUTO
-from subnibble.prompt import prefix_ids, sink_prefix
+from subnibble.prompt import AUTO, prefix_ids, sink_prefix
 from subnibble.recipe import Recipe
 from subnibble.report import BlockReport, LinearReport, Report
 from subnibble.report.clock import Clock, peak_memory
 from subnibble.rounding.table import as_stored, pack_table
 from subnibble.runtime import ops
-from subnibble.scheme import Scheme
 from subnibble.streams import Streams
 from subnibble.transforms.invariance import check_sites
 from subnibble.transforms.residual_order import residual_order
@@ -140,7 +139,7 @@ class _Run:
         values = make_value_rotation(steps.value_rotation, Heads.of(skeleton.config).width, recipe.seed)
         cache = plan_cache(recipe, steps, skeleton)
         prefix = _given_prefix(recipe, source)
-        if recipe.system_prompt == PROMPT_AUTO and recipe.calibration is None:
+        if recipe.system_prompt == AUTO and recipe.calibration is None:
             raise BadRecipe('system_prompt = "auto" is found in calibration text; set calibration')
         if steps.leaves_weights and cache is None and recipe.system_prompt is None and recipe.embedding_scheme is None:
             raise BadRecipe(
@@ -149,16 +148,7 @@ class _Run:
             )
         before = 0 if prefix is None else len(prefix.ids)
         check_positions(1, source.config, before)
-        resolved = replace(
-            recipe,
-            kv={} if cache is None else {key: value for key, value in cache.to_dict().items() if key != "bits"},
-            system_prompt=_absolute(recipe.system_prompt),
-            calibration=_absolute(recipe.calibration),
-            device=str(device),
-            dtype=str(dtype).removeprefix("torch."),
-            options=asdict(options),
-        )
-        resolved = Recipe.from_dict(resolved.to_dict() | _agreed(recipe, plan.schemes))
+        resolved = filled_in(recipe, options, plan.schemes, cache, device, dtype)
         windows = None
         if recipe.calibration is not None:
             check_positions(recipe.window, source.config, before)
@@ -234,7 +224,7 @@ class _Run:
         skeleton, path = self.skeleton, self.skeleton.arch.embedding
         with self.clock.step("read"):
             weight = skeleton.source.load(f"{path}.weight").to(skeleton.device)
-        if self.windows is not None and self.recipe.system_prompt == PROMPT_AUTO:
+        if self.windows is not None and self.recipe.system_prompt == AUTO:
             with self.clock.step("survey"):
                 self._find_prefix(weight, self.windows)
         if self.windows is not None and self.steps.orders_residual:
@@ -408,30 +398,13 @@ class _Run:
 
 def _given_prefix(recipe: Recipe, source: Source) -> PrefixIds | None:
     """The prefix that a recipe names, None for none and for one that is to be found."""
-    if recipe.system_prompt is None or recipe.system_prompt == PROMPT_AUTO:
+    if recipe.system_prompt is None or recipe.system_prompt == AUTO:
         return None
     return prefix_ids(recipe.system_prompt, source.load_tokenizer())
 
 
 def _losing(index: int, loss: float) -> str:
     return f"block {index} tuned to a held-out loss of {loss:.4f}"
-
-
-def _agreed(recipe: Recipe, schemes: Mapping[str, Scheme | None]) -> dict[str, str]:
-    """What the recipe leaves to the method, where all linears came to the same and the recipe can say so."""
-    used = [scheme for scheme in schemes.values() if scheme is not None]
-    agreed = {}
-    if recipe.grid == AUTO and {scheme.grid for scheme in used} == {"uniform"}:
-        agreed["grid"] = "uniform"
-        # The embedding follows the recipe's zero-point, not the method's wish: only its own default may be filled in.
-        if recipe.zero_point == AUTO and {scheme.zero_point for scheme in used} == {"integer"}:
-            agreed["zero_point"] = "integer"
-    return agreed
-
-
-def _absolute(calibration: str | None) -> str | None:
-    """A file's full path, so that the recipe means the same from any folder; names of sets as they are."""
-    return str(Path(calibration).resolve()) if calibration and Path(calibration).is_file() else calibration
 
 
 def _check_disk(run: _Run, folder: Path) -> None:

@@ -40,6 +40,14 @@ SystemPrompt = Annotated[
         metavar=PROMPTS,
     ),
 ]
+FoundPrompt = Annotated[
+    str | None,
+    typer.Option(
+        help="Text (or a file of it) before every text, its keys and values kept at 16 bits; default: the chat "
+        "template's own; bos: BOS alone; auto: the model's own sink tokens, found in calibration text.",
+        metavar=f"{PROMPTS}|auto",
+    ),
+]
 Calibration = Annotated[
     str | None,
     typer.Option(help="Text (.txt, .jsonl), token ids (.npy, .safetensors), or c4, wikitext2, news. Default c4."),
