@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from subnibble.block_tuning import BlockTuning, Tuner, twin_of
 from subnibble.calibrate.prefix import States, behind
@@ -58,8 +59,8 @@ class BlockRun:
     full-precision copy on the full-precision model's; teacher: that copy on `hidden`; None where no step asks. extras:
     all terms of what was rounded so far, by name in the block; packed: their weights, which absorb column scales.
     columns: column scales that no other module of the block can take; to_absorb: those that one will. gathers: of the
-    linears that store one. prefix: its keys and values in this block, (heads, tokens, width), or None. tuning: the
-    block's, or None.
+    linears that store one. hooks: on the block while it runs. prefix: its keys and values in this block, (heads,
+    tokens, width), or None. tuning: the block's, or None.
     """
 
     block: Block
@@ -79,6 +80,7 @@ class BlockRun:
     columns: dict[str, Tensor] = field(default_factory=dict)
     to_absorb: list[tuple[Site, Tensor]] = field(default_factory=list)
     gathers: dict[str, Tensor] = field(default_factory=dict)
+    hooks: list[RemovableHandle] = field(default_factory=list)
     linears: dict[str, LinearReport] = field(default_factory=dict)
 
     @classmethod
@@ -144,6 +146,9 @@ class BlockRun:
             self.stream.advance()
             if self.reference is not None:
                 self.reference.advance(None if self.tuning is None else self.tuning.outputs)
+        # The skeleton keeps the module, which would keep all that the hooks know of.
+        for hook in self.hooks:
+            hook.remove()
 
     def reports(self) -> list[LinearReport]:
         """What the report says of each linear, once its tensors are known."""
@@ -355,7 +360,8 @@ class BlockRun:
         linear.weight.data = dense.to(linear.weight.dtype)
         view = self._view(stack)
         if view is not None:
-            linear.register_forward_pre_hook(lambda _, args: (self._quantized(site, view, args[0]),))
+            hook = linear.register_forward_pre_hook(lambda _, args: (self._quantized(site, view, args[0]),))
+            self.hooks.append(hook)
 
     def _place(self, site: Site, names: list[str], columns: Tensor | None) -> Tensor | None:
         """Decide where column scales (k,) go; give them as they will act. None stays None."""

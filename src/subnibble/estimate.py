@@ -18,12 +18,17 @@ from subnibble.methods.method import Steps
 from subnibble.model.skeleton import Skeleton
 from subnibble.plan import check_plain, effective_bits, make_plan, packed_bytes, plan_cache, plan_rotation
 from subnibble.recipe import Recipe
+from subnibble.tuning.tuning import EFFORTS
 
 _FLOAT_BYTES = 4
 # Share of the measured product speed that forward passes reach beside their products; rough.
 _FORWARD_EFFICIENCY = 0.8
 # Seconds per linear weight for rounding column by column on one core of 2025; rough.
 _ROUND_SECONDS = 3.5e-7
+# A step of tuning over its three products: fake quantization, norms, the optimizer. Rough.
+_STEP_OVERHEAD = 3.0
+# Float32 copies of a block that a step of tuning holds: weights as they go through their stages, gradients. Rough.
+_TUNED_COPIES = 12
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,7 @@ def estimate(model: str | Path, recipe: Recipe) -> Estimate:
         file_bytes=packed_bytes(recipe, steps, schemes, skeleton),
         effective_bits=effective_bits(steps, schemes, skeleton),
         memory_bytes=_memory(steps, skeleton, tokens),
-        seconds=_seconds(steps, skeleton, tokens),
+        seconds=_seconds(steps, skeleton, tokens, _tuned_tokens(recipe, steps)),
         cache_bytes=cache_bytes(source.config, plan_cache(recipe, steps, skeleton)),
     )
 
@@ -82,8 +87,8 @@ def _memory(steps: Steps, skeleton: Skeleton, tokens: int) -> dict[str, int]:
     tails = [site.readers[0] for site in skeleton.arch.sites if site.tail is not None]
     kept = sum(linears[first + reader][1] for reader in tails)
     hidden = skeleton.config.hidden_size
-    has_twin = steps.needs_drift or steps.mean_shift is not None or steps.needs_survey
-    streams = 2 if steps.needs_drift else 1
+    has_twin = steps.needs_reference or steps.mean_shift is not None or steps.needs_survey
+    streams = 2 if steps.needs_reference else 1
     parts = {
         "this process now": psutil.Process().memory_info().rss,
         # In float32 and in the compute type, and one site's readers again with working copies.
@@ -92,12 +97,29 @@ def _memory(steps: Steps, skeleton: Skeleton, tokens: int) -> dict[str, int]:
         "statistics": (3 + streams) * _FLOAT_BYTES * widest**2 if tokens else 0,
         "embedding": numel(shapes[f"{skeleton.arch.embedding}.weight"]) * (_FLOAT_BYTES + 2),
         "activation streams": (streams * (hidden + kept) + hidden * (steps.mean_shift is not None)) * tokens * item,
+        **_tuning_memory(steps, block, hidden * tokens * item),
     }
     return {**parts, "peak": sum(parts.values())}
 
 
-def _seconds(steps: Steps, skeleton: Skeleton, tokens: int) -> float:
-    """Two operations a weight and token for a forward pass, two a token and input pair for each statistic."""
+def _tuning_memory(steps: Steps, block: int, stream: int) -> dict[str, int]:
+    """A tuned block with what its gradients need, and the outputs to aim at. stream: bytes of all hidden states."""
+    return {} if steps.tuning is None else {"tuning": _TUNED_COPIES * _FLOAT_BYTES * block + 3 * stream}
+
+
+def _tuned_tokens(recipe: Recipe, steps: Steps) -> int:
+    """How many tokens go through each block while it is tuned, forward and back, all epochs taken together."""
+    if steps.tuning is None:
+        return 0
+    effort = EFFORTS[steps.tuning.effort]
+    windows, tokens = min(effort.windows, recipe.num_windows), min(effort.tokens, recipe.window)
+    return (effort.first + effort.second) * windows * tokens
+
+
+def _seconds(steps: Steps, skeleton: Skeleton, tokens: int, tuned_tokens: int) -> float:
+    """Two operations a weight and token for a forward pass, two a token and input pair for each statistic; tuning goes
+    forward, back to inputs and back to weights.
+    """
     speed = _product_speed(skeleton.device, skeleton.dtype)
     exact = _product_speed(skeleton.device, torch.float32)
     shapes = skeleton.linear_shapes()
@@ -105,10 +127,11 @@ def _seconds(steps: Steps, skeleton: Skeleton, tokens: int) -> float:
     read_once = {site.readers[0] for site in skeleton.arch.sites}
     grams = sum(s[1] ** 2 for path, s in shapes.items() if path.endswith(tuple(read_once)))
     forward = 2 * weights * tokens / (speed * _FORWARD_EFFICIENCY)
-    passes = (2 if steps.needs_drift else 1) + 0.4 * (steps.mean_shift is not None) + steps.needs_survey
+    passes = (2 if steps.needs_reference else 1) + 0.4 * (steps.mean_shift is not None) + steps.needs_survey
     passes += steps.orders_residual + (steps.ranks == "gain")
     grams *= (2 if steps.needs_drift else 1) + steps.needs_survey
-    return forward * passes + 2 * grams * tokens / exact + weights * _ROUND_SECONDS
+    tuning = _STEP_OVERHEAD * 3 * 2 * weights * tuned_tokens / (speed * _FORWARD_EFFICIENCY)
+    return forward * passes + 2 * grams * tokens / exact + weights * _ROUND_SECONDS + tuning
 
 
 def _product_speed(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:

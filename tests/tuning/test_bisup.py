@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from conftest import CONFIGS
 from subnibble import Recipe, quantize
+from subnibble.block_run import BlockRun
 from subnibble.block_tuning import BlockTuning
 from subnibble.errors import BadRecipe, SubnibbleError
 from subnibble.hf_attention import attach_cache_, attached_cache, change_scheme_
@@ -114,6 +117,26 @@ def test_tuning_takes_the_prompt_that_runs(folders: dict[str, Path], token_file:
     first, second = (load_file(next((tmp_path / str(p)).glob("*1-of-*.safetensors"))) for p in recipes)
     shared = set(first) & set(second)
     assert any(not torch.equal(first[name], second[name]) for name in shared if name.endswith("codes"))
+
+
+def test_nothing_of_a_block_outlives_it(
+    folders: dict[str, Path], token_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[weakref.ref[BlockRun]] = []
+    prepare = BlockRun.prepare
+
+    def watched(*args: Any) -> BlockRun:
+        gc.collect()
+        # The one before is the pipeline's own until the next has come.
+        assert all(run() is None for run in made[:-1])
+        run = prepare(*args)
+        made.append(weakref.ref(run))
+        return run
+
+    monkeypatch.setattr(BlockRun, "prepare", watched)
+    recipe = Recipe(calibration=str(token_file), **DATA, **SETTING, **METHODS["atom"])
+    quantize(folders["llama"], tmp_path / "out", recipe)
+    assert len(made) == 3
 
 
 def test_rounding_keeps_what_leaves_the_lower_loss(
