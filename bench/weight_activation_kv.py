@@ -9,9 +9,9 @@ KV2, KV3, KV4 and KV8. The others have W4A4KV4 and W3A3KV3, in groups of 128, 64
 (`channel`); cached keys and values share a scale a head and token. PROMPT is none, bos, default (the chat template's
 system turn) or auto (the model's sink tokens): its keys and values stay at 16 bits, it stands before each window and is
 not scored; compare with `original` and the same prompt. default-late is default for a model that was quantized without
-it, default-coded the same with the prompt's keys and values coded like any token's. WINDOWS of 2048 tokens calibrate
-(news, computed in bfloat16; arms that are named fast cut them into windows of 512) and as many are scored, in float32,
-on the last 400 news articles and, with --wikitext, on WikiText-2 raw test.
+it, its keys and values the packed model's own; default-coded the same with these coded like any token's. WINDOWS of
+2048 tokens calibrate (news, computed in bfloat16; arms that are named fast cut them into windows of 512) and as many
+are scored, in float32, on the last 400 news articles and, with --wikitext, on WikiText-2 raw test.
 """
 
 from __future__ import annotations
@@ -131,24 +131,23 @@ def put_behind_coded_(model: Any, tokenizer: Any) -> None:
     """The same, the prompt's keys and values coded as a text's."""
     import torch
 
-    from subnibble.hf_attention import attached_cache, set_prefix_
+    from subnibble.hf_attention import attach_cache_, attached_cache, set_prefix_
     from subnibble.prefix import compute_prefix
     from subnibble.prompt import prefix_ids
     from subnibble.runtime.coded_text import coded_keys, coded_values
 
-    put_behind_(model, tokenizer)
     attached = attached_cache(model)
     assert attached is not None
     assert attached.scheme is not None
     scheme, prefix = attached.scheme, prefix_ids("default", tokenizer)
-    places = torch.arange(len(prefix.ids)).unsqueeze(0)
-    positions = model.model.rotary_emb(torch.zeros(1, 1), places)
-    states = [
+    states = compute_prefix(model, prefix)
+    positions = model.model.rotary_emb(torch.zeros(1, 1), torch.arange(len(prefix.ids)).unsqueeze(0))
+    coded = [
         (coded_keys(keys[None].float(), scheme, positions)[0], coded_values(values[None].float(), scheme)[0])
-        for keys, values in compute_prefix(model, prefix)
+        for keys, values in states
     ]
-    put_behind_(model, tokenizer)
-    set_prefix_(model, [(keys.half(), values.half()) for keys, values in states])
+    attach_cache_(model, scheme, prefix)
+    set_prefix_(model, [(keys.half(), values.half()) for keys, values in coded])
 
 
 def show(rows: list[dict[str, Any]]) -> None:

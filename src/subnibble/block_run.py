@@ -108,14 +108,16 @@ class BlockRun:
             states = None if prefix is None else prefix.advance(block)
         before = behind(arguments, states)
         reference = teacher = tuning = None
-        if streams.hidden and tuner is not None:
+        rounds = any(scheme is not None for scheme in plan.of_block(block)[0].values())
+        if streams.hidden and tuner is not None and rounds:
             tuning = tuner(block, bases, states, streams, before)
             reference, states = tuning.reference, tuning.block.prefix
-            before = behind(arguments, states, tuner.cache)
-        elif streams.hidden and (steps.needs_drift or steps.mean_shift is not None):
+        elif streams.hidden and (steps.needs_reference or steps.mean_shift is not None):
             twin = twin_of(block, dtype)
-            reference = BlockStream(twin, streams.wanted, before) if steps.needs_drift else None
+            reference = BlockStream(twin, streams.wanted, before) if steps.needs_reference else None
             teacher = BlockStream(twin, streams.hidden, before) if steps.mean_shift is not None else None
+        if tuner is not None:
+            before = behind(arguments, states, tuner.cache)
         exact = {name: parameter.data for name, parameter in block.module.named_parameters()}
         block.module.to(dtype)
         stream = BlockStream(block, streams.hidden, before)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,6 +16,7 @@ from subnibble.calibrate.prefix import States, behind
 from subnibble.calibrate.stream import BlockStream
 from subnibble.corrections.mean_shift import ordinary_tokens
 from subnibble.corrections.outliers import OutlierColumns
+from subnibble.errors import CalibrationError, NumericalFailure
 from subnibble.methods.method import Correction, Steps
 from subnibble.model.skeleton import Block
 from subnibble.plan import Plan
@@ -24,6 +26,7 @@ from subnibble.rounding import grid
 from subnibble.rounding.gptq import GPTQ
 from subnibble.rounding.rounder import Rounder, Rounding
 from subnibble.rounding.rtn import RTN
+from subnibble.scheme import Scheme
 from subnibble.stack import Branch, Observed, Stack, round_stack
 from subnibble.streams import Streams
 from subnibble.tensor import PackedRange, PackedTensor
@@ -34,7 +37,6 @@ from subnibble.tuning.tuning import EFFORTS, Effort, Tuning
 
 # Windows over which inputs are looked at before factors start.
 _LOOKED_AT = 8
-_BRANCH_BITS = 8
 
 
 @dataclass
@@ -42,7 +44,8 @@ class BlockTuning:
     """A block that was tuned, on its way through rounding. left: held-out loss of the block as rounded so far.
 
     reference: the full-precision block with the learned factors, on the full-precision chain, whose outputs are known.
-    kept: linears whose rounding with compensation made the loss smaller than rounding to nearest.
+    packed_branches: of linears that have one. kept: linears whose rounding with compensation made the loss smaller than
+    rounding to nearest.
     """
 
     block: TunedBlock
@@ -51,6 +54,7 @@ class BlockTuning:
     left: float
     reference: BlockStream
     outputs: list[Tensor]
+    packed_branches: Mapping[str, Branch]
     kept: list[str] = field(default_factory=list)
 
     def round(
@@ -74,8 +78,8 @@ class BlockTuning:
         return found
 
     def branches(self, stack: Stack) -> list[Branch | None]:
-        """The learned branch of each linear, packed at 8 bits."""
-        return [_packed_branch(self.block.branch(name), stack) for name in stack.names]
+        """The learned branch of each linear, packed."""
+        return [self.packed_branches.get(name) for name in stack.names]
 
     def report(self, path: str) -> BlockReport:
         """What the report says of the block."""
@@ -140,7 +144,18 @@ class Tuner:
             if untouched is not None:
                 before = behind(streams.arguments[block.index], tuned.prefix)
                 reference = BlockStream(twin_of(untouched, self.dtype), exact, before)
-        return BlockTuning(tuned, samples, trained, trained.after, reference, outputs)
+        branches = self._packed_branches_(tuned, block)
+        return BlockTuning(tuned, samples, trained, trained.after, reference, outputs, branches)
+
+    def _packed_branches_(self, tuned: TunedBlock, block: Block) -> dict[str, Branch]:
+        """Branches as they are stored; the tuned block runs on these from now on."""
+        found = {}
+        for name in block.arch.linears:
+            factors, scheme = tuned.branch(name), self.plan.schemes[f"{block.path}.{name}"]
+            if factors is not None and scheme is not None:
+                found[name] = _packed(factors, self.tuning.branch_scheme(scheme))
+                tuned.set_branch_(name, *(part.dequantize() for part in found[name]))
+        return found
 
     def _frame(self, block: Block, bases: Mapping[str, InputBasis], prefix: States | None) -> Frame:
         schemes, inputs = self.plan.of_block(block)
@@ -153,15 +168,21 @@ class Tuner:
         # Every block draws its own numbers.
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + block.index) % 2**63)
         tuned = TunedBlock(block, frame, self.tuning, generator)
+        plain = held_out_loss(tuned, samples)
+        if not math.isfinite(plain):
+            raise NumericalFailure(
+                f"{block.path}: its outputs on quantized inputs are not finite; use more bits, or check the "
+                "calibration text for empty or repeated windows"
+            )
         if self.tuning.smoothing != "none":
             few = slice(0, min(_LOOKED_AT, samples.trained))
             largest = tuned.largest(samples.inputs[few].float(), samples.arguments, samples.ordinary[few])
-            plain = held_out_loss(tuned, samples)
             tuned.smooth_(block, largest)
-            if held_out_loss(tuned, samples) > plain:
+            if not held_out_loss(tuned, samples) <= plain:
                 tuned.forget_smoothing_start_()
         effort = EFFORTS[self.tuning.effort]
-        return tuned, train_(tuned, samples, effort, generator, lambda loss: self.told(block.index, loss))
+        trained = train_(tuned, samples, effort, generator, lambda loss: self.told(block.index, loss))
+        return tuned, replace(trained, before=plain)
 
 
 def twin_of(block: Block, dtype: torch.dtype) -> Block:
@@ -182,18 +203,34 @@ def samples_of(
     hidden, exact: the block's inputs in the quantized and the full-precision chain, batches (windows, tokens,
     channels); wanted: its outputs in the latter. arguments: of the block, for as many tokens.
     """
-    ordinary = [ordinary_tokens(batch).view(batch.shape[:2]) for batch in exact]
-    inputs, before, after, usual = (
-        torch.cat(parts)[: effort.windows, : effort.tokens].to(device) for parts in (hidden, exact, wanted, ordinary)
-    )
+    # A token may become a sink in this very block.
+    ordinary = [
+        (ordinary_tokens(before) & ordinary_tokens(after)).view(before.shape[:2])
+        for before, after in zip(exact, wanted, strict=True)
+    ]
+    inputs, before, after, usual = (_first(parts, effort).to(device) for parts in (hidden, exact, wanted, ordinary))
+    if not bool(usual[:, 1:].any(1).all()):
+        raise CalibrationError(
+            "a calibration window holds no token to tune on, only its first one and attention sinks; use longer windows"
+        )
     added = (after.float() - before.float()).square().sum(-1)
-    energy = float(added[usual].mean()) if bool(usual.any()) else float(added.mean())
+    energy = float(added[usual].mean())
     return Samples(inputs, after, usual, max(energy, torch.finfo(torch.float32).tiny), arguments)
 
 
-def _packed_branch(factors: tuple[Tensor, Tensor] | None, stack: Stack) -> Branch | None:
-    if factors is None:
-        return None
-    scheme = replace(stack.scheme, bits=_BRANCH_BITS)
-    packed = [PackedTensor((PackedRange.pack(grid.coded(m, scheme, grid.Clip("minmax")), scheme),)) for m in factors]
-    return packed[0], packed[1]
+def _first(batches: list[Tensor], effort: Effort) -> Tensor:
+    """The first tokens of the first windows, as a tensor of their own."""
+    found, missing = [], effort.windows
+    for batch in batches:
+        found.append(batch[:missing, : effort.tokens])
+        missing -= found[-1].shape[0]
+        if not missing:
+            break
+    return torch.cat(found)
+
+
+def _packed(factors: tuple[Tensor, Tensor], scheme: Scheme) -> Branch:
+    down, up = (
+        PackedTensor((PackedRange.pack(grid.coded(part, scheme, grid.Clip("minmax")), scheme),)) for part in factors
+    )
+    return down, up

@@ -75,6 +75,7 @@ from subnibble.version import __version__
 _TOKENS_PER_BATCH = 4096
 # As many as PrefixQuant looks at.
 _WINDOWS_FOR_SINKS = 64
+_FEWEST_TUNED_WINDOWS = 2
 
 
 def quantize(
@@ -141,6 +142,8 @@ class _Run:
         prefix = _given_prefix(recipe, source)
         if recipe.system_prompt == AUTO and recipe.calibration is None:
             raise BadRecipe('system_prompt = "auto" is found in calibration text; set calibration')
+        if steps.tuning is not None and recipe.num_windows < _FEWEST_TUNED_WINDOWS:
+            raise BadRecipe(f"tuning holds some windows out and num_windows is {recipe.num_windows}; use 2 or more")
         if steps.leaves_weights and cache is None and recipe.system_prompt is None and recipe.embedding_scheme is None:
             raise BadRecipe(
                 f"method {recipe.method} leaves all weights, and there is nothing else to do; set kv_bits, "
@@ -206,6 +209,8 @@ class _Run:
             self.linears += run.reports()
             self.blocks += [] if run.tuning is None else [run.tuning.report(block.path)]
             skeleton.release(block.path)
+            # Before the next block comes: what was tuned, and streams, are as large as it.
+            del run, block
             progress(done + sites + 1, total, f"block {index}")
         outer |= self._final_norm(unquantized_tail, streams.hidden)
         outer |= self._head()

@@ -148,11 +148,12 @@ def effective_bits(steps: Steps, schemes: Mapping[str, Scheme | None], skeleton:
 
 def _extra_bits(steps: Steps, rows: int, columns: int, scheme: Scheme) -> int:
     """Bits of the terms beside a linear's weight, gathers and column scales aside."""
+    branch = 0 if steps.tuning is None else steps.tuning.branch_bits(rows, columns, scheme)
     match steps.correction:
         case SalientColumns() as correction:
             return rows * correction.row_bits(scheme)
         case LowRank() as correction:
             return correction.stored_bits(rows, columns, scheme)
         case OutlierColumns() as correction:
-            return rows * correction.row_bits(columns, scheme)
-    return 0
+            return branch + rows * correction.row_bits(columns, scheme)
+    return branch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,7 @@ def test_a_settled_block_is_the_one_that_was_trained(name: str, low_rank: str, f
     case = Case(folders[name], quantized=False)
     # Slacks and low-rank parts change the function: a scheme is needed for them, and one that rounds next to nothing.
     fine = dict.fromkeys(case.block.arch.linears, Scheme(8, 4, "none", "float32"))
-    case.frame = Frame(**{**vars(case.frame), "schemes": fine})
+    case.frame = replace(case.frame, schemes=fine)
     tuned = case.tuned(low_rank=low_rank)
     with torch.no_grad():
         for linear in tuned.linears.values():
@@ -124,6 +125,28 @@ def test_a_settled_block_is_the_one_that_was_trained(name: str, low_rank: str, f
     assert case.distance(case.of(tuned), trained) < 0.02
     plain = case.distance(case.output(tuned.prefix), trained)
     assert plain < 0.02 if low_rank == "merge" else plain > 0.1
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_products_may_be_of_half_the_width(name: str, folders: dict[str, Path]) -> None:
+    case = Case(folders[name], quantized=True)
+    wanted = case.of(case.tuned())
+    skeleton = Skeleton(SafetensorsSource(folders[name]), torch.bfloat16, torch.device("cpu"))
+    case.arguments = skeleton.block_arguments(TOKENS, past=PREFIX)[1]
+    case.frame = replace(case.frame, dtype=torch.bfloat16)
+    found = case.of(case.tuned())
+    assert not torch.equal(found, wanted)
+    assert case.distance(found, wanted) < 0.1
+
+
+def test_linears_that_are_skipped_keep_the_function(folders: dict[str, Path]) -> None:
+    case = Case(folders["llama"], quantized=False)
+    wanted = case.output(case.states)
+    tuned = case.tuned(low_rank="none")
+    shake_(tuned, "smoothing")
+    assert case.distance(case.of(tuned), wanted) < 1e-5
+    tuned.settle_(case.block)
+    assert case.distance(case.output(tuned.prefix), wanted) < 1e-5
 
 
 def test_nothing_is_changed_before_anything_is_learned(folders: dict[str, Path]) -> None:
@@ -161,5 +184,5 @@ def test_inputs_and_cache_are_quantized(folders: dict[str, Path]) -> None:
     whole = case.of(case.tuned())
     for key, value in {"cache": None, "activations": dict.fromkeys(case.block.arch.linears)}.items():
         other = Case(folders["llama"], quantized=True)
-        other.frame = Frame(**{**vars(other.frame), key: value})
+        other.frame = replace(other.frame, **{key: value})
         assert not torch.equal(other.of(other.tuned()), whole)

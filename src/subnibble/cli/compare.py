@@ -28,7 +28,7 @@ def compare(
     activation_group_size: o.ActivationGroupSize = None,
     kv_bits: o.KvBits = None,
     kv_option: o.KvOptions = None,
-    system_prompt: o.FoundPrompt = None,
+    system_prompt: o.SystemPrompt = None,
     calibration: o.Calibration = None,
     num_windows: o.NumWindows = None,
     window: o.Window = None,

@@ -61,6 +61,9 @@ RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="TOML recipe; 
 MethodOptions = Annotated[
     list[str] | None, typer.Option("--option", help="The method's own setting, KEY=VALUE; may be repeated.")
 ]
+Effort = Annotated[
+    str | None, typer.Option(help="fast, default or best: how long methods that tune take. As --option effort=...")
+]
 Text = Annotated[str, typer.Option(help="Text file (.txt, .jsonl), or wikitext2, news, c4.", metavar="FILE")]
 MaxWindows = Annotated[int | None, typer.Option(help="Score at most this many windows. Default: all.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else to stdout.")]
@@ -79,6 +82,11 @@ def build_recipe(
     values["options"] = kept | dict(_parse_option(option) for option in options or [])
     values["kv"] = {**recipe.kv, **kv_settings(kv_options)}
     return Recipe.from_dict(values)
+
+
+def with_effort(options: list[str] | None, effort: str | None) -> list[str]:
+    """The options, and the effort as one of them."""
+    return [*(options or []), *([] if effort is None else [f"effort={effort}"])]
 
 
 def kv_settings(options: list[str] | None) -> dict[str, Any]:

@@ -31,13 +31,14 @@ def quantize(
     seed: o.Seed = None,
     recipe: o.RecipeFile = None,
     option: o.MethodOptions = None,
+    effort: o.Effort = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint that is in OUT.")] = False,
     device: o.Device = None,
     dtype: o.Dtype = None,
 ) -> None:
     """Quantize MODEL into the folder OUT."""
     wanted = o.build_recipe(
-        recipe, option, kv_option, method=method, bits=bits, group_size=group_size, grid=grid,
+        recipe, o.with_effort(option, effort), kv_option, method=method, bits=bits, group_size=group_size, grid=grid,
         zero_point=zero_point, embedding_bits=embedding_bits, activation_bits=activation_bits,
         activation_group_size=activation_group_size, kv_bits=kv_bits, system_prompt=system_prompt,
         calibration=calibration, num_windows=num_windows, window=window, seed=seed, device=device, dtype=dtype,
@@ -82,13 +83,14 @@ def estimate(
     window: o.Window = None,
     recipe: o.RecipeFile = None,
     option: o.MethodOptions = None,
+    effort: o.Effort = None,
     device: o.Device = None,
     dtype: o.Dtype = None,
     json: o.Json = False,
 ) -> None:
     """Estimate size, memory and time of a quantization before any weight is read."""
     wanted = o.build_recipe(
-        recipe, option, kv_option, method=method, bits=bits, group_size=group_size, grid=grid,
+        recipe, o.with_effort(option, effort), kv_option, method=method, bits=bits, group_size=group_size, grid=grid,
         zero_point=zero_point, embedding_bits=embedding_bits, activation_bits=activation_bits,
         activation_group_size=activation_group_size, kv_bits=kv_bits,
         calibration=calibration, num_windows=num_windows, window=window, device=device, dtype=dtype,

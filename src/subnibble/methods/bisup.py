@@ -32,7 +32,7 @@ class Options:
     clipping: str = "group"
     smoothing: str = "soft"
     low_rank: str = "merge"
-    rank: int = 128
+    rank: int = 32
     effort: str = "default"
     penalty: float = 0.01
     asymmetry: str = "none"
@@ -43,6 +43,8 @@ class Options:
     def __post_init__(self) -> None:
         if self.over not in BASES:
             raise BadRecipe(f"over is {self.over!r}; choose one of {', '.join(BASES)}")
+        if self.over != "atom" and self.outliers != Options.outliers:
+            raise BadRecipe(f"outliers is {self.outliers} and over is {self.over!r}; outlier channels are Atom's")
 
 
 def build(options: Options) -> Steps:

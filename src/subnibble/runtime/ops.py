@@ -137,5 +137,6 @@ def _integer(tokens: Tensor, terms: LinearTerms, scheme: ActivationScheme) -> Te
         down, up = terms.low_rank
         inner = torch.zeros(tokens.shape[0], down.shape[0], dtype=torch.float32, device=tokens.device)
         multiply_add_(inner, x, down)
-        multiply_add_(y, activations.quantize(inner, scheme), up)
+        # Between the factors there are no outlier channels.
+        multiply_add_(y, activations.quantize(inner, replace(scheme, outliers=0)), up)
     return y

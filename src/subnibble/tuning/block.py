@@ -161,7 +161,7 @@ class TunedBlock:
                 for name in site.readers:
                     weight, low_rank = block.linear(name).weight, self.linears[name].low_rank
                     if smoothing is not None:
-                        weight.mul_(smoothing.of_weights() / wide)
+                        weight.mul_(self.linears[name].factors(smoothing) / wide)
                     if low_rank is not None and self.tuning.low_rank == "merge":
                         # As it was learned, behind the factors that come next.
                         weight.add_(low_rank.product() / wide.to(weight.device))
@@ -187,6 +187,12 @@ class TunedBlock:
         low_rank = self.linears[name].low_rank
         return None if low_rank is None or self.tuning.low_rank != "side" else low_rank.factors()
 
+    def set_branch_(self, name: str, down: Tensor, up: Tensor) -> None:
+        """Let a linear's branch have these factors, as they are stored."""
+        low_rank = self.linears[name].low_rank
+        assert low_rank is not None
+        low_rank.set_(down, up)
+
     def fix_(self, name: str, weight: Tensor | None) -> None:
         """Let a linear run on a weight (m, k), in its basis, that was rounded elsewhere; None: on its own again."""
         self.linears[name].fixed = weight
@@ -209,8 +215,10 @@ class TunedBlock:
         """What attention sees of a text's keys and values (b, heads, t, width), the prefix before them."""
         cache, factors, prefix = self._frame.cache, self._value_factors(), self.prefix
         if factors is not None:
-            values = (values / factors).to(values.dtype)
+            values = values / factors
             prefix = None if prefix is None else (prefix[0], prefix[1] / factors)
+        # Norms of queries and keys (Qwen3) give float32; attention takes one type.
+        values = values.to(keys.dtype)
         if cache is not None:
             keys = straight_through(keys, coded_keys(keys.detach(), cache, positions))
             values = straight_through(values, coded_values(values.detach(), cache))
@@ -310,11 +318,15 @@ class _TunedLinear(nn.Module):
         with torch.no_grad():
             return self.clipping.fitted(self._main(self._exact()))
 
+    def factors(self, smoothing: Smoothing) -> Tensor:
+        """By which columns are multiplied; a linear that is not quantized keeps the function."""
+        return smoothing.wide() if self._scheme is None else smoothing.of_weights()
+
     def _exact(self) -> Tensor:
         """The weight before it is rounded, in its basis."""
         weight, smoothing = self.weight, self._entrance[0].smoothing
         if smoothing is not None:
-            weight = weight * smoothing.of_weights()
+            weight = weight * self.factors(smoothing)
         if self.low_rank is not None and self._tuning.low_rank == "merge":
             weight = weight + self.low_rank.product()
         return self._entrance[0].basis.columns(weight)

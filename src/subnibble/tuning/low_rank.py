@@ -7,6 +7,8 @@ which costs nothing; "side" keeps it as a branch `up · Q(down · x)` on the qua
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -35,10 +37,17 @@ class Compensation(nn.Module):
         """What the branch adds (..., m). x: (..., k) as the linear meets it. scheme: of the value between."""
         inner = nn.functional.linear(x, self.down)
         if scheme is not None:
-            seen = activations.quantize_values(inner.detach().flatten(0, -2), scheme).view(inner.shape)
+            seen = activations.quantize_values(inner.detach().flatten(0, -2), replace(scheme, outliers=0))
+            seen = seen.view(inner.shape)
             inner = straight_through(inner, seen)
         return nn.functional.linear(inner, self._scale * self.up)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Down and up, the scale in up."""
         return self.down.detach(), (self._scale * self.up).detach()
+
+    def set_(self, down: Tensor, up: Tensor) -> None:
+        """Take over factors, the scale in up."""
+        with torch.no_grad():
+            self.down.copy_(down)
+            self.up.copy_(up / self._scale)

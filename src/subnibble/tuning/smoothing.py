@@ -20,7 +20,8 @@ class Smoothing(nn.Module):
     """Factors of one site's channels.
 
     start: a at first, (channels,); (key_value * width,) where query heads share a key-value head. kept: (channels,)
-    bool, channels that stay as they are, or None. heads: None where no heads share factors. soft: whether d is learned.
+    bool, channels that stay as they are (where heads share factors, that have no slack), or None. heads: None where no
+    heads share factors. soft: whether d is learned.
     """
 
     _free: Tensor

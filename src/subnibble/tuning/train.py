@@ -54,8 +54,8 @@ class Samples:
 
     @property
     def trained(self) -> int:
-        """How many first windows are trained on; the one, if there are no others."""
-        return self.held_out.start or self.inputs.shape[0]
+        """How many first windows are trained on."""
+        return self.held_out.start
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,8 @@ def train_(
         learned = {name: value for name, value in parameters.items() if name.startswith(spaces)}
         if not learned:
             continue
+        for name, value in parameters.items():
+            value.requires_grad_(name in learned)
         optimizer = _optimizer(learned)
         total = count * math.ceil(samples.trained / _per_step(samples, effort))
         step = 0

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from subnibble.errors import BadRecipe
+from subnibble.scheme import Scheme
 
 CLIPPINGS = ("group", "none")
 SMOOTHINGS = ("soft", "hard", "none")
 LOW_RANKS = ("merge", "side", "none")
+_BRANCH_BITS = 8
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Tuning:
     clipping: str = "group"
     smoothing: str = "soft"
     low_rank: str = "merge"
-    rank: int = 128
+    rank: int = 32
     effort: str = "default"
     penalty: float = 0.01
     unsmoothed: tuple[str, ...] = ()
@@ -64,3 +66,14 @@ class Tuning:
             raise BadRecipe(f"rank is {self.rank}; give a positive number")
         if not 0 <= self.penalty < float("inf"):
             raise BadRecipe(f"penalty is {self.penalty!r}; give a number from 0 on")
+
+    def branch_scheme(self, scheme: Scheme) -> Scheme:
+        """How factors of a branch are coded, beside a weight of `scheme`."""
+        return replace(scheme, bits=_BRANCH_BITS)
+
+    def branch_bits(self, rows: int, columns: int, scheme: Scheme) -> int:
+        """Stored bits of the branch beside a weight (rows, columns) of `scheme`; 0 without branches."""
+        if self.low_rank != "side":
+            return 0
+        own, rank = self.branch_scheme(scheme), min(self.rank, rows, columns)
+        return rank * own.row_bits(columns) + rows * own.row_bits(rank)
