@@ -149,6 +149,22 @@ def test_a_coded_cache_and_a_prompt_reach_the_checkpoint_and_every_command(
         assert (code, "error:" in err) == (2, True)
 
 
+def test_effort_reaches_the_method_that_tunes(run: Run, arguments: list[object], tmp_path: Path) -> None:
+    tuned = [*arguments, "--method", "bisup", "--activation-bits", 4, "--kv-bits", 4]
+    code, _, err = run(*tuned, "--effort", "much")
+    assert code == 2
+    assert "effort is 'much'; choose one of fast, default, best" in err
+    code, _, err = run(*arguments, "--effort", "fast")
+    assert code == 2
+    assert "method gptq has no option 'effort'" in err
+    assert not (tmp_path / "out").exists()
+    code, out, err = run(*tuned, "--effort", "fast", "--system-prompt", "w5 w9")
+    assert code == 0, err
+    assert "bisup" in out
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [block["epochs"] for block in report["blocks"]] == [3, 3, 3]
+
+
 def test_plain_table_without_json(run: Run, folders: dict[str, Path], text_file: Path) -> None:
     code, out, _ = run("evaluate", folders["llama"], "--text", text_file, "--window", 32)
     assert code == 0
