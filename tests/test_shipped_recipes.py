@@ -26,7 +26,7 @@ def small(file: Path) -> Recipe:
     method = find_method(values["method"])
     if hasattr(method.options(), "rank") and options.get("rank") != 0:
         options["rank"] = 16
-    if values["method"] == "atom":
+    if "atom" in (values["method"], options.get("over")):
         options["outliers"] = 16
     if values["kv"].get("window"):
         values["kv"] = values["kv"] | {"window": 8} | ({"group_size": 4} if "group_size" in values["kv"] else {})
@@ -73,6 +73,7 @@ def test_no_two_recipes_are_the_same() -> None:
         "weight_activation/qera",
         "weight_activation_kv/atom",
         "weight_activation_kv/quarot",
+        "weight_activation_kv/bisup-atom-fast",
         "weight_activation_kv/kv-by-channel",
     ],
 )
