@@ -1,4 +1,4 @@
-"""Stabilized low-rank error compensation: D = η / sqrt(r) B A learned beside a frozen weight.
+"""Stabilized low-rank error compensation: D = B A / sqrt(r) learned beside a frozen weight.
 
 The scale 1 / sqrt(r) keeps the step that B and A make together independent of the rank (rsLoRA, arXiv 2312.03732), and
 B starts at 0, so that training starts from the weight as it is. "merge" adds D to the weight before it is rounded,
