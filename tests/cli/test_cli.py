@@ -324,7 +324,7 @@ def test_list_names_methods_and_architectures(run: Run) -> None:
     assert code == 0
     assert [method["name"] for method in json.loads(out)["methods"]] == [
         "rtn", "awq", "gptq", "gptaq", "d2quant", "d2quant-uniform", "dualfit", "smoothquant", "l2qer", "qera",
-            "quarot", "serq", "twinfit", "atom", "none",
+            "quarot", "serq", "twinfit", "atom", "omniquant", "bisup", "none",
     ]  # fmt: skip
     code, out, _ = run("list")
     assert code == 0

@@ -58,7 +58,8 @@ def behind(arguments: Mapping[str, Any], states: States | None, scheme: CacheSch
     """
     if states is None and scheme is None:
         return {**arguments}
-    return {**arguments, "past_key_values": _Past(states, scheme, arguments["position_embeddings"])}
+    # Without windows there are no arguments, and no codes either.
+    return {**arguments, "past_key_values": _Past(states, scheme, arguments.get("position_embeddings"))}
 
 
 class _Kept:
@@ -76,12 +77,14 @@ class _Kept:
 class _Past:
     """Stands for a cache that holds a prefix, gives texts back as they come out of the codes, and keeps nothing."""
 
-    def __init__(self, states: States | None, scheme: CacheScheme | None, positions: tuple[Tensor, Tensor]) -> None:
+    def __init__(
+        self, states: States | None, scheme: CacheScheme | None, positions: tuple[Tensor, Tensor] | None
+    ) -> None:
         self._states, self._scheme, self._positions = states, scheme, positions
 
     def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> States:
         """keys, values: (b, heads, tokens, width); the same behind the prefix's."""
-        if self._scheme is not None:
+        if self._scheme is not None and self._positions is not None:
             keys, values = coded_keys(keys, self._scheme, self._positions), coded_values(values, self._scheme)
         return (keys, values) if self._states is None else with_past(self._states, (keys, values))
 
