@@ -326,8 +326,8 @@ def run(source: Path, tokens: Path, out: Path, absorb: Any = absorb_, allowed: A
     """Quantize with column scales everywhere, rounded to float16 at once so that both ways see the same numbers."""
     fit = DualScale.fit
 
-    def rounded(self: DualScale, group: Tensor, scheme: Scheme, weights: Tensor | None) -> Fitted:
-        found = fit(self, group, scheme, weights)
+    def rounded(self: DualScale, group: Tensor, scheme: Scheme, weights: Tensor | None, index: int) -> Fitted:
+        found = fit(self, group, scheme, weights, index)
         assert found.columns is not None
         return replace(found, columns=found.columns.half().float())
 
