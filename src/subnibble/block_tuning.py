@@ -26,7 +26,6 @@ from subnibble.rounding import grid
 from subnibble.rounding.gptq import GPTQ
 from subnibble.rounding.rounder import Rounder, Rounding
 from subnibble.rounding.rtn import RTN
-from subnibble.scheme import Scheme
 from subnibble.stack import Branch, Observed, Stack, round_stack
 from subnibble.streams import Streams
 from subnibble.tensor import PackedRange, PackedTensor
@@ -152,8 +151,8 @@ class Tuner:
         found = {}
         for name in block.arch.linears:
             factors, scheme = tuned.branch(name), self.plan.schemes[f"{block.path}.{name}"]
-            if factors is not None and scheme is not None:
-                found[name] = _packed(factors, self.tuning.branch_scheme(scheme))
+            if factors is not None and scheme is not None and self.tuning.branch is not None:
+                found[name] = self.tuning.branch.packed(*factors, scheme)
                 tuned.set_branch_(name, *(part.dequantize() for part in found[name]))
         return found
 
@@ -227,10 +226,3 @@ def _first(batches: list[Tensor], effort: Effort) -> Tensor:
         if not missing:
             break
     return torch.cat(found)
-
-
-def _packed(factors: tuple[Tensor, Tensor], scheme: Scheme) -> Branch:
-    down, up = (
-        PackedTensor((PackedRange.pack(grid.coded(part, scheme, grid.Clip("minmax")), scheme),)) for part in factors
-    )
-    return down, up

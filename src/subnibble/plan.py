@@ -148,7 +148,8 @@ def effective_bits(steps: Steps, schemes: Mapping[str, Scheme | None], skeleton:
 
 def _extra_bits(steps: Steps, rows: int, columns: int, scheme: Scheme) -> int:
     """Bits of the terms beside a linear's weight, gathers and column scales aside."""
-    branch = 0 if steps.tuning is None else steps.tuning.branch_bits(rows, columns, scheme)
+    tuned = None if steps.tuning is None else steps.tuning.branch
+    branch = 0 if tuned is None else tuned.stored_bits(rows, columns, scheme)
     match steps.correction:
         case SalientColumns() as correction:
             return rows * correction.row_bits(scheme)

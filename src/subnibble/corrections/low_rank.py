@@ -60,9 +60,13 @@ class LowRank:
     ) -> tuple[PackedTensor, PackedTensor]:
         """Packed A (r, k) and B (m, r). error: (m, k) float32. gram: (k, k), sum of x xᵀ. sizes: (k,), mean |x|."""
         down, up = factorize(error, self.form, gram, sizes, min(self.rank, *error.shape))
+        return self.packed(down.to(error.dtype), up.to(error.dtype), weight)
+
+    def packed(self, down: Tensor, up: Tensor, weight: Scheme) -> tuple[PackedTensor, PackedTensor]:
+        """Packed A (r, k) and B (m, r), however they were found, beside a weight coded by `weight`."""
         scheme = self.scheme(weight)
         clip = grid.Clip("minmax" if scheme.bits == 8 else "mse")
-        pack = [PackedRange.pack(grid.coded(m.to(error.dtype), scheme, clip), scheme) for m in (down, up)]
+        pack = [PackedRange.pack(grid.coded(m, scheme, clip), scheme) for m in (down, up)]
         return PackedTensor((pack[0],)), PackedTensor((pack[1],))
 
 

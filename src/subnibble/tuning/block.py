@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from subnibble.cache_scheme import CacheScheme
 from subnibble.calibrate.prefix import States, with_past
+from subnibble.corrections.outliers import OutlierColumns
 from subnibble.model.site import Site
 from subnibble.model.skeleton import Block
 from subnibble.rounding import grid
@@ -25,7 +26,7 @@ from subnibble.rounding.fixed import FixedGrids
 from subnibble.rounding.levels import Fitted
 from subnibble.runtime import activations
 from subnibble.runtime.coded_text import coded_keys, coded_values
-from subnibble.scheme import WHOLE_CHANNEL, ActivationScheme, Scheme
+from subnibble.scheme import ActivationScheme, Scheme
 from subnibble.transforms.input_basis import InputBasis
 from subnibble.transforms.scale import scale_site_
 from subnibble.tuning.clipping import Clipping
@@ -193,8 +194,8 @@ class TunedBlock:
         assert low_rank is not None
         low_rank.set_(down, up)
 
-    def fix_(self, name: str, weight: Tensor | None) -> None:
-        """Let a linear run on a weight (m, k), in its basis, that was rounded elsewhere; None: on its own again."""
+    def fix_(self, name: str, weight: Tensor) -> None:
+        """Let a linear run on a weight (m, k), in its basis, that was rounded elsewhere."""
         self.linears[name].fixed = weight
 
     def _kept(self, site: Site) -> Tensor | None:
@@ -342,7 +343,7 @@ class _TunedLinear(nn.Module):
         if not self._outliers:
             return main
         rest = weight[:, -self._outliers :]
-        own = Scheme(8, WHOLE_CHANNEL, "none", self._scheme.scale_type)
+        own = OutlierColumns(self._outliers).scheme(self._scheme)
         return torch.cat([main, straight_through(rest, grid.nearest(rest.detach(), own))], 1)
 
     def _main(self, weight: Tensor) -> Tensor:

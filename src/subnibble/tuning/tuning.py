@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
+from subnibble.corrections.low_rank import LowRank
 from subnibble.errors import BadRecipe
-from subnibble.scheme import Scheme
 
 CLIPPINGS = ("group", "none")
 SMOOTHINGS = ("soft", "hard", "none")
@@ -67,13 +67,7 @@ class Tuning:
         if not 0 <= self.penalty < float("inf"):
             raise BadRecipe(f"penalty is {self.penalty!r}; give a number from 0 on")
 
-    def branch_scheme(self, scheme: Scheme) -> Scheme:
-        """How factors of a branch are coded, beside a weight of `scheme`."""
-        return replace(scheme, bits=_BRANCH_BITS)
-
-    def branch_bits(self, rows: int, columns: int, scheme: Scheme) -> int:
-        """Stored bits of the branch beside a weight (rows, columns) of `scheme`; 0 without branches."""
-        if self.low_rank != "side":
-            return 0
-        own, rank = self.branch_scheme(scheme), min(self.rank, rows, columns)
-        return rank * own.row_bits(columns) + rows * own.row_bits(rank)
+    @property
+    def branch(self) -> LowRank | None:
+        """How branches are stored, None without: as those of other methods, of 8 bits."""
+        return LowRank(self.rank, "svd", _BRANCH_BITS) if self.low_rank == "side" else None
