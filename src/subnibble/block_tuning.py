@@ -64,15 +64,15 @@ class BlockTuning:
         candidates: list[Rounder] = [RTN(grids)]
         if isinstance(rounder, GPTQ):
             candidates.append(replace(rounder, fitter=grids))
-        tried = [(round_stack(stack, weight, seen, one, correction), one) for one in candidates]
+        tried = [round_stack(stack, weight, seen, one, correction) for one in candidates]
         losses = []
-        for (_, whole, _), _ in tried:
+        for _, whole, _ in tried:
             self._fix_(stack, whole.dequantize())
             losses.append(held_out_loss(self.block, self.samples))
         best = losses.index(min(losses))
         if best > 0:
             self.kept += stack.names
-        found, self.left = tried[best][0], losses[best]
+        found, self.left = tried[best], losses[best]
         self._fix_(stack, found[1].dequantize())
         return found
 

@@ -2,9 +2,10 @@
 
 from subnibble import cache_scheme
 from subnibble.corrections import mean_shift, salient
-from subnibble.methods import d2quant, method, serq, weights
+from subnibble.methods import bisup, d2quant, method, serq, weights
 from subnibble.rounding import gptaq, grid, levels, order
 from subnibble.transforms import rotate, rotate_values, saliency
+from subnibble.tuning import tuning
 
 OPTION_CHOICES = {
     key: ", ".join(choices)
@@ -21,6 +22,11 @@ OPTION_CHOICES = {
         "rounding": weights.ROUNDINGS,
         "inputs": method.INPUTS,
         "flattening": serq.FLATTENINGS,
+        "over": tuple(bisup.BASES),
+        "clipping": tuning.CLIPPINGS,
+        "smoothing": tuning.SMOOTHINGS,
+        "low_rank": tuning.LOW_RANKS,
+        "effort": tuple(tuning.EFFORTS),
         "saliency": saliency.SCORES,
         "heads": saliency.HEAD_ORDERS,
         "residual_order": saliency.RESIDUAL_ORDERS,
