@@ -40,7 +40,7 @@ def with_data(recipe: Recipe, windows: int) -> Recipe:
     """
     from subnibble.methods import find_method
 
-    needs = find_method(recipe.method).needs_data(recipe.options)
+    needs = find_method(recipe.method).needs_data(recipe.options) or recipe.distill_steps > 0
     window = min(recipe.window, WINDOW)
     windows = windows * WINDOW // window
     return replace(recipe, num_windows=windows, window=window, dtype="bfloat16", calibration="news" if needs else None)

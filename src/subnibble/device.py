@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import psutil
 import torch
 
 from subnibble.errors import BadRecipe
@@ -35,3 +36,10 @@ def resolve_dtype(name: str, stored: torch.dtype | None, device: torch.device) -
     if name not in DTYPES:
         raise BadRecipe(f"dtype is {name!r}; choose one of {AUTO}, {', '.join(DTYPES)}")
     return DTYPES[name]
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a device, or in this machine's memory where the device does not say."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)

@@ -18,6 +18,7 @@ from subnibble.methods.method import Steps
 from subnibble.model.skeleton import Skeleton
 from subnibble.plan import check_plain, effective_bits, make_plan, packed_bytes, plan_cache, plan_rotation
 from subnibble.recipe import Recipe
+from subnibble.tuning.distillation import Distillation
 from subnibble.tuning.tuning import EFFORTS
 
 _FLOAT_BYTES = 4
@@ -62,7 +63,7 @@ def estimate(model: str | Path, recipe: Recipe) -> Estimate:
     skeleton = Skeleton(source, resolve_dtype(recipe.dtype, source.config.dtype, device), device)
     schemes = make_plan(recipe, steps, skeleton).schemes
     plan_rotation(recipe, steps, skeleton)
-    calibrated = steps.needs_data or recipe.calibration is not None
+    calibrated = steps.needs_data or recipe.calibration is not None or recipe.distillation is not None
     if calibrated:
         check_positions(recipe.window, source.config)
     tokens = recipe.num_windows * recipe.window if calibrated else 0
@@ -70,13 +71,13 @@ def estimate(model: str | Path, recipe: Recipe) -> Estimate:
         parameters=sum(numel(shape) for shape in skeleton.parameter_shapes().values()),
         file_bytes=packed_bytes(recipe, steps, schemes, skeleton),
         effective_bits=effective_bits(steps, schemes, skeleton),
-        memory_bytes=_memory(steps, skeleton, tokens),
-        seconds=_seconds(steps, skeleton, tokens, _tuned_tokens(recipe, steps)),
+        memory_bytes=_memory(steps, skeleton, tokens, recipe.distillation),
+        seconds=_seconds(steps, skeleton, tokens, _tuned_tokens(recipe, steps), recipe.distillation),
         cache_bytes=cache_bytes(source.config, plan_cache(recipe, steps, skeleton)),
     )
 
 
-def _memory(steps: Steps, skeleton: Skeleton, tokens: int) -> dict[str, int]:
+def _memory(steps: Steps, skeleton: Skeleton, tokens: int, distilled: Distillation | None) -> dict[str, int]:
     """One block, its statistics, embeddings and the activation streams, on top of what libraries and headers take."""
     item = torch.empty(0, dtype=skeleton.dtype).element_size()
     shapes = skeleton.parameter_shapes()
@@ -99,6 +100,14 @@ def _memory(steps: Steps, skeleton: Skeleton, tokens: int) -> dict[str, int]:
         "activation streams": (streams * (hidden + kept) + hidden * (steps.mean_shift is not None)) * tokens * item,
         **_tuning_memory(steps, block, hidden * tokens * item),
     }
+    most = sum(parts.values())
+    if distilled is not None:
+        # After the rest is gone: the original, the packed model's numbers, tables, and one step's logits.
+        tables = numel(shapes[f"{skeleton.arch.embedding}.weight"]) * _FLOAT_BYTES
+        logits = 4 * distilled.tokens * skeleton.config.vocab_size * _FLOAT_BYTES
+        whole = sum(numel(shape) for shape in shapes.values()) * (item + 1)
+        needed = parts["this process now"] + whole + 2 * tables + logits + _TUNED_COPIES * _FLOAT_BYTES * block
+        parts["distillation, beyond that"] = max(0, needed - most)
     return {**parts, "peak": sum(parts.values())}
 
 
@@ -116,9 +125,9 @@ def _tuned_tokens(recipe: Recipe, steps: Steps) -> int:
     return (effort.first + effort.second) * windows * tokens
 
 
-def _seconds(steps: Steps, skeleton: Skeleton, tokens: int, tuned_tokens: int) -> float:
+def _seconds(steps: Steps, skeleton: Skeleton, tokens: int, tuned_tokens: int, distilled: Distillation | None) -> float:
     """Two operations a weight and token for a forward pass, two a token and input pair for each statistic; tuning goes
-    forward, back to inputs and back to weights.
+    forward, back to inputs and back to weights; distillation forward in the original, too, and twice in the result.
     """
     speed = _product_speed(skeleton.device, skeleton.dtype)
     exact = _product_speed(skeleton.device, torch.float32)
@@ -131,6 +140,9 @@ def _seconds(steps: Steps, skeleton: Skeleton, tokens: int, tuned_tokens: int) -
     passes += steps.orders_residual + (steps.ranks == "gain")
     grams *= (2 if steps.needs_drift else 1) + steps.needs_survey
     tuning = _STEP_OVERHEAD * 3 * 2 * weights * tuned_tokens / (speed * _FORWARD_EFFICIENCY)
+    whole = sum(numel(shape) for shape in skeleton.parameter_shapes().values())
+    learned = 0 if distilled is None else distilled.steps * distilled.tokens
+    tuning += _STEP_OVERHEAD * 5 * 2 * whole * learned / (exact * _FORWARD_EFFICIENCY)
     return forward * passes + 2 * grams * tokens / exact + weights * _ROUND_SECONDS + tuning
 
 

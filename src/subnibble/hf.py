@@ -16,15 +16,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from subnibble.checkpoint.packed import (
-    PREFIX,
     QUANT_METHOD,
-    NormBiasEntry,
     PackedConfig,
-    PackedEmbeddingEntry,
-    PackedLinearEntry,
-    PrefixEntry,
-    TiedHeadEntry,
-    gather_type,
     packed_config_of,
 )
 from subnibble.checkpoint.safetensors_source import STORED_TYPES, read_header
@@ -32,16 +25,11 @@ from subnibble.checkpoint.source import Source, open_source
 from subnibble.device import resolve_device, resolve_dtype
 from subnibble.errors import CheckpointError
 from subnibble.model.arch import ARCHITECTURES
+from subnibble.model.packed import pack_modules_
 from subnibble.model.skeleton import Skeleton
 from subnibble.runtime.modules import (
-    PackedEmbedding,
-    PackedLinear,
     PackedModule,
-    PrefixStates,
-    TiedHead,
-    add_output_bias_,
 )
-from subnibble.runtime.ops import LinearTerms
 from subnibble.scheme import E8M0
 from subnibble.tensor import range_key
 
@@ -76,14 +64,7 @@ class SubnibbleQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         dtype = kwargs.get("dtype") or model.config.dtype or torch.get_default_dtype()
-        modules = self.quantization_config.packed.modules
-        # A tied head needs its table's module, whatever the order of the JSON.
-        for path, entry in sorted(modules.items(), key=lambda item: isinstance(item[1], TiedHeadEntry)):
-            try:
-                module = model.get_submodule(path)
-            except AttributeError as error:
-                raise CheckpointError(f"quantization_config packs {path}, which this model does not have") from error
-            replace_module(model, path, module, entry, dtype)
+        pack_modules_(model, self.quantization_config.packed, dtype)
         if files := kwargs.get("checkpoint_files"):
             _verify(model, [Path(file) for file in files])
 
@@ -106,54 +87,6 @@ class SubnibbleQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Packed codes have no gradient."""
         return False
-
-
-def replace_module(model: Any, path: str, module: nn.Module, entry: Any, dtype: torch.dtype) -> None:
-    """Put the packed form of `entry` in place of `module`, on the meta device."""
-    if isinstance(entry, PackedLinearEntry | PackedEmbeddingEntry):
-        asked = (entry.layout.rows, entry.layout.columns)
-        found = tuple(getattr(module, "weight", torch.empty(0)).shape)
-        if asked != found:
-            raise CheckpointError(
-                f"quantization_config packs {path} as {asked[0]} x {asked[1]}, where the model has {found}; "
-                "config.json does not belong to these weights"
-            )
-    match entry:
-        case PackedLinearEntry():
-            model.set_submodule(path, PackedLinear(_empty_terms(entry, dtype)))
-        case PackedEmbeddingEntry(layout):
-            model.set_submodule(path, PackedEmbedding(layout.empty(), dtype))
-        case TiedHeadEntry(table):
-            embedding = model.get_submodule(table)
-            if not isinstance(embedding, PackedEmbedding):
-                raise CheckpointError(f"quantization_config ties {path} to {table}, which it does not pack")
-            model.set_submodule(path, TiedHead(embedding))
-            # There is no `weight` left to tie.
-            model.all_tied_weights_keys = {
-                target: origin for target, origin in model.all_tied_weights_keys.items() if target != f"{path}.weight"
-            }
-            model._tied_weights_keys = None
-        case NormBiasEntry(rows):
-            add_output_bias_(module, torch.empty(rows, dtype=dtype, device="meta"))
-        case PrefixEntry(heads, tokens, width):
-            empty = torch.empty(heads, tokens, width, dtype=torch.float16, device="meta")
-            module.add_module(PREFIX, PrefixStates(empty, torch.empty_like(empty), persistent=True))
-
-
-def _empty_terms(entry: PackedLinearEntry, dtype: torch.dtype) -> LinearTerms:
-    """Storage of the right shapes and types, on the meta device. dtype: of the bias."""
-    columns = entry.layout.columns
-    return LinearTerms(
-        weight=entry.layout.empty(),
-        bias=torch.empty(entry.layout.rows, dtype=dtype, device="meta") if entry.bias else None,
-        column_scale=torch.empty(columns, dtype=torch.float16, device="meta") if entry.column_scale else None,
-        gather=torch.empty(columns, dtype=gather_type(columns), device="meta") if entry.gather else None,
-        blocks=entry.blocks,
-        activation=entry.activation,
-        salient=None if entry.salient is None else entry.salient.empty(),
-        residual=entry.residual,
-        low_rank=None if entry.low_rank is None else (entry.low_rank[0].empty(), entry.low_rank[1].empty()),
-    )
 
 
 def _verify(model: Any, files: list[Path]) -> None:

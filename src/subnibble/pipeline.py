@@ -42,6 +42,7 @@ from subnibble.checkpoint.packed import (
     PackedLinearEntry,
     TiedHeadEntry,
 )
+from subnibble.checkpoint.safetensors_source import SafetensorsSource
 from subnibble.checkpoint.size import measure, weights_hash
 from subnibble.checkpoint.source import Source, open_source
 from subnibble.checkpoint.writer import CheckpointWriter, check_output
@@ -49,6 +50,7 @@ from subnibble.corrections.mean_shift import ordinary_tokens
 from subnibble.corrections.ranks import Gains, allocate, gains_of
 from subnibble.corrections.salient import SalientColumns
 from subnibble.device import resolve_device, resolve_dtype
+from subnibble.distill import distill
 from subnibble.errors import BadRecipe, OutputError
 from subnibble.filled_in import filled_in
 from subnibble.methods import find_method
@@ -59,7 +61,7 @@ from subnibble.plan import Plan, check_plain, make_plan, packed_bytes, plan_cach
 from subnibble.progress import Progress, silent
 from subnibble.prompt import AUTO, prefix_ids, sink_prefix
 from subnibble.recipe import Recipe
-from subnibble.report import BlockReport, LinearReport, Report
+from subnibble.report import BlockReport, DistillReport, LinearReport, Report
 from subnibble.report.clock import Clock, peak_memory
 from subnibble.rounding.table import as_stored, pack_table
 from subnibble.runtime import ops
@@ -96,7 +98,7 @@ def quantize(
     method = find_method(recipe.method)
     options = method.configure(recipe.options)
     steps = method.build(options)
-    if recipe.calibration is None and steps.needs_data:
+    if recipe.calibration is None and (steps.needs_data or recipe.distillation is not None):
         recipe = replace(recipe, calibration="c4")
     source = open_source(model)
     if source.path.resolve() == final.resolve():
@@ -218,7 +220,7 @@ class _Run:
             writer.write_shard(outer)
             self._write_config(writer)
         progress(total, total, "written")
-        return self._report(writer)
+        return self._report(writer, self._distill(writer, progress))
 
     @property
     def _corrects_norms(self) -> bool:
@@ -373,17 +375,41 @@ class _Run:
                 return as_stored(own)
         return as_stored(tensor) if tensor.dtype == torch.float32 else tensor
 
+    def _distill(self, writer: CheckpointWriter, progress: Progress) -> DistillReport | None:
+        """Tune what was written as a whole, if the recipe asks."""
+        settings, skeleton, config = self.recipe.distillation, self.skeleton, self._packed
+        if settings is None or self.windows is None:
+            return None
+        with self.clock.step("distill"):
+            written = SafetensorsSource(writer.folder)
+            found = distill(
+                skeleton.source, written, config, settings, self.windows, skeleton.dtype, skeleton.device,
+                self.recipe.seed, progress,
+            )  # fmt: skip
+        with self.clock.step("write"):
+            writer.rewrite(found.tensors)
+            self.modules = dict(found.config.modules)
+            self._write_model_config(writer)
+        return found.report
+
+    @property
+    def _packed(self) -> PackedConfig:
+        return PackedConfig(self.modules, self.cache, self.prefix)
+
     def _write_config(self, writer: CheckpointWriter) -> None:
-        config = self.skeleton.config.to_diff_dict()
-        config["tie_word_embeddings"] = self.head_is_tied
-        config["quantization_config"] = PackedConfig(self.modules, self.cache, self.prefix).to_dict()
-        config["dtype"] = str(self.skeleton.source.config.dtype or self.skeleton.dtype).removeprefix("torch.")
-        config.pop("_name_or_path", None)
-        writer.write_json("config.json", config)
+        self._write_model_config(writer)
         writer.write_text("recipe.toml", self.recipe.to_toml())
         writer.finish_weights()
 
-    def _report(self, writer: CheckpointWriter) -> Report:
+    def _write_model_config(self, writer: CheckpointWriter) -> None:
+        config = self.skeleton.config.to_diff_dict()
+        config["tie_word_embeddings"] = self.head_is_tied
+        config["quantization_config"] = self._packed.to_dict()
+        config["dtype"] = str(self.skeleton.source.config.dtype or self.skeleton.dtype).removeprefix("torch.")
+        config.pop("_name_or_path", None)
+        writer.write_json("config.json", config)
+
+    def _report(self, writer: CheckpointWriter, distilled: DistillReport | None) -> Report:
         report = Report(
             model=str(self.skeleton.source.path),
             method=self.recipe.method,
@@ -396,6 +422,7 @@ class _Run:
             peak_memory=peak_memory(),
             weights_sha256=weights_hash(writer.folder),
             blocks=tuple(self.blocks),
+            distilled=distilled,
         )
         writer.write_json("report.json", report.to_dict())
         return report

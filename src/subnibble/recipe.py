@@ -15,6 +15,7 @@ from subnibble.cache_scheme import PLAIN_CACHE, CacheScheme
 from subnibble.device import AUTO, DTYPES
 from subnibble.errors import BadRecipe
 from subnibble.scheme import E8M0, ActivationScheme, Scheme
+from subnibble.tuning.distillation import Distillation
 
 EMBEDDING_BITS = (16, 8, 4)
 _OVERRIDE_KEYS = ("bits", "group_size", "grid", "zero_point", "activation_bits", "skip")
@@ -35,7 +36,9 @@ class Recipe:
     file of text, whose keys and values are computed by the unquantized model and stay at 16 bits; or "default", the
     system turn of the chat template, or "bos", or "auto", the model's own sink tokens; see `prompt.py`.
     calibration: a file or a named set; None takes "c4" if the method needs data. num_windows, window: how many windows
-    of how many tokens. seed: draws the windows and a rotation's signs. device: where to compute, a torch device or
+    of how many tokens. distill_steps: how many steps the packed model is tuned as a whole for, towards the original's
+    predictions, with the other settings of `Distillation` in the table distill. seed: draws the windows, their order
+    there, and a rotation's signs. device: where to compute, a torch device or
     "auto". dtype: of activations and weights while computing, see `device.py`. options: the method's own. overrides:
     patterns of linears ("re:..." a regular expression matched from the start, else an exact path) to bits, group_size,
     grid, zero_point, activation_bits or skip; the first that matches holds.
@@ -58,6 +61,8 @@ class Recipe:
     calibration: str | None = None
     num_windows: int = 128
     window: int = 2048
+    distill_steps: int = 0
+    distill: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
     device: str = "auto"
     dtype: str = "auto"
@@ -77,7 +82,7 @@ class Recipe:
             raise BadRecipe(f"seed is {self.seed}; give a whole number from 0 to 2**63 - 1")
         if self.dtype not in (AUTO, *DTYPES):
             raise BadRecipe(f"dtype is {self.dtype!r}; choose one of {AUTO}, {', '.join(DTYPES)}")
-        _ = self.embedding_scheme, self.activation, self.cache_scheme()
+        _ = self.embedding_scheme, self.activation, self.cache_scheme(), self.distillation
         for pattern, values in self.overrides.items():
             _check_override(self, pattern, values)
 
@@ -103,6 +108,17 @@ class Recipe:
                 raise BadRecipe(f"kv.{next(iter(self.kv))} is set and kv_bits is 16; set kv_bits to 8, 4, 3 or 2")
             return None
         return CacheScheme.from_dict({**prefers(self.kv_bits), **self.kv, "bits": self.kv_bits})
+
+    @property
+    def distillation(self) -> Distillation | None:
+        """How the packed model is tuned as a whole, None for not at all."""
+        if "steps" in self.distill:
+            raise BadRecipe("the table distill has no steps; set distill_steps")
+        if self.distill_steps == 0:
+            if self.distill:
+                raise BadRecipe(f"distill.{next(iter(self.distill))} is set and distill_steps is 0; set distill_steps")
+            return None
+        return Distillation.from_dict({**self.distill, "steps": self.distill_steps})
 
     @property
     def embedding_scheme(self) -> Scheme | None:
@@ -201,6 +217,7 @@ def _check_types(recipe: Recipe) -> None:
         "embedding_bits": int, "activation_bits": int, "activation_group_size": (int, type(None)),
         "activation_zero_point": str, "activation_clip": (float, int), "kv_bits": int, "kv": Mapping,
         "system_prompt": (str, type(None)), "calibration": (str, type(None)), "num_windows": int, "window": int,
+        "distill_steps": int, "distill": Mapping,
         "seed": int, "device": str, "dtype": str, "options": Mapping, "overrides": Mapping,
     }  # fmt: skip
     for key, kind in wanted.items():

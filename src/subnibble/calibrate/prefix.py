@@ -21,14 +21,14 @@ States = tuple[Tensor, Tensor]
 
 
 class PrefixStream:
-    """Hidden states (1, tokens, channels) float32 between two blocks. hidden: the embedded prefix."""
+    """Hidden states (1, tokens, channels) between two blocks. hidden: the embedded prefix. dtype: of the blocks."""
 
-    def __init__(self, skeleton: Skeleton, hidden: Tensor) -> None:
-        self._hidden = hidden.float()
-        self._arguments = skeleton.block_arguments(hidden.shape[1], torch.float32)
+    def __init__(self, skeleton: Skeleton, hidden: Tensor, dtype: torch.dtype = torch.float32) -> None:
+        self._hidden = hidden.to(dtype)
+        self._arguments = skeleton.block_arguments(hidden.shape[1], dtype)
 
     def states(self, block: Block) -> States:
-        """What a block, in float32, makes of the prefix."""
+        """What a block makes of the prefix."""
         return self._run(block)[0]
 
     def advance(self, block: Block) -> States:

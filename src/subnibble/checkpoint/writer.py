@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from subnibble.checkpoint.packed import QUANT_METHOD
@@ -59,6 +59,21 @@ class CheckpointWriter:
         self._written += 1
         name = SINGLE if self._shards == 1 else f"model-{self._written:05d}-of-{self._shards:05d}.safetensors"
         plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+        self._save(name, plain)
+        self._weight_map.update(dict.fromkeys(plain, name))
+        self._bytes += sum(tensor.nbytes for tensor in plain.values())
+
+    def rewrite(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put other numbers into tensors that were written, in their stored types; a shape that differs is an error."""
+        for name in sorted({self._weight_map[key] for key in tensors}):
+            held = load_file(self.folder / name)
+            for key in held.keys() & tensors.keys():
+                if held[key].shape != tensors[key].shape:
+                    raise ValueError(f"{key} was written as {held[key].shape} and is {tensors[key].shape} now")
+                held[key] = tensors[key].detach().to("cpu", held[key].dtype).contiguous()
+            self._save(name, held)
+
+    def _save(self, name: str, plain: dict[str, Tensor]) -> None:
         part = self.folder / f"{name}.part"
         try:
             save_file(plain, part, metadata={"format": "pt"})
@@ -70,8 +85,6 @@ class CheckpointWriter:
         # safetensors makes its files private; the checkpoint is for whoever may read the folder.
         part.chmod(self.folder.stat().st_mode & 0o666)
         part.replace(self.folder / name)
-        self._weight_map.update(dict.fromkeys(plain, name))
-        self._bytes += sum(tensor.nbytes for tensor in plain.values())
 
     def write_json(self, name: str, content: Any) -> None:
         """Write a JSON file into the folder."""

@@ -100,7 +100,7 @@ def list_(json: o.Json = False) -> None:
     from dataclasses import asdict
 
     from subnibble.methods import METHODS
-    from subnibble.methods.choices import KV_CHOICES, OPTION_CHOICES
+    from subnibble.methods.choices import DISTILL_CHOICES, KV_CHOICES, OPTION_CHOICES
     from subnibble.model.arch import ARCHITECTURES
     from subnibble.scheme import ACTIVATION_BITS, BITS, GRIDS, SCALE_TYPES, ZERO_POINTS
 
@@ -116,6 +116,7 @@ def list_(json: o.Json = False) -> None:
             "activation_bits": list(ACTIVATION_BITS),
             "kv_bits": list(BITS),
             "kv_options": KV_CHOICES,
+            "distill_options": DISTILL_CHOICES,
             "grids": list(GRIDS),
             "zero_points": list(ZERO_POINTS),
             "scale_types": list(SCALE_TYPES),
@@ -136,6 +137,7 @@ def list_(json: o.Json = False) -> None:
         ("activation bits", ", ".join(map(str, (*ACTIVATION_BITS, 16)))),
         ("KV cache bits", ", ".join(map(str, (*BITS, 16)))),
         *[(f"--kv-option {key}", choices) for key, choices in KV_CHOICES.items()],
+        *[(f"--distill-option {key}", choices) for key, choices in DISTILL_CHOICES.items()],
         ("group size", "any, ragged last group; -1 for the whole row"),
         ("grids", ", ".join(GRIDS)),
         ("zero-points", ", ".join(ZERO_POINTS)),

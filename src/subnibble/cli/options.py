@@ -54,6 +54,14 @@ Calibration = Annotated[
 ]
 NumWindows = Annotated[int | None, typer.Option(help="Calibration windows. Default 128.")]
 Window = Annotated[int | None, typer.Option(help="Tokens of a window. Default 2048.")]
+DistillSteps = Annotated[
+    int | None,
+    typer.Option(help="Steps in which the packed model is tuned as a whole towards the original. Default 0."),
+]
+DistillOptions = Annotated[
+    list[str] | None,
+    typer.Option("--distill-option", help="A setting of that, KEY=VALUE, see `subnibble list`; may be repeated."),
+]
 Grid = Annotated[str | None, typer.Option(help="uniform, sign (a scale a bit) or mxfp4. Default: the method's.")]
 ZeroPoint = Annotated[str | None, typer.Option(help="none, integer or real, of uniform grids. Default: the method's.")]
 Seed = Annotated[int | None, typer.Option(help="Draws the windows and a rotation's signs. Default 0.")]
@@ -70,7 +78,11 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else 
 
 
 def build_recipe(
-    path: Path | None, options: list[str] | None, kv_options: list[str] | None = None, **given: Any
+    path: Path | None,
+    options: list[str] | None,
+    kv_options: list[str] | None = None,
+    distill_options: list[str] | None = None,
+    **given: Any,
 ) -> Recipe:
     """The recipe of a file, or the default one, with what the command line gives going over it."""
     from subnibble.recipe import Recipe
@@ -81,6 +93,8 @@ def build_recipe(
     kept = {} if changed else dict(recipe.options)
     values["options"] = kept | dict(_parse_option(option) for option in options or [])
     values["kv"] = {**recipe.kv, **kv_settings(kv_options)}
+    learned = (_parse_option(option, "--distill-option", "rate=0.02") for option in distill_options or [])
+    values["distill"] = {**recipe.distill, **dict(learned)}
     return Recipe.from_dict(values)
 
 

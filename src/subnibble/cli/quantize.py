@@ -28,6 +28,8 @@ def quantize(
     calibration: o.Calibration = None,
     num_windows: o.NumWindows = None,
     window: o.Window = None,
+    distill_steps: o.DistillSteps = None,
+    distill_option: o.DistillOptions = None,
     seed: o.Seed = None,
     recipe: o.RecipeFile = None,
     option: o.MethodOptions = None,
@@ -38,10 +40,12 @@ def quantize(
 ) -> None:
     """Quantize MODEL into the folder OUT."""
     wanted = o.build_recipe(
-        recipe, o.with_effort(option, effort), kv_option, method=method, bits=bits, group_size=group_size, grid=grid,
-        zero_point=zero_point, embedding_bits=embedding_bits, activation_bits=activation_bits,
+        recipe, o.with_effort(option, effort), kv_option, distill_option, method=method, bits=bits,
+        group_size=group_size, grid=grid, zero_point=zero_point, embedding_bits=embedding_bits,
+        activation_bits=activation_bits,
         activation_group_size=activation_group_size, kv_bits=kv_bits, system_prompt=system_prompt,
-        calibration=calibration, num_windows=num_windows, window=window, seed=seed, device=device, dtype=dtype,
+        calibration=calibration, num_windows=num_windows, window=window, distill_steps=distill_steps, seed=seed,
+        device=device, dtype=dtype,
     )  # fmt: skip
     from subnibble.pipeline import quantize as run
 
@@ -58,6 +62,12 @@ def quantize(
     )
     if wanted.system_prompt is not None:
         typer.echo(f"system prompt of {report.prefix_tokens} tokens at 16 bits")
+    if report.distilled is not None:
+        found = report.distilled
+        typer.echo(
+            f"distilled in {found.steps} steps: KL from the original {found.before:.3f} before, {found.after:.3f} "
+            "after, on held-out text"
+        )
     if not report.linears:
         return
     worst = sorted(report.linears, key=lambda linear: -(linear.output_error or linear.weight_error))[:3]
@@ -81,6 +91,8 @@ def estimate(
     calibration: o.Calibration = None,
     num_windows: o.NumWindows = None,
     window: o.Window = None,
+    distill_steps: o.DistillSteps = None,
+    distill_option: o.DistillOptions = None,
     recipe: o.RecipeFile = None,
     option: o.MethodOptions = None,
     effort: o.Effort = None,
@@ -90,10 +102,12 @@ def estimate(
 ) -> None:
     """Estimate size, memory and time of a quantization before any weight is read."""
     wanted = o.build_recipe(
-        recipe, o.with_effort(option, effort), kv_option, method=method, bits=bits, group_size=group_size, grid=grid,
-        zero_point=zero_point, embedding_bits=embedding_bits, activation_bits=activation_bits,
+        recipe, o.with_effort(option, effort), kv_option, distill_option, method=method, bits=bits,
+        group_size=group_size, grid=grid, zero_point=zero_point, embedding_bits=embedding_bits,
+        activation_bits=activation_bits,
         activation_group_size=activation_group_size, kv_bits=kv_bits,
-        calibration=calibration, num_windows=num_windows, window=window, device=device, dtype=dtype,
+        calibration=calibration, num_windows=num_windows, window=window, distill_steps=distill_steps,
+        device=device, dtype=dtype,
     )  # fmt: skip
     from subnibble.estimate import estimate as run
 

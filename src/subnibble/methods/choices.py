@@ -44,3 +44,11 @@ KV_CHOICES = {
     "window": "last tokens at 16 bits",
     "clip": "share of the range that is kept",
 }
+# Of the tuning of the packed model as a whole, see `Distillation`.
+DISTILL_CHOICES = {
+    "tokens": "calibration tokens of a step",
+    "rate": "largest step, as a share of what is changed",
+    "scales": "true, false: scales of weights are learned",
+    "norms": "true, false: gains of norms are",
+    "clips": "true, false: clips of quantized inputs are",
+}

@@ -67,7 +67,7 @@ class LinearTerms:
 
 def linear(x: Tensor, terms: LinearTerms) -> Tensor:
     """Apply a linear. x: (..., k). Result (..., m), x's dtype; see `LinearTerms`."""
-    entered = _enter(x, terms)
+    entered = enter(x, terms)
     if terms.activation is None:
         y = torch.nn.functional.linear(entered, dense(terms).to(x.dtype), terms.bias)
         if terms.low_rank is not None:
@@ -87,7 +87,7 @@ def embedding(ids: Tensor, weight: PackedTensor, dtype: torch.dtype) -> Tensor:
     return weight.rows(ids.reshape(-1)).dequantize(dtype).view(*ids.shape, weight.shape[1])
 
 
-def _enter(x: Tensor, terms: LinearTerms) -> Tensor:
+def enter(x: Tensor, terms: LinearTerms) -> Tensor:
     """Column scale, gather, Hadamard transform; computed in float32 or better and rounded to x's type once."""
     if terms.column_scale is None and terms.gather is None and not terms.blocks:
         return x

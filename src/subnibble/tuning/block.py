@@ -26,11 +26,11 @@ from subnibble.rounding.fixed import FixedGrids
 from subnibble.rounding.levels import Fitted
 from subnibble.runtime import activations
 from subnibble.runtime.coded_text import coded_keys, coded_values
+from subnibble.runtime.straight_through import straight_through
 from subnibble.scheme import ActivationScheme, Scheme
 from subnibble.transforms.input_basis import InputBasis
 from subnibble.transforms.scale import scale_site_
 from subnibble.tuning.clipping import Clipping
-from subnibble.tuning.fake_quant import straight_through
 from subnibble.tuning.low_rank import Compensation
 from subnibble.tuning.smoothing import Smoothing
 from subnibble.tuning.tuning import Tuning
@@ -221,8 +221,7 @@ class TunedBlock:
         # Norms of queries and keys (Qwen3) give float32; attention takes one type.
         values = values.to(keys.dtype)
         if cache is not None:
-            keys = straight_through(keys, coded_keys(keys.detach(), cache, positions))
-            values = straight_through(values, coded_values(values.detach(), cache))
+            keys, values = coded_keys(keys, cache, positions), coded_values(values, cache)
         return (keys, values) if prefix is None else with_past(prefix, (keys, values))
 
 

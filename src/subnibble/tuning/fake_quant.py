@@ -13,16 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from subnibble.runtime.straight_through import straight_through
+
 
 def fake_quantize(weight: Tensor, scale: Tensor, zero: Tensor, levels: int) -> Tensor:
     """What `weight` becomes on grids of so many levels. scale, zero: broadcast against it along its last dimension."""
     found: Tensor = _FakeQuantize.apply(weight, scale, zero, levels)  # type: ignore[no-untyped-call]
-    return found
-
-
-def straight_through(x: Tensor, seen: Tensor) -> Tensor:
-    """`seen`, whose gradient goes to x as it is."""
-    found: Tensor = _StraightThrough.apply(x, seen)  # type: ignore[no-untyped-call]
     return found
 
 
@@ -52,13 +48,3 @@ class _FakeQuantize(torch.autograd.Function):
         to_scale = (grad * (codes - zero) - to_weight * place).sum(-1, keepdim=True)
         to_zero = ((to_weight - grad) * scale).sum(-1, keepdim=True)
         return to_weight, to_scale, to_zero, None
-
-
-class _StraightThrough(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, seen: Tensor) -> Tensor:
-        return seen.to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0], None

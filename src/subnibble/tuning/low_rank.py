@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from subnibble.runtime import activations
+from subnibble.runtime.straight_through import straight_through
 from subnibble.scheme import ActivationScheme
-from subnibble.tuning.fake_quant import straight_through
 
 
 class Compensation(nn.Module):

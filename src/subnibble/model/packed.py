@@ -1,0 +1,106 @@
+"""Modules of a packed checkpoint put into an empty model, by what its `quantization_config` says of each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from subnibble.checkpoint.packed import (
+    PREFIX,
+    NormBiasEntry,
+    PackedConfig,
+    PackedEmbeddingEntry,
+    PackedLinearEntry,
+    PrefixEntry,
+    TiedHeadEntry,
+    gather_type,
+)
+from subnibble.checkpoint.safetensors_source import SafetensorsSource
+from subnibble.errors import CheckpointError
+from subnibble.runtime.modules import (
+    PackedEmbedding,
+    PackedLinear,
+    PrefixStates,
+    StoredModule,
+    TiedHead,
+    add_output_bias_,
+)
+from subnibble.runtime.ops import LinearTerms
+
+
+def pack_modules_(model: Any, packed: PackedConfig, dtype: torch.dtype) -> None:
+    """Put all packed modules into an empty transformers model, on the meta device. dtype: of what comes out of them."""
+    # A tied head needs its table's module, whatever the order of the JSON.
+    for path, entry in sorted(packed.modules.items(), key=lambda item: isinstance(item[1], TiedHeadEntry)):
+        try:
+            module = model.get_submodule(path)
+        except AttributeError as error:
+            raise CheckpointError(f"quantization_config packs {path}, which this model does not have") from error
+        replace_module(model, path, module, entry, dtype)
+
+
+def fill_(model: Any, source: SafetensorsSource, dtype: torch.dtype, device: torch.device) -> None:
+    """Fill an empty model with a packed checkpoint's tensors: packed ones as stored, the others in `dtype`."""
+    stored = set(source.names())
+    for path, module in model.named_modules():
+        for name, held in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            # A head that is tied has no tensor of its own.
+            if held.device.type != "meta" or f"{path}.{name}" not in stored:
+                continue
+            found = source.load_raw(f"{path}.{name}").to(device)
+            if isinstance(held, nn.Parameter):
+                setattr(module, name, nn.Parameter(found.to(dtype), requires_grad=False))
+            else:
+                setattr(module, name, found if isinstance(module, StoredModule) else found.to(dtype))
+    if source.config.tie_word_embeddings:
+        model.tie_weights()
+
+
+def replace_module(model: Any, path: str, module: nn.Module, entry: Any, dtype: torch.dtype) -> None:
+    """Put the packed form of `entry` in place of `module`, on the meta device."""
+    if isinstance(entry, PackedLinearEntry | PackedEmbeddingEntry):
+        asked = (entry.layout.rows, entry.layout.columns)
+        found = tuple(getattr(module, "weight", torch.empty(0)).shape)
+        if asked != found:
+            raise CheckpointError(
+                f"quantization_config packs {path} as {asked[0]} x {asked[1]}, where the model has {found}; "
+                "config.json does not belong to these weights"
+            )
+    match entry:
+        case PackedLinearEntry():
+            model.set_submodule(path, PackedLinear(_empty_terms(entry, dtype)))
+        case PackedEmbeddingEntry(layout):
+            model.set_submodule(path, PackedEmbedding(layout.empty(), dtype))
+        case TiedHeadEntry(table):
+            embedding = model.get_submodule(table)
+            if not isinstance(embedding, PackedEmbedding):
+                raise CheckpointError(f"quantization_config ties {path} to {table}, which it does not pack")
+            model.set_submodule(path, TiedHead(embedding))
+            # There is no `weight` left to tie.
+            model.all_tied_weights_keys = {
+                target: origin for target, origin in model.all_tied_weights_keys.items() if target != f"{path}.weight"
+            }
+            model._tied_weights_keys = None
+        case NormBiasEntry(rows):
+            add_output_bias_(module, torch.empty(rows, dtype=dtype, device="meta"))
+        case PrefixEntry(heads, tokens, width):
+            empty = torch.empty(heads, tokens, width, dtype=torch.float16, device="meta")
+            module.add_module(PREFIX, PrefixStates(empty, torch.empty_like(empty), persistent=True))
+
+
+def _empty_terms(entry: PackedLinearEntry, dtype: torch.dtype) -> LinearTerms:
+    """Storage of the right shapes and types, on the meta device. dtype: of the bias."""
+    columns = entry.layout.columns
+    return LinearTerms(
+        weight=entry.layout.empty(),
+        bias=torch.empty(entry.layout.rows, dtype=dtype, device="meta") if entry.bias else None,
+        column_scale=torch.empty(columns, dtype=torch.float16, device="meta") if entry.column_scale else None,
+        gather=torch.empty(columns, dtype=gather_type(columns), device="meta") if entry.gather else None,
+        blocks=entry.blocks,
+        activation=entry.activation,
+        salient=None if entry.salient is None else entry.salient.empty(),
+        residual=entry.residual,
+        low_rank=None if entry.low_rank is None else (entry.low_rank[0].empty(), entry.low_rank[1].empty()),
+    )

@@ -1,0 +1,49 @@
+"""How a packed model is tuned as a whole, towards the original's predictions (`distill.py`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+from subnibble.errors import BadRecipe
+from subnibble.scheme import known_fields
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """What is learned of a packed model whose codes stay as they are, and for how long.
+
+    steps: of the optimizer. tokens: of calibration text in each step. rate: largest change of a number in one step,
+    about, as a share of it. scales: those of weights are learned. norms: gains of norms are. clips: shares of inputs'
+    ranges that are kept are, one a site; where inputs are not quantized there is none.
+    """
+
+    steps: int
+    tokens: int = 512
+    rate: float = 0.02
+    scales: bool = True
+    norms: bool = True
+    clips: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "tokens"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise BadRecipe(f"distill {name} is {value!r}; give a positive whole number")
+        if isinstance(self.rate, bool) or not isinstance(self.rate, float | int) or not 0 < self.rate < 1:
+            raise BadRecipe(f"distill rate is {self.rate!r}; give a number between 0 and 1")
+        for name in ("scales", "norms", "clips"):
+            if not isinstance(getattr(self, name), bool):
+                raise BadRecipe(f"distill {name} is {getattr(self, name)!r}; give true or false")
+        if not (self.scales or self.norms or self.clips):
+            raise BadRecipe("there is nothing to distill into: scales, norms and clips are all false")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dictionary, the inverse of `from_dict`."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Build from a dictionary; an unknown key is an error."""
+        return cls(**known_fields(cls, values, "unknown key {} of distill"))
