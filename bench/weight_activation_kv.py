@@ -51,8 +51,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 PROMPTS = ("none", "bos", "default", "auto", "default-late", "default-coded")
 # Arms at W3A3KV3 that show what each part of tuning gives.
-TUNED = tuple(arm for arm in ALL if arm.startswith(("bisup", "omniquant")))
-SHOWN = ("bisup-atom-fast", "bisup-quarot-fast", "omniquant-fast")
+TUNED = tuple(arm for arm in ALL if arm.startswith(("bisup", "omniquant")) or arm.endswith("-distilled"))
+SHOWN = (
+    "quarot-distilled", "atom-distilled", "bisup-quarot-fast-distilled", "bisup-atom-fast-distilled",
+    "bisup-atom-fast", "bisup-quarot-fast", "omniquant-fast",
+)  # fmt: skip
 PLAIN = tuple(arm for arm in ALL if arm not in TUNED)
 
 

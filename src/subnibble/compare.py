@@ -116,7 +116,8 @@ def recipe_name(recipe: Recipe) -> str:
     steps = find_method(recipe.method)
     cache = recipe.cache_scheme(steps.build(steps.configure(recipe.options)).cache)
     cached = "" if cache is None else f"-{cache.name}"
-    return f"{recipe.method}-{recipe.scheme.name}{inputs}{cached}{options}"
+    distilled = f"-distilled{recipe.distill_steps}" if recipe.distill_steps else ""
+    return f"{recipe.method}-{recipe.scheme.name}{inputs}{cached}{options}{distilled}"
 
 
 @contextmanager

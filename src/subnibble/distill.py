@@ -30,7 +30,7 @@ from subnibble.checkpoint.packed import PREFIX, PackedConfig, PackedLinearEntry
 from subnibble.checkpoint.safetensors_source import SafetensorsSource
 from subnibble.checkpoint.source import Source
 from subnibble.device import free_memory
-from subnibble.errors import CalibrationError, NumericalFailure
+from subnibble.errors import NumericalFailure
 from subnibble.model.packed import fill_, pack_modules_
 from subnibble.model.site import Arch, Heads
 from subnibble.model.skeleton import Block, Skeleton
@@ -95,14 +95,8 @@ class _Samples:
     @classmethod
     def of(cls, windows: Tensor, settings: Distillation) -> _Samples:
         """Windows longer than a step are cut into several."""
-        length = min(settings.tokens, windows.shape[1])
-        pieces = windows[:, : windows.shape[1] // length * length].reshape(-1, length)
-        count = pieces.shape[0]
-        if count < 2:
-            raise CalibrationError(
-                f"distillation holds some text out and there is one window of {windows.shape[1]} tokens; use more "
-                "windows, or fewer tokens a step (distill.tokens)"
-            )
+        count, length = settings.pieces(*windows.shape)
+        pieces = windows[:, : windows.shape[1] // length * length].reshape(count, length)
         held = max(1, min(count // _HELD_OUT, _HELD_OUT_TOKENS // length))
         return cls(pieces[: count - held], pieces[count - held :], max(1, settings.tokens // length))
 
@@ -186,7 +180,7 @@ def _states(skeleton: Skeleton, model: Any, prefix: PrefixIds) -> Iterator[State
 
 
 class _Student:
-    """The packed model with what is learned of it. parameters: (space, name, parameter, unit), unit: a step of 1."""
+    """The packed model with what is learned of it. spaces: parameters, each with what a share of 1 is of it."""
 
     def __init__(self, model: _Model, config: PackedConfig, settings: Distillation, device: torch.device) -> None:
         self._model, self._config, self._device = model, config, device
@@ -259,7 +253,6 @@ class _Student:
         return replace(self._config, modules=modules)
 
     def _spaces(self) -> dict[str, list[tuple[nn.Parameter, float]]]:
-        """What is learned, each with what a share of it is."""
         scales = [(part, 1.0) for linear in self._linears.values() for part in linear.parameters()]
         norms = [(gain, float(gain.detach().abs().mean())) for gain in self._norms.values()]
         clips = [(entrance.share, 1.0) for entrance in self._entrances]
@@ -324,8 +317,7 @@ class _Training:
     def run(self, progress: Progress) -> None:
         """Train in place."""
         steps = self.settings.steps
-        wanted = [self.teacher.log_shares(ids) for ids in self._held_out()]
-        self.before = self.best = self._look(wanted)
+        self.before = self.best = self._look()
         if not math.isfinite(self.before):
             raise NumericalFailure(
                 "what the packed model says is not finite, so it cannot be distilled; use more bits, or leave "
@@ -343,7 +335,7 @@ class _Training:
                 self.rollbacks += 1
                 self._restore()
             elif look:
-                seen = self._look(wanted)
+                seen = self._look()
                 if seen < self.best:
                     self.best = seen
                     self._keep()
@@ -354,18 +346,16 @@ class _Training:
         """What the report says of it."""
         return DistillReport(self.before, self.best, self.settings.steps, self.rollbacks)
 
-    def _held_out(self) -> Iterator[Tensor]:
-        return iter(self.samples.held_out.split(self.samples.together))
-
-    def _look(self, wanted: list[Tensor]) -> float:
+    def _look(self) -> float:
         """The loss on held-out windows."""
+        # What the original says of all of them would be large to keep: a number for each token and word.
         with torch.no_grad():
             losses = [
-                float(_divergence(target, self.student.logits(ids))) * ids.shape[0]
-                for ids, target in zip(self._held_out(), wanted, strict=True)
+                float(_divergence(self.teacher.log_shares(ids), self.student.logits(ids))) * ids.shape[0]
+                for ids in self.samples.held_out.split(self.samples.together)
             ]
         self.student.forget()
-        return sum(losses) / self.samples.held_out.shape[0]
+        return math.fsum(losses) / len(self.samples.held_out)
 
     def _step(self, ids: Tensor, optimizer: torch.optim.Optimizer) -> float:
         """One step; its loss, or nan, and no step, where it is not finite."""

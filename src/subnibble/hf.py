@@ -15,11 +15,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quanti
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from subnibble.checkpoint.packed import (
-    QUANT_METHOD,
-    PackedConfig,
-    packed_config_of,
-)
+from subnibble.checkpoint.packed import QUANT_METHOD, PackedConfig, packed_config_of
 from subnibble.checkpoint.safetensors_source import STORED_TYPES, read_header
 from subnibble.checkpoint.source import Source, open_source
 from subnibble.device import resolve_device, resolve_dtype
@@ -27,9 +23,7 @@ from subnibble.errors import CheckpointError
 from subnibble.model.arch import ARCHITECTURES
 from subnibble.model.packed import pack_modules_
 from subnibble.model.skeleton import Skeleton
-from subnibble.runtime.modules import (
-    PackedModule,
-)
+from subnibble.runtime.modules import PackedModule
 from subnibble.scheme import E8M0
 from subnibble.tensor import range_key
 

@@ -82,7 +82,9 @@ class Recipe:
             raise BadRecipe(f"seed is {self.seed}; give a whole number from 0 to 2**63 - 1")
         if self.dtype not in (AUTO, *DTYPES):
             raise BadRecipe(f"dtype is {self.dtype!r}; choose one of {AUTO}, {', '.join(DTYPES)}")
-        _ = self.embedding_scheme, self.activation, self.cache_scheme(), self.distillation
+        _ = self.embedding_scheme, self.activation, self.cache_scheme()
+        if self.distillation is not None:
+            self.distillation.pieces(self.num_windows, self.window)
         for pattern, values in self.overrides.items():
             _check_override(self, pattern, values)
 

@@ -39,6 +39,20 @@ class Distillation:
         if not (self.scales or self.norms or self.clips):
             raise BadRecipe("there is nothing to distill into: scales, norms and clips are all false")
 
+    def pieces(self, windows: int, window: int) -> tuple[int, int]:
+        """How many pieces of how many tokens so many windows give: a window longer than a step is cut into several.
+
+        Raises `BadRecipe` where none would be left to hold out.
+        """
+        length = min(self.tokens, window)
+        count = windows * (window // length)
+        if count < 2:
+            raise BadRecipe(
+                f"distillation holds some text out and there is one window of {window} tokens for steps of "
+                f"{self.tokens}; use more windows, or fewer tokens a step (distill.tokens)"
+            )
+        return count, length
+
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionary, the inverse of `from_dict`."""
         return asdict(self)
