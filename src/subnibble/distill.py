@@ -8,9 +8,10 @@ is EfficientQAT's end-to-end one (arXiv 2407.11062, section 3.3), the original i
 packed model runs as it will: inputs quantized, keys and values through the cache's codes, behind the prompt.
 
 AdamW, warmed up, a cosine; steps are shares of the numbers they change, so that one rate fits all. Some windows are
-held out: the state with the least loss on them is kept, the start among them. A loss or gradient that is not finite
-goes back to it at half the rate. The original is held beside the packed model; what is inside the latter's blocks is
-kept for gradients where memory allows it, else computed twice.
+held out and looked at now and then: where the loss on them is no less than before, or where it or a gradient is not
+finite, training goes back to the best state, the start among them, at a quarter of the rate. The original is held
+beside the packed model; what is inside the latter's blocks is kept for gradients where memory allows it, else computed
+twice.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ _LARGEST_GRADIENT = 1.0
 _KEPT_OF_TOKEN, _FREE_SHARE = 80, 0.25
 # One window in so many is held out, up to so many tokens.
 _HELD_OUT, _HELD_OUT_TOKENS = 8, 4096
-# Held-out windows are looked at so many times, the start and the end among them.
-_LOOKS = 4
+# When held-out windows are looked at, as shares of all steps; and what the rate is divided by where they got worse.
+_LOOKS, _SLOWER = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1), 4
 
 
 @dataclass(frozen=True)
@@ -325,20 +326,18 @@ class _Training:
             )
         self._keep()
         optimizer, rate = self._optimizer(), self.settings.rate
-        looks = {round(steps * (i + 1) / (_LOOKS - 1)) for i in range(_LOOKS - 1)}
+        looks = {max(1, round(steps * share)) for share in _LOOKS}
         for step, ids in enumerate(self.samples.order(steps, self.seed)):
             self._set_rates_(optimizer, rate, step)
             loss = self._step(ids, optimizer)
-            look = step + 1 in looks
-            if not math.isfinite(loss):
-                optimizer, rate = self._optimizer(), rate / 2
-                self.rollbacks += 1
+            seen = self._look() if step + 1 in looks and math.isfinite(loss) else loss
+            if step + 1 in looks and seen < self.best:
+                self.best = seen
+                self._keep()
+            elif step + 1 in looks or not math.isfinite(loss):
                 self._restore()
-            elif look:
-                seen = self._look()
-                if seen < self.best:
-                    self.best = seen
-                    self._keep()
+                optimizer, rate = self._optimizer(), rate / _SLOWER
+                self.rollbacks += 1
             progress(step + 1, steps, f"distilled to a held-out loss of {self.best:.4f}")
         self._restore()
 

@@ -49,7 +49,7 @@ class BlockReport:
 @dataclass(frozen=True)
 class DistillReport:
     """The tuning of the whole packed model. before, after: mean KL of its predictions from the original's on held-out
-    windows, in nats a token. rollbacks: of steps that were not finite.
+    windows, in nats a token. rollbacks: how often training went back to the best state, at a lower rate.
     """
 
     before: float
