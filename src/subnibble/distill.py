@@ -45,7 +45,7 @@ _WARM_UP, _LAST_RATE, _BETAS = 0.1, 0.05, (0.9, 0.95)
 _LARGEST_GRADIENT = 1.0
 # Numbers, in channels of the residual stream, that a block's gradients need of a token; the share of free memory that
 # may be spent on them.
-_KEPT_OF_TOKEN, _FREE_SHARE = 80, 0.25
+_KEPT_OF_TOKEN, FREE_SHARE = 80, 0.25
 # One window in so many is held out, up to so many tokens.
 _HELD_OUT, _HELD_OUT_TOKENS = 8, 4096
 # When held-out windows are looked at, as shares of all steps; and what the rate is divided by where they got worse.
@@ -85,6 +85,11 @@ def distill(
     return Distilled(student.tensors(), student.config(), training.report())
 
 
+def states_bytes(blocks: int, tokens: int, width: int) -> int:
+    """What gradients need of so many tokens inside blocks of a residual stream of `width` channels; rough."""
+    return blocks * tokens * width * _KEPT_OF_TOKEN * torch.float32.itemsize
+
+
 @dataclass(frozen=True)
 class _Samples:
     """Ids (n, t) to train on and to look at, and how many of them a step takes."""
@@ -121,9 +126,8 @@ class _Model:
 
     def keeps_states(self, tokens: int, device: torch.device) -> bool:
         """Whether there is memory for what is inside the blocks, for so many tokens."""
-        width = self.model.config.hidden_size
-        needed = len(self.arguments) * tokens * width * _KEPT_OF_TOKEN * torch.float32.itemsize
-        return bool(needed < _FREE_SHARE * free_memory(device))
+        needed = states_bytes(len(self.arguments), tokens, self.model.config.hidden_size)
+        return needed < FREE_SHARE * free_memory(device)
 
     def logits(self, ids: Tensor, keeps_states: bool) -> Tensor:
         """(b, t, vocabulary) float32. keeps_states: of blocks, for gradients; else they are computed again there."""
@@ -330,14 +334,16 @@ class _Training:
         for step, ids in enumerate(self.samples.order(steps, self.seed)):
             self._set_rates_(optimizer, rate, step)
             loss = self._step(ids, optimizer)
-            seen = self._look() if step + 1 in looks and math.isfinite(loss) else loss
-            if step + 1 in looks and seen < self.best:
-                self.best = seen
-                self._keep()
-            elif step + 1 in looks or not math.isfinite(loss):
-                self._restore()
-                optimizer, rate = self._optimizer(), rate / _SLOWER
-                self.rollbacks += 1
+            finite = math.isfinite(loss)
+            if step + 1 in looks or not finite:
+                seen = self._look() if finite else math.inf
+                if seen < self.best:
+                    self.best = seen
+                    self._keep()
+                else:
+                    self._restore()
+                    optimizer, rate = self._optimizer(), rate / _SLOWER
+                    self.rollbacks += 1
             progress(step + 1, steps, f"distilled to a held-out loss of {self.best:.4f}")
         self._restore()
 

@@ -12,7 +12,8 @@ import torch
 from subnibble.calibrate.windows import check_positions
 from subnibble.checkpoint.size import cache_bytes
 from subnibble.checkpoint.source import numel, open_source
-from subnibble.device import resolve_device, resolve_dtype
+from subnibble.device import free_memory, resolve_device, resolve_dtype
+from subnibble.distill import FREE_SHARE, states_bytes
 from subnibble.methods import find_method
 from subnibble.methods.method import Steps
 from subnibble.model.skeleton import Skeleton
@@ -102,11 +103,14 @@ def _memory(steps: Steps, skeleton: Skeleton, tokens: int, distilled: Distillati
     }
     most = sum(parts.values())
     if distilled is not None:
-        # After the rest is gone: the original, the packed model's numbers, tables, and one step's logits.
+        # After the rest is gone: the original, the packed model's numbers, tables, one step's logits and states.
         tables = numel(shapes[f"{skeleton.arch.embedding}.weight"]) * _FLOAT_BYTES
         logits = 4 * distilled.tokens * skeleton.config.vocab_size * _FLOAT_BYTES
         whole = sum(numel(shape) for shape in shapes.values()) * (item + 1)
-        needed = parts["this process now"] + whole + 2 * tables + logits + _TUNED_COPIES * _FLOAT_BYTES * block
+        states = states_bytes(skeleton.num_blocks, distilled.tokens, hidden)
+        if states >= FREE_SHARE * free_memory(skeleton.device):
+            states = states_bytes(1, distilled.tokens, hidden)
+        needed = parts["this process now"] + whole + 2 * tables + logits + states
         parts["distillation, beyond that"] = max(0, needed - most)
     return {**parts, "peak": sum(parts.values())}
 
@@ -127,7 +131,7 @@ def _tuned_tokens(recipe: Recipe, steps: Steps) -> int:
 
 def _seconds(steps: Steps, skeleton: Skeleton, tokens: int, tuned_tokens: int, distilled: Distillation | None) -> float:
     """Two operations a weight and token for a forward pass, two a token and input pair for each statistic; tuning goes
-    forward, back to inputs and back to weights; distillation forward in the original, too, and twice in the result.
+    forward, back to inputs and back to weights; distillation forward in the original, too, and at times twice.
     """
     speed = _product_speed(skeleton.device, skeleton.dtype)
     exact = _product_speed(skeleton.device, torch.float32)
@@ -142,7 +146,7 @@ def _seconds(steps: Steps, skeleton: Skeleton, tokens: int, tuned_tokens: int, d
     tuning = _STEP_OVERHEAD * 3 * 2 * weights * tuned_tokens / (speed * _FORWARD_EFFICIENCY)
     whole = sum(numel(shape) for shape in skeleton.parameter_shapes().values())
     learned = 0 if distilled is None else distilled.steps * distilled.tokens
-    tuning += _STEP_OVERHEAD * 5 * 2 * whole * learned / (exact * _FORWARD_EFFICIENCY)
+    tuning += 5 * 2 * whole * learned / (exact * _FORWARD_EFFICIENCY)
     return forward * passes + 2 * grams * tokens / exact + weights * _ROUND_SECONDS + tuning
 
 

@@ -38,10 +38,10 @@ class Recipe:
     calibration: a file or a named set; None takes "c4" if the method needs data. num_windows, window: how many windows
     of how many tokens. distill_steps: how many steps the packed model is tuned as a whole for, towards the original's
     predictions, with the other settings of `Distillation` in the table distill. seed: draws the windows, their order
-    there, and a rotation's signs. device: where to compute, a torch device or
-    "auto". dtype: of activations and weights while computing, see `device.py`. options: the method's own. overrides:
-    patterns of linears ("re:..." a regular expression matched from the start, else an exact path) to bits, group_size,
-    grid, zero_point, activation_bits or skip; the first that matches holds.
+    there, and a rotation's signs. device: where to compute, a torch device or "auto". dtype: of activations and weights
+    while computing, see `device.py`. options: the method's own. overrides: patterns of linears ("re:..." a regular
+    expression matched from the start, else an exact path) to bits, group_size, grid, zero_point, activation_bits or
+    skip; the first that matches holds.
     """
 
     method: str = "gptq"

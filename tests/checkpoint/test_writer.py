@@ -309,3 +309,22 @@ def test_a_folder_that_does_not_exist_may_be_written(tmp_path) -> None:
     check_output(tmp_path / "out", replace=False)
     check_output(tmp_path / "out", replace=True)
     assert everything(tmp_path) == set()
+
+
+def test_numbers_that_were_written_can_be_replaced_before_the_commit(tmp_path) -> None:
+    shards = [{"a": torch.zeros(2, dtype=torch.float16), "b": torch.ones(3)}, {"c": torch.ones(1)}]
+    with CheckpointWriter(tmp_path / "out", 2, replace=False) as writer:
+        for shard in shards:
+            writer.write_shard(shard)
+        writer.rewrite({"a": torch.tensor([1.0, 2.0]), "c": torch.tensor([5.0])})
+        with pytest.raises(ValueError, match="b was written as"):
+            writer.rewrite({"b": torch.ones(4)})
+        writer.write_json("config.json", CONFIG)
+        writer.finish_weights()
+        writer.commit()
+
+    found = {}
+    for file in (tmp_path / "out").glob("*.safetensors"):
+        found |= load_file(file)
+    assert found["a"].dtype == torch.float16
+    assert {name: part.tolist() for name, part in found.items()} == {"a": [1, 2], "b": [1, 1, 1], "c": [5]}

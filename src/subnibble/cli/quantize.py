@@ -42,10 +42,9 @@ def quantize(
     wanted = o.build_recipe(
         recipe, o.with_effort(option, effort), kv_option, distill_option, method=method, bits=bits,
         group_size=group_size, grid=grid, zero_point=zero_point, embedding_bits=embedding_bits,
-        activation_bits=activation_bits,
-        activation_group_size=activation_group_size, kv_bits=kv_bits, system_prompt=system_prompt,
-        calibration=calibration, num_windows=num_windows, window=window, distill_steps=distill_steps, seed=seed,
-        device=device, dtype=dtype,
+        activation_bits=activation_bits, activation_group_size=activation_group_size, kv_bits=kv_bits,
+        system_prompt=system_prompt, calibration=calibration, num_windows=num_windows, window=window,
+        distill_steps=distill_steps, seed=seed, device=device, dtype=dtype,
     )  # fmt: skip
     from subnibble.pipeline import quantize as run
 
@@ -104,8 +103,7 @@ def estimate(
     wanted = o.build_recipe(
         recipe, o.with_effort(option, effort), kv_option, distill_option, method=method, bits=bits,
         group_size=group_size, grid=grid, zero_point=zero_point, embedding_bits=embedding_bits,
-        activation_bits=activation_bits,
-        activation_group_size=activation_group_size, kv_bits=kv_bits,
+        activation_bits=activation_bits, activation_group_size=activation_group_size, kv_bits=kv_bits,
         calibration=calibration, num_windows=num_windows, window=window, distill_steps=distill_steps,
         device=device, dtype=dtype,
     )  # fmt: skip

@@ -23,7 +23,6 @@ from subnibble.runtime.modules import (
     PackedEmbedding,
     PackedLinear,
     PrefixStates,
-    StoredModule,
     TiedHead,
     add_output_bias_,
 )
@@ -53,7 +52,7 @@ def fill_(model: Any, source: SafetensorsSource, dtype: torch.dtype, device: tor
             if isinstance(held, nn.Parameter):
                 setattr(module, name, nn.Parameter(found.to(dtype), requires_grad=False))
             else:
-                setattr(module, name, found if isinstance(module, StoredModule) else found.to(dtype))
+                setattr(module, name, found)
     if source.config.tie_word_embeddings:
         model.tie_weights()
 

@@ -4,9 +4,9 @@ Every grid is linear in its scales: with the whole numbers n_p of a code's plane
 
     w = Σ_p s_p (1 + δ_p) (n_p - z_p)
 
-so that their gradients are exact. Only scales are learned, the step that EfficientQAT (arXiv 2407.11062, section 3.3)
-and PEQA (arXiv 2305.14152) call end-to-end. Inputs are quantized by the runtime's own operation; gradients pass
-straight through, and stop where an input was clipped, whose share of the clip's gradient is
+so that their gradients are exact. Scales alone are learned of a weight, as in PEQA (arXiv 2305.14152) and in
+EfficientQAT's end-to-end step (arXiv 2407.11062, section 3.3). Inputs are quantized by the runtime's own operation;
+gradients pass straight through, and stop where an input was clipped, whose share of the clip's gradient is
 
     d x̂ / d c = (x̂ - x) / c inside the range, x̂ / c outside
 """
@@ -159,11 +159,9 @@ class Entrance(nn.Module):
 
     @property
     def scheme(self) -> ActivationScheme | None:
-        """As learned; a clip has three decimals."""
+        """As learned."""
         scheme = self._terms.activation
-        if scheme is None or not self.share.requires_grad:
-            return scheme
-        return replace(scheme, clip=min(1.0, round(scheme.clip * (1 + float(self.share.detach())), 3)))
+        return None if scheme is None else _learned(scheme, self.share.detach())
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """X (..., k) in the readers' basis, (t, k) float32, and the same quantized. Made once for all of them."""
@@ -182,9 +180,10 @@ class Entrance(nn.Module):
 
     def between(self, inner: Tensor) -> Tensor:
         """What is between the factors of a low-rank branch, as the second meets it."""
-        if self.scheme is None:
+        scheme = self.scheme
+        if scheme is None:
             return inner
-        own = replace(self.scheme, outliers=0)
+        own = replace(scheme, outliers=0)
         return straight_through(inner, activations.quantize_values(inner.detach(), own))
 
     def forget(self) -> None:
@@ -199,11 +198,16 @@ class Entrance(nn.Module):
                 self.share.clamp_(_SMALLEST_CLIP / scheme.clip - 1, 1 / scheme.clip - 1)
 
 
+def _learned(scheme: ActivationScheme, share: Tensor) -> ActivationScheme:
+    """A scheme whose clip was moved by a share of it; what is moved has three decimals, as it is stored."""
+    moved = float(share)
+    return scheme if moved == 0 else replace(scheme, clip=min(1.0, round(scheme.clip * (1 + moved), 3)))
+
+
 class _Clipped(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, share: Tensor, scheme: ActivationScheme) -> Tensor:
-        clip = scheme.clip * (1 + float(share))
-        own = replace(scheme, clip=min(clip, 1.0)) if scheme.grid == "uniform" else scheme
+        own = _learned(scheme, share)
         found = activations.quantize(x, own)
         values = found.values()
         widths = torch.tensor([stop - start for start, stop in found.bounds], device=x.device)
@@ -212,7 +216,7 @@ class _Clipped(torch.autograd.Function):
         clipped = x.shape[1] - scheme.outliers
         moved = torch.where(inside, values - x, values)[:, :clipped]
         ctx.save_for_backward(inside, moved)
-        ctx.factor = scheme.clip / clip
+        ctx.factor = scheme.clip / own.clip
         return values
 
     @staticmethod
