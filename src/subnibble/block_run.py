@@ -112,6 +112,7 @@ class BlockRun:
         if streams.hidden and tuner is not None and rounds:
             tuning = tuner(block, bases, states, streams, before)
             reference, states = tuning.reference, tuning.block.prefix
+            plan = tuning.plan(plan, block.path)
         elif streams.hidden and (steps.needs_reference or steps.mean_shift is not None):
             twin = twin_of(block, dtype)
             reference = BlockStream(twin, streams.wanted, before) if steps.needs_reference else None

@@ -80,6 +80,11 @@ class BlockTuning:
         """The learned branch of each linear, packed."""
         return [self.packed_branches.get(name) for name in stack.names]
 
+    def plan(self, plan: Plan, path: str) -> Plan:
+        """The plan, with clips of this block's inputs as learned. path: the block's."""
+        own = {f"{path}.{name}": scheme for name, scheme in self.block.activations().items()}
+        return replace(plan, activations={**plan.activations, **own})
+
     def report(self, path: str) -> BlockReport:
         """What the report says of the block."""
         trained = self.trained

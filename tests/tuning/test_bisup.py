@@ -31,6 +31,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "quarot": {"method": "bisup", "options": {"over": "quarot", "effort": "fast", "rank": 4}},
     "quarot-side": {"method": "bisup", "options": {"effort": "fast", "rank": 4, "low_rank": "side"}},
     "quarot-drift": {"method": "bisup", "options": {"effort": "fast", "rank": 4, "asymmetry": "shifted"}},
+    "quarot-clips": {
+        "method": "bisup",
+        "options": {"effort": "fast", "rank": 4, "low_rank": "side", "input_clipping": "site"},
+    },
     "atom": {"method": "bisup", "options": {"over": "atom", "effort": "fast", "rank": 4, "outliers": 8}},
     "atom-side": {
         "method": "bisup",
@@ -111,6 +115,25 @@ def test_the_block_that_was_trained_is_the_block_that_runs(
     assert len(losses) == 3 * (1 + 3)
     assert [done for done, _, _ in told] == sorted(done for done, _, _ in told)
     assert all(done <= total for done, total, _ in told)
+
+
+def test_clips_of_inputs_are_stored_as_learned(
+    folders: dict[str, Path], token_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tuned = tuned_blocks(monkeypatch)
+    recipe = Recipe(calibration=str(token_file), activation_clip=0.9, **DATA, **SETTING, **METHODS["quarot-clips"])
+    quantize(folders["llama"], tmp_path / "out", recipe)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    found = set()
+    for block, one in zip(model.model.layers, tuned, strict=True):
+        for name, scheme in one.block.activations().items():
+            assert block.get_submodule(name).terms.activation == scheme
+            found.add(scheme.clip)
+    assert len(found) > 3
+    # Nothing is learned of the clip unless it is asked for.
+    del recipe.options["input_clipping"]
+    quantize(folders["llama"], tmp_path / "plain", recipe)
+    assert all(scheme.clip == 0.9 for scheme in tuned[-1].block.activations().values())
 
 
 def test_tuning_takes_the_prompt_that_runs(
@@ -212,6 +235,7 @@ def test_estimates_count_branches(folders: dict[str, Path], token_file: Path, tm
         ("bisup", {"over": "awq"}, "over is 'awq'; choose one of atom, quarot"),
         ("bisup", {"outliers": 64}, "outlier channels are Atom's"),
         ("bisup", {"smoothing": "much"}, "smoothing is 'much'"),
+        ("bisup", {"input_clipping": "group"}, "input_clipping is 'group'; choose one of site, none"),
         ("bisup", {"effort": "slow"}, "effort is 'slow'"),
         ("omniquant", {"rank": 3}, "has no option 'rank'"),
     ],

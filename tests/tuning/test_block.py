@@ -179,6 +179,33 @@ def test_learned_grids_round_as_the_tuned_block_does(outliers: int, folders: dic
     assert not torch.equal(case.of(tuned), trained)
 
 
+def test_learned_clips_of_inputs_stay_in_their_range(folders: dict[str, Path]) -> None:
+    case = Case(folders["llama"], quantized=True)
+    names = case.block.arch.linears
+    some = {**dict.fromkeys(names, INPUTS), names[0]: replace(INPUTS, clip=0.5), names[-1]: None}
+    case.frame = replace(case.frame, activations=some)
+    tuned = case.tuned(input_clipping="site")
+    assert tuned.activations() == some
+    plain = case.of(case.tuned())
+    assert torch.equal(case.of(tuned), plain)
+    learned = {name for name in tuned.parameters() if name.startswith("input_clipping")}
+    # The last site has one reader, whose input stays at 16 bits.
+    assert learned == {f"input_clipping.{site.name}" for site in case.block.arch.sites[:-1]}
+    for share, least, most in ((-5.0, 0.05, 0.1), (5.0, 0.5, 1.0), (-0.2, 0.4, 0.8)):
+        with torch.no_grad():
+            for name in learned:
+                tuned.parameters()[name].fill_(share)
+        tuned.bound_()
+        found = tuned.activations()
+        assert found[names[-1]] is None
+        clips = [scheme.clip for scheme in found.values() if scheme is not None]
+        assert least <= min(clips) <= max(clips) <= most
+        assert not torch.equal(case.of(tuned), plain) or share > 0
+    case.of(tuned)
+    tuned(case.hidden, case.arguments).square().sum().backward()
+    assert all(float(tuned.parameters()[name].grad.abs()) > 0 for name in learned)
+
+
 def test_inputs_and_cache_are_quantized(folders: dict[str, Path]) -> None:
     case = Case(folders["llama"], quantized=True)
     whole = case.of(case.tuned())

@@ -23,13 +23,14 @@ BASES: dict[str, Any] = {"atom": atom, "quarot": quarot}
 
 @dataclass(frozen=True)
 class Options:
-    """over: the method below, "atom" or "quarot". clipping, smoothing, low_rank, rank, effort, penalty: see
-    `tuning/tuning.py`. asymmetry, alpha_drift: of the rounding at the end, see `rounding/gptaq.py`. rotation: of the
-    residual stream, "method" for the base's own. outliers: Atom's.
+    """over: the method below, "atom" or "quarot". clipping, input_clipping, smoothing, low_rank, rank, effort,
+    penalty: see `tuning/tuning.py`. asymmetry, alpha_drift: of the rounding at the end, see `rounding/gptaq.py`.
+    rotation: of the residual stream, "method" for the base's own. outliers: Atom's.
     """
 
     over: str = "quarot"
     clipping: str = "group"
+    input_clipping: str = "none"
     smoothing: str = "soft"
     low_rank: str = "merge"
     rank: int = 32

@@ -24,6 +24,7 @@ OPTION_CHOICES = {
         "flattening": serq.FLATTENINGS,
         "over": tuple(bisup.BASES),
         "clipping": tuning.CLIPPINGS,
+        "input_clipping": tuning.INPUT_CLIPPINGS,
         "smoothing": tuning.SMOOTHINGS,
         "low_rank": tuning.LOW_RANKS,
         "effort": tuple(tuning.EFFORTS),

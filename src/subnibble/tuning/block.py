@@ -31,6 +31,7 @@ from subnibble.scheme import ActivationScheme, Scheme
 from subnibble.transforms.input_basis import InputBasis
 from subnibble.transforms.scale import scale_site_
 from subnibble.tuning.clipping import Clipping
+from subnibble.tuning.input_clip import bound_, can_clip, clipped, with_share
 from subnibble.tuning.low_rank import Compensation
 from subnibble.tuning.smoothing import Smoothing
 from subnibble.tuning.tuning import Tuning
@@ -68,6 +69,10 @@ class TunedBlock:
         self.linears: dict[str, _TunedLinear] = {}
         for site in block.arch.sites:
             entrance = self.sites[site.name] = _Entrance(frame.bases[site.name], frame.dtype)
+            if tuning.input_clipping != "none":
+                entrance.learn_clip(
+                    {frame.activations[name] for name in site.readers}, block.linear(site.readers[0]).weight.device
+                )
             for name in site.readers:
                 linear = _TunedLinear(block.linear(name), entrance, frame, name, tuning, generator)
                 self.module.set_submodule(name, linear)
@@ -103,6 +108,8 @@ class TunedBlock:
             if linear.low_rank is not None:
                 found |= {f"low_rank.{name}.{key}": value for key, value in linear.low_rank.named_parameters()}
         for name, entrance in self.sites.items():
+            if entrance.clip is not None:
+                found[f"input_clipping.{name}"] = entrance.clip
             if entrance.smoothing is not None:
                 found |= {f"smoothing.{name}.{key}": value for key, value in entrance.smoothing.named_parameters()}
         return found
@@ -179,6 +186,19 @@ class TunedBlock:
         for name, parameter in block.module.named_parameters():
             own[name].data.copy_(parameter.data)
 
+    def bound_(self) -> None:
+        """Bring what was learned back into its range."""
+        for entrance in self.sites.values():
+            entrance.bound_()
+
+    def activations(self) -> dict[str, ActivationScheme | None]:
+        """How each linear's input is quantized, as learned."""
+        found = {}
+        for site in self._arch.sites:
+            for name in site.readers:
+                found[name] = self.sites[site.name].learned(self._frame.activations[name])
+        return found
+
     def grids(self, names: tuple[str, ...]) -> FixedGrids:
         """The learned ranges of linears on top of each other."""
         return FixedGrids.stacked([self.linears[name].fitted() for name in names])
@@ -239,19 +259,40 @@ class _Cache:
 class _Entrance:
     """What readers of a site share: factors, basis, and the input as each activation scheme leaves it.
 
-    of_values: its factors act on attention's values, before they are cached.
+    of_values: its factors act on attention's values, before they are cached. clip: by what share of it the inputs' clip
+    is moved, None where it stays.
     """
 
     def __init__(self, basis: InputBasis, dtype: torch.dtype) -> None:
         self.basis, self._dtype = basis, dtype
         self.smoothing: Smoothing | None = None
         self.of_values = False
+        self.clip: nn.Parameter | None = None
+        self._schemes: list[ActivationScheme] = []
         self._x: Tensor | None = None
         self._entered: dict[ActivationScheme | None, Tensor] = {}
 
     def set_smoothing(self, smoothing: Smoothing, values: bool) -> None:
         """Give the site its factors."""
         self.smoothing, self.of_values = smoothing, values
+
+    def learn_clip(self, schemes: set[ActivationScheme | None], device: torch.device) -> None:
+        """Let the clip of inputs be learned, where one of the readers' schemes has one."""
+        self._schemes = [scheme for scheme in schemes if scheme is not None and can_clip(scheme)]
+        if self._schemes:
+            self.clip = nn.Parameter(torch.zeros((), device=device))
+
+    def learned(self, scheme: ActivationScheme | None) -> ActivationScheme | None:
+        """A reader's scheme with the clip as learned."""
+        if scheme is None or self.clip is None or not can_clip(scheme):
+            return scheme
+        return with_share(scheme, self.clip.detach())
+
+    def bound_(self) -> None:
+        """Bring the clip back into its range."""
+        if self.clip is not None:
+            for scheme in self._schemes:
+                bound_(self.clip, scheme)
 
     def forget(self) -> None:
         """Forget the last input."""
@@ -266,7 +307,9 @@ class _Entrance:
             if self.smoothing is not None and not self.of_values:
                 own = own / self.smoothing.wide()
             own = self.basis.columns(own)
-            if scheme is not None:
+            if scheme is not None and self.clip is not None and can_clip(scheme):
+                own = clipped(own, self.clip, scheme)
+            elif scheme is not None:
                 own = straight_through(own, activations.quantize_values(own.detach(), scheme))
             self._entered[scheme] = own.to(self._dtype).view(*x.shape[:-1], -1)
         return self._entered[scheme]
@@ -309,7 +352,8 @@ class _TunedLinear(nn.Module):
         bias = None if self.bias is None else self.bias.to(self._dtype)
         y = nn.functional.linear(entered, self._rounded().to(self._dtype), bias)
         if self.low_rank is not None and self._tuning.low_rank == "side":
-            y = y + self.low_rank.branch(entered.float(), self._activation).to(self._dtype)
+            inner = self._entrance[0].learned(self._activation)
+            y = y + self.low_rank.branch(entered.float(), inner).to(self._dtype)
         return y
 
     def fitted(self) -> list[Fitted]:

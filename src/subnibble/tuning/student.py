@@ -5,10 +5,7 @@ Every grid is linear in its scales: with the whole numbers n_p of a code's plane
     w = Σ_p s_p (1 + δ_p) (n_p - z_p)
 
 so that their gradients are exact. Scales alone are learned of a weight, as in PEQA (arXiv 2305.14152) and in
-EfficientQAT's end-to-end step (arXiv 2407.11062, section 3.3). Inputs are quantized by the runtime's own operation;
-gradients pass straight through, and stop where an input was clipped, whose share of the clip's gradient is
-
-    d x̂ / d c = (x̂ - x) / c inside the range, x̂ / c outside
+EfficientQAT's end-to-end step (arXiv 2407.11062, section 3.3). Clips: `input_clip.py`.
 """
 
 from __future__ import annotations
@@ -26,12 +23,10 @@ from subnibble.runtime.ops import LinearTerms
 from subnibble.runtime.straight_through import straight_through
 from subnibble.scheme import E8M0, ActivationScheme
 from subnibble.tensor import PackedRange, PackedTensor, range_key, scale_dtype
+from subnibble.tuning.input_clip import bound_, can_clip, clipped, with_share
 
-_SMALLEST_CLIP = 0.05
 # Nothing learned turns a scale around.
 _SMALLEST_SHARE = -0.9
-# Over half a step an input was clipped; scales are rounded to bfloat16.
-_HALF_STEP = 0.5 * (1 + 2**-8)
 
 
 class LearnedMatrix(nn.Module):
@@ -152,7 +147,7 @@ class Entrance(nn.Module):
         super().__init__()
         self._terms, self._dtype = terms, dtype
         scheme = terms.activation
-        moves = learned and scheme is not None and scheme.grid == "uniform"
+        moves = learned and scheme is not None and can_clip(scheme)
         self.share = nn.Parameter(torch.zeros((), device=terms.weight.ranges[0].codes.device), requires_grad=moves)
         self._x: Tensor | None = None
         self._seen: tuple[Tensor, Tensor] | None = None
@@ -161,7 +156,7 @@ class Entrance(nn.Module):
     def scheme(self) -> ActivationScheme | None:
         """As learned."""
         scheme = self._terms.activation
-        return None if scheme is None else _learned(scheme, self.share.detach())
+        return None if scheme is None else with_share(scheme, self.share.detach())
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """X (..., k) in the readers' basis, (t, k) float32, and the same quantized. Made once for all of them."""
@@ -175,8 +170,7 @@ class Entrance(nn.Module):
         scheme = self._terms.activation
         if scheme is None:
             return tokens.to(self._dtype)
-        found: Tensor = _Clipped.apply(tokens, self.share, scheme)  # type: ignore[no-untyped-call]
-        return found.to(self._dtype)
+        return clipped(tokens, self.share, scheme).to(self._dtype)
 
     def between(self, inner: Tensor) -> Tensor:
         """What is between the factors of a low-rank branch, as the second meets it."""
@@ -194,38 +188,7 @@ class Entrance(nn.Module):
         """Bring the clip back into its range."""
         scheme = self._terms.activation
         if scheme is not None:
-            with torch.no_grad():
-                self.share.clamp_(_SMALLEST_CLIP / scheme.clip - 1, 1 / scheme.clip - 1)
-
-
-def _learned(scheme: ActivationScheme, share: Tensor) -> ActivationScheme:
-    """A scheme whose clip was moved by a share of it; what is moved has three decimals, as it is stored."""
-    moved = float(share)
-    return scheme if moved == 0 else replace(scheme, clip=min(1.0, round(scheme.clip * (1 + moved), 3)))
-
-
-class _Clipped(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, share: Tensor, scheme: ActivationScheme) -> Tensor:
-        own = _learned(scheme, share)
-        found = activations.quantize(x, own)
-        values = found.values()
-        widths = torch.tensor([stop - start for start, stop in found.bounds], device=x.device)
-        inside = (x - values).abs() <= _HALF_STEP * found.scales.repeat_interleave(widths, dim=1)
-        # Outliers have a range that nothing clips.
-        clipped = x.shape[1] - scheme.outliers
-        moved = torch.where(inside, values - x, values)[:, :clipped]
-        ctx.save_for_backward(inside, moved)
-        ctx.factor = scheme.clip / own.clip
-        return values
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,), (inside, moved) = grads, ctx.saved_tensors
-        to_share = None
-        if ctx.needs_input_grad[1]:
-            to_share = (grad[:, : moved.shape[1]] * moved).sum() * ctx.factor
-        return grad * inside, to_share, None
+            bound_(self.share, scheme)
 
 
 class StudentLinear(nn.Module):

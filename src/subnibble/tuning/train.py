@@ -23,7 +23,7 @@ from subnibble.tuning.block import TunedBlock
 from subnibble.tuning.tuning import Effort
 
 # Of AdamW, by parameter space.
-_RATES = {"clipping": 3e-2, "smoothing": 1e-2, "low_rank": 5e-3}
+_RATES = {"clipping": 3e-2, "input_clipping": 1e-2, "smoothing": 1e-2, "low_rank": 5e-3}
 _LAST_RATE = 0.05
 _WARM_UP = 0.1
 _LARGEST_GRADIENT = 1.0
@@ -77,7 +77,7 @@ def train_(
     parameters = block.parameters()
     state = _copied(parameters)
     rate, epochs, rollbacks = 1.0, 0, 0
-    stages = ((effort.first, ("clipping", "smoothing")), (effort.second, tuple(_RATES)))
+    stages = ((effort.first, ("clipping", "input_clipping", "smoothing")), (effort.second, tuple(_RATES)))
     for count, spaces in stages:
         learned = {name: value for name, value in parameters.items() if name.startswith(spaces)}
         if not learned:
@@ -132,6 +132,7 @@ def _step_(
     if not bool(torch.isfinite(norm)):
         return False
     optimizer.step()
+    block.bound_()
     return True
 
 

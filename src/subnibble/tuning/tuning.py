@@ -8,6 +8,7 @@ from subnibble.corrections.low_rank import LowRank
 from subnibble.errors import BadRecipe
 
 CLIPPINGS = ("group", "none")
+INPUT_CLIPPINGS = ("site", "none")
 SMOOTHINGS = ("soft", "hard", "none")
 LOW_RANKS = ("merge", "side", "none")
 _BRANCH_BITS = 8
@@ -39,13 +40,15 @@ EFFORTS = {
 class Tuning:
     """Parameter spaces and effort.
 
-    clipping: "group" learns the share of its range that each row keeps in each group, "none" leaves it. smoothing:
-    "soft", "hard" (the same factors for inputs and weights) or "none". low_rank: "merge" learns a matrix of `rank` that
-    is added to each weight before it is rounded, "side" a branch beside it. effort: a name in EFFORTS. penalty: λ of
-    soft smoothing. unsmoothed: sites that keep their channels.
+    clipping: "group" learns the share of its range that each row keeps in each group, "none" leaves it. input_clipping:
+    "site" learns the same of a site's quantized inputs, or "none". smoothing: "soft", "hard" (the same factors for
+    inputs and weights) or "none". low_rank: "merge" learns a matrix of `rank` that is added to each weight before it is
+    rounded, "side" a branch beside it. effort: a name in EFFORTS. penalty: λ of soft smoothing. unsmoothed: sites that
+    keep their channels.
     """
 
     clipping: str = "group"
+    input_clipping: str = "none"
     smoothing: str = "soft"
     low_rank: str = "merge"
     rank: int = 32
@@ -55,13 +58,14 @@ class Tuning:
 
     def __post_init__(self) -> None:
         chosen = (
-            ("clipping", CLIPPINGS), ("smoothing", SMOOTHINGS), ("low_rank", LOW_RANKS), ("effort", tuple(EFFORTS))
+            ("clipping", CLIPPINGS), ("input_clipping", INPUT_CLIPPINGS), ("smoothing", SMOOTHINGS),
+            ("low_rank", LOW_RANKS), ("effort", tuple(EFFORTS)),
         )  # fmt: skip
         for name, choices in chosen:
             if getattr(self, name) not in choices:
                 raise BadRecipe(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}")
-        if self.clipping == self.smoothing == self.low_rank == "none":
-            raise BadRecipe('there is nothing to tune: clipping, smoothing and low_rank are all "none"')
+        if self.clipping == self.input_clipping == self.smoothing == self.low_rank == "none":
+            raise BadRecipe('there is nothing to tune: clipping, input_clipping, smoothing and low_rank are all "none"')
         if self.rank < 1:
             raise BadRecipe(f"rank is {self.rank}; give a positive number")
         if not 0 <= self.penalty < float("inf"):
