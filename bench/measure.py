@@ -34,13 +34,14 @@ def texts(wikitext: Path) -> dict[str, str]:
 
 
 def with_data(recipe: Recipe, windows: int) -> Recipe:
-    """The recipe calibrated as all rows are, on news in bfloat16, if its method needs data.
+    """The recipe calibrated as all rows are, on news in bfloat16, if it needs data.
 
     On `windows` times 2048 tokens; a recipe with shorter windows has them cut into so many more.
     """
     from subnibble.methods import find_method
+    from subnibble.plan import needs_data
 
-    needs = find_method(recipe.method).needs_data(recipe.options) or recipe.distill_steps > 0
+    needs = needs_data(recipe, find_method(recipe.method).steps(recipe.options))
     window = min(recipe.window, WINDOW)
     windows = windows * WINDOW // window
     return replace(recipe, num_windows=windows, window=window, dtype="bfloat16", calibration="news" if needs else None)

@@ -138,18 +138,20 @@ def put_behind_coded_(model: Any, tokenizer: Any) -> None:
     from subnibble.prefix import compute_prefix
     from subnibble.prompt import prefix_ids
     from subnibble.runtime.coded_text import coded_keys, coded_values
+    from subnibble.runtime.kv_cache import Coding
 
     attached = attached_cache(model)
     assert attached is not None
     assert attached.scheme is not None
-    scheme, prefix = attached.scheme, prefix_ids("default", tokenizer)
+    assert attached.scheme.key_center == "none"
+    coding, prefix = Coding(attached.scheme), prefix_ids("default", tokenizer)
     states = compute_prefix(model, prefix)
     positions = model.model.rotary_emb(torch.zeros(1, 1), torch.arange(len(prefix.ids)).unsqueeze(0))
     coded = [
-        (coded_keys(keys[None].float(), scheme, positions)[0], coded_values(values[None].float(), scheme)[0])
+        (coded_keys(keys[None].float(), coding, positions)[0], coded_values(values[None].float(), coding)[0])
         for keys, values in states
     ]
-    attach_cache_(model, scheme, prefix)
+    attach_cache_(model, attached.scheme, prefix)
     set_prefix_(model, [(keys.half(), values.half()) for keys, values in coded])
 
 

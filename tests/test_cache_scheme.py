@@ -25,6 +25,8 @@ from subnibble.errors import BadRecipe
         ({"clip": 1.5}, "above 0 and at most 1"),
         ({"clip": True}, "above 0 and at most 1"),
         ({"rope": "before", "key_rotation": "hadamard"}, 'rope = "after"'),
+        ({"key_center": True}, "choose one of none, mean"),
+        ({"key_axis": "channel", "key_center": "mean"}, "have a range each and need no centre"),
         ({"key_axis": "channel"}, "multiple of group_size"),
         ({"key_axis": "channel", "group_size": 32}, "multiple of group_size"),
         ({"key_axis": "channel", "group_size": 32, "window": 48}, "multiple of group_size"),
@@ -38,6 +40,10 @@ def test_a_wrong_setting_is_refused_with_its_remedy(values: dict[str, object], s
 def test_round_trip_and_unknown_keys() -> None:
     scheme = CacheScheme(3, 32, "channel", window=64, clip=0.9)
     assert CacheScheme.from_dict(scheme.to_dict()) == scheme
+    centered = CacheScheme(3, key_center="mean")
+    assert CacheScheme.from_dict(centered.to_dict()) == centered
+    # Checkpoints without a centre stay of the version that they were.
+    assert "key_center" not in scheme.to_dict()
     with pytest.raises(BadRecipe, match="unknown key 'width'"):
         CacheScheme.from_dict({"bits": 4, "width": 64})
 
@@ -46,6 +52,7 @@ def test_names_tell_schemes_apart() -> None:
     schemes = [
         CacheScheme(4), CacheScheme(3), CacheScheme(4, 32), CacheScheme(4, rope="before"), CacheScheme(4, window=8),
         CacheScheme(4, key_rotation="hadamard"), CacheScheme(4, 8, "channel", window=8), CacheScheme(4, clip=0.9),
+        CacheScheme(4, key_center="mean"),
     ]  # fmt: skip
     assert len({scheme.name for scheme in schemes}) == len(schemes)
     assert CacheScheme(2, 32, "channel", window=128).name == "kv2g32-channel-window128"

@@ -266,9 +266,9 @@ def test_newer_format_is_refused(packed: dict[str, Path], tmp_path: Path) -> Non
     for file in packed["llama"].iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
     config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"]["format_version"] = 5
+    config["quantization_config"]["format_version"] = 6
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match="format version 5"):
+    with pytest.raises(CheckpointError, match="format version 6"):
         AutoModelForCausalLM.from_pretrained(folder)
 
 

@@ -11,11 +11,15 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from subnibble.block_tuning import BlockTuning, Tuner, twin_of
+from subnibble.calibrate.key_center import coding_of
 from subnibble.calibrate.prefix import States, behind
+from subnibble.calibrate.sinks import ordinary_tokens
 from subnibble.calibrate.stats import AbsMean, Drift, Gram
 from subnibble.calibrate.stream import BlockStream, SiteStatistics
 from subnibble.checkpoint.packed import (
+    KEY_CENTER,
     Entry,
+    KeyCenterEntry,
     NormBiasEntry,
     PrefixEntry,
     gather_type,
@@ -24,7 +28,6 @@ from subnibble.checkpoint.packed import (
     prefix_state,
 )
 from subnibble.corrections.low_rank import LowRank
-from subnibble.corrections.mean_shift import ordinary_tokens
 from subnibble.corrections.salient import SalientColumns
 from subnibble.methods.method import Steps
 from subnibble.model.site import Site
@@ -45,7 +48,7 @@ from subnibble.streams import Streams
 from subnibble.tensor import PackedRange, PackedTensor
 from subnibble.transforms.absorb import absorb_, can_absorb
 from subnibble.transforms.input_basis import InputBasis
-from subnibble.transforms.prefix_basis import stored_states
+from subnibble.transforms.prefix_basis import stored_center, stored_states
 from subnibble.transforms.saliency import offline_rows
 
 
@@ -60,7 +63,8 @@ class BlockRun:
     all terms of what was rounded so far, by name in the block; packed: their weights, which absorb column scales.
     columns: column scales that no other module of the block can take; to_absorb: those that one will. gathers: of the
     linears that store one. hooks: on the block while it runs. prefix: its keys and values in this block, (heads,
-    tokens, width), or None. tuning: the block's, or None.
+    tokens, width), or None. tuning: the block's, or None. center: what its keys are
+    coded less, (heads, width), or None.
     """
 
     block: Block
@@ -75,6 +79,7 @@ class BlockRun:
     hidden: list[Tensor]
     prefix: States | None = None
     tuning: BlockTuning | None = None
+    center: Tensor | None = None
     packed: dict[str, PackedTensor] = field(default_factory=dict)
     extras: dict[str, LinearTerms] = field(default_factory=dict)
     columns: dict[str, Tensor] = field(default_factory=dict)
@@ -106,11 +111,13 @@ class BlockRun:
             _, bases = prepare_block_(block, steps, found)
         with clock.step("prefix"):
             states = None if prefix is None else prefix.advance(block)
+        with clock.step("key center"):
+            coding = coding_of(block, plan.cache, streams.hidden, arguments, states, dtype)
         before = behind(arguments, states)
         reference = teacher = tuning = None
         rounds = any(scheme is not None for scheme in plan.of_block(block)[0].values())
         if streams.hidden and tuner is not None and rounds:
-            tuning = tuner(block, bases, states, streams, before)
+            tuning = tuner(block, bases, states, coding, streams, before)
             reference, states = tuning.reference, tuning.block.prefix
             plan = tuning.plan(plan, block.path)
         elif streams.hidden and (steps.needs_reference or steps.mean_shift is not None):
@@ -118,12 +125,13 @@ class BlockRun:
             reference = BlockStream(twin, streams.wanted, before) if steps.needs_reference else None
             teacher = BlockStream(twin, streams.hidden, before) if steps.mean_shift is not None else None
         if tuner is not None:
-            before = behind(arguments, states, tuner.cache)
+            before = behind(arguments, states, coding)
         exact = {name: parameter.data for name, parameter in block.module.named_parameters()}
         block.module.to(dtype)
         stream = BlockStream(block, streams.hidden, before)
+        center = None if coding is None else coding.center
         return cls(
-            block, steps, plan, clock, exact, bases, stream, reference, teacher, streams.hidden, states, tuning
+            block, steps, plan, clock, exact, bases, stream, reference, teacher, streams.hidden, states, tuning, center
         )  # fmt: skip
 
     def correct_norm(self, site: Site) -> None:
@@ -214,6 +222,10 @@ class BlockRun:
             attention = f"{path}.{self.block.arch.attention}"
             tensors |= prefix_state(attention, states)
             entries[attention] = PrefixEntry(*states[0].shape)
+        if self.center is not None and self.plan.cache is not None:
+            center = stored_center(self.center, self.block, moved)
+            where = f"{path}.{self.block.arch.attention}.{KEY_CENTER}"
+            tensors[f"{where}.mean"], entries[where] = center, KeyCenterEntry.of(center, self.plan.cache)
         return tensors, entries
 
     def _offline_rows(self, site: Site) -> dict[str, Tensor] | None:

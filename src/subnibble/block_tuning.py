@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from subnibble.cache_scheme import CacheScheme
 from subnibble.calibrate.prefix import States, behind
+from subnibble.calibrate.sinks import ordinary_tokens
 from subnibble.calibrate.stream import BlockStream
-from subnibble.corrections.mean_shift import ordinary_tokens
 from subnibble.corrections.outliers import OutlierColumns
 from subnibble.errors import CalibrationError, NumericalFailure
 from subnibble.methods.method import Correction, Steps
@@ -26,6 +25,7 @@ from subnibble.rounding import grid
 from subnibble.rounding.gptq import GPTQ
 from subnibble.rounding.rounder import Rounder, Rounding
 from subnibble.rounding.rtn import RTN
+from subnibble.runtime.kv_cache import Coding
 from subnibble.stack import Branch, Observed, Stack, round_stack
 from subnibble.streams import Streams
 from subnibble.tensor import PackedRange, PackedTensor
@@ -99,14 +99,12 @@ class BlockTuning:
 
 @dataclass(frozen=True)
 class Tuner:
-    """Tunes blocks as they come. cache: how the running model codes keys and values, None for not at all. arguments: of
-    each block, for as many tokens as the effort takes of a window. seed: of the recipe. dtype: of streams and products.
-    told: is called with the number of a block and its held-out loss so far.
+    """Tunes blocks as they come. arguments: of each block, for as many tokens as the effort takes of a window. seed: of
+    the recipe. dtype: of streams and products. told: is called with the number of a block and its held-out loss so far.
     """
 
     steps: Steps
     plan: Plan
-    cache: CacheScheme | None
     arguments: list[dict[str, Any]]
     seed: int
     dtype: torch.dtype
@@ -124,12 +122,14 @@ class Tuner:
         block: Block,
         bases: Mapping[str, InputBasis],
         prefix: States | None,
+        coding: Coding | None,
         streams: Streams,
         before: dict[str, Any],
     ) -> BlockTuning:
         """Tune a transformed float32 `block` in place.
 
-        bases: of its sites. prefix: its states in the block. before: the block's arguments behind them.
+        bases: of its sites. prefix: its states in the block. coding: of its cache. before: the block's arguments behind
+        the prefix.
         """
         exact = streams.wanted
         reference = BlockStream(twin_of(block, self.dtype), exact, before)
@@ -141,7 +141,7 @@ class Tuner:
             arguments = self.arguments[block.index]
             samples = samples_of(effort, streams.hidden, exact, outputs, arguments, device)
             untouched = replace(block, module=copy.deepcopy(block.module)) if self.steps.needs_drift else None
-            tuned, trained = self._train(block, self._frame(block, bases, prefix), samples)
+            tuned, trained = self._train(block, self._frame(block, bases, prefix, coding), samples)
             if untouched is not None:
                 tuned.fold_(untouched)
             tuned.settle_(block)
@@ -161,12 +161,14 @@ class Tuner:
                 tuned.set_branch_(name, *(part.dequantize() for part in found[name]))
         return found
 
-    def _frame(self, block: Block, bases: Mapping[str, InputBasis], prefix: States | None) -> Frame:
+    def _frame(
+        self, block: Block, bases: Mapping[str, InputBasis], prefix: States | None, coding: Coding | None
+    ) -> Frame:
         schemes, inputs = self.plan.of_block(block)
         correction, fitter = self.steps.correction, getattr(self.steps.rounder, "fitter", None)
         outliers = correction.count if isinstance(correction, OutlierColumns) else 0
         clip = fitter if isinstance(fitter, grid.Clip) else grid.Clip()
-        return Frame(schemes, inputs, bases, self.cache, prefix, outliers, clip, self.dtype)
+        return Frame(schemes, inputs, bases, coding, prefix, outliers, clip, self.dtype)
 
     def _train(self, block: Block, frame: Frame, samples: Samples) -> tuple[TunedBlock, Trained]:
         # Every block draws its own numbers.

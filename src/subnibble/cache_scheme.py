@@ -12,6 +12,7 @@ from subnibble.scheme import BITS, WHOLE_CHANNEL, check_clip, check_group_size, 
 KEY_AXES = ("token", "channel")
 ROPES = ("after", "before")
 KEY_ROTATIONS = ("none", "hadamard")
+KEY_CENTERS = ("none", "mean")
 # A scale and a lowest value, float16 each.
 GROUP_BITS = 32
 PLAIN_CACHE = 16
@@ -27,7 +28,9 @@ class CacheScheme:
     or "before" rotary positions. key_rotation: "hadamard" turns queries and keys by a Hadamard matrix a head (QuaRot,
     arXiv 2404.00456). window: tokens that stay at 16 bits. Of n tokens, the last `window` do; of keys by channel, which
     go group by group, those that do not fill a window (n mod window). clip: the share of a group's range that is kept,
-    around its middle.
+    around its middle. key_center: "mean" codes keys less a calibrated mean of each head's channels, which is added when
+    they are read (SageAttention's smoothing of keys, arXiv 2410.02367, section 4.2, with a mean that is known before
+    the text); the model holds the means (`KeyCenter`).
     """
 
     bits: int
@@ -37,13 +40,17 @@ class CacheScheme:
     key_rotation: str = "none"
     window: int = 0
     clip: float = 1.0
+    key_center: str = "none"
 
     def __post_init__(self) -> None:
         if type(self.bits) is not int or self.bits not in BITS:
             known = ", ".join(map(str, BITS))
             raise BadRecipe(f"the cache's bits are {self.bits!r}; choose one of {known}, or 16 to leave it as it is")
         check_group_size(self.group_size, "cache's", "head")
-        for name, choices in (("key_axis", KEY_AXES), ("rope", ROPES), ("key_rotation", KEY_ROTATIONS)):
+        chosen = (
+            ("key_axis", KEY_AXES), ("rope", ROPES), ("key_rotation", KEY_ROTATIONS), ("key_center", KEY_CENTERS)
+        )  # fmt: skip
+        for name, choices in chosen:
             if getattr(self, name) not in choices:
                 raise BadRecipe(f"the cache's {name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}")
         if type(self.window) is not int or self.window < 0:
@@ -53,6 +60,8 @@ class CacheScheme:
             raise BadRecipe(
                 'a Hadamard matrix does not pass rotary positions: use key_rotation = "none" or rope = "after"'
             )
+        if self.key_axis == "channel" and self.key_center != "none":
+            raise BadRecipe('keys by channel have a range each and need no centre: use key_center = "none"')
         if self.key_axis == "channel" and (self.group_size < 1 or not self.window or self.window % self.group_size):
             raise BadRecipe(
                 f"keys by channel wait at 16 bits until a window is full: window is {self.window} and must be a "
@@ -69,6 +78,7 @@ class CacheScheme:
         parts += ["hadamard"] if self.key_rotation == "hadamard" else []
         parts += [f"window{self.window}"] if self.window else []
         parts += [f"clip{self.clip!r}"] if self.clip != 1 else []
+        parts += ["centered"] if self.key_center == "mean" else []
         return "-".join(parts)
 
     def bounds(self, width: int) -> list[tuple[int, int]]:
@@ -99,8 +109,8 @@ class CacheScheme:
         return heads * (keys + row)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain dictionary, the inverse of `from_dict`."""
-        return asdict(self)
+        """Plain dictionary, the inverse of `from_dict`; without key_center if it is "none"."""
+        return {key: value for key, value in asdict(self).items() if (key, value) != ("key_center", "none")}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:

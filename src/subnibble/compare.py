@@ -17,7 +17,9 @@ from subnibble.evaluate.perplexity import Scores, bos_token, score
 from subnibble.evaluation import Evaluation
 from subnibble.hf import load_model, memory_bytes
 from subnibble.methods import find_method
+from subnibble.methods.method import Steps
 from subnibble.pipeline import quantize
+from subnibble.plan import needs_data
 from subnibble.prefix import same_prefix_
 from subnibble.progress import Progress, silent, titled
 from subnibble.prompt import prefix_ids
@@ -80,7 +82,7 @@ def compare(
         seconds: dict[str, float | None] = {ORIGINAL: None}
         paths: dict[str, Path | Source] = {ORIGINAL: source} | {name: folder / name for name in names}
         # Methods that need data first, so that text which cannot be had is known before any work.
-        for recipe in sorted(recipes, key=lambda recipe: not find_method(recipe.method).needs_data(recipe.options)):
+        for recipe in sorted(recipes, key=lambda recipe: not needs_data(recipe, _steps(recipe))):
             name = recipe_name(recipe)
             report = quantize(source, folder / name, recipe, overwrite=overwrite, progress=titled(progress, name))
             seconds[name] = report.seconds["total"]
@@ -113,11 +115,14 @@ def recipe_name(recipe: Recipe) -> str:
     options = "".join(f"-{value}" for _, value in sorted(recipe.options.items()))
     activation = recipe.activation
     inputs = "" if activation is None else f"-{activation.name}"
-    steps = find_method(recipe.method)
-    cache = recipe.cache_scheme(steps.build(steps.configure(recipe.options)).cache)
+    cache = recipe.cache_scheme(_steps(recipe).cache)
     cached = "" if cache is None else f"-{cache.name}"
     distilled = f"-distilled{recipe.distill_steps}" if recipe.distill_steps else ""
     return f"{recipe.method}-{recipe.scheme.name}{inputs}{cached}{options}{distilled}"
+
+
+def _steps(recipe: Recipe) -> Steps:
+    return find_method(recipe.method).steps(recipe.options)
 
 
 @contextmanager

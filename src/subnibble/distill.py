@@ -25,9 +25,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from subnibble.cache_scheme import PrefixIds
+from subnibble.cache_scheme import CacheScheme, PrefixIds
 from subnibble.calibrate.prefix import PrefixStream, States, behind
-from subnibble.checkpoint.packed import PREFIX, PackedConfig, PackedLinearEntry
+from subnibble.checkpoint.packed import KEY_CENTER, PREFIX, PackedConfig, PackedLinearEntry
 from subnibble.checkpoint.safetensors_source import SafetensorsSource
 from subnibble.checkpoint.source import Source
 from subnibble.device import free_memory
@@ -37,7 +37,8 @@ from subnibble.model.site import Arch, Heads
 from subnibble.model.skeleton import Block, Skeleton
 from subnibble.progress import Progress
 from subnibble.report import DistillReport
-from subnibble.runtime.modules import PackedLinear
+from subnibble.runtime.kv_cache import Coding
+from subnibble.runtime.modules import KeyCenter, PackedLinear
 from subnibble.tuning.distillation import Distillation
 from subnibble.tuning.student import Entrance, StudentLinear
 
@@ -216,7 +217,7 @@ class _Student:
         fill_(model, packed, torch.float32, device)
         for index, block in enumerate(model.get_submodule(arch.blocks)):
             _learn_(block, arch, settings, dtype)
-            arguments[index] = behind(arguments[index], _held(block, arch), config.cache)
+            arguments[index] = behind(arguments[index], _held(block, arch), _coding(block, arch, config.cache))
         return cls(_Model(model, arch, arguments), config, settings, device)
 
     def logits(self, ids: Tensor) -> Tensor:
@@ -294,6 +295,15 @@ def _held(block: nn.Module, arch: Arch) -> States | None:
         return None
     states = getattr(attention, PREFIX)
     return states.keys.float(), states.values.float()
+
+
+def _coding(block: nn.Module, arch: Arch, scheme: CacheScheme | None) -> Coding | None:
+    """How a block's cache codes, with the centre that its attention holds."""
+    if scheme is None or scheme.key_center == "none":
+        return None if scheme is None else Coding(scheme)
+    center = block.get_submodule(f"{arch.attention}.{KEY_CENTER}")
+    assert isinstance(center, KeyCenter)
+    return Coding(scheme, center.mean)
 
 
 def _gains(model: _Model) -> Iterator[tuple[str, nn.Parameter]]:

@@ -17,7 +17,7 @@ from subnibble.distill import FREE_SHARE, states_bytes
 from subnibble.methods import find_method
 from subnibble.methods.method import Steps
 from subnibble.model.skeleton import Skeleton
-from subnibble.plan import check_plain, effective_bits, make_plan, packed_bytes, plan_cache, plan_rotation
+from subnibble.plan import check_plain, effective_bits, make_plan, needs_data, packed_bytes, plan_cache, plan_rotation
 from subnibble.recipe import Recipe
 from subnibble.tuning.distillation import Distillation
 from subnibble.tuning.tuning import EFFORTS
@@ -56,15 +56,14 @@ class Estimate:
 
 def estimate(model: str | Path, recipe: Recipe) -> Estimate:
     """Size, memory and time of quantizing `model` by `recipe`; raises what `quantize` would raise of both."""
-    method = find_method(recipe.method)
-    steps = method.build(method.configure(recipe.options))
+    steps = find_method(recipe.method).steps(recipe.options)
     source = open_source(model)
     check_plain(source)
     device = resolve_device(recipe.device)
     skeleton = Skeleton(source, resolve_dtype(recipe.dtype, source.config.dtype, device), device)
     schemes = make_plan(recipe, steps, skeleton).schemes
     plan_rotation(recipe, steps, skeleton)
-    calibrated = steps.needs_data or recipe.calibration is not None or recipe.distillation is not None
+    calibrated = recipe.calibration is not None or needs_data(recipe, steps)
     if calibrated:
         check_positions(recipe.window, source.config)
     tokens = recipe.num_windows * recipe.window if calibrated else 0

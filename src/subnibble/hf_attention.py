@@ -27,7 +27,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from subnibble.cache_scheme import CacheScheme, PrefixIds
-from subnibble.checkpoint.packed import PREFIX, Entry, PackedConfig, PrefixEntry
+from subnibble.checkpoint.packed import KEY_CENTER, PREFIX, Entry, PackedConfig, PrefixEntry
 from subnibble.errors import BadRecipe
 from subnibble.hf_cache import CacheLayer, KVCache
 from subnibble.model.arch import find_arch
@@ -75,10 +75,11 @@ def attach_cache_(model: Any, scheme: CacheScheme | None, prefix: PrefixIds | No
     scheme: None for a cache at 16 bits. prefix: ids of the keys and values that the model's attentions hold
     (`set_prefix_`), None for none. What was attached before is replaced.
     """
+    attentions = _attentions(model)
     if scheme is not None:
         scheme.check_width(Heads.of(model.config).width)
+        _check_centers(attentions, scheme)
     detach_cache_(model)
-    attentions = _attentions(model)
     attached = Attached(scheme, prefix, len(attentions), model.config._attn_implementation)
     decoder = _decoder(model)
     decoder.register_forward_pre_hook(_BeforeDecoder(attached), with_kwargs=True)
@@ -141,6 +142,20 @@ def _decoder(model: Any) -> Any:
 def _attentions(model: Any) -> list[Any]:
     arch = find_arch(model.config.model_type)
     return [block.get_submodule(arch.attention) for block in model.get_submodule(arch.blocks)]
+
+
+def _check_centers(attentions: list[Any], scheme: CacheScheme) -> None:
+    """Raise `BadRecipe` if keys are coded less a centre that the model does not hold."""
+    if scheme.key_center == "none":
+        return
+    held = {(own.rope, own.key_rotation) for own in (getattr(module, KEY_CENTER, None) for module in attentions) if own}
+    if held != {(scheme.rope, scheme.key_rotation)}:
+        found = ", ".join(f"rope={rope}, key_rotation={turned}" for rope, turned in sorted(held)) or "none"
+        raise BadRecipe(
+            f"{scheme.name} codes keys less a centre with rope={scheme.rope}, key_rotation={scheme.key_rotation}, and "
+            f"the centres that the model holds are: {found}; quantize it with key_center = mean and these settings "
+            "(--method none leaves weights as they are), or use key_center = none"
+        )
 
 
 def _packed_config(model: Any) -> Any:
@@ -264,7 +279,8 @@ def _announce(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tup
     hidden = args[0] if args else kwargs["hidden_states"]
     if module.layer_idx == 0 and cache.scheme is not None and cache.scheme.rope == "before":
         cache.positions.append(cos, sin, hidden.shape[0])
-    layer.expect(kwargs.get("position_ids"))
+    centered = cache.scheme is not None and cache.scheme.key_center != "none"
+    layer.expect(kwargs.get("position_ids"), module.get_submodule(KEY_CENTER).mean if centered else None)
     return args, {**kwargs, "kv_layer": layer}
 
 

@@ -67,9 +67,13 @@ class CacheLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing: storage comes with the first tokens."""
 
-    def expect(self, positions: Tensor | None) -> None:
-        """An attention that will ask for what its queries see is about to update. positions: (b or 1, t), theirs."""
+    def expect(self, positions: Tensor | None, center: Tensor | None) -> None:
+        """An attention that will ask for what its queries see is about to update. positions: (b or 1, t), theirs.
+
+        center: what its keys are coded less, (heads, width), or None.
+        """
         self._expected, self.queries = True, positions
+        self.store.keys.center = center
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Store new keys and values (b, heads, t, width); all of them dense, as the last query sees them."""

@@ -28,9 +28,9 @@ from torch import Tensor
 
 from subnibble.block_run import BlockRun, prepare_block_
 from subnibble.block_tuning import Tuner
-from subnibble.cache_scheme import CacheScheme, PrefixIds
+from subnibble.cache_scheme import PrefixIds
 from subnibble.calibrate.prefix import PrefixStream
-from subnibble.calibrate.sinks import sink_tokens
+from subnibble.calibrate.sinks import ordinary_tokens, sink_tokens
 from subnibble.calibrate.stream import BlockStream
 from subnibble.calibrate.survey import full_precision_blocks
 from subnibble.calibrate.windows import calibration_windows, check_positions
@@ -46,7 +46,6 @@ from subnibble.checkpoint.safetensors_source import SafetensorsSource
 from subnibble.checkpoint.size import measure, weights_hash
 from subnibble.checkpoint.source import Source, open_source
 from subnibble.checkpoint.writer import CheckpointWriter, check_output
-from subnibble.corrections.mean_shift import ordinary_tokens
 from subnibble.corrections.ranks import Gains, allocate, gains_of
 from subnibble.corrections.salient import SalientColumns
 from subnibble.device import resolve_device, resolve_dtype
@@ -57,7 +56,7 @@ from subnibble.methods import find_method
 from subnibble.methods.method import Steps
 from subnibble.model.site import Heads
 from subnibble.model.skeleton import Block, Skeleton
-from subnibble.plan import Plan, check_plain, make_plan, packed_bytes, plan_cache, plan_rotation
+from subnibble.plan import Plan, check_plain, make_plan, needs_data, packed_bytes, plan_rotation
 from subnibble.progress import Progress, silent
 from subnibble.prompt import AUTO, prefix_ids, sink_prefix
 from subnibble.recipe import Recipe
@@ -98,7 +97,7 @@ def quantize(
     method = find_method(recipe.method)
     options = method.configure(recipe.options)
     steps = method.build(options)
-    if recipe.calibration is None and (steps.needs_data or recipe.distillation is not None):
+    if recipe.calibration is None and needs_data(recipe, steps):
         recipe = replace(recipe, calibration="c4")
     source = open_source(model)
     if source.path.resolve() == final.resolve():
@@ -121,7 +120,6 @@ class _Run:
     plan: Plan
     edit: ResidualEdit | None
     values: ValueRotation | None
-    cache: CacheScheme | None
     prefix: PrefixIds | None
     windows: Tensor | None
     clock: Clock
@@ -140,20 +138,20 @@ class _Run:
         plan = make_plan(recipe, steps, skeleton)
         rotation = plan_rotation(recipe, steps, skeleton)
         values = make_value_rotation(steps.value_rotation, Heads.of(skeleton.config).width, recipe.seed)
-        cache = plan_cache(recipe, steps, skeleton)
         prefix = _given_prefix(recipe, source)
         if recipe.system_prompt == AUTO and recipe.calibration is None:
             raise BadRecipe('system_prompt = "auto" is found in calibration text; set calibration')
         if steps.tuning is not None and recipe.num_windows < _FEWEST_TUNED_WINDOWS:
             raise BadRecipe(f"tuning holds some windows out and num_windows is {recipe.num_windows}; use 2 or more")
-        if steps.leaves_weights and cache is None and recipe.system_prompt is None and recipe.embedding_scheme is None:
+        others = (plan.cache, recipe.system_prompt, recipe.embedding_scheme)
+        if steps.leaves_weights and others == (None, None, None):
             raise BadRecipe(
                 f"method {recipe.method} leaves all weights, and there is nothing else to do; set kv_bits, "
                 "system_prompt or embedding_bits"
             )
         before = 0 if prefix is None else len(prefix.ids)
         check_positions(1, source.config, before)
-        resolved = filled_in(recipe, options, plan.schemes, cache, device, dtype)
+        resolved = filled_in(recipe, options, plan.schemes, plan.cache, device, dtype)
         windows = None
         if recipe.calibration is not None:
             check_positions(recipe.window, source.config, before)
@@ -169,7 +167,7 @@ class _Run:
         with clock.step("check sites"):
             skeleton.check_tied_head()
             check_sites(skeleton)
-        return cls(skeleton, resolved, steps, plan, rotation, values, cache, prefix, windows, clock)
+        return cls(skeleton, resolved, steps, plan, rotation, values, prefix, windows, clock)
 
     @property
     def head_is_tied(self) -> bool:
@@ -302,7 +300,7 @@ class _Run:
         skeleton, tokens = self.skeleton, min(EFFORTS[self.steps.tuning.effort].tokens, self.recipe.window)
         arguments = skeleton.block_arguments(tokens, past=self._past)
         seed, clock = self.recipe.seed, self.clock
-        return Tuner(self.steps, self.plan, self.cache, arguments, seed, skeleton.dtype, clock, told)
+        return Tuner(self.steps, self.plan, arguments, seed, skeleton.dtype, clock, told)
 
     def _allocate_ranks(self, blocks: Iterator[tuple[Block, BlockStream]]) -> None:
         """Decide how many salient channels each linear gets."""
@@ -394,7 +392,7 @@ class _Run:
 
     @property
     def _packed(self) -> PackedConfig:
-        return PackedConfig(self.modules, self.cache, self.prefix)
+        return PackedConfig(self.modules, self.plan.cache, self.prefix)
 
     def _write_config(self, writer: CheckpointWriter) -> None:
         self._write_model_config(writer)

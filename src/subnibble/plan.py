@@ -29,12 +29,14 @@ from subnibble.tuning.clipping import check_scheme
 class Plan:
     """Path of each linear -> how its weight and its input are quantized, None for not at all.
 
-    ranks: salient channels of linears that get another number than the correction's.
+    ranks: salient channels of linears that get another number than the correction's. cache: how keys and values are
+    coded, None for not at all.
     """
 
     schemes: Mapping[str, Scheme | None]
     activations: Mapping[str, ActivationScheme | None]
     ranks: Mapping[str, int] = field(default_factory=dict)
+    cache: CacheScheme | None = None
 
     def of_block(self, block: Block) -> tuple[dict[str, Scheme | None], dict[str, ActivationScheme | None]]:
         """The same for one block, by names in it."""
@@ -64,7 +66,14 @@ def make_plan(recipe: Recipe, steps: Steps, skeleton: Skeleton) -> Plan:
             found = planned[path]
             if found is not None:
                 planned[path] = replace(found, outliers=steps.correction.count)
-    return Plan(schemes, planned)
+    return Plan(schemes, planned, cache=plan_cache(recipe, steps, skeleton))
+
+
+def needs_data(recipe: Recipe, steps: Steps) -> bool:
+    """Whether calibration text is needed."""
+    cache = recipe.cache_scheme(steps.cache)
+    centered = cache is not None and cache.key_center != "none"
+    return steps.needs_data or recipe.distillation is not None or centered
 
 
 def plan_cache(recipe: Recipe, steps: Steps, skeleton: Skeleton) -> CacheScheme | None:

@@ -21,7 +21,7 @@ from subnibble.scheme import ActivationScheme, Scheme
 from subnibble.tensor import PackedLayout, PackedTensor, pack_codes, scale_dtype, unpack_codes
 
 DOC = (Path(__file__).parents[2] / "docs" / "format.md").read_text(encoding="utf-8")
-CONFIG, VECTORS, CONFIG_3, TOKENS, LINEAR, CONFIG_4, ROWS = (
+CONFIG, VECTORS, CONFIG_3, TOKENS, LINEAR, CONFIG_4, ROWS, CONFIG_5 = (
     json.loads(block) for block in re.findall(r"```json\n(.*?)```", DOC, re.DOTALL)
 )
 DOWN = "model.layers.0.mlp.down_proj"
@@ -76,7 +76,9 @@ def test_stored_rows_have_the_documented_weights(vector) -> None:
     assert packed.dequantize().tolist() == [vector["weights"]]
 
 
-@pytest.mark.parametrize("config", [CONFIG, CONFIG_3, CONFIG_4], ids=["version 1", "version 3", "version 4"])
+@pytest.mark.parametrize(
+    "config", [CONFIG, CONFIG_3, CONFIG_4, CONFIG_5], ids=["version 1", "version 3", "version 4", "version 5"]
+)
 def test_the_documented_config_is_read_and_written_back_the_same(config) -> None:
     assert PackedConfig.from_dict(config).to_dict() == config
 
@@ -289,6 +291,11 @@ def test_groups_of_a_cache_become_the_documented_codes(row) -> None:
     found = quantize_rows(group, row["bits"], [(0, group.shape[1])], row["clip"])
     assert unpack_codes(found.codes, row["bits"], group.shape[1]).tolist() == [row["codes"]]
     assert (found.lows.tolist(), found.scales.tolist()) == ([[row["low"]]], [[row["scale"]]])
+
+
+def test_the_documented_centre_is_stored_under_its_name() -> None:
+    shapes = stored_shapes(PackedConfig.from_dict(CONFIG_5))
+    assert shapes == {"model.layers.0.self_attn.key_center.mean": (2, 16)}
 
 
 def test_the_documented_prefix_has_the_documented_tensors() -> None:

@@ -202,11 +202,13 @@ def test_names_of_schemes_are_labels_without_meaning() -> None:
     assert PackedConfig.from_dict(values) == CONFIG
 
 
-@pytest.mark.parametrize("version", [0, 5, -1, "1", "2", "3", "4", 1.0, 2.0, 3.0, 4.0, True, False, [1], None])
+@pytest.mark.parametrize(
+    "version", [0, 6, -1, "1", "2", "3", "4", "5", 1.0, 2.0, 3.0, 4.0, 5.0, True, False, [1], None]
+)
 @pytest.mark.parametrize("config", [CONFIG, SCALED, COMPOSED], ids=["plain", "scaled", "composed"])
 def test_another_version_is_an_error_that_says_so(config, version) -> None:
     values = {**through_json(config), "format_version": version}
-    said = re.escape(f"mine: format version {version!r}; this subnibble reads versions 1, 2, 3, 4")
+    said = re.escape(f"mine: format version {version!r}; this subnibble reads versions 1, 2, 3, 4, 5")
     with pytest.raises(CheckpointError, match=f"^{said}"):
         PackedConfig.from_dict(values, "mine")
 

@@ -40,6 +40,11 @@ METHODS: dict[str, dict[str, Any]] = {
         "method": "bisup",
         "options": {"over": "atom", "effort": "fast", "rank": 4, "outliers": 8, "low_rank": "side"},
     },
+    "atom-centered": {
+        "method": "bisup",
+        "options": {"over": "atom", "effort": "fast", "rank": 4, "outliers": 8},
+        "kv": {"key_center": "mean"},
+    },
     "omniquant": {"method": "omniquant", "options": {"effort": "fast"}},
 }
 

@@ -18,6 +18,7 @@ from subnibble.model.skeleton import Block, Skeleton
 from subnibble.rounding import grid
 from subnibble.rounding.rtn import RTN
 from subnibble.runtime.hadamard import hadamard_blocks
+from subnibble.runtime.kv_cache import Coding
 from subnibble.scheme import ActivationScheme, Scheme
 from subnibble.tensor import PackedRange
 from subnibble.transforms.input_basis import InputBasis
@@ -50,7 +51,7 @@ class Case:
             dict.fromkeys(names, WEIGHTS if quantized else None),
             dict.fromkeys(names, INPUTS if quantized else None),
             bases,
-            CacheScheme(8) if quantized else None,
+            Coding(CacheScheme(8)) if quantized else None,
             self.states,
             outliers,
             grid.Clip(),
@@ -209,7 +210,7 @@ def test_learned_clips_of_inputs_stay_in_their_range(folders: dict[str, Path]) -
 def test_inputs_and_cache_are_quantized(folders: dict[str, Path]) -> None:
     case = Case(folders["llama"], quantized=True)
     whole = case.of(case.tuned())
-    for key, value in {"cache": None, "activations": dict.fromkeys(case.block.arch.linears)}.items():
+    for key, value in {"coding": None, "activations": dict.fromkeys(case.block.arch.linears)}.items():
         other = Case(folders["llama"], quantized=True)
         other.frame = replace(other.frame, **{key: value})
         assert not torch.equal(other.of(other.tuned()), whole)

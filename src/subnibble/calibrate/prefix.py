@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from subnibble.cache_scheme import CacheScheme
 from subnibble.errors import NumericalFailure
 from subnibble.model.skeleton import Block, Skeleton
 from subnibble.runtime.coded_text import coded_keys, coded_values
+from subnibble.runtime.kv_cache import Coding
 
 # Keys and values, (heads, tokens, width) each, positions put on.
 States = tuple[Tensor, Tensor]
@@ -37,7 +37,7 @@ class PrefixStream:
         return states
 
     def _run(self, block: Block) -> tuple[States, Tensor]:
-        kept = _Kept()
+        kept = Kept()
         with torch.no_grad():
             output = block.module(self._hidden, **self._arguments[block.index], past_key_values=kept)
         return (kept.keys[0], kept.values[0]), output[0] if isinstance(output, tuple) else output
@@ -51,25 +51,25 @@ def half_states(states: States, where: str) -> States:
     return keys, values
 
 
-def behind(arguments: Mapping[str, Any], states: States | None, scheme: CacheScheme | None = None) -> dict[str, Any]:
-    """Arguments of a block behind a prefix's states, None for none, its cache coded by `scheme`, None for not at all.
+def behind(arguments: Mapping[str, Any], states: States | None, coding: Coding | None = None) -> dict[str, Any]:
+    """Arguments of a block behind a prefix's states, None for none, its cache coded, `coding` None for not at all.
 
     arguments: of `Skeleton.block_arguments` with as many tokens of past.
     """
-    if states is None and scheme is None:
+    if states is None and coding is None:
         return {**arguments}
     # Without windows there are no arguments, and no codes either.
-    return {**arguments, "past_key_values": _Past(states, scheme, arguments.get("position_embeddings"))}
+    return {**arguments, "past_key_values": _Past(states, coding, arguments.get("position_embeddings"))}
 
 
-class _Kept:
+class Kept:
     """Stands for an empty cache: keeps what attention gives it."""
 
     keys: Tensor
     values: Tensor
 
     def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> States:
-        """keys, values: (1, heads, tokens, width), given back as they are."""
+        """keys, values: (b, heads, tokens, width), given back as they are."""
         self.keys, self.values = keys, values
         return keys, values
 
@@ -77,15 +77,13 @@ class _Kept:
 class _Past:
     """Stands for a cache that holds a prefix, gives texts back as they come out of the codes, and keeps nothing."""
 
-    def __init__(
-        self, states: States | None, scheme: CacheScheme | None, positions: tuple[Tensor, Tensor] | None
-    ) -> None:
-        self._states, self._scheme, self._positions = states, scheme, positions
+    def __init__(self, states: States | None, coding: Coding | None, positions: tuple[Tensor, Tensor] | None) -> None:
+        self._states, self._coding, self._positions = states, coding, positions
 
     def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> States:
         """keys, values: (b, heads, tokens, width); the same behind the prefix's."""
-        if self._scheme is not None and self._positions is not None:
-            keys, values = coded_keys(keys, self._scheme, self._positions), coded_values(values, self._scheme)
+        if self._coding is not None and self._positions is not None:
+            keys, values = coded_keys(keys, self._coding, self._positions), coded_values(values, self._coding)
         return (keys, values) if self._states is None else with_past(self._states, (keys, values))
 
 

@@ -20,6 +20,8 @@ from subnibble.model.skeleton import Block
 _FACTOR = 64.0
 # A token that is rarely one is none of the model's own.
 _FEWEST_WINDOWS = 0.1
+# Times the median norm: massive activations lie a hundred times above it, ordinary tokens within a few.
+_SINK_FACTOR = 10.0
 
 
 def sink_tokens(blocks: Iterable[tuple[Block, BlockStream]], windows: Tensor) -> tuple[int, ...]:
@@ -40,3 +42,14 @@ def sink_tokens(blocks: Iterable[tuple[Block, BlockStream]], windows: Tensor) ->
             seen.setdefault(token, set()).add(window)
     common = [token for token, _ in found.most_common() if len(seen[token]) >= _FEWEST_WINDOWS * windows.shape[0]]
     return tuple(common[:needed])
+
+
+def ordinary_tokens(hidden: Tensor) -> Tensor:
+    """Which tokens are no sinks, (windows * tokens,) bool, by the residual stream `hidden` (windows, tokens, channels).
+
+    A sink's hidden state is huge; the first token of a window is one to the attention of every later token.
+    """
+    norms = hidden.float().norm(dim=-1)
+    mask: Tensor = norms <= _SINK_FACTOR * norms.median()
+    mask[:, 0] = False
+    return mask.flatten()

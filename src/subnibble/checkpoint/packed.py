@@ -8,7 +8,7 @@ say is written as that version.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Self, TypeVar
 
 import torch
@@ -24,9 +24,11 @@ from subnibble.tensor import PackedLayout
 T = TypeVar("T")
 
 QUANT_METHOD = "subnibble"
-FORMAT_VERSIONS = (1, 2, 3, 4)
+FORMAT_VERSIONS = (1, 2, 3, 4, 5)
 # Where an attention holds a prefix's states, and under which names there.
 PREFIX, PREFIX_NAMES = "prefix", ("keys", "values")
+# Where it holds the centre of its keys.
+KEY_CENTER = "key_center"
 _LINEAR, _SCALED_LINEAR, _COMPOSED_LINEAR = "linear", "scaled_linear", "composed_linear"
 _MODULE_KEYS = {
     _LINEAR: {"kind", "rows", "ranges", "bias"},
@@ -37,6 +39,7 @@ _MODULE_KEYS = {
     "tied_head": {"kind", "table"},
     "norm_bias": {"kind", "rows"},
     "prefix": {"kind", "heads", "tokens", "width"},
+    "key_center": {"kind", "heads", "width", "rope", "key_rotation"},
 }
 
 
@@ -164,7 +167,32 @@ def prefix_state(path: str, states: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
     return {f"{path}.{PREFIX}.{name}": part for name, part in zip(PREFIX_NAMES, states, strict=True)}
 
 
-Entry = PackedLinearEntry | PackedEmbeddingEntry | TiedHeadEntry | NormBiasEntry | PrefixEntry
+@dataclass(frozen=True)
+class KeyCenterEntry:
+    """What an attention's cache codes keys less, `<path>.mean`, (heads, width) float16, path ending in `KEY_CENTER`.
+
+    rope, key_rotation: of the `CacheScheme` that it was made for.
+    """
+
+    heads: int
+    width: int
+    rope: str
+    key_rotation: str
+
+    def __post_init__(self) -> None:
+        CacheScheme(4, rope=self.rope, key_rotation=self.key_rotation)
+
+    @classmethod
+    def of(cls, center: Tensor, scheme: CacheScheme) -> Self:
+        """Of a centre (heads, width) that was made for `scheme`."""
+        return cls(center.shape[0], center.shape[1], scheme.rope, scheme.key_rotation)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dictionary."""
+        return asdict(self)
+
+
+Entry = PackedLinearEntry | PackedEmbeddingEntry | TiedHeadEntry | NormBiasEntry | PrefixEntry | KeyCenterEntry
 
 
 @dataclass(frozen=True)
@@ -181,6 +209,9 @@ class PackedConfig:
         held = {entry.tokens for entry in self.modules.values() if isinstance(entry, PrefixEntry)}
         if held != (set() if self.prefix is None else {len(self.prefix.ids)}):
             raise ValueError("a prefix's ids and what attentions hold of it do not belong together")
+        cache = self.cache
+        if cache is not None and cache.key_center != "none" and (cache.rope, cache.key_rotation) not in self._centers:
+            raise ValueError("the cache codes keys less a centre, and no attention holds one of its kind")
 
     def to_dict(self) -> dict[str, Any]:
         """The `quantization_config` of config.json."""
@@ -202,6 +233,12 @@ class PackedConfig:
         }
 
     @property
+    def _centers(self) -> set[tuple[str, str]]:
+        """For which bases of keys there are centres."""
+        found = (entry for entry in self.modules.values() if isinstance(entry, KeyCenterEntry))
+        return {(entry.rope, entry.key_rotation) for entry in found}
+
+    @property
     def _linears(self) -> list[PackedLinearEntry]:
         return [entry for entry in self.modules.values() if isinstance(entry, PackedLinearEntry)]
 
@@ -213,6 +250,8 @@ class PackedConfig:
     @property
     def _version(self) -> int:
         """The lowest version that can say this."""
+        if self._centers:
+            return 5
         if self.cache is not None or self.prefix is not None:
             return 4
         if any(entry.activation is not None and entry.activation.outliers for entry in self._linears):
@@ -276,6 +315,8 @@ def stored_shapes(packed: PackedConfig) -> dict[str, tuple[int, ...]]:
                 shapes[f"{path}.bias"] = (rows,)
             case PrefixEntry(heads, tokens, width):
                 shapes |= dict.fromkeys((f"{path}.{PREFIX}.{name}" for name in PREFIX_NAMES), (heads, tokens, width))
+            case KeyCenterEntry(heads, width):
+                shapes[f"{path}.mean"] = (heads, width)
     return shapes
 
 
@@ -308,6 +349,8 @@ def _entry_to_dict(entry: Entry) -> dict[str, Any]:
             return {"kind": "norm_bias", "rows": rows}
         case PrefixEntry(heads, tokens, width):
             return {"kind": "prefix", "heads": heads, "tokens": tokens, "width": width}
+        case KeyCenterEntry():
+            return {"kind": "key_center", **entry.to_dict()}
 
 
 def _composed_to_dict(entry: PackedLinearEntry) -> dict[str, Any]:
@@ -353,6 +396,9 @@ def _entry_from_dict(values: Mapping[str, Any], labels: _Labels) -> Entry:
         return NormBiasEntry(_count(values["rows"]))
     if kind == "prefix":
         return PrefixEntry(*(_count(values[key]) for key in ("heads", "tokens", "width")))
+    if kind == "key_center":
+        basis = (_typed(values[key], str) for key in ("rope", "key_rotation"))
+        return KeyCenterEntry(_count(values["heads"]), _count(values["width"]), *basis)
     layout = labels.layout(values["rows"], values["ranges"])
     if kind == "embedding":
         return PackedEmbeddingEntry(layout)

@@ -23,8 +23,6 @@ from subnibble.errors import BadRecipe
 FORMS = ("none", "published", "gated")
 _LARGEST = 10.0
 _FEWEST_WINDOWS = 2
-# Times the median norm: massive activations lie a hundred times above it, ordinary tokens within a few.
-_SINK_FACTOR = 10.0
 
 
 @dataclass(frozen=True)
@@ -67,14 +65,3 @@ class MeanShift:
     def _add_(self, halves: list[Mean], shift: Tensor, ordinary: Tensor, number: int) -> None:
         """Add one window to its half."""
         halves[number % 2].update(shift if self.form == "published" else shift[ordinary])
-
-
-def ordinary_tokens(hidden: Tensor) -> Tensor:
-    """Which tokens are no sinks, (windows * tokens,) bool, by the residual stream `hidden` (windows, tokens, channels).
-
-    A sink's hidden state is huge; the first token of a window is one to the attention of every later token.
-    """
-    norms = hidden.float().norm(dim=-1)
-    mask: Tensor = norms <= _SINK_FACTOR * norms.median()
-    mask[:, 0] = False
-    return mask.flatten()

@@ -44,6 +44,7 @@ KV_CHOICES = {
     "key_rotation": ", ".join(cache_scheme.KEY_ROTATIONS),
     "window": "last tokens at 16 bits",
     "clip": "share of the range that is kept",
+    "key_center": ", ".join(cache_scheme.KEY_CENTERS),
 }
 # Of the tuning of the packed model as a whole, see `Distillation`.
 DISTILL_CHOICES = {

@@ -160,9 +160,9 @@ class Method:
     options: type[Any]
     build: Callable[[Any], Steps]
 
-    def needs_data(self, options: Mapping[str, Any]) -> bool:
-        """Whether the method cannot do without calibration text."""
-        return self.build(self.configure(options)).needs_data
+    def steps(self, options: Mapping[str, Any]) -> Steps:
+        """What the pipeline does for a recipe's table of options; see `configure`."""
+        return self.build(self.configure(options))
 
     def configure(self, values: Mapping[str, Any]) -> Any:
         """The method's options from a recipe's table, defaults filled in; unknown keys and wrong types are errors."""

@@ -8,7 +8,9 @@ import torch
 from torch import nn
 
 from subnibble.checkpoint.packed import (
+    KEY_CENTER,
     PREFIX,
+    KeyCenterEntry,
     NormBiasEntry,
     PackedConfig,
     PackedEmbeddingEntry,
@@ -20,6 +22,7 @@ from subnibble.checkpoint.packed import (
 from subnibble.checkpoint.safetensors_source import SafetensorsSource
 from subnibble.errors import CheckpointError
 from subnibble.runtime.modules import (
+    KeyCenter,
     PackedEmbedding,
     PackedLinear,
     PrefixStates,
@@ -34,7 +37,9 @@ def pack_modules_(model: Any, packed: PackedConfig, dtype: torch.dtype) -> None:
     # A tied head needs its table's module, whatever the order of the JSON.
     for path, entry in sorted(packed.modules.items(), key=lambda item: isinstance(item[1], TiedHeadEntry)):
         try:
-            module = model.get_submodule(path)
+            # A centre is a module that attention does not have yet.
+            own = isinstance(entry, KeyCenterEntry)
+            module = model.get_submodule(path.removesuffix(f".{KEY_CENTER}") if own else path)
         except AttributeError as error:
             raise CheckpointError(f"quantization_config packs {path}, which this model does not have") from error
         replace_module(model, path, module, entry, dtype)
@@ -87,6 +92,9 @@ def replace_module(model: Any, path: str, module: nn.Module, entry: Any, dtype: 
         case PrefixEntry(heads, tokens, width):
             empty = torch.empty(heads, tokens, width, dtype=torch.float16, device="meta")
             module.add_module(PREFIX, PrefixStates(empty, torch.empty_like(empty), persistent=True))
+        case KeyCenterEntry(heads, width, rope, key_rotation):
+            empty = torch.empty(heads, width, dtype=torch.float16, device="meta")
+            module.add_module(KEY_CENTER, KeyCenter(empty, rope, key_rotation))
 
 
 def _empty_terms(entry: PackedLinearEntry, dtype: torch.dtype) -> LinearTerms:

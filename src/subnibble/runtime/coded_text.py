@@ -9,29 +9,38 @@ from torch import Tensor
 
 from subnibble.cache_scheme import CacheScheme
 from subnibble.runtime import hadamard
-from subnibble.runtime.kv_cache import TensorStore
+from subnibble.runtime.kv_cache import Coding, TensorStore
 from subnibble.runtime.rotary import rotate, unrotate
 from subnibble.runtime.straight_through import straight_through
 
 
-def coded_keys(keys: Tensor, scheme: CacheScheme, positions: tuple[Tensor, Tensor]) -> Tensor:
+def coded_keys(keys: Tensor, coding: Coding, positions: tuple[Tensor, Tensor]) -> Tensor:
     """Keys (b, heads, t, width), positions put on, not turned. positions: cosines and sines, (1 or b, t, turned)."""
-    return straight_through(keys, _coded(keys.detach(), scheme, positions))
+    return straight_through(keys, _coded(keys.detach(), coding, positions))
 
 
-def coded_values(values: Tensor, scheme: CacheScheme) -> Tensor:
+def coded_values(values: Tensor, coding: Coding) -> Tensor:
     """Values (b, heads, t, width)."""
-    return straight_through(values, TensorStore(scheme, of_keys=False).append(values.detach()).late)
+    return straight_through(values, TensorStore(coding.scheme, of_keys=False).append(values.detach()).late)
 
 
-def _coded(keys: Tensor, scheme: CacheScheme, positions: tuple[Tensor, Tensor]) -> Tensor:
-    store = TensorStore(scheme, of_keys=True)
+def as_coded(keys: Tensor, scheme: CacheScheme, positions: tuple[Tensor, Tensor]) -> Tensor:
+    """Keys in the basis in which they are coded: without positions, or turned. keys, positions: as of `coded_keys`."""
     if scheme.rope == "before":
         cos, sin = (part.float() for part in positions)
-        plain = unrotate(keys.float(), cos, sin).to(keys.dtype)
-        return rotate(store.append(plain).late.float(), cos, sin).to(keys.dtype)
+        return unrotate(keys.float(), cos, sin).to(keys.dtype)
     if scheme.key_rotation == "none":
-        return store.append(keys).late
-    blocks = hadamard.hadamard_blocks(keys.shape[-1])
+        return keys
+    return hadamard.multiply(keys, hadamard.hadamard_blocks(keys.shape[-1]))
+
+
+def _coded(keys: Tensor, coding: Coding, positions: tuple[Tensor, Tensor]) -> Tensor:
+    scheme = coding.scheme
+    seen = TensorStore(scheme, True, coding.center).append(as_coded(keys, scheme, positions)).late
+    if scheme.rope == "before":
+        cos, sin = (part.float() for part in positions)
+        return rotate(seen.float(), cos, sin).to(keys.dtype)
+    if scheme.key_rotation == "none":
+        return seen
     # Queries are turned alike at run time, which is as if keys were turned back.
-    return hadamard.multiply_transposed(store.append(hadamard.multiply(keys, blocks)).late, blocks)
+    return hadamard.multiply_transposed(seen, hadamard.hadamard_blocks(keys.shape[-1]))

@@ -93,10 +93,11 @@ class TensorStore:
     """Keys, or values, of one layer: coded tokens, and behind them those that are still at 16 bits.
 
     scheme: None keeps all as it comes. of_keys: which of the two it is, for schemes that treat them differently.
+    center: (heads, width), what is coded less; None for nothing.
     """
 
-    def __init__(self, scheme: CacheScheme | None, of_keys: bool) -> None:
-        self._scheme, self._of_keys = scheme, of_keys
+    def __init__(self, scheme: CacheScheme | None, of_keys: bool, center: Tensor | None = None) -> None:
+        self._scheme, self._of_keys, self.center = scheme, of_keys, center
         self._by_channel = of_keys and scheme is not None and scheme.key_axis == "channel"
         self._width = 0
         self.coded: Rows | None = None
@@ -181,6 +182,7 @@ class TensorStore:
             x = x.unflatten(2, (-1, scheme.group_size)).transpose(3, 4)
             found = quantize_rows(x, scheme.bits, [(0, scheme.group_size)], scheme.clip)
         else:
+            x = x if self.center is None else x.float() - self.center.float().unsqueeze(1)
             found = quantize_rows(x, scheme.bits, scheme.bounds(x.shape[3]), scheme.clip)
             self._width = x.shape[3]
         self.coded = found if self.coded is None else self.coded.append(found, 2)
@@ -195,8 +197,19 @@ class TensorStore:
             dense = dequantize_rows(self.coded, scheme.bits, [(0, scheme.group_size)], dtype)
             dense = dense.transpose(3, 4).flatten(2, 3)
         else:
-            dense = dequantize_rows(self.coded, scheme.bits, scheme.bounds(self._width), dtype)
+            wide = dtype if self.center is None else torch.float32
+            dense = dequantize_rows(self.coded, scheme.bits, scheme.bounds(self._width), wide)
+            if self.center is not None:
+                dense = (dense + self.center.float().unsqueeze(1)).to(dtype)
         return torch.cat([dense, exact], 2) if exact.shape[2] else dense
+
+
+@dataclass(frozen=True)
+class Coding:
+    """How the cache of one layer codes. center: of its keys, see `TensorStore`."""
+
+    scheme: CacheScheme
+    center: Tensor | None = None
 
 
 class LayerStore:

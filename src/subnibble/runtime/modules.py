@@ -46,6 +46,24 @@ class PrefixStates(StoredModule):
         return f"{self.keys.shape[1]} tokens"
 
 
+class KeyCenter(StoredModule):
+    """What one attention's cache codes keys less: (heads, width) float16.
+
+    rope, key_rotation: of the `CacheScheme` that it was made for.
+    """
+
+    mean: Tensor
+
+    def __init__(self, mean: Tensor, rope: str, key_rotation: str) -> None:
+        super().__init__()
+        self.register_buffer("mean", mean)
+        self.rope, self.key_rotation = rope, key_rotation
+
+    def extra_repr(self) -> str:
+        """Shape and kind, for printing."""
+        return f"{tuple(self.mean.shape)}, rope={self.rope}, key_rotation={self.key_rotation}"
+
+
 class PackedModule(StoredModule):
     """Holds one packed matrix as buffers, under the names of the checkpoint format."""
 

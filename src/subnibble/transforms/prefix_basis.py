@@ -1,4 +1,6 @@
-"""A prefix's keys and values as the stored block would make them: edits of heads that come after they were computed."""
+"""A prefix's keys and values, and the centre of keys, as the stored block would make them: edits of heads that come
+after they were computed.
+"""
 
 from __future__ import annotations
 
@@ -30,6 +32,14 @@ def stored_states(
     heads = states[0].shape[0]
     first, second = (part.unflatten(1, (heads, -1)).transpose(0, 1) for part in (keys, values))
     return half_states((first, second), block.path)
+
+
+def stored_center(center: Tensor, block: Block, moved: Mapping[str, Tensor]) -> Tensor:
+    """What keys are coded less, (heads, width) as it is: heads of keys move whole, in whatever basis they are."""
+    flat = center.flatten().unsqueeze(0)
+    for site in block.arch.sites:
+        flat = _moved(flat, site.keys, moved) if site.per_head else flat
+    return flat.view(center.shape).contiguous()
 
 
 def _moved(rows: Tensor, names: Iterable[str], moved: Mapping[str, Tensor]) -> Tensor:

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from subnibble.cache_scheme import CacheScheme
 from subnibble.calibrate.prefix import States, with_past
 from subnibble.corrections.outliers import OutlierColumns
 from subnibble.model.site import Site
@@ -26,6 +25,7 @@ from subnibble.rounding.fixed import FixedGrids
 from subnibble.rounding.levels import Fitted
 from subnibble.runtime import activations
 from subnibble.runtime.coded_text import coded_keys, coded_values
+from subnibble.runtime.kv_cache import Coding
 from subnibble.runtime.straight_through import straight_through
 from subnibble.scheme import ActivationScheme, Scheme
 from subnibble.transforms.input_basis import InputBasis
@@ -44,14 +44,14 @@ _ALPHA = 0.5
 class Frame:
     """What a block is tuned within. schemes, activations: of its linears, None for not at all. bases: of its sites.
 
-    cache: of keys and values, None for 16 bits. prefix: its states in this block, or None. outliers: last columns at 8
+    coding: of keys and values, None for 16 bits. prefix: its states in this block, or None. outliers: last columns at 8
     bits. clip: how ranges of weights are chosen where nothing is learned yet. dtype: that products are computed in.
     """
 
     schemes: Mapping[str, Scheme | None]
     activations: Mapping[str, ActivationScheme | None]
     bases: Mapping[str, InputBasis]
-    cache: CacheScheme | None
+    coding: Coding | None
     prefix: States | None
     outliers: int
     clip: grid.Clip
@@ -234,14 +234,14 @@ class TunedBlock:
 
     def seen(self, keys: Tensor, values: Tensor, positions: tuple[Tensor, Tensor]) -> States:
         """What attention sees of a text's keys and values (b, heads, t, width), the prefix before them."""
-        cache, factors, prefix = self._frame.cache, self._value_factors(), self.prefix
+        coding, factors, prefix = self._frame.coding, self._value_factors(), self.prefix
         if factors is not None:
             values = values / factors
             prefix = None if prefix is None else (prefix[0], prefix[1] / factors)
         # Norms of queries and keys (Qwen3) give float32; attention takes one type.
         values = values.to(keys.dtype)
-        if cache is not None:
-            keys, values = coded_keys(keys, cache, positions), coded_values(values, cache)
+        if coding is not None:
+            keys, values = coded_keys(keys, coding, positions), coded_values(values, coding)
         return (keys, values) if prefix is None else with_past(prefix, (keys, values))
 
 
