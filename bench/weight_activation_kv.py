@@ -53,8 +53,8 @@ PROMPTS = ("none", "bos", "default", "auto", "default-late", "default-coded")
 # Arms at W3A3KV3 that show what each part of tuning gives.
 TUNED = tuple(arm for arm in ALL if arm.startswith(("bisup", "omniquant")) or arm.endswith("-distilled"))
 SHOWN = (
-    "quarot-distilled", "atom-distilled", "bisup-quarot-fast-distilled", "bisup-atom-fast-distilled",
-    "bisup-atom-fast", "bisup-quarot-fast", "omniquant-fast",
+    "bisup-quarot-fast-composed", "bisup-atom-fast-composed", "quarot-distilled", "atom-distilled",
+    "bisup-quarot-fast", "bisup-atom-fast", "omniquant-fast",
 )  # fmt: skip
 PLAIN = tuple(arm for arm in ALL if arm not in TUNED)
 

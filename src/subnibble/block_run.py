@@ -63,8 +63,7 @@ class BlockRun:
     all terms of what was rounded so far, by name in the block; packed: their weights, which absorb column scales.
     columns: column scales that no other module of the block can take; to_absorb: those that one will. gathers: of the
     linears that store one. hooks: on the block while it runs. prefix: its keys and values in this block, (heads,
-    tokens, width), or None. tuning: the block's, or None. center: what its keys are
-    coded less, (heads, width), or None.
+    tokens, width), or None. tuning: the block's, or None. center: what its keys are coded less, (heads, width), or None.
     """
 
     block: Block

@@ -29,7 +29,7 @@ class Effort:
 
 
 EFFORTS = {
-    "fast": Effort(windows=64, tokens=512, first=0, second=3, batch=512),
+    "fast": Effort(windows=64, tokens=512, first=0, second=2, batch=512),
     # What the paper's class of methods has (OmniQuant, DuQuant): 20 epochs on 128 windows of 2048 tokens.
     "default": Effort(windows=128, tokens=2048, first=10, second=10, batch=2048),
     "best": Effort(windows=256, tokens=2048, first=20, second=20, batch=2048),
