@@ -13,7 +13,8 @@ import subnibble
 from conftest import CONFIGS
 from subnibble import Recipe
 from subnibble.calibrate.stream import BlockStream
-from subnibble.checkpoint.packed import NormBiasEntry, packed_config_of
+from subnibble.checkpoint.entries import NormBiasEntry
+from subnibble.checkpoint.packed import packed_config_of
 from subnibble.checkpoint.safetensors_source import SafetensorsSource
 from subnibble.checkpoint.writer import CheckpointWriter
 from subnibble.hf import packed_modules

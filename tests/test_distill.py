@@ -20,6 +20,7 @@ from subnibble.cli.main import app
 from subnibble.errors import BadRecipe, NumericalFailure
 from subnibble.estimate import estimate
 from subnibble.report import Report
+from subnibble.tuning import whole_model
 
 DATA = {"num_windows": 32, "window": 24, "device": "cpu", "dtype": "float32"}
 DISTILLED = {"distill_steps": 32, "distill": {"tokens": 192, "rate": 0.005}}
@@ -170,7 +171,7 @@ def test_the_same_seed_gives_the_same_bytes(run: Any) -> None:
 
 def test_states_that_are_computed_twice_give_the_same(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     kept, _ = run("kept", **METHODS["quarot"], **DISTILLED)
-    monkeypatch.setattr(distill, "free_memory", lambda device: 0)
+    monkeypatch.setattr(whole_model, "free_memory", lambda device: 0)
     again, _ = run("again", **METHODS["quarot"], **DISTILLED)
 
     assert kept.weights_sha256 == again.weights_sha256

@@ -9,7 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from subnibble import Recipe, quantize
-from subnibble.checkpoint.packed import NormBiasEntry, packed_config_of
+from subnibble.checkpoint.entries import NormBiasEntry
+from subnibble.checkpoint.packed import packed_config_of
 from subnibble.errors import CheckpointError
 from subnibble.fold import fold_norm_biases_
 

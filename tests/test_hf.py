@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import subnibble
 from subnibble import Recipe
-from subnibble.checkpoint.packed import PackedConfig, PackedLinearEntry
+from subnibble.checkpoint.entries import PackedLinearEntry
+from subnibble.checkpoint.packed import PackedConfig
 from subnibble.checkpoint.size import measure
 from subnibble.checkpoint.source import open_source
 from subnibble.errors import CheckpointError

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from subnibble.block_transforms import prepare_block_
 from subnibble.block_tuning import BlockTuning, Tuner, twin_of
 from subnibble.calibrate.key_center import coding_of
 from subnibble.calibrate.prefix import States, behind
 from subnibble.calibrate.sinks import ordinary_tokens
 from subnibble.calibrate.stats import AbsMean, Drift, Gram
-from subnibble.calibrate.stream import BlockStream, SiteStatistics
-from subnibble.checkpoint.packed import (
+from subnibble.calibrate.stream import BlockStream
+from subnibble.checkpoint.entries import (
     KEY_CENTER,
     Entry,
     KeyCenterEntry,
@@ -39,7 +40,6 @@ from subnibble.rounding import grid
 from subnibble.rounding.error import relative_errors
 from subnibble.rounding.rounder import Rounding
 from subnibble.runtime import activations
-from subnibble.runtime.hadamard import hadamard_blocks
 from subnibble.runtime.modules import add_output_bias_
 from subnibble.runtime.ops import LinearTerms
 from subnibble.scheme import ActivationScheme, Scheme
@@ -63,7 +63,8 @@ class BlockRun:
     all terms of what was rounded so far, by name in the block; packed: their weights, which absorb column scales.
     columns: column scales that no other module of the block can take; to_absorb: those that one will. gathers: of the
     linears that store one. hooks: on the block while it runs. prefix: its keys and values in this block, (heads,
-    tokens, width), or None. tuning: the block's, or None. center: what its keys are coded less, (heads, width), or None.
+    tokens, width), or None. tuning: the block's, or None. center: what its keys are coded
+    less, (heads, width), or None.
     """
 
     block: Block
@@ -389,32 +390,7 @@ class BlockRun:
         return stored
 
 
-def prepare_block_(
-    block: Block, steps: Steps, found: SiteStatistics | None
-) -> tuple[dict[str, Tensor], dict[str, InputBasis]]:
-    """Carry out the method's transforms on a block in float32; the factors by which sites were divided, and the bases
-    in which their readers meet them. found: statistics before, None where no step needs them.
-    """
-    factors: dict[str, Tensor] = {}
-    bases = {site.name: _online(block, site, steps) for site in block.arch.sites}
-    if found is None:
-        return factors, bases
-    for transform in steps.transforms:
-        for name, made in transform(block, found).items():
-            factors[name] = factors.get(name, torch.ones_like(made)) * made
-    if steps.saliency is not None:
-        for site in block.arch.sites:
-            order = steps.saliency(block, site, found, factors)
-            bases[site.name] = replace(bases[site.name], order=order)
-    return factors, bases
-
-
 def _notes(stack: Stack, basis: InputBasis) -> dict[str, float]:
     """What the report says of a linear's terms: salient channels, and into how many blocks an online transform fell."""
     found = {"rank": stack.rank, "hadamard_blocks": len(basis.blocks)}
     return {name: count for name, count in found.items() if count}
-
-
-def _online(block: Block, site: Site, steps: Steps) -> InputBasis:
-    width = block.linear(site.readers[0]).in_features
-    return InputBasis(blocks=hadamard_blocks(width) if site.name in steps.online else ())

@@ -30,7 +30,8 @@ from subnibble.stack import Branch, Observed, Stack, round_stack
 from subnibble.streams import Streams
 from subnibble.tensor import PackedRange, PackedTensor
 from subnibble.transforms.input_basis import InputBasis
-from subnibble.tuning.block import Frame, TunedBlock
+from subnibble.tuning.block import TunedBlock
+from subnibble.tuning.linear import Frame
 from subnibble.tuning.train import Samples, Trained, held_out_loss, train_
 from subnibble.tuning.tuning import EFFORTS, Effort, Tuning
 

@@ -13,7 +13,6 @@ from subnibble.calibrate.windows import check_positions
 from subnibble.checkpoint.size import cache_bytes
 from subnibble.checkpoint.source import numel, open_source
 from subnibble.device import free_memory, resolve_device, resolve_dtype
-from subnibble.distill import FREE_SHARE, states_bytes
 from subnibble.methods import find_method
 from subnibble.methods.method import Steps
 from subnibble.model.skeleton import Skeleton
@@ -21,6 +20,7 @@ from subnibble.plan import check_plain, effective_bits, make_plan, needs_data, p
 from subnibble.recipe import Recipe
 from subnibble.tuning.distillation import Distillation
 from subnibble.tuning.tuning import EFFORTS
+from subnibble.tuning.whole_model import FREE_SHARE, states_bytes
 
 _FLOAT_BYTES = 4
 # Share of the measured product speed that forward passes reach beside their products; rough.

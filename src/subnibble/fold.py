@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from subnibble.checkpoint.packed import NormBiasEntry, PackedConfig, PackedLinearEntry, packed_config_of
+from subnibble.checkpoint.entries import NormBiasEntry, PackedLinearEntry
+from subnibble.checkpoint.packed import PackedConfig, packed_config_of
 from subnibble.errors import CheckpointError
 from subnibble.model.arch import find_arch
 from subnibble.model.site import Arch

@@ -27,7 +27,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from subnibble.cache_scheme import CacheScheme, PrefixIds
-from subnibble.checkpoint.packed import KEY_CENTER, PREFIX, Entry, PackedConfig, PrefixEntry
+from subnibble.checkpoint.entries import KEY_CENTER, PREFIX, Entry, PrefixEntry
+from subnibble.checkpoint.packed import PackedConfig
 from subnibble.errors import BadRecipe
 from subnibble.hf_cache import CacheLayer, KVCache
 from subnibble.model.arch import find_arch

@@ -26,22 +26,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from subnibble.block_run import BlockRun, prepare_block_
+from subnibble.after_blocks import AfterBlocks
+from subnibble.block_run import BlockRun
+from subnibble.block_transforms import prepare_block_
 from subnibble.block_tuning import Tuner
 from subnibble.cache_scheme import PrefixIds
 from subnibble.calibrate.prefix import PrefixStream
-from subnibble.calibrate.sinks import ordinary_tokens, sink_tokens
+from subnibble.calibrate.sinks import sink_tokens
 from subnibble.calibrate.stream import BlockStream
 from subnibble.calibrate.survey import full_precision_blocks
 from subnibble.calibrate.windows import calibration_windows, check_positions
-from subnibble.checkpoint.packed import (
-    Entry,
-    NormBiasEntry,
-    PackedConfig,
-    PackedEmbeddingEntry,
-    PackedLinearEntry,
-    TiedHeadEntry,
-)
+from subnibble.checkpoint.entries import Entry, PackedEmbeddingEntry, TiedHeadEntry
+from subnibble.checkpoint.packed import PackedConfig
 from subnibble.checkpoint.safetensors_source import SafetensorsSource
 from subnibble.checkpoint.size import measure, weights_hash
 from subnibble.checkpoint.source import Source, open_source
@@ -212,8 +208,7 @@ class _Run:
             # Before the next block comes: what was tuned, and streams, are as large as it.
             del run, block
             progress(done + sites + 1, total, f"block {index}")
-        outer |= self._final_norm(unquantized_tail, streams.hidden)
-        outer |= self._head()
+        outer |= self._after_blocks(unquantized_tail, streams.hidden)
         with clock.step("write"):
             writer.write_shard(outer)
             self._write_config(writer)
@@ -314,61 +309,18 @@ class _Run:
             found |= gains_of(block, statistics, factors, orders, correction)
         self.plan = replace(self.plan, ranks=allocate(found, correction.rank))
 
-    def _final_norm(self, wanted: list[Tensor], hidden: list[Tensor]) -> dict[str, Tensor]:
-        """The final norm's tensors, its mean shift corrected if the method asks.
-
-        wanted: the last block's outputs before its last two sites were quantized; hidden: after.
-        """
-        skeleton, path = self.skeleton, self.skeleton.arch.final_norm
-        tensors = {f"{path}.weight": self._load(f"{path}.weight")}
-        if self.edit is not None:
-            tensors[f"{path}.weight"] = self.edit.final_gain(tensors[f"{path}.weight"])
-        if wanted and self.steps.mean_shift is not None:
-            norm = skeleton.load(path, skeleton.dtype)
-            norm.weight.data = tensors[f"{path}.weight"].to(skeleton.device, skeleton.dtype)
-
-            def outputs() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-                for before, after in zip(wanted, hidden, strict=True):
-                    pair = (norm(part.to(skeleton.device)).flatten(0, -2) for part in (before, after))
-                    yield (*pair, ordinary_tokens(before))
-
-            with self.clock.step("mean shift"), torch.no_grad():
-                bias = self.steps.mean_shift(outputs(), self.recipe.window).to(torch.float16)
-            tensors[f"{path}.bias"] = bias
-            self.modules[path] = NormBiasEntry(bias.shape[0])
-            skeleton.release(path)
-        return tensors
-
-    def _head(self) -> dict[str, Tensor]:
-        """Pack the head if it is not tied, and read what is left of the model; give the tensors to write."""
-        skeleton, head = self.skeleton, self.skeleton.arch.head
-        done = (skeleton.arch.embedding, skeleton.arch.blocks, skeleton.arch.final_norm, head)
-        tensors = {}
-        for name in skeleton.parameter_shapes():
-            if not name.startswith(tuple(f"{prefix}." for prefix in done)):
-                tensors[name] = as_stored(self._load(name))
-        if self.head_is_tied:
-            return tensors
-        with self.clock.step("read"):
-            table = skeleton.arch.embedding if skeleton.tied else head
-            weight = self._load(f"{table}.weight").to(skeleton.device)
-            if self.edit is not None:
-                gain = self._load(f"{skeleton.arch.final_norm}.weight").to(skeleton.device)
-                weight = self.edit.head(weight, gain)
-        with self.clock.step("embedding"):
-            stored, packed = pack_table(head, weight, self.recipe.embedding_scheme)
-            tensors |= stored
-            if packed is not None:
-                self.modules[head] = PackedLinearEntry(packed.layout, bias=False)
-        return tensors
-
-    def _load(self, name: str) -> Tensor:
-        return self.skeleton.source.load(name)
+    def _after_blocks(self, wanted: list[Tensor], hidden: list[Tensor]) -> dict[str, Tensor]:
+        """What is behind the blocks; give the tensors to write. wanted, hidden: see `AfterBlocks`."""
+        rest = AfterBlocks(self.skeleton, self.edit, self.clock)
+        norm, entries = rest.final_norm(self.steps.mean_shift, wanted, hidden, self.recipe.window)
+        head, packed = rest.head(self.head_is_tied, self.recipe.embedding_scheme)
+        self.modules |= {**entries, **packed}
+        return norm | head | rest.others()
 
     def _as_stored(self, name: str, tensor: Tensor) -> Tensor:
         """As it goes to the file: the source's own numbers where the tensor is one of its and was not edited."""
         if tensor.dtype == torch.float32 and name in self.skeleton.parameter_shapes():
-            own = self._load(name)
+            own = self.skeleton.source.load(name)
             if torch.equal(own.float(), tensor.to(own.device)):
                 return as_stored(own)
         return as_stored(tensor) if tensor.dtype == torch.float32 else tensor

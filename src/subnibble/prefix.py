@@ -16,7 +16,8 @@ from transformers import DynamicCache
 from subnibble.cache_scheme import CacheScheme, PrefixIds
 from subnibble.calibrate.prefix import States, half_states
 from subnibble.calibrate.windows import check_positions
-from subnibble.checkpoint.packed import Entry, PrefixEntry, packed_config_of, prefix_state
+from subnibble.checkpoint.entries import Entry, PrefixEntry, prefix_state
+from subnibble.checkpoint.packed import packed_config_of
 from subnibble.checkpoint.safetensors_source import INDEX, read_header
 from subnibble.checkpoint.size import measure, weights_hash
 from subnibble.checkpoint.source import Source, open_source

@@ -10,7 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from subnibble.checkpoint.packed import PackedConfig, PackedLinearEntry, gather_type, stored_shapes
+from subnibble.checkpoint.entries import PackedLinearEntry, gather_type
+from subnibble.checkpoint.packed import PackedConfig, stored_shapes
 from subnibble.checkpoint.size import measure
 from subnibble.mxfp4 import E2M1
 from subnibble.runtime.activations import quantize

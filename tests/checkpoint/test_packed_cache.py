@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 
 from subnibble.cache_scheme import CacheScheme, PrefixIds
-from subnibble.checkpoint.packed import PackedConfig, PackedLinearEntry, PrefixEntry
+from subnibble.checkpoint.entries import PackedLinearEntry, PrefixEntry
+from subnibble.checkpoint.packed import PackedConfig
 from subnibble.errors import CheckpointError
 from subnibble.scheme import ActivationScheme, Scheme
 from subnibble.tensor import PackedLayout

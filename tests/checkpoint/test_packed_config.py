@@ -10,16 +10,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from subnibble.checkpoint.packed import (
+from subnibble.checkpoint.entries import (
     NormBiasEntry,
-    PackedConfig,
     PackedEmbeddingEntry,
     PackedLinearEntry,
     TiedHeadEntry,
     gather_type,
-    packed_config_of,
-    stored_shapes,
 )
+from subnibble.checkpoint.packed import PackedConfig, packed_config_of, stored_shapes
 from subnibble.errors import CheckpointError
 from subnibble.runtime.hadamard import hadamard_blocks
 from subnibble.runtime.ops import RESIDUALS

@@ -15,7 +15,8 @@ import subnibble
 from subnibble import Recipe
 from subnibble.calibrate.sinks import ordinary_tokens
 from subnibble.calibrate.windows import calibration_windows
-from subnibble.checkpoint.packed import NormBiasEntry, packed_config_of
+from subnibble.checkpoint.entries import NormBiasEntry
+from subnibble.checkpoint.packed import packed_config_of
 from subnibble.corrections.mean_shift import FORMS, MeanShift
 from subnibble.errors import BadRecipe
 from subnibble.methods import METHODS

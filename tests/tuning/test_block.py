@@ -22,7 +22,8 @@ from subnibble.runtime.kv_cache import Coding
 from subnibble.scheme import ActivationScheme, Scheme
 from subnibble.tensor import PackedRange
 from subnibble.transforms.input_basis import InputBasis
-from subnibble.tuning.block import Frame, TunedBlock
+from subnibble.tuning.block import TunedBlock
+from subnibble.tuning.linear import Frame
 from subnibble.tuning.tuning import Tuning
 
 TOKENS, PREFIX = 12, 3

@@ -8,14 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from subnibble.cache_scheme import CacheScheme
-from subnibble.checkpoint.packed import (
-    NormBiasEntry,
-    PackedConfig,
-    PackedEmbeddingEntry,
-    PackedLinearEntry,
-    packed_config_of,
-    stored_shapes,
-)
+from subnibble.checkpoint.entries import NormBiasEntry, PackedEmbeddingEntry, PackedLinearEntry
+from subnibble.checkpoint.packed import PackedConfig, packed_config_of, stored_shapes
 from subnibble.checkpoint.source import Source, numel
 from subnibble.model.arch import find_arch
 from subnibble.model.site import Heads

@@ -7,18 +7,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from subnibble.checkpoint.packed import (
+from subnibble.checkpoint.entries import (
     KEY_CENTER,
     PREFIX,
     KeyCenterEntry,
     NormBiasEntry,
-    PackedConfig,
     PackedEmbeddingEntry,
     PackedLinearEntry,
     PrefixEntry,
     TiedHeadEntry,
     gather_type,
 )
+from subnibble.checkpoint.packed import PackedConfig
 from subnibble.checkpoint.safetensors_source import SafetensorsSource
 from subnibble.errors import CheckpointError
 from subnibble.runtime.modules import (

@@ -1,0 +1,40 @@
+"""A method's transforms on a block, before anything of it is rounded."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from subnibble.calibrate.stream import SiteStatistics
+from subnibble.methods.method import Steps
+from subnibble.model.site import Site
+from subnibble.model.skeleton import Block
+from subnibble.runtime.hadamard import hadamard_blocks
+from subnibble.transforms.input_basis import InputBasis
+
+
+def prepare_block_(
+    block: Block, steps: Steps, found: SiteStatistics | None
+) -> tuple[dict[str, Tensor], dict[str, InputBasis]]:
+    """Carry out the method's transforms on a block in float32; the factors by which sites were divided, and the bases
+    in which their readers meet them. found: statistics before, None where no step needs them.
+    """
+    factors: dict[str, Tensor] = {}
+    bases = {site.name: _online(block, site, steps) for site in block.arch.sites}
+    if found is None:
+        return factors, bases
+    for transform in steps.transforms:
+        for name, made in transform(block, found).items():
+            factors[name] = factors.get(name, torch.ones_like(made)) * made
+    if steps.saliency is not None:
+        for site in block.arch.sites:
+            order = steps.saliency(block, site, found, factors)
+            bases[site.name] = replace(bases[site.name], order=order)
+    return factors, bases
+
+
+def _online(block: Block, site: Site, steps: Steps) -> InputBasis:
+    width = block.linear(site.readers[0]).in_features
+    return InputBasis(blocks=hadamard_blocks(width) if site.name in steps.online else ())

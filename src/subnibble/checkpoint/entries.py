@@ -1,0 +1,172 @@
+"""What a packed checkpoint stores for a module: its entry in `quantization_config`, and its tensors by name."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from subnibble.cache_scheme import CacheScheme
+from subnibble.runtime.hadamard import hadamard_factors
+from subnibble.runtime.ops import RESIDUALS, LinearTerms
+from subnibble.scheme import ActivationScheme
+from subnibble.tensor import PackedLayout
+
+# Where an attention holds a prefix's states, and under which names there.
+PREFIX, PREFIX_NAMES = "prefix", ("keys", "values")
+# Where it holds the centre of its keys.
+KEY_CENTER = "key_center"
+
+
+@dataclass(frozen=True)
+class PackedLinearEntry:
+    """A linear with a packed weight. bias, column_scale, gather: whether `<path>.bias` and so on is stored.
+
+    blocks, activation, residual: see `ops.LinearTerms`; salient, low_rank: the layouts of its matrices.
+    """
+
+    layout: PackedLayout
+    bias: bool
+    column_scale: bool = False
+    gather: bool = False
+    blocks: tuple[int, ...] = ()
+    activation: ActivationScheme | None = None
+    salient: PackedLayout | None = None
+    residual: str = "none"
+    low_rank: tuple[PackedLayout, PackedLayout] | None = None
+
+    def __post_init__(self) -> None:
+        columns, rows = self.layout.columns, self.layout.rows
+        if self.residual not in RESIDUALS or (self.residual != "none" and self.salient is None):
+            raise ValueError(f"residual is {self.residual!r} with{'' if self.salient else 'out'} salient columns")
+        if self.blocks and sum(self.blocks) != columns:
+            raise ValueError(f"Hadamard blocks {self.blocks} do not add up to {columns} columns")
+        if any(hadamard_factors(width) is None for width in self.blocks):
+            raise ValueError(f"no Hadamard matrix is known for one of the orders {self.blocks}")
+        if self.salient is not None and (self.salient.rows != rows or self.salient.columns > columns):
+            raise ValueError(f"{self.salient.columns} salient columns do not fit a weight of {rows} x {columns}")
+        if self.low_rank is not None:
+            down, up = self.low_rank
+            if (down.columns, up.rows) != (columns, rows) or up.columns != down.rows:
+                raise ValueError(f"a low-rank branch does not fit a weight of {rows} x {columns}")
+
+    @property
+    def matrices(self) -> dict[str, PackedLayout]:
+        """Every packed matrix by the prefix of its stored names."""
+        down, up = self.low_rank or (None, None)
+        named = {"": self.layout, "salient.": self.salient, "down.": down, "up.": up}
+        return {prefix: layout for prefix, layout in named.items() if layout is not None}
+
+    @property
+    def is_composed(self) -> bool:
+        """Whether it has a term that versions 1 and 2 do not know."""
+        return bool(self.gather or self.blocks or self.activation or self.salient or self.low_rank)
+
+    def token_bits(self) -> int:
+        """Bits of a token's quantized input, extra columns included; 16 a channel where it is not quantized."""
+        if self.activation is None:
+            return 16 * self.layout.columns
+        bits = self.activation.token_bits(self.layout.columns)
+        if self.salient is not None:
+            # The same codes meet a second weight: columns of the product, and so bits that are read.
+            bits += self.activation.token_bits(self.salient.columns) * (1 if self.residual == "none" else 2)
+        if self.low_rank is not None:
+            bits += self.activation.token_bits(self.low_rank[0].rows)
+        return bits
+
+
+def linear_entry(terms: LinearTerms) -> PackedLinearEntry:
+    """The entry of a linear that contains `terms`."""
+    low_rank = None if terms.low_rank is None else (terms.low_rank[0].layout, terms.low_rank[1].layout)
+    return PackedLinearEntry(
+        layout=terms.weight.layout,
+        bias=terms.bias is not None,
+        column_scale=terms.column_scale is not None,
+        gather=terms.gather is not None,
+        blocks=terms.blocks,
+        activation=terms.activation,
+        salient=None if terms.salient is None else terms.salient.layout,
+        residual=terms.residual,
+        low_rank=low_rank,
+    )
+
+
+def linear_state(terms: LinearTerms) -> dict[str, Tensor]:
+    """What is stored for a linear that contains `terms`, but for its bias, by name relative to it."""
+    tensors = {
+        f"{prefix}{name}": tensor
+        for prefix, matrix in terms.matrices.items()
+        for name, tensor in matrix.state().items()
+    }
+    vectors = {"column_scale": terms.column_scale, "gather": terms.gather}
+    return tensors | {name: tensor for name, tensor in vectors.items() if tensor is not None}
+
+
+def gather_type(columns: int) -> torch.dtype:
+    """The stored type of a gather of that many channels."""
+    return torch.int16 if columns <= torch.iinfo(torch.int16).max else torch.int32
+
+
+@dataclass(frozen=True)
+class PackedEmbeddingEntry:
+    """An embedding table, packed."""
+
+    layout: PackedLayout
+
+
+@dataclass(frozen=True)
+class TiedHeadEntry:
+    """An output projection without tensors of its own: it uses the packed table of the embedding at `table`."""
+
+    table: str
+
+
+@dataclass(frozen=True)
+class NormBiasEntry:
+    """A norm that gained a bias of `rows` channels, stored as `<path>.bias`."""
+
+    rows: int
+
+
+@dataclass(frozen=True)
+class PrefixEntry:
+    """An attention that holds keys and values of a prefix, (heads, tokens, width) float16 each."""
+
+    heads: int
+    tokens: int
+    width: int
+
+
+def prefix_state(path: str, states: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    """What is stored of a prefix's keys and values in the attention at `path`, by name."""
+    return {f"{path}.{PREFIX}.{name}": part for name, part in zip(PREFIX_NAMES, states, strict=True)}
+
+
+@dataclass(frozen=True)
+class KeyCenterEntry:
+    """What an attention's cache codes keys less, `<path>.mean`, (heads, width) float16, path ending in `KEY_CENTER`.
+
+    rope, key_rotation: of the `CacheScheme` that it was made for.
+    """
+
+    heads: int
+    width: int
+    rope: str
+    key_rotation: str
+
+    def __post_init__(self) -> None:
+        CacheScheme(4, rope=self.rope, key_rotation=self.key_rotation)
+
+    @classmethod
+    def of(cls, center: Tensor, scheme: CacheScheme) -> Self:
+        """Of a centre (heads, width) that was made for `scheme`."""
+        return cls(center.shape[0], center.shape[1], scheme.rope, scheme.key_rotation)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dictionary."""
+        return asdict(self)
+
+
+Entry = PackedLinearEntry | PackedEmbeddingEntry | TiedHeadEntry | NormBiasEntry | PrefixEntry | KeyCenterEntry

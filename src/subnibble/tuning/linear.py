@@ -1,0 +1,179 @@
+"""A linear of a tuned block as it will run, and what the readers of a site share of its input."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from subnibble.calibrate.prefix import States
+from subnibble.corrections.outliers import OutlierColumns
+from subnibble.rounding import grid
+from subnibble.rounding.levels import Fitted
+from subnibble.runtime import activations
+from subnibble.runtime.kv_cache import Coding
+from subnibble.runtime.straight_through import straight_through
+from subnibble.scheme import ActivationScheme, Scheme
+from subnibble.transforms.input_basis import InputBasis
+from subnibble.tuning.clipping import Clipping
+from subnibble.tuning.input_clip import bound_, can_clip, clipped, with_share
+from subnibble.tuning.low_rank import Compensation
+from subnibble.tuning.smoothing import Smoothing
+from subnibble.tuning.tuning import Tuning
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What a block is tuned within. schemes, activations: of its linears, None for not at all. bases: of its sites.
+
+    coding: of keys and values, None for 16 bits. prefix: its states in this block, or None. outliers: last columns at 8
+    bits. clip: how ranges of weights are chosen where nothing is learned yet. dtype: that products are computed in.
+    """
+
+    schemes: Mapping[str, Scheme | None]
+    activations: Mapping[str, ActivationScheme | None]
+    bases: Mapping[str, InputBasis]
+    coding: Coding | None
+    prefix: States | None
+    outliers: int
+    clip: grid.Clip
+    dtype: torch.dtype
+
+
+class TunedInput:
+    """What readers of a site share: factors, basis, and the input as each activation scheme leaves it.
+
+    of_values: its factors act on attention's values, before they are cached. clip: by what share of it the inputs' clip
+    is moved, None where it stays.
+    """
+
+    def __init__(self, basis: InputBasis, dtype: torch.dtype) -> None:
+        self.basis, self._dtype = basis, dtype
+        self.smoothing: Smoothing | None = None
+        self.of_values = False
+        self.clip: nn.Parameter | None = None
+        self._schemes: list[ActivationScheme] = []
+        self._x: Tensor | None = None
+        self._entered: dict[ActivationScheme | None, Tensor] = {}
+
+    def set_smoothing(self, smoothing: Smoothing, values: bool) -> None:
+        """Give the site its factors."""
+        self.smoothing, self.of_values = smoothing, values
+
+    def learn_clip(self, schemes: set[ActivationScheme | None], device: torch.device) -> None:
+        """Let the clip of inputs be learned, where one of the readers' schemes has one."""
+        self._schemes = [scheme for scheme in schemes if scheme is not None and can_clip(scheme)]
+        if self._schemes:
+            self.clip = nn.Parameter(torch.zeros((), device=device))
+
+    def learned(self, scheme: ActivationScheme | None) -> ActivationScheme | None:
+        """A reader's scheme with the clip as learned."""
+        if scheme is None or self.clip is None or not can_clip(scheme):
+            return scheme
+        return with_share(scheme, self.clip.detach())
+
+    def bound_(self) -> None:
+        """Bring the clip back into its range."""
+        if self.clip is not None:
+            for scheme in self._schemes:
+                bound_(self.clip, scheme)
+
+    def forget(self) -> None:
+        """Forget the last input."""
+        self._x, self._entered = None, {}
+
+    def enter(self, x: Tensor, scheme: ActivationScheme | None) -> Tensor:
+        """X (..., k) as a reader multiplies it. All readers hand over the same tensor; it is quantized once."""
+        if self._x is not x:
+            self._x, self._entered = x, {}
+        if scheme not in self._entered:
+            own = x.flatten(0, -2).float()
+            if self.smoothing is not None and not self.of_values:
+                own = own / self.smoothing.wide()
+            own = self.basis.columns(own)
+            if scheme is not None and self.clip is not None and can_clip(scheme):
+                own = clipped(own, self.clip, scheme)
+            elif scheme is not None:
+                own = straight_through(own, activations.quantize_values(own.detach(), scheme))
+            self._entered[scheme] = own.to(self._dtype).view(*x.shape[:-1], -1)
+        return self._entered[scheme]
+
+
+class TunedLinear(nn.Module):
+    """A linear as it will run."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        linear: nn.Linear,
+        entrance: TunedInput,
+        frame: Frame,
+        name: str,
+        tuning: Tuning,
+        generator: torch.Generator,
+    ) -> None:
+        super().__init__()
+        self.register_buffer("weight", linear.weight.detach().clone())
+        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().clone())
+        self._entrance, self._tuning, self._outliers = (entrance,), tuning, frame.outliers
+        self._scheme, self._activation, self._dtype = frame.schemes[name], frame.activations[name], frame.dtype
+        self.fixed: Tensor | None = None
+        self.clipping: Clipping | None = None
+        self.low_rank: Compensation | None = None
+        if self._scheme is None:
+            return
+        self.clipping = Clipping(self._main(entrance.basis.columns(linear.weight.detach())), self._scheme, frame.clip)
+        if tuning.low_rank != "none":
+            rows, columns = linear.weight.shape
+            device = linear.weight.device
+            self.low_rank = Compensation(rows, columns, tuning.rank, generator, device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., k) to (..., m)."""
+        entered = self._entrance[0].enter(x, self._activation)
+        bias = None if self.bias is None else self.bias.to(self._dtype)
+        y = nn.functional.linear(entered, self._rounded().to(self._dtype), bias)
+        if self.low_rank is not None and self._tuning.low_rank == "side":
+            inner = self._entrance[0].learned(self._activation)
+            y = y + self.low_rank.branch(entered.float(), inner).to(self._dtype)
+        return y
+
+    def fitted(self) -> list[Fitted]:
+        """The learned grids of its groups."""
+        assert self.clipping is not None
+        with torch.no_grad():
+            return self.clipping.fitted(self._main(self._exact()))
+
+    def factors(self, smoothing: Smoothing) -> Tensor:
+        """By which columns are multiplied; a linear that is not quantized keeps the function."""
+        return smoothing.wide() if self._scheme is None else smoothing.of_weights()
+
+    def _exact(self) -> Tensor:
+        """The weight before it is rounded, in its basis."""
+        weight, smoothing = self.weight, self._entrance[0].smoothing
+        if smoothing is not None:
+            weight = weight * self.factors(smoothing)
+        if self.low_rank is not None and self._tuning.low_rank == "merge":
+            weight = weight + self.low_rank.product()
+        return self._entrance[0].basis.columns(weight)
+
+    def _rounded(self) -> Tensor:
+        """The weight as inputs meet it."""
+        if self.fixed is not None:
+            return self.fixed
+        weight = self._exact()
+        if self.clipping is None or self._scheme is None:
+            return weight
+        main: Tensor = self.clipping(self._main(weight))
+        if not self._outliers:
+            return main
+        rest = weight[:, -self._outliers :]
+        own = OutlierColumns(self._outliers).scheme(self._scheme)
+        return torch.cat([main, straight_through(rest, grid.nearest(rest.detach(), own))], 1)
+
+    def _main(self, weight: Tensor) -> Tensor:
+        return weight[:, : weight.shape[1] - self._outliers]
