@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import DynamicCache
 
 from subnibble.cache_scheme import CacheScheme, PrefixIds
 from subnibble.calibrate.prefix import States, half_states
 from subnibble.calibrate.windows import check_positions
+from subnibble.checkpoint.edit import change_checkpoint, open_packed
 from subnibble.checkpoint.entries import Entry, PrefixEntry, prefix_state
-from subnibble.checkpoint.packed import packed_config_of
-from subnibble.checkpoint.safetensors_source import INDEX, read_header
-from subnibble.checkpoint.size import measure, weights_hash
-from subnibble.checkpoint.source import Source, open_source
-from subnibble.checkpoint.writer import CheckpointWriter
-from subnibble.errors import CheckpointError
 from subnibble.hf import load_model
 from subnibble.hf_attention import attach_cache_, attached_cache, detach_cache_, set_prefix_
 from subnibble.model.arch import find_arch
@@ -62,14 +54,7 @@ def add_prefix(folder: str | Path, prompt: str, *, dtype: str = "float32", devic
     Its keys and values are those of the packed model; `quantize` with a system prompt stores the unquantized one's. The
     folder is replaced in one step; recipe.toml and whatever else is in it stays as it is.
     """
-    if not Path(folder).is_dir():
-        raise CheckpointError(f"{folder} is no folder; a system prompt is added to a checkpoint on this machine")
-    source = open_source(folder)
-    packed = packed_config_of(source.config)
-    if packed is None:
-        raise CheckpointError(
-            f"{source.path} is no subnibble checkpoint; quantize the model first (--method none keeps its weights)"
-        )
+    source, packed = open_packed(folder)
     prefix = prefix_ids(prompt, source.load_tokenizer())
     states = compute_prefix(load_model(source, dtype, device), prefix)
     arch = find_arch(source.config.model_type)
@@ -79,37 +64,8 @@ def add_prefix(folder: str | Path, prompt: str, *, dtype: str = "float32", devic
     tensors: dict[str, Tensor] = {}
     for path, pair in zip(paths, states, strict=True):
         tensors |= prefix_state(path, pair)
-    # Without those of the prompt before.
-    kept = set(source.names()) - set(tensors)
-    shards = [file for file in sorted(source.path.glob("*.safetensors")) if kept & set(read_header(file))]
-    with CheckpointWriter(source.path, len(shards) + 1, replace=True) as writer:
-        for file in shards:
-            writer.write_shard({name: part for name, part in load_file(file).items() if name in kept})
-        writer.write_shard(tensors)
-        config = json.loads((source.path / "config.json").read_text(encoding="utf-8"))
-        config["quantization_config"] = replace(packed, modules=modules, prefix=prefix).to_dict()
-        writer.write_json("config.json", config)
-        writer.finish_weights()
-        _copy_others(source, writer, prompt)
-        writer.commit()
+    change_checkpoint(source, replace(packed, modules=modules, prefix=prefix), tensors, {"system_prompt_added": prompt})
     return prefix
-
-
-def _copy_others(source: Source, writer: CheckpointWriter, prompt: str) -> None:
-    """What else is in the folder as it is, but for the report, which gets the new size and hash, and the prompt."""
-    report, known = source.path / "report.json", set(source.names())
-    for item in source.path.iterdir():
-        holds_weights = item.suffix == ".safetensors" and known & set(read_header(item))
-        if holds_weights or item.name in ("config.json", INDEX, report.name):
-            continue
-        copy = shutil.copytree if item.is_dir() else shutil.copy2
-        copy(item, writer.folder / item.name)
-    if report.is_file():
-        values = json.loads(report.read_text(encoding="utf-8"))
-        values["size"] = measure(open_source(writer.folder)).to_dict()
-        values["weights_sha256"] = weights_hash(writer.folder)
-        values["system_prompt_added"] = prompt
-        writer.write_json("report.json", values)
 
 
 def same_prefix_(model: Any, other: Any) -> None:

@@ -1,4 +1,4 @@
-"""`subnibble inspect`, `subnibble prefix` and `subnibble list`."""
+"""`subnibble inspect`, `subnibble prefix`, `subnibble distill` and `subnibble list`."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from subnibble.cli import options as o
-from subnibble.cli.console import megabytes, print_json, table
+from subnibble.cli.console import megabytes, print_json, progress, table
 
 if TYPE_CHECKING:
     from subnibble.checkpoint.packed import PackedConfig
+    from subnibble.report import DistillReport
 
 
 def inspect(model: o.Model, json: o.Json = False) -> None:
@@ -70,6 +71,40 @@ def prefix(
 
     found = add_prefix(out, system_prompt, dtype=dtype or "float32", device=device or "auto")
     typer.echo(f"{out}: system prompt of {len(found.ids)} tokens at 16 bits")
+
+
+def distill(
+    out: Annotated[Path, typer.Argument(help="A folder that `subnibble quantize` wrote.", metavar="OUT")],
+    original: Annotated[
+        str, typer.Option(help="The model that it was quantized from: folder, hub id or .gguf file.", metavar="MODEL")
+    ],
+    steps: Annotated[int, typer.Option(help="How many steps the packed model is tuned for.")],
+    distill_option: o.DistillOptions = None,
+    calibration: o.Calibration = None,
+    num_windows: o.NumWindows = None,
+    window: o.Window = None,
+    seed: Annotated[int | None, typer.Option(help="Draws the windows and their order. Default 0.")] = None,
+    device: o.Device = None,
+    dtype: o.Dtype = None,
+) -> None:
+    """Tune the checkpoint in OUT as a whole towards the original's predictions; its codes stay."""
+    wanted = o.build_recipe(
+        None, None, None, distill_option, distill_steps=steps, calibration=calibration, num_windows=num_windows,
+        window=window, seed=seed, device=device, dtype=dtype,
+    )  # fmt: skip
+    from subnibble.distill_checkpoint import distill_checkpoint
+
+    with progress("distill") as told:
+        found = distill_checkpoint(out, original, wanted, progress=told)
+    typer.echo(f"{out}: {distilled(found)}")
+
+
+def distilled(found: DistillReport) -> str:
+    """What is said of a distillation."""
+    return (
+        f"distilled in {found.steps} steps: KL from the original {found.before:.3f} before, {found.after:.3f} "
+        "after, on held-out text"
+    )
 
 
 def _cache_name(packed: PackedConfig | None) -> str:

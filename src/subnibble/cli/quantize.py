@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from subnibble.cli import options as o
+from subnibble.cli.checkpoints import distilled
 from subnibble.cli.console import duration, megabytes, print_json, progress, table
 
 
@@ -62,11 +63,7 @@ def quantize(
     if wanted.system_prompt is not None:
         typer.echo(f"system prompt of {report.prefix_tokens} tokens at 16 bits")
     if report.distilled is not None:
-        found = report.distilled
-        typer.echo(
-            f"distilled in {found.steps} steps: KL from the original {found.before:.3f} before, {found.after:.3f} "
-            "after, on held-out text"
-        )
+        typer.echo(distilled(report.distilled))
     if not report.linears:
         return
     worst = sorted(report.linears, key=lambda linear: -(linear.output_error or linear.weight_error))[:3]
