@@ -9,8 +9,9 @@ BIN = $(VENV)/bin
 demo: $(VENV)/.ready
 	$(BIN)/subnibble demo
 
+# Tiny models: a process a core is faster than threads, which would wait for each other.
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses=8 --dist=loadfile
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -26,8 +26,7 @@ def config_of(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "config.json").read_text())
 
 
-@pytest.mark.parametrize("kind", ["gptq", "quarot", "atom"])
-@pytest.mark.parametrize("name", ["llama", "llama-tied"])
+@pytest.mark.parametrize(("kind", "name"), [("gptq", "llama"), ("quarot", "llama-tied"), ("atom", "llama")])
 def test_later_is_as_good_as_at_once(
     kind: str, name: str, folders: dict[str, Path], token_file: Path, tmp_path: Path
 ) -> None:
