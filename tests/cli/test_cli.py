@@ -162,7 +162,7 @@ def test_effort_reaches_the_method_that_tunes(run: Run, arguments: list[object],
     assert code == 0, err
     assert "bisup" in out
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert [block["epochs"] for block in report["blocks"]] == [3, 3, 3]
+    assert [block["epochs"] for block in report["blocks"]] == [2, 2, 2]
 
 
 def test_plain_table_without_json(run: Run, folders: dict[str, Path], text_file: Path) -> None:
