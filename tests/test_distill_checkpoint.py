@@ -5,16 +5,22 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from subnibble import Recipe, quantize
+from subnibble.checkpoint.safetensors_source import SafetensorsSource
 from subnibble.cli.main import app
 from subnibble.distill_checkpoint import distill_checkpoint
-from subnibble.errors import BadRecipe, CheckpointError, SubnibbleError
+from subnibble.errors import BadRecipe, CheckpointError, OutputError, SubnibbleError
+from subnibble.hf_attention import attached_cache
+from subnibble.prefix import add_prefix
 from test_distill import DATA, DISTILLED, METHODS, tensors_of
 
 
@@ -41,8 +47,9 @@ def test_later_is_as_good_as_at_once(
     assert config_of(tmp_path / "once") == config_of(tmp_path / "later")
     # The report says so, and is of what is there now.
     report = json.loads((tmp_path / "later" / "report.json").read_text())
-    assert report["distilled"]["after"] == found.after
-    assert report["distilled_with"]["steps"] == DISTILLED["distill_steps"]
+    assert [done["after"] for done in report["distilled_later"]] == [found.after]
+    assert report["distilled_later"][0]["steps"] == DISTILLED["distill_steps"]
+    assert report["distilled"] is None
     assert report["weights_sha256"] != before.weights_sha256
     assert report["linears"][0]["path"] == before.linears[0].path
 
@@ -60,6 +67,8 @@ def test_the_recipe_and_other_files_stay_and_it_may_be_done_again(
     again = distill_checkpoint(out, folders["llama"], replace(recipe, seed=1))
     assert again.before == pytest.approx(first.after, rel=0.3)
     assert again.after <= again.before
+    report = json.loads((out / "report.json").read_text())
+    assert [done["seed"] for done in report["distilled_later"]] == [0, 1]
     assert sorted(path.name for path in out.iterdir()) == files
     assert (out / "recipe.toml").read_text() == kept
     assert (out / "notes.txt").read_text() == "mine"
@@ -92,6 +101,48 @@ def test_what_cannot_be_leaves_the_checkpoint_as_it_was(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_centres_prompts_and_norm_biases_stay(folders: dict[str, Path], token_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    more = {"kv_bits": 3, "kv": {"key_center": "mean"}}
+    quantize(folders["llama"], out, recipe_of("d2quant", token_file, **more))
+    add_prefix(out, "w5 w9 w2", device="cpu")
+    # What is not of the checkpoint is not taken for it.
+    save_file({"lm_head.weight": torch.zeros(3)}, out / "adapter.safetensors")
+    before, shards = config_of(out), SafetensorsSource(out).shards()
+    found = distill_checkpoint(out, folders["llama"], recipe_of("d2quant", token_file, **DISTILLED))
+    assert found.after <= found.before
+    assert config_of(out) == before
+    assert SafetensorsSource(out).shards() == shards
+    assert load_file(out / "adapter.safetensors")["lm_head.weight"].tolist() == [0, 0, 0]
+    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    assert attached_cache(model).scheme.key_center == "mean"
+    assert attached_cache(model).prefix.ids == (5, 9, 2)
+
+
+def test_a_checkpoint_that_is_not_whole_is_refused_before_training(
+    folders: dict[str, Path], token_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, recipe = tmp_path / "out", recipe_of("gptq", token_file, **DISTILLED)
+    quantize(folders["llama"], out, recipe_of("gptq", token_file))
+    monkeypatch.setattr("subnibble.distill_checkpoint.distill", lambda *args: pytest.fail("it was trained"))
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10))
+        with pytest.raises(OutputError, match="GB are needed to replace it; free space"):
+            distill_checkpoint(out, folders["llama"], recipe)
+    config = config_of(out)
+    config["quantization_config"]["modules"]["model.layers.0.mlp.up_proj"]["rows"] = 81
+    (out / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"up_proj\.\S+ has shape .* do not belong together"):
+        distill_checkpoint(out, folders["llama"], recipe)
+
+
+def test_nothing_to_learn_is_said(folders: dict[str, Path], token_file: Path, tmp_path: Path) -> None:
+    out, nothing = tmp_path / "out", {"tokens": 192, "scales": False, "norms": False}
+    quantize(folders["llama"], out, recipe_of("gptq", token_file))
+    with pytest.raises(BadRecipe, match="nothing of out is learned with scales = False, norms = False, clips = True"):
+        distill_checkpoint(out, folders["llama"], recipe_of("gptq", token_file, distill_steps=4, distill=nothing))
+
+
 def test_both_models_must_be_what_they_should(folders: dict[str, Path], token_file: Path, tmp_path: Path) -> None:
     out, recipe = tmp_path / "out", recipe_of("gptq", token_file, **DISTILLED)
     quantize(folders["llama"], out, recipe_of("gptq", token_file))
@@ -117,8 +168,8 @@ def test_the_command_says_what_it_did(folders: dict[str, Path], token_file: Path
     ]  # fmt: skip
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
-    report = json.loads((out / "report.json").read_text())
-    assert f"distilled in 32 steps: KL from the original {report['distilled']['before']:.3f} before" in result.output
+    (done,) = json.loads((out / "report.json").read_text())["distilled_later"]
+    assert f"distilled in 32 steps: KL from the original {done['before']:.3f} before" in result.output
     quantize(folders["llama"], tmp_path / "once", recipe_of("quarot", token_file, **DISTILLED))
     once, later = tensors_of(tmp_path / "once"), tensors_of(out)
     assert all(torch.equal(once[key], later[key]) for key in once)

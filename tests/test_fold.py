@@ -53,6 +53,24 @@ def test_folded_model_is_the_same_function_without_norm_biases(
     assert torch.equal(logits(again), logits(model))
 
 
+def test_cache_centres_and_prompt_stay(folders: dict[str, Path], token_file: Path, tmp_path: Path) -> None:
+    recipe = Recipe(
+        method="d2quant", bits=3, group_size=16, embedding_bits=8, calibration=str(token_file), num_windows=4, window=32,
+        kv_bits=4, kv={"key_center": "mean"}, system_prompt="w5 w9",
+    )  # fmt: skip
+    quantize(folders["llama"], tmp_path / "a", recipe)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "a", dtype=torch.float32)
+    before, held = logits(model), packed_config_of(model.config)
+    fold_norm_biases_(model)
+    found = packed_config_of(model.config)
+    assert biased(model) == set()
+    assert (found.cache, found.prefix) == (held.cache, held.prefix)
+    model.save_pretrained(tmp_path / "b")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "b", dtype=torch.float32)
+    # A rounding difference may move a code of the cache.
+    assert float((logits(again) - before).norm() / before.norm()) < 0.02
+
+
 def test_dropping_the_biases_instead_is_rejected(folders: dict[str, Path], token_file: Path, tmp_path: Path) -> None:
     model = packed(folders["llama"], token_file, tmp_path / "a", {})
     before = logits(model)

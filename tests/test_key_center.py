@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import random_model
 from subnibble import Recipe, quantize
-from subnibble.cache_scheme import CacheScheme
+from subnibble.cache_scheme import CacheScheme, PrefixIds
 from subnibble.checkpoint.packed import packed_config_of, stored_shapes
 from subnibble.checkpoint.safetensors_source import SafetensorsSource
 from subnibble.errors import BadRecipe, CheckpointError
-from subnibble.evaluation import Evaluation, evaluate
+from subnibble.evaluation import Evaluation, evaluate, prepare_
 from subnibble.hf_attention import attach_cache_, attached_cache, change_scheme_, detach_cache_
 from subnibble.prefix import add_prefix
 from subnibble.runtime.kv_cache import TensorStore
@@ -180,13 +181,20 @@ def test_it_stays_behind_a_prompt_that_comes_later(method: str, folder: Path, to
     assert not torch.equal(logits(after, windows(token_file)), logits(before, windows(token_file)))
 
 
-def test_a_prompt_while_quantizing_is_in_the_mean(folder: Path, token_file: Path, tmp_path: Path) -> None:
-    recipe = recipe_of("none", token_file)
+@pytest.mark.parametrize("basis", BASES)
+def test_a_prompt_while_quantizing_is_in_the_mean(
+    basis: str, folder: Path, token_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipe_of("none", token_file, bits=8, **BASES[basis])
     quantize(folder, tmp_path / "plain", recipe)
     quantize(folder, tmp_path / "out", Recipe.from_dict(recipe.to_dict() | {"system_prompt": "w5 w9 w2"}))
     plain, behind = load(tmp_path / "plain"), load(tmp_path / "out")
     own = [model.model.layers[1].self_attn.key_center.mean for model in (plain, behind)]
     assert not torch.equal(*own)
+    coded = keys_to_code(behind, windows(token_file), monkeypatch)
+    for block, keys in zip(behind.model.layers, coded, strict=True):
+        stored, wanted = block.self_attn.key_center.mean.float(), keys.mean(1)
+        assert float((stored - wanted).norm() / wanted.norm()) < 0.02
 
 
 def test_distillation_and_evaluation_run_on_it(folder: Path, token_file: Path, text_file: Path, tmp_path: Path) -> None:
@@ -203,6 +211,14 @@ def test_distillation_and_evaluation_run_on_it(folder: Path, token_file: Path, t
     assert evaluate(tmp_path / "out", changed)["perplexity"] != found
     changed = Evaluation(**{**vars(evaluation), "kv_bits": 2})
     assert evaluate(tmp_path / "out", changed)["perplexity"] != found
+    model = load(tmp_path / "out")
+    wanted = attached_cache(model).scheme
+    prepare_(model, None, {"clip": 0.7}, PrefixIds((5, 9)))
+    assert attached_cache(model).scheme == replace(wanted, clip=0.7)
+    # What cannot be leaves the model as it is.
+    with pytest.raises(BadRecipe, match="holds are: rope=after, key_rotation=hadamard"):
+        prepare_(model, None, {"key_rotation": "none"}, PrefixIds((2,)))
+    assert attached_cache(model).prefix.ids == (5, 9)
 
 
 @pytest.mark.parametrize(
@@ -233,7 +249,9 @@ def test_a_model_without_its_centre_says_so(folder: Path, token_file: Path, tmp_
     assert torch.equal(logits(model, ids), logits(load(tmp_path / "out"), ids))
 
 
-@pytest.mark.parametrize("damage", ["no entry", "another basis", "no tensor", "older version", "another key"])
+@pytest.mark.parametrize(
+    "damage", ["one layer", "no entry", "another basis", "no tensor", "older version", "another key"]
+)
 def test_a_damaged_checkpoint_is_refused(damage: str, folder: Path, token_file: Path, tmp_path: Path) -> None:
     quantize(folder, tmp_path / "out", recipe_of("none", token_file))
     file = tmp_path / "out" / "config.json"
@@ -241,9 +259,9 @@ def test_a_damaged_checkpoint_is_refused(damage: str, folder: Path, token_file: 
     own = config["quantization_config"]
     centers = [path for path in own["modules"] if path.endswith("key_center")]
     assert len(centers) == 3
-    for path in centers:
+    for path in centers[-1:] if damage == "one layer" else centers:
         match damage:
-            case "no entry":
+            case "no entry" | "one layer":
                 del own["modules"][path]
             case "another basis":
                 own["modules"][path]["rope"] = "before"

@@ -2,7 +2,8 @@
 
     L = mean over tokens KL(p || q),   p, q: the next token's probabilities, of the original and of the packed model
 
-Learned are what costs no bits: scales of weights, gains of norms, clips of inputs (`tuning/student.py`). Blocks that
+Learned are what costs no bits: scales of weights, gains of norms, clips of inputs (`tuning/student.py`,
+`tuning/input_clip.py`). Blocks that
 were quantized one by one each answer for their own output; here they answer together for what the model says. The step
 is EfficientQAT's end-to-end one (arXiv 2407.11062, section 3.3), the original in the place of the text as teacher. The
 packed model runs as it will: inputs quantized, keys and values through the cache's codes, behind the prompt.
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from subnibble.checkpoint.packed import PackedConfig
 from subnibble.checkpoint.safetensors_source import SafetensorsSource
 from subnibble.checkpoint.source import Source
-from subnibble.errors import NumericalFailure
+from subnibble.errors import BadRecipe, NumericalFailure
 from subnibble.progress import Progress
 from subnibble.report import DistillReport
 from subnibble.tuning.distillation import Distillation
@@ -68,6 +69,11 @@ def distill(
     length = samples.trained.shape[1]
     teacher = Teacher.of(source, config.prefix, length, dtype, device)
     student = Student.of(source, packed, config, settings, length, dtype, device)
+    if not student.parameters():
+        raise BadRecipe(
+            f"nothing of {packed.path.name} is learned with scales = {settings.scales}, norms = {settings.norms}, "
+            f"clips = {settings.clips}; let norms be learned"
+        )
     training = _Training(teacher, student, samples, settings, seed)
     training.run(progress)
     return Distilled(student.tensors(), student.config(), training.report())

@@ -6,12 +6,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 from subnibble.calibrate.windows import calibration_windows, check_positions
-from subnibble.checkpoint.edit import change_checkpoint, open_packed
-from subnibble.checkpoint.safetensors_source import SafetensorsSource
+from subnibble.checkpoint.edit import change_checkpoint, check_space, open_packed, read_report
 from subnibble.checkpoint.source import Source, open_source
 from subnibble.device import resolve_device, resolve_dtype
 from subnibble.distill import distill
 from subnibble.errors import BadRecipe, CheckpointError
+from subnibble.filled_in import absolute
 from subnibble.plan import check_plain
 from subnibble.progress import Progress, silent
 from subnibble.recipe import Recipe
@@ -30,8 +30,12 @@ def distill_checkpoint(
     """Tune the packed checkpoint in `folder` as a whole towards `original`, the model that it was quantized from.
 
     recipe: of it calibration (None: "c4"), num_windows, window, seed, device, dtype, distill_steps and distill count.
-    The folder's own recipe.toml stays as it is, report.json says what was done. The folder is replaced in one step.
+    The folder's own recipe.toml stays as it is, report.json lists under
+    distilled_later what was done. The folder is replaced in one step.
     """
+    settings = recipe.distillation
+    if settings is None:
+        raise BadRecipe("distill_steps is 0; give a positive number")
     packed, config = open_packed(folder)
     source = open_source(original)
     check_plain(source)
@@ -42,19 +46,20 @@ def distill_checkpoint(
                 f"{source.path}: {key} is {theirs!r}, and {packed.path} has {ours!r}; give the model that it was "
                 "quantized from"
             )
-    settings = recipe.distillation
-    if settings is None:
-        raise BadRecipe("distill_steps is 0; give a positive number")
+    check_space(packed)
     device = resolve_device(recipe.device)
     dtype = resolve_dtype(recipe.dtype, source.config.dtype, device)
-    calibration = recipe.calibration or "c4"
     check_positions(recipe.window, source.config, 0 if config.prefix is None else len(config.prefix.ids))
+    calibration = absolute(recipe.calibration or "c4")
     windows = calibration_windows(
         calibration, packed.load_tokenizer, recipe.num_windows, recipe.window, recipe.seed, source.config.vocab_size
     )
-    assert isinstance(packed, SafetensorsSource)
     found = distill(source, packed, config, settings, windows, dtype, device, recipe.seed, progress)
-    text = {"original": str(source.path), "calibration": calibration, "num_windows": recipe.num_windows}
-    told = {**settings.to_dict(), **text, "window": recipe.window, "seed": recipe.seed}
-    change_checkpoint(packed, found.config, found.tensors, {"distilled": asdict(found.report), "distilled_with": told})
+    done = {
+        **asdict(found.report), **settings.to_dict(), "original": str(source.path), "calibration": calibration,
+        "num_windows": recipe.num_windows, "window": recipe.window, "seed": recipe.seed, "device": str(device),
+        "dtype": str(dtype).removeprefix("torch."),
+    }  # fmt: skip
+    earlier = read_report(packed).get("distilled_later", [])
+    change_checkpoint(packed, found.config, found.tensors, {"distilled_later": [*earlier, done]})
     return found.report

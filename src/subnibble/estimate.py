@@ -16,7 +16,7 @@ from subnibble.device import free_memory, resolve_device, resolve_dtype
 from subnibble.methods import find_method
 from subnibble.methods.method import Steps
 from subnibble.model.skeleton import Skeleton
-from subnibble.plan import check_plain, effective_bits, make_plan, needs_data, packed_bytes, plan_cache, plan_rotation
+from subnibble.plan import check_plain, effective_bits, make_plan, needs_data, packed_bytes, plan_rotation
 from subnibble.recipe import Recipe
 from subnibble.tuning.distillation import Distillation
 from subnibble.tuning.tuning import EFFORTS
@@ -61,7 +61,7 @@ def estimate(model: str | Path, recipe: Recipe) -> Estimate:
     check_plain(source)
     device = resolve_device(recipe.device)
     skeleton = Skeleton(source, resolve_dtype(recipe.dtype, source.config.dtype, device), device)
-    schemes = make_plan(recipe, steps, skeleton).schemes
+    plan = make_plan(recipe, steps, skeleton)
     plan_rotation(recipe, steps, skeleton)
     calibrated = recipe.calibration is not None or needs_data(recipe, steps)
     if calibrated:
@@ -69,11 +69,11 @@ def estimate(model: str | Path, recipe: Recipe) -> Estimate:
     tokens = recipe.num_windows * recipe.window if calibrated else 0
     return Estimate(
         parameters=sum(numel(shape) for shape in skeleton.parameter_shapes().values()),
-        file_bytes=packed_bytes(recipe, steps, schemes, skeleton),
-        effective_bits=effective_bits(steps, schemes, skeleton),
+        file_bytes=packed_bytes(recipe, steps, plan.schemes, skeleton),
+        effective_bits=effective_bits(steps, plan.schemes, skeleton),
         memory_bytes=_memory(steps, skeleton, tokens, recipe.distillation),
         seconds=_seconds(steps, skeleton, tokens, _tuned_tokens(recipe, steps), recipe.distillation),
-        cache_bytes=cache_bytes(source.config, plan_cache(recipe, steps, skeleton)),
+        cache_bytes=cache_bytes(source.config, plan.cache),
     )
 
 

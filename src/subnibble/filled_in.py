@@ -27,8 +27,8 @@ def filled_in(
     named = replace(
         recipe,
         kv={} if cache is None else {key: value for key, value in cache.to_dict().items() if key != "bits"},
-        system_prompt=_absolute(recipe.system_prompt),
-        calibration=_absolute(recipe.calibration),
+        system_prompt=recipe.system_prompt and absolute(recipe.system_prompt),
+        calibration=recipe.calibration and absolute(recipe.calibration),
         device=str(device),
         dtype=str(dtype).removeprefix("torch."),
         options=asdict(options),
@@ -48,6 +48,6 @@ def _agreed(recipe: Recipe, schemes: Mapping[str, Scheme | None]) -> dict[str, s
     return agreed
 
 
-def _absolute(file: str | None) -> str | None:
+def absolute(file: str) -> str:
     """A file's full path, so that the recipe means the same from any folder; names of sets as they are."""
     return str(Path(file).resolve()) if file and Path(file).is_file() else file

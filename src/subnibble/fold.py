@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from subnibble.checkpoint.entries import NormBiasEntry, PackedLinearEntry
-from subnibble.checkpoint.packed import PackedConfig, packed_config_of
+from subnibble.checkpoint.packed import packed_config_of
 from subnibble.errors import CheckpointError
 from subnibble.model.arch import find_arch
 from subnibble.model.site import Arch
@@ -47,7 +47,7 @@ def fold_norm_biases_(model: Any) -> None:
                 modules[name] = replace(old, bias=True)
             remove_output_bias_(norm)
             del modules[path]
-    model.config.quantization_config.packed = PackedConfig(modules)
+    model.config.quantization_config.packed = replace(packed, modules=modules)
 
 
 def _readers(arch: Arch, norm: str) -> list[str]:

@@ -76,10 +76,8 @@ def attach_cache_(model: Any, scheme: CacheScheme | None, prefix: PrefixIds | No
     scheme: None for a cache at 16 bits. prefix: ids of the keys and values that the model's attentions hold
     (`set_prefix_`), None for none. What was attached before is replaced.
     """
+    check_cache(model, scheme)
     attentions = _attentions(model)
-    if scheme is not None:
-        scheme.check_width(Heads.of(model.config).width)
-        _check_centers(attentions, scheme)
     detach_cache_(model)
     attached = Attached(scheme, prefix, len(attentions), model.config._attn_implementation)
     decoder = _decoder(model)
@@ -91,6 +89,13 @@ def attach_cache_(model: Any, scheme: CacheScheme | None, prefix: PrefixIds | No
     setattr(model, _RECORD, attached)
     setattr(model, _GENERATION, _GenerationCache(attached))
     _write_config(model)
+
+
+def check_cache(model: Any, scheme: CacheScheme | None) -> None:
+    """Raise `BadRecipe` if a model cannot run on a cache of `scheme`."""
+    if scheme is not None:
+        scheme.check_width(Heads.of(model.config).width)
+        _check_centers(_attentions(model), scheme)
 
 
 def detach_cache_(model: Any) -> None:
@@ -149,8 +154,9 @@ def _check_centers(attentions: list[Any], scheme: CacheScheme) -> None:
     """Raise `BadRecipe` if keys are coded less a centre that the model does not hold."""
     if scheme.key_center == "none":
         return
-    held = {(own.rope, own.key_rotation) for own in (getattr(module, KEY_CENTER, None) for module in attentions) if own}
-    if held != {(scheme.rope, scheme.key_rotation)}:
+    centers = [getattr(module, KEY_CENTER, None) for module in attentions]
+    held = {(own.rope, own.key_rotation) for own in centers if own is not None}
+    if None in centers or held != {(scheme.rope, scheme.key_rotation)}:
         found = ", ".join(f"rope={rope}, key_rotation={turned}" for rope, turned in sorted(held)) or "none"
         raise BadRecipe(
             f"{scheme.name} codes keys less a centre with rope={scheme.rope}, key_rotation={scheme.key_rotation}, and "

@@ -16,7 +16,7 @@ from subnibble.calibrate.windows import check_positions
 from subnibble.checkpoint.edit import change_checkpoint, open_packed
 from subnibble.checkpoint.entries import Entry, PrefixEntry, prefix_state
 from subnibble.hf import load_model
-from subnibble.hf_attention import attach_cache_, attached_cache, detach_cache_, set_prefix_
+from subnibble.hf_attention import attach_cache_, attached_cache, check_cache, detach_cache_, set_prefix_
 from subnibble.model.arch import find_arch
 from subnibble.prompt import prefix_ids
 
@@ -29,6 +29,8 @@ def attach_prefix_(model: Any, scheme: CacheScheme | None, prefix: PrefixIds | N
     if prefix is None:
         attach_cache_(model, scheme)
         return
+    # Before anything of the model is changed.
+    check_cache(model, scheme)
     states = compute_prefix(model, prefix)
     attach_cache_(model, scheme, prefix)
     set_prefix_(model, states)

@@ -1,4 +1,4 @@
-"""`quantization_config` round-trips through JSON and rejects what versions 1 to 4 do not know."""
+"""`quantization_config` round-trips through JSON and rejects what versions 1 to 5 do not know."""
 
 import copy
 import json

@@ -8,43 +8,45 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
 from torch import Tensor
 
-from subnibble.checkpoint.packed import PackedConfig, packed_config_of
-from subnibble.checkpoint.safetensors_source import INDEX, read_header
+from subnibble.checkpoint.packed import PackedConfig, packed_config_of, stored_shapes
+from subnibble.checkpoint.safetensors_source import INDEX, SafetensorsSource
 from subnibble.checkpoint.size import measure, weights_hash
-from subnibble.checkpoint.source import Source, open_source
+from subnibble.checkpoint.source import expect_shapes, open_source
 from subnibble.checkpoint.writer import CheckpointWriter
-from subnibble.errors import CheckpointError
+from subnibble.errors import CheckpointError, OutputError
+
+REPORT = "report.json"
 
 
-def open_packed(folder: str | Path) -> tuple[Source, PackedConfig]:
-    """The packed checkpoint in a folder on this machine; `CheckpointError` if it is none."""
+def open_packed(folder: str | Path) -> tuple[SafetensorsSource, PackedConfig]:
+    """The packed checkpoint in a folder on this machine; `CheckpointError` if it is none, or not whole."""
     if not Path(folder).is_dir():
         raise CheckpointError(f"{folder} is no folder; give a checkpoint on this machine that subnibble quantize wrote")
     source = open_source(folder)
     packed = packed_config_of(source.config)
-    if packed is None:
+    if packed is None or not isinstance(source, SafetensorsSource):
         raise CheckpointError(
             f"{source.path} is no subnibble checkpoint; quantize the model first (--method none keeps its weights)"
         )
+    expect_shapes(source, iter(stored_shapes(packed).items()))
     return source, packed
 
 
 def change_checkpoint(
-    source: Source, packed: PackedConfig, tensors: Mapping[str, Tensor], told: Mapping[str, Any]
+    source: SafetensorsSource, packed: PackedConfig, tensors: Mapping[str, Tensor], told: Mapping[str, Any]
 ) -> None:
     """Give the checkpoint in `source` these tensors, in place of those of their names, and let its config say `packed`.
 
     Those that take a tensor's place get its type; new ones are a shard of their own. told: goes into report.json, if
     there is one, beside the new size and hash. recipe.toml and whatever else is in the folder stays as it is.
     """
-    files = [file for file in sorted(source.path.glob("*.safetensors")) if _holds_weights(file, source)]
+    shards = source.shards()
     new = {name: tensor for name, tensor in tensors.items() if name not in set(source.names())}
-    with CheckpointWriter(source.path, len(files) + bool(new), replace=True) as writer:
-        for file in files:
-            held = load_file(file)
+    with CheckpointWriter(source.path, len(shards) + bool(new), replace=True) as writer:
+        for names in shards.values():
+            held = {name: source.load_raw(name) for name in names}
             writer.write_shard({name: tensors.get(name, part).to(part.dtype) for name, part in held.items()})
         if new:
             writer.write_shard(new)
@@ -56,19 +58,34 @@ def change_checkpoint(
         writer.commit()
 
 
-def _holds_weights(file: Path, source: Source) -> bool:
-    return file.suffix == ".safetensors" and bool(set(source.names()) & set(read_header(file)))
+def check_space(source: SafetensorsSource) -> None:
+    """Raise `OutputError` if the checkpoint cannot be written anew beside itself: known before any work."""
+    needed, free = source.file_bytes(), shutil.disk_usage(source.path).free
+    if free < needed:
+        raise OutputError(
+            f"{source.path}: {free / 1e9:.2f} GB are free and {needed / 1e9:.2f} GB are needed to replace it; free "
+            "space"
+        )
+    with CheckpointWriter(source.path, 1, replace=True):
+        # Whether the folder beside it can be made.
+        pass
 
 
-def _copy_others(source: Source, writer: CheckpointWriter, told: Mapping[str, Any]) -> None:
-    report = source.path / "report.json"
+def read_report(source: SafetensorsSource) -> dict[str, Any]:
+    """report.json, empty if there is none."""
+    file = source.path / REPORT
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return found
+
+
+def _copy_others(source: SafetensorsSource, writer: CheckpointWriter, told: Mapping[str, Any]) -> None:
     for item in source.path.iterdir():
-        if _holds_weights(item, source) or item.name in ("config.json", INDEX, report.name):
+        if item in source.shards() or item.name in ("config.json", INDEX, REPORT):
             continue
         copy = shutil.copytree if item.is_dir() else shutil.copy2
         copy(item, writer.folder / item.name)
-    if report.is_file():
-        values = json.loads(report.read_text(encoding="utf-8"))
-        values["size"] = measure(open_source(writer.folder)).to_dict()
-        values["weights_sha256"] = weights_hash(writer.folder)
-        writer.write_json("report.json", values | dict(told))
+    report = read_report(source)
+    if report:
+        report["size"] = measure(open_source(writer.folder)).to_dict()
+        report["weights_sha256"] = weights_hash(writer.folder)
+        writer.write_json(REPORT, report | dict(told))

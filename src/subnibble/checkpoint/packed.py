@@ -31,6 +31,8 @@ T = TypeVar("T")
 
 QUANT_METHOD = "subnibble"
 FORMAT_VERSIONS = (1, 2, 3, 4, 5)
+# The first version that knows centres of keys.
+_CENTERED = 5
 _LINEAR, _SCALED_LINEAR, _COMPOSED_LINEAR = "linear", "scaled_linear", "composed_linear"
 _MODULE_KEYS = {
     _LINEAR: {"kind", "rows", "ranges", "bias"},
@@ -101,7 +103,7 @@ class PackedConfig:
     def _version(self) -> int:
         """The lowest version that can say this."""
         if self._centers:
-            return 5
+            return _CENTERED
         if self.cache is not None or self.prefix is not None:
             return 4
         if any(entry.activation is not None and entry.activation.outliers for entry in self._linears):
@@ -134,6 +136,8 @@ class PackedConfig:
             labels = _Labels(schemes, activations)
             modules = {path: _entry_from_dict(entry, labels) for path, entry in values["modules"].items()}
             cache, prefix = (values[key] if version > 3 else None for key in ("cache", "prefix"))
+            if version < _CENTERED and "key_center" in (cache or {}):
+                raise ValueError("a cache with a key_center")
             config = cls(
                 modules,
                 None if cache is None else CacheScheme.from_dict(cache),

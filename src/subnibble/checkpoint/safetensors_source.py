@@ -85,6 +85,13 @@ class SafetensorsSource:
             raise CheckpointError(f"{file}: {name} cannot be read ({error}); get an intact copy") from error
         return tensor
 
+    def shards(self) -> dict[Path, list[str]]:
+        """Each weight file with the names that are read from it."""
+        found: dict[Path, list[str]] = {}
+        for name, file in sorted(self._files.items()):
+            found.setdefault(self.path / file, []).append(name)
+        return dict(sorted(found.items()))
+
     def file_bytes(self) -> int:
         """See `Source`."""
         return sum((self.path / file).stat().st_size for file in set(self._files.values()))

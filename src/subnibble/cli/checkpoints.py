@@ -78,7 +78,7 @@ def distill(
     original: Annotated[
         str, typer.Option(help="The model that it was quantized from: folder, hub id or .gguf file.", metavar="MODEL")
     ],
-    steps: Annotated[int, typer.Option(help="How many steps the packed model is tuned for.")],
+    steps: Annotated[int, typer.Option(help="How many steps the packed model is tuned for.", min=1)],
     distill_option: o.DistillOptions = None,
     calibration: o.Calibration = None,
     num_windows: o.NumWindows = None,

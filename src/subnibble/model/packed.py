@@ -21,6 +21,8 @@ from subnibble.checkpoint.entries import (
 from subnibble.checkpoint.packed import PackedConfig
 from subnibble.checkpoint.safetensors_source import SafetensorsSource
 from subnibble.errors import CheckpointError
+from subnibble.model.arch import find_arch
+from subnibble.model.site import Heads
 from subnibble.runtime.modules import (
     KeyCenter,
     PackedEmbedding,
@@ -43,6 +45,26 @@ def pack_modules_(model: Any, packed: PackedConfig, dtype: torch.dtype) -> None:
         except AttributeError as error:
             raise CheckpointError(f"quantization_config packs {path}, which this model does not have") from error
         replace_module(model, path, module, entry, dtype)
+    _check_centers(model, packed)
+
+
+def _check_centers(model: Any, packed: PackedConfig) -> None:
+    """Raise `CheckpointError` unless every attention has the centre that the cache codes its keys less."""
+    heads, arch = Heads.of(model.config), find_arch(model.config.model_type)
+    held = {path: entry for path, entry in packed.modules.items() if isinstance(entry, KeyCenterEntry)}
+    for path, entry in held.items():
+        if (entry.heads, entry.width) != (heads.key_value, heads.width):
+            raise CheckpointError(
+                f"{path} is of {entry.heads} heads of {entry.width} channels, where the model has {heads.key_value} of "
+                f"{heads.width}; config.json does not belong to these weights"
+            )
+    if packed.cache is None or packed.cache.key_center == "none":
+        return
+    wanted = packed.cache.rope, packed.cache.key_rotation
+    for index in range(len(model.get_submodule(arch.blocks))):
+        path = f"{arch.block_path(index)}.{arch.attention}.{KEY_CENTER}"
+        if path not in held or (held[path].rope, held[path].key_rotation) != wanted:
+            raise CheckpointError(f"quantization_config has no {path} for its cache; quantize the model again")
 
 
 def fill_(model: Any, source: SafetensorsSource, dtype: torch.dtype, device: torch.device) -> None:

@@ -57,8 +57,8 @@ class _Clipped(torch.autograd.Function):
         widths = torch.tensor([stop - start for start, stop in found.bounds], device=x.device)
         inside = (x - values).abs() <= _HALF_STEP * found.scales.repeat_interleave(widths, dim=1)
         # Outliers have a range that nothing clips.
-        clipped = x.shape[1] - scheme.outliers
-        moved = torch.where(inside, values - x, values)[:, :clipped]
+        usual = x.shape[1] - scheme.outliers
+        moved = torch.where(inside, values - x, values)[:, :usual]
         ctx.save_for_backward(inside, moved)
         ctx.factor = scheme.clip / own.clip
         return values
