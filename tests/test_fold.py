@@ -55,8 +55,8 @@ def test_folded_model_is_the_same_function_without_norm_biases(
 
 def test_cache_centres_and_prompt_stay(folders: dict[str, Path], token_file: Path, tmp_path: Path) -> None:
     recipe = Recipe(
-        method="d2quant", bits=3, group_size=16, embedding_bits=8, calibration=str(token_file), num_windows=4, window=32,
-        kv_bits=4, kv={"key_center": "mean"}, system_prompt="w5 w9",
+        method="d2quant", bits=3, group_size=16, embedding_bits=8, calibration=str(token_file), num_windows=4,
+        window=32, kv_bits=4, kv={"key_center": "mean"}, system_prompt="w5 w9",
     )  # fmt: skip
     quantize(folders["llama"], tmp_path / "a", recipe)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "a", dtype=torch.float32)
