@@ -30,8 +30,8 @@ def distill_checkpoint(
     """Tune the packed checkpoint in `folder` as a whole towards `original`, the model that it was quantized from.
 
     recipe: of it calibration (None: "c4"), num_windows, window, seed, device, dtype, distill_steps and distill count.
-    The folder's own recipe.toml stays as it is, report.json lists under
-    distilled_later what was done. The folder is replaced in one step.
+    The folder's own recipe.toml stays as it is, report.json lists under `distilled_later` what was done. The folder is
+    replaced in one step.
     """
     settings = recipe.distillation
     if settings is None:
