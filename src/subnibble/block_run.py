@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from subnibble.block_transforms import prepare_block_
-from subnibble.block_tuning import BlockTuning, Tuner, twin_of
+from subnibble.block_tuning import BlockTuning, Tuner
 from subnibble.calibrate.key_center import coding_of
 from subnibble.calibrate.prefix import States, behind
 from subnibble.calibrate.sinks import ordinary_tokens
@@ -63,8 +63,8 @@ class BlockRun:
     all terms of what was rounded so far, by name in the block; packed: their weights, which absorb column scales.
     columns: column scales that no other module of the block can take; to_absorb: those that one will. gathers: of the
     linears that store one. hooks: on the block while it runs. prefix: its keys and values in this block, (heads,
-    tokens, width), or None. tuning: the block's, or None. center: what its keys are coded
-    less, (heads, width), or None.
+    tokens, width), or None. tuning: the block's, or None. center: what its keys are coded less,
+    (heads, width), or None.
     """
 
     block: Block
@@ -106,13 +106,13 @@ class BlockRun:
             with clock.step("forward"):
                 own = plan.of_block(block)
                 before = behind(arguments, None if prefix is None else prefix.states(block))
-                found = BlockStream(twin_of(block, dtype), streams.hidden, before).statistics(*own)
+                found = BlockStream(block.twin(dtype), streams.hidden, before).statistics(*own)
         with clock.step("transform"):
             _, bases = prepare_block_(block, steps, found)
         with clock.step("prefix"):
             states = None if prefix is None else prefix.advance(block)
         with clock.step("key center"):
-            coding = coding_of(block, plan.cache, streams.hidden, arguments, states, dtype)
+            coding = coding_of(block, plan.cache, streams.hidden, arguments, dtype)
         before = behind(arguments, states)
         reference = teacher = tuning = None
         rounds = any(scheme is not None for scheme in plan.of_block(block)[0].values())
@@ -121,7 +121,7 @@ class BlockRun:
             reference, states = tuning.reference, tuning.block.prefix
             plan = tuning.plan(plan, block.path)
         elif streams.hidden and (steps.needs_reference or steps.mean_shift is not None):
-            twin = twin_of(block, dtype)
+            twin = block.twin(dtype)
             reference = BlockStream(twin, streams.wanted, before) if steps.needs_reference else None
             teacher = BlockStream(twin, streams.hidden, before) if steps.mean_shift is not None else None
         if tuner is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -133,7 +132,7 @@ class Tuner:
         the prefix.
         """
         exact = streams.wanted
-        reference = BlockStream(twin_of(block, self.dtype), exact, before)
+        reference = BlockStream(block.twin(self.dtype), exact, before)
         with self.clock.step("forward"):
             outputs = list(reference.outputs())
         with self.clock.step("tune"):
@@ -141,14 +140,14 @@ class Tuner:
             device = next(block.module.parameters()).device
             arguments = self.arguments[block.index]
             samples = samples_of(effort, streams.hidden, exact, outputs, arguments, device)
-            untouched = replace(block, module=copy.deepcopy(block.module)) if self.steps.needs_drift else None
+            untouched = block.twin() if self.steps.needs_drift else None
             tuned, trained = self._train(block, self._frame(block, bases, prefix, coding), samples)
             if untouched is not None:
                 tuned.fold_(untouched)
             tuned.settle_(block)
             if untouched is not None:
                 before = behind(streams.arguments[block.index], tuned.prefix)
-                reference = BlockStream(twin_of(untouched, self.dtype), exact, before)
+                reference = BlockStream(untouched.twin(self.dtype), exact, before)
         branches = self._packed_branches_(tuned, block)
         return BlockTuning(tuned, samples, trained, trained.after, reference, outputs, branches)
 
@@ -190,11 +189,6 @@ class Tuner:
         effort = EFFORTS[self.tuning.effort]
         trained = train_(tuned, samples, effort, generator, lambda loss: self.told(block.index, loss))
         return tuned, replace(trained, before=plain)
-
-
-def twin_of(block: Block, dtype: torch.dtype) -> Block:
-    """A copy of a block, in the compute type, that stays as it is."""
-    return replace(block, module=copy.deepcopy(block.module).to(dtype))
 
 
 def samples_of(

@@ -60,7 +60,7 @@ class CacheScheme:
             raise BadRecipe(
                 'a Hadamard matrix does not pass rotary positions: use key_rotation = "none" or rope = "after"'
             )
-        if self.key_axis == "channel" and self.key_center != "none":
+        if self.key_axis == "channel" and self.is_centered:
             raise BadRecipe('keys by channel have a range each and need no centre: use key_center = "none"')
         if self.key_axis == "channel" and (self.group_size < 1 or not self.window or self.window % self.group_size):
             raise BadRecipe(
@@ -78,8 +78,18 @@ class CacheScheme:
         parts += ["hadamard"] if self.key_rotation == "hadamard" else []
         parts += [f"window{self.window}"] if self.window else []
         parts += [f"clip{self.clip!r}"] if self.clip != 1 else []
-        parts += ["centered"] if self.key_center == "mean" else []
+        parts += ["centered"] if self.is_centered else []
         return "-".join(parts)
+
+    @property
+    def is_centered(self) -> bool:
+        """Whether keys are coded less a mean."""
+        return self.key_center != "none"
+
+    @property
+    def key_basis(self) -> tuple[str, str]:
+        """In which keys are coded: rope and key_rotation."""
+        return self.rope, self.key_rotation
 
     def bounds(self, width: int) -> list[tuple[int, int]]:
         """First and stop channel of each group of a head of `width` channels coded token by token."""

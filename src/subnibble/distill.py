@@ -3,10 +3,10 @@
     L = mean over tokens KL(p || q),   p, q: the next token's probabilities, of the original and of the packed model
 
 Learned are what costs no bits: scales of weights, gains of norms, clips of inputs (`tuning/student.py`,
-`tuning/input_clip.py`). Blocks that
-were quantized one by one each answer for their own output; here they answer together for what the model says. The step
-is EfficientQAT's end-to-end one (arXiv 2407.11062, section 3.3), the original in the place of the text as teacher. The
-packed model runs as it will: inputs quantized, keys and values through the cache's codes, behind the prompt.
+`tuning/input_clip.py`). Blocks that were quantized one by one each answer for their own output; here they answer
+together for what the model says. The step is EfficientQAT's end-to-end one (arXiv 2407.11062, section 3.3), the
+original in the place of the text as teacher. The packed model runs as it will: inputs quantized, keys and values
+through the cache's codes, behind the prompt.
 
 AdamW, warmed up, a cosine; steps are shares of the numbers they change, so that one rate fits all. Some windows are
 held out and looked at now and then: where the loss on them is no less than before, or where it or a gradient is not

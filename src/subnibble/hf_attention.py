@@ -152,11 +152,11 @@ def _attentions(model: Any) -> list[Any]:
 
 def _check_centers(attentions: list[Any], scheme: CacheScheme) -> None:
     """Raise `BadRecipe` if keys are coded less a centre that the model does not hold."""
-    if scheme.key_center == "none":
+    if not scheme.is_centered:
         return
     centers = [getattr(module, KEY_CENTER, None) for module in attentions]
     held = {(own.rope, own.key_rotation) for own in centers if own is not None}
-    if None in centers or held != {(scheme.rope, scheme.key_rotation)}:
+    if None in centers or held != {scheme.key_basis}:
         found = ", ".join(f"rope={rope}, key_rotation={turned}" for rope, turned in sorted(held)) or "none"
         raise BadRecipe(
             f"{scheme.name} codes keys less a centre with rope={scheme.rope}, key_rotation={scheme.key_rotation}, and "
@@ -286,7 +286,7 @@ def _announce(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tup
     hidden = args[0] if args else kwargs["hidden_states"]
     if module.layer_idx == 0 and cache.scheme is not None and cache.scheme.rope == "before":
         cache.positions.append(cos, sin, hidden.shape[0])
-    centered = cache.scheme is not None and cache.scheme.key_center != "none"
+    centered = cache.scheme is not None and cache.scheme.is_centered
     layer.expect(kwargs.get("position_ids"), module.get_submodule(KEY_CENTER).mean if centered else None)
     return args, {**kwargs, "kv_layer": layer}
 

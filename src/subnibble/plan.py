@@ -72,8 +72,7 @@ def make_plan(recipe: Recipe, steps: Steps, skeleton: Skeleton) -> Plan:
 def needs_data(recipe: Recipe, steps: Steps) -> bool:
     """Whether calibration text is needed."""
     cache = recipe.cache_scheme(steps.cache)
-    centered = cache is not None and cache.key_center != "none"
-    return steps.needs_data or recipe.distillation is not None or centered
+    return steps.needs_data or recipe.distillation is not None or (cache is not None and cache.is_centered)
 
 
 def plan_cache(recipe: Recipe, steps: Steps, skeleton: Skeleton) -> CacheScheme | None:

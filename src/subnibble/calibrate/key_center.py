@@ -6,16 +6,13 @@ mostly these. Less their mean over calibration text, what is left to code is wha
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from subnibble.cache_scheme import CacheScheme
-from subnibble.calibrate.prefix import Kept, States, behind
 from subnibble.calibrate.sinks import ordinary_tokens
 from subnibble.errors import NumericalFailure
 from subnibble.model.skeleton import Block
@@ -31,37 +28,28 @@ def coding_of(
     scheme: CacheScheme | None,
     hidden: list[Tensor],
     arguments: Mapping[str, Any],
-    states: States | None,
     dtype: torch.dtype,
 ) -> Coding | None:
     """How the block's cache codes by `scheme`, None for not at all.
 
     block: transformed, not quantized. hidden: its inputs, batches (windows, tokens, channels), none only where no mean
-    is needed. arguments: of `Skeleton.block_arguments`. states: of a prefix before the windows, or None. dtype: of the
-    streams.
+    is needed. arguments: of `Skeleton.block_arguments`. dtype: of the streams.
     """
     if scheme is None:
         return None
-    if scheme.key_center == "none":
-        return Coding(scheme)
-    twin = replace(block, module=copy.deepcopy(block.module).to(dtype))
-    return Coding(scheme, _mean(twin, scheme, hidden, arguments, states))
+    return Coding(scheme, _mean(block.twin(dtype), scheme, hidden, arguments) if scheme.is_centered else None)
 
 
-def _mean(
-    block: Block, scheme: CacheScheme, hidden: list[Tensor], arguments: Mapping[str, Any], states: States | None
-) -> Tensor:
+def _mean(block: Block, scheme: CacheScheme, hidden: list[Tensor], arguments: Mapping[str, Any]) -> Tensor:
     """(heads, width) float16: of ordinary tokens' keys in the basis in which they are coded."""
     device = next(block.module.parameters()).device
     sums: list[Tensor] = []
     count = 0
     for batch in hidden:
-        kept = _KeptBehind(behind(arguments, states).get("past_key_values"))
-        with torch.no_grad():
-            block.module(batch.to(device), **{**arguments, "past_key_values": kept})
-        keys = as_coded(kept.keys, scheme, arguments["position_embeddings"]).transpose(0, 1).flatten(1, 2)
+        keys = _keys(block, batch.to(device), arguments)
+        coded = as_coded(keys, scheme, arguments["position_embeddings"]).transpose(0, 1).flatten(1, 2)
         ordinary = ordinary_tokens(batch)
-        sums.append(keys[:, ordinary.to(device)].double().sum(1))
+        sums.append(coded[:, ordinary.to(device)].double().sum(1))
         count += int(ordinary.sum())
         if count >= _TOKENS:
             break
@@ -71,14 +59,27 @@ def _mean(
     return mean
 
 
-class _KeptBehind(Kept):
-    """Keeps a text's keys and values, and gives them behind what `past`, of `behind`, holds; None for nothing."""
+def _keys(block: Block, hidden: Tensor, arguments: Mapping[str, Any]) -> Tensor:
+    """Keys (b, heads, tokens, width) of a batch, positions put on. The block runs no further than to its cache."""
+    try:
+        with torch.no_grad():
+            block.module(hidden, **{**arguments, "past_key_values": _Stop()})
+    except _KeysReached as reached:
+        return reached.keys
+    raise AssertionError(f"{block.path} updates no cache")
 
-    def __init__(self, past: Any) -> None:
-        self._past = past
 
-    def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> States:
+class _KeysReached(Exception):
+    """Ends a forward pass at the cache."""
+
+    def __init__(self, keys: Tensor) -> None:
+        super().__init__()
+        self.keys = keys
+
+
+class _Stop:
+    """Stands for a cache that attention updates."""
+
+    def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> None:
         """keys, values: (b, heads, tokens, width)."""
-        super().update(keys, values)
-        found: States = (keys, values) if self._past is None else self._past.update(keys, values)
-        return found
+        raise _KeysReached(keys)

@@ -37,7 +37,7 @@ class PrefixStream:
         return states
 
     def _run(self, block: Block) -> tuple[States, Tensor]:
-        kept = Kept()
+        kept = _Kept()
         with torch.no_grad():
             output = block.module(self._hidden, **self._arguments[block.index], past_key_values=kept)
         return (kept.keys[0], kept.values[0]), output[0] if isinstance(output, tuple) else output
@@ -62,14 +62,14 @@ def behind(arguments: Mapping[str, Any], states: States | None, coding: Coding |
     return {**arguments, "past_key_values": _Past(states, coding, arguments.get("position_embeddings"))}
 
 
-class Kept:
+class _Kept:
     """Stands for an empty cache: keeps what attention gives it."""
 
     keys: Tensor
     values: Tensor
 
     def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> States:
-        """keys, values: (b, heads, tokens, width), given back as they are."""
+        """keys, values: (1, heads, tokens, width), given back as they are."""
         self.keys, self.values = keys, values
         return keys, values
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -27,7 +25,7 @@ def full_precision_blocks(
     """
     for index in range(skeleton.num_blocks):
         block = skeleton.load_block(index)
-        twin = replace(block, module=copy.deepcopy(block.module).to(skeleton.dtype))
+        twin = block.twin(skeleton.dtype)
         states = None if prefix is None else prefix.advance(block)
         stream = BlockStream(twin, hidden, behind(arguments[index], states))
         yield block, stream

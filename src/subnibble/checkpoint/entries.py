@@ -159,10 +159,15 @@ class KeyCenterEntry:
     def __post_init__(self) -> None:
         CacheScheme(4, rope=self.rope, key_rotation=self.key_rotation)
 
+    @property
+    def key_basis(self) -> tuple[str, str]:
+        """See `CacheScheme`."""
+        return self.rope, self.key_rotation
+
     @classmethod
     def of(cls, center: Tensor, scheme: CacheScheme) -> Self:
         """Of a centre (heads, width) that was made for `scheme`."""
-        return cls(center.shape[0], center.shape[1], scheme.rope, scheme.key_rotation)
+        return cls(center.shape[0], center.shape[1], *scheme.key_basis)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionary."""

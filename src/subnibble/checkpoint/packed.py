@@ -62,7 +62,7 @@ class PackedConfig:
         if held != (set() if self.prefix is None else {len(self.prefix.ids)}):
             raise ValueError("a prefix's ids and what attentions hold of it do not belong together")
         cache = self.cache
-        if cache is not None and cache.key_center != "none" and (cache.rope, cache.key_rotation) not in self._centers:
+        if cache is not None and cache.is_centered and cache.key_basis not in self._centers:
             raise ValueError("the cache codes keys less a centre, and no attention holds one of its kind")
 
     def to_dict(self) -> dict[str, Any]:
@@ -87,8 +87,7 @@ class PackedConfig:
     @property
     def _centers(self) -> set[tuple[str, str]]:
         """For which bases of keys there are centres."""
-        found = (entry for entry in self.modules.values() if isinstance(entry, KeyCenterEntry))
-        return {(entry.rope, entry.key_rotation) for entry in found}
+        return {entry.key_basis for entry in self.modules.values() if isinstance(entry, KeyCenterEntry)}
 
     @property
     def _linears(self) -> list[PackedLinearEntry]:

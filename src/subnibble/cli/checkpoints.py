@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from subnibble.cli import options as o
-from subnibble.cli.console import megabytes, print_json, progress, table
+from subnibble.cli.console import distilled, megabytes, print_json, progress, table
 
 if TYPE_CHECKING:
     from subnibble.checkpoint.packed import PackedConfig
-    from subnibble.report import DistillReport
 
 
 def inspect(model: o.Model, json: o.Json = False) -> None:
@@ -97,14 +96,6 @@ def distill(
     with progress("distill") as told:
         found = distill_checkpoint(out, original, wanted, progress=told)
     typer.echo(f"{out}: {distilled(found)}")
-
-
-def distilled(found: DistillReport) -> str:
-    """What is said of a distillation."""
-    return (
-        f"distilled in {found.steps} steps: KL from the original {found.before:.3f} before, {found.after:.3f} "
-        "after, on held-out text"
-    )
 
 
 def _cache_name(packed: PackedConfig | None) -> str:

@@ -17,6 +17,7 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from subnibble.progress import Progress
+from subnibble.report import DistillReport
 
 _SECONDS_BETWEEN_LINES = 15.0
 
@@ -103,3 +104,11 @@ def duration(seconds: float) -> str:
         return f"{seconds:.0f} s"
     minutes = seconds / 60
     return f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+
+
+def distilled(found: DistillReport) -> str:
+    """What is said of a distillation."""
+    return (
+        f"distilled in {found.steps} steps: KL from the original {found.before:.3f} before, {found.after:.3f} "
+        "after, on held-out text"
+    )

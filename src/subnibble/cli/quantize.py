@@ -8,8 +8,7 @@ from typing import Annotated
 import typer
 
 from subnibble.cli import options as o
-from subnibble.cli.checkpoints import distilled
-from subnibble.cli.console import duration, megabytes, print_json, progress, table
+from subnibble.cli.console import distilled, duration, megabytes, print_json, progress, table
 
 
 def quantize(

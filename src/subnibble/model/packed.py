@@ -58,12 +58,11 @@ def _check_centers(model: Any, packed: PackedConfig) -> None:
                 f"{path} is of {entry.heads} heads of {entry.width} channels, where the model has {heads.key_value} of "
                 f"{heads.width}; config.json does not belong to these weights"
             )
-    if packed.cache is None or packed.cache.key_center == "none":
+    if packed.cache is None or not packed.cache.is_centered:
         return
-    wanted = packed.cache.rope, packed.cache.key_rotation
     for index in range(len(model.get_submodule(arch.blocks))):
         path = f"{arch.block_path(index)}.{arch.attention}.{KEY_CENTER}"
-        if path not in held or (held[path].rope, held[path].key_rotation) != wanted:
+        if path not in held or held[path].key_basis != packed.cache.key_basis:
             raise CheckpointError(f"quantization_config has no {path} for its cache; quantize the model again")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -36,6 +36,11 @@ class Block:
         weight = self.module.get_submodule(norm).weight
         assert isinstance(weight, Tensor)
         return weight
+
+    def twin(self, dtype: torch.dtype | None = None) -> Block:
+        """A copy that stays as it is, in another type if one is given."""
+        module = copy.deepcopy(self.module)
+        return replace(self, module=module if dtype is None else module.to(dtype))
 
 
 class Skeleton:

@@ -6,7 +6,6 @@ for a writer) would otherwise damage it silently.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -82,7 +81,7 @@ def _residual_change(block: Block, hidden: Tensor, arguments: dict[str, Any], or
 
 
 def _copy(block: Block) -> Block:
-    return Block(block.index, block.path, copy.deepcopy(block.module), block.arch, block.heads)
+    return block.twin()
 
 
 def _run(module: nn.Module, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:

@@ -226,7 +226,7 @@ def _held(block: nn.Module, arch: Arch) -> States | None:
 
 def _coding(block: nn.Module, arch: Arch, scheme: CacheScheme | None) -> Coding | None:
     """How a block's cache codes, with the centre that its attention holds."""
-    if scheme is None or scheme.key_center == "none":
+    if scheme is None or not scheme.is_centered:
         return None if scheme is None else Coding(scheme)
     center = block.get_submodule(f"{arch.attention}.{KEY_CENTER}")
     assert isinstance(center, KeyCenter)
