@@ -199,3 +199,13 @@ def test_any_leading_shape_is_that_of_rows() -> None:
     assert torch.equal(multiply(x[0, 0], (12, 12)), rows[0])
     for i, j in itertools.product(range(2), range(3)):
         assert within_bound(multiply(x[i, j], (12, 12)), x[i, j], orthonormal((12, 12)))
+
+
+def test_gradients_pass_through_a_product_that_was_first_used_in_inference_mode() -> None:
+    blocks = (176,)
+    with torch.inference_mode():
+        multiply(torch.ones(1, 176, dtype=torch.float16), blocks)
+    x = torch.ones(1, 176, dtype=torch.float16, requires_grad=True)
+    given = inputs(176, torch.float16)[0, :1]
+    (gradient,) = torch.autograd.grad(multiply(x, blocks), x, given)
+    assert within_bound(gradient, given, orthonormal(blocks).T)
