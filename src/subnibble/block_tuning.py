@@ -13,7 +13,7 @@ from torch import Tensor
 from subnibble.calibrate.prefix import States, behind
 from subnibble.calibrate.sinks import ordinary_tokens
 from subnibble.calibrate.stream import BlockStream
-from subnibble.corrections.outliers import OutlierColumns
+from subnibble.corrections.low_rank import LowRank
 from subnibble.errors import CalibrationError, NumericalFailure
 from subnibble.methods.method import Correction, Steps
 from subnibble.model.skeleton import Block
@@ -66,14 +66,14 @@ class BlockTuning:
             candidates.append(replace(rounder, fitter=grids))
         tried = [round_stack(stack, weight, seen, one, correction) for one in candidates]
         losses = []
-        for _, whole, _ in tried:
-            self._fix_(stack, whole.dequantize())
+        for _, whole, salient in tried:
+            self._fix_(stack, whole, salient)
             losses.append(held_out_loss(self.block, self.samples))
         best = losses.index(min(losses))
         if best > 0:
             self.kept += stack.names
         found, self.left = tried[best], losses[best]
-        self._fix_(stack, found[1].dequantize())
+        self._fix_(stack, found[1], found[2])
         return found
 
     def branches(self, stack: Stack) -> list[Branch | None]:
@@ -92,9 +92,12 @@ class BlockTuning:
             path, trained.before, trained.after, self.left, trained.epochs, trained.rollbacks, tuple(self.kept)
         )
 
-    def _fix_(self, stack: Stack, dense: Tensor) -> None:
+    def _fix_(self, stack: Stack, whole: PackedTensor, salient: PackedRange | None) -> None:
+        dense, second = whole.dequantize(), None if salient is None else salient.dequantize()
+        if second is not None:
+            dense[:, : second.shape[1]] += second
         for name, index in zip(stack.names, stack.rows(dense.device), strict=True):
-            self.block.fix_(name, dense[index])
+            self.block.fix_(name, dense[index], None if second is None else second[index])
 
 
 @dataclass(frozen=True)
@@ -166,9 +169,9 @@ class Tuner:
     ) -> Frame:
         schemes, inputs = self.plan.of_block(block)
         correction, fitter = self.steps.correction, getattr(self.steps.rounder, "fitter", None)
-        outliers = correction.count if isinstance(correction, OutlierColumns) else 0
+        assert not isinstance(correction, LowRank)
         clip = fitter if isinstance(fitter, grid.Clip) else grid.Clip()
-        return Frame(schemes, inputs, bases, coding, prefix, outliers, clip, self.dtype)
+        return Frame(schemes, inputs, bases, coding, prefix, correction, clip, self.dtype)
 
     def _train(self, block: Block, frame: Frame, samples: Samples) -> tuple[TunedBlock, Trained]:
         # Every block draws its own numbers.

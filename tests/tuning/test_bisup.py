@@ -45,6 +45,11 @@ METHODS: dict[str, dict[str, Any]] = {
         "options": {"over": "atom", "effort": "fast", "rank": 4, "outliers": 8},
         "kv": {"key_center": "mean"},
     },
+    "serq": {"method": "bisup", "options": {"over": "serq", "effort": "fast", "rank": 4, "salient": 16}},
+    "twinfit-clips": {
+        "method": "bisup",
+        "options": {"over": "twinfit", "effort": "fast", "rank": 4, "salient": 24, "input_clipping": "site"},
+    },
     "omniquant": {"method": "omniquant", "options": {"effort": "fast"}},
 }
 
@@ -237,8 +242,10 @@ def test_estimates_count_branches(folders: dict[str, Path], token_file: Path, tm
 @pytest.mark.parametrize(
     ("method", "options", "said"),
     [
-        ("bisup", {"over": "awq"}, "over is 'awq'; choose one of atom, quarot"),
-        ("bisup", {"outliers": 64}, "outlier channels are Atom's"),
+        ("bisup", {"over": "awq"}, "over is 'awq'; choose one of atom, quarot, serq, twinfit"),
+        ("bisup", {"outliers": 64}, "outliers is 64 and over is 'quarot'; it acts over atom alone"),
+        ("bisup", {"over": "atom", "salient": 64}, "salient is 64 and over is 'atom'; it acts over serq or twinfit"),
+        ("bisup", {"over": "serq", "salient": 0}, "salient is 0; give a positive number"),
         ("bisup", {"smoothing": "much"}, "smoothing is 'much'"),
         ("bisup", {"input_clipping": "group"}, "input_clipping is 'group'; choose one of site, none"),
         ("bisup", {"effort": "slow"}, "effort is 'slow'"),

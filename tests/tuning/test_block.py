@@ -14,9 +14,12 @@ from conftest import CONFIGS
 from subnibble.cache_scheme import CacheScheme
 from subnibble.calibrate.prefix import PrefixStream, States, behind
 from subnibble.checkpoint.safetensors_source import SafetensorsSource
+from subnibble.corrections.outliers import OutlierColumns
+from subnibble.corrections.salient import SalientColumns
 from subnibble.model.skeleton import Block, Skeleton
 from subnibble.rounding import grid
 from subnibble.rounding.rtn import RTN
+from subnibble.runtime import activations
 from subnibble.runtime.hadamard import hadamard_blocks
 from subnibble.runtime.kv_cache import Coding
 from subnibble.scheme import ActivationScheme, Scheme
@@ -33,7 +36,13 @@ WEIGHTS, INPUTS = Scheme(4, 16, "none"), ActivationScheme(8, 16)
 class Case:
     """A block of a tiny model behind a prefix, and what it is tuned within."""
 
-    def __init__(self, folder: Path, quantized: bool, turned: bool = False, outliers: int = 0) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        quantized: bool,
+        turned: bool = False,
+        correction: OutlierColumns | SalientColumns | None = None,
+    ) -> None:
         skeleton = Skeleton(SafetensorsSource(folder), torch.float32, torch.device("cpu"))
         self.block: Block = skeleton.load_block(1)
         generator = torch.Generator().manual_seed(0)
@@ -54,7 +63,7 @@ class Case:
             bases,
             Coding(CacheScheme(8)) if quantized else None,
             self.states,
-            outliers,
+            correction,
             grid.Clip(),
             torch.float32,
         )
@@ -158,9 +167,14 @@ def test_nothing_is_changed_before_anything_is_learned(folders: dict[str, Path])
     assert torch.equal(outputs["side"], outputs["none"])
 
 
-@pytest.mark.parametrize("outliers", [0, 8])
-def test_learned_grids_round_as_the_tuned_block_does(outliers: int, folders: dict[str, Path]) -> None:
-    case = Case(folders["llama"], quantized=True, turned=True, outliers=outliers)
+CORRECTIONS = [None, OutlierColumns(8), SalientColumns(24, fitter=grid.Clip("minmax"))]
+
+
+@pytest.mark.parametrize("correction", CORRECTIONS, ids=["none", "outliers", "salient"])
+def test_learned_grids_round_as_the_tuned_block_does(
+    correction: OutlierColumns | SalientColumns | None, folders: dict[str, Path]
+) -> None:
+    case = Case(folders["llama"], quantized=True, turned=True, correction=correction)
     tuned = case.tuned()
     shake_(tuned, "smoothing", "low_rank", "clipping")
     tuned.settle_(case.block)
@@ -168,11 +182,17 @@ def test_learned_grids_round_as_the_tuned_block_does(outliers: int, folders: dic
     for site in case.block.arch.sites:
         natural = torch.cat([case.block.linear(name).weight for name in site.readers])
         weight = case.frame.bases[site.name].columns(natural)
-        main = weight[:, : weight.shape[1] - outliers]
-        stored = PackedRange.pack(RTN(tuned.grids(site.readers))(main, None, WEIGHTS, "w").coded, WEIGHTS).dequantize()
-        if outliers:
-            own = Scheme(8, -1, "none")
-            stored = torch.cat([stored, grid.nearest(weight[:, -outliers:], own)], 1)
+        main, rounder = weight.clone(), RTN(tuned.grids(site.readers))
+        if isinstance(correction, OutlierColumns):
+            main = main[:, :-8]
+        elif isinstance(correction, SalientColumns):
+            second = grid.nearest(weight[:, :24], WEIGHTS)
+            main[:, :24] -= second
+        stored = PackedRange.pack(rounder(main, None, WEIGHTS, "w").coded, WEIGHTS).dequantize()
+        if isinstance(correction, OutlierColumns):
+            stored = torch.cat([stored, grid.nearest(weight[:, -8:], Scheme(8, -1, "none"))], 1)
+        elif isinstance(correction, SalientColumns):
+            stored[:, :24] += second
         heights = [case.block.linear(name).out_features for name in site.readers]
         for name, part in zip(site.readers, stored.split(heights), strict=True):
             tuned.fix_(name, part)
@@ -215,3 +235,29 @@ def test_inputs_and_cache_are_quantized(folders: dict[str, Path]) -> None:
         other = Case(folders["llama"], quantized=True)
         other.frame = replace(other.frame, **{key: value})
         assert not torch.equal(other.of(other.tuned()), whole)
+
+
+@pytest.mark.parametrize("input_clipping", ["none", "site"])
+def test_the_remainder_of_salient_inputs_is_quantized_too(input_clipping: str, folders: dict[str, Path]) -> None:
+    twice = SalientColumns(16, fitter=grid.Clip("minmax"), residual="salient")
+    case = Case(folders["llama"], quantized=False, correction=twice)
+    site = case.block.arch.sites[0]
+    scheme = ActivationScheme(3, 16, clip=0.9)
+    case.frame = replace(case.frame, activations=dict.fromkeys(case.block.arch.linears, scheme))
+    tuned = case.tuned(input_clipping=input_clipping, smoothing="none")
+    x = torch.cat([*case.hidden], 0).requires_grad_()
+    entered = tuned.sites[site.name].enter(x, scheme)
+    once = activations.quantize_values(x.detach(), scheme)
+    remainder = activations.quantize_values(x.detach()[:, :16] - once[:, :16], scheme)
+    assert torch.equal(entered, torch.cat([once, remainder], 1))
+    held = entered[:, : x.shape[1]].clone()
+    held[:, :16] += entered[:, x.shape[1] :]
+    error = (held - x).detach().square().mean(0)
+    assert float(error[:16].mean()) < 0.05 * float(error[16:].mean())
+    # A gradient stops where an input was clipped whose clip is learned: of a salient one, where both its codes were.
+    (gradient,) = torch.autograd.grad(held.sum(), x)
+    assert set(gradient.unique().tolist()) <= {0.0, 1.0}
+    stopped = (gradient == 0).float().mean(0)
+    assert bool(stopped.any()) is (input_clipping == "site")
+    if input_clipping == "site":
+        assert float(stopped[:16].mean()) < 0.5 * float(stopped[16:].mean())

@@ -135,8 +135,10 @@ def _check_tuning(steps: Steps) -> None:
     """Raise `BadRecipe` where a step does not go with tuning."""
     if steps.mean_shift is not None or steps.transforms:
         raise BadRecipe("tuning goes with neither a mean shift nor transforms of its own; leave one of them out")
-    if isinstance(steps.correction, SalientColumns | LowRank):
-        raise BadRecipe('tuning does not go with salient columns or low-rank factors; use low_rank = "side"')
+    if isinstance(steps.correction, LowRank):
+        raise BadRecipe('tuning learns low-rank factors of its own; use low_rank = "side"')
+    if isinstance(steps.correction, SalientColumns) and (steps.correction.form != "before" or steps.ranks != "uniform"):
+        raise BadRecipe('tuning with salient columns needs form = "before" and ranks = "uniform"')
     if steps.inputs != "quantized":
         raise BadRecipe('tuning sees inputs as they will run; use inputs = "quantized"')
 

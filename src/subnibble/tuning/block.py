@@ -40,7 +40,7 @@ class TunedBlock:
         self.sites: dict[str, TunedInput] = {}
         self.linears: dict[str, TunedLinear] = {}
         for site in block.arch.sites:
-            entrance = self.sites[site.name] = TunedInput(frame.bases[site.name], frame.dtype)
+            entrance = self.sites[site.name] = TunedInput(frame.bases[site.name], frame.dtype, frame.repeated)
             if tuning.input_clipping != "none":
                 entrance.learn_clip(
                     {frame.activations[name] for name in site.readers}, block.linear(site.readers[0]).weight.device
@@ -186,9 +186,13 @@ class TunedBlock:
         assert low_rank is not None
         low_rank.set_(down, up)
 
-    def fix_(self, name: str, weight: Tensor) -> None:
-        """Let a linear run on a weight (m, k), in its basis, that was rounded elsewhere."""
-        self.linears[name].fixed = weight
+    def fix_(self, name: str, weight: Tensor, second: Tensor | None = None) -> None:
+        """Let a linear run on a weight (m, k), in its basis, that was rounded elsewhere.
+
+        second: (m, r), the part of it that salient columns' second weight is.
+        """
+        linear = self.linears[name]
+        linear.fixed = weight if second is None else linear.with_second(weight, second)
 
     def _kept(self, site: Site) -> Tensor | None:
         """Channels at 8 bits, which need no factors."""

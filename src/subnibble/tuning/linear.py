@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from subnibble.calibrate.prefix import States
 from subnibble.corrections.outliers import OutlierColumns
+from subnibble.corrections.salient import SalientColumns
 from subnibble.rounding import grid
 from subnibble.rounding.levels import Fitted
 from subnibble.runtime import activations
@@ -28,8 +29,9 @@ from subnibble.tuning.tuning import Tuning
 class Frame:
     """What a block is tuned within. schemes, activations: of its linears, None for not at all. bases: of its sites.
 
-    coding: of keys and values, None for 16 bits. prefix: its states in this block, or None. outliers: last columns at 8
-    bits. clip: how ranges of weights are chosen where nothing is learned yet. dtype: that products are computed in.
+    coding: of keys and values, None for 16 bits. prefix: its states in this block, or None. correction: what linears
+    have besides the codes of one grid, or None. clip: how ranges of weights are chosen where nothing is learned yet.
+    dtype: that products are computed in.
     """
 
     schemes: Mapping[str, Scheme | None]
@@ -37,20 +39,32 @@ class Frame:
     bases: Mapping[str, InputBasis]
     coding: Coding | None
     prefix: States | None
-    outliers: int
+    correction: OutlierColumns | SalientColumns | None
     clip: grid.Clip
     dtype: torch.dtype
+
+    @property
+    def outliers(self) -> int:
+        """Last columns at 8 bits."""
+        return self.correction.count if isinstance(self.correction, OutlierColumns) else 0
+
+    @property
+    def repeated(self) -> int:
+        """First channels whose inputs are quantized twice."""
+        if not isinstance(self.correction, SalientColumns) or self.correction.coarse == "none":
+            return 0
+        return self.correction.rank
 
 
 class TunedInput:
     """What readers of a site share: factors, basis, and the input as each activation scheme leaves it.
 
     of_values: its factors act on attention's values, before they are cached. clip: by what share of it the inputs' clip
-    is moved, None where it stays.
+    is moved, None where it stays. repeated: of so many first channels the remainder is quantized, too.
     """
 
-    def __init__(self, basis: InputBasis, dtype: torch.dtype) -> None:
-        self.basis, self._dtype = basis, dtype
+    def __init__(self, basis: InputBasis, dtype: torch.dtype, repeated: int = 0) -> None:
+        self.basis, self._dtype, self._repeated = basis, dtype, repeated
         self.smoothing: Smoothing | None = None
         self.of_values = False
         self.clip: nn.Parameter | None = None
@@ -85,7 +99,10 @@ class TunedInput:
         self._x, self._entered = None, {}
 
     def enter(self, x: Tensor, scheme: ActivationScheme | None) -> Tensor:
-        """X (..., k) as a reader multiplies it. All readers hand over the same tensor; it is quantized once."""
+        """X (..., k) as a reader multiplies it, repeated channels' remainder behind, if it is quantized.
+
+        All readers hand over the same tensor; it is quantized once.
+        """
         if self._x is not x:
             self._x, self._entered = x, {}
         if scheme not in self._entered:
@@ -93,12 +110,23 @@ class TunedInput:
             if self.smoothing is not None and not self.of_values:
                 own = own / self.smoothing.wide()
             own = self.basis.columns(own)
-            if scheme is not None and self.clip is not None and can_clip(scheme):
-                own = clipped(own, self.clip, scheme)
-            elif scheme is not None:
-                own = straight_through(own, activations.quantize_values(own.detach(), scheme))
+            if scheme is not None:
+                own = self._quantized(own, scheme)
             self._entered[scheme] = own.to(self._dtype).view(*x.shape[:-1], -1)
         return self._entered[scheme]
+
+    def _quantized(self, x: Tensor, scheme: ActivationScheme) -> Tensor:
+        """What tokens (t, k) become: (t, k + repeated)."""
+        values = self._once(x, scheme)
+        if not self._repeated:
+            return values
+        remainder = x[:, : self._repeated] - values[:, : self._repeated]
+        return torch.cat([values, self._once(remainder, scheme)], 1)
+
+    def _once(self, x: Tensor, scheme: ActivationScheme) -> Tensor:
+        if self.clip is not None and can_clip(scheme):
+            return clipped(x, self.clip, scheme)
+        return straight_through(x, activations.quantize_values(x.detach(), scheme))
 
 
 class TunedLinear(nn.Module):
@@ -119,14 +147,17 @@ class TunedLinear(nn.Module):
         super().__init__()
         self.register_buffer("weight", linear.weight.detach().clone())
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().clone())
-        self._entrance, self._tuning, self._outliers = (entrance,), tuning, frame.outliers
+        self._entrance, self._tuning, self._correction = (entrance,), tuning, frame.correction
         self._scheme, self._activation, self._dtype = frame.schemes[name], frame.activations[name], frame.dtype
+        # Of which the remainder meets the second weight, as it runs (`ops.LinearTerms.residual`).
+        self._repeated = 0 if None in (self._scheme, self._activation) else frame.repeated
         self.fixed: Tensor | None = None
         self.clipping: Clipping | None = None
         self.low_rank: Compensation | None = None
         if self._scheme is None:
             return
-        self.clipping = Clipping(self._main(entrance.basis.columns(linear.weight.detach())), self._scheme, frame.clip)
+        start = entrance.basis.columns(linear.weight.detach())
+        self.clipping = Clipping(self._main(start, self._second(start)), self._scheme, frame.clip)
         if tuning.low_rank != "none":
             rows, columns = linear.weight.shape
             device = linear.weight.device
@@ -134,19 +165,21 @@ class TunedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., k) to (..., m)."""
-        entered = self._entrance[0].enter(x, self._activation)
+        entered = self._entrance[0].enter(x, self._activation)[..., : self.weight.shape[1] + self._repeated]
         bias = None if self.bias is None else self.bias.to(self._dtype)
         y = nn.functional.linear(entered, self._rounded().to(self._dtype), bias)
         if self.low_rank is not None and self._tuning.low_rank == "side":
             inner = self._entrance[0].learned(self._activation)
-            y = y + self.low_rank.branch(entered.float(), inner).to(self._dtype)
+            whole = entered[..., : self.weight.shape[1]]
+            y = y + self.low_rank.branch(whole.float(), inner).to(self._dtype)
         return y
 
     def fitted(self) -> list[Fitted]:
         """The learned grids of its groups."""
         assert self.clipping is not None
         with torch.no_grad():
-            return self.clipping.fitted(self._main(self._exact()))
+            weight = self._exact()
+            return self.clipping.fitted(self._main(weight, self._second(weight)))
 
     def factors(self, smoothing: Smoothing) -> Tensor:
         """By which columns are multiplied; a linear that is not quantized keeps the function."""
@@ -162,18 +195,37 @@ class TunedLinear(nn.Module):
         return self._entrance[0].basis.columns(weight)
 
     def _rounded(self) -> Tensor:
-        """The weight as inputs meet it."""
+        """The weight as inputs meet it, (m, k), and the second weight of those that are repeated."""
         if self.fixed is not None:
             return self.fixed
         weight = self._exact()
         if self.clipping is None or self._scheme is None:
             return weight
-        main: Tensor = self.clipping(self._main(weight))
-        if not self._outliers:
+        second = self._second(weight)
+        main: Tensor = self.clipping(self._main(weight, second))
+        if second is not None:
+            return self.with_second(main + second, second)
+        if not isinstance(self._correction, OutlierColumns):
             return main
-        rest = weight[:, -self._outliers :]
-        own = OutlierColumns(self._outliers).scheme(self._scheme)
+        rest = weight[:, -self._correction.count :]
+        own = self._correction.scheme(self._scheme)
         return torch.cat([main, straight_through(rest, grid.nearest(rest.detach(), own))], 1)
 
-    def _main(self, weight: Tensor) -> Tensor:
-        return weight[:, : weight.shape[1] - self._outliers]
+    def with_second(self, weight: Tensor, second: Tensor) -> Tensor:
+        """A weight (m, k), and behind it the second weight, (m, r or more), of the inputs that are repeated."""
+        return torch.cat([weight, second[:, : self._repeated]], 1) if self._repeated else weight
+
+    def _second(self, weight: Tensor) -> Tensor | None:
+        """The salient columns' second weight, of no gradient, and zeros: (m, k)."""
+        if not isinstance(self._correction, SalientColumns) or self._scheme is None:
+            return None
+        rank = self._correction.rank
+        coarse = grid.nearest(weight[:, :rank].detach(), self._scheme, self._correction.fitter)
+        return nn.functional.pad(coarse, (0, weight.shape[1] - rank))
+
+    def _main(self, weight: Tensor, second: Tensor | None) -> Tensor:
+        """What learned ranges hold: less the second weight, or without outliers."""
+        if second is not None:
+            return weight - second
+        outliers = self._correction.count if isinstance(self._correction, OutlierColumns) else 0
+        return weight[:, : weight.shape[1] - outliers]
