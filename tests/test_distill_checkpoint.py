@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -150,6 +151,14 @@ def test_both_models_must_be_what_they_should(folders: dict[str, Path], token_fi
         distill_checkpoint(out, folders["mistral"], recipe)
     with pytest.raises(CheckpointError, match=r"num_attention_heads is 3, and .* has 6"):
         distill_checkpoint(out, folders["llama-tied"], recipe)
+    # The same shapes, another function.
+    other = tmp_path / "other"
+    shutil.copytree(folders["llama"], other)
+    config = config_of(other)
+    config["rope_parameters"]["rope_theta"] = 77.0
+    (other / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"rope_parameters is .*77\.0.*; give the model"):
+        distill_checkpoint(out, other, recipe)
     with pytest.raises(CheckpointError, match="quantized already"):
         distill_checkpoint(out, out, recipe)
     with pytest.raises(CheckpointError, match="quantize the model first"):

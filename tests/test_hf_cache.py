@@ -241,6 +241,10 @@ def test_what_repeats_the_prefix_is_found_row_by_row() -> None:
     assert hidden.int().tolist() == [[1, 1, 1, 0, 0], [0, 0, 1, 1, 0], [1, 0, 0, 0, 0], [0] * 5, [0] * 5]
     assert repeated_prefix(rows[3:4], None, prefix) is None
     assert repeated_prefix(rows[2:3], None, replace(prefix, bos=None)) is None
+    # Behind sink tokens BOS comes last; one that is somewhere else is none of the prefix's ends.
+    hidden = repeated_prefix(rows, mask, PrefixIds((9, 1, 7), 7))
+    assert hidden.int().tolist() == [[1, 0, 0, 0, 0], [0, 0, 1, 0, 0], [1, 0, 0, 0, 0], [0] * 5, [0] * 5]
+    assert repeated_prefix(rows, mask, PrefixIds((9, 7, 1), 7)) is None
 
 
 def test_the_prefix_is_shared_and_the_cache_does_not_hold_it() -> None:

@@ -59,12 +59,16 @@ class BlockTuning:
     def round(
         self, stack: Stack, weight: Tensor, seen: Observed, rounder: Rounder, correction: Correction
     ) -> tuple[Rounding, PackedTensor, PackedRange | None]:
-        """As `round_stack`, on the learned grids: by `rounder` or to nearest, whichever leaves the lower loss."""
+        """As `round_stack`, on the learned grids: by `rounder` or to nearest, whichever leaves the lower loss.
+
+        With branches, error compensation aims at what they leave to the codes; they were learned for codes to nearest
+        of the whole.
+        """
         grids = self.block.grids(stack.names)
-        candidates: list[Rounder] = [RTN(grids)]
+        tried = [round_stack(stack, weight, seen, RTN(grids), correction)]
         if isinstance(rounder, GPTQ):
-            candidates.append(replace(rounder, fitter=grids))
-        tried = [round_stack(stack, weight, seen, one, correction) for one in candidates]
+            compensating = replace(rounder, fitter=grids)
+            tried.append(round_stack(stack, self._left(stack, weight), seen, compensating, correction))
         losses = []
         for _, whole, salient in tried:
             self._fix_(stack, whole, salient)
@@ -89,8 +93,18 @@ class BlockTuning:
         """What the report says of the block."""
         trained = self.trained
         return BlockReport(
-            path, trained.before, trained.after, self.left, trained.epochs, trained.rollbacks, tuple(self.kept)
-        )
+            path, trained.before, trained.after, self.left, trained.epochs, trained.rollbacks, trained.left_out,
+            tuple(self.kept),
+        )  # fmt: skip
+
+    def _left(self, stack: Stack, weight: Tensor) -> Tensor:
+        """The weight (m, k) less the learned branches of its linears."""
+        left = weight.clone()
+        for index, branch in zip(stack.rows(weight.device), self.branches(stack), strict=True):
+            if branch is not None:
+                down, up = branch
+                left[index] -= up.dequantize() @ down.dequantize()
+        return left
 
     def _fix_(self, stack: Stack, whole: PackedTensor, salient: PackedRange | None) -> None:
         dense, second = whole.dequantize(), None if salient is None else salient.dequantize()
@@ -189,6 +203,7 @@ class Tuner:
             tuned.smooth_(block, largest)
             if not held_out_loss(tuned, samples) <= plain:
                 tuned.forget_smoothing_start_()
+        tuned.start_branches_()
         effort = EFFORTS[self.tuning.effort]
         trained = train_(tuned, samples, effort, generator, lambda loss: self.told(block.index, loss))
         return tuned, replace(trained, before=plain)

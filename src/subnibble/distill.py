@@ -152,9 +152,9 @@ class _Training:
         return DistillReport(self.before, self.best, self.settings.steps, self.rollbacks)
 
     def _look(self) -> float:
-        """The loss on held-out windows."""
+        """The loss on held-out windows, of the model as it would be stored."""
         # What the original says of all of them would be large to keep: a number for each token and word.
-        with torch.no_grad():
+        with torch.no_grad(), self.student.as_stored():
             losses = [
                 float(_divergence(self.teacher.log_shares(ids), self.student.logits(ids))) * ids.shape[0]
                 for ids in self.samples.held_out.split(self.samples.together)

@@ -17,10 +17,11 @@ from subnibble.progress import Progress, silent
 from subnibble.recipe import Recipe
 from subnibble.report import DistillReport
 
-# What two configs of one model agree in.
-_SHAPE = (
+# What two configs of one model agree in: its shape, and what else its function depends on.
+_SAME = (
     "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads",
+    "num_key_value_heads", "head_dim", "hidden_act", "rms_norm_eps", "rope_parameters", "attention_bias", "mlp_bias",
+    "sliding_window", "layer_types",
 )  # fmt: skip
 
 
@@ -39,7 +40,7 @@ def distill_checkpoint(
     packed, config = open_packed(folder)
     source = open_source(original)
     check_plain(source)
-    for key in _SHAPE:
+    for key in _SAME:
         theirs, ours = getattr(source.config, key, None), getattr(packed.config, key, None)
         if theirs != ours:
             raise CheckpointError(

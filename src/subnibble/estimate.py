@@ -17,6 +17,7 @@ from subnibble.methods import find_method
 from subnibble.methods.method import Steps
 from subnibble.model.skeleton import Skeleton
 from subnibble.plan import check_plain, effective_bits, make_plan, needs_data, packed_bytes, plan_rotation
+from subnibble.prompt import given_prefix
 from subnibble.recipe import Recipe
 from subnibble.tuning.distillation import Distillation
 from subnibble.tuning.tuning import EFFORTS
@@ -64,12 +65,14 @@ def estimate(model: str | Path, recipe: Recipe) -> Estimate:
     plan = make_plan(recipe, steps, skeleton)
     plan_rotation(recipe, steps, skeleton)
     calibrated = recipe.calibration is not None or needs_data(recipe, steps)
-    if calibrated:
-        check_positions(recipe.window, source.config)
+    prefix = given_prefix(recipe.system_prompt, source.load_tokenizer)
+    prompt = 0 if prefix is None else len(prefix.ids)
+    check_positions(recipe.window if calibrated else 1, source.config, prompt)
+    states = round(prompt * cache_bytes(source.config, None))
     tokens = recipe.num_windows * recipe.window if calibrated else 0
     return Estimate(
         parameters=sum(numel(shape) for shape in skeleton.parameter_shapes().values()),
-        file_bytes=packed_bytes(recipe, steps, plan.schemes, skeleton),
+        file_bytes=packed_bytes(recipe, steps, plan.schemes, skeleton) + states,
         effective_bits=effective_bits(steps, plan.schemes, skeleton),
         memory_bytes=_memory(steps, skeleton, tokens, recipe.distillation),
         seconds=_seconds(steps, skeleton, tokens, _tuned_tokens(recipe, steps), recipe.distillation),

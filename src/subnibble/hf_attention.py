@@ -257,7 +257,8 @@ def repeated_prefix(ids: Tensor, mask: Tensor | None, prefix: PrefixIds) -> Tens
         if own.shape[0] >= len(known) and torch.equal(own[: len(known)], known):
             count = len(known)
         else:
-            count = int(own.shape[0] > 0 and prefix.bos == int(own[0]) == prefix.ids[0])
+            repeats = own.shape[0] > 0 and prefix.bos == int(own[0])
+            count = int(repeats and prefix.bos in (prefix.ids[0], prefix.ids[-1]))
         hidden[row, places[: min(count, own.shape[0] - 1)]] = True
     return hidden if bool(hidden.any()) else None
 

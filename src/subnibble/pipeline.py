@@ -54,7 +54,7 @@ from subnibble.model.site import Heads
 from subnibble.model.skeleton import Block, Skeleton
 from subnibble.plan import Plan, check_plain, make_plan, needs_data, packed_bytes, plan_rotation
 from subnibble.progress import Progress, silent
-from subnibble.prompt import AUTO, prefix_ids, sink_prefix
+from subnibble.prompt import AUTO, given_prefix, sink_prefix
 from subnibble.recipe import Recipe
 from subnibble.report import BlockReport, DistillReport, LinearReport, Report
 from subnibble.report.clock import Clock, peak_memory
@@ -134,7 +134,7 @@ class _Run:
         plan = make_plan(recipe, steps, skeleton)
         rotation = plan_rotation(recipe, steps, skeleton)
         values = make_value_rotation(steps.value_rotation, Heads.of(skeleton.config).width, recipe.seed)
-        prefix = _given_prefix(recipe, source)
+        prefix = given_prefix(recipe.system_prompt, source.load_tokenizer)
         if recipe.system_prompt == AUTO and recipe.calibration is None:
             raise BadRecipe('system_prompt = "auto" is found in calibration text; set calibration')
         if steps.tuning is not None and recipe.num_windows < _FEWEST_TUNED_WINDOWS:
@@ -145,12 +145,11 @@ class _Run:
                 f"method {recipe.method} leaves all weights, and there is nothing else to do; set kv_bits, "
                 "system_prompt or embedding_bits"
             )
-        before = 0 if prefix is None else len(prefix.ids)
-        check_positions(1, source.config, before)
+        read = recipe.calibration is not None
+        check_positions(recipe.window if read else 1, source.config, 0 if prefix is None else len(prefix.ids))
         resolved = filled_in(recipe, options, plan.schemes, plan.cache, device, dtype)
         windows = None
         if recipe.calibration is not None:
-            check_positions(recipe.window, source.config, before)
             with clock.step("read text"):
                 windows = calibration_windows(
                     recipe.calibration,
@@ -376,13 +375,6 @@ class _Run:
         )
         writer.write_json("report.json", report.to_dict())
         return report
-
-
-def _given_prefix(recipe: Recipe, source: Source) -> PrefixIds | None:
-    """The prefix that a recipe names, None for none and for one that is to be found."""
-    if recipe.system_prompt is None or recipe.system_prompt == AUTO:
-        return None
-    return prefix_ids(recipe.system_prompt, source.load_tokenizer())
 
 
 def _losing(index: int, loss: float) -> str:

@@ -23,6 +23,7 @@ from subnibble.rounding.dual_scale import DualScale, check_grid
 from subnibble.scheme import ActivationScheme, Scheme
 from subnibble.transforms.rotate import Rotation, can_rotate, make_rotation
 from subnibble.tuning.clipping import check_scheme
+from subnibble.tuning.input_clip import check_inputs
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,8 @@ def make_plan(recipe: Recipe, steps: Steps, skeleton: Skeleton) -> Plan:
             found = planned[path]
             if found is not None:
                 planned[path] = replace(found, outliers=steps.correction.count)
+    if steps.tuning is not None and steps.tuning.input_clipping != "none":
+        check_inputs(planned.values())
     return Plan(schemes, planned, cache=plan_cache(recipe, steps, skeleton))
 
 
@@ -160,7 +163,7 @@ def _extra_bits(steps: Steps, rows: int, columns: int, scheme: Scheme) -> int:
     branch = 0 if tuned is None else tuned.stored_bits(rows, columns, scheme)
     match steps.correction:
         case SalientColumns() as correction:
-            return rows * correction.row_bits(scheme)
+            return branch + rows * correction.row_bits(scheme)
         case LowRank() as correction:
             return correction.stored_bits(rows, columns, scheme)
         case OutlierColumns() as correction:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,9 @@ def prefix_ids(prompt: str, tokenizer: Any) -> PrefixIds:
     turn = _system_turn(tokenizer)
     text = default_turn(tokenizer) if prompt == DEFAULT else None
     if prompt == DEFAULT and text is None:
-        raise BadRecipe("this model's chat template writes no system turn by itself; give --system-prompt text")
+        lacks = "chat template writes no system turn by itself"
+        lacks = lacks if tokenizer.chat_template else "tokenizer has no chat template"
+        raise BadRecipe(f"this model's {lacks}; give --system-prompt text")
     if text is None:
         text = _text(prompt)
         text = f"{turn[0]}{text}{turn[1]}" if turn is not None else text
@@ -43,6 +46,11 @@ def prefix_ids(prompt: str, tokenizer: Any) -> PrefixIds:
     if not ids:
         raise BadRecipe("the system prompt is empty; give some text, or leave --system-prompt out")
     return PrefixIds(tuple(map(int, ids)), added)
+
+
+def given_prefix(prompt: str | None, load_tokenizer: Callable[[], Any]) -> PrefixIds | None:
+    """As `prefix_ids`; None for no prompt, and for one that is to be found."""
+    return None if prompt is None or prompt == AUTO else prefix_ids(prompt, load_tokenizer())
 
 
 def sink_prefix(sinks: tuple[int, ...], tokenizer: Any) -> PrefixIds:

@@ -120,7 +120,7 @@ class Recipe:
             if self.distill:
                 raise BadRecipe(f"distill.{next(iter(self.distill))} is set and distill_steps is 0; set distill_steps")
             return None
-        return Distillation.from_dict({**self.distill, "steps": self.distill_steps})
+        return Distillation.of(self.distill_steps, self.distill)
 
     @property
     def embedding_scheme(self) -> Scheme | None:

@@ -235,12 +235,12 @@ def check_clip(clip: Any, whose: str) -> None:
         raise BadRecipe(f"the {whose} clip is {clip!r}; give a number above 0 and at most 1")
 
 
-def known_fields(kind: type[Any], values: Mapping[str, Any], said: str) -> Mapping[str, Any]:
-    """The values, if all their keys are fields of the dataclass `kind`.
+def known_fields(kind: type[Any], values: Mapping[str, Any], said: str, but: tuple[str, ...] = ()) -> Mapping[str, Any]:
+    """The values, if all their keys are fields of the dataclass `kind`, and none of `but`.
 
     `BadRecipe` names the first that is none, in the {} of `said`.
     """
-    known = {field.name for field in fields(kind)}
+    known = {field.name for field in fields(kind)} - {*but}
     unknown = sorted(set(values) - known)
     if unknown:
         raise BadRecipe(f"{said.format(repr(unknown[0]))}; known: {', '.join(sorted(known))}")

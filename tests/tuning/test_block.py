@@ -237,6 +237,31 @@ def test_inputs_and_cache_are_quantized(folders: dict[str, Path]) -> None:
         assert not torch.equal(other.of(other.tuned()), whole)
 
 
+def test_a_branch_may_begin_as_what_rounding_leaves(folders: dict[str, Path]) -> None:
+    case = Case(folders["llama"], quantized=True, turned=True)
+    case.frame = replace(case.frame, schemes=dict.fromkeys(case.block.arch.linears, Scheme(2, 16, "none")))
+    tuned = case.tuned(low_rank="side", low_rank_start="error", rank=8)
+    plain = case.of(tuned)
+    tuned.start_branches_()
+    assert not torch.equal(case.of(tuned), plain)
+    for site in case.block.arch.sites:
+        for name in site.readers:
+            linear, low_rank = tuned.linears[name], tuned.linears[name].low_rank
+            weight = case.frame.bases[site.name].columns(case.block.linear(name).weight)
+            if tuned.sites[site.name].smoothing is not None:
+                wide = tuned.sites[site.name].smoothing.wide()
+                weight = case.frame.bases[site.name].columns(case.block.linear(name).weight * wide)
+            error = (weight - linear.clipping(weight)).detach()
+            down, up = low_rank.factors()
+            # No matrix of that rank is nearer (Eckart and Young).
+            least = float(torch.linalg.svdvals(error)[8:].norm())
+            assert float((error - up @ down).norm()) == pytest.approx(least, rel=1e-4)
+    untouched = case.tuned(low_rank="side", rank=8)
+    before = case.of(untouched)
+    untouched.start_branches_()
+    assert torch.equal(case.of(untouched), before)
+
+
 @pytest.mark.parametrize("input_clipping", ["none", "site"])
 def test_the_remainder_of_salient_inputs_is_quantized_too(input_clipping: str, folders: dict[str, Path]) -> None:
     twice = SalientColumns(16, fitter=grid.Clip("minmax"), residual="salient")

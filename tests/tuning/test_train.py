@@ -62,16 +62,92 @@ def test_a_seed_decides_what_is_learned(folders: dict[str, Path]) -> None:
     assert any(not torch.equal(first[name], other[name]) for name in first)
 
 
-def test_what_is_not_finite_is_rolled_back(folders: dict[str, Path]) -> None:
+def test_a_step_that_is_not_finite_is_left_out(folders: dict[str, Path]) -> None:
     case = coarse(Case(folders["llama"], quantized=True))
     data = samples(case)
     data.wanted[0] = math.nan
+    trained = train_(case.tuned(), data, EFFORT, torch.Generator().manual_seed(0), lambda loss: None)
+    assert trained.left_out == trained.epochs == 4
+    assert trained.rollbacks == 0
+    assert trained.after < 0.95 * trained.before
+
+
+@pytest.mark.parametrize("why", ["nothing is finite", "training spoils it"])
+def test_where_no_step_is_finite_it_goes_back(
+    why: str, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = coarse(Case(folders["llama"], quantized=True))
+    data = samples(case)
+    if why == "nothing is finite":
+        data.wanted[:14] = math.nan
+    else:
+
+        def spoil(block: TunedBlock, *rest: object) -> bool:
+            with torch.no_grad():
+                next(iter(block.parameters().values())).fill_(math.nan)
+            return True
+
+        monkeypatch.setattr(train, "_step_", spoil)
     tuned = case.tuned()
     before = {name: value.detach().clone() for name, value in tuned.parameters().items()}
     trained = train_(tuned, data, EFFORT, torch.Generator().manual_seed(0), lambda loss: None)
     assert trained.rollbacks == trained.epochs == 4
+    # Four in a row are enough.
+    assert trained.left_out == (16 if why == "nothing is finite" else 0)
     assert trained.after == trained.before
     assert all(torch.equal(before[name], value) for name, value in tuned.parameters().items())
+
+
+def test_a_stage_ends_where_epochs_bring_nothing_and_the_next_begins_with_the_best(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = coarse(Case(folders["llama"], quantized=True))
+    data, losses = samples(case), iter([5.0, 3.0, 4.0, 4.0, 4.0, 4.0, 4.0, *[6.0] * 9])
+    tuned = case.tuned()
+    watched = tuned.parameters()["clipping.mlp.up_proj.upper"]
+    seen: list[torch.Tensor] = []
+
+    def scripted(block: TunedBlock, given: Samples) -> float:
+        seen.append(watched.detach().clone())
+        return next(losses)
+
+    monkeypatch.setattr(train, "held_out_loss", scripted)
+    long = replace(EFFORT, first=9, second=9)
+    moved: list[torch.Tensor] = []
+    step = train._step_
+
+    def noted(*args: object) -> bool:
+        moved.append(watched.detach().clone())
+        return step(*args)
+
+    monkeypatch.setattr(train, "_step_", noted)
+    trained = train_(tuned, data, long, torch.Generator().manual_seed(0), lambda loss: None)
+    # The best after one epoch, five more without a better one; then five of the second stage.
+    assert (trained.epochs, trained.after) == (6 + 5, 3.0)
+    assert torch.equal(watched, seen[1])
+    assert torch.equal(moved[6 * 7], seen[1])
+    assert not torch.equal(seen[6], seen[1])
+
+
+def test_smoothing_may_hold_on_to_its_start(folders: dict[str, Path]) -> None:
+    case = coarse(Case(folders["llama"], quantized=True))
+    data = samples(case)
+
+    def moved(anchor: float) -> float:
+        tuned = case.tuned(anchor=anchor, penalty=0.0)
+        assert float(tuned.penalty().detach()) == 0
+        before = {name: value.detach().clone() for name, value in tuned.parameters().items()}
+        train_(tuned, data, EFFORT, torch.Generator().manual_seed(0), lambda loss: None)
+        found = [
+            (value - before[name]).detach().square().flatten()
+            for name, value in tuned.parameters().items()
+            if name.startswith("smoothing") and name.endswith("log_factors")
+        ]
+        squares = torch.cat(found).mean()
+        assert float(tuned.penalty().detach()) == pytest.approx(anchor * float(squares), rel=1e-5)
+        return float(squares)
+
+    assert 0 < moved(100.0) < 0.5 * moved(0.0)
 
 
 def test_held_out_windows_are_not_trained_on(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,6 +35,7 @@ def compare(
     seed: o.Seed = None,
     max_windows: o.MaxWindows = None,
     option: o.MethodOptions = None,
+    effort: o.Effort = None,
     out: Annotated[Path | None, typer.Option(help="Keep the checkpoints in this folder. Default: keep none.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace checkpoints in --out.")] = False,
     json: o.Json = False,
@@ -45,6 +46,7 @@ def compare(
 
     An --option goes to the methods that have it.
     """
+    option = o.with_effort(option, effort)
     o.check_options(_words(methods), option)
     recipes = [
         o.build_recipe(

@@ -17,7 +17,7 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from subnibble.progress import Progress
-from subnibble.report import DistillReport
+from subnibble.report import BlockReport, DistillReport
 
 _SECONDS_BETWEEN_LINES = 15.0
 
@@ -104,6 +104,17 @@ def duration(seconds: float) -> str:
         return f"{seconds:.0f} s"
     minutes = seconds / 60
     return f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+
+
+def unstable(blocks: Sequence[BlockReport]) -> str | None:
+    """What is said of blocks whose tuning met numbers that are not finite; None if all went well."""
+    found = [block.path for block in blocks if block.left_out]
+    if not found:
+        return None
+    return (
+        f"tuning left out steps that were not finite in {len(found)} of {len(blocks)} blocks, {found[0]} the first; "
+        'see "blocks" in report.json'
+    )
 
 
 def distilled(found: DistillReport) -> str:

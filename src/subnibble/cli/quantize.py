@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from subnibble.cli import options as o
-from subnibble.cli.console import distilled, duration, megabytes, print_json, progress, table
+from subnibble.cli.console import distilled, duration, megabytes, print_json, progress, table, unstable
 
 
 def quantize(
@@ -61,6 +61,9 @@ def quantize(
     )
     if wanted.system_prompt is not None:
         typer.echo(f"system prompt of {report.prefix_tokens} tokens at 16 bits")
+    trouble = unstable(report.blocks)
+    if trouble is not None:
+        typer.echo(trouble, err=True)
     if report.distilled is not None:
         typer.echo(distilled(report.distilled))
     if not report.linears:
@@ -83,6 +86,7 @@ def estimate(
     activation_group_size: o.ActivationGroupSize = None,
     kv_bits: o.KvBits = None,
     kv_option: o.KvOptions = None,
+    system_prompt: o.SystemPrompt = None,
     calibration: o.Calibration = None,
     num_windows: o.NumWindows = None,
     window: o.Window = None,
@@ -100,8 +104,8 @@ def estimate(
         recipe, o.with_effort(option, effort), kv_option, distill_option, method=method, bits=bits,
         group_size=group_size, grid=grid, zero_point=zero_point, embedding_bits=embedding_bits,
         activation_bits=activation_bits, activation_group_size=activation_group_size, kv_bits=kv_bits,
-        calibration=calibration, num_windows=num_windows, window=window, distill_steps=distill_steps,
-        device=device, dtype=dtype,
+        system_prompt=system_prompt, calibration=calibration, num_windows=num_windows, window=window,
+        distill_steps=distill_steps, device=device, dtype=dtype,
     )  # fmt: skip
     from subnibble.estimate import estimate as run
 

@@ -22,6 +22,7 @@ from subnibble.errors import BadRecipe
 from subnibble.methods import atom, quarot, serq, twinfit
 from subnibble.methods.method import Method, Steps
 from subnibble.rounding.grid import Clip
+from subnibble.transforms.rotate import ROTATIONS
 from subnibble.tuning.tuning import Tuning
 
 BASES: dict[str, Any] = {"atom": atom, "quarot": quarot, "serq": serq, "twinfit": twinfit}
@@ -31,10 +32,10 @@ _COUNTS = {"outliers": ("outliers", ("atom",)), "salient": ("rank", ("serq", "tw
 
 @dataclass(frozen=True)
 class Options:
-    """over: the method below, a name in BASES. clipping, input_clipping, smoothing, low_rank, rank, effort,
-    penalty: see `tuning/tuning.py`. asymmetry, alpha_drift: of the rounding at the end, see `rounding/gptaq.py`.
-    rotation: of the residual stream, "method" for the base's own. outliers: Atom's. salient: channels, SERQ's and
-    twinfit's.
+    """over: the method below, a name in BASES. clipping, input_clipping, smoothing, low_rank, low_rank_start, rank,
+    effort, penalty, anchor: see `tuning/tuning.py`. asymmetry, alpha_drift: of the rounding at the end, see
+    `rounding/gptaq.py`. rotation: of the residual stream, "method" for the base's own. outliers: Atom's. salient:
+    channels, SERQ's and twinfit's.
     """
 
     over: str = "quarot"
@@ -42,9 +43,11 @@ class Options:
     input_clipping: str = "none"
     smoothing: str = "soft"
     low_rank: str = "merge"
+    low_rank_start: str = "zero"
     rank: int = 32
     effort: str = "default"
     penalty: float = 0.01
+    anchor: float = 0.0
     asymmetry: str = "none"
     alpha_drift: float = 0.5
     rotation: str = "method"
@@ -54,6 +57,8 @@ class Options:
     def __post_init__(self) -> None:
         if self.over not in BASES:
             raise BadRecipe(f"over is {self.over!r}; choose one of {', '.join(BASES)}")
+        if self.rotation not in ("method", *ROTATIONS):
+            raise BadRecipe(f"rotation is {self.rotation!r}; choose one of method, {', '.join(ROTATIONS)}")
         for name, (_, bases) in _COUNTS.items():
             count = getattr(self, name)
             if self.over not in bases and count != getattr(Options, name):

@@ -27,6 +27,7 @@ OPTION_CHOICES = {
         "input_clipping": tuning.INPUT_CLIPPINGS,
         "smoothing": tuning.SMOOTHINGS,
         "low_rank": tuning.LOW_RANKS,
+        "low_rank_start": tuning.LOW_RANK_STARTS,
         "effort": tuple(tuning.EFFORTS),
         "saliency": saliency.SCORES,
         "heads": saliency.HEAD_ORDERS,

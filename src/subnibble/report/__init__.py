@@ -33,8 +33,8 @@ class LinearReport:
 class BlockReport:
     """The tuning of one block. Losses are on held-out windows: the squared error of its output over the energy of what
     the full-precision block adds. before: on the method's own grids, to nearest; tuned: on the learned ones, to
-    nearest; after: as stored. rollbacks: of steps that were not finite. compensated: linears whose rounding with error
-    compensation was kept, the others were rounded to nearest.
+    nearest; after: as stored. rollbacks: to the best state, from what was not finite. left_out: steps that were not.
+    compensated: linears whose rounding with error compensation was kept, the others were rounded to nearest.
     """
 
     path: str
@@ -43,6 +43,7 @@ class BlockReport:
     after: float
     epochs: int
     rollbacks: int
+    left_out: int
     compensated: tuple[str, ...]
 
 

@@ -66,10 +66,15 @@ class TunedBlock:
 
     def forget_smoothing_start_(self) -> None:
         """Let all factors start at 1."""
-        with torch.no_grad():
-            for entrance in self.sites.values():
-                if entrance.smoothing is not None:
-                    entrance.smoothing.log_factors.zero_()
+        for entrance in self.sites.values():
+            if entrance.smoothing is not None:
+                entrance.smoothing.start_at_one_()
+
+    def start_branches_(self) -> None:
+        """Let each branch begin as what rounding leaves of its weight, where the tuning says so."""
+        if self.tuning.low_rank_start == "error":
+            for linear in self.linears.values():
+                linear.start_branch_()
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """All that is learned, by name: what a name begins with says which space it belongs to."""
@@ -87,10 +92,15 @@ class TunedBlock:
         return found
 
     def penalty(self) -> Tensor:
-        """λ mean(d²) over all channels of all sites."""
-        slacks = [e.smoothing.slack for e in self.sites.values() if e.smoothing is not None]
-        parts = [slack.square().flatten() for slack in slacks if slack is not None]
-        return self.tuning.penalty * torch.cat(parts).mean() if parts else torch.zeros(())
+        """λ mean(d²) + μ mean((a - a₀)²) over all channels of all sites."""
+        smoothings = [e.smoothing for e in self.sites.values() if e.smoothing is not None]
+        slacks = [one.slack for one in smoothings if one.slack is not None]
+        weighed = ((self.tuning.penalty, slacks), (self.tuning.anchor, [one.moved() for one in smoothings]))
+        found = torch.zeros(())
+        for weight, parts in weighed:
+            if weight and parts:
+                found = found + weight * torch.cat([part.square().flatten() for part in parts]).mean()
+        return found
 
     def __call__(self, hidden: Tensor, arguments: Mapping[str, Any]) -> Tensor:
         """The block's output. hidden: (b, t, d) float32. arguments: what the model passes beside it for t tokens."""

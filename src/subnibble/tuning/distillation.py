@@ -54,10 +54,10 @@ class Distillation:
         return count, length
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain dictionary, the inverse of `from_dict`."""
+        """Plain dictionary."""
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Build from a dictionary; an unknown key is an error."""
-        return cls(**known_fields(cls, values, "unknown key {} of distill"))
+    def of(cls, steps: int, others: Mapping[str, Any]) -> Self:
+        """For so many steps, with the settings of a recipe's table; an unknown key is an error."""
+        return cls(steps, **known_fields(cls, others, "unknown key {} of distill", but=("steps",)))

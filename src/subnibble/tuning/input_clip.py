@@ -11,18 +11,29 @@ Learned is σ in c = c₀ (1 + σ).
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from subnibble.errors import BadRecipe
 from subnibble.runtime import activations
 from subnibble.scheme import ActivationScheme
 
 _SMALLEST_CLIP = 0.05
 # Over half a step an input was clipped; scales are rounded to bfloat16.
 _HALF_STEP = 0.5 * (1 + 2**-8)
+
+
+def check_inputs(found: Iterable[ActivationScheme | None]) -> None:
+    """Raise `BadRecipe` if none of the linears' inputs has a clip that could be learned."""
+    if not any(scheme is not None and can_clip(scheme) for scheme in found):
+        raise BadRecipe(
+            'input_clipping = "site" learns clips of inputs quantized on a uniform grid, and there are none; set '
+            'activation_bits, or input_clipping = "none"'
+        )
 
 
 def can_clip(scheme: ActivationScheme) -> bool:

@@ -174,6 +174,18 @@ class TunedLinear(nn.Module):
             y = y + self.low_rank.branch(whole.float(), inner).to(self._dtype)
         return y
 
+    def start_branch_(self) -> None:
+        """Let the branch begin as the best of its rank to what rounding leaves of the weight, ||W' - Q(W') - D||."""
+        if self.low_rank is None or self._scheme is None:
+            return
+        with torch.no_grad():
+            weight = self._exact()
+            error = weight - self._rounded()[:, : weight.shape[1]]
+            u, sizes, v = torch.linalg.svd(error, full_matrices=False)
+            rank = self.low_rank.down.shape[0]
+            half = sizes[:rank].sqrt()
+            self.low_rank.set_(half.unsqueeze(1) * v[:rank], u[:, :rank] * half)
+
     def fitted(self) -> list[Fitted]:
         """The learned grids of its groups."""
         assert self.clipping is not None

@@ -1,9 +1,10 @@
 """Soft-constrained smoothing: inputs are divided by learned factors, weights multiplied by factors that may differ.
 
-    X' = X exp(-a),   W' = W exp(a + d),   penalty λ mean(d²)
+    X' = X exp(-a),   W' = W exp(a + d),   penalty λ mean(d²) + μ mean((a - a₀)²)
 
 d = 0 is OmniQuant's learned equivalent transformation without shifts (arXiv 2308.13137, section 3.3), which keeps the
-function; a penalised d lets weights and inputs part a little. exp(-a) is folded into what writes the site's tensor.
+function; a penalised d lets weights and inputs part a little, a penalised way from a₀, where a starts, holds on to it.
+exp(-a) is folded into what writes the site's tensor.
 """
 
 from __future__ import annotations
@@ -25,14 +26,26 @@ class Smoothing(nn.Module):
     """
 
     _free: Tensor
+    _start: Tensor
 
     def __init__(self, start: Tensor, kept: Tensor | None, heads: Heads | None, soft: bool) -> None:
         super().__init__()
         self.log_factors = nn.Parameter(start.clone())
+        self.register_buffer("_start", start.clone())
         self._heads = heads
         wide = self._over_heads(start)
         self.slack = nn.Parameter(torch.zeros_like(wide)) if soft else None
         self.register_buffer("_free", torch.ones_like(wide) if kept is None else (~kept).to(wide.dtype))
+
+    def start_at_one_(self) -> None:
+        """Let all factors start at 1."""
+        with torch.no_grad():
+            self._start.zero_()
+            self.log_factors.zero_()
+
+    def moved(self) -> Tensor:
+        """A - a₀, as many as `start`."""
+        return self.log_factors - self._start
 
     def narrow(self) -> Tensor:
         """Factors (channels,) by which writers are divided; as many as `start`."""

@@ -4,8 +4,9 @@ Every grid is linear in its scales: with the whole numbers n_p of a code's plane
 
     w = Σ_p s_p (1 + δ_p) (n_p - z_p)
 
-so that their gradients are exact. Scales alone are learned of a weight, as in PEQA (arXiv 2305.14152) and in
-EfficientQAT's end-to-end step (arXiv 2407.11062, section 3.3). Clips: `input_clip.py`.
+so that their gradients are exact; the scales that are multiplied are rounded as they will be stored, which gradients
+pass straight. Scales alone are learned of a weight, as in PEQA (arXiv 2305.14152) and in EfficientQAT's end-to-end step
+(arXiv 2407.11062, section 3.3). Clips: `input_clip.py`.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ class _Part:
 
     def dense(self, share: Tensor) -> Tensor:
         """(m, columns) float32."""
-        scales = (self.scales * (1 + share)).unsqueeze(-1)
+        scales = self._scales(share).float().unsqueeze(-1)
         found = sum(self._level(p) * scales[p] for p in range(scales.shape[0]))
         assert isinstance(found, Tensor)
         return found.flatten(1)[:, : self.range.columns]
@@ -101,9 +102,14 @@ class _Part:
 
     def stored(self, share: Tensor) -> Tensor:
         """Scales (m, groups * planes) in the scheme's type, a group's side by side."""
+        return self._scales(share).permute(1, 2, 0).flatten(1).contiguous()
+
+    def _scales(self, share: Tensor) -> Tensor:
+        """(planes, m, groups) in the scheme's type; powers of two, which nothing learned moves, as numbers."""
+        if self.range.scheme.scale_type == E8M0:
+            return self.scales
         kind = scale_dtype(self.range.scheme)
-        scales = (self.scales * (1 + share)).clamp(max=torch.finfo(kind).max)
-        return scales.permute(1, 2, 0).flatten(1).to(kind).contiguous()
+        return (self.scales * (1 + share)).clamp(max=torch.finfo(kind).max).to(kind)
 
     def _level(self, plane: int) -> Tensor:
         """What a plane's scale multiplies, (m, groups, width)."""

@@ -5,8 +5,10 @@
 h^q, h: the block's inputs in the model as quantized so far and in the full-precision model, as in OmniQuant (arXiv
 2308.13137, eq. 1). Sink tokens, whose states are huge, and the first token of each window are left out. Two stages:
 ranges and factors, then everything, low-rank parts warmed up. AdamW; a cosine over each stage; gradients clipped to
-norm 1. Of all epochs the state with the least loss on held-out windows is kept, the start among them; a loss or
-gradient that is not finite goes back to it at half the step.
+norm 1. Of all epochs the state with the least loss on held-out windows is kept, the start among them; the second stage
+begins with it, and a stage ends early where some epochs found none better. A step whose loss or gradient is not finite
+is left out; where so many are that none is taken any more, or where held-out windows are not finite, training goes back
+to the best state at half the step.
 """
 
 from __future__ import annotations
@@ -31,6 +33,10 @@ _LARGEST_GRADIENT = 1.0
 _HELD_OUT = 8
 # Tokens of held-out windows that are run together: weights are rounded anew each time.
 _LOOKED_AT_TOGETHER = 2048
+# Epochs without a better state after which a stage ends.
+_PATIENCE = 5
+# Steps on end that are not finite after which what is learned must be at fault, not a window.
+_LOST = 4
 
 
 @dataclass(frozen=True)
@@ -60,12 +66,15 @@ class Samples:
 
 @dataclass(frozen=True)
 class Trained:
-    """How it went. before, after: held-out loss. epochs: that were run. rollbacks: of what was not finite."""
+    """How it went. before, after: held-out loss. epochs: that were run. rollbacks: to the best state. left_out: steps
+    that were not finite.
+    """
 
     before: float
     after: float
     epochs: int
     rollbacks: int
+    left_out: int
 
 
 def train_(
@@ -76,7 +85,7 @@ def train_(
     told(before)
     parameters = block.parameters()
     state = _copied(parameters)
-    rate, epochs, rollbacks = 1.0, 0, 0
+    rate, epochs, rollbacks, left_out = 1.0, 0, 0, 0
     stages = ((effort.first, ("clipping", "input_clipping", "smoothing")), (effort.second, tuple(_RATES)))
     for count, spaces in stages:
         learned = {name: value for name, value in parameters.items() if name.startswith(spaces)}
@@ -84,26 +93,32 @@ def train_(
             continue
         for name, value in parameters.items():
             value.requires_grad_(name in learned)
+        _restore_(parameters, state)
         optimizer = _optimizer(learned)
         total = count * math.ceil(samples.trained / _per_step(samples, effort))
-        step = 0
+        step = lost = worse = 0
         for _ in range(count):
-            finite = True
             for batch in _batches(samples, effort, generator):
                 _set_rates_(optimizer, rate, step / max(total, 1))
-                finite = finite and _step_(block, samples, batch, optimizer, learned)
                 step += 1
-            loss = held_out_loss(block, samples) if finite else math.nan
-            epochs += 1
+                finite = _step_(block, samples, batch, optimizer, learned)
+                lost = 0 if finite else lost + 1
+                left_out += not finite
+                if lost == _LOST:
+                    break
+            loss = held_out_loss(block, samples) if lost < _LOST else math.nan
+            epochs, worse = epochs + 1, worse + 1
             if loss < best:
-                best, state = loss, _copied(parameters)
+                best, state, worse = loss, _copied(parameters), 0
             elif not math.isfinite(loss):
                 _restore_(parameters, state)
                 optimizer = _optimizer(learned)
-                rate, rollbacks = rate / 2, rollbacks + 1
+                rate, rollbacks, lost = rate / 2, rollbacks + 1, 0
             told(best)
+            if worse == _PATIENCE:
+                break
     _restore_(parameters, state)
-    return Trained(before, best, epochs, rollbacks)
+    return Trained(before, best, epochs, rollbacks, left_out)
 
 
 def held_out_loss(block: TunedBlock, samples: Samples) -> float:

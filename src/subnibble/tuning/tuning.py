@@ -11,6 +11,7 @@ CLIPPINGS = ("group", "none")
 INPUT_CLIPPINGS = ("site", "none")
 SMOOTHINGS = ("soft", "hard", "none")
 LOW_RANKS = ("merge", "side", "none")
+LOW_RANK_STARTS = ("zero", "error")
 _BRANCH_BITS = 8
 
 
@@ -43,33 +44,41 @@ class Tuning:
     clipping: "group" learns the share of its range that each row keeps in each group, "none" leaves it. input_clipping:
     "site" learns the same of a site's quantized inputs, or "none". smoothing: "soft", "hard" (the same factors for
     inputs and weights) or "none". low_rank: "merge" learns a matrix of `rank` that is added to each weight before it is
-    rounded, "side" a branch beside it. effort: a name in EFFORTS. penalty: λ of soft smoothing. unsmoothed: sites that
-    keep their channels.
+    rounded, "side" a branch beside it. low_rank_start: "zero", or "error" for a branch that begins as what rounding
+    leaves, as well as its rank can hold it. effort: a name in EFFORTS. penalty: λ of soft smoothing. anchor: μ of what
+    smoothing costs away from its start. unsmoothed: sites that keep their channels.
     """
 
     clipping: str = "group"
     input_clipping: str = "none"
     smoothing: str = "soft"
     low_rank: str = "merge"
+    low_rank_start: str = "zero"
     rank: int = 32
     effort: str = "default"
     penalty: float = 0.01
+    anchor: float = 0.0
     unsmoothed: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         chosen = (
             ("clipping", CLIPPINGS), ("input_clipping", INPUT_CLIPPINGS), ("smoothing", SMOOTHINGS),
-            ("low_rank", LOW_RANKS), ("effort", tuple(EFFORTS)),
+            ("low_rank", LOW_RANKS), ("low_rank_start", LOW_RANK_STARTS), ("effort", tuple(EFFORTS)),
         )  # fmt: skip
         for name, choices in chosen:
             if getattr(self, name) not in choices:
                 raise BadRecipe(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}")
         if self.clipping == self.input_clipping == self.smoothing == self.low_rank == "none":
             raise BadRecipe('there is nothing to tune: clipping, input_clipping, smoothing and low_rank are all "none"')
+        if self.low_rank_start == "error" and self.low_rank != "side":
+            raise BadRecipe(
+                f'low_rank_start is "error" and low_rank {self.low_rank!r}; a matrix that is merged begins at "zero"'
+            )
         if self.rank < 1:
             raise BadRecipe(f"rank is {self.rank}; give a positive number")
-        if not 0 <= self.penalty < float("inf"):
-            raise BadRecipe(f"penalty is {self.penalty!r}; give a number from 0 on")
+        for name in ("penalty", "anchor"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise BadRecipe(f"{name} is {getattr(self, name)!r}; give a number from 0 on")
 
     @property
     def branch(self) -> LowRank | None:

@@ -6,7 +6,8 @@ computed twice.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -109,10 +110,20 @@ def _states(skeleton: Skeleton, model: Any, prefix: PrefixIds) -> Iterator[State
 
 
 class Student:
-    """The packed model with what is learned of it. spaces: parameters, each with what a share of 1 is of it."""
+    """The packed model with what is learned of it. spaces: parameters, each with what a share of 1 is of it.
 
-    def __init__(self, model: WholeModel, config: PackedConfig, settings: Distillation, device: torch.device) -> None:
-        self._model, self._config, self._device = model, config, device
+    types: of tensors in the checkpoint, by their names; of gains.
+    """
+
+    def __init__(
+        self,
+        model: WholeModel,
+        config: PackedConfig,
+        settings: Distillation,
+        device: torch.device,
+        types: Mapping[str, torch.dtype],
+    ) -> None:
+        self._model, self._config, self._device, self._types = model, config, device, types
         self._keeps: bool | None = None
         self._linears = {p: m for p, m in model.model.named_modules() if isinstance(m, StudentLinear)}
         self._entrances = list(dict.fromkeys(linear.entrance for linear in self._linears.values()))
@@ -145,7 +156,9 @@ class Student:
         for index, block in enumerate(model.get_submodule(arch.blocks)):
             _learn_(block, arch, settings, dtype)
             arguments[index] = behind(arguments[index], _held(block, arch), _coding(block, arch, config.cache))
-        return cls(WholeModel(model, arch, arguments), config, settings, device)
+        whole = WholeModel(model, arch, arguments)
+        types = {name: packed.load_raw(name).dtype for name, _ in _gains(whole)}
+        return cls(whole, config, settings, device, types)
 
     def logits(self, ids: Tensor) -> Tensor:
         """(b, t, vocabulary) float32."""
@@ -159,6 +172,20 @@ class Student:
             linear.bound_()
         for entrance in self._entrances:
             entrance.bound_()
+
+    @contextmanager
+    def as_stored(self) -> Iterator[None]:
+        """Gains, too, as the checkpoint's types hold them; scales and clips always are."""
+        exact = {name: gain.detach().clone() for name, gain in self._norms.items()}
+        with torch.no_grad():
+            for name, gain in self._norms.items():
+                gain.copy_(gain.to(self._types[name]))
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, gain in self._norms.items():
+                    gain.copy_(exact[name])
 
     def forget(self) -> None:
         """Forget what sites held."""
