@@ -76,6 +76,20 @@ def test_the_recipe_and_other_files_stay_and_it_may_be_done_again(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize("kind", ["gptq", "quarot"])
+def test_the_loss_that_is_reported_is_that_of_what_is_stored(
+    kind: str, folders: dict[str, Path], token_file: Path, tmp_path: Path
+) -> None:
+    # Gains of bfloat16, which hold little of what is learned of them.
+    half, out, recipe = tmp_path / "half", tmp_path / "out", recipe_of(kind, token_file, **DISTILLED)
+    shutil.copytree(folders["llama"], half)
+    AutoModelForCausalLM.from_pretrained(half, dtype=torch.bfloat16).save_pretrained(half)
+    first = quantize(half, out, recipe).distilled
+    assert first.after < first.before
+    again = distill_checkpoint(out, half, recipe)
+    assert again.before == pytest.approx(first.after, rel=1e-6)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "said"),
     [

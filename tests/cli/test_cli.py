@@ -10,11 +10,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 
 from conftest import save_model
+from subnibble import block_tuning
 from subnibble.cli import console
 from subnibble.cli.main import main
 from subnibble.methods import METHODS
+from subnibble.tuning.train import Samples
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -128,6 +131,10 @@ def test_a_coded_cache_and_a_prompt_reach_the_checkpoint_and_every_command(
     code, said, err = run("estimate", folders["llama"], "--method", "none", *cache, "--json")
     assert code == 0, err
     assert json.loads(said)["cache_bytes"] == 192
+    code, more, err = run("estimate", folders["llama"], "--method", "none", *cache, "--json", "--system-prompt", prompt)
+    assert code == 0, err
+    # Three tokens of three layers' keys and values at 16 bits, two heads of 16 channels.
+    assert json.loads(more)["file_bytes"] - json.loads(said)["file_bytes"] == 3 * 3 * 2 * 2 * 16 * 2
     text = ("--text", text_file, "--window", 16, "--json")
     code, said, err = run("evaluate", out, *text, "--reference", folders["llama"])
     assert code == 0, err
@@ -163,6 +170,23 @@ def test_effort_reaches_the_method_that_tunes(run: Run, arguments: list[object],
     assert "bisup" in out
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert [block["epochs"] for block in report["blocks"]] == [2, 2, 2]
+    assert "left out" not in err
+
+
+def test_steps_that_were_not_finite_are_told(
+    run: Run, arguments: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples_of = block_tuning.samples_of
+
+    def spoiled(effort: object, hidden: object, exact: object, wanted: list[Tensor], *rest: object) -> Samples:
+        found = samples_of(effort, hidden, exact, wanted, *rest)
+        found.wanted[0] = float("nan")
+        return found
+
+    monkeypatch.setattr(block_tuning, "samples_of", spoiled)
+    code, _, err = run(*arguments, "--method", "bisup", "--activation-bits", 4, "--effort", "fast")
+    assert code == 0, err
+    assert "tuning left out steps that were not finite in 3 of 3 blocks, model.layers.0 the first" in err
 
 
 def test_plain_table_without_json(run: Run, folders: dict[str, Path], text_file: Path) -> None:
@@ -210,6 +234,9 @@ def test_compare_hands_options_to_the_methods_that_have_them(
     )  # fmt: skip
     assert code == 0, err
     assert [row["name"] for row in json.loads(out)] == ["original", "rtn-w4g16-a4g16", "serq-w4g16-a4g16-16"]
+    code, out, err = run("compare", folders["llama"], "--methods", "rtn,omniquant", "--effort", "much", *common)
+    assert code == 2
+    assert "effort is 'much'; choose one of fast, default, best" in err
 
 
 COMPARE_WRONG = {
