@@ -318,6 +318,7 @@ def test_estimates_count_branches(folders: dict[str, Path], token_file: Path, tm
         ("bisup", {"rotation": "weird"}, "rotation is 'weird'; choose one of method, none, full, groups"),
         ("bisup", {"low_rank_start": "error"}, "a matrix that is merged begins at"),
         ("bisup", {"low_rank_start": "svd"}, "low_rank_start is 'svd'; choose one of zero, error"),
+        ("bisup", {"low_rank_rate": 0.0}, "low_rank_rate is 0.0; give a number between 0 and 1"),
         ("bisup", {"anchor": -1.0}, "anchor is -1.0; give a number from 0 on"),
         ("omniquant", {"rank": 3}, "has no option 'rank'"),
     ],

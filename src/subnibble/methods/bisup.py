@@ -32,10 +32,10 @@ _COUNTS = {"outliers": ("outliers", ("atom",)), "salient": ("rank", ("serq", "tw
 
 @dataclass(frozen=True)
 class Options:
-    """over: the method below, a name in BASES. clipping, input_clipping, smoothing, low_rank, low_rank_start, rank,
-    effort, penalty, anchor: see `tuning/tuning.py`. asymmetry, alpha_drift: of the rounding at the end, see
-    `rounding/gptaq.py`. rotation: of the residual stream, "method" for the base's own. outliers: Atom's. salient:
-    channels, SERQ's and twinfit's.
+    """over: the method below, a name in BASES. clipping, input_clipping, smoothing, low_rank, low_rank_start,
+    low_rank_rate, rank, effort, penalty, anchor: see `tuning/tuning.py`. asymmetry, alpha_drift: of the rounding at the
+    end, see `rounding/gptaq.py`. rotation: of the residual stream, "method" for the base's own. outliers: Atom's.
+    salient: channels, SERQ's and twinfit's.
     """
 
     over: str = "quarot"
@@ -44,6 +44,7 @@ class Options:
     smoothing: str = "soft"
     low_rank: str = "merge"
     low_rank_start: str = "zero"
+    low_rank_rate: float = 1e-3
     rank: int = 32
     effort: str = "default"
     penalty: float = 0.01

@@ -24,8 +24,8 @@ from torch import Tensor
 from subnibble.tuning.block import TunedBlock
 from subnibble.tuning.tuning import Effort
 
-# Of AdamW, by parameter space.
-_RATES = {"clipping": 3e-2, "input_clipping": 1e-2, "smoothing": 1e-2, "low_rank": 5e-3}
+# Of AdamW, by parameter space; None for the tuning's own.
+_RATES = {"clipping": 3e-2, "input_clipping": 1e-2, "smoothing": 1e-2, "low_rank": None}
 _LAST_RATE = 0.05
 _WARM_UP = 0.1
 _LARGEST_GRADIENT = 1.0
@@ -94,7 +94,7 @@ def train_(
         for name, value in parameters.items():
             value.requires_grad_(name in learned)
         _restore_(parameters, state)
-        optimizer = _optimizer(learned)
+        optimizer = _optimizer(learned, block.tuning.low_rank_rate)
         total = count * math.ceil(samples.trained / _per_step(samples, effort))
         step = lost = worse = 0
         for _ in range(count):
@@ -112,7 +112,7 @@ def train_(
                 best, state, worse = loss, _copied(parameters), 0
             elif not math.isfinite(loss):
                 _restore_(parameters, state)
-                optimizer = _optimizer(learned)
+                optimizer = _optimizer(learned, block.tuning.low_rank_rate)
                 rate, rollbacks, lost = rate / 2, rollbacks + 1, 0
             told(best)
             if worse == _PATIENCE:
@@ -167,9 +167,13 @@ def _batches(samples: Samples, effort: Effort, generator: torch.Generator) -> li
     return list(order.split(_per_step(samples, effort)))
 
 
-def _optimizer(learned: Mapping[str, Tensor]) -> torch.optim.Optimizer:
+def _optimizer(learned: Mapping[str, Tensor], low_rank_rate: float) -> torch.optim.Optimizer:
     groups = [
-        {"params": [value for name, value in learned.items() if name.startswith(space)], "rate": rate, "space": space}
+        {
+            "params": [value for name, value in learned.items() if name.startswith(space)],
+            "rate": low_rank_rate if rate is None else rate,
+            "space": space,
+        }
         for space, rate in _RATES.items()
     ]
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0, weight_decay=0.0)

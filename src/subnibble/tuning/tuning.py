@@ -41,12 +41,13 @@ EFFORTS = {
 class Tuning:
     """Parameter spaces and effort.
 
-    clipping: "group" learns the share of its range that each row keeps in each group, "none" leaves it. input_clipping:
-    "site" learns the same of a site's quantized inputs, or "none". smoothing: "soft", "hard" (the same factors for
-    inputs and weights) or "none". low_rank: "merge" learns a matrix of `rank` that is added to each weight before it is
-    rounded, "side" a branch beside it. low_rank_start: "zero", or "error" for a branch that begins as what rounding
-    leaves, as well as its rank can hold it. effort: a name in EFFORTS. penalty: λ of soft smoothing. anchor: μ of what
-    smoothing costs away from its start. unsmoothed: sites that keep their channels.
+    clipping: "group" learns the share of its range that each row keeps in each group, "none" leaves it.
+    input_clipping: "site" learns the same of a site's quantized inputs, or "none". smoothing: "soft", "hard" (the
+    same factors for inputs and weights) or "none". low_rank: "merge" learns a matrix of `rank` that is added to
+    each weight before it is rounded, "side" a branch beside it. low_rank_start: "zero", or "error" for a branch
+    that begins as what rounding leaves, as well as its rank can hold it. low_rank_rate: AdamW's step of its
+    factors. effort: a name in EFFORTS. penalty: λ of soft smoothing. anchor: μ of what smoothing costs away from
+    its start. unsmoothed: sites that keep their channels.
     """
 
     clipping: str = "group"
@@ -54,6 +55,7 @@ class Tuning:
     smoothing: str = "soft"
     low_rank: str = "merge"
     low_rank_start: str = "zero"
+    low_rank_rate: float = 1e-3
     rank: int = 32
     effort: str = "default"
     penalty: float = 0.01
@@ -76,6 +78,8 @@ class Tuning:
             )
         if self.rank < 1:
             raise BadRecipe(f"rank is {self.rank}; give a positive number")
+        if not 0 < self.low_rank_rate < 1:
+            raise BadRecipe(f"low_rank_rate is {self.low_rank_rate!r}; give a number between 0 and 1")
         for name in ("penalty", "anchor"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise BadRecipe(f"{name} is {getattr(self, name)!r}; give a number from 0 on")
