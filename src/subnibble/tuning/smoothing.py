@@ -44,7 +44,7 @@ class Smoothing(nn.Module):
             self.log_factors.zero_()
 
     def moved(self) -> Tensor:
-        """A - a₀, as many as `start`."""
+        """How far a is from a₀, as many as `start`."""
         return self.log_factors - self._start
 
     def narrow(self) -> Tensor:
