@@ -198,7 +198,7 @@ def test_perplexity_is_scored_behind_the_prompt(folders: dict[str, Path], text_f
         ({"method": "none", "kv_bits": 4, "kv": {"axis": 3}}, "unknown key 'axis'"),
         ({"method": "none", "kv_bits": 5}, "choose one of 2, 3, 4, 8, or 16"),
         ({"method": "none", "kv_bits": 4, "kv": {"group_size": 17}}, "larger than a head of 16"),
-        ({"method": "none", "system_prompt": "default"}, "writes no system turn"),
+        ({"method": "none", "system_prompt": "default"}, "has no chat template"),
         ({"method": "none", "system_prompt": "bos"}, "has no BOS token"),
         ({"method": "none", "system_prompt": ""}, "system prompt is empty"),
         ({"method": "none", "system_prompt": "prompt.txt"}, "there is no such file"),
@@ -276,7 +276,7 @@ def test_a_prompt_is_added_to_packed_checkpoints_alone_and_nothing_is_lost(
         add_prefix(folders["llama"], PROMPT)
     quantize(folders["llama"], tmp_path / "out", Recipe(method="none", kv_bits=4))
     names = {file.name: file.stat().st_size for file in (tmp_path / "out").iterdir()}
-    with pytest.raises(BadRecipe, match="writes no system turn"):
+    with pytest.raises(BadRecipe, match="has no chat template"):
         add_prefix(tmp_path / "out", "default")
     assert {file.name: file.stat().st_size for file in (tmp_path / "out").iterdir()} == names
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -45,9 +45,11 @@ def test_text_becomes_a_system_turn_where_there_are_such() -> None:
 
 def test_default_is_what_the_template_writes_by_itself() -> None:
     assert words("default", template=WITH_DEFAULT) == ["sys", "be", "kind", "<e>"]
-    for template in (WITHOUT_DEFAULT, NO_SYSTEM, None):
-        with pytest.raises(BadRecipe, match="writes no system turn by itself"):
+    for template in (WITHOUT_DEFAULT, NO_SYSTEM):
+        with pytest.raises(BadRecipe, match="chat template writes no system turn by itself"):
             words("default", template=template)
+    with pytest.raises(BadRecipe, match="this model's tokenizer has no chat template"):
+        words("default", template=None)
 
 
 def test_bos_alone_or_a_message() -> None:

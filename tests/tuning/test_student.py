@@ -159,7 +159,8 @@ def test_gradients_are_those_of_the_dense_product(name: str) -> None:
     found = torch.autograd.grad(matrix(x), [x, *matrix.shares], upstream)
 
     for one, other in zip(found, wanted, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * float(other.abs().amax()))
+        # Autograd carries a gradient back through the rounding to float16 in float16.
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5 * float(other.abs().amax()))
 
 
 def test_scales_that_are_powers_of_two_stay() -> None:
