@@ -25,7 +25,7 @@ from subnibble.rounding.gptq import GPTQ
 from subnibble.rounding.rounder import Rounder, Rounding
 from subnibble.rounding.rtn import RTN
 from subnibble.runtime.kv_cache import Coding
-from subnibble.stack import Branch, Observed, Stack, round_stack
+from subnibble.stack import Branch, Observed, Stack, less_branches, round_stack
 from subnibble.streams import Streams
 from subnibble.tensor import PackedRange, PackedTensor
 from subnibble.transforms.input_basis import InputBasis
@@ -68,7 +68,8 @@ class BlockTuning:
         tried = [round_stack(stack, weight, seen, RTN(grids), correction)]
         if isinstance(rounder, GPTQ):
             compensating = replace(rounder, fitter=grids)
-            tried.append(round_stack(stack, self._left(stack, weight), seen, compensating, correction))
+            left = less_branches(stack, weight, self.branches(stack))
+            tried.append(round_stack(stack, left, seen, compensating, correction))
         losses = []
         for _, whole, salient in tried:
             self._fix_(stack, whole, salient)
@@ -96,15 +97,6 @@ class BlockTuning:
             path, trained.before, trained.after, self.left, trained.epochs, trained.rollbacks, trained.left_out,
             tuple(self.kept),
         )  # fmt: skip
-
-    def _left(self, stack: Stack, weight: Tensor) -> Tensor:
-        """The weight (m, k) less the learned branches of its linears."""
-        left = weight.clone()
-        for index, branch in zip(stack.rows(weight.device), self.branches(stack), strict=True):
-            if branch is not None:
-                down, up = branch
-                left[index] -= up.dequantize() @ down.dequantize()
-        return left
 
     def _fix_(self, stack: Stack, whole: PackedTensor, salient: PackedRange | None) -> None:
         dense, second = whole.dequantize(), None if salient is None else salient.dequantize()

@@ -33,9 +33,9 @@ def prefix_ids(prompt: str, tokenizer: Any) -> PrefixIds:
     turn = _system_turn(tokenizer)
     text = default_turn(tokenizer) if prompt == DEFAULT else None
     if prompt == DEFAULT and text is None:
-        lacks = "chat template writes no system turn by itself"
-        lacks = lacks if tokenizer.chat_template else "tokenizer has no chat template"
-        raise BadRecipe(f"this model's {lacks}; give --system-prompt text")
+        if not tokenizer.chat_template:
+            raise BadRecipe("this model's tokenizer has no chat template; give --system-prompt text")
+        raise BadRecipe("this model's chat template writes no system turn by itself; give --system-prompt text")
     if text is None:
         text = _text(prompt)
         text = f"{turn[0]}{text}{turn[1]}" if turn is not None else text

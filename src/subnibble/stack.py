@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -112,6 +113,17 @@ def _round_whole(
     settled, final = replace(seen, drift=None), rounder
     own = replace(correction, rank=stack.rank)
     return own(weight, seen.gram, stack.scheme, lambda main: _rounded(stack, final, main, settled))
+
+
+def less_branches(stack: Stack, weight: Tensor, branches: Sequence[Branch | None]) -> Tensor:
+    """A weight (m, k) less what the stack's branches add to it; the same tensor where there are none."""
+    if not any(branches):
+        return weight
+    left = weight.clone()
+    for index, branch in zip(stack.rows(weight.device), branches, strict=True):
+        if branch is not None:
+            left[index] -= branch[1].dequantize() @ branch[0].dequantize()
+    return left
 
 
 def branches_of(stack: Stack, error: Tensor, seen: Observed, correction: Correction) -> list[Branch | None]:

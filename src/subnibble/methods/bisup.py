@@ -26,8 +26,9 @@ from subnibble.transforms.rotate import ROTATIONS
 from subnibble.tuning.tuning import Tuning
 
 BASES: dict[str, Any] = {"atom": atom, "quarot": quarot, "serq": serq, "twinfit": twinfit}
+_SALIENT = ("serq", "twinfit")
 # An option of some bases alone, by its name here and there.
-_COUNTS = {"outliers": ("outliers", ("atom",)), "salient": ("rank", ("serq", "twinfit"))}
+_COUNTS = {"outliers": ("outliers", ("atom",)), "salient": ("rank", _SALIENT)}
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def build(options: Options) -> Steps:
     if options.rotation != "method":
         own["rotation"] = options.rotation
     own |= {there: getattr(options, name) for name, (there, bases) in _COUNTS.items() if options.over in bases}
-    if options.over in ("serq", "twinfit"):
+    if options.over in _SALIENT:
         own |= {"flattening": "none", "clip": "mse"}
     learned = {item.name: getattr(options, item.name) for item in fields(Tuning) if hasattr(options, item.name)}
     steps: Steps = base.build(base.Options(**own))

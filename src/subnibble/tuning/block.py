@@ -94,12 +94,9 @@ class TunedBlock:
     def penalty(self) -> Tensor:
         """λ mean(d²) + μ mean((a - a₀)²) over all channels of all sites."""
         smoothings = [e.smoothing for e in self.sites.values() if e.smoothing is not None]
-        slacks = [one.slack for one in smoothings if one.slack is not None]
-        weighed = ((self.tuning.penalty, slacks), (self.tuning.anchor, [one.moved() for one in smoothings]))
-        found = torch.zeros(())
-        for weight, parts in weighed:
-            if weight and parts:
-                found = found + weight * torch.cat([part.square().flatten() for part in parts]).mean()
+        found = self.tuning.penalty * _mean_square([one.slack for one in smoothings if one.slack is not None])
+        if self.tuning.anchor:
+            found = found + self.tuning.anchor * _mean_square([one.moved() for one in smoothings])
         return found
 
     def __call__(self, hidden: Tensor, arguments: Mapping[str, Any]) -> Tensor:
@@ -240,6 +237,11 @@ class _Cache:
     def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> States:
         """keys, values: (b, heads, t, width), positions put on."""
         return self._block.seen(keys, values, self._positions)
+
+
+def _mean_square(parts: list[Tensor]) -> Tensor:
+    """Over all numbers of all parts, 0 of none."""
+    return torch.cat([part.square().flatten() for part in parts]).mean() if parts else torch.zeros(())
 
 
 def _start(block: Block, site: Site, largest: Tensor) -> Tensor:

@@ -147,8 +147,8 @@ class TunedLinear(nn.Module):
         super().__init__()
         self.register_buffer("weight", linear.weight.detach().clone())
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().clone())
-        self._entrance, self._tuning, self._correction = (entrance,), tuning, frame.correction
-        self._scheme, self._activation, self._dtype = frame.schemes[name], frame.activations[name], frame.dtype
+        self._entrance, self._tuning, self._frame = (entrance,), tuning, frame
+        self._scheme, self._activation = frame.schemes[name], frame.activations[name]
         # Of which the remainder meets the second weight, as it runs (`ops.LinearTerms.residual`).
         self._repeated = 0 if None in (self._scheme, self._activation) else frame.repeated
         self.fixed: Tensor | None = None
@@ -156,8 +156,8 @@ class TunedLinear(nn.Module):
         self.low_rank: Compensation | None = None
         if self._scheme is None:
             return
-        start = entrance.basis.columns(linear.weight.detach())
-        self.clipping = Clipping(self._main(start, self._second(start)), self._scheme, frame.clip)
+        main, _ = self._split(entrance.basis.columns(linear.weight.detach()))
+        self.clipping = Clipping(main, self._scheme, frame.clip)
         if tuning.low_rank != "none":
             rows, columns = linear.weight.shape
             device = linear.weight.device
@@ -166,12 +166,13 @@ class TunedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., k) to (..., m)."""
         entered = self._entrance[0].enter(x, self._activation)[..., : self.weight.shape[1] + self._repeated]
-        bias = None if self.bias is None else self.bias.to(self._dtype)
-        y = nn.functional.linear(entered, self._rounded().to(self._dtype), bias)
+        dtype = self._frame.dtype
+        bias = None if self.bias is None else self.bias.to(dtype)
+        y = nn.functional.linear(entered, self._rounded().to(dtype), bias)
         if self.low_rank is not None and self._tuning.low_rank == "side":
             inner = self._entrance[0].learned(self._activation)
             whole = entered[..., : self.weight.shape[1]]
-            y = y + self.low_rank.branch(whole.float(), inner).to(self._dtype)
+            y = y + self.low_rank.branch(whole.float(), inner).to(dtype)
         return y
 
     def start_branch_(self) -> None:
@@ -190,8 +191,8 @@ class TunedLinear(nn.Module):
         """The learned grids of its groups."""
         assert self.clipping is not None
         with torch.no_grad():
-            weight = self._exact()
-            return self.clipping.fitted(self._main(weight, self._second(weight)))
+            main, _ = self._split(self._exact())
+            return self.clipping.fitted(main)
 
     def factors(self, smoothing: Smoothing) -> Tensor:
         """By which columns are multiplied; a linear that is not quantized keeps the function."""
@@ -213,31 +214,27 @@ class TunedLinear(nn.Module):
         weight = self._exact()
         if self.clipping is None or self._scheme is None:
             return weight
-        second = self._second(weight)
-        main: Tensor = self.clipping(self._main(weight, second))
+        left, second = self._split(weight)
+        main: Tensor = self.clipping(left)
         if second is not None:
             return self.with_second(main + second, second)
-        if not isinstance(self._correction, OutlierColumns):
+        correction = self._frame.correction
+        if not isinstance(correction, OutlierColumns):
             return main
-        rest = weight[:, -self._correction.count :]
-        own = self._correction.scheme(self._scheme)
+        rest, own = weight[:, -correction.count :], correction.scheme(self._scheme)
         return torch.cat([main, straight_through(rest, grid.nearest(rest.detach(), own))], 1)
 
     def with_second(self, weight: Tensor, second: Tensor) -> Tensor:
         """A weight (m, k), and behind it the second weight, (m, r or more), of the inputs that are repeated."""
         return torch.cat([weight, second[:, : self._repeated]], 1) if self._repeated else weight
 
-    def _second(self, weight: Tensor) -> Tensor | None:
-        """The salient columns' second weight, of no gradient, and zeros: (m, k)."""
-        if not isinstance(self._correction, SalientColumns) or self._scheme is None:
-            return None
-        rank = self._correction.rank
-        coarse = grid.nearest(weight[:, :rank].detach(), self._scheme, self._correction.fitter)
-        return nn.functional.pad(coarse, (0, weight.shape[1] - rank))
-
-    def _main(self, weight: Tensor, second: Tensor | None) -> Tensor:
-        """What learned ranges hold: less the second weight, or without outliers."""
-        if second is not None:
-            return weight - second
-        outliers = self._correction.count if isinstance(self._correction, OutlierColumns) else 0
-        return weight[:, : weight.shape[1] - outliers]
+    def _split(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What learned ranges hold of a weight (m, k), and the salient columns' second weight, of no gradient and with
+        zeros behind: (m, k), or None without.
+        """
+        correction = self._frame.correction
+        if not isinstance(correction, SalientColumns) or self._scheme is None:
+            return weight[:, : weight.shape[1] - self._frame.outliers], None
+        coarse = grid.nearest(weight[:, : correction.rank].detach(), self._scheme, correction.fitter)
+        second = nn.functional.pad(coarse, (0, weight.shape[1] - correction.rank))
+        return weight - second, second

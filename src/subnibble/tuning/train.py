@@ -24,8 +24,8 @@ from torch import Tensor
 from subnibble.tuning.block import TunedBlock
 from subnibble.tuning.tuning import Effort
 
-# Of AdamW, by parameter space; None for the tuning's own.
-_RATES = {"clipping": 3e-2, "input_clipping": 1e-2, "smoothing": 1e-2, "low_rank": None}
+# Of AdamW, by parameter space; that of low-rank parts is the tuning's own.
+_RATES = {"clipping": 3e-2, "input_clipping": 1e-2, "smoothing": 1e-2}
 _LAST_RATE = 0.05
 _WARM_UP = 0.1
 _LARGEST_GRADIENT = 1.0
@@ -86,7 +86,8 @@ def train_(
     parameters = block.parameters()
     state = _copied(parameters)
     rate, epochs, rollbacks, left_out = 1.0, 0, 0, 0
-    stages = ((effort.first, ("clipping", "input_clipping", "smoothing")), (effort.second, tuple(_RATES)))
+    rates = {**_RATES, "low_rank": block.tuning.low_rank_rate}
+    stages = ((effort.first, tuple(_RATES)), (effort.second, tuple(rates)))
     for count, spaces in stages:
         learned = {name: value for name, value in parameters.items() if name.startswith(spaces)}
         if not learned:
@@ -94,7 +95,7 @@ def train_(
         for name, value in parameters.items():
             value.requires_grad_(name in learned)
         _restore_(parameters, state)
-        optimizer = _optimizer(learned, block.tuning.low_rank_rate)
+        optimizer = _optimizer(learned, rates)
         total = count * math.ceil(samples.trained / _per_step(samples, effort))
         step = lost = worse = 0
         for _ in range(count):
@@ -112,7 +113,7 @@ def train_(
                 best, state, worse = loss, _copied(parameters), 0
             elif not math.isfinite(loss):
                 _restore_(parameters, state)
-                optimizer = _optimizer(learned, block.tuning.low_rank_rate)
+                optimizer = _optimizer(learned, rates)
                 rate, rollbacks, lost = rate / 2, rollbacks + 1, 0
             told(best)
             if worse == _PATIENCE:
@@ -167,14 +168,10 @@ def _batches(samples: Samples, effort: Effort, generator: torch.Generator) -> li
     return list(order.split(_per_step(samples, effort)))
 
 
-def _optimizer(learned: Mapping[str, Tensor], low_rank_rate: float) -> torch.optim.Optimizer:
+def _optimizer(learned: Mapping[str, Tensor], rates: Mapping[str, float]) -> torch.optim.Optimizer:
     groups = [
-        {
-            "params": [value for name, value in learned.items() if name.startswith(space)],
-            "rate": low_rank_rate if rate is None else rate,
-            "space": space,
-        }
-        for space, rate in _RATES.items()
+        {"params": [value for name, value in learned.items() if name.startswith(space)], "rate": rate, "space": space}
+        for space, rate in rates.items()
     ]
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0, weight_decay=0.0)
 
