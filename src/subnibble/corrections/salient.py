@@ -63,7 +63,8 @@ class SalientColumns:
         """Raise `BadRecipe` if the salient channels do not fit the linear `where` of `columns` inputs."""
         if self.rank > columns:
             raise BadRecipe(
-                f"rank {self.rank} is larger than the {columns} inputs of {where}; use at most {columns} salient channels"
+                f"rank {self.rank} is larger than the {columns} inputs of {where}; use at most {columns} salient "
+                "channels"
             )
         width = columns if scheme.group_size == WHOLE_CHANNEL else scheme.group_size
         if self.form != "before" and self.rank % width and self.rank != columns:
