@@ -482,3 +482,12 @@ def test_a_product_adds_to_what_is_there_and_leaves_its_operands() -> None:
     assert bool(y.isnan().all())
     for tensor, copy in zip((x.numbers, x.scales, *weight.state().values()), before, strict=True):
         assert torch.equal(tensor, copy)
+
+
+@pytest.mark.parametrize("activation", ["4 bits, groups of 23", "8 bits, whole token"])
+def test_many_tokens_are_multiplied_as_each_by_itself(activation) -> None:
+    scheme, weight = INPUTS[activation], weight_of(WEIGHTS["three ranges"])
+    x = torch.randn(1027, COLUMNS, generator=torch.Generator().manual_seed(5))
+    whole = product(quantize(x, scheme), weight)
+    pieces = [product(quantize(part, scheme), weight) for part in x.split(1)]
+    assert torch.equal(whole, torch.cat(pieces))

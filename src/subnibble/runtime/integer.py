@@ -12,7 +12,7 @@ from left to right, planes from bit 0 on. Any faster kernel may be compared with
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,6 +23,11 @@ from subnibble.tensor import PackedRange, PackedTensor, float_scales, unpack_cod
 
 # Whole numbers up to here are exact in float32.
 _EXACT = 2**24
+# Numbers up to here are multiplied as int8. Processors without int8 products that add in int32 add two of them in
+# int16, with one factor raised by 128: (64 + 128) * 64 * 2 has room there, (127 + 128) * 127 * 2 has not.
+_SMALL = 64
+# Tokens that are multiplied at once: what lies between a product and its sum stays in a processor's cache.
+_TOKENS = 512
 
 
 @dataclass(frozen=True)
@@ -56,23 +61,77 @@ def multiply_add_(y: Tensor, x: Quantized, weight: PackedTensor) -> None:
     """Add the product of `x` with `weight` (m, k) to y (t, m) float32; the wider one's last columns meet nothing."""
     start = 0
     for part in weight.ranges:
-        found = planes(part)
-        for first, stop, group in _segments(part, start, x.bounds):
-            a = x.numbers[:, start + first : start + stop]
-            scale = x.scales[:, group[1] : group[1] + 1]
-            for plane in found:
-                product = _exact_product(a, plane.numbers[:, first:stop])
-                if plane.zeros is not None:
-                    product -= a.sum(1, keepdim=True) * plane.zeros[:, group[0]]
-                y += product.mul_(plane.scales[:, group[0]]).mul_(scale)
+        terms = _terms(part, start, x)
+        for token in range(0, y.shape[0], _TOKENS):
+            tokens = slice(token, token + _TOKENS)
+            for term in terms:
+                y[tokens] += term.product(tokens)
         start += part.columns
 
 
-def _exact_product(a: Tensor, n: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class _Numbers:
+    """Whole numbers. wide: float32. small: the same as int8, or None. largest: none is beyond it."""
+
+    wide: Tensor
+    small: Tensor | None
+    largest: float
+
+    @classmethod
+    def of(cls, numbers: Tensor) -> _Numbers:
+        if numbers.numel() == 0:
+            return cls(numbers, None, 0.0)
+        low, high = numbers.aminmax()
+        # Not a number where one entry is not, which then is not small.
+        largest = float(torch.maximum(-low, high))
+        # torch 2.13 reads past operands of one column.
+        fits = largest <= _SMALL and numbers.shape[1] > 1 and numbers.device.type == "cpu"
+        return cls(numbers, numbers.to(torch.int8) if fits else None, largest)
+
+    def rows(self, index: slice) -> _Numbers:
+        """Some rows, not copied."""
+        return replace(self, wide=self.wide[index], small=None if self.small is None else self.small[index])
+
+
+@dataclass(frozen=True)
+class _Term:
+    """One group of both, on one plane. inputs: (t, n). numbers: (m, n). input_scales: (t, 1). scales, zeros: (m,)."""
+
+    inputs: _Numbers
+    numbers: _Numbers
+    input_scales: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+
+    def product(self, tokens: slice) -> Tensor:
+        """What it adds for some tokens, (tokens, m)."""
+        a = self.inputs.rows(tokens)
+        product = _exact_product(a, self.numbers)
+        if self.zeros is not None:
+            product -= a.wide.sum(1, keepdim=True) * self.zeros
+        return product.mul_(self.scales).mul_(self.input_scales[tokens])
+
+
+def _terms(part: PackedRange, start: int, x: Quantized) -> list[_Term]:
+    """The summands of a range's product in their order. start: of the range in the input."""
+    found, terms = planes(part), []
+    scales = [plane.scales.T.contiguous() for plane in found]
+    for first, stop, (of_weight, of_input) in _segments(part, start, x.bounds):
+        inputs = _Numbers.of(x.numbers[:, start + first : start + stop])
+        for plane, scale in zip(found, scales, strict=True):
+            zeros = None if plane.zeros is None else plane.zeros[:, of_weight].contiguous()
+            numbers = _Numbers.of(plane.numbers[:, first:stop])
+            terms.append(_Term(inputs, numbers, x.scales[:, of_input : of_input + 1], scale[of_weight], zeros))
+    return terms
+
+
+def _exact_product(a: _Numbers, n: _Numbers) -> Tensor:
     """The product a nᵀ of whole numbers, float32: exact below 2^24, beyond it rounded once."""
-    if a.numel() == 0 or float(a.abs().amax() * n.abs().amax() * a.shape[1]) < _EXACT:
-        return a @ n.T
-    return (a.double() @ n.double().T).float()
+    if a.small is not None and n.small is not None:
+        return torch._int_mm(a.small, n.small.T).float()
+    if a.largest * n.largest * a.wide.shape[1] < _EXACT:
+        return a.wide @ n.wide.T
+    return (a.wide.double() @ n.wide.double().T).float()
 
 
 def _segments(part: PackedRange, start: int, bounds: list[tuple[int, int]]) -> list[tuple[int, int, tuple[int, int]]]:
