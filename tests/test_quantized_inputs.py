@@ -141,7 +141,8 @@ def test_bits_are_what_the_stored_terms_take(folders: dict[str, Path], token_fil
             tokens += 4 * k + 20 * -(-k // 16) + 4 * RANK + 20
     assert report.size["effective_bits"] == pytest.approx(bits / weights)
     assert report.size["activation_bits"] == pytest.approx(tokens / channels)
-    assert sum(linear.effective_bits for linear in report.linears) > 0
+    each = [linear.effective_bits * linear.shape[0] * linear.shape[1] for linear in report.linears]
+    assert sum(each) == pytest.approx(bits)
 
 
 def test_an_override_keeps_one_linears_input(folders: dict[str, Path], token_file: Path, tmp_path: Path) -> None:

@@ -82,6 +82,11 @@ class Scheme:
         return int(2**self.bits)
 
     @property
+    def has_zero(self) -> bool:
+        """Whether 0 is a level of every grid."""
+        return self.grid != "sign" and self.zero_point != "real"
+
+    @property
     def name(self) -> str:
         """Short name for tables, for example `w3g128`."""
         group = "channel" if self.group_size == WHOLE_CHANNEL else f"g{self.group_size}"

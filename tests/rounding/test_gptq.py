@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -250,7 +251,13 @@ def test_weights_of_dead_columns_change_nothing(order: str, scheme: Scheme) -> N
     other = w.clone()
     other[:, [3, 16, 50]] = torch.tensor([9.0, -4.0, 0.0])
     method = GPTQ(MSE, order=order)
-    assert same(method(w, gram, scheme, WHERE).coded, method(other, gram, scheme, WHERE).coded)
+    a, b = (method(each, gram, scheme, WHERE).coded for each in (w, other))
+    if not scheme.has_zero:
+        # Codes of what is never fed follow its weights; nothing else does.
+        codes = b.codes.clone()
+        codes[:, [3, 16, 50]] = a.codes[:, [3, 16, 50]]
+        b = replace(b, codes=codes)
+    assert same(a, b)
 
 
 def test_gram_without_any_input_gives_zeros() -> None:

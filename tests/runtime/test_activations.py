@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -110,29 +111,29 @@ def test_numbers_and_scales_are_those_of_the_oracle(scheme, channels) -> None:
 def one_number_off_by_one(found: Quantized) -> Quantized:
     numbers = found.numbers.clone()
     numbers[0, 17] += 1
-    return Quantized(numbers, found.scales, found.bounds)
+    return replace(found, numbers=numbers)
 
 
 def one_scale_off_by_one_bit(found: Quantized) -> Quantized:
     scales = found.scales.clone()
     scales[0, -1] *= 1 + 2.0**-23
-    return Quantized(found.numbers, scales, found.bounds)
+    return replace(found, scales=scales)
 
 
 def tokens_share_a_scale(found: Quantized) -> Quantized:
-    return Quantized(found.numbers, found.scales.amax(0, keepdim=True).expand_as(found.scales), found.bounds)
+    return replace(found, scales=found.scales.amax(0, keepdim=True).expand_as(found.scales))
 
 
 def tokens_reversed(found: Quantized) -> Quantized:
-    return Quantized(found.numbers.flip(0), found.scales.flip(0), found.bounds)
+    return replace(found, numbers=found.numbers.flip(0), scales=found.scales.flip(0))
 
 
 def channels_shifted_by_one(found: Quantized) -> Quantized:
-    return Quantized(found.numbers.roll(1, 1), found.scales, found.bounds)
+    return replace(found, numbers=found.numbers.roll(1, 1))
 
 
 def signs_flipped(found: Quantized) -> Quantized:
-    return Quantized(-found.numbers, found.scales, found.bounds)
+    return replace(found, numbers=-found.numbers)
 
 
 FAULTS = [

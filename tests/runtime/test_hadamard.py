@@ -85,6 +85,21 @@ def test_an_online_transform_has_no_costly_factor() -> None:
     assert hadamard_blocks(11008) == (256,) * 43
 
 
+def test_an_odd_width_has_no_blocks_and_stays_as_it_is() -> None:
+    assert hadamard_blocks(1537) == ()
+    x = torch.randn(3, 7)
+    assert torch.equal(multiply(x, ()), x)
+    assert torch.equal(multiply_transposed(x, ()), x)
+
+
+def test_blocks_multiply_as_each_by_itself() -> None:
+    x = torch.randn(2, 5, 60, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    blocks = (4, 4, 4, 12, 12, 4, 20)
+    single = [multiply(part, (size,)) for part, size in zip(x.split(list(blocks), -1), blocks, strict=True)]
+    assert torch.equal(multiply(x, blocks), torch.cat(single, -1))
+    assert torch.allclose(multiply_transposed(multiply(x, blocks), blocks), x)
+
+
 @pytest.mark.parametrize("order", OUT_OF_REACH)
 def test_an_order_out_of_reach_has_no_matrix_and_is_an_error_to_multiply_with(order) -> None:
     assert hadamard(order) is None
@@ -174,6 +189,9 @@ def test_kronecker_factors_in_another_order_are_another_transform() -> None:
 @pytest.mark.parametrize("width", range(1, 201))
 def test_blocks_add_up_are_equal_and_can_be_multiplied_with(width) -> None:
     blocks = hadamard_blocks(width)
+    if width > 1 and width % 2:
+        assert blocks == ()
+        return
     assert sum(blocks) == width
     assert len(set(blocks)) == 1
     if hadamard_factors(width) is not None:

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -17,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from subnibble.runtime import ops
+from subnibble.runtime import integer, ops
 from subnibble.runtime.activations import Quantized, quantize
 from subnibble.runtime.integer import multiply_add_
 from subnibble.runtime.ops import LinearTerms
@@ -346,7 +349,7 @@ def test_the_largest_sums_of_8_by_8_bits_are_exact(width, sign) -> None:
     for group in range(2):
         scales = torch.zeros(3, 2)
         scales[:, group] = 1
-        x = Quantized(sign * numbers, scales, [(0, width), (width, 2 * width)])
+        x = Quantized(sign * numbers, scales, [(0, width), (width, 2 * width)], [255, 255])
         columns = slice(group * width, (group + 1) * width)
         exact = sign * numbers[:, columns].long() @ codes[:, columns].long().T
         assert torch.equal(product(x, PackedTensor((part,))).long(), exact)
@@ -359,12 +362,12 @@ def test_a_sum_over_a_whole_row_is_exact_before_its_one_rounding(columns) -> Non
     numbers = torch.randint(200, 256, (3, columns), generator=generator).float()
     scheme = Scheme(8, -1, "integer", "float32")
     part = PackedRange.pack(CodedMatrix(codes, torch.ones(5, 1), torch.zeros(5, 1)), scheme)
-    y = product(Quantized(numbers, torch.ones(3, 1), [(0, columns)]), PackedTensor((part,)))
+    y = product(Quantized(numbers, torch.ones(3, 1), [(0, columns)], [255]), PackedTensor((part,)))
     assert torch.equal(y, (numbers.long() @ codes.long().T).float())
 
 
 def salient_terms(residual: str = "none") -> LinearTerms:
-    """16 salient columns inside the first groups of the weight and of the input."""
+    """37 salient columns inside the first groups of the weight and of the input."""
     return LinearTerms(
         weight_of([(COLUMNS, Scheme(4, 32))]),
         salient=weight_of([(37, Scheme(8, 16, "none"))], seed=9),
@@ -491,3 +494,68 @@ def test_many_tokens_are_multiplied_as_each_by_itself(activation) -> None:
     whole = product(quantize(x, scheme), weight)
     pieces = [product(quantize(part, scheme), weight) for part in x.split(1)]
     assert torch.equal(whole, torch.cat(pieces))
+
+
+SATURATED = """
+import torch
+from subnibble.runtime.integer import _SMALL
+wrong = 0
+for rows, columns, width in ((1, 1, 2), (7, 9, 33), (40, 65, 128), (3, 17, 255)):
+    a = torch.full((rows, width), float(LARGEST))
+    n = torch.full((columns, width), float(LARGEST))
+    a[::2], n[::3, ::2] = -LARGEST, -LARGEST
+    small = [x.to(torch.int8) for x in (a, n)]
+    product = torch._int_mm(small[0], small[1].T)
+    wrong += int(not torch.equal(product.long(), a.long() @ n.long().T))
+print("WRONG", wrong, LARGEST == _SMALL)
+"""
+
+
+@pytest.mark.parametrize(("largest", "fits"), [(64, True), (127, False)])
+def test_no_x86_processor_saturates_products_of_numbers_that_go_as_int8(largest: int, fits: bool) -> None:
+    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        pytest.skip("on x86 alone")
+    # oneDNN's kernels for processors that add two int8 products in int16; 127 shows that they are the ones tested.
+    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"}
+    program = SATURATED.replace("LARGEST", str(largest))
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    _, wrong, is_bound = done.stdout.split()
+    assert (int(wrong) == 0) is fits
+    assert (is_bound == "True") is fits
+
+
+def test_one_token_of_any_strides_gives_the_same() -> None:
+    weight, x = weight_of(WEIGHTS["2 bits"]), quantize(tokens()[:1], INPUTS["4 bits, groups of 23"])
+    odd = replace(x, numbers=x.numbers.as_strided((1, COLUMNS), (1, 1)))
+    assert torch.equal(product(odd, weight), product(x, weight))
+
+
+@pytest.mark.parametrize("activation", INPUTS)
+def test_neither_autocast_nor_a_build_without_int8_products_changes_a_bit(activation, monkeypatch) -> None:
+    terms = replace(every_term(), activation=INPUTS[activation])
+    x = tokens()
+    right = ops.linear(x, terms)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(ops.linear(x, terms), right)
+    monkeypatch.setattr(integer, "_multiplies_int8", lambda device: False)
+    assert torch.equal(ops.linear(x, terms), right)
+
+
+def test_autocast_leaves_an_online_transform_as_it_is() -> None:
+    x, weight = torch.randn(4, 64), PackedTensor((weight_range(ROWS, 64, Scheme(4, 32), 3),))
+    terms = LinearTerms(weight, blocks=(64,), activation=INPUTS["8 bits, whole token"])
+    right = ops.linear(x, terms)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(ops.linear(x, terms), right)
+
+
+def test_no_number_is_beyond_what_is_said_of_it() -> None:
+    x = tokens() * 1e3
+    for scheme in INPUTS.values():
+        found = quantize(x, scheme)
+        for (start, stop), largest in zip(found.bounds, found.largest, strict=True):
+            assert float(found.numbers[:, start:stop].abs().amax()) <= largest
+    for ranges in WEIGHTS.values():
+        for part in weight_of(ranges).ranges:
+            for plane in integer.planes(part):
+                assert float(plane.numbers.abs().amax()) <= plane.largest

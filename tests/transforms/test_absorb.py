@@ -253,6 +253,18 @@ def writer(scale: float, stored: str = "float16") -> dict[str, PackedTensor]:
     return {UP: tensor, V: tensor}
 
 
+def zeros_of(packed: dict[str, PackedTensor]) -> dict[str, PackedTensor]:
+    """The same with all codes at their zero-points."""
+    found = {}
+    for name, tensor in packed.items():
+        (part,) = tensor.ranges
+        coded = part.unpack()
+        zeros = torch.full_like(coded.zeros, 3)
+        codes = torch.full_like(coded.codes, 3)
+        found[name] = PackedTensor((PackedRange.pack(CodedMatrix(codes, coded.scales, zeros), part.scheme),))
+    return found
+
+
 @pytest.mark.parametrize(
     ("site", "together", "heads", "allowed"),
     [
@@ -286,11 +298,12 @@ NORMAL, LARGEST = 2.0**-14, 65504.0
         (1000.0, 65.0, True),
         (1000.0, 66.0, False),
         (NORMAL * 8, 1 / 8, True),
-        (NORMAL * 8, 1 / 8.01, False),
-        (NORMAL * 8, 1 / 16, False),
-        # Below the normal numbers already, as scales of groups of zeros are: nothing is lost that was there.
+        (NORMAL * 8, 1 / 8.01, True),
+        # Below the normal numbers a step is 2^-24: powers of two lose nothing, others most of their digits, or all.
         (NORMAL / 4, 1 / 8, True),
         (NORMAL / 4, 8.0, True),
+        (NORMAL / 16, 1 / 3, False),
+        (NORMAL / 512, 1 / 8, False),
     ],
 )
 def test_scales_that_would_leave_their_type_are_not_merged(scale: float, factor: float, allowed: bool) -> None:
@@ -302,6 +315,8 @@ def test_scales_that_would_leave_their_type_are_not_merged(scale: float, factor:
     # Types with the range of float32 have no such bounds, and neither has a norm.
     assert can_absorb(MLP_HIDDEN, HEADS, (DOWN,), writer(scale, "bfloat16"), c)
     assert can_absorb(MLP_IN, HEADS, (GATE, UP), writer(scale), c)
+    # Nothing is lost of groups of zeros.
+    assert can_absorb(MLP_HIDDEN, HEADS, (DOWN,), zeros_of(writer(scale)), c) is (allowed or scale * factor < LARGEST)
     if allowed:
         merged_scales = merged(writer(scale)[UP], c).ranges[0].scales
         assert bool(torch.isfinite(merged_scales).all())

@@ -102,11 +102,15 @@ def test_factors_are_smoothquants_formula(streamed: Streamed) -> None:
 def test_a_silent_channel_keeps_its_scale_and_no_factor_is_tiny(streamed: Streamed) -> None:
     found = streamed.statistics()
     site = streamed.block.arch.sites[3]
-    found.largest[site.name][2] = 0
-    found.largest[site.name][4] = 1e-12
-    narrow, _ = factors(streamed.block, site, found, 1.0, 0.0)
-    assert float(narrow[2]) == 1
-    assert float(narrow[4]) == pytest.approx(1e-4 * float(narrow.max()))
+    plain = found.largest[site.name].clone()
+    for size in (1e-4, 1.0, 1e6):
+        found.largest[site.name] = plain * size
+        found.largest[site.name][2] = 0
+        found.largest[site.name][4] = 1e-12
+        narrow, _ = factors(streamed.block, site, found, 1.0, 0.0)
+        assert float(narrow[2]) == 1
+        # The silent channel says nothing of what is small.
+        assert float(narrow[4]) == pytest.approx(1e-4 * float(found.largest[site.name].max()))
 
 
 def test_norm_flattening_touches_sites_behind_norms_alone(streamed: Streamed) -> None:

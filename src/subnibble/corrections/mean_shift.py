@@ -35,6 +35,14 @@ class MeanShift:
         if self.form not in FORMS[1:]:
             raise BadRecipe(f"mean_shift is {self.form!r}; choose one of {', '.join(FORMS)}")
 
+    def check(self, windows: int) -> None:
+        """Raise `BadRecipe` if the form needs more calibration windows."""
+        if self.form == "gated" and windows < _FEWEST_WINDOWS:
+            raise BadRecipe(
+                f"mean_shift gated compares halves of the calibration windows and there is {windows}; use at least "
+                f'{_FEWEST_WINDOWS} windows, or mean_shift = "published"'
+            )
+
     def __call__(self, outputs: Iterable[tuple[Tensor, Tensor, Tensor]], window: int) -> Tensor:
         """The bias (channels,) float32.
 
@@ -53,11 +61,7 @@ class MeanShift:
         tokens = [half.tokens for half in halves]
         mean = (a * tokens[0] + b * tokens[1]) / max(sum(tokens), 1)
         if self.form == "gated":
-            if number < _FEWEST_WINDOWS:
-                raise BadRecipe(
-                    f"mean_shift gated compares halves of the calibration windows and there is {number}; use at least "
-                    f'{_FEWEST_WINDOWS} windows, or mean_shift = "published"'
-                )
+            self.check(number)
             helps = (b * (2 * a - b) > 0) & (a * (2 * b - a) > 0)
             mean = torch.where(helps, mean, 0.0)
         return mean.clamp(-_LARGEST, _LARGEST)

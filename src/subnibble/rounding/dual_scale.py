@@ -25,7 +25,6 @@ fit; version P repeats the clip search at three of its steps, with every fourth 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -64,7 +63,7 @@ class DualScale:
         h = sign_basis.column_weights(group, grid.usable(weights))
         if scheme.grid == "sign":
             return _fit_sign(group, scheme, h, self.iterations)
-        levels, c = _fit_uniform(group, scheme, self.clip, h, self.iterations, _column_scales)
+        levels, c = _fit_uniform(group, scheme, self.clip, h, self.iterations)
         return Fitted(levels, c)
 
 
@@ -76,11 +75,10 @@ class RowScale(DualScale):
         """See `Fitter`."""
         check_grid(scheme, "a group")
         if scheme.grid == "sign":
-            return Fitted(sign_basis.fit(group, scheme, grid.usable(weights)))
+            return Fitted(sign_basis.fit(group, scheme, grid.usable(weights), self.iterations))
         sign_basis.check_finite(group)
         h = sign_basis.column_weights(group, grid.usable(weights))
-        levels, _ = _fit_uniform(group, scheme, self.clip, h, self.iterations, lambda group, values, old: old)
-        return Fitted(levels)
+        return Fitted(_fit_rows(group, scheme, self.clip, h, self.iterations))
 
 
 def check_grid(scheme: Scheme, where: str) -> None:
@@ -111,29 +109,39 @@ def _fit_sign(group: Tensor, scheme: Scheme, h: Tensor, iterations: int) -> Fitt
 
 
 def _fit_uniform(
-    group: Tensor,
-    scheme: Scheme,
-    clip: grid.Clip,
-    h: Tensor,
-    iterations: int,
-    update: Callable[[Tensor, Tensor, Tensor], Tensor],
+    group: Tensor, scheme: Scheme, clip: grid.Clip, h: Tensor, iterations: int
 ) -> tuple[grid.UniformLevels, Tensor]:
-    """Version P: levels and column scales. update: new column scales from weights, their levels, and old ones."""
+    """Version P: levels and column scales."""
     c = torch.ones_like(h)
-    scale, zero = grid.fit(group, scheme, clip, h, _STRIDE)
+    pair = grid.fit(group, scheme, clip, h, _STRIDE)
     for step in range(iterations):
         x, weights = group / c, h * c.square()
         if step in _SEARCHES:
-            scale, zero = _better(x, weights, scheme, grid.fit(x, scheme, clip, weights, _STRIDE), (scale, zero))
-        codes = grid.encode(x, scale, zero, scheme)
-        refitted = _refit(x, codes, weights, scheme, (scale, zero))
-        scale, zero = _better(x, weights, scheme, refitted, (scale, zero))
-        codes = grid.encode(x, scale, zero, scheme)
-        c = update(group, grid.decode(codes, scale, zero), c)
+            pair = _better(x, weights, scheme, grid.fit(x, scheme, clip, weights, _STRIDE), pair)
+        pair = _refitted(x, weights, scheme, pair)
+        c = _column_scales(group, grid.decode(grid.encode(x, *pair, scheme), *pair), c)
     c, mean = _normalised(c)
+    return _stored(pair[0] * mean, pair[1], scheme), c
+
+
+def _fit_rows(group: Tensor, scheme: Scheme, clip: grid.Clip, h: Tensor, iterations: int) -> grid.UniformLevels:
+    """Version P with all column scales at 1, where one clip search is all there is to find by searching."""
+    pair = grid.fit(group, scheme, clip, h, _STRIDE)
+    for _ in range(iterations):
+        pair = _refitted(group, h, scheme, pair)
+    return _stored(*pair, scheme)
+
+
+def _refitted(x: Tensor, weights: Tensor, scheme: Scheme, old: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Scales and zero-points of x by least squares for the codes of the old ones, in the rows where that is better."""
+    return _better(x, weights, scheme, _refit(x, grid.encode(x, *old, scheme), weights, scheme, old), old)
+
+
+def _stored(scale: Tensor, zero: Tensor, scheme: Scheme) -> grid.UniformLevels:
+    """Levels with scales and zero-points rounded to their type."""
     stored = scale_dtype(scheme)
-    scale = (scale * mean).clamp(min=grid.smallest_scale(scheme), max=torch.finfo(stored).max).to(stored).float()
-    return grid.UniformLevels(scale, zero.to(stored).float(), scheme), c
+    scale = scale.clamp(min=grid.smallest_scale(scheme), max=torch.finfo(stored).max).to(stored).float()
+    return grid.UniformLevels(scale, zero.to(stored).float(), scheme)
 
 
 def _column_scales(group: Tensor, values: Tensor, old: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ class Asymmetry:
         if self.form not in FORMS:
             raise BadRecipe(f"asymmetry is {self.form!r}; choose one of {', '.join(FORMS)}")
         if not 0 <= self.alpha <= 1:
-            raise BadRecipe(f"alpha_drift is {self.alpha!r}; give a number from 0 to 1")
+            raise BadRecipe(f"alpha of the drift is {self.alpha!r}; give a number from 0 to 1")
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Spread:
     """Hands each column's share on, in the loop over columns and behind each block.
 
     A dead column (never fed) is rounded as 0, but its full-precision input still wants its weight, which is what is
-    handed on; `released` forgets it behind the block.
+    handed on; `released` takes it for 0, as its program does.
 
     source: (k, m), the weights before rounding; p: alpha P; dead: (k,) bool. form: see the module.
     """

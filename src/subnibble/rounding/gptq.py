@@ -156,9 +156,15 @@ def round_columns(
     if push is not None and push.asymmetry.form == "shifted":
         w = push.shifted(w, u)
     elif push is not None:
-        spread = Spread(w.clone(), push.propagation(u), factor.dead, push.asymmetry.form)
+        source = w.clone()
+        if push.asymmetry.form == "released":
+            source[factor.dead] = 0
+        spread = Spread(source, push.propagation(u), factor.dead, push.asymmetry.form)
+    unfed = _unfed(w, factor.dead, scheme)
     w[factor.dead] = 0
     target = w.clone() if how.sweeps else w
+    if how.sweeps:
+        target[factor.dead] = unfed[factor.dead]
     codes = torch.empty_like(w)
     bounds = block_bounds(plan, how.block)
     homes: list[Home] = []
@@ -167,7 +173,8 @@ def round_columns(
         for j in range(i1, i2):
             if len(homes) == j:
                 homes += _fit_group(w, j, factor, plan, scheme, how)
-            column = homes[j].fitted.encode(w[j].unsqueeze(1), homes[j].place)
+            value = unfed[j] if factor.dead[j] else w[j]
+            column = homes[j].fitted.encode(value.unsqueeze(1), homes[j].place)
             codes[j] = column[:, 0]
             if spread is not None:
                 spread.take_(w, j)
@@ -185,6 +192,11 @@ def round_columns(
         for _ in range(how.sweeps):
             sweep_(error, codes, factor.h, homes, bounds)
     return _in_natural_order(codes, homes, plan)
+
+
+def _unfed(w: Tensor, dead: Tensor, scheme: Scheme) -> Tensor:
+    """What columns that are never fed become, as rows like those of w: 0, or on a grid without 0 what they are."""
+    return torch.zeros_like(w) if scheme.has_zero else w.clone()
 
 
 def _fit_group(w: Tensor, start: int, factor: Factor, plan: ColumnPlan, scheme: Scheme, how: GPTQ) -> list[Home]:

@@ -129,20 +129,20 @@ def excess(found: Bins, magnitudes: Tensor) -> Tensor:
     return (magnitudes * (magnitudes * found.count - 2 * found.moment)).sum(1)
 
 
-def fit(group: Tensor, scheme: Scheme, weights: Tensor | None) -> SignLevels:
+def fit(group: Tensor, scheme: Scheme, weights: Tensor | None, iterations: int = ITERATIONS) -> SignLevels:
     """Fit the scales of every row of `group` (m, g) float32. weights: (g,) positive column weights, or None for 1."""
     check_finite(group)
     h = column_weights(group, weights)
     sizes, columns, stored = group.abs(), torch.ones_like(group[0]), scale_dtype(scheme)
     levels = SignLevels(storable(greedy(group, columns, h, scheme.bits), stored))
     best, least = levels, torch.full_like(sizes[:, :1], torch.inf)
-    for step in range(ITERATIONS + 1):
+    for step in range(iterations + 1):
         found = bins(sizes, columns, h, levels)
         loss = excess(found, levels.magnitudes).unsqueeze(1)
         better = loss < least
         best = SignLevels(torch.where(better, levels.scales, best.scales))
         least = torch.where(better, loss, least)
-        if step < ITERATIONS:
+        if step < iterations:
             levels = SignLevels(storable(solve(found, levels.patterns).abs(), stored))
     return best
 

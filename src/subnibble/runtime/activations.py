@@ -24,11 +24,15 @@ _SMALLEST_SCALE = 2.0**-120
 
 @dataclass(frozen=True)
 class Quantized:
-    """numbers: (t, k) whole, float32. scales: (t, groups) float32. bounds: first and stop channel of each group."""
+    """numbers: (t, k) whole, float32. scales: (t, groups) float32. bounds: first and stop channel of each group.
+
+    largest: of each group, what no number is beyond.
+    """
 
     numbers: Tensor
     scales: Tensor
     bounds: list[tuple[int, int]]
+    largest: list[int]
 
     def values(self) -> Tensor:
         """What the numbers stand for: (t, k) float32."""
@@ -44,7 +48,8 @@ def quantize(x: Tensor, scheme: ActivationScheme) -> Quantized:
     if scheme.outliers:
         groups[-1] = scheme.of_outliers
     parts = [_group(wide[:, start:stop], own) for (start, stop), own in zip(bounds, groups, strict=True)]
-    return Quantized(torch.cat([part[0] for part in parts], 1), torch.cat([part[1] for part in parts], 1), bounds)
+    numbers, scales = (torch.cat([part[i] for part in parts], 1) for i in range(2))
+    return Quantized(numbers, scales, bounds, [_largest(own) for own in groups])
 
 
 def quantize_values(x: Tensor, scheme: ActivationScheme, repeated: int = 0) -> Tensor:
@@ -58,6 +63,12 @@ def quantize_values(x: Tensor, scheme: ActivationScheme, repeated: int = 0) -> T
     return values
 
 
+def _largest(scheme: ActivationScheme) -> int:
+    if scheme.grid == "mxfp4":
+        return mxfp4.LARGEST_NUMBER
+    return int(2 ** (scheme.bits - 1) - 1 if scheme.zero_point == "none" else 2**scheme.bits - 1)
+
+
 def _group(x: Tensor, scheme: ActivationScheme) -> tuple[Tensor, Tensor]:
     """Numbers (t, g) and scales (t, 1) of one group."""
     if scheme.grid == "mxfp4":
@@ -65,13 +76,12 @@ def _group(x: Tensor, scheme: ActivationScheme) -> tuple[Tensor, Tensor]:
         scale = torch.where(largest.isfinite(), mxfp4.shared_scale(largest), torch.nan)
         numbers = mxfp4.decode_e2m1(mxfp4.encode_e2m1(x / scale)) / mxfp4.E2M1_STEP
         return numbers, scale * mxfp4.E2M1_STEP
+    last = _largest(scheme)
     if scheme.zero_point == "none":
-        largest = 2 ** (scheme.bits - 1) - 1
-        scale = _stored(scheme.clip * x.abs().amax(1, keepdim=True) / largest)
-        return (x / scale).round_().clamp_(-largest, largest), scale
+        scale = _stored(scheme.clip * x.abs().amax(1, keepdim=True) / last)
+        return (x / scale).round_().clamp_(-last, last), scale
     # The range contains 0, so that zero-points are codes.
     low, high = x.amin(1, keepdim=True).clamp(max=0), x.amax(1, keepdim=True).clamp(min=0)
-    last = 2**scheme.bits - 1
     scale = _stored(scheme.clip * (high - low) / last)
     zero = (scheme.clip * -low / scale).round_().clamp_(0, last)
     return ((x / scale).round_() + zero).clamp_(0, last).sub_(zero), scale

@@ -8,6 +8,7 @@ operations that finer factors would save.
 
 from __future__ import annotations
 
+import itertools
 import math
 from functools import lru_cache
 
@@ -55,17 +56,20 @@ def hadamard_blocks(width: int) -> tuple[int, ...]:
     """Widths of the blocks of an online transform of `width` channels.
 
     One block where a matrix of that order is known whose factors are all cheap, else as many as it takes of the largest
-    power of two that divides the width.
+    power of two that divides the width; () for an odd width, which has none.
     """
     factors = hadamard_factors(width)
     if factors is not None and max(factors, default=1) <= _LARGEST_ONLINE_FACTOR:
         return (width,)
     power = width & -width
-    return (power,) * (width // power)
+    return (power,) * (width // power) if power > 1 else ()
 
 
 def multiply(x: Tensor, blocks: tuple[int, ...]) -> Tensor:
-    """`x H` with H block-diagonal, orthonormal. x: (..., k), k the sum of `blocks`. Computed and given in x's type."""
+    """`x H` with H block-diagonal, orthonormal; x itself if there are no blocks.
+
+    x: (..., k), k the sum of `blocks`. Computed and given in x's type.
+    """
     return _multiply(x, blocks, transposed=False)
 
 
@@ -75,8 +79,13 @@ def multiply_transposed(x: Tensor, blocks: tuple[int, ...]) -> Tensor:
 
 
 def _multiply(x: Tensor, blocks: tuple[int, ...], transposed: bool) -> Tensor:
-    parts = x.split(list(blocks), dim=-1)
-    return torch.cat([_block(part, block, transposed) for part, block in zip(parts, blocks, strict=True)], dim=-1)
+    if not blocks:
+        return x
+    # Neighbours of one order are multiplied together.
+    runs = [(order, len(list(run))) for order, run in itertools.groupby(blocks)]
+    parts = x.split([order * count for order, count in runs], dim=-1)
+    done = [_block(p.unflatten(-1, (n, m)), m, transposed).flatten(-2) for p, (m, n) in zip(parts, runs, strict=True)]
+    return torch.cat(done, dim=-1) if len(done) > 1 else done[0]
 
 
 def _block(x: Tensor, order: int, transposed: bool) -> Tensor:

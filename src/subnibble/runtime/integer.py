@@ -32,9 +32,12 @@ _TOKENS = 512
 
 @dataclass(frozen=True)
 class Plane:
-    """numbers: (m, n) whole, float32. scales: (m, groups). zeros: (m, groups) real zero-points, or None for 0."""
+    """numbers: (m, n) whole, float32, none beyond `largest`. scales: (m, groups). zeros: (m, groups) real zero-points,
+    or None for 0.
+    """
 
     numbers: Tensor
+    largest: int
     scales: Tensor
     zeros: Tensor | None = None
 
@@ -45,16 +48,16 @@ def planes(part: PackedRange) -> list[Plane]:
     scales = float_scales(part.scales, scheme)
     if scheme.grid == "sign":
         bits = scales.unflatten(1, (-1, scheme.bits))
-        return [Plane(((codes >> b) & 1).float().mul_(2).sub_(1), bits[..., b]) for b in range(scheme.bits)]
+        return [Plane(((codes >> b) & 1).float().mul_(2).sub_(1), 1, bits[..., b]) for b in range(scheme.bits)]
     if scheme.grid == "mxfp4":
-        return [Plane(mxfp4.decode_e2m1(codes).div_(mxfp4.E2M1_STEP), scales * mxfp4.E2M1_STEP)]
+        return [Plane(mxfp4.decode_e2m1(codes).div_(mxfp4.E2M1_STEP), mxfp4.LARGEST_NUMBER, scales * mxfp4.E2M1_STEP)]
     zeros = part.float_zeros()
     if scheme.zero_point == "real":
-        return [Plane(codes.float(), scales, zeros)]
+        return [Plane(codes.float(), scheme.levels - 1, scales, zeros)]
     if zeros is None:
-        return [Plane(codes.float().sub_(scheme.levels // 2), scales)]
+        return [Plane(codes.float().sub_(scheme.levels // 2), scheme.levels // 2, scales)]
     widths = torch.tensor([stop - start for start, stop in scheme.group_bounds(part.columns)], device=codes.device)
-    return [Plane(codes.float().sub_(zeros.repeat_interleave(widths, dim=1)), scales)]
+    return [Plane(codes.float().sub_(zeros.repeat_interleave(widths, dim=1)), scheme.levels - 1, scales)]
 
 
 def multiply_add_(y: Tensor, x: Quantized, weight: PackedTensor) -> None:
@@ -75,22 +78,24 @@ class _Numbers:
 
     wide: Tensor
     small: Tensor | None
-    largest: float
+    largest: int
 
     @classmethod
-    def of(cls, numbers: Tensor) -> _Numbers:
-        if numbers.numel() == 0:
-            return cls(numbers, None, 0.0)
-        low, high = numbers.aminmax()
-        # Not a number where one entry is not, which then is not small.
-        largest = float(torch.maximum(-low, high))
-        # torch 2.13 reads past operands of one column.
-        fits = largest <= _SMALL and numbers.shape[1] > 1 and numbers.device.type == "cpu"
-        return cls(numbers, numbers.to(torch.int8) if fits else None, largest)
+    def of(cls, numbers: Tensor, largest: int) -> _Numbers:
+        # torch 2.13 reads past int8 operands of one column, and past rows whose strides say nothing of them.
+        fits = largest <= _SMALL and numbers.shape[1] > 1 and _multiplies_int8(numbers.device)
+        small = numbers.to(torch.int8, memory_format=torch.contiguous_format) if fits else None
+        return cls(numbers, small, largest)
 
     def rows(self, index: slice) -> _Numbers:
         """Some rows, not copied."""
         return replace(self, wide=self.wide[index], small=None if self.small is None else self.small[index])
+
+
+def _multiplies_int8(device: torch.device) -> bool:
+    """Whether torch has a fast int8 product there: oneDNN's on x86 is known to be."""
+    onednn = torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
+    return device.type == "cpu" and onednn and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 
 
 @dataclass(frozen=True)
@@ -117,17 +122,17 @@ def _terms(part: PackedRange, start: int, x: Quantized) -> list[_Term]:
     found, terms = planes(part), []
     scales = [plane.scales.T.contiguous() for plane in found]
     for first, stop, (of_weight, of_input) in _segments(part, start, x.bounds):
-        inputs = _Numbers.of(x.numbers[:, start + first : start + stop])
+        inputs = _Numbers.of(x.numbers[:, start + first : start + stop], x.largest[of_input])
         for plane, scale in zip(found, scales, strict=True):
             zeros = None if plane.zeros is None else plane.zeros[:, of_weight].contiguous()
-            numbers = _Numbers.of(plane.numbers[:, first:stop])
+            numbers = _Numbers.of(plane.numbers[:, first:stop], plane.largest)
             terms.append(_Term(inputs, numbers, x.scales[:, of_input : of_input + 1], scale[of_weight], zeros))
     return terms
 
 
 def _exact_product(a: _Numbers, n: _Numbers) -> Tensor:
     """The product a nᵀ of whole numbers, float32: exact below 2^24, beyond it rounded once."""
-    if a.small is not None and n.small is not None:
+    if a.small is not None and n.small is not None and a.wide.numel() and n.wide.numel():
         return torch._int_mm(a.small, n.small.T).float()
     if a.largest * n.largest * a.wide.shape[1] < _EXACT:
         return a.wide @ n.wide.T

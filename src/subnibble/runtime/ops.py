@@ -6,6 +6,7 @@ beyond the call.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -76,7 +77,8 @@ def linear(x: Tensor, terms: LinearTerms) -> Tensor:
             y = y + torch.nn.functional.linear(inner, up.dequantize(x.dtype))
         return y
     tokens = entered.reshape(-1, entered.shape[-1])
-    y = _integer(tokens, terms, terms.activation)
+    with _as_written(x.device):
+        y = _integer(tokens, terms, terms.activation)
     if terms.bias is not None:
         y += terms.bias.float()
     return y.to(x.dtype).view(*x.shape[:-1], y.shape[1])
@@ -97,7 +99,8 @@ def enter(x: Tensor, terms: LinearTerms) -> Tensor:
     if terms.gather is not None:
         wide = wide[..., terms.gather.long()]
     if terms.blocks:
-        wide = hadamard.multiply(wide, terms.blocks)
+        with _as_written(x.device):
+            wide = hadamard.multiply(wide, terms.blocks)
     return wide.to(x.dtype)
 
 
@@ -120,6 +123,13 @@ def dense_from_input(terms: LinearTerms) -> Tensor:
     if terms.gather is not None:
         weight = torch.empty_like(weight).index_copy_(1, terms.gather.long(), weight)
     return weight if terms.column_scale is None else weight * terms.column_scale.float()
+
+
+def _as_written(device: torch.device) -> AbstractContextManager[object]:
+    """Products in the types that are written here, under autocast, too."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 def _integer(tokens: Tensor, terms: LinearTerms, scheme: ActivationScheme) -> Tensor:

@@ -10,19 +10,23 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from subnibble.model.site import Heads, Site
-from subnibble.tensor import PackedTensor, scale_dtype
+from subnibble.scheme import E8M0
+from subnibble.tensor import PackedTensor
+
+# Of a group's largest weight: well above the rounding of normal float16 and bfloat16 scales, below that of subnormal
+# ones that lost most of their digits.
+_TOLERANCE = 2.0**-7
 
 
 def can_absorb(site: Site, heads: Heads, together: Iterable[str], packed: dict[str, PackedTensor], c: Tensor) -> bool:
     """Whether the site's source can take column scales `c` (k,) that its readers `together` share.
 
     packed: what of the block is packed so far, by name. No, if another reader would see them too, if the site may not
-    be scaled, if query heads share the channels that write theirs, or if a writer's scale would leave the range of
-    normal numbers of its type, or is a bare exponent.
+    be scaled, if query heads share the channels that write theirs, or if a writer's scales are bare exponents or would
+    leave their type: a group of weights may change by 1/128 of its largest in being stored.
     """
     if set(together) != set(site.readers) or "scale" not in site.edits or (site.per_head and heads.repeats > 1):
         return False
@@ -53,13 +57,15 @@ def _scaled(tensor: PackedTensor, c: Tensor) -> PackedTensor:
 
 
 def _in_range(tensor: PackedTensor, c: Tensor) -> bool:
-    for part in tensor.ranges:
-        if part.scheme.scale_type == "e8m0":
+    merged = _scaled(tensor, c)
+    for part, new in zip(tensor.ranges, merged.ranges, strict=True):
+        if part.scheme.scale_type == E8M0:
             # Powers of two take no factor.
             return False
-        limits = torch.finfo(scale_dtype(part.scheme))
-        old, new = part.scales.float(), part.scales.float() * c.unsqueeze(1)
-        vanishes = (new < limits.smallest_normal) & (old >= limits.smallest_normal)
-        if bool((new > limits.max).any()) or bool(vanishes.any()):
-            return False
+        wanted, found = part.dequantize() * c.unsqueeze(1), new.dequantize()
+        for start, stop in part.scheme.group_bounds(part.columns):
+            largest = wanted[:, start:stop].abs().amax(1)
+            error = (found[:, start:stop] - wanted[:, start:stop]).abs().amax(1)
+            if not bool((error <= _TOLERANCE * largest).all()):
+                return False
     return True

@@ -91,8 +91,8 @@ def factors(block: Block, site: Site, found: SiteStatistics, alpha: float, beta:
         sizes, columns = (_over_heads(values, block) for values in (sizes, columns))
     alive = (sizes > 0) & (columns > 0)
     raw = sizes.pow(alpha) / columns.clamp(min=torch.finfo(columns.dtype).tiny).pow(beta)
-    raw = torch.where(alive, raw, 1.0)
-    s = raw.clamp(min=_SMALLEST * float(raw.max()))
+    largest = float(raw[alive].max()) if bool(alive.any()) else 1.0
+    s = torch.where(alive, raw.clamp(min=_SMALLEST * largest), 1.0)
     return s, repeat_over_heads(s, block) if site.per_head else s
 
 
