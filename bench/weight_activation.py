@@ -5,10 +5,11 @@
 
 Finished rows are appended to the results file and skipped when they are there. Arms are the recipes in
 `recipes/weight_activation/`; settings are W4A4 and W4A8 in groups of 128 or 64 (activations alike, per token), and
-MXFP4. WINDOWS of 2048 tokens are scored; CALIBRATED_ON, by default as many, calibrate. Headline rows have 64, others
-16. Calibration: the first 2000 news articles, computed in bfloat16; scored in float32, through the runtime's integer
-operations, on the last 400 news articles and, with --wikitext, on WikiText-2 raw test. Rows at W4A8 also score the same
-codes with inputs that are not quantized.
+MXFP4; in groups of 24, baselines have about as many bits as SERQ with 128 salient channels in groups of 128. WINDOWS of
+2048 tokens are scored; CALIBRATED_ON, by default as many, calibrate. Headline rows have 64, others 16. Calibration: the
+first 2000 news articles, computed in bfloat16; scored in float32, through the runtime's integer operations, on the last
+400 news articles and, with --wikitext, on WikiText-2 raw test. Rows at W4A8 also score the same codes with inputs that
+are not quantized.
 """
 
 from __future__ import annotations
@@ -39,9 +40,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "W4A8g128": {"activation_bits": 8, "group_size": 128},
     "W4A4g64": {"activation_bits": 4, "group_size": 64},
     "W4A8g64": {"activation_bits": 8, "group_size": 64},
+    "W4A4g24": {"activation_bits": 4, "group_size": 24},
     "MXFP4": {"activation_bits": 4, "group_size": 32, "grid": "mxfp4"},
     "MXFP4A8": {"activation_bits": 8, "group_size": 32, "grid": "mxfp4"},
 }
+# Groups in which a baseline takes as many bits as SERQ in groups of 128.
+EQUAL_BITS = "W4A4g24"
 BASELINES = ("rtn", "gptq", "smoothquant", "l2qer", "qera", "quarot-rtn", "quarot")
 SERQ = ("serq-rtn", "serq", "twinfit")
 RANKS = tuple(arm for arm in ARMS if "-rank-" in arm)
@@ -66,7 +70,10 @@ def specs(only: str | None) -> list[Spec]:
             Spec("original", "", 64, 0),
             *(Spec(arm, s, 64, 64) for s in ("W4A4g128", "W4A8g128") for arm in both),
         ],
-        "table": [Spec("original", "", 16, 0), *(Spec(arm, s, 16, 16) for s in SETTINGS for arm in both)],
+        "table": [
+            Spec("original", "", 16, 0),
+            *(Spec(arm, s, 16, 16) for s in SETTINGS for arm in (both if s != EQUAL_BITS else BASELINES)),
+        ],
         "ranks": [Spec(arm, "W4A4g128", 16, 16) for arm in RANKS],
         "stages": [Spec(arm, "W4A4g128", 16, 16) for arm in STAGES],
         "calibration": [Spec("serq", "W4A4g128", 16, windows) for windows in (4, 64)],

@@ -38,6 +38,9 @@ BASELINES = (
     "gptaq", "gptaq-corrected", "gptaq-shifted", "gptaq-rotated", "gptaq-rotated-full",
 )  # fmt: skip
 D2QUANT = ("d2quant", "d2quant-uniform", "dualfit")
+HEADLINE = (
+    "gptq-gar", "dualfit", "d2quant", "gptaq", "rtn", "gptaq-rotated", "gptq-rotated", "awq", "dualfit-unrotated",
+)  # fmt: skip
 ABLATION = tuple(arm for arm in ARMS if arm not in (*BASELINES, *D2QUANT))
 
 
@@ -55,7 +58,7 @@ def specs(only: str | None) -> list[Spec]:
     """All rows to make, most telling first."""
     headline = [
         Spec("original", 16, 0, 64),
-        *(Spec(arm, bits, 128, 64) for arm in ("gptq-gar", "dualfit", "d2quant", "gptaq", "rtn") for bits in (2, 3)),
+        *(Spec(arm, bits, 128, 64) for arm in HEADLINE for bits in (2, 3)),
     ]
     table = [
         Spec("original", 16, 0, 16),
@@ -94,8 +97,8 @@ def show(rows: list[dict[str, Any]]) -> None:
     found = by_spec(rows, Spec)
     order = sorted(found, key=lambda s: (-s.windows, s.bits, s.group_size, found[s]["news"]["perplexity"]))
     columns = (
-        "arm", "bits", "group", "windows", "effective bits", "news", "WikiText-2", "gap left", "quantize, s",
-        "peak, GB",
+        "arm", "bits", "group", "windows", "effective bits", "file, MB", "news", "WikiText-2", "gap left",
+        "quantize, s", "peak, GB",
     )  # fmt: skip
     print_table(columns, (_cells(found, spec) for spec in order))
 
@@ -108,6 +111,7 @@ def _cells(found: dict[Spec, dict[str, dict[str, Any]]], spec: Spec) -> list[str
         str(spec.group_size or ""),
         str(spec.windows),
         f"{one['effective_bits']:.3f}",
+        f"{one['file_bytes'] / 1e6:.1f}",
         *score_cells(found[spec]),
         share_cell(found[spec], lambda text: _gap(found, spec, text), ".0f"),
         *cost_cells(one),

@@ -22,6 +22,7 @@ OPTION_CHOICES = {
         "rounding": weights.ROUNDINGS,
         "inputs": method.INPUTS,
         "flattening": serq.FLATTENINGS,
+        "column_scales": serq.COLUMN_SCALES,
         "over": tuple(bisup.BASES),
         "clipping": tuning.CLIPPINGS,
         "input_clipping": tuning.INPUT_CLIPPINGS,

@@ -4,7 +4,8 @@ The residual stream is rotated offline by a randomized Hadamard matrix (`rotatio
 has none), values offline by one a head (`value_rotation`), the inputs of o_proj and down_proj online, and queries and
 keys online behind rotary positions, where the KV cache is coded (`kv_bits`; keys and values in groups of a head, clip
 0.95 up to 4 bits). Deviations: attention's output is transformed online as one vector, where the paper transforms
-across heads; values have random signs besides, without which the two would cancel within heads.
+across heads; values have random signs besides, without which the two would cancel within heads; inputs keep their whole
+range unless the recipe says `activation_clip = 0.9`, which its program has on symmetric grids.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
 The three stages are a transform (`transforms/flatten.py`), a correction (`corrections/salient.py`) and a channel order
 (`transforms/saliency.py`). `serq` is the paper's form with GPTQ: factors are the largest activations, channels in their
 falling order, 128 of them salient, the coarse weight in the second matrix (appendix A.3 and the released program), a
-symmetric grid whose range is not searched for. `rounding = "rtn"` is the form of its section 4. Deviations: factors
+symmetric grid whose range is not searched for. `rounding = "rtn"` is the form of its section 4 where the salient set
+fills whole groups. Deviations: factors
 and orders are those of the model as quantized up to the block, not of the original; heads that share a key-value head
 take the larger factor; factors and orders are folded or gathered where the released program divides and gathers online
 in every linear; the recipe's grids may be searched (`clip = "mse"`). Grids are this project's: a symmetric 4-bit one
@@ -23,20 +24,25 @@ from subnibble.errors import BadRecipe
 from subnibble.methods.method import Method, Steps, Transform
 from subnibble.methods.weights import WeightOptions, rounder_of, symmetric
 from subnibble.rounding import grid
+from subnibble.rounding.dual_scale import DualScale
 from subnibble.rounding.grid import Clip
 from subnibble.runtime import activations
+from subnibble.transforms.column_scale import ColumnScales
 from subnibble.transforms.flatten import Flatten, Loss, SearchedFlatten
 from subnibble.transforms.saliency import Saliency
 
 FLATTENINGS = ("none", "powers", "search")
+COLUMN_SCALES = ("none", "down")
 
 
 @dataclass(frozen=True)
 class Options(WeightOptions):
     """rank: salient channels, 0 for none. form, residual: `corrections/salient.py`. flattening: "none", "powers" for
-    alpha and beta everywhere, "search" for each site's own; see `transforms/flatten.py`. saliency, heads,
-    residual_order: `transforms/saliency.py`. ranks: "uniform", or "gain" for each linear's own with rank as their mean,
-    see `corrections/ranks.py`. The others as in `methods/weights.py`.
+    alpha and beta everywhere, "search" for each site's own; see `transforms/flatten.py`; the search takes channels in
+    the order of their sizes, `rank` of them salient, whatever saliency, heads and ranks say. column_scales: "down" for
+    D2Quant's on down-projections, see `transforms/column_scale.py`. saliency, heads, residual_order:
+    `transforms/saliency.py`. ranks: "uniform", or "gain" for each linear's own with rank as their mean, see
+    `corrections/ranks.py`. The others as in `methods/weights.py`.
     """
 
     rounding: str = "gptq"
@@ -47,6 +53,7 @@ class Options(WeightOptions):
     flattening: str = "powers"
     alpha: float = 1.0
     beta: float = 0.0
+    column_scales: str = "none"
     saliency: str = "size"
     heads: str = "gather"
     residual_order: str = "gather"
@@ -60,6 +67,8 @@ class Options(WeightOptions):
             raise BadRecipe(f'rank is 0 and residual {self.residual!r}; give salient channels, or residual = "none"')
         if self.flattening not in FLATTENINGS:
             raise BadRecipe(f"flattening is {self.flattening!r}; choose one of {', '.join(FLATTENINGS)}")
+        if self.column_scales not in COLUMN_SCALES:
+            raise BadRecipe(f"column_scales is {self.column_scales!r}; choose one of {', '.join(COLUMN_SCALES)}")
 
 
 def build(options: Options) -> Steps:
@@ -68,7 +77,7 @@ def build(options: Options) -> Steps:
     correction = SalientColumns(options.rank, options.form, fitter, options.residual) if options.rank else None
     return Steps(
         rounder=rounder_of(options),
-        transforms=_transforms(options, correction),
+        transforms=(*_flattening(options, correction), *_column_scales(options)),
         prefers=symmetric,
         rotation=options.rotation,
         saliency=Saliency(options.saliency, options.heads, options.residual_order),
@@ -78,13 +87,17 @@ def build(options: Options) -> Steps:
     )
 
 
-def _transforms(options: Options, correction: SalientColumns | None) -> tuple[Transform, ...]:
+def _flattening(options: Options, correction: SalientColumns | None) -> tuple[Transform, ...]:
     match options.flattening:
         case "none":
             return ()
         case "powers":
             return (Flatten(options.alpha, options.beta),)
     return (SearchedFlatten(lambda found: _quantized_error(found, correction)),)
+
+
+def _column_scales(options: Options) -> tuple[Transform, ...]:
+    return () if options.column_scales == "none" else (ColumnScales(DualScale(Clip("mse", options.clip_power))),)
 
 
 def _quantized_error(found: SiteStatistics, correction: SalientColumns | None) -> Loss:

@@ -9,7 +9,8 @@ Scores of a channel, of the site's tensor before anything was scaled:
 
 Orders of the MLP's hidden channels are carried out offline, in the rows of their writers. Behind a norm and behind
 attention, the linear gathers its channels as it quantizes them; `heads = "whole"` moves channels of attention's output
-inside their head only (alike in all heads that share a key-value head), and heads as wholes, which is offline, too.
+inside their head only (alike in all heads that share a key-value head), and heads as wholes, which is offline, too: the
+first channels are then all those of one or two heads, salient or not.
 `offline_rows` says which orders can be. `residual = "global"` gives the residual stream one order.
 """
 
