@@ -20,10 +20,12 @@ from subnibble.checkpoint.writer import CheckpointWriter
 from subnibble.hf import packed_modules
 from subnibble.methods import METHODS
 from subnibble.model.skeleton import Skeleton
+from subnibble.plan import plan_rotation
 from subnibble.runtime import activations, hadamard
 from subnibble.runtime.modules import PackedEmbedding, PackedLinear, TiedHead, add_output_bias_
 from subnibble.scheme import ActivationScheme, Scheme
 from subnibble.tensor import CodedMatrix, PackedRange
+from subnibble.transforms.rotate_values import make_value_rotation
 
 SETTINGS = {
     "w3-ragged": {"bits": 3, "group_size": 32, "embedding_bits": 8},
@@ -166,15 +168,23 @@ def check_method(method: str, source: Path, tokens: Path, out: Path, settings: d
     again = subnibble.quantize(source, out / "b", recipe)
     assert again.weights_sha256 == report.weights_sha256
 
-    # transforms leave the function alone
+    # rotations, residual orders and transforms leave the function alone
+    steps = METHODS[method].build(METHODS[method].configure(options))
     block, arguments = skeleton.load_block(1), skeleton.block_arguments(12)[1]
     hidden = torch.randn(1, 12, skeleton.config.hidden_size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         before = block.module(hidden, **arguments)
+        edit = plan_rotation(recipe, steps, skeleton)
+        if edit is not None:
+            hidden, before = (edit.embedding(states[0]).unsqueeze(0) for states in (hidden, before))
+            edit.edit_block_(block)
+        values = make_value_rotation(steps.value_rotation, block.heads.width, recipe.seed)
+        if values is not None:
+            values.edit_block_(block)
         stream = BlockStream(block, [hidden], arguments)
         names = block.arch.linears
         found = stream.statistics(dict.fromkeys(names, Scheme(3, 16)), dict.fromkeys(names, ActivationScheme(4)))
-        for transform in METHODS[method].build(METHODS[method].configure(options)).transforms:
+        for transform in steps.transforms:
             transform(block, found)
         after = block.module(hidden, **arguments)
     assert float((after - before).norm() / (before - hidden).norm()) < 1e-5
