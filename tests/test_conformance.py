@@ -22,7 +22,7 @@ from subnibble.methods import METHODS
 from subnibble.model.skeleton import Skeleton
 from subnibble.plan import plan_rotation
 from subnibble.runtime import activations, hadamard
-from subnibble.runtime.modules import PackedEmbedding, PackedLinear, TiedHead, add_output_bias_
+from subnibble.runtime.modules import InputMix, PackedEmbedding, PackedLinear, TiedHead, add_output_bias_
 from subnibble.scheme import ActivationScheme, Scheme
 from subnibble.tensor import CodedMatrix, PackedRange
 from subnibble.transforms.rotate_values import make_value_rotation
@@ -85,6 +85,9 @@ def dense_twin(source: Path, packed: torch.nn.Module) -> torch.nn.Module:
             stored[f"{path}.weight"] = module.packed.dequantize()
         elif isinstance(module, TiedHead):
             stored[f"{path}.weight"] = module._embedding[0].packed.dequantize()
+        elif isinstance(module, InputMix):
+            head = twin.get_submodule(path.rpartition(".")[0])
+            head.register_forward_pre_hook(lambda _, args, mix=module: (mix(args[0]),))
     for path, entry in packed_config_of(packed.config).modules.items():
         if isinstance(entry, NormBiasEntry):
             add_output_bias_(twin.get_submodule(path), torch.empty(entry.rows))

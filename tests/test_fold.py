@@ -36,7 +36,7 @@ def biased(model: torch.nn.Module) -> set[str]:
 
 
 @pytest.mark.parametrize("columns", ["down", "all"])
-@pytest.mark.parametrize("name", ["llama", "qwen3"])
+@pytest.mark.parametrize("name", ["llama", "qwen2-untied"])
 def test_folded_model_is_the_same_function_without_norm_biases(
     name: str, columns: str, folders: dict[str, Path], token_file: Path, tmp_path: Path
 ) -> None:
@@ -79,8 +79,11 @@ def test_dropping_the_biases_instead_is_rejected(folders: dict[str, Path], token
     assert float((logits(model) - before).abs().max() / before.abs().max()) > 1e-3
 
 
-def test_a_tied_head_keeps_the_final_norms_bias(folders: dict[str, Path], token_file: Path, tmp_path: Path) -> None:
-    model = packed(folders["llama-tied"], token_file, tmp_path / "a", {"rotation": "none"})
+@pytest.mark.parametrize("rotation", ["none", "groups"])
+def test_a_tied_head_keeps_the_final_norms_bias(
+    rotation: str, folders: dict[str, Path], token_file: Path, tmp_path: Path
+) -> None:
+    model = packed(folders["llama-tied"], token_file, tmp_path / rotation, {"rotation": rotation})
     before = logits(model)
     fold_norm_biases_(model)
     assert biased(model) == {"model.norm"}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from subnibble.calibrate.sinks import ordinary_tokens
-from subnibble.checkpoint.entries import Entry, NormBiasEntry, PackedLinearEntry
+from subnibble.checkpoint.entries import Entry, NormBiasEntry, PackedLinearEntry, input_mix_state
 from subnibble.corrections.mean_shift import MeanShift
 from subnibble.model.skeleton import Skeleton
 from subnibble.report.clock import Clock
@@ -55,16 +55,16 @@ class AfterBlocks:
             skeleton.release(path)
         return tensors, entries
 
-    def head(self, tied: bool, scheme: Scheme | None) -> tuple[dict[str, Tensor], dict[str, Entry]]:
-        """The head, nothing if it is tied in the result. scheme: None leaves it at 16 bits."""
+    def head(self, scheme: Scheme | None) -> tuple[dict[str, Tensor], dict[str, Entry]]:
+        """The head; if it is tied, what its input meets first, if anything. scheme: None leaves it at 16 bits."""
         skeleton, head = self.skeleton, self.skeleton.arch.head
-        if tied:
-            return {}, {}
+        gain = skeleton.source.load(f"{skeleton.arch.final_norm}.weight").to(skeleton.device)
+        if skeleton.tied:
+            mix = () if self.edit is None else self.edit.head_mix(gain)
+            return input_mix_state(head, mix) if mix else ({}, {})
         with self.clock.step("read"):
-            table = skeleton.arch.embedding if skeleton.tied else head
-            weight = skeleton.source.load(f"{table}.weight").to(skeleton.device)
+            weight = skeleton.source.load(f"{head}.weight").to(skeleton.device)
             if self.edit is not None:
-                gain = skeleton.source.load(f"{skeleton.arch.final_norm}.weight").to(skeleton.device)
                 weight = self.edit.head(weight, gain)
         with self.clock.step("embedding"):
             tensors, packed = pack_table(head, weight, scheme)

@@ -166,11 +166,6 @@ class _Run:
             check_sites(skeleton)
         return cls(skeleton, resolved, steps, plan, rotation, values, prefix, windows, clock)
 
-    @property
-    def head_is_tied(self) -> bool:
-        """Whether the head shares the embedding's table in the result; a rotation unties them."""
-        return self.skeleton.tied and (self.edit is None or not self.edit.unties)
-
     def execute(self, writer: CheckpointWriter, progress: Progress) -> Report:
         """Quantize and write everything but the commit."""
         skeleton, clock = self.skeleton, self.clock
@@ -240,7 +235,7 @@ class _Run:
             tensors, packed = pack_table(path, weight, self.recipe.embedding_scheme)
             if packed is not None:
                 self.modules[path] = PackedEmbeddingEntry(packed.layout)
-                if self.head_is_tied:
+                if skeleton.tied:
                     self.modules[skeleton.arch.head] = TiedHeadEntry(path)
             prefix = self._embed_prefix(weight)
             if self.windows is None:
@@ -314,7 +309,7 @@ class _Run:
         """What is behind the blocks; give the tensors to write. wanted, hidden: see `AfterBlocks`."""
         rest = AfterBlocks(self.skeleton, self.edit, self.clock)
         norm, entries = rest.final_norm(self.steps.mean_shift, wanted, hidden, self.recipe.window)
-        head, packed = rest.head(self.head_is_tied, self.recipe.embedding_scheme)
+        head, packed = rest.head(self.recipe.embedding_scheme)
         self.modules |= {**entries, **packed}
         return norm | head | rest.others()
 
@@ -354,7 +349,7 @@ class _Run:
 
     def _write_model_config(self, writer: CheckpointWriter) -> None:
         config = self.skeleton.config.to_diff_dict()
-        config["tie_word_embeddings"] = self.head_is_tied
+        config["tie_word_embeddings"] = self.skeleton.tied
         config["quantization_config"] = self._packed.to_dict()
         config["dtype"] = str(self.skeleton.source.config.dtype or self.skeleton.dtype).removeprefix("torch.")
         config.pop("_name_or_path", None)

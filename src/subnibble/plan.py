@@ -133,7 +133,9 @@ def packed_bytes(recipe: Recipe, steps: Steps, schemes: Mapping[str, Scheme | No
     tables = {f"{skeleton.arch.embedding}.weight", f"{skeleton.arch.head}.weight"}
     shapes = skeleton.parameter_shapes()
     if steps.rotation != "none" and skeleton.tied:
-        shapes[f"{skeleton.arch.head}.weight"] = shapes[f"{skeleton.arch.embedding}.weight"]
+        # In front of the tied head, float32.
+        width = skeleton.config.hidden_size
+        bits += 32 * width * (recipe.scheme.group_bounds(width)[0][1] if steps.rotation == "groups" else width)
     for name, shape in shapes.items():
         scheme = recipe.embedding_scheme if name in tables else schemes.get(name.removesuffix(".weight"))
         if scheme is not None:

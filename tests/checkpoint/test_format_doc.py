@@ -22,7 +22,7 @@ from subnibble.scheme import ActivationScheme, Scheme
 from subnibble.tensor import PackedLayout, PackedTensor, pack_codes, scale_dtype, unpack_codes
 
 DOC = (Path(__file__).parents[2] / "docs" / "format.md").read_text(encoding="utf-8")
-CONFIG, VECTORS, CONFIG_3, TOKENS, LINEAR, CONFIG_4, ROWS, CONFIG_5 = (
+CONFIG, VECTORS, CONFIG_3, TOKENS, LINEAR, CONFIG_4, ROWS, CONFIG_5, CONFIG_6 = (
     json.loads(block) for block in re.findall(r"```json\n(.*?)```", DOC, re.DOTALL)
 )
 DOWN = "model.layers.0.mlp.down_proj"
@@ -52,6 +52,7 @@ def test_the_examples_are_found() -> None:
     assert len(E2M1_ROWS) == 2
     assert {token["activation"].get("outliers", 0) > 0 for token in TOKENS} == {False, True}
     assert len(KRONECKER) == 6
+    assert stored_shapes(PackedConfig.from_dict(CONFIG_6))["lm_head.mix.matrix"] == (40, 16)
     assert {entry["kind"] for entry in CONFIG_3["modules"].values()} == {"composed_linear", "linear"}
     kinds = {entry["kind"] for entry in CONFIG["modules"].values()}
     assert kinds == {"linear", "embedding", "tied_head", "norm_bias"}
@@ -78,7 +79,7 @@ def test_stored_rows_have_the_documented_weights(vector) -> None:
 
 
 @pytest.mark.parametrize(
-    "config", [CONFIG, CONFIG_3, CONFIG_4, CONFIG_5], ids=["version 1", "version 3", "version 4", "version 5"]
+    "config", [CONFIG, CONFIG_3, CONFIG_4, CONFIG_5, CONFIG_6], ids=lambda config: str(config["format_version"])
 )
 def test_the_documented_config_is_read_and_written_back_the_same(config) -> None:
     assert PackedConfig.from_dict(config).to_dict() == config

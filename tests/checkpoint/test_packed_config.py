@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from subnibble.checkpoint.entries import (
+    InputMixEntry,
     NormBiasEntry,
     PackedEmbeddingEntry,
     PackedLinearEntry,
@@ -201,12 +202,12 @@ def test_names_of_schemes_are_labels_without_meaning() -> None:
 
 
 @pytest.mark.parametrize(
-    "version", [0, 6, -1, "1", "2", "3", "4", "5", 1.0, 2.0, 3.0, 4.0, 5.0, True, False, [1], None]
+    "version", [0, 7, -1, "1", "2", "3", "4", "5", "6", 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, True, False, [1], None]
 )
 @pytest.mark.parametrize("config", [CONFIG, SCALED, COMPOSED], ids=["plain", "scaled", "composed"])
 def test_another_version_is_an_error_that_says_so(config, version) -> None:
     values = {**through_json(config), "format_version": version}
-    said = re.escape(f"mine: format version {version!r}; this subnibble reads versions 1, 2, 3, 4, 5")
+    said = re.escape(f"mine: format version {version!r}; this subnibble reads versions 1, 2, 3, 4, 5, 6")
     with pytest.raises(CheckpointError, match=f"^{said}"):
         PackedConfig.from_dict(values, "mine")
 
@@ -560,3 +561,22 @@ def test_a_transformers_config_is_packed_only_if_it_says_so() -> None:
     assert packed_config_of(SimpleNamespace(quantization_config={"quant_method": "gptq", "bits": 4})) is None
     assert packed_config_of(SimpleNamespace(quantization_config=None)) is None
     assert packed_config_of(SimpleNamespace()) is None
+
+
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=5).map(tuple))
+def test_a_matrix_in_front_of_the_head_is_of_version_6(widths) -> None:
+    config = PackedConfig({**CONFIG.modules, f"{HEAD}.mix": InputMixEntry(widths)})
+    values = through_json(config)
+    assert values["format_version"] == 6
+    assert PackedConfig.from_dict(values) == config
+    assert stored_shapes(config)[f"{HEAD}.mix.matrix"] == (sum(widths), max(widths))
+    with pytest.raises(CheckpointError, match="came with version 6 and it says version 5"):
+        PackedConfig.from_dict({**values, "format_version": 5})
+
+
+@pytest.mark.parametrize("widths", [[], [0], [16, -1], [1.0], "16", 16, None])
+def test_damaged_widths_of_such_a_matrix_are_refused(widths) -> None:
+    values = through_json(PackedConfig({f"{HEAD}.mix": InputMixEntry((16,))}))
+    values["modules"][f"{HEAD}.mix"]["widths"] = widths
+    with pytest.raises(CheckpointError, match="mine is damaged"):
+        PackedConfig.from_dict(values, "mine")

@@ -10,7 +10,14 @@ from torch import Tensor, nn
 
 from subnibble.runtime import ops
 from subnibble.runtime.hadamard import hadamard, multiply
-from subnibble.runtime.modules import PackedEmbedding, PackedLinear, TiedHead, add_output_bias_
+from subnibble.runtime.modules import (
+    InputMix,
+    PackedEmbedding,
+    PackedLinear,
+    TiedHead,
+    add_input_mix_,
+    add_output_bias_,
+)
 from subnibble.runtime.ops import LinearTerms
 from subnibble.scheme import ActivationScheme, Scheme
 from subnibble.tensor import CodedMatrix, PackedRange, PackedTensor, scale_dtype
@@ -765,3 +772,18 @@ def test_inputs_in_8_bits_come_near_the_dense_weight() -> None:
     linear = PackedLinear(every_term(ActivationScheme(8, 16)))
     exact = x.double() @ linear.dequantize().double().T + linear.bias.double()
     assert float((linear(x).double() - exact).norm()) < 0.01 * float(exact.norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_matrix_in_front_of_a_head_is_block_diagonal_and_keeps_its_type(dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    blocks = [torch.randn(width, width, generator=generator) for width in (16, 16, 7)]
+    rows = torch.cat([nn.functional.pad(block, (0, 16 - block.shape[0])) for block in blocks])
+    head = nn.Linear(39, 5, bias=False)
+    add_input_mix_(head, InputMix(rows, (16, 16, 7)))
+    head = head.to(dtype)
+    assert head.mix.matrix.dtype == torch.float32
+    x = torch.randn(2, 3, 39, generator=generator).to(dtype)
+    mixed = (x.float() @ torch.block_diag(*blocks)).to(dtype)
+    assert torch.allclose(head(x), nn.functional.linear(mixed, head.weight), rtol=1e-5 if dtype == torch.float32 else 0.02)
+    assert set(head.state_dict()) == {"weight", "mix.matrix"}

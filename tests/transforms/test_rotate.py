@@ -375,7 +375,10 @@ def stored_departures(name: str, rotation: str, folders: dict[str, Path], out: P
     subnibble.quantize(folders[name], out, recipe)
     model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     original = AutoModelForCausalLM.from_pretrained(folders[name], dtype=torch.float32)
-    assert model.config.tie_word_embeddings is False
+    tied = original.config.tie_word_embeddings
+    assert model.config.tie_word_embeddings is tied
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) is tied
+    assert hasattr(model.lm_head, "mix") is tied
     assert torch.equal(model.model.norm.weight, torch.ones_like(model.model.norm.weight))
     made = make_rotation(rotation, model.config.hidden_size, Scheme(8, 16), 4, CPU)
     return departures(model.double(), original.double(), whole(made))
@@ -389,6 +392,25 @@ def test_a_rotated_checkpoint_is_the_same_function(
     states, logits = stored_departures(name, rotation, folders, tmp_path / "out")
     assert states < STORED
     assert logits < STORED
+
+
+@pytest.mark.parametrize("rotation", ["full", "groups"])
+@pytest.mark.parametrize("fault", ["left out", "gain left out", "another block"])
+def test_planted_faults_of_a_tied_heads_matrix_move_the_logits(
+    fault: str, rotation: str, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = Rotation.head_mix
+
+    def wrong(self: Rotation, gain: Tensor) -> tuple[Tensor, ...]:
+        found = right(self, torch.ones_like(gain) if fault == "gain left out" else gain)
+        if fault == "left out":
+            return tuple(torch.eye(block.shape[0]) for block in found)
+        return found if fault == "gain left out" else (found[0].roll(1, 0), *found[1:])
+
+    monkeypatch.setattr(Rotation, "head_mix", wrong)
+    states, logits = stored_departures("llama-tied", rotation, folders, tmp_path / "out")
+    assert states < STORED
+    assert logits > 3 * STORED
 
 
 @pytest.mark.parametrize("forgotten", ["bias of a writer", "all of a block"])

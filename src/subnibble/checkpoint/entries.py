@@ -10,6 +10,7 @@ from torch import Tensor
 
 from subnibble.cache_scheme import CacheScheme
 from subnibble.runtime.hadamard import hadamard_factors
+from subnibble.runtime.modules import MIX
 from subnibble.runtime.ops import RESIDUALS, LinearTerms
 from subnibble.scheme import ActivationScheme
 from subnibble.tensor import PackedLayout
@@ -124,6 +125,23 @@ class TiedHeadEntry:
 
 
 @dataclass(frozen=True)
+class InputMixEntry:
+    """A block-diagonal matrix in front of a head, `<path>.matrix`, (channels, widest) float32, path ending in `MIX`.
+
+    widths: of its blocks.
+    """
+
+    widths: tuple[int, ...]
+
+
+def input_mix_state(path: str, blocks: tuple[Tensor, ...]) -> tuple[dict[str, Tensor], dict[str, Entry]]:
+    """What is stored of square blocks in front of the head at `path`, and their entry."""
+    widths, where = tuple(block.shape[0] for block in blocks), f"{path}.{MIX}"
+    rows = [torch.nn.functional.pad(block.float(), (0, max(widths) - block.shape[0])) for block in blocks]
+    return {f"{where}.matrix": torch.cat(rows)}, {where: InputMixEntry(widths)}
+
+
+@dataclass(frozen=True)
 class NormBiasEntry:
     """A norm that gained a bias of `rows` channels, stored as `<path>.bias`."""
 
@@ -174,4 +192,12 @@ class KeyCenterEntry:
         return asdict(self)
 
 
-Entry = PackedLinearEntry | PackedEmbeddingEntry | TiedHeadEntry | NormBiasEntry | PrefixEntry | KeyCenterEntry
+Entry = (
+    PackedLinearEntry
+    | PackedEmbeddingEntry
+    | TiedHeadEntry
+    | InputMixEntry
+    | NormBiasEntry
+    | PrefixEntry
+    | KeyCenterEntry
+)

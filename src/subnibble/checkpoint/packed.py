@@ -1,4 +1,4 @@
-"""The packed checkpoint format, versions 1 to 5 (docs/format.md): what `quantization_config` in config.json says.
+"""The packed checkpoint format, versions 1 to 6 (docs/format.md): what `quantization_config` in config.json says.
 
 It names every module whose tensors are not what the plain model would have. The tensors themselves are ordinary
 safetensors: `<module path>.codes`, `.scales`, `.zeros`, and what else a kind of module has. What a lower version can
@@ -16,6 +16,7 @@ from subnibble.checkpoint.entries import (
     PREFIX,
     PREFIX_NAMES,
     Entry,
+    InputMixEntry,
     KeyCenterEntry,
     NormBiasEntry,
     PackedEmbeddingEntry,
@@ -30,9 +31,9 @@ from subnibble.tensor import PackedLayout
 T = TypeVar("T")
 
 QUANT_METHOD = "subnibble"
-FORMAT_VERSIONS = (1, 2, 3, 4, 5)
-# The first version that knows centres of keys.
-_CENTERED = 5
+FORMAT_VERSIONS = (1, 2, 3, 4, 5, 6)
+# The first versions that know centres of keys, and a matrix in front of the head.
+_CENTERED, _MIXED = 5, 6
 _LINEAR, _SCALED_LINEAR, _COMPOSED_LINEAR = "linear", "scaled_linear", "composed_linear"
 _MODULE_KEYS = {
     _LINEAR: {"kind", "rows", "ranges", "bias"},
@@ -41,6 +42,7 @@ _MODULE_KEYS = {
     | {"column_scale", "gather", "hadamard", "activation", "salient", "residual", "low_rank"},
     "embedding": {"kind", "rows", "ranges"},
     "tied_head": {"kind", "table"},
+    "input_mix": {"kind", "widths"},
     "norm_bias": {"kind", "rows"},
     "prefix": {"kind", "heads", "tokens", "width"},
     "key_center": {"kind", "heads", "width", "rope", "key_rotation"},
@@ -101,6 +103,8 @@ class PackedConfig:
     @property
     def _version(self) -> int:
         """The lowest version that can say this."""
+        if any(isinstance(entry, InputMixEntry) for entry in self.modules.values()):
+            return _MIXED
         if self._centers:
             return _CENTERED
         if self.cache is not None or self.prefix is not None:
@@ -164,6 +168,8 @@ def stored_shapes(packed: PackedConfig) -> dict[str, tuple[int, ...]]:
                 shapes |= {f"{path}.gather": (layout.columns,)} if gather else {}
             case PackedEmbeddingEntry(layout):
                 shapes |= _matrix_shapes(f"{path}.", layout)
+            case InputMixEntry(widths):
+                shapes[f"{path}.matrix"] = (sum(widths), max(widths))
             case NormBiasEntry(rows):
                 shapes[f"{path}.bias"] = (rows,)
             case PrefixEntry(heads, tokens, width):
@@ -198,6 +204,8 @@ def _entry_to_dict(entry: Entry) -> dict[str, Any]:
             return {"kind": "embedding", **_layout_to_dict(layout)}
         case TiedHeadEntry(table):
             return {"kind": "tied_head", "table": table}
+        case InputMixEntry(widths):
+            return {"kind": "input_mix", "widths": list(widths)}
         case NormBiasEntry(rows):
             return {"kind": "norm_bias", "rows": rows}
         case PrefixEntry(heads, tokens, width):
@@ -245,6 +253,11 @@ def _entry_from_dict(values: Mapping[str, Any], labels: _Labels) -> Entry:
         raise CheckpointError(f"module of kind {kind!r} has keys {sorted(values)}; written by a newer subnibble?")
     if kind == "tied_head":
         return TiedHeadEntry(_typed(values["table"], str))
+    if kind == "input_mix":
+        widths = tuple(_count(width) for width in values["widths"])
+        if not widths:
+            raise ValueError("a matrix without blocks")
+        return InputMixEntry(widths)
     if kind == "norm_bias":
         return NormBiasEntry(_count(values["rows"]))
     if kind == "prefix":

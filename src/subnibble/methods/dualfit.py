@@ -7,8 +7,7 @@ What the ablation (docs/results.md) found to pay of D2Quant's parts, each in its
 - a real zero-point, so that no level is forced to 0: better than sign bases at the same bits at 2 bits, cheaper at 3;
 - fits weighted by the Hessian's diagonal;
 - GPTAQ's loss exactly (`shifted`, half-way: alpha 0.5), in group-aware order;
-- the residual stream rotated by groups. A model with tied embeddings pays for it with a head of its own: where the file
-  must stay small, `rotation = "none"`.
+- the residual stream rotated by groups.
 
 Not in it: the mean shift in norms, and coordinate descent (`sweeps`), which lowered the calibration text's error more
 than other text's. Both are options. Side data is a scale and a zero-point of 16 bits a group, 0.11 bits a weight more

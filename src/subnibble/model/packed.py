@@ -10,6 +10,7 @@ from torch import nn
 from subnibble.checkpoint.entries import (
     KEY_CENTER,
     PREFIX,
+    InputMixEntry,
     KeyCenterEntry,
     NormBiasEntry,
     PackedEmbeddingEntry,
@@ -24,24 +25,28 @@ from subnibble.errors import CheckpointError
 from subnibble.model.arch import find_arch
 from subnibble.model.site import Heads
 from subnibble.runtime.modules import (
+    InputMix,
     KeyCenter,
     PackedEmbedding,
     PackedLinear,
     PrefixStates,
     TiedHead,
+    add_input_mix_,
     add_output_bias_,
 )
 from subnibble.runtime.ops import LinearTerms
 
+# A tied head needs its table's module, a matrix in front of a head the head's, whatever the order of the JSON.
+_LATER = {TiedHeadEntry: 1, InputMixEntry: 2}
+
 
 def pack_modules_(model: Any, packed: PackedConfig, dtype: torch.dtype) -> None:
     """Put all packed modules into an empty transformers model, on the meta device. dtype: of what comes out of them."""
-    # A tied head needs its table's module, whatever the order of the JSON.
-    for path, entry in sorted(packed.modules.items(), key=lambda item: isinstance(item[1], TiedHeadEntry)):
+    for path, entry in sorted(packed.modules.items(), key=lambda item: _LATER.get(type(item[1]), 0)):
         try:
-            # A centre is a module that attention does not have yet.
-            own = isinstance(entry, KeyCenterEntry)
-            module = model.get_submodule(path.removesuffix(f".{KEY_CENTER}") if own else path)
+            # Centres and matrices are modules that what holds them does not have yet.
+            own = isinstance(entry, KeyCenterEntry | InputMixEntry)
+            module = model.get_submodule(path.rpartition(".")[0] if own else path)
         except AttributeError as error:
             raise CheckpointError(f"quantization_config packs {path}, which this model does not have") from error
         replace_module(model, path, module, entry, dtype)
@@ -108,6 +113,14 @@ def replace_module(model: Any, path: str, module: nn.Module, entry: Any, dtype: 
                 target: origin for target, origin in model.all_tied_weights_keys.items() if target != f"{path}.weight"
             }
             model._tied_weights_keys = None
+        case InputMixEntry(widths):
+            if sum(widths) != getattr(module, "in_features", None):
+                raise CheckpointError(
+                    f"{path} is of {sum(widths)} channels, which is not what the model's head has; config.json does "
+                    "not belong to these weights"
+                )
+            matrix = torch.empty(sum(widths), max(widths), dtype=torch.float32, device="meta")
+            add_input_mix_(module, InputMix(matrix, widths))
         case NormBiasEntry(rows):
             add_output_bias_(module, torch.empty(rows, dtype=dtype, device="meta"))
         case PrefixEntry(heads, tokens, width):

@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from subnibble.runtime import ops
 from subnibble.tensor import PackedLayout, PackedTensor
 
+# Where a head holds its `InputMix`.
+MIX = "mix"
+
 
 class StoredModule(nn.Module):
     """Holds buffers that keep their stored type on `.to(dtype)`."""
@@ -62,6 +65,31 @@ class KeyCenter(StoredModule):
     def extra_repr(self) -> str:
         """Shape and kind, for printing."""
         return f"{tuple(self.mean.shape)}, rope={self.rope}, key_rotation={self.key_rotation}"
+
+
+class InputMix(StoredModule):
+    """A block-diagonal matrix M (d, d) float32 that meets a head's input before its table does.
+
+    matrix: (d, widest), row i of M from the first column of its block on, filled up with zeros. widths: of the blocks.
+    """
+
+    matrix: Tensor
+
+    def __init__(self, matrix: Tensor, widths: tuple[int, ...]) -> None:
+        super().__init__()
+        self.register_buffer("matrix", matrix)
+        self.widths = widths
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., d) to x M, in float32 or better and rounded to x's type once."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        rows = self.matrix.to(wide.dtype).split(self.widths)
+        parts = zip(wide.split(self.widths, -1), rows, strict=True)
+        return torch.cat([part @ block[:, : block.shape[0]] for part, block in parts], -1).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        """Widths, for printing."""
+        return f"{len(self.widths)} blocks of up to {max(self.widths)}"
 
 
 class PackedModule(StoredModule):
@@ -169,6 +197,17 @@ def add_output_bias_(module: nn.Module, bias: Tensor) -> None:
     """Give a norm (which has no bias) a bias (d,) that is added to its output; stored as `<norm>.bias`."""
     module.register_parameter("bias", nn.Parameter(bias, requires_grad=False))
     module.register_forward_hook(_add_bias)
+
+
+def add_input_mix_(head: nn.Module, mix: InputMix) -> None:
+    """Let a head see its input through `mix`, stored under the head as `MIX`."""
+    head.add_module(MIX, mix)
+    head.register_forward_pre_hook(_mix_input)
+
+
+def _mix_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    mix = module.get_submodule(MIX)
+    return (mix(args[0]), *args[1:])
 
 
 def remove_output_bias_(module: nn.Module) -> None:

@@ -28,7 +28,6 @@ class ResidualOrder:
     """See `ResidualEdit`. order: (channels,) int64, old channel order[i] becomes channel i."""
 
     order: Tensor
-    unties: bool = False
 
     def embedding(self, weight: Tensor) -> Tensor:
         """See `ResidualEdit`."""
@@ -45,6 +44,10 @@ class ResidualOrder:
     def head(self, weight: Tensor, gain: Tensor) -> Tensor:
         """See `ResidualEdit`."""
         return weight[:, self.order]
+
+    def head_mix(self, gain: Tensor) -> tuple[Tensor, ...]:
+        """See `ResidualEdit`."""
+        return ()
 
 
 def residual_order(blocks: Iterable[tuple[Block, BlockStream]]) -> ResidualOrder:

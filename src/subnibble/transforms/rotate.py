@@ -4,9 +4,11 @@ RMSNorm with its gain moved into the linears behind it commutes with any rotatio
 
     embedding E Q;   readers W diag(gain) Q;   writers Qᵀ W and Qᵀ bias;   gains 1;   head W diag(final gain) Q
 
-Weights alone change: nothing is rotated online, heads and the MLP's hidden channels keep their basis. Q is diag(random
-signs) times a Hadamard matrix: `full` over the whole width, `groups` a block-diagonal one with a block for each
-quantization group, the last one smaller if need be (as D2Quant's released program does with 128).
+Weights alone change: nothing is rotated online, heads and the MLP's hidden channels keep their basis. A head that is
+tied to the embedding stays so: E diag(final gain) Q = E Q M with M = Qᵀ diag(final gain) Q, which has Q's blocks and
+meets the head's input instead; for engines that have no place for it, the product is a table of the head's own. Q is
+diag(random signs) times a Hadamard matrix: `full` over the whole width, `groups` a block-diagonal one with a block for
+each quantization group, the last one smaller if need be (as D2Quant's released program does with 128).
 """
 
 from __future__ import annotations
@@ -28,13 +30,7 @@ ROTATIONS = ("none", "full", "groups")
 
 
 class ResidualEdit(Protocol):
-    """An edit of the whole residual stream that keeps the model's function. unties: whether a tied head needs a table
-    of its own afterwards.
-    """
-
-    @property
-    def unties(self) -> bool:
-        """See the class."""
+    """An edit of the whole residual stream that keeps the model's function."""
 
     def embedding(self, weight: Tensor) -> Tensor:
         """The embedding's table (n, d), edited."""
@@ -46,7 +42,10 @@ class ResidualEdit(Protocol):
         """The final norm's gain (d,), edited."""
 
     def head(self, weight: Tensor, gain: Tensor) -> Tensor:
-        """The head's table (n, d), edited. gain: the final norm's, before the edit."""
+        """The head's table (n, d), edited, where it is not tied. gain: the final norm's, before the edit."""
+
+    def head_mix(self, gain: Tensor) -> tuple[Tensor, ...]:
+        """Square blocks, float32, of what a tied head's input is to be multiplied with; () for nothing."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,6 @@ class Rotation:
     """
 
     blocks: tuple[Tensor, ...]
-    unties: bool = True
 
     def embedding(self, weight: Tensor) -> Tensor:
         """See `ResidualEdit`."""
@@ -74,6 +72,12 @@ class Rotation:
     def head(self, weight: Tensor, gain: Tensor) -> Tensor:
         """See `ResidualEdit`."""
         return self.columns(weight.float() * gain.float())
+
+    def head_mix(self, gain: Tensor) -> tuple[Tensor, ...]:
+        """See `ResidualEdit`."""
+        widths = [block.shape[0] for block in self.blocks]
+        pairs = zip(self.blocks, gain.double().split(widths), strict=True)
+        return tuple((block.T @ (part.unsqueeze(1) * block)).float() for block, part in pairs)
 
     def columns(self, matrix: Tensor) -> Tensor:
         """M Q for M (m, d): computed in float64, given in M's type."""
