@@ -18,6 +18,7 @@ from conftest import CONFIGS, random_model
 from subnibble import Recipe
 from subnibble.checkpoint.safetensors_source import SafetensorsSource
 from subnibble.errors import BadRecipe, UnsupportedModel
+from subnibble.estimate import estimate
 from subnibble.methods import METHODS
 from subnibble.model.arch import ARCHITECTURES
 from subnibble.model.arch.llama import LLAMA
@@ -372,7 +373,9 @@ def stored_departures(name: str, rotation: str, folders: dict[str, Path], out: P
     only = {r"re:(?!model\.layers\.2\.self_attn\.q_proj)": {"skip": True}}
     options = {"rotation": rotation}
     recipe = Recipe(method="rtn", bits=8, group_size=16, overrides=only, options=options, device="cpu", seed=4)
-    subnibble.quantize(folders[name], out, recipe)
+    report = subnibble.quantize(folders[name], out, recipe)
+    headers = sum(8 + int.from_bytes(file.read_bytes()[:8], "little") for file in out.glob("*.safetensors"))
+    assert estimate(folders[name], recipe).file_bytes + headers == report.size["file_bytes"]
     model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     original = AutoModelForCausalLM.from_pretrained(folders[name], dtype=torch.float32)
     tied = original.config.tie_word_embeddings
