@@ -267,9 +267,9 @@ def test_newer_format_is_refused(packed: dict[str, Path], tmp_path: Path) -> Non
     for file in packed["llama"].iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
     config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"]["format_version"] = 6
+    config["quantization_config"]["format_version"] = 7
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match="format version 6"):
+    with pytest.raises(CheckpointError, match="format version 7"):
         AutoModelForCausalLM.from_pretrained(folder)
 
 
