@@ -43,6 +43,14 @@ METHODS: dict[str, dict[str, Any]] = {
         "method": "bisup",
         "options": {"effort": "fast", "rank": 4, "low_rank": "side", "input_clipping": "site"},
     },
+    "quarot-rotation": {
+        "method": "bisup",
+        "options": {"effort": "fast", "rank": 4, "low_rank": "side", "learned_rotation": "values"},
+    },
+    "atom-rotation": {
+        "method": "bisup",
+        "options": {"over": "atom", "effort": "fast", "rank": 4, "outliers": 8, "learned_rotation": "values"},
+    },
     "atom": {"method": "bisup", "options": {"over": "atom", "effort": "fast", "rank": 4, "outliers": 8}},
     "atom-side": {
         "method": "bisup",

@@ -34,9 +34,9 @@ _COUNTS = {"outliers": ("outliers", ("atom",)), "salient": ("rank", _SALIENT)}
 @dataclass(frozen=True)
 class Options:
     """over: the method below, a name in BASES. clipping, input_clipping, smoothing, low_rank, low_rank_start,
-    low_rank_rate, rank, effort, penalty, anchor: see `tuning/tuning.py`. asymmetry, alpha_drift: of the rounding at the
-    end, see `rounding/gptaq.py`. rotation: of the residual stream, "method" for the base's own. outliers: Atom's.
-    salient: channels, SERQ's and twinfit's.
+    low_rank_rate, rank, effort, penalty, anchor, learned_rotation: see `tuning/tuning.py`. asymmetry, alpha_drift: of
+    the rounding at the end, see `rounding/gptaq.py`. rotation: of the residual stream, "method" for the base's own.
+    outliers: Atom's. salient: channels, SERQ's and twinfit's.
     """
 
     over: str = "quarot"
@@ -50,6 +50,7 @@ class Options:
     effort: str = "default"
     penalty: float = 0.01
     anchor: float = 0.0
+    learned_rotation: str = "none"
     asymmetry: str = "none"
     alpha_drift: float = 0.5
     rotation: str = "method"

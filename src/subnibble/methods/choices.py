@@ -29,6 +29,7 @@ OPTION_CHOICES = {
         "smoothing": tuning.SMOOTHINGS,
         "low_rank": tuning.LOW_RANKS,
         "low_rank_start": tuning.LOW_RANK_STARTS,
+        "learned_rotation": tuning.LEARNED_ROTATIONS,
         "effort": tuple(tuning.EFFORTS),
         "saliency": saliency.SCORES,
         "heads": saliency.HEAD_ORDERS,

@@ -23,6 +23,7 @@ from subnibble.runtime.coded_text import coded_keys, coded_values
 from subnibble.scheme import ActivationScheme
 from subnibble.transforms.scale import scale_site_
 from subnibble.tuning.linear import Frame, TunedInput, TunedLinear
+from subnibble.tuning.rotation import HeadRotation
 from subnibble.tuning.smoothing import Smoothing
 from subnibble.tuning.tuning import Tuning
 
@@ -49,6 +50,8 @@ class TunedBlock:
                 linear = TunedLinear(block.linear(name), entrance, frame, name, tuning, generator)
                 self.module.set_submodule(name, linear)
                 self.linears[name] = linear
+            if site.per_head and tuning.learned_rotation == "values":
+                entrance.rotation = HeadRotation(block.heads, block.linear(site.readers[0]).weight.device)
         self.module.requires_grad_(False)
         for parameter in self.parameters().values():
             parameter.requires_grad_(True)
@@ -87,6 +90,8 @@ class TunedBlock:
         for name, entrance in self.sites.items():
             if entrance.clip is not None:
                 found[f"input_clipping.{name}"] = entrance.clip
+            if entrance.rotation is not None:
+                found[f"rotation.{name}"] = entrance.rotation.skew
             if entrance.smoothing is not None:
                 found |= {f"smoothing.{name}.{key}": value for key, value in entrance.smoothing.named_parameters()}
         return found
@@ -126,12 +131,16 @@ class TunedBlock:
         return found
 
     def fold_(self, block: Block) -> None:
-        """Divide a float32 `block`, untouched so far, by the learned factors, which leaves its function."""
+        """Divide a float32 `block`, untouched so far, by the learned factors, and turn its values; it keeps its
+        function.
+        """
         with torch.no_grad():
             for site in block.arch.sites:
-                smoothing = self.sites[site.name].smoothing
-                if smoothing is not None:
-                    scale_site_(block, site, smoothing.narrow())
+                entrance = self.sites[site.name]
+                if entrance.smoothing is not None:
+                    scale_site_(block, site, entrance.smoothing.narrow())
+                if entrance.rotation is not None:
+                    entrance.rotation.edit_block_(block, site)
 
     def settle_(self, block: Block) -> None:
         """Carry out on the float32 `block` what was learned: factors folded, slacks and low-rank parts merged. This
@@ -139,28 +148,30 @@ class TunedBlock:
         of it.
         """
         with torch.no_grad():
-            factors = self._value_factors()
-            if self.prefix is not None and factors is not None:
-                self.prefix = self.prefix[0], self.prefix[1] / factors
+            if self.prefix is not None:
+                self.prefix = self.prefix[0], self._turned(self.prefix[1])
             for site in block.arch.sites:
-                smoothing = self.sites[site.name].smoothing
+                smoothing, rotation = self.sites[site.name].smoothing, self.sites[site.name].rotation
                 wide = torch.ones(()) if smoothing is None else smoothing.wide()
                 for name in site.readers:
                     weight, low_rank = block.linear(name).weight, self.linears[name].low_rank
                     if smoothing is not None:
                         weight.mul_(self.linears[name].factors(smoothing) / wide)
                     if low_rank is not None and self.tuning.low_rank == "merge":
-                        # As it was learned, behind the factors that come next.
-                        weight.add_(low_rank.product() / wide.to(weight.device))
+                        # As it was learned, behind the factors and the rotation that come next.
+                        product = low_rank.product() if rotation is None else rotation.natural(low_rank.product())
+                        weight.add_(product / wide.to(weight.device))
                         self.linears[name].low_rank = None
             for site in block.arch.sites:
-                smoothing = self.sites[site.name].smoothing
-                for low_rank in [self.linears[name].low_rank for name in site.writers if smoothing is not None]:
-                    if low_rank is not None and smoothing is not None:
-                        low_rank.up.div_(smoothing.narrow().unsqueeze(1))
+                entrance = self.sites[site.name]
+                for low_rank in (self.linears[name].low_rank for name in site.writers):
+                    if low_rank is not None and entrance.smoothing is not None:
+                        low_rank.up.div_(entrance.smoothing.narrow().unsqueeze(1))
+                    if low_rank is not None and entrance.rotation is not None:
+                        low_rank.up.copy_(entrance.rotation.rows(low_rank.up))
         self.fold_(block)
         for entrance in self.sites.values():
-            entrance.smoothing = None
+            entrance.smoothing = entrance.rotation = None
         own = dict(self.module.named_parameters()) | dict(self.module.named_buffers())
         for name, parameter in block.module.named_parameters():
             own[name].data.copy_(parameter.data)
@@ -215,12 +226,20 @@ class TunedBlock:
         found = [e.smoothing.by_head() for e in self.sites.values() if e.of_values and e.smoothing is not None]
         return found[0] if found else None
 
+    def _turned(self, values: Tensor) -> Tensor:
+        """Values (..., key-value heads, t, width) as they are cached: divided by their factors, rotated."""
+        factors = self._value_factors()
+        values = values if factors is None else values / factors
+        for entrance in self.sites.values():
+            if entrance.rotation is not None:
+                values = entrance.rotation.values(values)
+        return values
+
     def seen(self, keys: Tensor, values: Tensor, positions: tuple[Tensor, Tensor]) -> States:
         """What attention sees of a text's keys and values (b, heads, t, width), the prefix before them."""
-        coding, factors, prefix = self._frame.coding, self._value_factors(), self.prefix
-        if factors is not None:
-            values = values / factors
-            prefix = None if prefix is None else (prefix[0], prefix[1] / factors)
+        coding, prefix = self._frame.coding, self.prefix
+        values = self._turned(values)
+        prefix = None if prefix is None else (prefix[0], self._turned(prefix[1]))
         # Norms of queries and keys (Qwen3) give float32; attention takes one type.
         values = values.to(keys.dtype)
         if coding is not None:

@@ -21,6 +21,7 @@ from subnibble.transforms.input_basis import InputBasis
 from subnibble.tuning.clipping import Clipping
 from subnibble.tuning.input_clip import bound_, can_clip, clipped, with_share
 from subnibble.tuning.low_rank import Compensation
+from subnibble.tuning.rotation import HeadRotation
 from subnibble.tuning.smoothing import Smoothing
 from subnibble.tuning.tuning import Tuning
 
@@ -59,14 +60,16 @@ class Frame:
 class TunedInput:
     """What readers of a site share: factors, basis, and the input as each activation scheme leaves it.
 
-    of_values: its factors act on attention's values, before they are cached. clip: by what share of it the inputs' clip
-    is moved, None where it stays. repeated: of so many first channels the remainder is quantized, too.
+    of_values: its factors act on attention's values, before they are cached. rotation: of these values, or None. clip:
+    by what share of it the inputs' clip is moved, None where it stays. repeated: of so many first channels the
+    remainder is quantized, too.
     """
 
     def __init__(self, basis: InputBasis, dtype: torch.dtype, repeated: int = 0) -> None:
         self.basis, self._dtype, self._repeated = basis, dtype, repeated
         self.smoothing: Smoothing | None = None
         self.of_values = False
+        self.rotation: HeadRotation | None = None
         self.clip: nn.Parameter | None = None
         self._schemes: list[ActivationScheme] = []
         self._x: Tensor | None = None
@@ -203,6 +206,9 @@ class TunedLinear(nn.Module):
         weight, smoothing = self.weight, self._entrance[0].smoothing
         if smoothing is not None:
             weight = weight * self.factors(smoothing)
+        rotation = self._entrance[0].rotation
+        if rotation is not None:
+            weight = rotation.columns(weight)
         if self.low_rank is not None and self._tuning.low_rank == "merge":
             weight = weight + self.low_rank.product()
         return self._entrance[0].basis.columns(weight)

@@ -12,6 +12,7 @@ INPUT_CLIPPINGS = ("site", "none")
 SMOOTHINGS = ("soft", "hard", "none")
 LOW_RANKS = ("merge", "side", "none")
 LOW_RANK_STARTS = ("zero", "error")
+LEARNED_ROTATIONS = ("values", "none")
 _BRANCH_BITS = 8
 
 
@@ -47,7 +48,8 @@ class Tuning:
     each weight before it is rounded, "side" a branch beside it. low_rank_start: "zero", or "error" for a branch
     that begins as what rounding leaves, as well as its rank can hold it. low_rank_rate: AdamW's step of its
     factors. effort: a name in EFFORTS. penalty: λ of soft smoothing. anchor: μ of what smoothing costs away from
-    its start. unsmoothed: sites that keep their channels.
+    its start. learned_rotation: "values" learns how values are turned within their heads (`rotation.py`), or "none".
+    unsmoothed: sites that keep their channels.
     """
 
     clipping: str = "group"
@@ -60,18 +62,24 @@ class Tuning:
     effort: str = "default"
     penalty: float = 0.01
     anchor: float = 0.0
+    learned_rotation: str = "none"
     unsmoothed: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         chosen = (
             ("clipping", CLIPPINGS), ("input_clipping", INPUT_CLIPPINGS), ("smoothing", SMOOTHINGS),
-            ("low_rank", LOW_RANKS), ("low_rank_start", LOW_RANK_STARTS), ("effort", tuple(EFFORTS)),
+            ("low_rank", LOW_RANKS), ("low_rank_start", LOW_RANK_STARTS), ("learned_rotation", LEARNED_ROTATIONS),
+            ("effort", tuple(EFFORTS)),
         )  # fmt: skip
         for name, choices in chosen:
             if getattr(self, name) not in choices:
                 raise BadRecipe(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}")
-        if self.clipping == self.input_clipping == self.smoothing == self.low_rank == "none":
-            raise BadRecipe('there is nothing to tune: clipping, input_clipping, smoothing and low_rank are all "none"')
+        spaces = (self.clipping, self.input_clipping, self.smoothing, self.low_rank, self.learned_rotation)
+        if set(spaces) == {"none"}:
+            raise BadRecipe(
+                "there is nothing to tune: clipping, input_clipping, smoothing, low_rank and learned_rotation are all "
+                '"none"'
+            )
         if self.low_rank_start == "error" and self.low_rank != "side":
             raise BadRecipe(
                 f'low_rank_start is "error" and low_rank {self.low_rank!r}; a matrix that is merged begins at "zero"'
