@@ -160,7 +160,7 @@ def round_columns(
         if push.asymmetry.form == "released":
             source[factor.dead] = 0
         spread = Spread(source, push.propagation(u), factor.dead, push.asymmetry.form)
-    unfed = _unfed(w, factor.dead, scheme)
+    unfed, is_dead = _unfed(w, scheme), factor.dead.tolist()
     w[factor.dead] = 0
     target = w.clone() if how.sweeps else w
     if how.sweeps:
@@ -173,7 +173,7 @@ def round_columns(
         for j in range(i1, i2):
             if len(homes) == j:
                 homes += _fit_group(w, j, factor, plan, scheme, how)
-            value = unfed[j] if factor.dead[j] else w[j]
+            value = unfed[j] if is_dead[j] else w[j]
             column = homes[j].fitted.encode(value.unsqueeze(1), homes[j].place)
             codes[j] = column[:, 0]
             if spread is not None:
@@ -194,8 +194,8 @@ def round_columns(
     return _in_natural_order(codes, homes, plan)
 
 
-def _unfed(w: Tensor, dead: Tensor, scheme: Scheme) -> Tensor:
-    """What columns that are never fed become, as rows like those of w: 0, or on a grid without 0 what they are."""
+def _unfed(w: Tensor, scheme: Scheme) -> Tensor:
+    """What columns are to become if they are never fed, as rows like w: 0, or on a grid without 0 what they are."""
     return torch.zeros_like(w) if scheme.has_zero else w.clone()
 
 
