@@ -13,6 +13,7 @@ from subnibble.checkpoint.entries import NormBiasEntry
 from subnibble.checkpoint.packed import packed_config_of
 from subnibble.errors import CheckpointError
 from subnibble.fold import fold_norm_biases_
+from subnibble.runtime.modules import InputMix, add_input_mix_
 
 IDS = torch.arange(40).view(2, 20) % 96
 
@@ -93,3 +94,16 @@ def test_a_tied_head_keeps_the_final_norms_bias(
 def test_a_plain_model_is_refused(folders: dict[str, Path]) -> None:
     with pytest.raises(CheckpointError, match="not a packed one"):
         fold_norm_biases_(AutoModelForCausalLM.from_pretrained(folders["llama"]))
+
+
+def test_a_bias_goes_through_what_stands_in_front_of_a_head(
+    folders: dict[str, Path], token_file: Path, tmp_path: Path
+) -> None:
+    model = packed(folders["llama"], token_file, tmp_path / "a", {})
+    width = model.config.hidden_size
+    mix = torch.randn(width, width, generator=torch.Generator().manual_seed(0)) / width**0.5
+    add_input_mix_(model.lm_head, InputMix(mix, (width,)))
+    before = logits(model)
+    fold_norm_biases_(model)
+    assert biased(model) == set()
+    assert float((logits(model) - before).abs().max() / before.abs().max()) < 2e-5

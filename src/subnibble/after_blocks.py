@@ -58,17 +58,20 @@ class AfterBlocks:
     def head(self, scheme: Scheme | None) -> tuple[dict[str, Tensor], dict[str, Entry]]:
         """The head; if it is tied, what its input meets first, if anything. scheme: None leaves it at 16 bits."""
         skeleton, head = self.skeleton, self.skeleton.arch.head
-        gain = skeleton.source.load(f"{skeleton.arch.final_norm}.weight").to(skeleton.device)
         if skeleton.tied:
-            mix = () if self.edit is None else self.edit.head_mix(gain)
+            mix = () if self.edit is None else self.edit.head_mix(self._final_gain())
             return input_mix_state(head, mix) if mix else ({}, {})
         with self.clock.step("read"):
             weight = skeleton.source.load(f"{head}.weight").to(skeleton.device)
             if self.edit is not None:
-                weight = self.edit.head(weight, gain)
+                weight = self.edit.head(weight, self._final_gain())
         with self.clock.step("embedding"):
             tensors, packed = pack_table(head, weight, scheme)
         return tensors, {} if packed is None else {head: PackedLinearEntry(packed.layout, bias=False)}
+
+    def _final_gain(self) -> Tensor:
+        """The final norm's gain, before any edit."""
+        return self.skeleton.source.load(f"{self.skeleton.arch.final_norm}.weight").to(self.skeleton.device)
 
     def others(self) -> dict[str, Tensor]:
         """What is in neither embedding, blocks, final norm nor head."""

@@ -17,7 +17,7 @@ from subnibble.checkpoint.packed import packed_config_of
 from subnibble.errors import CheckpointError
 from subnibble.model.arch import find_arch
 from subnibble.model.site import Arch
-from subnibble.runtime.modules import PackedLinear, remove_output_bias_
+from subnibble.runtime.modules import MIX, PackedLinear, remove_output_bias_
 
 
 def fold_norm_biases_(model: Any) -> None:
@@ -41,7 +41,10 @@ def fold_norm_biases_(model: Any) -> None:
         if isinstance(entry, NormBiasEntry) and all(isinstance(m, PackedLinear) for m in readers.values()):
             norm = model.get_submodule(path)
             for name, linear in readers.items():
-                _add_(linear, linear.dequantize() @ norm.bias.float())
+                bias = norm.bias.float()
+                # What stands in front of a head meets the norm's bias, too.
+                seen = linear.get_submodule(MIX)(bias) if hasattr(linear, MIX) else bias
+                _add_(linear, linear.dequantize() @ seen)
                 old = modules[name]
                 assert isinstance(old, PackedLinearEntry)
                 modules[name] = replace(old, bias=True)

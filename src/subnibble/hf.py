@@ -23,7 +23,7 @@ from subnibble.errors import CheckpointError
 from subnibble.model.arch import ARCHITECTURES
 from subnibble.model.packed import pack_modules_
 from subnibble.model.skeleton import Skeleton
-from subnibble.runtime.modules import PackedModule
+from subnibble.runtime.modules import PackedModule, StoredModule
 from subnibble.scheme import E8M0
 from subnibble.tensor import range_key
 
@@ -91,12 +91,13 @@ def _verify(model: Any, files: list[Path]) -> None:
     headers = {name: header for file in files for name, header in read_header(file).items()}
     where = files[0].parent
     expected = {name: tensor for name, tensor in model.state_dict().items() if name not in model.all_tied_weights_keys}
-    packed = {f"{path}.{name}" for path, module in packed_modules(model).items() for name, _ in module.named_buffers()}
+    stored = {path: module for path, module in model.named_modules() if isinstance(module, StoredModule)}
+    typed = {f"{path}.{name}" for path, module in stored.items() for name, _ in module.named_buffers()}
     for name, tensor in expected.items():
         if name not in headers:
             raise CheckpointError(f"{where}: tensor {name} is missing; fetch it again, or quantize the model again")
         shape, kind = headers[name]
-        if shape != tuple(tensor.shape) or (name in packed and kind != STORED_TYPES[tensor.dtype]):
+        if shape != tuple(tensor.shape) or (name in typed and kind != STORED_TYPES[tensor.dtype]):
             raise CheckpointError(
                 f"{where}: {name} is {kind} of shape {shape} where config.json asks for {tensor.dtype} of shape "
                 f"{tuple(tensor.shape)}; config and weights do not belong together"

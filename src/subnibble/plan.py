@@ -21,6 +21,7 @@ from subnibble.model.skeleton import Block, Skeleton
 from subnibble.recipe import PLAIN_ACTIVATIONS, Recipe
 from subnibble.rounding.dual_scale import DualScale, check_grid
 from subnibble.scheme import ActivationScheme, Scheme
+from subnibble.transforms.column_scale import ColumnScales
 from subnibble.transforms.rotate import Rotation, can_rotate, make_rotation
 from subnibble.tuning.clipping import check_scheme
 from subnibble.tuning.input_clip import check_inputs
@@ -55,9 +56,13 @@ def make_plan(recipe: Recipe, steps: Steps, skeleton: Skeleton) -> Plan:
     planned: dict[str, ActivationScheme | None] = {}
     for path, scheme in schemes.items():
         planned[path] = None if scheme is None else recipe.activation_of(path, scheme)
-        rounder = steps.rounder_of(skeleton.site_of(path).name)
+        site = skeleton.site_of(path)
+        rounder = steps.rounder_of(site.name)
         if scheme is not None and isinstance(getattr(rounder, "fitter", None), DualScale):
             check_grid(scheme, path)
+        for transform in steps.transforms:
+            if scheme is not None and isinstance(transform, ColumnScales):
+                transform.check(site, scheme, path)
         if scheme is not None and steps.tuning is not None:
             check_scheme(scheme, path)
         if scheme is not None and isinstance(steps.correction, SalientColumns):

@@ -787,4 +787,8 @@ def test_a_matrix_in_front_of_a_head_is_block_diagonal_and_keeps_its_type(dtype)
     mixed = (x.float() @ torch.block_diag(*blocks)).to(dtype)
     wanted = nn.functional.linear(mixed, head.weight)
     assert torch.allclose(head(x), wanted, rtol=1e-5 if dtype == torch.float32 else 0.02)
+    assert torch.equal(head(input=x), head(x))
     assert set(head.state_dict()) == {"weight", "mix.matrix"}
+    right = head.mix(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(head.mix(x), right)

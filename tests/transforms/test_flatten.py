@@ -204,13 +204,33 @@ def test_columns_of_unequal_size_round_better_behind_column_scales(streamed: Str
     assert float(scaled) < 0.8 * float(plain)
 
 
-def test_column_scales_leave_skipped_linears_and_refuse_grids_that_take_none(streamed: Streamed) -> None:
+def test_column_scales_leave_skipped_linears(streamed: Streamed) -> None:
     found = streamed.statistics()
     found.schemes[DOWN] = None
     assert ColumnScales()(streamed.block, found) == {}
-    found.schemes[DOWN] = Scheme(4, 32, "none", "e8m0", "mxfp4")
-    with pytest.raises(BadRecipe, match=r"model.layers.1.mlp.down_proj: column scales .* need a uniform or sign grid"):
-        ColumnScales()(streamed.block, found)
+
+
+def test_column_scales_behind_flattening_leave_the_function(streamed: Streamed) -> None:
+    made = {}
+
+    def both(block: Block, found: SiteStatistics) -> None:
+        flattened = Flatten()(block, found)
+        made.update(flattened=flattened, scaled=ColumnScales()(block, found))
+
+    assert streamed.moved_by(both) < SAME
+    assert not torch.equal(made["flattened"]["mlp_hidden"], made["scaled"]["mlp_hidden"])
+
+
+def test_column_scales_on_grids_that_take_none_are_refused_before_weights_are_read(
+    folders: dict[str, Path], token_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = Recipe(
+        method="serq", grid="mxfp4", bits=4, group_size=32, activation_bits=4, calibration=str(token_file),
+        num_windows=2, window=16, device="cpu", options={"column_scales": "down", "rank": 32},
+    )  # fmt: skip
+    monkeypatch.setattr(SafetensorsSource, "load", lambda *a: pytest.fail("a weight was read"))
+    with pytest.raises(BadRecipe, match=r"model.layers.0.mlp.down_proj: column scales .* need a uniform or sign grid"):
+        subnibble.quantize(folders["llama"], tmp_path / "out", recipe)
 
 
 def test_serq_quantizes_with_column_scales(folders: dict[str, Path], token_file: Path, tmp_path: Path) -> None:

@@ -328,7 +328,7 @@ def test_estimates_count_branches(kind: str, folders: dict[str, Path], token_fil
         ("bisup", {"smoothing": "much"}, "smoothing is 'much'"),
         ("bisup", {"input_clipping": "group"}, "input_clipping is 'group'; choose one of site, none"),
         ("bisup", {"effort": "slow"}, "effort is 'slow'"),
-        ("bisup", {"alpha_drift": 7.0}, "alpha of the drift is 7.0; give a number from 0 to 1"),
+        ("bisup", {"alpha_drift": 7.0}, "the drift's alpha is 7.0; give a number from 0 to 1"),
         ("bisup", {"rotation": "weird"}, "rotation is 'weird'; choose one of method, none, full, groups"),
         ("bisup", {"low_rank_start": "error"}, "a matrix that is merged begins at"),
         ("bisup", {"low_rank_start": "svd"}, "low_rank_start is 'svd'; choose one of zero, error"),

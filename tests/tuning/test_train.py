@@ -189,3 +189,13 @@ def test_tokens_that_are_left_out_do_not_count(folders: dict[str, Path]) -> None
 def test_wrong_settings_are_named(options: dict[str, object], said: str) -> None:
     with pytest.raises(BadRecipe, match=said):
         Tuning(**options)
+
+
+def test_a_rotation_alone_is_learned(folders: dict[str, Path]) -> None:
+    case = coarse(Case(folders["llama"], quantized=True))
+    data = samples(case)
+    tuned = case.tuned(clipping="none", smoothing="none", low_rank="none", learned_rotation="values")
+    trained = train_(tuned, data, EFFORT, torch.Generator().manual_seed(0), lambda loss: None)
+    assert trained.after < trained.before
+    (skew,) = tuned.parameters().values()
+    assert float(skew.detach().abs().max()) > 1e-3

@@ -38,7 +38,7 @@ class Asymmetry:
         if self.form not in FORMS:
             raise BadRecipe(f"asymmetry is {self.form!r}; choose one of {', '.join(FORMS)}")
         if not 0 <= self.alpha <= 1:
-            raise BadRecipe(f"alpha of the drift is {self.alpha!r}; give a number from 0 to 1")
+            raise BadRecipe(f"the drift's alpha is {self.alpha!r}; give a number from 0 to 1")
 
 
 @dataclass(frozen=True)

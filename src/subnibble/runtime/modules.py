@@ -85,7 +85,8 @@ class InputMix(StoredModule):
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         rows = self.matrix.to(wide.dtype).split(self.widths)
         parts = zip(wide.split(self.widths, -1), rows, strict=True)
-        return torch.cat([part @ block[:, : block.shape[0]] for part, block in parts], -1).to(x.dtype)
+        with ops.as_written(x.device):
+            return torch.cat([part @ block[:, : block.shape[0]] for part, block in parts], -1).to(x.dtype)
 
     def extra_repr(self) -> str:
         """Widths, for printing."""
@@ -202,12 +203,15 @@ def add_output_bias_(module: nn.Module, bias: Tensor) -> None:
 def add_input_mix_(head: nn.Module, mix: InputMix) -> None:
     """Let a head see its input through `mix`, stored under the head as `MIX`."""
     head.add_module(MIX, mix)
-    head.register_forward_pre_hook(_mix_input)
+    head.register_forward_pre_hook(_mix_input, with_kwargs=True)
 
 
-def _mix_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+def _mix_input(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     mix = module.get_submodule(MIX)
-    return (mix(args[0]), *args[1:])
+    if args:
+        return (mix(args[0]), *args[1:]), named
+    name, x = next(iter(named.items()))
+    return args, {**named, name: mix(x)}
 
 
 def remove_output_bias_(module: nn.Module) -> None:

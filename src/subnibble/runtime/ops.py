@@ -77,7 +77,7 @@ def linear(x: Tensor, terms: LinearTerms) -> Tensor:
             y = y + torch.nn.functional.linear(inner, up.dequantize(x.dtype))
         return y
     tokens = entered.reshape(-1, entered.shape[-1])
-    with _as_written(x.device):
+    with as_written(x.device):
         y = _integer(tokens, terms, terms.activation)
     if terms.bias is not None:
         y += terms.bias.float()
@@ -99,7 +99,7 @@ def enter(x: Tensor, terms: LinearTerms) -> Tensor:
     if terms.gather is not None:
         wide = wide[..., terms.gather.long()]
     if terms.blocks:
-        with _as_written(x.device):
+        with as_written(x.device):
             wide = hadamard.multiply(wide, terms.blocks)
     return wide.to(x.dtype)
 
@@ -125,7 +125,7 @@ def dense_from_input(terms: LinearTerms) -> Tensor:
     return weight if terms.column_scale is None else weight * terms.column_scale.float()
 
 
-def _as_written(device: torch.device) -> AbstractContextManager[object]:
+def as_written(device: torch.device) -> AbstractContextManager[object]:
     """Products in the types that are written here, under autocast, too."""
     if torch.amp.is_autocast_available(device.type):
         return torch.autocast(device.type, enabled=False)

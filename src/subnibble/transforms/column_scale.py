@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from subnibble.calibrate.stream import SiteStatistics
+from subnibble.model.site import Site
 from subnibble.model.skeleton import Block
 from subnibble.rounding.dual_scale import DualScale, check_grid
+from subnibble.scheme import Scheme
 from subnibble.transforms.scale import scale_site_
 
 _SITE = "mlp_hidden"
@@ -28,6 +30,11 @@ class ColumnScales:
 
     fitter: DualScale = field(default_factory=DualScale)
 
+    def check(self, site: Site, scheme: Scheme, where: str) -> None:
+        """Raise `BadRecipe` if the linear `where`, a reader of the site, is on a grid that takes no column scales."""
+        if site.name == _SITE:
+            check_grid(scheme, where)
+
     def __call__(self, block: Block, found: SiteStatistics) -> Mapping[str, Tensor]:
         """See `Transform`."""
         made = {}
@@ -37,7 +44,6 @@ class ColumnScales:
                 continue
             (scheme,) = schemes
             assert scheme is not None
-            check_grid(scheme, f"{block.path}.{site.readers[0]}")
             weight = torch.cat([block.linear(name).weight.detach() for name in site.readers])
             fitted = [
                 self.fitter.fit(weight[:, start:stop], scheme, None, index).columns

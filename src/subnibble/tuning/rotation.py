@@ -31,8 +31,8 @@ class HeadRotation(nn.Module):
         return found
 
     def values(self, values: Tensor) -> Tensor:
-        """Values (..., key_value, t, width), turned."""
-        return values @ self.matrices().to(values.dtype)
+        """Values (..., key_value, t, width), turned: float32."""
+        return values.float() @ self.matrices()
 
     def columns(self, weight: Tensor) -> Tensor:
         """A reader's weight (m, query * width) on turned inputs."""
