@@ -11,7 +11,7 @@ from torch import Tensor
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 # All are whole numbers of this.
 E2M1_STEP = 0.5
-LARGEST_NUMBER = 12
+LARGEST_NUMBER = int(max(E2M1) / E2M1_STEP)
 _MIDDLES = tuple((low + high) / 2 for low, high in itertools.pairwise(E2M1[:8]))
 # Of the largest level, 6 = 1.5 * 2^2.
 _LARGEST_EXPONENT = 2

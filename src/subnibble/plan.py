@@ -22,7 +22,7 @@ from subnibble.recipe import PLAIN_ACTIVATIONS, Recipe
 from subnibble.rounding.dual_scale import DualScale, check_grid
 from subnibble.scheme import ActivationScheme, Scheme
 from subnibble.transforms.column_scale import ColumnScales
-from subnibble.transforms.rotate import Rotation, can_rotate, make_rotation
+from subnibble.transforms.rotate import Rotation, block_widths, can_rotate, make_rotation
 from subnibble.tuning.clipping import check_scheme
 from subnibble.tuning.input_clip import check_inputs
 
@@ -140,7 +140,7 @@ def packed_bytes(recipe: Recipe, steps: Steps, schemes: Mapping[str, Scheme | No
     if steps.rotation != "none" and skeleton.tied:
         # In front of the tied head, float32.
         width = skeleton.config.hidden_size
-        bits += 32 * width * (recipe.scheme.group_bounds(width)[0][1] if steps.rotation == "groups" else width)
+        bits += 32 * width * max(block_widths(steps.rotation, width, recipe.scheme))
     for name, shape in shapes.items():
         scheme = recipe.embedding_scheme if name in tables else schemes.get(name.removesuffix(".weight"))
         if scheme is not None:

@@ -4,12 +4,11 @@ The three stages are a transform (`transforms/flatten.py`), a correction (`corre
 (`transforms/saliency.py`). `serq` is the paper's form with GPTQ: factors are the largest activations, channels in their
 falling order, 128 of them salient, the coarse weight in the second matrix (appendix A.3 and the released program), a
 symmetric grid whose range is not searched for. `rounding = "rtn"` is the form of its section 4 where the salient set
-fills whole groups. Deviations: factors
-and orders are those of the model as quantized up to the block, not of the original; heads that share a key-value head
-take the larger factor; factors and orders are folded or gathered where the released program divides and gathers online
-in every linear; the recipe's grids may be searched (`clip = "mse"`). Grids are this project's: a symmetric 4-bit one
-has the scale max|w| / 7.5 and levels -8 .. 7 where the program has max|w| / 7; an input's range always contains 0, so
-that its zero-point is a code, and its scale is a bfloat16 number.
+fills whole groups. Deviations: factors and orders are those of the model as quantized up to the block, not of the
+original; heads that share a key-value head take the larger factor; factors and orders are folded or gathered where the
+released program divides and gathers online in every linear; the recipe's grids may be searched (`clip = "mse"`). Grids
+are this project's: a symmetric 4-bit one has the scale max|w| / 7.5 and levels -8 .. 7 where the program has max|w| /
+7; an input's range always contains 0, so that its zero-point is a code, and its scale is a bfloat16 number.
 """
 
 from __future__ import annotations

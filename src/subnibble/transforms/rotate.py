@@ -98,10 +98,9 @@ def make_rotation(name: str, width: int, scheme: Scheme, seed: int, device: torc
     check_rotation(name)
     if name == "none":
         return None
-    widths = [width] if name == "full" else [stop - start for start, stop in scheme.group_bounds(width)]
     generator = torch.Generator().manual_seed(seed)
     blocks = []
-    for size in widths:
+    for size in block_widths(name, width, scheme):
         matrix = hadamard(size)
         if matrix is None:
             raise BadRecipe(
@@ -112,6 +111,11 @@ def make_rotation(name: str, width: int, scheme: Scheme, seed: int, device: torc
         # Signs first, then mixing: without them a common mean would all go to one channel.
         blocks.append((matrix * signs.unsqueeze(1) / size**0.5).to(device))
     return Rotation(tuple(blocks))
+
+
+def block_widths(name: str, width: int, scheme: Scheme) -> list[int]:
+    """Widths of the blocks of the rotation called `name`, "full" or "groups"; see `make_rotation`."""
+    return [width] if name == "full" else [stop - start for start, stop in scheme.group_bounds(width)]
 
 
 def _choices(width: int) -> str:

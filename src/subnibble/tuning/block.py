@@ -221,16 +221,11 @@ class TunedBlock:
         kept[order[-outliers:]] = True
         return kept
 
-    def _value_factors(self) -> Tensor | None:
-        """By which values are divided before they are cached, (key-value heads, 1, width)."""
-        found = [e.smoothing.by_head() for e in self.sites.values() if e.of_values and e.smoothing is not None]
-        return found[0] if found else None
-
     def _turned(self, values: Tensor) -> Tensor:
         """Values (..., key-value heads, t, width) as they are cached: divided by their factors, rotated."""
-        factors = self._value_factors()
-        values = values if factors is None else values / factors
         for entrance in self.sites.values():
+            if entrance.of_values and entrance.smoothing is not None:
+                values = values / entrance.smoothing.by_head()
             if entrance.rotation is not None:
                 values = entrance.rotation.values(values)
         return values
