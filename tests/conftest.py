@@ -1,7 +1,9 @@
-"""Tiny random models of each supported architecture, as Hugging Face folders with a tokenizer."""
+"""Tiny random models of each supported architecture, as Hugging Face folders, plain and packed; the command."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,12 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+
+import subnibble
+from subnibble import Recipe
+from subnibble.cli.main import main
+
+Run = Callable[..., tuple[int, str, str]]
 
 VOCABULARY = 96
 SIZES = {"vocab_size": VOCABULARY, "num_hidden_layers": 3, "max_position_embeddings": 128, "eos_token_id": None}
@@ -98,3 +106,41 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("text") / "text.txt"
     file.write_text(" ".join(f"w{i}" for i in rng.zipf(1.3, size=400) % (VOCABULARY - 1)))
     return file
+
+
+@pytest.fixture(scope="session")
+def packed(folders: dict[str, Path], token_file: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Name of a tiny model -> its folder, packed."""
+    root = tmp_path_factory.mktemp("packed")
+    for name in ("llama", "qwen2"):
+        recipe = Recipe(
+            bits=4, group_size=16, embedding_bits=8, calibration=str(token_file), num_windows=8, window=32
+        )  # fmt: skip
+        subnibble.quantize(folders[name], root / name, recipe)
+    return {name: root / name for name in ("llama", "qwen2")}
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run the command in this process: exit code, stdout, stderr."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["subnibble", *map(str, arguments)])
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def arguments(folders: dict[str, Path], token_file: Path, tmp_path: Path) -> list[object]:
+    """A quantization that works, for tests to spoil."""
+    return [
+        "quantize", folders["llama"], tmp_path / "out", "--method", "gptq", "--bits", 3, "--group-size", 32,
+        "--embedding-bits", 8, "--calibration", token_file, "--num-windows", 4, "--window", 32, "--seed", 1,
+    ]  # fmt: skip

@@ -1,0 +1,70 @@
+"""What an entry stores: names, shapes and types of its tensors, and the bits of a token that enters it."""
+
+import pytest
+import torch
+from packed_config_samples import A8, AMX, CONFIG, DOWN, HEAD, NORM, ONE_TERM, SCALED, W3, W8, WHOLE, Q
+
+from subnibble.checkpoint.entries import PackedLinearEntry, gather_type
+from subnibble.checkpoint.packed import PackedConfig, stored_shapes
+from subnibble.tensor import PackedLayout
+
+
+def test_a_scaled_linear_stores_one_float16_number_an_input_column() -> None:
+    plain, scaled = stored_shapes(CONFIG), stored_shapes(SCALED)
+    assert scaled == plain | {f"{DOWN}.column_scale": (192,)}
+    assert plain[f"{Q}.bias"] == (64,)
+    assert plain[f"{NORM}.bias"] == (64,)
+    assert not any(name.startswith(HEAD) for name in plain)
+    two = PackedConfig({Q: PackedLinearEntry(PackedLayout(64, ((48, W3), (16, W8))), True, True)})
+    assert stored_shapes(two)[f"{Q}.column_scale"] == (64,)
+    assert {"codes", "scales", "zeros", "codes_1", "scales_1", "bias", "column_scale"} == {
+        name.removeprefix(f"{Q}.") for name in stored_shapes(two)
+    }
+
+
+def test_a_composed_linear_stores_the_tensors_of_all_its_matrices() -> None:
+    shapes = {
+        name.removeprefix(f"{DOWN}."): shape for name, shape in stored_shapes(PackedConfig({DOWN: WHOLE})).items()
+    }
+    assert shapes == {
+        "codes": (64, 48),
+        "scales": (64, 1),
+        "zeros": (64, 1),
+        "codes_1": (64, 64),
+        "scales_1": (64, 1),
+        "bias": (64,),
+        "column_scale": (192,),
+        "gather": (192,),
+        "salient.codes": (64, 16),
+        "salient.scales": (64, 1),
+        "down.codes": (8, 192),
+        "down.scales": (8, 1),
+        "up.codes": (64, 8),
+        "up.scales": (64, 1),
+    }
+
+
+@pytest.mark.parametrize(("columns", "stored"), [(1, torch.int16), (32767, torch.int16), (32768, torch.int32)])
+def test_a_gather_is_stored_in_16_bits_where_that_holds_its_channels(columns, stored) -> None:
+    assert gather_type(columns) == stored
+
+
+@pytest.mark.parametrize(
+    ("change", "bits"),
+    [
+        ({}, 16 * 192),
+        # 192 codes of 8 bits, one scale of 16, one zero-point of 8.
+        ({"activation": A8}, 192 * 8 + 24),
+        # 16 extra columns repeat codes, scale and zero-point; a residual repeats them once more.
+        ({"activation": A8, **ONE_TERM["salient"]}, 192 * 8 + 24 + 16 * 8 + 24),
+        ({"activation": A8, **ONE_TERM["salient"], "residual": "weight"}, 192 * 8 + 24 + 2 * (16 * 8 + 24)),
+        ({"activation": A8, **ONE_TERM["salient"], "residual": "salient"}, 192 * 8 + 24 + 2 * (16 * 8 + 24)),
+        ({"activation": A8, **ONE_TERM["low_rank"]}, 192 * 8 + 24 + 4 * 8 + 24),
+        # 6 groups of 32 with a scale of 8 bits.
+        ({"activation": AMX}, 192 * 4 + 6 * 8),
+        (ONE_TERM["salient"], 16 * 192),
+    ],
+)
+def test_bits_of_a_token_count_extra_columns_and_the_low_rank_input(change, bits) -> None:
+    plain = CONFIG.modules[DOWN]
+    assert PackedLinearEntry(plain.layout, False, **change).token_bits() == bits

@@ -1,0 +1,30 @@
+"""Checkpoints that are not whole, for readers to refuse."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+
+def spoiled_copy(source: Path, folder: Path, name: str, how: str) -> Path:
+    """A copy of a checkpoint with one tensor missing, misshapen, of another type, or one too many."""
+    from safetensors.torch import load_file, save_file
+
+    folder.mkdir()
+    for file in source.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    index = folder / "model.safetensors.index.json"
+    shard = json.loads(index.read_text())["weight_map"][name] if index.is_file() else "model.safetensors"
+    tensors = load_file(folder / shard)
+    if how == "missing":
+        del tensors[name]
+    elif how == "misshapen":
+        tensors[name] = tensors[name][1:].contiguous()
+    elif how == "another type":
+        tensors[name] = tensors[name].double()
+    else:
+        tensors[name + "_more"] = torch.zeros(1)
+    save_file(tensors, folder / shard, metadata={"format": "pt"})
+    return folder
