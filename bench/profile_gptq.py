@@ -13,7 +13,7 @@ from pathlib import Path
 
 MEANING = {
     "forward": "activations through the blocks (each attention and MLP once, each reader once more)",
-    "gram": "Gram matrices of the sites' tensors, one matrix product a batch",
+    "gram": "Gram matrices of the sites' tensors, up to the diagonal",
     "round": "factorization, clip search and column loop",
     "measure error": "output error of every linear, and of round-to-nearest beside it",
     "read text": "calibration text and tokenizer",
@@ -48,7 +48,8 @@ def main() -> None:
             print(f"| {name} | {spent:.1f} | {100 * spent / seconds['total']:.0f} % | {MEANING[name]} |")
     config, tokens = source.config, report.calibration_tokens
     wide, narrow = config.intermediate_size, config.hidden_size
-    gram = 2 * tokens * config.num_hidden_layers * (3 * narrow**2 + wide**2)
+    # Half of each product.
+    gram = tokens * config.num_hidden_layers * (3 * narrow**2 + wide**2)
     forward = 2 * tokens * sum(rows * columns for rows, columns in (linear.shape for linear in report.linears))
     print(
         f"\nforward {forward / seconds['forward'] / 1e9:.0f} GFLOP/s, gram {gram / seconds['gram'] / 1e9:.0f} GFLOP/s"

@@ -26,6 +26,8 @@ from subnibble.tuning.whole_model import FREE_SHARE, states_bytes
 _FLOAT_BYTES = 4
 # Share of the measured product speed that forward passes reach beside their products; rough.
 _FORWARD_EFFICIENCY = 0.8
+# Of the products of a whole Gram matrix, what its panels up to the diagonal take.
+_GRAM_SHARE = 0.6
 # Seconds per linear weight for rounding column by column on one core of 2025; rough.
 _ROUND_SECONDS = 3.5e-7
 # A step of tuning over its three products: fake quantization, norms, the optimizer. Rough.
@@ -132,8 +134,9 @@ def _tuned_tokens(recipe: Recipe, steps: Steps) -> int:
 
 
 def _seconds(steps: Steps, skeleton: Skeleton, tokens: int, tuned_tokens: int, distilled: Distillation | None) -> float:
-    """Two operations a weight and token for a forward pass, two a token and input pair for each statistic; tuning goes
-    forward, back to inputs and back to weights; distillation forward in the original, too, and at times twice.
+    """Two operations a weight and token for a forward pass, two a token and input pair for each statistic, of which a
+    Gram matrix needs little more than half; tuning goes forward, back to inputs and back to weights; distillation
+    forward in the original, too, and at times twice.
     """
     speed = _product_speed(skeleton.device, skeleton.dtype)
     exact = _product_speed(skeleton.device, torch.float32)
@@ -144,12 +147,12 @@ def _seconds(steps: Steps, skeleton: Skeleton, tokens: int, tuned_tokens: int, d
     forward = 2 * weights * tokens / (speed * _FORWARD_EFFICIENCY)
     passes = (2 if steps.needs_reference else 1) + 0.4 * (steps.mean_shift is not None) + steps.needs_survey
     passes += steps.orders_residual + (steps.ranks == "gain")
-    grams *= (2 if steps.needs_drift else 1) + steps.needs_survey
+    statistics = steps.needs_drift + _GRAM_SHARE * (1 + steps.needs_survey)
     tuning = _STEP_OVERHEAD * 3 * 2 * weights * tuned_tokens / (speed * _FORWARD_EFFICIENCY)
     whole = sum(numel(shape) for shape in skeleton.parameter_shapes().values())
     learned = 0 if distilled is None else distilled.steps * distilled.tokens
     tuning += 5 * 2 * whole * learned / (exact * _FORWARD_EFFICIENCY)
-    return forward * passes + 2 * grams * tokens / exact + weights * _ROUND_SECONDS + tuning
+    return forward * passes + 2 * grams * statistics * tokens / exact + weights * _ROUND_SECONDS + tuning
 
 
 def _product_speed(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:

@@ -171,6 +171,28 @@ def test_gram_is_symmetric_and_has_exact_zeros_for_a_silent_channel() -> None:
     assert torch.equal(value[9], torch.zeros(CHANNELS))
 
 
+@pytest.mark.parametrize("channels", [1, 255, 256, 257, 600])
+def test_gram_of_many_channels_is_whole_and_may_be_read_between_updates(channels: int) -> None:
+    x = torch.randint(-15, 16, (40, channels), generator=torch.Generator().manual_seed(2)).float()
+    expected = torch.einsum("ti,tj->ij", x.double(), x.double())
+    gram, other = Gram(channels), Gram(channels)
+    gram.update(x[:7])
+    assert torch.equal(gram.value.double(), torch.einsum("ti,tj->ij", x[:7].double(), x[:7].double()))
+    gram.update(x[7:20])
+    other.update(x[20:])
+    gram.merge(other)
+    assert torch.equal(gram.value.double(), expected)
+    assert torch.equal(gram.value.double(), expected)
+
+
+@pytest.mark.parametrize("channels", [37, 600])
+def test_gram_is_exactly_symmetric_on_any_input(channels: int) -> None:
+    gram = Gram(channels)
+    for seed in range(3):
+        gram.update(torch.randn(70, channels, generator=torch.Generator().manual_seed(seed)))
+    assert torch.equal(gram.value, gram.value.T)
+
+
 def test_gram_of_half_precision_tokens_is_accumulated_wide() -> None:
     x = torch.full((4096, CHANNELS), 3.0, dtype=torch.float16)
     assert torch.equal(gathered("gram", x).value, torch.full((CHANNELS, CHANNELS), 9.0 * 4096))
