@@ -264,6 +264,33 @@ def test_one_window_is_too_few_and_said_before_any_work() -> None:
     assert Recipe(num_windows=1, window=1024, distill_steps=3).distillation == distill.Distillation(3)
 
 
+@pytest.mark.parametrize(
+    ("recipe", "spaces"),
+    [
+        (METHODS["rtn"], {"scales": False, "norms": False}),
+        (METHODS["mxfp4"], {"norms": False}),
+        ({"method": "none", "kv_bits": 4}, {"norms": False}),
+    ],
+)
+def test_nothing_to_learn_is_said_before_any_work(
+    recipe: dict[str, Any], spaces: dict[str, bool], run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("subnibble.pipeline.calibration_windows", lambda *args: pytest.fail("text was read"))
+    with pytest.raises(BadRecipe, match="nothing of the model is learned with distill scales = "):
+        run("out", **recipe, distill_steps=3, distill={"tokens": 24} | spaces)
+    assert [item.name for item in tmp_path.iterdir()] == []
+
+
+def test_8_bit_factors_beside_mxfp4_are_learned(run: Any) -> None:
+    recipe = {"method": "l2qer", "grid": "mxfp4", "group_size": 32, "activation_bits": 8}
+    run(
+        "out",
+        **recipe,
+        options={"rank": 8, "factor_bits": 8},
+        **DISTILLED | {"distill": {"tokens": 24, "norms": False}},
+    )
+
+
 def test_predictions_that_are_not_finite_are_refused_and_nothing_is_left(
     run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

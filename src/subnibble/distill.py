@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from subnibble.checkpoint.packed import PackedConfig
 from subnibble.checkpoint.safetensors_source import SafetensorsSource
 from subnibble.checkpoint.source import Source
-from subnibble.errors import BadRecipe, NumericalFailure
+from subnibble.errors import NumericalFailure
 from subnibble.progress import Progress
 from subnibble.report import DistillReport
 from subnibble.tuning.distillation import Distillation
@@ -63,17 +63,13 @@ def distill(
 ) -> Distilled:
     """Tune the checkpoint `packed`, which was made of `source` and says `config` of itself.
 
-    windows: (n, t) ids of calibration text. dtype: that products are computed in. seed: draws the order of windows.
+    settings: that let something of it be learned. windows: (n, t) ids of calibration text. dtype: that products are
+    computed in. seed: draws the order of windows.
     """
     samples = _Samples.of(windows, settings)
     length = samples.trained.shape[1]
     teacher = Teacher.of(source, config.prefix, length, dtype, device)
     student = Student.of(source, packed, config, settings, length, dtype, device)
-    if not student.parameters():
-        raise BadRecipe(
-            f"nothing of {packed.path.name} is learned with scales = {settings.scales}, norms = {settings.norms}, "
-            f"clips = {settings.clips}; let norms be learned"
-        )
     training = _Training(teacher, student, samples, settings, seed)
     training.run(progress)
     return Distilled(student.tensors(), student.config(), training.report())

@@ -47,6 +47,8 @@ def distill_checkpoint(
                 f"{source.path}: {key} is {theirs!r}, and {packed.path} has {ours!r}; give the model that it was "
                 "quantized from"
             )
+    coded = [scheme for entry in config.linears for part in entry.matrices.values() for _, scheme in part.ranges]
+    settings.check_learns(coded, [entry.activation for entry in config.linears], packed.path.name)
     check_space(packed)
     device = resolve_device(recipe.device)
     dtype = resolve_dtype(recipe.dtype, source.config.dtype, device)

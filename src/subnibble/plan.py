@@ -74,6 +74,11 @@ def make_plan(recipe: Recipe, steps: Steps, skeleton: Skeleton) -> Plan:
                 planned[path] = replace(found, outliers=steps.correction.count)
     if steps.tuning is not None and steps.tuning.input_clipping != "none":
         check_inputs(planned.values())
+    if recipe.distillation is not None:
+        coded = [scheme for scheme in schemes.values() if scheme is not None]
+        if isinstance(steps.correction, LowRank):
+            coded += [steps.correction.scheme(scheme) for scheme in coded]
+        recipe.distillation.check_learns(coded, planned.values(), "the model")
     return Plan(schemes, planned, cache=plan_cache(recipe, steps, skeleton))
 
 

@@ -71,7 +71,7 @@ class PackedConfig:
         """The `quantization_config` of config.json."""
         schemes = {scheme.name: scheme.to_dict() for layout in self._layouts for _, scheme in layout.ranges}
         version = self._version
-        found = [entry.activation for entry in self._linears if entry.activation is not None]
+        found = [entry.activation for entry in self.linears if entry.activation is not None]
         activations = {"activations": {scheme.name: scheme.to_dict() for scheme in found}} if version > 2 else {}
         cache = {
             "cache": None if self.cache is None else self.cache.to_dict(),
@@ -92,13 +92,14 @@ class PackedConfig:
         return {entry.key_basis for entry in self.modules.values() if isinstance(entry, KeyCenterEntry)}
 
     @property
-    def _linears(self) -> list[PackedLinearEntry]:
+    def linears(self) -> list[PackedLinearEntry]:
+        """What is said of each packed linear."""
         return [entry for entry in self.modules.values() if isinstance(entry, PackedLinearEntry)]
 
     @property
     def _layouts(self) -> list[PackedLayout]:
         tables = [entry.layout for entry in self.modules.values() if isinstance(entry, PackedEmbeddingEntry)]
-        return [layout for entry in self._linears for layout in entry.matrices.values()] + tables
+        return [layout for entry in self.linears for layout in entry.matrices.values()] + tables
 
     @property
     def _version(self) -> int:
@@ -109,12 +110,12 @@ class PackedConfig:
             return _CENTERED
         if self.cache is not None or self.prefix is not None:
             return 4
-        if any(entry.activation is not None and entry.activation.outliers for entry in self._linears):
+        if any(entry.activation is not None and entry.activation.outliers for entry in self.linears):
             return 4
         grids = {scheme.grid for layout in self._layouts for _, scheme in layout.ranges}
-        if "mxfp4" in grids or any(entry.is_composed for entry in self._linears):
+        if "mxfp4" in grids or any(entry.is_composed for entry in self.linears):
             return 3
-        return 2 if any(entry.column_scale for entry in self._linears) else 1
+        return 2 if any(entry.column_scale for entry in self.linears) else 1
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = "quantization_config") -> Self:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 from subnibble.errors import BadRecipe
-from subnibble.scheme import known_fields
+from subnibble.scheme import E8M0, ActivationScheme, Scheme, known_fields
+from subnibble.tuning.input_clip import can_clip
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,20 @@ class Distillation:
                 f"{self.tokens}; use more windows, or fewer tokens a step (distill.tokens)"
             )
         return count, length
+
+    def check_learns(self, weights: Iterable[Scheme], inputs: Iterable[ActivationScheme | None], where: str) -> None:
+        """Raise `BadRecipe` if nothing is learned of a model, in messages `where`.
+
+        weights: how matrices are coded. inputs: how linears' inputs are, None for not at all.
+        """
+        scales = self.scales and any(scheme.scale_type != E8M0 for scheme in weights)
+        clips = self.clips and any(scheme is not None and can_clip(scheme) for scheme in inputs)
+        if not (scales or self.norms or clips):
+            raise BadRecipe(
+                f"nothing of {where} is learned with distill scales = {self.scales}, norms = {self.norms}, "
+                f"clips = {self.clips}: scales are learned on grids other than MXFP4, clips of inputs quantized on a "
+                "uniform grid; let norms be learned"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionary."""
