@@ -90,6 +90,18 @@ def test_encode_is_nearest_with_ties_to_even(dtype) -> None:
     assert torch.equal(mxfp4.encode_e2m1(x), encoded_by_distance(x))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_nearest_number_is_that_of_the_code(dtype) -> None:
+    edges = [6.0, 6.5, 1e30, torch.inf, -torch.inf, 1e-30, -1e-41, 0.0, -0.0, 1.999, 3.999]
+    x = torch.cat([signed_values(), torch.tensor(VALUES), torch.tensor(edges)]).to(dtype)
+    kept = x.clone()
+    found = mxfp4.nearest_e2m1(x)
+    assert found.dtype == dtype
+    assert torch.equal(found.float(), mxfp4.decode_e2m1(mxfp4.encode_e2m1(x)))
+    assert torch.equal(x, kept)
+    assert bool(mxfp4.nearest_e2m1(torch.tensor([torch.nan], dtype=dtype)).isnan())
+
+
 def ties_up(x: Tensor) -> Tensor:
     middles = torch.tensor([tie for tie, _ in TIES])
     return (x.abs().unsqueeze(-1) >= middles).sum(-1) + 8 * (x < 0)

@@ -29,6 +29,15 @@ def encode_e2m1(values: Tensor) -> Tensor:
     return codes + 8 * (values < 0)
 
 
+def nearest_e2m1(values: Tensor) -> Tensor:
+    """The E2M1 numbers that `encode_e2m1` gives the codes of, in the values' type; what is not a number stays none."""
+    sizes = values.abs()
+    # Levels are 1/2 apart below 2, 1 below 4, 2 from there on; even multiples of that have the even mantissa. In place
+    # and without `where`, which is several times as slow.
+    spacing = sizes.clone().ge_(2).mul_(0.5).add_(sizes.ge_(4)).add_(0.5)
+    return (values / spacing).round_().mul_(spacing).clamp_(-max(E2M1), max(E2M1))
+
+
 def decode_e2m1(codes: Tensor) -> Tensor:
     """Values of codes 0 .. 15 of any type: float32."""
     return torch.tensor(E2M1, dtype=torch.float32, device=codes.device)[codes.long()]

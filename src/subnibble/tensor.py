@@ -15,7 +15,7 @@ from torch import Tensor
 
 from subnibble import mxfp4
 from subnibble.errors import CheckpointError
-from subnibble.scheme import Scheme
+from subnibble.scheme import ActivationScheme, Scheme
 
 # Codes of one word fill whole bytes: (codes, bytes) of a word by bit width.
 _WORD = {2: (4, 1), 3: (8, 3), 4: (2, 1), 8: (1, 1)}
@@ -77,8 +77,11 @@ def unpack_codes(packed: Tensor, bits: int, columns: int) -> Tensor:
     return codes.flatten(1)[:, :columns]
 
 
-def grouped_views(matrix: Tensor, scheme: Scheme) -> list[tuple[Tensor, slice]]:
-    """View (m, k) as (m, groups, width), with the slice of groups it covers: full groups, then a ragged last one."""
+def grouped_views(matrix: Tensor, scheme: Scheme | ActivationScheme) -> list[tuple[Tensor, slice]]:
+    """View (m, k) as (m, groups, width), with the slice of groups it covers: full groups, then a ragged last one.
+
+    scheme: without outliers.
+    """
     columns = matrix.shape[1]
     bounds = scheme.group_bounds(columns)
     width = bounds[0][1] - bounds[0][0]

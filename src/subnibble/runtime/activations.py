@@ -10,13 +10,14 @@ are those of int32 (`integer.py`). What is not finite stays so.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from subnibble import mxfp4
 from subnibble.scheme import ActivationScheme
+from subnibble.tensor import grouped_views
 
 # Below this a scale is raised, so that a group of zeros has one; bfloat16 holds it as a normal number.
 _SMALLEST_SCALE = 2.0**-120
@@ -42,14 +43,15 @@ class Quantized:
 
 def quantize(x: Tensor, scheme: ActivationScheme) -> Quantized:
     """Quantize tokens. x: (t, k) of any float type, computed in float32."""
-    wide = x.float()
-    bounds = scheme.group_bounds(x.shape[1])
-    groups = [scheme] * len(bounds)
+    wide, bounds = x.float(), scheme.group_bounds(x.shape[1])
     if scheme.outliers:
-        groups[-1] = scheme.of_outliers
-    parts = [_group(wide[:, start:stop], own) for (start, stop), own in zip(bounds, groups, strict=True)]
-    numbers, scales = (torch.cat([part[i] for part in parts], 1) for i in range(2))
-    return Quantized(numbers, scales, bounds, [_largest(own) for own in groups])
+        usual, outliers = wide.split([x.shape[1] - scheme.outliers, scheme.outliers], 1)
+        parts = quantize(usual, replace(scheme, outliers=0)), quantize(outliers, scheme.of_outliers)
+        numbers, scales = torch.cat([p.numbers for p in parts], 1), torch.cat([p.scales for p in parts], 1)
+        return Quantized(numbers, scales, bounds, [*parts[0].largest, *parts[1].largest])
+    found = [_groups(view, scheme) for view, _ in grouped_views(wide, scheme)]
+    numbers, scales = (torch.cat([one[i].flatten(1) for one in found], 1) for i in range(2))
+    return Quantized(numbers, scales, bounds, [_largest(scheme)] * len(bounds))
 
 
 def quantize_values(x: Tensor, scheme: ActivationScheme, repeated: int = 0) -> Tensor:
@@ -69,22 +71,21 @@ def _largest(scheme: ActivationScheme) -> int:
     return int(2 ** (scheme.bits - 1) - 1 if scheme.zero_point == "none" else 2**scheme.bits - 1)
 
 
-def _group(x: Tensor, scheme: ActivationScheme) -> tuple[Tensor, Tensor]:
-    """Numbers (t, g) and scales (t, 1) of one group."""
+def _groups(x: Tensor, scheme: ActivationScheme) -> tuple[Tensor, Tensor]:
+    """Numbers (t, groups, width) and scales (t, groups, 1) of groups (t, groups, width)."""
     if scheme.grid == "mxfp4":
-        largest = x.abs().amax(1, keepdim=True)
+        largest = x.abs().amax(-1, keepdim=True)
         scale = torch.where(largest.isfinite(), mxfp4.shared_scale(largest), torch.nan)
-        numbers = mxfp4.decode_e2m1(mxfp4.encode_e2m1(x / scale)) / mxfp4.E2M1_STEP
-        return numbers, scale * mxfp4.E2M1_STEP
+        return mxfp4.nearest_e2m1(x / scale).div_(mxfp4.E2M1_STEP), scale * mxfp4.E2M1_STEP
     last = _largest(scheme)
     if scheme.zero_point == "none":
-        scale = _stored(scheme.clip * x.abs().amax(1, keepdim=True) / last)
+        scale = _stored(scheme.clip * x.abs().amax(-1, keepdim=True) / last)
         return (x / scale).round_().clamp_(-last, last), scale
     # The range contains 0, so that zero-points are codes.
-    low, high = x.amin(1, keepdim=True).clamp(max=0), x.amax(1, keepdim=True).clamp(min=0)
+    low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
     scale = _stored(scheme.clip * (high - low) / last)
     zero = (scheme.clip * -low / scale).round_().clamp_(0, last)
-    return ((x / scale).round_() + zero).clamp_(0, last).sub_(zero), scale
+    return (x / scale).round_().add_(zero).clamp_(0, last).sub_(zero), scale
 
 
 def _stored(scale: Tensor) -> Tensor:
