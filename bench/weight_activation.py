@@ -8,7 +8,7 @@ Finished rows are appended to the results file and skipped when they are there. 
 MXFP4; in groups of 24, baselines have about as many bits as SERQ with 128 salient channels in groups of 128. WINDOWS of
 2048 tokens are scored; CALIBRATED_ON, by default as many, calibrate. Headline rows have 64, others 16. Calibration: the
 first 2000 news articles, computed in bfloat16; scored in float32, through the runtime's integer operations, on the last
-400 news articles and, with --wikitext, on WikiText-2 raw test. SERQ's rows at W4A8 also score the same codes with inputs
+400 news articles and, with --wikitext, on WikiText-2 raw test. SERQ's rows at W4A8 also score the same codes on inputs
 that are not quantized.
 """
 
@@ -51,7 +51,9 @@ SERQ = ("serq-rtn", "serq", "twinfit")
 # The methods and the best of the baselines in the table.
 HEADLINE = (*SERQ, "quarot", "smoothquant")
 RANKS = tuple(arm for arm in ARMS if "-rank-" in arm)
-STAGES = tuple(arm for arm in ARMS if arm not in (*BASELINES, *SERQ, *RANKS))
+# Beside the others, whose factors have as many bits as inputs.
+NARROW_FACTORS = "l2qer-factors-4"
+STAGES = tuple(arm for arm in ARMS if arm not in (*BASELINES, *SERQ, *RANKS, NARROW_FACTORS))
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ def specs(only: str | None) -> list[Spec]:
         "table": [
             Spec("original", "", 16, 0),
             *(Spec(arm, s, 16, 16) for s in SETTINGS for arm in (both if s != EQUAL_BITS else BASELINES)),
+            Spec(NARROW_FACTORS, "W4A8g128", 16, 16),
         ],
         "ranks": [Spec(arm, "W4A4g128", 16, 16) for arm in RANKS],
         "stages": [Spec(arm, "W4A4g128", 16, 16) for arm in STAGES],
@@ -103,7 +106,7 @@ def measured(spec: Spec, names: dict[str, str]) -> list[dict[str, Any]]:
 
     setting = SETTINGS[spec.setting]
     recipe = replace(Recipe.from_toml(FOLDER / f"{spec.arm}.toml"), **setting)
-    if "factor_bits" in recipe.options:
+    if "factor_bits" in recipe.options and spec.arm != NARROW_FACTORS:
         recipe = replace(recipe, options={**recipe.options, "factor_bits": setting["activation_bits"]})
     exact_inputs = setting["activation_bits"] == 8 and spec.arm in SERQ
     return measure_row(with_data(recipe, spec.calibrated_on), spec.windows, names, exact_inputs)
