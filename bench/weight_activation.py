@@ -5,11 +5,11 @@
 
 Finished rows are appended to the results file and skipped when they are there. Arms are the recipes in
 `recipes/weight_activation/`; settings are W4A4 and W4A8 in groups of 128 or 64 (activations alike, per token), and
-MXFP4; in groups of 24, baselines have about as many bits as SERQ with 128 salient channels in groups of 128. WINDOWS of
-2048 tokens are scored; CALIBRATED_ON, by default as many, calibrate. Headline rows have 64, others 16. Calibration: the
-first 2000 news articles, computed in bfloat16; scored in float32, through the runtime's integer operations, on the last
-400 news articles and, with --wikitext, on WikiText-2 raw test. SERQ's rows at W4A8 also score the same codes on inputs
-that are not quantized.
+MXFP4; in groups of 24 (W4A4), or with 4-bit factors (W4A8g128f4), baselines have about as many bits as SERQ with 128
+salient channels in groups of 128. WINDOWS of 2048 tokens are scored; CALIBRATED_ON, by default as many, calibrate.
+Headline rows have 64, others 16. Calibration: the first 2000 news articles, computed in bfloat16; scored in float32,
+through the runtime's integer operations, on the last 400 news articles and, with --wikitext, on WikiText-2 raw test.
+SERQ's rows at W4A8 also score the same codes on inputs that are not quantized.
 """
 
 from __future__ import annotations
@@ -41,19 +41,20 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "W4A4g64": {"activation_bits": 4, "group_size": 64},
     "W4A8g64": {"activation_bits": 8, "group_size": 64},
     "W4A4g24": {"activation_bits": 4, "group_size": 24},
+    "W4A8g128f4": {"activation_bits": 8, "group_size": 128},
     "MXFP4": {"activation_bits": 4, "group_size": 32, "grid": "mxfp4"},
     "MXFP4A8": {"activation_bits": 8, "group_size": 32, "grid": "mxfp4"},
 }
-# Groups in which a baseline takes as many bits as SERQ in groups of 128.
-EQUAL_BITS = "W4A4g24"
+# Groups in which a baseline takes as many bits as SERQ in groups of 128; factors that have 4 bits beside 8-bit inputs,
+# too, so that L2QER does. Elsewhere factors have as many as inputs.
+EQUAL_BITS, NARROW_FACTORS = "W4A4g24", "W4A8g128f4"
+FULL = tuple(setting for setting in SETTINGS if setting not in (EQUAL_BITS, NARROW_FACTORS))
 BASELINES = ("rtn", "gptq", "smoothquant", "l2qer", "qera", "quarot-rtn", "quarot")
 SERQ = ("serq-rtn", "serq", "twinfit")
 # The methods and the best of the baselines in the table.
 HEADLINE = (*SERQ, "quarot", "smoothquant")
 RANKS = tuple(arm for arm in ARMS if "-rank-" in arm)
-# Beside the others, whose factors have as many bits as inputs.
-NARROW_FACTORS = "l2qer-factors-4"
-STAGES = tuple(arm for arm in ARMS if arm not in (*BASELINES, *SERQ, *RANKS, NARROW_FACTORS))
+STAGES = tuple(arm for arm in ARMS if arm not in (*BASELINES, *SERQ, *RANKS))
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,9 @@ def specs(only: str | None) -> list[Spec]:
         ],
         "table": [
             Spec("original", "", 16, 0),
-            *(Spec(arm, s, 16, 16) for s in SETTINGS for arm in (both if s != EQUAL_BITS else BASELINES)),
-            Spec(NARROW_FACTORS, "W4A8g128", 16, 16),
+            *(Spec(arm, s, 16, 16) for s in FULL for arm in both),
+            *(Spec(arm, EQUAL_BITS, 16, 16) for arm in BASELINES),
+            Spec("l2qer", NARROW_FACTORS, 16, 16),
         ],
         "ranks": [Spec(arm, "W4A4g128", 16, 16) for arm in RANKS],
         "stages": [Spec(arm, "W4A4g128", 16, 16) for arm in STAGES],
@@ -106,7 +108,7 @@ def measured(spec: Spec, names: dict[str, str]) -> list[dict[str, Any]]:
 
     setting = SETTINGS[spec.setting]
     recipe = replace(Recipe.from_toml(FOLDER / f"{spec.arm}.toml"), **setting)
-    if "factor_bits" in recipe.options and spec.arm != NARROW_FACTORS:
+    if "factor_bits" in recipe.options and spec.setting != NARROW_FACTORS:
         recipe = replace(recipe, options={**recipe.options, "factor_bits": setting["activation_bits"]})
     exact_inputs = setting["activation_bits"] == 8 and spec.arm in SERQ
     return measure_row(with_data(recipe, spec.calibrated_on), spec.windows, names, exact_inputs)
