@@ -45,11 +45,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "MXFP4": {"activation_bits": 4, "group_size": 32, "grid": "mxfp4"},
     "MXFP4A8": {"activation_bits": 8, "group_size": 32, "grid": "mxfp4"},
 }
-# Groups in which a baseline takes as many bits as SERQ in groups of 128; factors that have 4 bits beside 8-bit inputs,
-# too, so that L2QER does. Elsewhere factors have as many as inputs.
-EQUAL_BITS, NARROW_FACTORS = "W4A4g24", "W4A8g128f4"
-FULL = tuple(setting for setting in SETTINGS if setting not in (EQUAL_BITS, NARROW_FACTORS))
 BASELINES = ("rtn", "gptq", "smoothquant", "l2qer", "qera", "quarot-rtn", "quarot")
+# Factors have as many bits as inputs, but here.
+FACTOR_BITS = {"W4A8g128f4": 4}
+# Baselines at as many bits as SERQ in groups of 128.
+EQUAL_BITS = (*((arm, "W4A4g24") for arm in BASELINES), *(("l2qer", setting) for setting in FACTOR_BITS))
+FULL = tuple(setting for setting in SETTINGS if setting not in {setting for _, setting in EQUAL_BITS})
 SERQ = ("serq-rtn", "serq", "twinfit")
 # The methods and the best of the baselines in the table.
 HEADLINE = (*SERQ, "quarot", "smoothquant")
@@ -79,8 +80,7 @@ def specs(only: str | None) -> list[Spec]:
         "table": [
             Spec("original", "", 16, 0),
             *(Spec(arm, s, 16, 16) for s in FULL for arm in both),
-            *(Spec(arm, EQUAL_BITS, 16, 16) for arm in BASELINES),
-            Spec("l2qer", NARROW_FACTORS, 16, 16),
+            *(Spec(arm, s, 16, 16) for arm, s in EQUAL_BITS),
         ],
         "ranks": [Spec(arm, "W4A4g128", 16, 16) for arm in RANKS],
         "stages": [Spec(arm, "W4A4g128", 16, 16) for arm in STAGES],
@@ -108,8 +108,9 @@ def measured(spec: Spec, names: dict[str, str]) -> list[dict[str, Any]]:
 
     setting = SETTINGS[spec.setting]
     recipe = replace(Recipe.from_toml(FOLDER / f"{spec.arm}.toml"), **setting)
-    if "factor_bits" in recipe.options and spec.setting != NARROW_FACTORS:
-        recipe = replace(recipe, options={**recipe.options, "factor_bits": setting["activation_bits"]})
+    if "factor_bits" in recipe.options:
+        factor_bits = FACTOR_BITS.get(spec.setting, setting["activation_bits"])
+        recipe = replace(recipe, options={**recipe.options, "factor_bits": factor_bits})
     exact_inputs = setting["activation_bits"] == 8 and spec.arm in SERQ
     return measure_row(with_data(recipe, spec.calibrated_on), spec.windows, names, exact_inputs)
 
