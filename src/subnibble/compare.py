@@ -24,6 +24,7 @@ from subnibble.prefix import same_prefix_
 from subnibble.progress import Progress, silent, titled
 from subnibble.prompt import prefix_ids
 from subnibble.recipe import Recipe
+from subnibble.resolve import resolve
 
 ORIGINAL = "original"
 
@@ -74,6 +75,8 @@ def compare(
     if len(prompts) > 1 or own:
         raise BadRecipe("models side by side have one system prompt, and cache and prompt come with their recipes")
     source = open_source(model)
+    for recipe in recipes:
+        resolve(source, recipe)
     tokenizer = source.load_tokenizer()
     prompt = next(iter(prompts), None)
     windows = evaluation.windows(source, tokenizer, None if prompt is None else prefix_ids(prompt, tokenizer))

@@ -9,16 +9,14 @@ from pathlib import Path
 import psutil
 import torch
 
-from subnibble.calibrate.windows import check_positions
 from subnibble.checkpoint.size import cache_bytes
 from subnibble.checkpoint.source import numel, open_source
-from subnibble.device import free_memory, resolve_device, resolve_dtype
-from subnibble.methods import find_method
+from subnibble.device import free_memory
 from subnibble.methods.method import Steps
 from subnibble.model.skeleton import Skeleton
-from subnibble.plan import check_plain, effective_bits, make_plan, needs_data, packed_bytes, plan_rotation
-from subnibble.prompt import given_prefix
+from subnibble.plan import effective_bits, packed_bytes
 from subnibble.recipe import Recipe
+from subnibble.resolve import resolve
 from subnibble.tuning.distillation import Distillation
 from subnibble.tuning.tuning import EFFORTS
 from subnibble.tuning.whole_model import FREE_SHARE, states_bytes
@@ -59,19 +57,12 @@ class Estimate:
 
 def estimate(model: str | Path, recipe: Recipe) -> Estimate:
     """Size, memory and time of quantizing `model` by `recipe`; raises what `quantize` would raise of both."""
-    steps = find_method(recipe.method).steps(recipe.options)
     source = open_source(model)
-    check_plain(source)
-    device = resolve_device(recipe.device)
-    skeleton = Skeleton(source, resolve_dtype(recipe.dtype, source.config.dtype, device), device)
-    plan = make_plan(recipe, steps, skeleton)
-    plan_rotation(recipe, steps, skeleton)
-    calibrated = recipe.calibration is not None or needs_data(recipe, steps)
-    prefix = given_prefix(recipe.system_prompt, source.load_tokenizer)
-    prompt = 0 if prefix is None else len(prefix.ids)
-    check_positions(recipe.window if calibrated else 1, source.config, prompt)
+    found = resolve(source, recipe)
+    recipe, steps, skeleton, plan = found.recipe, found.steps, found.skeleton, found.plan
+    prompt = 0 if found.prefix is None else len(found.prefix.ids)
     states = round(prompt * cache_bytes(source.config, None))
-    tokens = recipe.num_windows * recipe.window if calibrated else 0
+    tokens = recipe.num_windows * recipe.window if recipe.calibration is not None else 0
     return Estimate(
         parameters=sum(numel(shape) for shape in skeleton.parameter_shapes().values()),
         file_bytes=packed_bytes(recipe, steps, plan.schemes, skeleton) + states,

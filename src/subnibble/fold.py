@@ -44,7 +44,7 @@ def fold_norm_biases_(model: Any) -> None:
                 bias = norm.bias.float()
                 # What stands in front of a head meets the norm's bias, too.
                 seen = linear.get_submodule(MIX)(bias) if hasattr(linear, MIX) else bias
-                _add_(linear, linear.dequantize() @ seen)
+                _add_(linear, linear.dequantize() @ seen, norm.bias.dtype)
                 old = modules[name]
                 assert isinstance(old, PackedLinearEntry)
                 modules[name] = replace(old, bias=True)
@@ -67,8 +67,8 @@ def _quantizes_input(module: nn.Module) -> bool:
     return isinstance(module, PackedLinear) and module.activation is not None
 
 
-def _add_(linear: Any, shift: torch.Tensor) -> None:
+def _add_(linear: Any, shift: torch.Tensor, dtype: torch.dtype) -> None:
+    """Add `shift` (m,) to the linear's bias, or give it one in `dtype`."""
     bias = linear.bias
-    total = shift if bias is None else bias.float() + shift
-    kind = torch.float32 if bias is None else bias.dtype
-    linear.bias = nn.Parameter(total.to(kind), requires_grad=False)
+    total = shift.to(dtype) if bias is None else (bias.float() + shift).to(bias.dtype)
+    linear.bias = nn.Parameter(total, requires_grad=False)

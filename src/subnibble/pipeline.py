@@ -44,27 +44,24 @@ from subnibble.checkpoint.source import Source, open_source
 from subnibble.checkpoint.writer import CheckpointWriter, check_output
 from subnibble.corrections.ranks import Gains, allocate, gains_of
 from subnibble.corrections.salient import SalientColumns
-from subnibble.device import resolve_device, resolve_dtype
 from subnibble.distill import distill
-from subnibble.errors import BadRecipe, OutputError
-from subnibble.filled_in import filled_in
-from subnibble.methods import find_method
+from subnibble.errors import OutputError
 from subnibble.methods.method import Steps
-from subnibble.model.site import Heads
 from subnibble.model.skeleton import Block, Skeleton
-from subnibble.plan import Plan, check_plain, make_plan, needs_data, packed_bytes, plan_rotation
+from subnibble.plan import Plan, packed_bytes
 from subnibble.progress import Progress, silent
-from subnibble.prompt import AUTO, given_prefix, sink_prefix
+from subnibble.prompt import AUTO, sink_prefix
 from subnibble.recipe import Recipe
 from subnibble.report import BlockReport, DistillReport, LinearReport, Report
 from subnibble.report.clock import Clock, peak_memory
+from subnibble.resolve import resolve
 from subnibble.rounding.table import as_stored, pack_table
 from subnibble.runtime import ops
 from subnibble.streams import Streams
 from subnibble.transforms.invariance import check_sites
 from subnibble.transforms.residual_order import residual_order
 from subnibble.transforms.rotate import ResidualEdit
-from subnibble.transforms.rotate_values import ValueRotation, make_value_rotation
+from subnibble.transforms.rotate_values import ValueRotation
 from subnibble.tuning.tuning import EFFORTS
 from subnibble.version import __version__
 
@@ -72,7 +69,6 @@ from subnibble.version import __version__
 _TOKENS_PER_BATCH = 4096
 # As many as PrefixQuant looks at.
 _WINDOWS_FOR_SINKS = 64
-_FEWEST_TUNED_WINDOWS = 2
 
 
 def quantize(
@@ -90,15 +86,10 @@ def quantize(
     """
     final = Path(out)
     check_output(final, overwrite)
-    method = find_method(recipe.method)
-    options = method.configure(recipe.options)
-    steps = method.build(options)
-    if recipe.calibration is None and needs_data(recipe, steps):
-        recipe = replace(recipe, calibration="c4")
     source = open_source(model)
     if source.path.resolve() == final.resolve():
         raise OutputError(f"{final} is the model itself; choose another folder")
-    run = _Run.prepare(source, recipe, options, steps)
+    run = _Run.prepare(source, recipe)
     with CheckpointWriter(final, run.skeleton.num_blocks + 1, overwrite) as writer:
         _check_disk(run, writer.folder)
         report = run.execute(writer, progress)
@@ -124,33 +115,11 @@ class _Run:
     blocks: list[BlockReport] = field(default_factory=list)
 
     @classmethod
-    def prepare(cls, source: Source, recipe: Recipe, options: Any, steps: Steps) -> _Run:
+    def prepare(cls, source: Source, recipe: Recipe) -> _Run:
         """Check everything that can be checked before weights are read, and read the calibration windows."""
         clock = Clock()
-        check_plain(source)
-        device = resolve_device(recipe.device)
-        dtype = resolve_dtype(recipe.dtype, source.config.dtype, device)
-        skeleton = Skeleton(source, dtype, device)
-        plan = make_plan(recipe, steps, skeleton)
-        rotation = plan_rotation(recipe, steps, skeleton)
-        values = make_value_rotation(steps.value_rotation, Heads.of(skeleton.config).width, recipe.seed)
-        prefix = given_prefix(recipe.system_prompt, source.load_tokenizer)
-        if recipe.system_prompt == AUTO and recipe.calibration is None:
-            raise BadRecipe('system_prompt = "auto" is found in calibration text; set calibration')
-        if steps.tuning is not None and recipe.num_windows < _FEWEST_TUNED_WINDOWS:
-            raise BadRecipe(f"tuning holds some windows out and num_windows is {recipe.num_windows}; use 2 or more")
-        if steps.mean_shift is not None:
-            steps.mean_shift.check(recipe.num_windows)
-        others = (plan.cache, recipe.system_prompt, recipe.embedding_scheme)
-        if steps.leaves_weights and others == (None, None, None):
-            raise BadRecipe(
-                f"method {recipe.method} leaves all weights, and there is nothing else to do; set kv_bits, "
-                "system_prompt or embedding_bits"
-            )
-        read = recipe.calibration is not None
-        check_positions(recipe.window if read else 1, source.config, 0 if prefix is None else len(prefix.ids))
-        resolved = filled_in(recipe, options, plan.schemes, plan.cache, device, dtype)
-        windows = None
+        found = resolve(source, recipe)
+        recipe, windows = found.recipe, None
         if recipe.calibration is not None:
             with clock.step("read text"):
                 windows = calibration_windows(
@@ -162,9 +131,11 @@ class _Run:
                     source.config.vocab_size,
                 )
         with clock.step("check sites"):
-            skeleton.check_tied_head()
-            check_sites(skeleton)
-        return cls(skeleton, resolved, steps, plan, rotation, values, prefix, windows, clock)
+            found.skeleton.check_tied_head()
+            check_sites(found.skeleton)
+        return cls(
+            found.skeleton, recipe, found.steps, found.plan, found.rotation, found.values, found.prefix, windows, clock
+        )  # fmt: skip
 
     def execute(self, writer: CheckpointWriter, progress: Progress) -> Report:
         """Quantize and write everything but the commit."""

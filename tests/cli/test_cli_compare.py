@@ -63,8 +63,11 @@ COMPARE_WRONG = {
     "no calibration": (["--calibration", "nope.txt"], "no such text file"),
     "unknown method": (["--methods", "rtn,nope"], "unknown method 'nope'"),
     "bits": (["--bits", "three"], "give whole numbers"),
+    "a rank that does not fit, behind one that does": (
+        ["--methods", "gptq,serq", "--activation-bits", 4], "rank 128 is larger than the 48 inputs",
+    ),
     "no methods": (["--methods", ","], "--methods is empty"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", COMPARE_WRONG)

@@ -15,6 +15,7 @@ from torch import Tensor
 from conftest import CONFIGS
 from subnibble.calibrate.stream import BlockStream, SiteStatistics
 from subnibble.checkpoint.safetensors_source import SafetensorsSource
+from subnibble.errors import NumericalFailure
 from subnibble.model.site import Site
 from subnibble.model.skeleton import Block, Skeleton
 from subnibble.rounding import grid
@@ -282,3 +283,14 @@ def test_a_silent_channel_gets_a_finite_factor(folders: dict[str, Path], monkeyp
         assert bool(torch.isfinite(values).all())
         assert bool((values > 0).all())
     assert moved(block, edited, hidden, arguments) < SAME
+
+
+def test_activations_that_overflow_are_refused_by_name(folders: dict[str, Path]) -> None:
+    block, hidden, arguments = loaded(folders["llama"])
+    found = statistics(block, hidden, arguments, schemes(block))
+    for spoiled in (
+        replace(found, mean_sizes=found.mean_sizes | {"mlp_in": found.mean_sizes["mlp_in"] * torch.inf}),
+        replace(found, grams=found.grams | {"mlp_in": found.grams["mlp_in"] * torch.inf}),
+    ):
+        with pytest.raises(NumericalFailure, match=r"model.layers.1 mlp_in: activations are not finite.*--dtype"):
+            ActivationAwareScale()(twin(block), spoiled)

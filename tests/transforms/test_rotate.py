@@ -120,6 +120,15 @@ def test_rows_and_columns_are_products_with_the_matrix_in_float64() -> None:
     assert float((q - q.T).abs().max()) > 0.1
 
 
+def test_a_table_is_turned_a_few_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    rotation = make_rotation("groups", 48, Scheme(4, 32), 3, CPU)
+    assert rotation is not None
+    table = torch.randn(7, 48, generator=torch.Generator().manual_seed(1))
+    at_once = rotation.columns(table)
+    monkeypatch.setattr(rotate, "_ROWS", 3)
+    assert torch.equal(rotation.columns(table), at_once)
+
+
 @pytest.mark.parametrize("name", ["full", "groups"])
 def test_the_seed_alone_draws_the_rotation(name: str) -> None:
     state = torch.get_rng_state()

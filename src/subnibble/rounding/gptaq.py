@@ -86,5 +86,7 @@ class Spread:
 
     def behind_(self, w: Tensor, start: int, end: int) -> None:
         """Push the columns behind the block `start .. end`, whose rows of w hold rounded weights by now."""
-        source = w[start:end] if self.form == "released" else self.source[start:end]
+        source = self.source[start:end]
+        if self.form == "released":
+            source = w[start:end].masked_fill(self.dead[start:end].unsqueeze(1), 0)
         w[end:].addmm_(self.p[start:end, end:].T, source)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from subnibble.calibrate.stream import SiteStatistics
+from subnibble.errors import NumericalFailure
 from subnibble.model.site import Site
 from subnibble.model.skeleton import Block
 from subnibble.rounding import grid
@@ -48,6 +49,10 @@ class ActivationAwareScale:
 
     def _factors(self, block: Block, site: Site, found: SiteStatistics) -> Tensor:
         sizes = found.mean_sizes[site.name].clamp(min=1e-8)
+        if not bool(torch.isfinite(sizes).all() and torch.isfinite(found.grams[site.name]).all()):
+            raise NumericalFailure(
+                f"{block.path} {site.name}: activations are not finite; compute in bfloat16 or float32 (--dtype)"
+            )
         if site.per_head:
             heads = block.heads
             sizes = sizes.view(heads.key_value, heads.repeats, heads.width).mean(1).flatten()

@@ -27,6 +27,8 @@ from subnibble.scheme import Scheme
 
 _USUAL_GROUPS = (16, 32, 64, 128, 256)
 ROTATIONS = ("none", "full", "groups")
+# Turned together, so that an embedding's float64 copy is never whole.
+_ROWS = 8192
 
 
 class ResidualEdit(Protocol):
@@ -82,8 +84,11 @@ class Rotation:
     def columns(self, matrix: Tensor) -> Tensor:
         """M Q for M (m, d): computed in float64, given in M's type."""
         widths = [block.shape[0] for block in self.blocks]
-        parts = [part.double() @ block for part, block in zip(matrix.split(widths, -1), self.blocks, strict=True)]
-        return torch.cat(parts, -1).to(matrix.dtype)
+        turned = torch.empty_like(matrix, memory_format=torch.contiguous_format)
+        for rows, out in zip(matrix.split(_ROWS), turned.split(_ROWS), strict=True):
+            for part, block, place in zip(rows.split(widths, -1), self.blocks, out.split(widths, -1), strict=True):
+                place.copy_(part.double() @ block)
+        return turned
 
     def rows(self, matrix: Tensor) -> Tensor:
         """Qᵀ M for M (d, k), or Qᵀ v for v (d,)."""

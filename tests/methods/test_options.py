@@ -1,0 +1,136 @@
+"""What methods are made of, and that each of their options says something about it."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import fields, replace
+from typing import Any
+
+import pytest
+
+from subnibble.corrections.mean_shift import MeanShift
+from subnibble.errors import BadRecipe
+from subnibble.methods import METHODS
+from subnibble.methods.choices import OPTION_CHOICES
+from subnibble.methods.method import Method, Steps
+from subnibble.rounding.dual_scale import DualScale, RowScale
+from subnibble.rounding.gptaq import Asymmetry
+from subnibble.rounding.gptq import GPTQ
+from subnibble.rounding.grid import Clip
+from subnibble.rounding.rtn import RTN
+from subnibble.transforms.awq import ActivationAwareScale
+
+# What an option needs of others to say anything, beside the defaults.
+COMPANY: dict[str, dict[str, Any]] = {
+    "damping": {"rounding": "gptq"},
+    "order": {"rounding": "gptq"},
+    "asymmetry": {"rounding": "gptq"},
+    "alpha_drift": {"rounding": "gptq", "asymmetry": "shifted"},
+    "outliers": {"over": "atom"},
+    "salient": {"over": "serq"},
+    "low_rank_start": {"low_rank": "side"},
+    "ranks": {"rotation": "none"},
+    "residual_order": {"rotation": "none"},
+    "iterations": {"columns": "all"},
+    "sweeps": {"asymmetry": "shifted"},
+    "rows": {"columns": "none"},
+}
+# Drift is refused beside low-rank factors and outlier columns; "method" is another word for one of the others.
+SILENT = {
+    *((method, option) for method in ("l2qer", "qera", "atom") for option in ("asymmetry", "alpha_drift")),
+    ("bisup", "rotation"),
+}
+OPTIONS = [(m, item.name) for m in METHODS.values() for item in fields(m.options) if (m.name, item.name) not in SILENT]
+
+
+def company(method: Method, option: str) -> dict[str, Any]:
+    has = {item.name for item in fields(method.options)}
+    return {key: value for key, value in COMPANY.get(option, {}).items() if key in has}
+
+
+def others(default: Any, option: str) -> list[Any]:
+    """Every other word that an option may be, or another number."""
+    if isinstance(default, str):
+        return [word for word in OPTION_CHOICES[option].split(", ") if word != default]
+    return [default / 2 + 0.1] if isinstance(default, float) else [2 * default + 1]
+
+
+def other_steps(method: Method, option: str) -> list[Steps]:
+    """The steps of a method with each other value of an option; those that its rules refuse are left out."""
+    known = company(method, option)
+    default = getattr(method.options(**known), option)
+    made = []
+    for value in others(default, option):
+        with suppress(BadRecipe):
+            made.append(method.steps(known | {option: value}))
+    return made
+
+
+@pytest.mark.parametrize(("method", "option"), OPTIONS, ids=lambda value: getattr(value, "name", value))
+def test_every_value_of_an_option_makes_other_steps(method: Method, option: str) -> None:
+    usual = method.steps(company(method, option))
+    made = other_steps(method, option)
+    assert made
+    assert all(steps != usual for steps in made)
+    for index, steps in enumerate(made):
+        assert all(steps != other for other in made[index + 1 :])
+
+
+def test_an_option_that_is_dropped_is_noticed() -> None:
+    gptq = METHODS["gptq"]
+    deaf = replace(gptq, build=lambda options: gptq.build(replace(options, damping=0.01)))
+    assert all(steps == deaf.steps({}) for steps in other_steps(deaf, "damping"))
+
+
+def gptq(fitter: Any, form: str = "none", alpha: float = 0.25, weighting: str = "none") -> GPTQ:
+    asymmetry = Asymmetry(form, alpha)
+    return GPTQ(fitter, damping=0.01, order="gar", weighting=weighting, asymmetry=asymmetry, sweeps=0)
+
+
+SEARCHED, RELEASED = Clip("mse", 2.0), Clip("mse", 2.4)
+D2 = gptq(RELEASED, "released")
+D2_DOWN = {"mlp_hidden": gptq(DualScale(RELEASED, 15), "released")}
+# As their papers and released programs have them, see each method's file: rounder, that of down-projections, rest.
+COMPOSED: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
+    "rtn": (RTN(SEARCHED), {}, {}),
+    "awq": (RTN(SEARCHED, "hessian"), {}, {"transforms": (ActivationAwareScale(),)}),
+    "gptq": (gptq(SEARCHED), {}, {}),
+    "gptaq": (gptq(SEARCHED, "released"), {}, {}),
+    "d2quant": (D2, D2_DOWN, {"rotation": "groups", "mean_shift": MeanShift("published")}),
+    "d2quant-uniform": (D2, D2_DOWN, {"rotation": "groups", "mean_shift": MeanShift("published")}),
+    "dualfit": (gptq(DualScale(SEARCHED, 10), "shifted", 0.5, "hessian"), {}, {"rotation": "groups"}),
+}
+
+
+@pytest.mark.parametrize("name", COMPOSED)
+def test_a_weight_only_method_is_made_of(name: str) -> None:
+    rounder, rounders, rest = COMPOSED[name]
+    steps = METHODS[name].steps({})
+    assert steps == Steps(rounder, rounders=rounders, prefers=steps.prefers, **rest)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_grids_that_methods_prefer(bits: int) -> None:
+    wishes = {name: METHODS[name].steps({}).prefers for name in COMPOSED}
+    signs = {"grid": "sign"} if bits < 4 else {}
+    assert dict(wishes["d2quant"]("mlp_hidden", bits)) == signs
+    assert dict(wishes["d2quant"]("attention_in", bits)) == {}
+    for site in ("mlp_hidden", "attention_in"):
+        assert dict(wishes["d2quant-uniform"](site, bits)) == {"grid": "uniform"}
+        assert dict(wishes["dualfit"](site, bits)) == {"zero_point": "real"}
+        assert all(dict(wishes[name](site, bits)) == {} for name in ("rtn", "awq", "gptq", "gptaq"))
+
+
+def test_rows_and_columns_of_d2quant_choose_fitters() -> None:
+    def fitters(**options: str) -> tuple[Any, Any]:
+        steps = METHODS["d2quant"].steps(options)
+        found = steps.rounder_of("attention_in"), steps.rounder_of("mlp_hidden")
+        assert all(isinstance(rounder, GPTQ) for rounder in found)
+        return found[0].fitter, found[1].fitter
+
+    dual, rows = DualScale(RELEASED, 15), RowScale(RELEASED, 15)
+    assert fitters() == (RELEASED, dual)
+    assert fitters(columns="none") == (RELEASED, RELEASED)
+    assert fitters(columns="all") == (dual, dual)
+    assert fitters(rows="refit") == (rows, dual)
+    assert fitters(columns="none", rows="refit") == (rows, rows)

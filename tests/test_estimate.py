@@ -1,0 +1,102 @@
+"""Estimates refuse what quantizing refuses, and follow what it holds and does."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from subnibble import Recipe, estimate, quantize
+from subnibble.block_run import BlockRun
+from subnibble.errors import SubnibbleError
+
+REFUSED: dict[str, dict[str, Any]] = {
+    "nothing to do": {"method": "none"},
+    "one window to tune on": {"method": "bisup", "num_windows": 1},
+    "half of one window": {"method": "d2quant", "num_windows": 1, "options": {"mean_shift": "gated"}},
+    "a rank too large": {"method": "serq", "activation_bits": 4},
+    "groups that no Hadamard matrix fits": {"method": "d2quant", "group_size": 13},
+    "windows too long": {"window": 4096},
+    "a prompt found nowhere": {"method": "rtn", "system_prompt": "auto", "calibration": None},
+}
+
+
+@pytest.fixture
+def recipe(token_file: Path) -> Recipe:
+    return Recipe(
+        method="gptq", bits=3, group_size=16, calibration=str(token_file), num_windows=4, window=32, device="cpu",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_quantize_refuses_estimate_refuses_in_the_same_words(
+    case: str, recipe: Recipe, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    wrong = replace(recipe, **REFUSED[case])
+    with pytest.raises(SubnibbleError) as said:
+        estimate.estimate(folders["llama"], wrong)
+    with pytest.raises(SubnibbleError) as refused:
+        quantize(folders["llama"], tmp_path / "out", wrong)
+    assert str(said.value) == str(refused.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("method", "streams"), [("gptq", 1), ("gptaq", 2)])
+def test_activation_streams_are_what_a_run_holds(
+    method: str, streams: int, recipe: Recipe, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[int] = []
+    advance = BlockRun.advance
+
+    def record(run: BlockRun) -> None:
+        found = [run.hidden] + ([] if run.reference is None else [list(run.reference.outputs())])
+        held.append(sum(batch.nbytes for stream in found for batch in stream))
+        assert len(found) == streams
+        advance(run)
+
+    monkeypatch.setattr(BlockRun, "advance", record)
+    for windows in (4, 8):
+        own = replace(recipe, method=method, num_windows=windows)
+        quantize(folders["llama"], tmp_path / f"{windows}", own)
+        found = estimate.estimate(folders["llama"], own).memory_bytes
+        # Between a block's sites the inputs of its output and down projections are kept, too, beside 48 channels.
+        assert found["activation streams"] == max(held) * (48 + 96 + 80) // 48
+        assert found["peak"] == sum(size for part, size in found.items() if part != "peak")
+    assert held[-1] == 2 * held[0]
+
+
+def test_time_grows_with_tokens_steps_and_slowness(
+    recipe: Recipe, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    speed = 1e6
+
+    def seconds(**changes: Any) -> float:
+        monkeypatch.setattr(estimate, "_product_speed", lambda *_: speed)
+        return estimate.estimate(folders["llama"], replace(recipe, **changes)).seconds
+
+    one, two, three = (seconds(num_windows=n) for n in (4, 8, 12))
+    assert one > 0
+    assert two - one == pytest.approx(three - two)
+    # Rounding does not depend on tokens, all else does.
+    assert two - one > 0.9 * one
+    assert seconds(method="gptaq") > 1.3 * one
+    assert seconds(distill_steps=20) - one == pytest.approx((seconds(distill_steps=40) - one) / 2, rel=0.2)
+    speed /= 2
+    assert seconds() == pytest.approx(2 * one, rel=0.1)
+
+
+def test_statistics_are_as_large_as_the_widest_input(recipe: Recipe, folders: dict[str, Path]) -> None:
+    def statistics(method: str) -> int:
+        return estimate.estimate(folders["llama"], replace(recipe, method=method)).memory_bytes["statistics"]
+
+    # The Gram matrix of 96 channels (6 heads of 16), at least, and with it a drift of the same size.
+    matrix = 96 * 96 * torch.float32.itemsize
+    assert statistics("gptq") >= matrix
+    assert statistics("gptaq") - statistics("gptq") == matrix
+    assert (
+        estimate.estimate(folders["llama"], replace(recipe, method="rtn", calibration=None)).memory_bytes["statistics"]
+        == 0
+    )
