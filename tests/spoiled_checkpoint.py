@@ -9,7 +9,7 @@ import torch
 
 
 def spoiled_copy(source: Path, folder: Path, name: str, how: str) -> Path:
-    """A copy of a checkpoint with one tensor missing, misshapen, of another type, or one too many."""
+    """A copy of a checkpoint with one tensor missing, misshapen, of another type, not finite, or one too many."""
     from safetensors.torch import load_file, save_file
 
     folder.mkdir()
@@ -24,6 +24,8 @@ def spoiled_copy(source: Path, folder: Path, name: str, how: str) -> Path:
         tensors[name] = tensors[name][1:].contiguous()
     elif how == "another type":
         tensors[name] = tensors[name].double()
+    elif how == "not finite":
+        tensors[name].view(-1)[3] = torch.nan
     else:
         tensors[name + "_more"] = torch.zeros(1)
     save_file(tensors, folder / shard, metadata={"format": "pt"})

@@ -151,6 +151,21 @@ def test_a_checkpoint_that_is_not_whole_is_refused_before_training(
         distill_checkpoint(out, folders["llama"], recipe)
 
 
+@pytest.mark.parametrize("damaged", ["[1]", "{", '"report"', b"\xff\xfe"])
+def test_a_damaged_report_is_refused_before_work(
+    damaged: str | bytes, folders: dict[str, Path], token_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    quantize(folders["llama"], out, recipe_of("gptq", token_file))
+    (out / "report.json").write_bytes(damaged if isinstance(damaged, bytes) else damaged.encode())
+    monkeypatch.setattr("subnibble.distill_checkpoint.distill", lambda *args: pytest.fail("it was trained"))
+    monkeypatch.setattr("subnibble.prefix.load_model", lambda *args: pytest.fail("it was loaded"))
+    with pytest.raises(CheckpointError, match=r"report\.json is damaged .*; remove it, or quantize the model again"):
+        distill_checkpoint(out, folders["llama"], recipe_of("gptq", token_file, **DISTILLED))
+    with pytest.raises(CheckpointError, match=r"report\.json is damaged"):
+        add_prefix(out, "w5 w9")
+
+
 def test_nothing_to_learn_is_said(folders: dict[str, Path], token_file: Path, tmp_path: Path) -> None:
     out, nothing = tmp_path / "out", {"tokens": 192, "scales": False, "norms": False}
     quantize(folders["llama"], out, recipe_of("gptq", token_file))

@@ -30,6 +30,13 @@ def test_packed_checkpoint_that_is_not_whole_is_refused(
         AutoModelForCausalLM.from_pretrained(folder)
 
 
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.scales", "model.embed_tokens.scales"])
+def test_scales_that_are_no_numbers_are_refused(name: str, packed: dict[str, Path], tmp_path: Path) -> None:
+    folder = spoiled_copy(packed["llama"], tmp_path / "spoiled", name, "not finite")
+    with pytest.raises(CheckpointError, match=re.escape(f"{name} is not finite; fetch or quantize the model again")):
+        load_model(folder)
+
+
 @pytest.mark.parametrize("how", ["missing", "misshapen", "one too many"])
 def test_plain_checkpoint_that_is_not_whole_is_refused(how: str, folders: dict[str, Path], tmp_path: Path) -> None:
     name = "model.layers.1.mlp.down_proj.weight"

@@ -7,22 +7,16 @@ from pathlib import Path
 
 from subnibble.calibrate.windows import calibration_windows, check_positions
 from subnibble.checkpoint.edit import change_checkpoint, check_space, open_packed, read_report
+from subnibble.checkpoint.original import check_original
 from subnibble.checkpoint.source import Source, open_source
 from subnibble.device import resolve_device, resolve_dtype
 from subnibble.distill import distill
-from subnibble.errors import BadRecipe, CheckpointError
+from subnibble.errors import BadRecipe
 from subnibble.filled_in import absolute
 from subnibble.plan import check_plain
 from subnibble.progress import Progress, silent
 from subnibble.recipe import Recipe
 from subnibble.report import DistillReport
-
-# What two configs of one model agree in: its shape, and what else its function depends on.
-_SAME = (
-    "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "head_dim", "hidden_act", "rms_norm_eps", "rope_parameters", "attention_bias", "mlp_bias",
-    "sliding_window", "layer_types",
-)  # fmt: skip
 
 
 def distill_checkpoint(
@@ -40,13 +34,7 @@ def distill_checkpoint(
     packed, config = open_packed(folder)
     source = open_source(original)
     check_plain(source)
-    for key in _SAME:
-        theirs, ours = getattr(source.config, key, None), getattr(packed.config, key, None)
-        if theirs != ours:
-            raise CheckpointError(
-                f"{source.path}: {key} is {theirs!r}, and {packed.path} has {ours!r}; give the model that it was "
-                "quantized from"
-            )
+    check_original(source, packed)
     coded = [scheme for entry in config.linears for part in entry.matrices.values() for _, scheme in part.ranges]
     settings.check_learns(coded, [entry.activation for entry in config.linears], packed.path.name)
     check_space(packed)
@@ -57,12 +45,12 @@ def distill_checkpoint(
     windows = calibration_windows(
         calibration, packed.load_tokenizer, recipe.num_windows, recipe.window, recipe.seed, source.config.vocab_size
     )
+    earlier = read_report(packed.path).get("distilled_later", [])
     found = distill(source, packed, config, settings, windows, dtype, device, recipe.seed, progress)
     done = {
         **asdict(found.report), **settings.to_dict(), "original": str(source.path), "calibration": calibration,
         "num_windows": recipe.num_windows, "window": recipe.window, "seed": recipe.seed, "device": str(device),
         "dtype": str(dtype).removeprefix("torch."),
     }  # fmt: skip
-    earlier = read_report(packed).get("distilled_later", [])
     change_checkpoint(packed, found.config, found.tensors, {"distilled_later": [*earlier, done]})
     return found.report

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +11,8 @@ from torch import Tensor
 
 from subnibble.cache_scheme import CacheScheme, PrefixIds
 from subnibble.calibrate.windows import check_positions, evaluation_windows
+from subnibble.checkpoint.edit import REPORT, read_report
+from subnibble.checkpoint.original import check_original
 from subnibble.checkpoint.packed import packed_config_of
 from subnibble.checkpoint.size import cache_bytes, measure
 from subnibble.checkpoint.source import Source, open_source
@@ -96,7 +97,10 @@ def evaluate(
     if layers and reference is None:
         raise BadRecipe("--layers compares with the original; pass --reference MODEL")
     source = open_source(model)
-    moved = _moved(source.path) if layers else set()
+    moved = set()
+    if layers:
+        moved = _moved(source.path)
+        check_original(open_source(reference), source)
     size = measure(source)
     packed, tokenizer = packed_config_of(source.config), source.load_tokenizer()
     asked = None if evaluation.system_prompt is None else prefix_ids(evaluation.system_prompt, tokenizer)
@@ -131,16 +135,16 @@ def _attached_facts(model: Any) -> dict[str, Any]:
 
 def _moved(folder: Path) -> set[str]:
     """Paths of the linears that the folder's report.json says are in another basis than the original's."""
-    file = folder / "report.json"
-    if not file.is_file():
+    file, report = folder / REPORT, read_report(folder)
+    if not report:
         raise BadRecipe(
             f"--layers needs {file}, which says what linears may be compared; it compares a folder that "
             "`subnibble quantize` wrote with the original"
         )
     try:
-        linears = json.loads(file.read_text(encoding="utf-8"))["linears"]
+        linears = report["linears"]
         moved = {linear["path"] for linear in linears if linear.get("moved", False)}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{file} is damaged ({error!r}); quantize the model again") from error
     if len(moved) == len(linears):
         raise BadRecipe(

@@ -110,6 +110,8 @@ def _verify(model: Any, files: list[Path]) -> None:
 def _check_values(path: str, module: PackedModule) -> None:
     """Raise `CheckpointError` if stored numbers are none that a writer may write."""
     for name, buffer in module.named_buffers(recurse=False):
+        if buffer.is_floating_point() and not bool(torch.isfinite(buffer).all()):
+            raise CheckpointError(f"{path}.{name} is not finite; fetch or quantize the model again")
         if name == "gather":
             whole = torch.arange(buffer.shape[0], device=buffer.device, dtype=buffer.dtype)
             if not torch.equal(buffer.sort().values, whole):

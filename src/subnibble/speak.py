@@ -8,6 +8,7 @@ import torch
 
 from subnibble.cache_scheme import PrefixIds
 from subnibble.errors import BadRecipe
+from subnibble.hf_attention import attached_cache
 from subnibble.prompt import default_turn
 
 
@@ -24,16 +25,33 @@ def chat_prompt(tokenizer: Any, message: str, prefix: PrefixIds | None = None) -
 
 
 def speak(model: Any, tokenizer: Any, prompt: str, tokens: int, temperature: float = 0.0, seed: int = 0) -> str:
-    """The model's continuation of `prompt` by at most `tokens` tokens. temperature 0 takes the likeliest each time."""
+    """The model's continuation of `prompt` by at most `tokens` tokens, fewer where its positions end before.
+
+    temperature 0 takes the likeliest each time; above, seed draws. `BadRecipe` if the prompt alone is too long.
+    """
     # A chat template may have put BOS there already.
     begun = bool(tokenizer.bos_token) and prompt.startswith(tokenizer.bos_token)
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not begun)
-    if inputs["input_ids"].shape[1] == 0:
+    given = inputs["input_ids"].shape[1]
+    if given == 0:
         raise BadRecipe("the prompt is empty; give some text to continue")
-    settings: dict[str, Any] = {"do_sample": temperature > 0, "max_new_tokens": tokens}
+    settings: dict[str, Any] = {"do_sample": temperature > 0, "max_new_tokens": _that_fit(model, given, tokens)}
     if temperature > 0:
         settings["temperature"] = temperature
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         output = model.generate(**inputs.to(model.device), **settings)
-    return str(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+    return str(tokenizer.decode(output[0, given:], skip_special_tokens=True))
+
+
+def _that_fit(model: Any, given: int, tokens: int) -> int:
+    """How many of `tokens` have positions behind a prompt of `given`."""
+    most = getattr(model.config, "max_position_embeddings", None)
+    attached = attached_cache(model)
+    before = 0 if attached is None or attached.prefix is None else len(attached.prefix.ids)
+    if most is None:
+        return tokens
+    if before + given >= most:
+        behind = f" behind a system prompt of {before}" if before else ""
+        raise BadRecipe(f"the prompt has {given} tokens{behind} and the model {most} positions; give a shorter one")
+    return min(tokens, most - before - given)

@@ -71,6 +71,16 @@ def test_file_that_is_not_utf8_says_where(tmp_path: Path) -> None:
         read_text(str(path), "calibration")
 
 
+def test_file_that_cannot_be_read_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Path, encoding: str) -> str:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    path = written(tmp_path, "closed.txt", "text")
+    monkeypatch.setattr(Path, "read_text", refuse)
+    with pytest.raises(CalibrationError, match=r"closed\.txt cannot be read \(Permission denied\); give a text file"):
+        read_text(path, "calibration")
+
+
 @pytest.mark.parametrize("name", ["wikitext", "no/such/file.txt", "", "."])
 def test_unknown_name_lists_the_named_sets(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

@@ -35,6 +35,10 @@ def test_quantize_evaluate_and_inspect_work_together(
     assert found["kl_divergence"] > 0
     assert 0 <= found["top1_agreement"] <= 1
     assert len(found["output_errors"]) == 21
+    wrong = (folders["mistral"], "--layers", "--text", text_file, "--window", 32)
+    code, _, err = run("evaluate", tmp_path / "out", "--reference", *wrong)
+    assert code == 2
+    assert "give the model that it was quantized from" in err
     code, out, _ = run("inspect", tmp_path / "out", "--json")
     assert code == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text())

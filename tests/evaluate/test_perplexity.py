@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from subnibble.errors import CalibrationError
+from subnibble.errors import CalibrationError, NumericalFailure
 from subnibble.evaluate.perplexity import bos_token, check_vocabularies, score
 
 VOCABULARY, BOS = 61, 1
@@ -157,6 +157,27 @@ def test_certain_model_has_perplexity_one_and_hopeless_one_is_infinite() -> None
     right, wrong = torch.arange(10, 30).view(2, 10), torch.arange(30, 10, -1).view(2, 10)
     assert score({"m": Bigram(successor)}, right, None)["m"].perplexity == 1
     assert score({"m": Bigram(successor)}, wrong, None)["m"].perplexity == math.inf
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_predictions_that_are_no_numbers_are_refused(value: float) -> None:
+    sound, ids = bigram(1), windows()
+    spoiled = Bigram(sound.table.data.clone())
+    # One token that is in the text, and is fed.
+    spoiled.table[ids[2, 4], 7] = value
+    with pytest.raises(NumericalFailure, match=r"the reference predicts no numbers on window [0-2]; are the weights"):
+        score({"m": sound}, ids, None, spoiled)
+    with pytest.raises(NumericalFailure, match=r"m: the loss on window [0-2] is not finite; are the weights"):
+        score({"m": spoiled}, ids, None, sound)
+
+
+def test_a_token_that_is_ruled_out_is_no_failure() -> None:
+    ids = torch.arange(10, 30).view(2, 10)
+    sure = bigram(1)
+    sure.table[:, 50] = -math.inf
+    found = score({"m": bigram(1)}, ids, None, sure)["m"]
+    assert math.isfinite(found.kl_divergence)
+    assert found.kl_divergence > 0
 
 
 def test_every_token_weighs_the_same_across_windows() -> None:

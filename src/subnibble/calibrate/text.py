@@ -32,6 +32,8 @@ def read_text(name: str, split: str) -> str:
         content = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise CalibrationError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
+    except OSError as error:
+        raise CalibrationError(f"{path} cannot be read ({error.strerror}); give a text file that can") from error
     return _join_jsonl(content, path) if path.suffix == ".jsonl" else content
 
 

@@ -31,6 +31,8 @@ def open_packed(folder: str | Path) -> tuple[SafetensorsSource, PackedConfig]:
             f"{source.path} is no subnibble checkpoint; quantize the model first (--method none keeps its weights)"
         )
     expect_shapes(source, iter(stored_shapes(packed).items()))
+    # Before the work that it is to tell of.
+    read_report(source.path)
     return source, packed
 
 
@@ -71,10 +73,15 @@ def check_space(source: SafetensorsSource) -> None:
         pass
 
 
-def read_report(source: SafetensorsSource) -> dict[str, Any]:
-    """report.json, empty if there is none."""
-    file = source.path / REPORT
-    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+def read_report(folder: Path) -> dict[str, Any]:
+    """The folder's report.json, empty if there is none; `CheckpointError` if it is damaged."""
+    file = folder / REPORT
+    if not file.is_file():
+        return {}
+    try:
+        found: dict[str, Any] = dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{file} is damaged ({error}); remove it, or quantize the model again") from error
     return found
 
 
@@ -84,7 +91,7 @@ def _copy_others(source: SafetensorsSource, writer: CheckpointWriter, told: Mapp
             continue
         copy = shutil.copytree if item.is_dir() else shutil.copy2
         copy(item, writer.folder / item.name)
-    report = read_report(source)
+    report = read_report(source.path)
     if report:
         report["size"] = measure(open_source(writer.folder)).to_dict()
         report["weights_sha256"] = weights_hash(writer.folder)

@@ -63,10 +63,10 @@ def evaluate(
 def generate(
     model: o.Model,
     prompt: Annotated[str, typer.Option(help="What to continue.")],
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate.", min=1)] = 64,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate, as far as positions reach.", min=1)] = 64,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the chat template.")] = False,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.", min=0.0)] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the sampling.", min=0, max=2**63 - 1)] = 0,
     kv_bits: o.KvBits = None,
     kv_option: o.KvOptions = None,
     system_prompt: o.SystemPrompt = None,

@@ -19,6 +19,7 @@ from subnibble.errors import CalibrationError, NumericalFailure
 from subnibble.progress import Progress, silent
 
 # Positions whose full logits are compared at once: bounds memory at vocabulary x this x 4 bytes, a few times.
+_REMEDY = "; are the weights intact, and is the type wide enough (--dtype float32)?"
 _POSITIONS = 512
 
 
@@ -58,15 +59,14 @@ def score(
     totals = {name: _Totals() for name in models}
     for number, window in enumerate(windows):
         target = None if reference is None else _log_probabilities(reference, window, bos)
+        if target is not None and math.isnan(float(target.amax())):
+            raise NumericalFailure(f"the reference predicts no numbers on window {number}{_REMEDY}")
         for name, model in models.items():
             known = target if model is reference else None
             predicted = _log_probabilities(model, window, bos) if known is None else known
             totals[name].add(predicted, window, target)
-            if not math.isfinite(totals[name].loss):
-                raise NumericalFailure(
-                    f"{name}: the loss on window {number} is not finite; are the weights intact, and is the type wide "
-                    "enough (--dtype float32)?"
-                )
+            if not math.isfinite(totals[name].loss) or math.isnan(totals[name].divergence):
+                raise NumericalFailure(f"{name}: the loss on window {number} is not finite{_REMEDY}")
         progress(number + 1, len(windows), "windows")
     return {
         name: Scores(
