@@ -24,6 +24,18 @@ HERE = Path(__file__).parent
 RECIPES = HERE.parent / "recipes"
 
 
+def parts_of(text: str, form: str, numbers: int) -> tuple[list[str], list[int]]:
+    """A row as written on the command line, split at colons: words, and at its end so many whole numbers.
+
+    form: how a row is written, for the message of the `ArgumentTypeError`. The last number, windows, is above 0.
+    """
+    parts = text.split(":")
+    words, counts = parts[:-numbers], parts[-numbers:]
+    if len(parts) != len(form.split(":")) or not all(part.isdecimal() for part in counts) or int(counts[-1]) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r}: give {form}, whole numbers at its end and the last above 0")
+    return words, [int(part) for part in counts]
+
+
 def texts(wikitext: Path) -> dict[str, str]:
     """Name -> what `read_text` takes; WikiText is left out, with one message, where its file is not."""
     file = wikitext / "test.raw.txt"
@@ -166,7 +178,7 @@ def run(
     arguments = parser.parse_args()
     if arguments.child:
         values, names = json.loads(arguments.child)
-        print("ROWS " + json.dumps([{**values, **row} for row in measured(spec(**values), names)]))
+        print("ROWS " + json.dumps([{**values, **row} for row in _made(measured, spec(**values), names)]))
         return
     table = Rows(arguments.results, key)
     if not arguments.print:
@@ -177,8 +189,20 @@ def run(
                 continue
             print(f"{one} on {', '.join(missing)}", file=sys.stderr, flush=True)
             command = [sys.executable, sys.argv[0], "--child", json.dumps([asdict(one), missing])]
-            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-            line = next(line for line in output.splitlines() if line.startswith("ROWS "))
+            child = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
+            if child.returncode:
+                sys.exit(f"{one} was not made (exit code {child.returncode}); rows before it are kept")
+            line = next(line for line in child.stdout.splitlines() if line.startswith("ROWS "))
             for row in json.loads(line.removeprefix("ROWS ")):
                 table.append(row)
     show(table.rows)
+
+
+def _made(measured: Callable[..., list[dict[str, Any]]], spec: Any, names: dict[str, str]) -> list[dict[str, Any]]:
+    """The rows of `spec`; what cannot be asked for ends the process with its message alone."""
+    from subnibble.errors import SubnibbleError
+
+    try:
+        return measured(spec, names)
+    except SubnibbleError as error:
+        sys.exit(f"error: {error}")

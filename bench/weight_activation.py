@@ -25,6 +25,7 @@ from measure import (
     cost_cells,
     gap_left,
     measure_row,
+    parts_of,
     print_table,
     run,
     score_cells,
@@ -32,6 +33,7 @@ from measure import (
     with_data,
 )
 
+FORM = "ARM:SETTING:WINDOWS[:CALIBRATED_ON]"
 KEY = ("arm", "setting", "windows", "calibrated_on", "text")
 FOLDER = RECIPES / "weight_activation"
 ARMS = sorted(file.stem for file in FOLDER.glob("*.toml"))
@@ -91,13 +93,16 @@ def specs(only: str | None) -> list[Spec]:
 
 def parse_spec(text: str) -> Spec:
     """A row as written on the command line, for example serq:W4A4g128:16, or serq:W4A4g128:16:64 for the sweep."""
-    arm, setting, windows, *rest = text.split(":")
+    whole = text if text.count(":") > 2 else f"{text}:{text.rpartition(':')[2]}"
+    (arm, setting), (windows, calibrated_on) = parts_of(whole, FORM, 2)
     if arm not in (*ARMS, "original") or (arm != "original" and setting not in SETTINGS):
         raise argparse.ArgumentTypeError(
             f"{text!r}: give ARM:SETTING:WINDOWS, ARM one of original, {', '.join(ARMS)}; SETTING one of "
             f"{', '.join(SETTINGS)} (empty for original)"
         )
-    return Spec(arm, setting, int(windows), 0 if arm == "original" else int(rest[0] if rest else windows))
+    if arm == "original" and setting:
+        raise argparse.ArgumentTypeError(f"{text!r}: the original has no setting; give original::{windows}")
+    return Spec(arm, setting, windows, 0 if arm == "original" else calibrated_on)
 
 
 def measured(spec: Spec, names: dict[str, str]) -> list[dict[str, Any]]:
@@ -161,7 +166,7 @@ def _gap(found: dict[Spec, dict[str, dict[str, Any]]], spec: Spec, text: str) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=("headline", "table", "ranks", "stages", "calibration"))
-    parser.add_argument("--row", action="append", type=parse_spec, metavar="ARM:SETTING:WINDOWS[:CALIBRATED_ON]")
+    parser.add_argument("--row", action="append", type=parse_spec, metavar=FORM)
     results = HERE / "results" / "weight_activation.json"
     run(parser, results, KEY, Spec, measured, lambda given: given.row or specs(given.only), show)
 

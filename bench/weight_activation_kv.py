@@ -26,6 +26,7 @@ from measure import (
     by_spec,
     cost_cells,
     measure_row,
+    parts_of,
     print_table,
     run,
     score_cells,
@@ -33,6 +34,7 @@ from measure import (
     with_data,
 )
 
+FORM = "ARM:SETTING:PROMPT:WINDOWS"
 KEY = ("arm", "setting", "prompt", "windows", "text")
 FOLDER = RECIPES / "weight_activation_kv"
 ARMS = sorted(file.stem for file in FOLDER.glob("*.toml"))
@@ -90,18 +92,16 @@ def specs(only: str | None) -> list[Spec]:
 
 def parse_spec(text: str) -> Spec:
     """A row as written on the command line, for example kv:KV4:bos:16 or quarot:W4A4KV4g128:none:16."""
-    try:
-        arm, setting, prompt, windows = text.split(":")
-        settings = CACHES if arm in CACHE_ALONE else {"": {}} if arm == "original" else SETTINGS
-        known = arm in (*ARMS, "original") and setting in settings and prompt in PROMPTS
-        if known:
-            return Spec(arm, setting, prompt, int(windows))
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(
-        f"{text!r}: give ARM:SETTING:PROMPT:WINDOWS, ARM one of original, {', '.join(ARMS)}; SETTING one of "
-        f"{', '.join((*CACHES, *SETTINGS))} (empty for original); PROMPT one of {', '.join(PROMPTS)}"
-    )
+    (arm, setting, prompt), (windows,) = parts_of(text, FORM, 1)
+    settings = CACHES if arm in CACHE_ALONE else {"": {}} if arm == "original" else SETTINGS
+    # How a model is put behind a prompt afterwards is asked of quantized ones alone.
+    prompts = [name for name in PROMPTS if arm != "original" or "-" not in name]
+    if arm not in (*ARMS, "original") or setting not in settings or prompt not in prompts:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: give {FORM}, ARM one of original, {', '.join(ARMS)}; SETTING one of "
+            f"{', '.join((*CACHES, *SETTINGS))} (empty for original); PROMPT one of {', '.join(prompts)}"
+        )
+    return Spec(arm, setting, prompt, windows)
 
 
 def measured(spec: Spec, names: dict[str, str]) -> list[dict[str, Any]]:
@@ -197,7 +197,7 @@ def _over(found: dict[Spec, dict[str, dict[str, Any]]], spec: Spec, text: str) -
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=("original", "cache", "table", "prompt", "tuned", "ablation"))
-    parser.add_argument("--row", action="append", type=parse_spec, metavar="ARM:SETTING:PROMPT:WINDOWS")
+    parser.add_argument("--row", action="append", type=parse_spec, metavar=FORM)
     results = HERE / "results" / "weight_activation_kv.json"
     run(parser, results, KEY, Spec, measured, lambda given: given.row or specs(given.only), show)
 

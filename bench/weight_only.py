@@ -23,6 +23,7 @@ from measure import (
     cost_cells,
     gap_left,
     measure_row,
+    parts_of,
     print_table,
     run,
     score_cells,
@@ -30,6 +31,7 @@ from measure import (
     with_data,
 )
 
+FORM = "ARM:BITS:GROUP:WINDOWS"
 KEY = ("arm", "bits", "group_size", "windows", "text")
 # An arm is a shipped recipe; bits, group size and windows come from the row.
 ARMS = sorted(file.stem for file in RECIPES.glob("*.toml"))
@@ -64,18 +66,21 @@ def specs(only: str | None) -> list[Spec]:
         *(Spec(arm, bits, g, 16) for g in (128, 64) for bits in (2, 3) for arm in (*BASELINES, *D2QUANT)),
         *(Spec(arm, 4, g, 16) for g in (128, 64) for arm in ("rtn", "gptq-gar", "gptaq", "d2quant-uniform", "dualfit")),
     ]
-    # At 2 bits, where the parts differ most.
-    ablation = [Spec(arm, 2, 128, 16) for arm in ABLATION]
+    # At 2 bits, where the parts differ most. In groups of 64 a real zero-point is dear, an integer one is not.
+    cheap = [Spec("dualfit-integer", bits, 64, 16) for bits in (2, 3)]
+    ablation = [*(Spec(arm, 2, 128, 16) for arm in ABLATION), *cheap]
     chosen = {"headline": headline, "table": table, "ablation": ablation, None: [*headline, *table, *ablation]}
     return chosen[only]
 
 
 def parse_spec(text: str) -> Spec:
     """A row as written on the command line, for example gptq-gar:3:128:64."""
-    arm, bits, group_size, windows = text.split(":")
+    (arm,), (bits, group_size, windows) = parts_of(text, FORM, 3)
     if arm not in (*ARMS, "original"):
         raise argparse.ArgumentTypeError(f"{arm!r} is no arm; choose one of original, {', '.join(ARMS)}")
-    return Spec(arm, int(bits), int(group_size), int(windows))
+    if arm == "original" and (bits, group_size) != (16, 0):
+        raise argparse.ArgumentTypeError(f"{text!r}: the original has no bits or groups; give original:16:0:{windows}")
+    return Spec(arm, bits, group_size, windows)
 
 
 def measured(spec: Spec, names: dict[str, str]) -> list[dict[str, Any]]:
@@ -130,7 +135,7 @@ def _gap(found: dict[Spec, dict[str, dict[str, Any]]], spec: Spec, text: str) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=("headline", "table", "ablation"))
-    parser.add_argument("--row", action="append", type=parse_spec, metavar="ARM:BITS:GROUP:WINDOWS")
+    parser.add_argument("--row", action="append", type=parse_spec, metavar=FORM)
     results = HERE / "results" / "weight_only.json"
     run(parser, results, KEY, Spec, measured, lambda given: given.row or specs(given.only), show)
 

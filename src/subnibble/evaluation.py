@@ -98,7 +98,7 @@ def evaluate(
         raise BadRecipe("--layers compares with the original; pass --reference MODEL")
     source = open_source(model)
     moved = set()
-    if layers:
+    if layers and reference is not None:
         moved = _moved(source.path)
         check_original(open_source(reference), source)
     size = measure(source)

@@ -54,4 +54,4 @@ def _that_fit(model: Any, given: int, tokens: int) -> int:
     if before + given >= most:
         behind = f" behind a system prompt of {before}" if before else ""
         raise BadRecipe(f"the prompt has {given} tokens{behind} and the model {most} positions; give a shorter one")
-    return min(tokens, most - before - given)
+    return min(tokens, int(most) - before - given)
