@@ -28,8 +28,6 @@ from subnibble.checkpoint.entries import (
     linear_state,
     prefix_state,
 )
-from subnibble.corrections.low_rank import LowRank
-from subnibble.corrections.salient import SalientColumns
 from subnibble.methods.method import Steps
 from subnibble.model.site import Site
 from subnibble.model.skeleton import Block
@@ -259,7 +257,7 @@ class BlockRun:
         channels = self.block.linear(site.readers[0]).in_features
         device = next(iter(self.exact.values())).device
         reference = self.reference if self.steps.rounder_of(site.name).needs_drift else None
-        needs_sizes = isinstance(self.steps.correction, LowRank)
+        needs_sizes = self.steps.correction.needs_sizes
         watches = {
             view: Watch(
                 Gram(channels, device),
@@ -294,20 +292,21 @@ class BlockRun:
     def _stacks(self, site: Site) -> list[Stack]:
         """The readers to round, together where they share schemes and rank; skipped ones are left out."""
         path, correction = self.block.path, self.steps.correction
-        usual = correction.rank if isinstance(correction, SalientColumns) else 0
         groups: dict[tuple[Scheme, ActivationScheme | None, int], list[str]] = {}
         for name in site.readers:
             scheme = self.plan.schemes[f"{path}.{name}"]
             if scheme is not None:
-                key = (scheme, self.plan.activations[f"{path}.{name}"], self.plan.ranks.get(f"{path}.{name}", usual))
+                key = (
+                    scheme,
+                    self.plan.activations[f"{path}.{name}"],
+                    self.plan.ranks.get(f"{path}.{name}", correction.salient),
+                )
                 groups.setdefault(key, []).append(name)
         stacks = []
         for (scheme, activation, rank), names in groups.items():
             where = f"{path}.{{{', '.join(names)}}}" if len(names) > 1 else f"{path}.{names[0]}"
             heights = tuple(self.block.linear(name).out_features for name in names)
-            residual = "none"
-            if isinstance(correction, SalientColumns) and rank and activation is not None:
-                residual = correction.coarse
+            residual = correction.coarse if rank and activation is not None else "none"
             stacks.append(Stack(tuple(names), heights, scheme, activation, rank, residual, where))
         return stacks
 

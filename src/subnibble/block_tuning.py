@@ -13,19 +13,19 @@ from torch import Tensor
 from subnibble.calibrate.prefix import States, behind
 from subnibble.calibrate.sinks import ordinary_tokens
 from subnibble.calibrate.stream import BlockStream
-from subnibble.corrections.low_rank import LowRank
+from subnibble.corrections.correction import Branch, Correction, Rounded
 from subnibble.errors import CalibrationError, NumericalFailure
-from subnibble.methods.method import Correction, Steps
+from subnibble.methods.method import Steps
 from subnibble.model.skeleton import Block
 from subnibble.plan import Plan
 from subnibble.report import BlockReport
 from subnibble.report.clock import Clock
 from subnibble.rounding import grid
 from subnibble.rounding.gptq import GPTQ
-from subnibble.rounding.rounder import Rounder, Rounding
+from subnibble.rounding.rounder import Rounder
 from subnibble.rounding.rtn import RTN
 from subnibble.runtime.kv_cache import Coding
-from subnibble.stack import Branch, Observed, Stack, less_branches, round_stack
+from subnibble.stack import Observed, Stack, less_branches, round_stack
 from subnibble.streams import Streams
 from subnibble.tensor import PackedRange, PackedTensor
 from subnibble.transforms.input_basis import InputBasis
@@ -56,9 +56,7 @@ class BlockTuning:
     packed_branches: Mapping[str, Branch]
     kept: list[str] = field(default_factory=list)
 
-    def round(
-        self, stack: Stack, weight: Tensor, seen: Observed, rounder: Rounder, correction: Correction
-    ) -> tuple[Rounding, PackedTensor, PackedRange | None]:
+    def round(self, stack: Stack, weight: Tensor, seen: Observed, rounder: Rounder, correction: Correction) -> Rounded:
         """As `round_stack`, on the learned grids: by `rounder` or to nearest, whichever leaves the lower loss.
 
         With branches, error compensation aims at what they leave to the codes; they were learned for codes to nearest
@@ -175,7 +173,6 @@ class Tuner:
     ) -> Frame:
         schemes, inputs = self.plan.of_block(block)
         correction, fitter = self.steps.correction, getattr(self.steps.rounder, "fitter", None)
-        assert not isinstance(correction, LowRank)
         clip = fitter if isinstance(fitter, grid.Clip) else grid.Clip()
         return Frame(schemes, inputs, bases, coding, prefix, correction, clip, self.dtype)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -11,9 +11,6 @@ import torch
 from subnibble.cache_scheme import CacheScheme
 from subnibble.checkpoint.packed import packed_config_of
 from subnibble.checkpoint.source import Source
-from subnibble.corrections.low_rank import LowRank
-from subnibble.corrections.outliers import OutlierColumns
-from subnibble.corrections.salient import SalientColumns
 from subnibble.errors import BadRecipe, CheckpointError, UnsupportedModel
 from subnibble.methods.method import Steps
 from subnibble.model.site import Heads
@@ -55,7 +52,7 @@ def make_plan(recipe: Recipe, steps: Steps, skeleton: Skeleton) -> Plan:
     shapes = skeleton.linear_shapes()
     planned: dict[str, ActivationScheme | None] = {}
     for path, scheme in schemes.items():
-        planned[path] = None if scheme is None else recipe.activation_of(path, scheme)
+        planned[path] = None
         site = skeleton.site_of(path)
         rounder = steps.rounder_of(site.name)
         if scheme is not None and isinstance(getattr(rounder, "fitter", None), DualScale):
@@ -65,19 +62,15 @@ def make_plan(recipe: Recipe, steps: Steps, skeleton: Skeleton) -> Plan:
                 transform.check(site, scheme, path)
         if scheme is not None and steps.tuning is not None:
             check_scheme(scheme, path)
-        if scheme is not None and isinstance(steps.correction, SalientColumns):
+        if scheme is not None:
             steps.correction.check(shapes[path][1], scheme, path)
-        if scheme is not None and isinstance(steps.correction, OutlierColumns):
-            steps.correction.check(shapes[path][1], path)
-            found = planned[path]
-            if found is not None:
-                planned[path] = replace(found, outliers=steps.correction.count)
+            inputs = recipe.activation_of(path, scheme)
+            planned[path] = None if inputs is None else steps.correction.inputs(inputs)
     if steps.tuning is not None and steps.tuning.input_clipping != "none":
         check_inputs(planned.values())
     if recipe.distillation is not None:
         coded = [scheme for scheme in schemes.values() if scheme is not None]
-        if isinstance(steps.correction, LowRank):
-            coded += [steps.correction.scheme(scheme) for scheme in coded]
+        coded += [added for scheme in coded for added in steps.correction.schemes(scheme)]
         recipe.distillation.check_learns(coded, planned.values(), "the model")
     return Plan(schemes, planned, cache=plan_cache(recipe, steps, skeleton))
 
@@ -171,13 +164,5 @@ def effective_bits(steps: Steps, schemes: Mapping[str, Scheme | None], skeleton:
 
 def _extra_bits(steps: Steps, rows: int, columns: int, scheme: Scheme) -> int:
     """Bits of the terms beside a linear's weight, gathers and column scales aside."""
-    tuned = None if steps.tuning is None else steps.tuning.branch
-    branch = 0 if tuned is None else tuned.stored_bits(rows, columns, scheme)
-    match steps.correction:
-        case SalientColumns() as correction:
-            return branch + rows * correction.row_bits(scheme)
-        case LowRank() as correction:
-            return correction.stored_bits(rows, columns, scheme)
-        case OutlierColumns() as correction:
-            return branch + rows * correction.row_bits(columns, scheme)
-    return branch
+    parts = (steps.correction, None if steps.tuning is None else steps.tuning.branch)
+    return sum(part.stored_bits(rows, columns, scheme) for part in parts if part is not None)

@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from subnibble.calibrate.stats import AbsMean, Drift, Gram
-from subnibble.corrections.low_rank import LowRank
-from subnibble.corrections.outliers import OutlierColumns
-from subnibble.corrections.salient import SalientColumns
+from subnibble.corrections.correction import Branch, Correction, Rounded
 from subnibble.errors import NumericalFailure
-from subnibble.methods.method import Correction
 from subnibble.rounding.gptq import GPTQ
 from subnibble.rounding.rounder import Rounder, Rounding
 from subnibble.scheme import ActivationScheme, Scheme
-from subnibble.tensor import PackedRange, PackedTensor
 from subnibble.transforms.input_basis import InputBasis
 
-# The packed factors of a low-rank branch, down and up.
-Branch = tuple[PackedTensor, PackedTensor]
 # How calibration sees an input: quantized by a scheme, so many salient channels twice; None for as it is.
 View = tuple[ActivationScheme, int] | None
 
@@ -84,35 +78,37 @@ class Stack:
         return rows
 
 
-def round_stack(
-    stack: Stack, weight: Tensor, seen: Observed, rounder: Rounder, correction: Correction
-) -> tuple[Rounding, PackedTensor, PackedRange | None]:
-    """How the weights were rounded, packed, and the salient channels' second weight.
+@dataclass(frozen=True)
+class _Main:
+    """`RoundMain` of a stack."""
 
-    weight: (m, k) float32, as inputs meet it.
-    """
-    if isinstance(correction, OutlierColumns):
+    stack: Stack
+    rounder: Rounder
+    drift: Tensor | None
 
-        def round_main(main: Tensor, gram: Tensor | None) -> Rounding:
-            return _rounded(stack, rounder, main, replace(seen, gram=gram))
+    @property
+    def needs_gram(self) -> bool:
+        return self.rounder.needs_gram
 
-        compensated = seen.gram if rounder.needs_gram else None
-        return *correction(weight, compensated, stack.scheme, round_main), None
-    rounding, salient = _round_whole(stack, weight, seen, rounder, correction)
-    return rounding, PackedTensor((PackedRange.pack(rounding.coded, stack.scheme),)), salient
+    def __call__(self, weight: Tensor, gram: Tensor | None) -> Rounding:
+        """Round; a failure that does not name its linears gets their names."""
+        where = self.stack.where
+        try:
+            return self.rounder(weight, gram, self.stack.scheme, where, self.drift)
+        except NumericalFailure as error:
+            if str(error).startswith(where):
+                raise
+            raise NumericalFailure(f"{where}: {error}") from error
 
 
-def _round_whole(
-    stack: Stack, weight: Tensor, seen: Observed, rounder: Rounder, correction: Correction
-) -> tuple[Rounding, PackedRange | None]:
-    if not isinstance(correction, SalientColumns) or stack.rank == 0:
-        return _rounded(stack, rounder, weight, seen), None
-    if isinstance(rounder, GPTQ) and rounder.needs_drift and seen.gram is not None and seen.drift is not None:
+def round_stack(stack: Stack, weight: Tensor, seen: Observed, rounder: Rounder, correction: Correction) -> Rounded:
+    """Round a stack of weights (m, k) float32, as inputs meet it, with what the correction adds."""
+    own, drift = correction.of_rank(stack.rank), seen.drift
+    if own.salient and isinstance(rounder, GPTQ) and seen.gram is not None and drift is not None:
         # What the second weight takes must be part of the target, not of what rounding moves later.
-        weight, rounder = rounder.settled(weight, seen.gram, seen.drift, stack.where)
-    settled, final = replace(seen, drift=None), rounder
-    own = replace(correction, rank=stack.rank)
-    return own(weight, seen.gram, stack.scheme, lambda main: _rounded(stack, final, main, settled))
+        weight, rounder = rounder.settled(weight, seen.gram, drift, stack.where)
+        drift = None
+    return own.round(weight, seen.gram, stack.scheme, _Main(stack, rounder, drift))
 
 
 def less_branches(stack: Stack, weight: Tensor, branches: Sequence[Branch | None]) -> Tensor:
@@ -128,16 +124,5 @@ def less_branches(stack: Stack, weight: Tensor, branches: Sequence[Branch | None
 
 def branches_of(stack: Stack, error: Tensor, seen: Observed, correction: Correction) -> list[Branch | None]:
     """The low-rank branch of each linear. error: (m, k), what rounding left."""
-    if not isinstance(correction, LowRank):
-        return [None] * len(stack.names)
-    return [correction(error[index], seen.gram, seen.sizes, stack.scheme) for index in stack.rows(error.device)]
-
-
-def _rounded(stack: Stack, rounder: Rounder, weight: Tensor, seen: Observed) -> Rounding:
-    """Round; a failure that does not name its linears gets their names."""
-    try:
-        return rounder(weight, seen.gram, stack.scheme, stack.where, seen.drift)
-    except NumericalFailure as error:
-        if str(error).startswith(stack.where):
-            raise
-        raise NumericalFailure(f"{stack.where}: {error}") from error
+    parts = (error[index] for index in stack.rows(error.device))
+    return [correction.branch(part, seen.gram, seen.sizes, stack.scheme) for part in parts]

@@ -94,7 +94,7 @@ def test_stored_bits_are_counted() -> None:
     weight, _ = problem()
     correction = OutlierColumns(8)
     _, packed = rounded(RTN(), weight, None)
-    assert packed.stored_bits == 12 * (SCHEME.row_bits(40) + correction.row_bits(40, SCHEME))
+    assert packed.stored_bits == 12 * SCHEME.row_bits(40) + correction.stored_bits(12, 40, SCHEME)
 
 
 def test_outlier_inputs_have_eight_bits_and_one_scale() -> None:
@@ -113,7 +113,7 @@ def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(BadRecipe, match="positive number of channels"):
         OutlierColumns(0)
     with pytest.raises(BadRecipe, match="at most 39"):
-        OutlierColumns(40).check(40, "down_proj")
+        OutlierColumns(40).check(40, SCHEME, "down_proj")
     with pytest.raises(BadRecipe, match="on a uniform grid"):
         ActivationScheme(4, 32, "none", "mxfp4", outliers=8)
     with pytest.raises(BadRecipe, match="outlier columns"):

@@ -21,10 +21,10 @@ from subnibble.block_tuning import BlockTuning
 from subnibble.cache_scheme import PrefixIds
 from subnibble.checkpoint.size import cache_bytes
 from subnibble.checkpoint.source import open_source
+from subnibble.corrections.correction import Correction
 from subnibble.errors import BadRecipe, SubnibbleError
 from subnibble.estimate import estimate
 from subnibble.hf_attention import attach_cache_, attached_cache, change_scheme_
-from subnibble.methods.method import Correction
 from subnibble.report import BlockReport
 from subnibble.rounding.gptq import GPTQ
 from subnibble.rounding.rounder import Rounder

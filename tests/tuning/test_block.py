@@ -14,6 +14,7 @@ from conftest import CONFIGS
 from subnibble.cache_scheme import CacheScheme
 from subnibble.calibrate.prefix import PrefixStream, States, behind
 from subnibble.checkpoint.safetensors_source import SafetensorsSource
+from subnibble.corrections.correction import NOTHING, Correction
 from subnibble.corrections.outliers import OutlierColumns
 from subnibble.corrections.salient import SalientColumns
 from subnibble.model.skeleton import Block, Skeleton
@@ -42,7 +43,7 @@ class Case:
         folder: Path,
         quantized: bool,
         turned: bool = False,
-        correction: OutlierColumns | SalientColumns | None = None,
+        correction: Correction = NOTHING,
     ) -> None:
         skeleton = Skeleton(SafetensorsSource(folder), torch.float32, torch.device("cpu"))
         self.block: Block = skeleton.load_block(1)
@@ -171,13 +172,11 @@ def test_nothing_is_changed_before_anything_is_learned(folders: dict[str, Path])
     assert torch.equal(outputs["side"], outputs["none"])
 
 
-CORRECTIONS = [None, OutlierColumns(8), SalientColumns(24, fitter=grid.Clip("minmax"))]
+CORRECTIONS = [NOTHING, OutlierColumns(8), SalientColumns(24, fitter=grid.Clip("minmax"))]
 
 
 @pytest.mark.parametrize("correction", CORRECTIONS, ids=["none", "outliers", "salient"])
-def test_learned_grids_round_as_the_tuned_block_does(
-    correction: OutlierColumns | SalientColumns | None, folders: dict[str, Path]
-) -> None:
+def test_learned_grids_round_as_the_tuned_block_does(correction: Correction, folders: dict[str, Path]) -> None:
     case = Case(folders["llama"], quantized=True, turned=True, correction=correction)
     tuned = case.tuned()
     shake_(tuned, "smoothing", "low_rank", "clipping")

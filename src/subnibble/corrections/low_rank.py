@@ -14,10 +14,12 @@ are rounded to nearest; at run time A reads the quantized input and its output i
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from subnibble.corrections.correction import Branch, Correction
 from subnibble.errors import BadRecipe
 from subnibble.rounding import grid
 from subnibble.scheme import Scheme
@@ -29,8 +31,13 @@ _FLOOR = 1e-6
 
 
 @dataclass(frozen=True)
-class LowRank:
-    """Correction. rank: r, at most the smaller side of a weight. form: see the module. bits: of both factors."""
+class LowRank(Correction):
+    """rank: r, at most the smaller side of a weight. form: see the module. bits: of both factors."""
+
+    noun: ClassVar[str] = "low-rank factors"
+    asymmetries: ClassVar[tuple[str, ...]] = ("none",)
+    needs_data: ClassVar[bool] = True
+    needs_sizes: ClassVar[bool] = True
 
     rank: int
     form: str
@@ -50,19 +57,29 @@ class LowRank:
         scale_type = "float16" if weight.grid == "mxfp4" else weight.scale_type
         return Scheme(self.bits, weight.group_size, zero_point, scale_type)
 
+    def check_tuned(self) -> None:
+        """See `Correction`."""
+        raise BadRecipe('tuning learns low-rank factors of its own; use low_rank = "side"')
+
+    def schemes(self, weight: Scheme) -> tuple[Scheme, ...]:
+        """See `Correction`."""
+        return (self.scheme(weight),)
+
+    def branch(self, error: Tensor, gram: Tensor | None, sizes: Tensor | None, scheme: Scheme) -> Branch:
+        """See `Correction`."""
+        return self(error, gram, sizes, scheme)
+
     def stored_bits(self, rows: int, columns: int, weight: Scheme) -> int:
-        """Bits of both factors beside a weight (rows, columns)."""
+        """See `Correction`."""
         scheme, rank = self.scheme(weight), min(self.rank, rows, columns)
         return rank * scheme.row_bits(columns) + rows * scheme.row_bits(rank)
 
-    def __call__(
-        self, error: Tensor, gram: Tensor | None, sizes: Tensor | None, weight: Scheme
-    ) -> tuple[PackedTensor, PackedTensor]:
+    def __call__(self, error: Tensor, gram: Tensor | None, sizes: Tensor | None, weight: Scheme) -> Branch:
         """Packed A (r, k) and B (m, r). error: (m, k) float32. gram: (k, k), sum of x xᵀ. sizes: (k,), mean |x|."""
         down, up = factorize(error, self.form, gram, sizes, min(self.rank, *error.shape))
         return self.packed(down.to(error.dtype), up.to(error.dtype), weight)
 
-    def packed(self, down: Tensor, up: Tensor, weight: Scheme) -> tuple[PackedTensor, PackedTensor]:
+    def packed(self, down: Tensor, up: Tensor, weight: Scheme) -> Branch:
         """Packed A (r, k) and B (m, r), however they were found, beside a weight coded by `weight`."""
         scheme = self.scheme(weight)
         clip = grid.Clip("minmax" if scheme.bits == 8 else "mse")

@@ -9,24 +9,30 @@ then R takes what it can before it goes to 8 bits, which is what error compensat
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from subnibble.corrections.correction import Correction, Rounded, RoundMain
 from subnibble.errors import BadRecipe
 from subnibble.rounding import grid
 from subnibble.rounding.grid import Clip
 from subnibble.rounding.rounder import Rounding
-from subnibble.scheme import WHOLE_CHANNEL, Scheme
+from subnibble.scheme import WHOLE_CHANNEL, ActivationScheme, Scheme
 from subnibble.tensor import PackedRange, PackedTensor
 
 _DAMPING = 0.01
 
 
 @dataclass(frozen=True)
-class OutlierColumns:
-    """Correction. count: columns at 8 bits, symmetric, one scale a row; of inputs, one scale a token."""
+class OutlierColumns(Correction):
+    """count: columns at 8 bits, symmetric, one scale a row; of inputs, one scale a token."""
+
+    noun: ClassVar[str] = "outlier columns"
+    asymmetries: ClassVar[tuple[str, ...]] = ("none",)
+    needs_data: ClassVar[bool] = True
 
     count: int = 128
 
@@ -34,22 +40,44 @@ class OutlierColumns:
         if self.count < 1:
             raise BadRecipe(f"outliers is {self.count}; give a positive number of channels")
 
-    def check(self, columns: int, where: str) -> None:
-        """Raise `BadRecipe` if nothing would be left of the linear `where` of `columns` inputs."""
+    @property
+    def outliers(self) -> int:
+        """See `Correction`."""
+        return self.count
+
+    def check(self, columns: int, scheme: Scheme, where: str) -> None:
+        """See `Correction`: something must be left."""
         if self.count >= columns:
             raise BadRecipe(
                 f"{self.count} outlier channels leave none of the {columns} inputs of {where} to quantize; "
                 f"use at most {columns - 1}"
             )
 
-    def scheme(self, scheme: Scheme) -> Scheme:
-        """That of the outliers beside weights of `scheme`."""
-        return Scheme(8, WHOLE_CHANNEL, "none", scheme.scale_type)
+    def scheme(self, weight: Scheme) -> Scheme:
+        """That of the outliers beside weights of `weight`."""
+        return Scheme(8, WHOLE_CHANNEL, "none", weight.scale_type)
 
-    def row_bits(self, columns: int, scheme: Scheme) -> int:
-        """Stored bits of one row of `columns` beyond those of `scheme` alone."""
-        split = scheme.row_bits(columns - self.count) + self.scheme(scheme).row_bits(self.count)
-        return split - scheme.row_bits(columns)
+    def schemes(self, weight: Scheme) -> tuple[Scheme, ...]:
+        """See `Correction`."""
+        return (self.scheme(weight),)
+
+    def inputs(self, scheme: ActivationScheme) -> ActivationScheme:
+        """See `Correction`."""
+        return replace(scheme, outliers=self.count)
+
+    def stored_bits(self, rows: int, columns: int, weight: Scheme) -> int:
+        """See `Correction`."""
+        split = weight.row_bits(columns - self.count) + self.scheme(weight).row_bits(self.count)
+        return rows * (split - weight.row_bits(columns))
+
+    def round(self, weight: Tensor, gram: Tensor | None, scheme: Scheme, round_main: RoundMain) -> Rounded:
+        """See `Correction`; outliers make up for error where rounding does."""
+        rounding, packed = self(weight, gram if round_main.needs_gram else None, scheme, round_main)
+        return rounding, packed, None
+
+    def last(self, weight: Tensor, scheme: Scheme) -> Tensor:
+        """See `Correction`."""
+        return grid.nearest(weight[:, -self.count :], self.scheme(scheme))
 
     def __call__(
         self,

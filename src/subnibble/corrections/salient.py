@@ -15,17 +15,19 @@ multiple of the group size and rounding is to nearest, `before` and `after` are 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from subnibble.corrections.correction import NOTHING, Correction, Rounded, RoundMain
 from subnibble.errors import BadRecipe
 from subnibble.rounding import grid
 from subnibble.rounding.levels import Fitter
 from subnibble.rounding.rounder import Rounding
 from subnibble.scheme import WHOLE_CHANNEL, Scheme
-from subnibble.tensor import PackedRange
+from subnibble.tensor import PackedRange, PackedTensor
 
 FORMS = ("before", "after", "fitted")
 # What the quantized input's remainder on the salient channels is multiplied with: nothing, or the coarse weight.
@@ -34,10 +36,15 @@ _DAMPING = 0.01
 
 
 @dataclass(frozen=True)
-class SalientColumns:
-    """Correction. rank: r. form: see the module. fitter: of R's grids. residual: "salient" runs the remainder of the
+class SalientColumns(Correction):
+    """rank: r. form: see the module. fitter: of R's grids. residual: "salient" runs the remainder of the
     quantized salient channels through the coarse weight, too: twice r more columns of the product, no more weights.
     """
+
+    noun: ClassVar[str] = "salient columns"
+    # What a second weight takes must be known before; see `round_stack`.
+    asymmetries: ClassVar[tuple[str, ...]] = ("none", "shifted")
+    needs_data: ClassVar[bool] = True
 
     rank: int
     form: str = "before"
@@ -53,14 +60,23 @@ class SalientColumns:
             raise BadRecipe(f"residual is {self.residual!r}; choose one of {', '.join(RESIDUALS)}")
 
     @property
+    def salient(self) -> int:
+        """See `Correction`."""
+        return self.rank
+
+    @property
     def coarse(self) -> str:
-        """Which matrix holds the coarse weight of the salient channels, in the words of `ops.LinearTerms`."""
+        """See `Correction`."""
         if self.residual == "none":
             return "none"
         return "salient" if self.form == "before" else "weight"
 
+    def of_rank(self, rank: int) -> Correction:
+        """See `Correction`."""
+        return replace(self, rank=rank) if rank else NOTHING
+
     def check(self, columns: int, scheme: Scheme, where: str) -> None:
-        """Raise `BadRecipe` if the salient channels do not fit the linear `where` of `columns` inputs."""
+        """See `Correction`."""
         if self.rank > columns:
             raise BadRecipe(
                 f"rank {self.rank} is larger than the {columns} inputs of {where}; use at most {columns} salient "
@@ -73,9 +89,27 @@ class SalientColumns:
                 'would split a group between salient and other channels; use a multiple, or form = "before"'
             )
 
-    def row_bits(self, scheme: Scheme) -> int:
-        """Stored bits of one row of R."""
-        return scheme.row_bits(self.rank)
+    def check_tuned(self) -> None:
+        """See `Correction`."""
+        if self.form != "before":
+            raise BadRecipe('tuning with salient columns needs form = "before"')
+
+    def schemes(self, weight: Scheme) -> tuple[Scheme, ...]:
+        """See `Correction`: R is coded as the main matrix is."""
+        return (weight,)
+
+    def stored_bits(self, rows: int, columns: int, weight: Scheme) -> int:
+        """See `Correction`."""
+        return rows * weight.row_bits(self.rank)
+
+    def round(self, weight: Tensor, gram: Tensor | None, scheme: Scheme, round_main: RoundMain) -> Rounded:
+        """See `Correction`."""
+        rounding, salient = self(weight, gram, scheme, lambda main: round_main(main, gram))
+        return rounding, PackedTensor((PackedRange.pack(rounding.coded, scheme),)), salient
+
+    def second(self, weight: Tensor, scheme: Scheme) -> Tensor:
+        """See `Correction`; in the form `before`."""
+        return grid.nearest(weight[:, : self.rank], scheme, self.fitter)
 
     def __call__(
         self, weight: Tensor, gram: Tensor | None, scheme: Scheme, round_main: Callable[[Tensor], Rounding]

@@ -9,14 +9,14 @@ from typing import Any
 from torch import Tensor
 
 from subnibble.calibrate.stream import SiteStatistics
-from subnibble.corrections.low_rank import LowRank
+from subnibble.corrections.correction import NOTHING, Correction
 from subnibble.corrections.mean_shift import MeanShift
-from subnibble.corrections.outliers import OutlierColumns
-from subnibble.corrections.salient import SalientColumns
 from subnibble.errors import BadRecipe
 from subnibble.model.skeleton import Block
+from subnibble.rounding.gptaq import FORMS
 from subnibble.rounding.gptq import GPTQ
 from subnibble.rounding.rounder import Rounder
+from subnibble.rounding.rtn import RTN
 from subnibble.transforms.rotate import check_rotation
 from subnibble.transforms.rotate_values import check_value_rotation
 from subnibble.transforms.saliency import Saliency
@@ -25,8 +25,6 @@ from subnibble.tuning.tuning import Tuning
 # An edit of a block, in float32, that keeps its function, made before anything of it is rounded. It gives the factors
 # (channels,) by which it divided sites, by name.
 Transform = Callable[[Block, SiteStatistics], Mapping[str, Tensor]]
-# What makes up for rounding error besides codes.
-Correction = SalientColumns | LowRank | OutlierColumns | None
 # What the statistics of later linears, and their rounding, see of quantized inputs.
 INPUTS = ("exact", "quantized")
 RANKS = ("uniform", "gain")
@@ -67,7 +65,7 @@ class Steps:
     rotation: str = "none"
     mean_shift: MeanShift | None = None
     saliency: Saliency | None = None
-    correction: Correction = None
+    correction: Correction = NOTHING
     ranks: str = "uniform"
     online: tuple[str, ...] = ()
     inputs: str = "exact"
@@ -91,13 +89,12 @@ class Steps:
             raise BadRecipe(
                 'ranks by gain go with neither rotation nor residual_order = "global"; use ranks = "uniform"'
             )
-        if self.ranks == "gain" and not isinstance(self.correction, SalientColumns):
+        if self.ranks == "gain" and not self.correction.salient:
             raise BadRecipe('ranks = "gain" needs a rank above 0, which is their mean')
         if self.tuning is not None:
             _check_tuning(self)
         for rounder in (self.rounder, *self.rounders.values()):
-            if isinstance(rounder, GPTQ):
-                _check_asymmetry(self.correction, rounder.asymmetry.form)
+            _check_drift(self.correction, rounder)
 
     def rounder_of(self, site: str) -> Rounder:
         """The rounder of a site's readers."""
@@ -107,8 +104,8 @@ class Steps:
     def needs_data(self) -> bool:
         """Whether calibration text is needed."""
         rounders = (self.rounder, *self.rounders.values())
-        parts = (self.mean_shift, self.saliency, self.correction)
-        return bool(self.transforms) or any((*parts, self.tuning)) or any(r.needs_gram for r in rounders)
+        parts = (self.transforms, self.mean_shift, self.saliency, self.correction.needs_data, self.tuning)
+        return any(parts) or any(rounder.needs_gram for rounder in rounders)
 
     @property
     def orders_residual(self) -> bool:
@@ -135,21 +132,25 @@ def _check_tuning(steps: Steps) -> None:
     """Raise `BadRecipe` where a step does not go with tuning."""
     if steps.mean_shift is not None or steps.transforms:
         raise BadRecipe("tuning goes with neither a mean shift nor transforms of its own; leave one of them out")
-    if isinstance(steps.correction, LowRank):
-        raise BadRecipe('tuning learns low-rank factors of its own; use low_rank = "side"')
-    if isinstance(steps.correction, SalientColumns) and (steps.correction.form != "before" or steps.ranks != "uniform"):
-        raise BadRecipe('tuning with salient columns needs form = "before" and ranks = "uniform"')
+    steps.correction.check_tuned()
+    if steps.ranks != "uniform":
+        raise BadRecipe('tuning with salient columns needs ranks = "uniform"')
+    for rounder in (steps.rounder, *steps.rounders.values()):
+        if not isinstance(rounder, RTN | GPTQ):
+            raise BadRecipe(f"tuning rounds on learned grids, which {type(rounder).__name__} does not take; use GPTQ")
     if steps.inputs != "quantized":
         raise BadRecipe('tuning sees inputs as they will run; use inputs = "quantized"')
 
 
-def _check_asymmetry(correction: Correction, form: str) -> None:
+def _check_drift(correction: Correction, rounder: Rounder) -> None:
     """Raise `BadRecipe` where a correction would undo what the rounder does towards full-precision outputs."""
-    if isinstance(correction, SalientColumns) and form not in ("none", "shifted"):
-        raise BadRecipe(f'asymmetry {form!r} does not go with salient columns; use "shifted" or "none"')
-    if isinstance(correction, LowRank | OutlierColumns) and form != "none":
-        kind = "low-rank factors" if isinstance(correction, LowRank) else "outlier columns"
-        raise BadRecipe(f'asymmetry {form!r} does not go with {kind}; use "none"')
+    if not rounder.needs_drift or correction.asymmetries == FORMS:
+        return
+    if not isinstance(rounder, GPTQ):
+        raise BadRecipe(f"{type(rounder).__name__} needs drift, which does not go with {correction.noun}")
+    if rounder.asymmetry.form not in correction.asymmetries:
+        known = " or ".join(f'"{form}"' for form in reversed(correction.asymmetries))
+        raise BadRecipe(f"asymmetry {rounder.asymmetry.form!r} does not go with {correction.noun}; use {known}")
 
 
 @dataclass(frozen=True)

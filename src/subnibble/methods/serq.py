@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from subnibble.calibrate.stream import SiteStatistics
+from subnibble.corrections.correction import NOTHING
 from subnibble.corrections.salient import SalientColumns
 from subnibble.errors import BadRecipe
 from subnibble.methods.method import Method, Steps, Transform
@@ -80,7 +81,7 @@ def build(options: Options) -> Steps:
         prefers=symmetric,
         rotation=options.rotation,
         saliency=Saliency(options.saliency, options.heads, options.residual_order),
-        correction=correction,
+        correction=correction or NOTHING,
         ranks=options.ranks,
         inputs=options.inputs,
     )

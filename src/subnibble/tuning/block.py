@@ -214,7 +214,7 @@ class TunedBlock:
 
     def _kept(self, site: Site) -> Tensor | None:
         """Channels at 8 bits, which need no factors."""
-        order, outliers = self._frame.bases[site.name].order, self._frame.outliers
+        order, outliers = self._frame.bases[site.name].order, self._frame.correction.outliers
         if order is None or not outliers:
             return None
         kept = torch.zeros_like(order, dtype=torch.bool)

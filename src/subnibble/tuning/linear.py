@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from subnibble.calibrate.prefix import States
-from subnibble.corrections.outliers import OutlierColumns
-from subnibble.corrections.salient import SalientColumns
+from subnibble.corrections.correction import Correction
 from subnibble.rounding import grid
 from subnibble.rounding.levels import Fitted
 from subnibble.runtime import activations
@@ -31,7 +30,7 @@ class Frame:
     """What a block is tuned within. schemes, activations: of its linears, None for not at all. bases: of its sites.
 
     coding: of keys and values, None for 16 bits. prefix: its states in this block, or None. correction: what linears
-    have besides the codes of one grid, or None. clip: how ranges of weights are chosen where nothing is learned yet.
+    have besides the codes of one grid. clip: how ranges of weights are chosen where nothing is learned yet.
     dtype: that products are computed in.
     """
 
@@ -40,21 +39,14 @@ class Frame:
     bases: Mapping[str, InputBasis]
     coding: Coding | None
     prefix: States | None
-    correction: OutlierColumns | SalientColumns | None
+    correction: Correction
     clip: grid.Clip
     dtype: torch.dtype
 
     @property
-    def outliers(self) -> int:
-        """Last columns at 8 bits."""
-        return self.correction.count if isinstance(self.correction, OutlierColumns) else 0
-
-    @property
     def repeated(self) -> int:
         """First channels whose inputs are quantized twice."""
-        if not isinstance(self.correction, SalientColumns) or self.correction.coarse == "none":
-            return 0
-        return self.correction.rank
+        return 0 if self.correction.coarse == "none" else self.correction.salient
 
 
 class TunedInput:
@@ -224,11 +216,10 @@ class TunedLinear(nn.Module):
         main: Tensor = self.clipping(left)
         if second is not None:
             return self.with_second(main + second, second)
-        correction = self._frame.correction
-        if not isinstance(correction, OutlierColumns):
+        last = self._frame.correction.last(weight.detach(), self._scheme)
+        if last is None:
             return main
-        rest, own = weight[:, -correction.count :], correction.scheme(self._scheme)
-        return torch.cat([main, straight_through(rest, grid.nearest(rest.detach(), own))], 1)
+        return torch.cat([main, straight_through(weight[:, main.shape[1] :], last)], 1)
 
     def with_second(self, weight: Tensor, second: Tensor) -> Tensor:
         """A weight (m, k), and behind it the second weight, (m, r or more), of the inputs that are repeated."""
@@ -238,9 +229,9 @@ class TunedLinear(nn.Module):
         """What learned ranges hold of a weight (m, k), and the salient columns' second weight, of no gradient and with
         zeros behind: (m, k), or None without.
         """
-        correction = self._frame.correction
-        if not isinstance(correction, SalientColumns) or self._scheme is None:
-            return weight[:, : weight.shape[1] - self._frame.outliers], None
-        coarse = grid.nearest(weight[:, : correction.rank].detach(), self._scheme, correction.fitter)
-        second = nn.functional.pad(coarse, (0, weight.shape[1] - correction.rank))
+        correction, columns = self._frame.correction, weight.shape[1]
+        coarse = None if self._scheme is None else correction.second(weight.detach(), self._scheme)
+        if coarse is None:
+            return weight[:, : columns - correction.outliers], None
+        second = nn.functional.pad(coarse, (0, columns - coarse.shape[1]))
         return weight - second, second

@@ -1,0 +1,108 @@
+"""What makes up for rounding error besides codes: the words in which the pipeline asks a correction.
+
+`Correction` is the one that does nothing; each other one overrides what it does differently, in a file of its own. A
+linear W (m, k) whose input x has been put in the order of `transforms/input_basis.py` becomes
+
+    main x  +  second x_first  +  last x_last  +  up (down x)
+
+of which a correction may have the second weight of the first (salient) channels, codes of their own for the last
+(outlier) channels, or low-rank factors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+from torch import Tensor
+
+from subnibble.rounding.gptaq import FORMS
+from subnibble.rounding.rounder import Rounding
+from subnibble.scheme import ActivationScheme, Scheme
+from subnibble.tensor import PackedRange, PackedTensor
+
+# The packed factors of a low-rank branch, down (r, k) and up (m, r).
+Branch = tuple[PackedTensor, PackedTensor]
+# How a weight was rounded, packed, and the second weight of its first columns.
+Rounded = tuple[Rounding, PackedTensor, PackedRange | None]
+
+
+class RoundMain(Protocol):
+    """Rounds what a correction leaves to the codes."""
+
+    @property
+    def needs_gram(self) -> bool:
+        """Whether rounding makes up for its error by the Gram matrix of the inputs."""
+
+    def __call__(self, weight: Tensor, gram: Tensor | None) -> Rounding:
+        """Round a main matrix (m, j), whose inputs have the Gram matrix `gram` (j, j)."""
+
+
+@dataclass(frozen=True)
+class Correction:
+    """noun: what it adds, for messages. asymmetries: forms of `rounding/gptaq.py` that it goes with.
+
+    needs_data, needs_sizes: whether it needs calibration text, and of it the mean magnitudes of inputs.
+    """
+
+    noun: ClassVar[str] = "codes alone"
+    asymmetries: ClassVar[tuple[str, ...]] = FORMS
+    needs_data: ClassVar[bool] = False
+    needs_sizes: ClassVar[bool] = False
+
+    @property
+    def salient(self) -> int:
+        """First columns that get a second weight."""
+        return 0
+
+    @property
+    def outliers(self) -> int:
+        """Last columns that get codes of their own."""
+        return 0
+
+    @property
+    def coarse(self) -> str:
+        """Which matrix holds the salient channels' coarse weight, in the words of `ops.LinearTerms.residual`."""
+        return "none"
+
+    def of_rank(self, rank: int) -> Correction:
+        """The same with so many salient columns, of a correction that has some."""
+        return self
+
+    def check(self, columns: int, scheme: Scheme, where: str) -> None:
+        """Raise `BadRecipe` if it does not fit the linear `where` of `columns` inputs."""
+
+    def check_tuned(self) -> None:
+        """Raise `BadRecipe` if blocks cannot be tuned with it."""
+
+    def schemes(self, weight: Scheme) -> tuple[Scheme, ...]:
+        """How what it adds is coded, beside a weight coded by `weight`."""
+        return ()
+
+    def inputs(self, scheme: ActivationScheme) -> ActivationScheme:
+        """How inputs are coded that would be coded by `scheme`."""
+        return scheme
+
+    def stored_bits(self, rows: int, columns: int, weight: Scheme) -> int:
+        """Bits that it adds to a weight (rows, columns) coded by `weight`."""
+        return 0
+
+    def round(self, weight: Tensor, gram: Tensor | None, scheme: Scheme, round_main: RoundMain) -> Rounded:
+        """Round a weight (m, k) float32. gram: (k, k), sum of x xᵀ over its inputs, None without calibration."""
+        rounding = round_main(weight, gram)
+        return rounding, PackedTensor((PackedRange.pack(rounding.coded, scheme),)), None
+
+    def branch(self, error: Tensor, gram: Tensor | None, sizes: Tensor | None, scheme: Scheme) -> Branch | None:
+        """Low-rank factors for what rounding left of a linear, (m, k); None for none. sizes: (k,), mean |x|."""
+        return None
+
+    def second(self, weight: Tensor, scheme: Scheme) -> Tensor | None:
+        """The second weight (m, salient) that a weight (m, k) gets before the rest of it is rounded; None for none."""
+        return None
+
+    def last(self, weight: Tensor, scheme: Scheme) -> Tensor | None:
+        """What the last columns of a weight (m, k) become on their own, (m, outliers); None for none."""
+        return None
+
+
+NOTHING = Correction()
