@@ -1,0 +1,128 @@
+"""What every correction must be, and the one that does nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from subnibble.corrections.correction import NOTHING, Correction
+from subnibble.corrections.low_rank import LowRank
+from subnibble.corrections.outliers import OutlierColumns
+from subnibble.corrections.salient import SalientColumns
+from subnibble.errors import BadRecipe
+from subnibble.methods.method import Steps
+from subnibble.rounding.gptaq import FORMS, Asymmetry
+from subnibble.rounding.gptq import GPTQ
+from subnibble.rounding.rounder import Rounding
+from subnibble.rounding.rtn import RTN
+from subnibble.scheme import ActivationScheme, Scheme
+from subnibble.stack import Observed, Stack, round_stack
+from subnibble.tensor import PackedRange, PackedTensor
+from subnibble.tuning.tuning import Tuning
+
+SCHEME, INPUTS = Scheme(4, 16), ActivationScheme(4, 16)
+ROWS, COLUMNS = 12, 48
+CORRECTIONS = [NOTHING, SalientColumns(16), SalientColumns(16, "after"), OutlierColumns(8), LowRank(4, "qera", 8)]
+every_correction = pytest.mark.parametrize("correction", CORRECTIONS, ids=lambda c: type(c).__name__)
+
+
+def weight() -> Tensor:
+    return torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(0))
+
+
+def gram() -> Tensor:
+    x = torch.randn(200, COLUMNS, generator=torch.Generator().manual_seed(1))
+    return x.T @ x
+
+
+def stack(correction: Correction) -> Stack:
+    return Stack(("w",), (ROWS,), SCHEME, INPUTS, correction.salient, correction.coarse, "w")
+
+
+@every_correction
+def test_stored_bits_are_those_of_what_is_made(correction: Correction) -> None:
+    found = round_stack(stack(correction), weight(), Observed(gram()), GPTQ(), correction)
+    _, packed, salient = found
+    made = packed.stored_bits + (0 if salient is None else PackedTensor((salient,)).stored_bits)
+    branch = correction.branch(weight() - packed.dequantize(), gram(), torch.ones(COLUMNS), SCHEME)
+    made += 0 if branch is None else sum(part.stored_bits for part in branch)
+    assert made == ROWS * SCHEME.row_bits(COLUMNS) + correction.stored_bits(ROWS, COLUMNS, SCHEME)
+    schemes = {part.scheme for part in packed.ranges} | ({SCHEME} if salient is None else {salient.scheme})
+    schemes |= set() if branch is None else {part.ranges[0].scheme for part in branch}
+    assert schemes == {SCHEME, *correction.schemes(SCHEME)}
+
+
+@every_correction
+def test_what_tuning_rounds_is_what_rounding_to_nearest_makes(correction: Correction) -> None:
+    """`second` and `last`, by which blocks are tuned, are the parts that end up stored."""
+    w = weight()
+    _, packed, salient = round_stack(stack(correction), w, Observed(), RTN(), correction)
+    second, last = correction.second(w, SCHEME), correction.last(w, SCHEME)
+    if salient is not None and getattr(correction, "form", "") == "before":
+        assert second is not None
+        assert torch.equal(second, salient.dequantize())
+    if correction.outliers:
+        assert last is not None
+        assert torch.equal(last, packed.dequantize()[:, -correction.outliers :])
+    else:
+        assert last is None
+    assert (second is None) == (correction.salient == 0)
+
+
+def test_nothing_is_the_rounder_alone() -> None:
+    rounding, packed, salient = round_stack(stack(NOTHING), weight(), Observed(gram()), GPTQ(), NOTHING)
+    alone = GPTQ()(weight(), gram(), SCHEME, "w")
+    assert torch.equal(packed.dequantize(), PackedRange.pack(alone.coded, SCHEME).dequantize())
+    assert salient is None
+    assert rounding.notes == alone.notes
+    assert NOTHING.inputs(INPUTS) == INPUTS
+    none_left = SalientColumns(16).of_rank(0)
+    assert none_left == NOTHING
+    assert SalientColumns(16).of_rank(4) == SalientColumns(4)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@every_correction
+def test_forms_that_a_correction_would_undo_are_refused(correction: Correction, form: str) -> None:
+    rounder = GPTQ(asymmetry=Asymmetry(form))
+    if form in correction.asymmetries:
+        assert Steps(rounder, correction=correction).correction == correction
+    else:
+        with pytest.raises(BadRecipe, match=f'{form}\' does not go with {correction.noun}; use .*"none"'):
+            Steps(rounder, correction=correction)
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """Somebody's rounder."""
+
+    needs_gram = False
+    needs_drift: bool = False
+
+    def __call__(
+        self, weight: Tensor, gram: Tensor | None, scheme: Scheme, where: str, drift: Tensor | None = None
+    ) -> Rounding:
+        return RTN()(weight, gram, scheme, where)
+
+
+def test_what_a_rounder_of_ones_own_cannot_do_is_refused() -> None:
+    Steps(Foreign(), correction=SalientColumns(16))
+    Steps(Foreign(needs_drift=True))
+    with pytest.raises(BadRecipe, match="Foreign needs drift, which does not go with salient columns"):
+        Steps(Foreign(needs_drift=True), correction=SalientColumns(16))
+    with pytest.raises(BadRecipe, match="tuning rounds on learned grids, which Foreign does not take; use GPTQ"):
+        Steps(Foreign(), tuning=Tuning(), inputs="quantized")
+
+
+def test_corrections_that_cannot_be_tuned_say_so() -> None:
+    for correction in (SalientColumns(16), OutlierColumns(8), NOTHING):
+        Steps(RTN(), correction=correction, tuning=Tuning(), inputs="quantized")
+    with pytest.raises(BadRecipe, match='tuning with salient columns needs form = "before"'):
+        Steps(RTN(), correction=SalientColumns(16, "after"), tuning=Tuning(), inputs="quantized")
+    with pytest.raises(BadRecipe, match="tuning learns low-rank factors of its own"):
+        Steps(RTN(), correction=LowRank(4, "svd", 8), tuning=Tuning(), inputs="quantized")
+    with pytest.raises(BadRecipe, match='tuning with salient columns needs ranks = "uniform"'):
+        Steps(RTN(), correction=SalientColumns(16), ranks="gain", tuning=Tuning(), inputs="quantized")
