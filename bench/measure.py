@@ -74,11 +74,11 @@ def measure_row(
     import torch
 
     from subnibble import quantize
-    from subnibble.calibrate.windows import evaluation_windows
+    from subnibble.calibrate.windows import bos_token, evaluation_windows
     from subnibble.checkpoint.size import measure
     from subnibble.checkpoint.source import open_source
     from subnibble.cli.demo import find_model
-    from subnibble.evaluate.perplexity import bos_token, score
+    from subnibble.evaluate.perplexity import score
     from subnibble.hf import load_model, packed_modules
     from subnibble.version import __version__
 

@@ -9,11 +9,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from subnibble.calibrate.windows import bos_token
 from subnibble.checkpoint.size import measure
 from subnibble.checkpoint.source import Source, open_source
 from subnibble.checkpoint.writer import check_output
 from subnibble.errors import BadRecipe
-from subnibble.evaluate.perplexity import Scores, bos_token, score
+from subnibble.evaluate.perplexity import Scores, score
 from subnibble.evaluation import Evaluation
 from subnibble.hf import load_model, memory_bytes
 from subnibble.methods import find_method

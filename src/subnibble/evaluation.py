@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from subnibble.cache_scheme import CacheScheme, PrefixIds
-from subnibble.calibrate.windows import check_positions, evaluation_windows
+from subnibble.calibrate.windows import bos_token, check_positions, evaluation_windows
 from subnibble.checkpoint.edit import REPORT, read_report
 from subnibble.checkpoint.original import check_original
 from subnibble.checkpoint.packed import packed_config_of
@@ -18,7 +18,7 @@ from subnibble.checkpoint.size import cache_bytes, measure
 from subnibble.checkpoint.source import Source, open_source
 from subnibble.errors import BadRecipe, CheckpointError
 from subnibble.evaluate.layer_error import layer_errors
-from subnibble.evaluate.perplexity import bos_token, check_vocabularies, score
+from subnibble.evaluate.perplexity import check_vocabularies, score
 from subnibble.hf import load_model, memory_bytes
 from subnibble.hf_attention import attached_cache, change_scheme_
 from subnibble.prefix import attach_prefix_, same_prefix_

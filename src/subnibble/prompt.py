@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from subnibble.cache_scheme import PrefixIds
+from subnibble.calibrate.windows import bos_token
 from subnibble.errors import BadRecipe
 
 # "auto" is found in calibration text, while a model is quantized.
@@ -23,7 +24,7 @@ def prefix_ids(prompt: str, tokenizer: Any) -> PrefixIds:
     prompt: "default", the system turn that the chat template writes by itself; "bos"; a file's name; or text. Text
     becomes a system turn where the chat template has such turns; else it comes bare, behind BOS if there is one.
     """
-    bos, added = tokenizer.bos_token_id, _added_bos(tokenizer)
+    bos, added = tokenizer.bos_token_id, bos_token(tokenizer)
     if prompt == AUTO:
         raise BadRecipe('system prompt "auto" is found in calibration text, while a model is quantized; give another')
     if prompt == BOS:
@@ -59,13 +60,7 @@ def sink_prefix(sinks: tuple[int, ...], tokenizer: Any) -> PrefixIds:
     ids = [*(token for token in sinks if token != last), *([] if last is None else [last])]
     if not ids:
         raise BadRecipe('this model has no sink tokens, and its tokenizer neither BOS nor EOS; leave "auto" out')
-    return PrefixIds(tuple(map(int, ids)), _added_bos(tokenizer))
-
-
-def _added_bos(tokenizer: Any) -> int | None:
-    """The BOS that the tokenizer puts before texts by itself."""
-    bos, own = tokenizer.bos_token_id, tokenizer("a", verbose=False)["input_ids"]
-    return bos if bos is not None and own and own[0] == bos else None
+    return PrefixIds(tuple(map(int, ids)), bos_token(tokenizer))
 
 
 def default_turn(tokenizer: Any) -> str | None:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from subnibble.calibrate.windows import bos_token
 from subnibble.errors import CalibrationError, NumericalFailure
-from subnibble.evaluate.perplexity import bos_token, check_vocabularies, score
+from subnibble.evaluate.perplexity import check_vocabularies, score
 
 VOCABULARY, BOS = 61, 1
 FLOAT32 = torch.finfo(torch.float32).eps

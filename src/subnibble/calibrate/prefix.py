@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from subnibble.errors import NumericalFailure
-from subnibble.model.skeleton import Block, Skeleton
+from subnibble.model.skeleton import Block, Skeleton, run_block
 from subnibble.runtime.coded_text import coded_keys, coded_values
 from subnibble.runtime.kv_cache import Coding
 
@@ -39,8 +39,8 @@ class PrefixStream:
     def _run(self, block: Block) -> tuple[States, Tensor]:
         kept = _Kept()
         with torch.no_grad():
-            output = block.module(self._hidden, **self._arguments[block.index], past_key_values=kept)
-        return (kept.keys[0], kept.values[0]), output[0] if isinstance(output, tuple) else output
+            output = run_block(block.module, self._hidden, {**self._arguments[block.index], "past_key_values": kept})
+        return (kept.keys[0], kept.values[0]), output
 
 
 def half_states(states: States, where: str) -> States:

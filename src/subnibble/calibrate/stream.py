@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from subnibble.calibrate.stats import AbsMax, AbsMean, Gram
 from subnibble.model.site import Site, Tail
-from subnibble.model.skeleton import Block
+from subnibble.model.skeleton import Block, run_block
 from subnibble.scheme import ActivationScheme, Scheme
 
 # Tokens of a site that are kept for searches.
@@ -131,10 +131,8 @@ class BlockStream:
             replay.batch = batch
         hidden = self._hidden[batch]
         with torch.no_grad():
-            output = self._block.module(hidden.to(self._device), **self._arguments)
-        result = output[0] if isinstance(output, tuple) else output
-        assert isinstance(result, Tensor)
-        return result.to(hidden.device)
+            output = run_block(self._block.module, hidden.to(self._device), self._arguments)
+        return output.to(hidden.device)
 
 
 class _SiteReached(Exception):

@@ -69,6 +69,13 @@ def check_positions(length: int, config: Any, prefix: int = 0) -> None:
         )
 
 
+def bos_token(tokenizer: Any) -> int | None:
+    """The BOS id if the tokenizer begins texts with it by itself, else None."""
+    ids = tokenizer("a", verbose=False)["input_ids"]
+    bos = tokenizer.bos_token_id
+    return int(bos) if bos is not None and ids and ids[0] == bos else None
+
+
 def tokenize(tokenizer: Any, text: str) -> Tensor:
     """Token ids of the whole text in one piece, without special tokens: int64 (tokens,)."""
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]

@@ -81,13 +81,6 @@ def score(
     }
 
 
-def bos_token(tokenizer: Any) -> int | None:
-    """The BOS id if the tokenizer begins texts with it by itself, else None."""
-    ids = tokenizer("a", verbose=False)["input_ids"]
-    bos = tokenizer.bos_token_id
-    return int(bos) if bos is not None and ids and ids[0] == bos else None
-
-
 class _Totals:
     """Sums over tokens, in float64."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -41,6 +42,16 @@ class Block:
         """A copy that stays as it is, in another type if one is given."""
         module = copy.deepcopy(self.module)
         return replace(self, module=module if dtype is None else module.to(dtype))
+
+
+def run_block(module: nn.Module, hidden: Tensor, arguments: Mapping[str, Any]) -> Tensor:
+    """The hidden states (b, t, d) that a decoder block makes of `hidden`, whatever else it gives.
+
+    arguments: what the model passes beside them, see `Skeleton.block_arguments`.
+    """
+    output = module(hidden, **arguments)
+    found: Tensor = output[0] if isinstance(output, tuple) else output
+    return found
 
 
 class Skeleton:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from subnibble.errors import UnsupportedModel
 from subnibble.model.site import Heads, Site
-from subnibble.model.skeleton import Block, Skeleton
+from subnibble.model.skeleton import Block, Skeleton, run_block
 from subnibble.transforms.permute import permute_residual_, permute_site_
 from subnibble.transforms.scale import scale_site_
 
@@ -86,10 +86,7 @@ def _copy(block: Block) -> Block:
 
 def _run(module: nn.Module, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
     with torch.no_grad():
-        output = module(hidden, **arguments)
-    result = output[0] if isinstance(output, tuple) else output
-    assert isinstance(result, Tensor)
-    return result
+        return run_block(module, hidden, arguments)
 
 
 def _writer_channels(block: Block, site: Site) -> int:

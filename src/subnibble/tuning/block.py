@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from subnibble.calibrate.prefix import States, with_past
 from subnibble.model.site import Site
-from subnibble.model.skeleton import Block
+from subnibble.model.skeleton import Block, run_block
 from subnibble.rounding.fixed import FixedGrids
 from subnibble.runtime.coded_text import coded_keys, coded_values
 from subnibble.scheme import ActivationScheme
@@ -109,9 +109,7 @@ class TunedBlock:
         for entrance in self.sites.values():
             entrance.forget()
         past = _Cache(self, arguments["position_embeddings"])
-        output = self.module(hidden, **{**arguments, "past_key_values": past})
-        found: Tensor = output[0] if isinstance(output, tuple) else output
-        return found
+        return run_block(self.module, hidden, {**arguments, "past_key_values": past})
 
     def largest(self, hidden: Tensor, arguments: Mapping[str, Any], ordinary: Tensor) -> dict[str, Tensor]:
         """Largest magnitudes (channels,) of each site's tensor over the ordinary tokens, (b, t) bool."""

@@ -24,7 +24,7 @@ from subnibble.checkpoint.source import Source
 from subnibble.device import free_memory
 from subnibble.model.packed import fill_, pack_modules_
 from subnibble.model.site import Arch, Heads
-from subnibble.model.skeleton import Block, Skeleton
+from subnibble.model.skeleton import Block, Skeleton, run_block
 from subnibble.runtime.kv_cache import Coding
 from subnibble.runtime.modules import KeyCenter, PackedLinear
 from subnibble.tuning.distillation import Distillation
@@ -59,17 +59,11 @@ class WholeModel:
         hidden = get(self.arch.embedding)(ids)
         for block, own in zip(get(self.arch.blocks), self.arguments, strict=True):
             if keeps_states:
-                hidden = _run(block, hidden, own)
+                hidden = run_block(block, hidden, own)
             else:
-                hidden = checkpoint(_run, block, hidden, own, use_reentrant=False)
+                hidden = checkpoint(run_block, block, hidden, own, use_reentrant=False)
         found: Tensor = get(self.arch.head)(get(self.arch.final_norm)(hidden)).float()
         return found
-
-
-def _run(block: nn.Module, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
-    output = block(hidden, **arguments)
-    found: Tensor = output[0] if isinstance(output, tuple) else output
-    return found
 
 
 class Teacher:
