@@ -75,6 +75,13 @@ def test_a_recipe_survives_its_toml_file_with_the_order_of_overrides(tmp_path_fa
     assert list(read.overrides) == list(recipe.overrides)
 
 
+@pytest.mark.parametrize("grid", ["sign", "mxfp4"])
+def test_a_zero_point_that_nothing_would_have_is_refused(grid) -> None:
+    with pytest.raises(BadRecipe, match=f"zero_point is 'real', and a {grid} grid has none; leave zero_point out"):
+        Recipe(grid=grid, group_size=32, zero_point="real")
+    assert Recipe(grid=grid, group_size=32, zero_point="none").zero_point == "none"
+
+
 def test_a_recipe_of_a_sign_grid_survives_both() -> None:
     recipe = Recipe(bits=2, grid="sign", zero_point="real", overrides={Q: {"grid": "uniform", "bits": 8}})
     assert Recipe.from_dict(recipe.to_dict()) == recipe
@@ -299,7 +306,8 @@ def test_grid_and_zero_point_are_left_open_one_by_one() -> None:
 @pytest.mark.parametrize("zero_point", ["auto", *ZERO_POINTS])
 def test_a_sign_grid_has_no_zero_point_whoever_asks_for_one(zero_point) -> None:
     sign = Scheme(2, 128, "none", grid="sign")
-    assert Recipe(bits=2, grid="sign", zero_point=zero_point).scheme_of(Q) == sign
+    # One that is given is the embedding's then, which is on a uniform grid.
+    assert Recipe(bits=2, grid="sign", zero_point=zero_point, embedding_bits=8).scheme_of(Q) == sign
     assert Recipe(bits=2, zero_point=zero_point).scheme_of(Q, wishes) == sign
     assert Recipe(zero_point=zero_point, overrides={Q: {"bits": 2, "grid": "sign"}}).scheme_of(Q) == sign
 

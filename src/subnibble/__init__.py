@@ -31,6 +31,10 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
+def __dir__() -> list[str]:
+    return __all__
+
+
 def _register(module: object) -> None:
     # Importing it registers; where hf.py itself is what imports transformers, it is under way already.
     import subnibble.hf  # noqa: F401

@@ -55,7 +55,7 @@ def compare(
     model: str | Path | Source,
     recipes: Sequence[Recipe],
     evaluation: Evaluation,
-    out: Path | None = None,
+    out: str | Path | None = None,
     *,
     overwrite: bool = False,
     progress: Progress = silent,
@@ -65,6 +65,7 @@ def compare(
     Recipes have one system prompt, or none; the original is scored behind the same. out: where to keep the checkpoints,
     `<method>-<scheme>` each; None keeps none.
     """
+    out = None if out is None else Path(out)
     names = [recipe_name(recipe) for recipe in recipes]
     for name in names:
         if names.count(name) > 1:
@@ -122,7 +123,8 @@ def recipe_name(recipe: Recipe) -> str:
     cache = recipe.cache_scheme(_steps(recipe).cache)
     cached = "" if cache is None else f"-{cache.name}"
     distilled = f"-distilled{recipe.distill_steps}" if recipe.distill_steps else ""
-    return f"{recipe.method}-{recipe.scheme.name}{inputs}{cached}{options}{distilled}"
+    weights = "" if _steps(recipe).leaves_weights else f"-{recipe.scheme.name}"
+    return f"{recipe.method}{weights}{inputs}{cached}{options}{distilled}"
 
 
 def _steps(recipe: Recipe) -> Steps:

@@ -1,5 +1,6 @@
 """The driver: stream a checkpoint through a method, one block at a time, into a packed checkpoint.
 
+    survey the full-precision model     for its sink tokens, one channel order, ranks by gain, if they are asked for
     embed the system prompt             its keys and values are the full-precision model's, block by block
     rotate                              norms fused, the residual stream in another basis, if the method asks
     for block in checkpoint:            one block resident
@@ -144,7 +145,7 @@ class _Run:
         total = skeleton.num_blocks * (sites + 1) + 2
         with clock.step("write"):
             skeleton.source.copy_side_files(writer.folder)
-        streams, outer = self._embed()
+        streams, outer = self._embed(self._surveyed_table())
         progress(1, total, "embedding")
         unquantized_tail: list[Tensor] = []
         tuner = self._tuner(lambda index, loss: progress(1 + index * (sites + 1), total, _losing(index, loss)))
@@ -186,22 +187,27 @@ class _Run:
     def _corrects_norms(self) -> bool:
         return self.steps.mean_shift is not None and self.windows is not None
 
-    def _embed(self) -> tuple[Streams, dict[str, Tensor]]:
-        """Read and pack the embedding; give the hidden states of all windows, and the tensors to write."""
-        skeleton, path = self.skeleton, self.skeleton.arch.embedding
+    def _surveyed_table(self) -> Tensor:
+        """The embedding's table, edited, once what must be known of the full-precision model was found in it."""
         with self.clock.step("read"):
-            weight = skeleton.source.load(f"{path}.weight").to(skeleton.device)
-        if self.windows is not None and self.recipe.system_prompt == AUTO:
+            table = self.skeleton.source.load(f"{self.skeleton.arch.embedding}.weight").to(self.skeleton.device)
+        if self.windows is not None:
             with self.clock.step("survey"):
-                self._find_prefix(weight, self.windows)
-        if self.windows is not None and self.steps.orders_residual:
-            with self.clock.step("survey"):
-                self.edit = residual_order(self._full_precision(weight, self.windows))
-        if self.windows is not None and self.steps.ranks == "gain":
-            with self.clock.step("survey"):
-                self._allocate_ranks(self._full_precision(weight, self.windows))
-        if self.edit is not None:
-            weight = self.edit.embedding(weight)
+                self._survey(table, self.windows)
+        return table if self.edit is None else self.edit.embedding(table)
+
+    def _survey(self, table: Tensor, windows: Tensor) -> None:
+        """Find what steps must know of all blocks before the first. table: the embedding's, as it is."""
+        if self.recipe.system_prompt == AUTO:
+            self._find_prefix(table, windows)
+        if self.steps.orders_residual:
+            self.edit = residual_order(self._full_precision(table, windows))
+        if self.steps.ranks == "gain":
+            self._allocate_ranks(self._full_precision(table, windows))
+
+    def _embed(self, weight: Tensor) -> tuple[Streams, dict[str, Tensor]]:
+        """Pack the embedding; give the hidden states of all windows, and the tensors to write. weight: edited."""
+        skeleton, path = self.skeleton, self.skeleton.arch.embedding
         with self.clock.step("embedding"):
             tensors, packed = pack_table(path, weight, self.recipe.embedding_scheme)
             if packed is not None:

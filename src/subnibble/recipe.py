@@ -87,6 +87,7 @@ class Recipe:
             self.distillation.pieces(self.num_windows, self.window)
         for pattern, values in self.overrides.items():
             _check_override(self, pattern, values)
+        _check_zero_point(self)
 
     @property
     def scheme(self) -> Scheme:
@@ -195,10 +196,10 @@ class Recipe:
         return tomli_w.dumps(self.to_dict())
 
     @classmethod
-    def from_toml(cls, path: Path) -> Self:
+    def from_toml(cls, path: str | Path) -> Self:
         """Read a recipe file."""
         try:
-            values = tomllib.loads(path.read_text(encoding="utf-8"))
+            values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise BadRecipe(f"{path}: the recipe cannot be read ({error.strerror})") from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -227,6 +228,13 @@ def _check_types(recipe: Recipe) -> None:
         if not isinstance(value, kind) or isinstance(value, bool):
             name = (kind if isinstance(kind, type) else kind[0]).__name__
             raise BadRecipe(f"{key} is {value!r}; expected {'a table' if kind is Mapping else name}")
+
+
+def _check_zero_point(recipe: Recipe) -> None:
+    """Raise `BadRecipe` for one that is given and that nothing would have."""
+    uniform = recipe.embedding_bits != 16 or any("grid" in values for values in recipe.overrides.values())
+    if recipe.grid in ("sign", "mxfp4") and recipe.zero_point not in ("none", AUTO) and not uniform:
+        raise BadRecipe(f"zero_point is {recipe.zero_point!r}, and a {recipe.grid} grid has none; leave zero_point out")
 
 
 def _check_override(recipe: Recipe, pattern: str, values: Any) -> None:

@@ -39,6 +39,23 @@ def test_compare_shows_every_method_and_width(
     assert (tmp_path / "kept" / "gptq-w3g16" / "config.json").is_file()
 
 
+def test_what_is_recommended_can_be_compared(
+    run: Run, folders: dict[str, Path], text_file: Path, token_file: Path
+) -> None:
+    code, out, err = run(
+        "compare", folders["llama-tied"], "--methods", "gptq", "--zero-point", "real", "--embedding-bits", 8,
+        "--distill-steps", 2, "--distill-option", "tokens=64", "--window", 32, "--num-windows", 4, "--group-size", 16,
+        "--calibration", token_file, "--text", text_file, "--json",
+    )  # fmt: skip
+    assert code == 0, err
+    assert [row["name"] for row in json.loads(out)] == ["original", "gptq-w3g16-real-distilled2"]
+    code, out, err = run(
+        "compare", folders["llama"], "--methods", "none", "--kv-bits", 4, "--text", text_file, "--window", 32, "--json",
+    )  # fmt: skip
+    assert code == 0, err
+    assert [row["name"] for row in json.loads(out)] == ["original", "none-kv4head"]
+
+
 def test_compare_hands_options_to_the_methods_that_have_them(
     run: Run, folders: dict[str, Path], text_file: Path, token_file: Path
 ) -> None:

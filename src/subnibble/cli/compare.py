@@ -23,6 +23,7 @@ def compare(
     bits: Annotated[str, typer.Option(help="Bit widths, separated by commas.")] = "3",
     group_size: o.GroupSize = None,
     grid: o.Grid = None,
+    zero_point: o.ZeroPoint = None,
     embedding_bits: o.EmbeddingBits = None,
     activation_bits: o.ActivationBits = None,
     activation_group_size: o.ActivationGroupSize = None,
@@ -32,6 +33,8 @@ def compare(
     calibration: o.Calibration = None,
     num_windows: o.NumWindows = None,
     window: o.Window = None,
+    distill_steps: o.DistillSteps = None,
+    distill_option: o.DistillOptions = None,
     seed: o.Seed = None,
     max_windows: o.MaxWindows = None,
     option: o.MethodOptions = None,
@@ -50,10 +53,11 @@ def compare(
     o.check_options(_words(methods), option)
     recipes = [
         o.build_recipe(
-            None, o.options_of(method, option), kv_option, method=method, bits=width, group_size=group_size, grid=grid,
-            embedding_bits=embedding_bits, kv_bits=kv_bits, system_prompt=system_prompt,
-            activation_bits=activation_bits, activation_group_size=activation_group_size,
-            calibration=calibration, num_windows=num_windows, window=window, seed=seed, device=device, dtype=dtype,
+            None, o.options_of(method, option), kv_option, distill_option, method=method, bits=width,
+            group_size=group_size, grid=grid, zero_point=zero_point, embedding_bits=embedding_bits, kv_bits=kv_bits,
+            system_prompt=system_prompt, activation_bits=activation_bits, activation_group_size=activation_group_size,
+            calibration=calibration, num_windows=num_windows, window=window, distill_steps=distill_steps, seed=seed,
+            device=device, dtype=dtype,
         )
         for width in numbers(bits)
         for method in _words(methods)

@@ -92,6 +92,7 @@ def estimate(
     window: o.Window = None,
     distill_steps: o.DistillSteps = None,
     distill_option: o.DistillOptions = None,
+    seed: o.Seed = None,
     recipe: o.RecipeFile = None,
     option: o.MethodOptions = None,
     effort: o.Effort = None,
@@ -105,7 +106,7 @@ def estimate(
         group_size=group_size, grid=grid, zero_point=zero_point, embedding_bits=embedding_bits,
         activation_bits=activation_bits, activation_group_size=activation_group_size, kv_bits=kv_bits,
         system_prompt=system_prompt, calibration=calibration, num_windows=num_windows, window=window,
-        distill_steps=distill_steps, device=device, dtype=dtype,
+        distill_steps=distill_steps, seed=seed, device=device, dtype=dtype,
     )  # fmt: skip
     from subnibble.estimate import estimate as run
 
