@@ -24,7 +24,8 @@ def fold_norm_biases_(model: Any) -> None:
     """Fold in place every norm bias of a packed transformers model.
 
     A norm keeps its bias where not all linears behind it are packed (a head that shares the embedding's table has no
-    bias to take it). `save_pretrained` writes the folded model.
+    bias to take it). `save_pretrained` writes the folded model, whose effective bits leave its biases out, as any
+    linear's own.
     """
     packed = packed_config_of(model.config)
     if packed is None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from subnibble.checkpoint.entries import PackedLinearEntry, gather_type
-from subnibble.checkpoint.packed import PackedConfig, stored_shapes
+from subnibble.checkpoint.packed import FORMAT_VERSIONS, PackedConfig, stored_shapes
 from subnibble.checkpoint.size import measure
 from subnibble.mxfp4 import E2M1
 from subnibble.runtime.activations import quantize
@@ -41,6 +41,10 @@ WIDTHS = {"U8": 8, "F16": 16, "BF16": 16, "F32": 32, "I16": 16}
 
 def bytes_row(text: str) -> torch.Tensor:
     return torch.tensor([list(bytes.fromhex(text))], dtype=torch.uint8)
+
+
+def test_the_title_names_all_versions() -> None:
+    assert DOC.splitlines()[0] == f"# The packed checkpoint, versions {FORMAT_VERSIONS[0]} to {FORMAT_VERSIONS[-1]}"
 
 
 def test_the_examples_are_found() -> None:

@@ -20,7 +20,7 @@ class Size:
     """How large a checkpoint is.
 
     effective_bits: all stored bits that belong to quantized linears (codes, scales, zero-points, low-rank terms,
-    gathers, added biases, padding) over their weights; of a plain checkpoint, the stored bits of its blocks' linears
+    gathers, padding) and norm biases, over their weights; of a plain checkpoint, the stored bits of its blocks' linears
     over their weights. activation_bits: bits of the inputs of these linears as they run, with scales, zero-points and
     extra columns, over their channels; 16 where inputs are not quantized.
     model_bits: 8 x bytes of the weight files over all parameters. parameters: weights, tied ones once.

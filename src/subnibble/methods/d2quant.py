@@ -105,7 +105,7 @@ D2QUANT = Method(
 )
 D2QUANT_UNIFORM = Method(
     "d2quant-uniform",
-    "the same on uniform grids, which any runtime can load",
+    "the same on uniform grids, which every runtime has",
     "arXiv 2602.02546",
     Options,
     partial(build, prefers=uniform_grid),
