@@ -75,8 +75,8 @@ def measure_row(
 
     from subnibble import quantize
     from subnibble.calibrate.windows import bos_token, evaluation_windows
+    from subnibble.checkpoint.opening import open_source
     from subnibble.checkpoint.size import measure
-    from subnibble.checkpoint.source import open_source
     from subnibble.cli.demo import find_model
     from subnibble.evaluate.perplexity import score
     from subnibble.hf import load_model, packed_modules

@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     arguments = parser.parse_args()
     from subnibble import Recipe, quantize
-    from subnibble.checkpoint.source import open_source
+    from subnibble.checkpoint.opening import open_source
     from subnibble.cli.demo import find_model
 
     recipe = Recipe(

@@ -16,9 +16,9 @@ import subnibble
 from spoiled_checkpoint import spoiled_copy
 from subnibble import Recipe
 from subnibble.checkpoint.entries import PackedLinearEntry
+from subnibble.checkpoint.opening import open_source
 from subnibble.checkpoint.packed import PackedConfig
 from subnibble.checkpoint.size import measure
-from subnibble.checkpoint.source import open_source
 from subnibble.errors import CheckpointError
 from subnibble.hf import packed_modules
 from subnibble.rounding.grid import Clip, coded

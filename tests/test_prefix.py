@@ -16,10 +16,10 @@ from subnibble import Recipe, quantize
 from subnibble.cache_scheme import CacheScheme, PrefixIds
 from subnibble.calibrate.prefix import PrefixStream, behind
 from subnibble.calibrate.stream import BlockStream
+from subnibble.checkpoint.opening import open_source
 from subnibble.checkpoint.packed import packed_config_of
 from subnibble.checkpoint.safetensors_source import SafetensorsSource
 from subnibble.checkpoint.size import measure
-from subnibble.checkpoint.source import open_source
 from subnibble.errors import BadRecipe, CalibrationError, CheckpointError
 from subnibble.evaluation import Evaluation, evaluate
 from subnibble.hf_attention import attach_cache_, attached_cache, detach_cache_, set_prefix_

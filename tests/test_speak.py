@@ -10,7 +10,7 @@ import torch
 
 from conftest import Run
 from subnibble.cache_scheme import PrefixIds
-from subnibble.checkpoint.source import open_source
+from subnibble.checkpoint.opening import open_source
 from subnibble.errors import BadRecipe
 from subnibble.hf import load_model
 from subnibble.prefix import attach_prefix_

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from subnibble.calibrate.windows import bos_token
+from subnibble.checkpoint.opening import open_source
 from subnibble.checkpoint.size import measure
-from subnibble.checkpoint.source import Source, open_source
+from subnibble.checkpoint.source import Source
 from subnibble.checkpoint.writer import check_output
 from subnibble.errors import BadRecipe
 from subnibble.evaluate.perplexity import Scores, score

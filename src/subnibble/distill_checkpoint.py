@@ -7,8 +7,9 @@ from pathlib import Path
 
 from subnibble.calibrate.windows import calibration_windows, check_positions
 from subnibble.checkpoint.edit import change_checkpoint, check_space, open_packed, read_report
+from subnibble.checkpoint.opening import open_source
 from subnibble.checkpoint.original import check_original
-from subnibble.checkpoint.source import Source, open_source
+from subnibble.checkpoint.source import Source
 from subnibble.device import resolve_device, resolve_dtype
 from subnibble.distill import distill
 from subnibble.errors import BadRecipe

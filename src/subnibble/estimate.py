@@ -9,8 +9,9 @@ from pathlib import Path
 import psutil
 import torch
 
+from subnibble.checkpoint.opening import open_source
 from subnibble.checkpoint.size import cache_bytes
-from subnibble.checkpoint.source import numel, open_source
+from subnibble.checkpoint.source import numel
 from subnibble.device import free_memory
 from subnibble.methods.method import Steps
 from subnibble.model.skeleton import Skeleton

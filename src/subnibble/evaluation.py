@@ -12,10 +12,11 @@ from torch import Tensor
 from subnibble.cache_scheme import CacheScheme, PrefixIds
 from subnibble.calibrate.windows import bos_token, check_positions, evaluation_windows
 from subnibble.checkpoint.edit import REPORT, read_report
+from subnibble.checkpoint.opening import open_source
 from subnibble.checkpoint.original import check_original
 from subnibble.checkpoint.packed import packed_config_of
 from subnibble.checkpoint.size import cache_bytes, measure
-from subnibble.checkpoint.source import Source, open_source
+from subnibble.checkpoint.source import Source
 from subnibble.errors import BadRecipe, CheckpointError
 from subnibble.evaluate.layer_error import layer_errors
 from subnibble.evaluate.perplexity import check_vocabularies, score

@@ -15,9 +15,10 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quanti
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from subnibble.checkpoint.opening import open_source
 from subnibble.checkpoint.packed import QUANT_METHOD, PackedConfig, packed_config_of
 from subnibble.checkpoint.safetensors_source import STORED_TYPES, read_header
-from subnibble.checkpoint.source import Source, open_source
+from subnibble.checkpoint.source import Source
 from subnibble.device import resolve_device, resolve_dtype
 from subnibble.errors import CheckpointError
 from subnibble.model.arch import ARCHITECTURES

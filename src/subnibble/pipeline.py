@@ -38,10 +38,11 @@ from subnibble.calibrate.stream import BlockStream
 from subnibble.calibrate.survey import full_precision_blocks
 from subnibble.calibrate.windows import calibration_windows, check_positions
 from subnibble.checkpoint.entries import Entry, PackedEmbeddingEntry, TiedHeadEntry
+from subnibble.checkpoint.opening import open_source
 from subnibble.checkpoint.packed import PackedConfig
 from subnibble.checkpoint.safetensors_source import SafetensorsSource
 from subnibble.checkpoint.size import measure, weights_hash
-from subnibble.checkpoint.source import Source, open_source
+from subnibble.checkpoint.source import Source
 from subnibble.checkpoint.writer import CheckpointWriter, check_output
 from subnibble.corrections.ranks import Gains, allocate, gains_of
 from subnibble.corrections.salient import SalientColumns

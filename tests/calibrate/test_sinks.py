@@ -13,8 +13,8 @@ from torch import Tensor
 
 from subnibble import Recipe, quantize
 from subnibble.calibrate.sinks import sink_tokens
+from subnibble.checkpoint.opening import open_source
 from subnibble.checkpoint.packed import packed_config_of
-from subnibble.checkpoint.source import open_source
 from subnibble.errors import BadRecipe
 from subnibble.prompt import prefix_ids, sink_prefix
 

@@ -11,7 +11,7 @@ import torch
 
 from conftest import CONFIGS, VOCABULARY, random_model
 from subnibble.checkpoint import gguf_source
-from subnibble.checkpoint.source import open_source
+from subnibble.checkpoint.opening import open_source
 from subnibble.errors import UnsupportedModel
 from subnibble.hf import load_model
 from subnibble.model.site import Heads

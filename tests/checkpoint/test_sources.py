@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import save_model
-from subnibble.checkpoint import source as source_module
+from subnibble.checkpoint import opening
+from subnibble.checkpoint.opening import open_source
 from subnibble.checkpoint.safetensors_source import INDEX, SINGLE, SafetensorsSource
 from subnibble.checkpoint.size import measure
-from subnibble.checkpoint.source import open_source
 from subnibble.errors import CheckpointError, UnsupportedModel
 from subnibble.model.skeleton import Skeleton
 
@@ -180,7 +180,7 @@ def test_hub_id_that_cannot_be_fetched_says_so(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     with pytest.raises(CheckpointError, match="the hub did not give it"):
-        source_module.open_source("owner/name")
+        opening.open_source("owner/name")
 
 
 def test_sizes_of_a_packed_folder_count_every_stored_bit(single: Path, tmp_path: Path, token_file: Path) -> None:

@@ -19,8 +19,8 @@ from subnibble import Recipe, block_tuning, quantize
 from subnibble.block_run import BlockRun
 from subnibble.block_tuning import BlockTuning
 from subnibble.cache_scheme import PrefixIds
+from subnibble.checkpoint.opening import open_source
 from subnibble.checkpoint.size import cache_bytes
-from subnibble.checkpoint.source import open_source
 from subnibble.corrections.correction import Correction
 from subnibble.errors import BadRecipe, SubnibbleError
 from subnibble.estimate import estimate

@@ -10,10 +10,11 @@ from typing import Any
 
 from torch import Tensor
 
+from subnibble.checkpoint.opening import open_source
 from subnibble.checkpoint.packed import PackedConfig, packed_config_of, stored_shapes
 from subnibble.checkpoint.safetensors_source import INDEX, SafetensorsSource
 from subnibble.checkpoint.size import measure, weights_hash
-from subnibble.checkpoint.source import expect_shapes, open_source
+from subnibble.checkpoint.source import expect_shapes
 from subnibble.checkpoint.writer import CheckpointWriter
 from subnibble.errors import CheckpointError, OutputError
 

@@ -43,40 +43,6 @@ class Source(Protocol):
         """Put tokenizer and generation config into `folder`, as far as the source has them."""
 
 
-def open_source(model: str | Path | Source) -> Source:
-    """Open a folder, a `.gguf` file or a hub id (downloaded when online); what is open already is given back."""
-    if not isinstance(model, str | Path):
-        return model
-    from subnibble.checkpoint.gguf_source import GgufSource
-    from subnibble.checkpoint.safetensors_source import SafetensorsSource
-
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return SafetensorsSource(path)
-    if path.is_file():
-        if path.suffix == ".gguf":
-            return GgufSource(path)
-        raise CheckpointError(f"{path} is a file, but no .gguf file; give a model folder, a .gguf file or a hub id")
-    if path.suffix == ".gguf" or path.is_absolute() or str(model).startswith((".", "~")) or str(model).count("/") != 1:
-        raise CheckpointError(f"{model}: no such file or folder, and no hub id (those look like owner/name)")
-    return SafetensorsSource(download(str(model)))
-
-
-def download(repo_id: str) -> Path:
-    """Fetch a model from the hub, safetensors and JSON files alone, and give the local folder."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    patterns = ["*.safetensors", "*.json", "tokenizer.model", "*.txt", "*.jinja"]
-    try:
-        return Path(snapshot_download(repo_id, allow_patterns=patterns))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise CheckpointError(
-            f"{repo_id}: no such folder here, and the hub did not give it ({type(error).__name__}); "
-            "check the name and the connection, or pass a local folder or a .gguf file"
-        ) from error
-
-
 def checked(tensor: Tensor, name: str, path: Path) -> Tensor:
     """The tensor, if it is floating point and finite; `CheckpointError` otherwise."""
     if not tensor.is_floating_point():

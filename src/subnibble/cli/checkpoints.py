@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 def inspect(model: o.Model, json: o.Json = False) -> None:
     """Show what a checkpoint holds: sizes, bits, the scheme of every packed module."""
+    from subnibble.checkpoint.opening import open_source
     from subnibble.checkpoint.packed import packed_config_of
     from subnibble.checkpoint.size import measure, weights_hash
-    from subnibble.checkpoint.source import open_source
 
     source = open_source(model)
     packed = packed_config_of(source.config)

@@ -35,7 +35,7 @@ def demo(
     """Quantize SmolLM2-135M by GPTQ and by dualfit, compare both with the original, and let them speak."""
     file = find_model()
     from subnibble.calibrate import news
-    from subnibble.checkpoint.source import open_source
+    from subnibble.checkpoint.opening import open_source
     from subnibble.compare import compare, recipe_name
     from subnibble.evaluation import Evaluation
 

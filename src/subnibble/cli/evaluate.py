@@ -74,7 +74,7 @@ def generate(
     dtype: o.Dtype = None,
 ) -> None:
     """Let MODEL continue a prompt."""
-    from subnibble.checkpoint.source import open_source
+    from subnibble.checkpoint.opening import open_source
     from subnibble.evaluation import prepare_
     from subnibble.hf import load_model
     from subnibble.hf_attention import attached_cache
