@@ -57,12 +57,10 @@ class BlockRun:
     exact: every parameter in float32, as transformed: rounded are these, not their copies in the compute type.
     plan: how every linear's weight and input are quantized. bases: in which readers meet their inputs, by name of the
     site. stream: the block as it is quantized, on the quantized model's hidden states `hidden`; reference: a
-    full-precision copy on the full-precision model's; teacher: that copy on `hidden`; None where no step asks. extras:
-    all terms of what was rounded so far, by name in the block; packed: their weights, which absorb column scales.
-    columns: column scales that no other module of the block can take; to_absorb: those that one will. gathers: of the
-    linears that store one. hooks: on the block while it runs. prefix: its keys and values in this block, (heads,
-    tokens, width), or None. tuning: the block's, or None. center: what its keys are coded less,
-    (heads, width), or None.
+    full-precision copy on the full-precision model's; teacher: that copy on `hidden`; None where no step asks. prefix:
+    its keys and values in this block, (heads, tokens, width), or None. tuning: the block's, or None. center: what its
+    keys are coded less, (heads, width), or None. terms: of what was rounded so far, by name in the block, biases aside.
+    to_absorb: column scales that another module of the block will take. hooks: on the block while it runs.
     """
 
     block: Block
@@ -78,11 +76,8 @@ class BlockRun:
     prefix: States | None = None
     tuning: BlockTuning | None = None
     center: Tensor | None = None
-    packed: dict[str, PackedTensor] = field(default_factory=dict)
-    extras: dict[str, LinearTerms] = field(default_factory=dict)
-    columns: dict[str, Tensor] = field(default_factory=dict)
+    terms: dict[str, LinearTerms] = field(default_factory=dict)
     to_absorb: list[tuple[Site, Tensor]] = field(default_factory=list)
-    gathers: dict[str, Tensor] = field(default_factory=dict)
     hooks: list[RemovableHandle] = field(default_factory=list)
     linears: dict[str, LinearReport] = field(default_factory=dict)
 
@@ -134,7 +129,7 @@ class BlockRun:
 
     def correct_norm(self, site: Site) -> None:
         """If the method asks, give the site's norm the bias that undoes the mean shift of what was rounded before."""
-        if self.teacher is not None and site.norm is not None and self.packed:
+        if self.teacher is not None and site.norm is not None and self.terms:
             self._shift(site, site.norm, self.teacher)
 
     def round_site(self, site: Site) -> None:
@@ -172,8 +167,9 @@ class BlockRun:
             moved |= {*site.readers, *rows} if rows else set()
         found = []
         for name, linear in self.linears.items():
-            gather = 8 * self.gathers[name].nbytes / (linear.shape[0] * linear.shape[1]) if name in self.gathers else 0
-            found.append(replace(linear, moved=name in moved, effective_bits=linear.effective_bits + gather))
+            gather = self.terms[name].gather
+            share = 0 if gather is None else 8 * gather.nbytes / (linear.shape[0] * linear.shape[1])
+            found.append(replace(linear, moved=name in moved, effective_bits=linear.effective_bits + share))
         return found
 
     def tensors(self) -> tuple[dict[str, Tensor], dict[str, Entry]]:
@@ -181,8 +177,10 @@ class BlockRun:
 
         Of parameters that are not quantized: their float32 values, edited or not.
         """
+        weights = {name: own.weight for name, own in self.terms.items()}
         for site, c in self.to_absorb:
-            absorb_(site, c, self.packed, self.exact)
+            absorb_(site, c, weights, self.exact)
+        self.terms = {name: replace(own, weight=weights[name]) for name, own in self.terms.items()}
         moved: dict[str, Tensor] = {}
         for site in self.block.arch.sites:
             rows, order = self._offline_rows(site), self.bases[site.name].order
@@ -191,24 +189,18 @@ class BlockRun:
                 self._permute_rows_(name, index)
             if order is not None and rows is None:
                 kind = gather_type(order.shape[0])
-                # A copy each: the file holds one for each linear.
-                self.gathers |= {name: order.to(kind, copy=True) for name in site.readers if name in self.packed}
+                for name in self.terms.keys() & set(site.readers):
+                    # A copy each: the file holds one for each linear.
+                    self.terms[name] = replace(self.terms[name], gather=order.to(kind, copy=True))
         path = self.block.path
         tensors: dict[str, Tensor] = {}
         entries: dict[str, Entry] = {}
-        for name, tensor in self.packed.items():
-            columns = self.columns.get(name)
-            terms = replace(
-                self.extras[name],
-                weight=tensor,
-                bias=self.exact.get(f"{name}.bias"),
-                column_scale=None if columns is None else columns.to(torch.float16),
-                gather=self.gathers.get(name),
-            )
+        for name, own in self.terms.items():
+            terms = replace(own, bias=self.exact.get(f"{name}.bias"))
             entries[f"{path}.{name}"] = linear_entry(terms)
             tensors |= {f"{path}.{name}.{key}": part for key, part in linear_state(terms).items()}
         for name, parameter in self.exact.items():
-            if name.removesuffix(".weight") not in self.packed:
+            if name.removesuffix(".weight") not in self.terms:
                 tensors[f"{path}.{name}"] = parameter
         for site in self.block.arch.sites:
             if site.norm is not None and f"{site.norm}.bias" in self.exact:
@@ -229,14 +221,13 @@ class BlockRun:
     def _offline_rows(self, site: Site) -> dict[str, Tensor] | None:
         """See `offline_rows`; None, too, where a site's readers have no order of their own."""
         order = self.bases[site.name].order
-        if order is None or self.bases[site.name].blocks or not all(name in self.packed for name in site.readers):
+        if order is None or self.bases[site.name].blocks or not all(name in self.terms for name in site.readers):
             return None
         return offline_rows(site, order, self.block.heads)
 
     def _permute_rows_(self, name: str, index: Tensor) -> None:
-        if name in self.packed:
-            self.packed[name] = self.packed[name].rows(index)
-            self.extras[name] = self.extras[name].rows(index)
+        if name in self.terms:
+            self.terms[name] = self.terms[name].rows(index)
         else:
             self.exact[f"{name}.weight"] = self.exact[f"{name}.weight"][index]
         if f"{name}.bias" in self.exact:
@@ -318,8 +309,10 @@ class BlockRun:
             natural = torch.cat([self.exact[f"{name}.weight"] for name in stack.names])
             weight = basis.columns(natural)
             rounding, whole, salient = self._rounded(site, stack, weight, seen)
-            columns = self._place(site, list(stack.names), rounding.coded.columns)
-            dense = whole.dequantize() if columns is None else whole.dequantize() * columns
+            dense, stored = whole.dequantize(), None
+            if rounding.coded.columns is not None:
+                columns, stored = self._place(site, stack, rounding.coded.columns)
+                dense = dense * columns
             if salient is not None:
                 dense[:, : salient.columns] += salient.dequantize()
             branches = branches_of(stack, weight - dense, seen, correction)
@@ -335,10 +328,11 @@ class BlockRun:
             floors = relative_errors(natural, grid.nearest(natural, stack.scheme), observed.gram, stack.heights)
             dense = basis.natural(dense)
         for name, index, branch, error, floor in zip(stack.names, rows, branches, errors, floors, strict=True):
-            self.packed[name] = whole.rows(index)
             second = None if salient is None else PackedTensor((salient.rows(index),))
-            self.extras[name] = LinearTerms(
-                self.packed[name],
+            self.terms[name] = own = LinearTerms(
+                whole.rows(index),
+                # A copy each: the file holds one for each linear.
+                column_scale=None if stored is None else stored.clone(),
                 blocks=basis.blocks,
                 activation=stack.activation,
                 salient=second,
@@ -346,10 +340,10 @@ class BlockRun:
                 low_rank=branch,
             )
             self._put_back(site, name, stack, dense[index])
-            bits = self.extras[name].stored_bits + (16 * weight.shape[1] if name in self.columns else 0)
+            bits = own.stored_bits + (0 if stored is None else 8 * stored.nbytes)
             self.linears[name] = LinearReport(
                 path=f"{self.block.path}.{name}",
-                shape=self.packed[name].shape,
+                shape=own.weight.shape,
                 scheme=stack.scheme.name,
                 effective_bits=bits / natural[index].numel(),
                 weight_error=error.weight,
@@ -377,16 +371,14 @@ class BlockRun:
             hook = linear.register_forward_pre_hook(lambda _, args: (self._quantized(site, view, args[0]),))
             self.hooks.append(hook)
 
-    def _place(self, site: Site, names: list[str], columns: Tensor | None) -> Tensor | None:
-        """Decide where column scales (k,) go; give them as they will act. None stays None."""
-        if columns is None:
-            return None
-        if can_absorb(site, self.block.heads, names, self.packed, columns):
+    def _place(self, site: Site, stack: Stack, columns: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Decide where column scales (k,) go; give them as they will act, and as the linears store them, if they do."""
+        weights = {name: own.weight for name, own in self.terms.items()}
+        if can_absorb(site, self.block.heads, stack.names, weights, columns):
             self.to_absorb.append((site, columns))
-            return columns
-        stored = columns.to(torch.float16).float()
-        self.columns |= dict.fromkeys(names, stored)
-        return stored
+            return columns, None
+        stored = columns.to(torch.float16)
+        return stored.float(), stored
 
 
 def _notes(stack: Stack, basis: InputBasis) -> dict[str, float]:
