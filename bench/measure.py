@@ -27,11 +27,14 @@ RECIPES = HERE.parent / "recipes"
 def parts_of(text: str, form: str, numbers: int) -> tuple[list[str], list[int]]:
     """A row as written on the command line, split at colons: words, and at its end so many whole numbers.
 
-    form: how a row is written, for the message of the `ArgumentTypeError`. The last number, windows, is above 0.
+    form: how a row is written, for the message of the `ArgumentTypeError`; what it has in brackets may be left out and
+    is the number before then. The last number, windows, is above 0.
     """
-    parts = text.split(":")
+    parts, most = text.split(":"), form.count(":") + 1
+    if "[" in form and len(parts) == most - 1:
+        parts.append(parts[-1])
     words, counts = parts[:-numbers], parts[-numbers:]
-    if len(parts) != len(form.split(":")) or not all(part.isdecimal() for part in counts) or int(counts[-1]) == 0:
+    if len(parts) != most or not all(part.isdecimal() for part in counts) or int(counts[-1]) == 0:
         raise argparse.ArgumentTypeError(f"{text!r}: give {form}, whole numbers at its end and the last above 0")
     return words, [int(part) for part in counts]
 

@@ -93,8 +93,9 @@ def specs(only: str | None) -> list[Spec]:
 
 def parse_spec(text: str) -> Spec:
     """A row as written on the command line, for example serq:W4A4g128:16, or serq:W4A4g128:16:64 for the sweep."""
-    whole = text if text.count(":") > 2 else f"{text}:{text.rpartition(':')[2]}"
-    (arm, setting), (windows, calibrated_on) = parts_of(whole, FORM, 2)
+    (arm, setting), (windows, calibrated_on) = parts_of(text, FORM, 2)
+    if windows == 0:
+        raise argparse.ArgumentTypeError(f"{text!r}: nothing can be scored on 0 windows; give {FORM}")
     if arm not in (*ARMS, "original") or (arm != "original" and setting not in SETTINGS):
         raise argparse.ArgumentTypeError(
             f"{text!r}: give ARM:SETTING:WINDOWS, ARM one of original, {', '.join(ARMS)}; SETTING one of "

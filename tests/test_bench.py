@@ -26,7 +26,7 @@ WRONG = {
     ),
     "weight_activation": (
         "serq", "serq:W4A4g128", "serq:W4A4g128:16:4:9", "serq:W5A4g128:16", "serq::16", "serq:W4A4g128:-4",
-        "original:W4A4g128:16", "nothing:W4A4g128:16",
+        "serq:W4A4g128:0:4", "original:W4A4g128:16", "nothing:W4A4g128:16",
     ),
     "weight_activation_kv": (
         "kv:KV4:bos", "kv:KV4:bos:0", "kv:KV4:nobody:16", "kv:W4A4KV4g128:bos:16", "atom:KV4:none:16",

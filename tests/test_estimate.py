@@ -44,6 +44,19 @@ def test_what_quantize_refuses_estimate_refuses_in_the_same_words(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "wrong", [{"method": "nope"}, {"options": {"bogus": 1}}, REFUSED["one window to tune on"]], ids=str
+)
+def test_what_no_model_would_change_is_known_before_one_is_fetched(
+    wrong: dict[str, Any], recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("subnibble.checkpoint.opening.download", lambda name: pytest.fail(f"{name} was fetched"))
+    with pytest.raises(SubnibbleError):
+        estimate.estimate("owner/name", replace(recipe, **wrong))
+    with pytest.raises(SubnibbleError):
+        quantize("owner/name", tmp_path / "out", replace(recipe, **wrong))
+
+
 @pytest.mark.parametrize(("method", "streams"), [("gptq", 1), ("gptaq", 2)])
 def test_activation_streams_are_what_a_run_holds(
     method: str, streams: int, recipe: Recipe, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

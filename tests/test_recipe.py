@@ -77,9 +77,12 @@ def test_a_recipe_survives_its_toml_file_with_the_order_of_overrides(tmp_path_fa
 
 @pytest.mark.parametrize("grid", ["sign", "mxfp4"])
 def test_a_zero_point_that_nothing_would_have_is_refused(grid) -> None:
-    with pytest.raises(BadRecipe, match=f"zero_point is 'real', and a {grid} grid has none; leave zero_point out"):
+    with pytest.raises(BadRecipe, match=f"zero_point is 'real', and no {grid} grid has one; set"):
         Recipe(grid=grid, group_size=32, zero_point="real")
+    with pytest.raises(BadRecipe, match=f"no {grid} grid has one"):
+        Recipe(grid=grid, group_size=32, zero_point="real", overrides={Q: {"grid": grid, "group_size": 32}})
     assert Recipe(grid=grid, group_size=32, zero_point="none").zero_point == "none"
+    assert Recipe(grid=grid, group_size=32, zero_point="real", overrides={Q: {"grid": "uniform"}}).grid == grid
 
 
 def test_a_recipe_of_a_sign_grid_survives_both() -> None:

@@ -64,7 +64,7 @@ def compare(
     """Quantize `model` by each recipe and score all of them and the original on the same windows.
 
     Recipes have one system prompt, or none; the original is scored behind the same. out: where to keep the checkpoints,
-    `<method>-<scheme>` each; None keeps none.
+    `recipe_name` each; None keeps none.
     """
     out = None if out is None else Path(out)
     names = [recipe_name(recipe) for recipe in recipes]

@@ -9,7 +9,6 @@ from pathlib import Path
 import psutil
 import torch
 
-from subnibble.checkpoint.opening import open_source
 from subnibble.checkpoint.size import cache_bytes
 from subnibble.checkpoint.source import numel
 from subnibble.device import free_memory
@@ -58,11 +57,11 @@ class Estimate:
 
 def estimate(model: str | Path, recipe: Recipe) -> Estimate:
     """Size, memory and time of quantizing `model` by `recipe`; raises what `quantize` would raise of both."""
-    source = open_source(model)
-    found = resolve(source, recipe)
+    found = resolve(model, recipe)
     recipe, steps, skeleton, plan = found.recipe, found.steps, found.skeleton, found.plan
+    config = skeleton.source.config
     prompt = 0 if found.prefix is None else len(found.prefix.ids)
-    states = round(prompt * cache_bytes(source.config, None))
+    states = round(prompt * cache_bytes(config, None))
     tokens = recipe.num_windows * recipe.window if recipe.calibration is not None else 0
     return Estimate(
         parameters=sum(numel(shape) for shape in skeleton.parameter_shapes().values()),
@@ -70,7 +69,7 @@ def estimate(model: str | Path, recipe: Recipe) -> Estimate:
         effective_bits=effective_bits(steps, plan.schemes, skeleton),
         memory_bytes=_memory(steps, skeleton, tokens, recipe.distillation),
         seconds=_seconds(steps, skeleton, tokens, _tuned_tokens(recipe, steps), recipe.distillation),
-        cache_bytes=cache_bytes(source.config, plan.cache),
+        cache_bytes=cache_bytes(config, plan.cache),
     )
 
 

@@ -88,10 +88,7 @@ def quantize(
     """
     final = Path(out)
     check_output(final, overwrite)
-    source = open_source(model)
-    if source.path.resolve() == final.resolve():
-        raise OutputError(f"{final} is the model itself; choose another folder")
-    run = _Run.prepare(source, recipe)
+    run = _Run.prepare(model, final, recipe)
     with CheckpointWriter(final, run.skeleton.num_blocks + 1, overwrite) as writer:
         _check_disk(run, writer.folder)
         report = run.execute(writer, progress)
@@ -117,11 +114,13 @@ class _Run:
     blocks: list[BlockReport] = field(default_factory=list)
 
     @classmethod
-    def prepare(cls, source: Source, recipe: Recipe) -> _Run:
+    def prepare(cls, model: str | Path | Source, out: Path, recipe: Recipe) -> _Run:
         """Check everything that can be checked before weights are read, and read the calibration windows."""
         clock = Clock()
-        found = resolve(source, recipe)
-        recipe, windows = found.recipe, None
+        found = resolve(model, recipe)
+        recipe, source, windows = found.recipe, found.skeleton.source, None
+        if source.path.resolve() == out.resolve():
+            raise OutputError(f"{out} is the model itself; choose another folder")
         if recipe.calibration is not None:
             with clock.step("read text"):
                 windows = calibration_windows(

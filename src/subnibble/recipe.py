@@ -21,6 +21,8 @@ EMBEDDING_BITS = (16, 8, 4)
 _OVERRIDE_KEYS = ("bits", "group_size", "grid", "zero_point", "activation_bits", "skip")
 PLAIN_ACTIVATIONS = 16
 
+_WITHOUT_ZERO_POINT = ("sign", "mxfp4")
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -232,9 +234,11 @@ def _check_types(recipe: Recipe) -> None:
 
 def _check_zero_point(recipe: Recipe) -> None:
     """Raise `BadRecipe` for one that is given and that nothing would have."""
-    uniform = recipe.embedding_bits != 16 or any("grid" in values for values in recipe.overrides.values())
-    if recipe.grid in ("sign", "mxfp4") and recipe.zero_point not in ("none", AUTO) and not uniform:
-        raise BadRecipe(f"zero_point is {recipe.zero_point!r}, and a {recipe.grid} grid has none; leave zero_point out")
+    grids = {values.get("grid", recipe.grid) for values in recipe.overrides.values()}
+    uniform = recipe.embedding_bits != 16 or not grids <= set(_WITHOUT_ZERO_POINT)
+    if recipe.grid in _WITHOUT_ZERO_POINT and recipe.zero_point not in ("none", AUTO) and not uniform:
+        given = recipe.zero_point
+        raise BadRecipe(f'zero_point is {given!r}, and no {recipe.grid} grid has one; set zero_point = "{AUTO}"')
 
 
 def _check_override(recipe: Recipe, pattern: str, values: Any) -> None:
@@ -250,7 +254,7 @@ def _check_override(recipe: Recipe, pattern: str, values: Any) -> None:
             re.compile(pattern[3:])
         except (re.error, OverflowError) as error:
             raise BadRecipe(f"override {pattern!r} is no regular expression: {error}") from error
-    if values.get("grid") in ("sign", "mxfp4") and values.get("zero_point", "none") not in ("none", AUTO):
+    if values.get("grid") in _WITHOUT_ZERO_POINT and values.get("zero_point", "none") not in ("none", AUTO):
         raise BadRecipe(f"override {pattern!r}: a {values['grid']} grid has no zero-point; leave zero_point out")
     recipe._activation(values, recipe._scheme(values, {}))
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from subnibble.cache_scheme import PrefixIds
 from subnibble.calibrate.windows import check_positions
+from subnibble.checkpoint.opening import open_source
 from subnibble.checkpoint.source import Source
 from subnibble.device import resolve_device, resolve_dtype
 from subnibble.errors import BadRecipe
@@ -38,14 +40,18 @@ class Resolved:
     prefix: PrefixIds | None
 
 
-def resolve(source: Source, recipe: Recipe) -> Resolved:
-    """Resolve `recipe` for the model in `source`; a `SubnibbleError` says what does not fit."""
+def resolve(model: str | Path | Source, recipe: Recipe) -> Resolved:
+    """Resolve `recipe` for `model` (folder, hub id, .gguf file or open); a `SubnibbleError` says what does not fit.
+
+    What no model would change is known before one is opened, which may fetch it.
+    """
     method = find_method(recipe.method)
     options = method.configure(recipe.options)
     steps = method.build(options)
     if recipe.calibration is None and needs_data(recipe, steps):
         recipe = replace(recipe, calibration="c4")
     _check(recipe, steps)
+    source = open_source(model)
     check_plain(source)
     device = resolve_device(recipe.device)
     dtype = resolve_dtype(recipe.dtype, source.config.dtype, device)

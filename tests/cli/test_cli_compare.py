@@ -50,10 +50,12 @@ def test_what_is_recommended_can_be_compared(
     assert code == 0, err
     assert [row["name"] for row in json.loads(out)] == ["original", "gptq-w3g16-real-distilled2"]
     code, out, err = run(
-        "compare", folders["llama"], "--methods", "none", "--kv-bits", 4, "--text", text_file, "--window", 32, "--json",
+        "compare", folders["llama"], "--methods", "none,rtn", "--bits", "3,4", "--group-size", 16, "--kv-bits", 4,
+        "--text", text_file, "--window", 32, "--json",
     )  # fmt: skip
     assert code == 0, err
-    assert [row["name"] for row in json.loads(out)] == ["original", "none-kv4head"]
+    names = ["original", "none-kv4head", "rtn-w3g16-kv4head", "rtn-w4g16-kv4head"]
+    assert sorted(row["name"] for row in json.loads(out)) == sorted(names)
 
 
 def test_compare_hands_options_to_the_methods_that_have_them(

@@ -110,6 +110,8 @@ class Foreign:
 
 def test_what_a_rounder_of_ones_own_cannot_do_is_refused() -> None:
     Steps(Foreign(), correction=SalientColumns(16))
+    with pytest.raises(BadRecipe, match='ranks = "gain" needs a rank above 0'):
+        Steps(RTN(), correction=OutlierColumns(16), ranks="gain")
     Steps(Foreign(needs_drift=True))
     with pytest.raises(BadRecipe, match="Foreign needs drift, which does not go with salient columns"):
         Steps(Foreign(needs_drift=True), correction=SalientColumns(16))

@@ -114,6 +114,8 @@ def test_what_cannot_be_is_refused() -> None:
         OutlierColumns(0)
     with pytest.raises(BadRecipe, match="at most 39"):
         OutlierColumns(40).check(40, SCHEME, "down_proj")
+    with pytest.raises(BadRecipe, match=r"no codes beside an mxfp4 grid \(down_proj\); use a uniform grid"):
+        OutlierColumns(8).check(40, Scheme(4, 32, "none", "e8m0", "mxfp4"), "down_proj")
     with pytest.raises(BadRecipe, match="on a uniform grid"):
         ActivationScheme(4, 32, "none", "mxfp4", outliers=8)
     with pytest.raises(BadRecipe, match="outlier columns"):

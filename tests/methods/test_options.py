@@ -63,6 +63,7 @@ def other_steps(method: Method, option: str) -> list[Steps]:
     for value in others(default, option):
         with suppress(BadRecipe):
             made.append(method.steps(known | {option: value}))
+            assert made[-1] == method.steps(known | {option: value})
     return made
 
 

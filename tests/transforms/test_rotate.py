@@ -126,7 +126,11 @@ def test_a_table_is_turned_a_few_rows_at_a_time(monkeypatch: pytest.MonkeyPatch)
     table = torch.randn(7, 48, generator=torch.Generator().manual_seed(1))
     at_once = rotation.columns(table)
     monkeypatch.setattr(rotate, "_ROWS", 3)
+    made: list[int] = []
+    double = Tensor.double
+    monkeypatch.setattr(Tensor, "double", lambda part: made.append(part.shape[0]) or double(part))
     assert torch.equal(rotation.columns(table), at_once)
+    assert sorted(set(made)) == [1, 3]
 
 
 @pytest.mark.parametrize("name", ["full", "groups"])

@@ -59,8 +59,7 @@ def compare(
             calibration=calibration, num_windows=num_windows, window=window, distill_steps=distill_steps, seed=seed,
             device=device, dtype=dtype,
         )
-        for width in numbers(bits)
-        for method in _words(methods)
+        for width, method in _asked(_words(methods), numbers(bits))
     ]  # fmt: skip
     from subnibble.compare import compare as run
     from subnibble.evaluation import Evaluation
@@ -97,6 +96,14 @@ def show(rows: Sequence[Row]) -> None:
         for row in rows
     ]
     table(columns, cells)
+
+
+def _asked(methods: list[str], widths: list[int]) -> list[tuple[int, str]]:
+    """(bits, method) of each model to make; one alone of a method that leaves weights, whatever their bits."""
+    from subnibble.methods import find_method
+
+    leave = {name for name in methods if find_method(name).steps({}).leaves_weights}
+    return [(width, name) for width in widths for name in methods if width == widths[0] or name not in leave]
 
 
 def _words(text: str) -> list[str]:

@@ -46,7 +46,9 @@ class OutlierColumns(Correction):
         return self.count
 
     def check(self, columns: int, scheme: Scheme, where: str) -> None:
-        """See `Correction`: something must be left."""
+        """See `Correction`: something must be left, on a uniform grid."""
+        if scheme.grid == "mxfp4":
+            raise BadRecipe(f"outlier channels have no codes beside an mxfp4 grid ({where}); use a uniform grid")
         if self.count >= columns:
             raise BadRecipe(
                 f"{self.count} outlier channels leave none of the {columns} inputs of {where} to quantize; "

@@ -19,8 +19,8 @@ from subnibble.errors import CalibrationError, NumericalFailure
 from subnibble.progress import Progress, silent
 
 # Positions whose full logits are compared at once: bounds memory at vocabulary x this x 4 bytes, a few times.
-_REMEDY = "; are the weights intact, and is the type wide enough (--dtype float32)?"
 _POSITIONS = 512
+_REMEDY = "; are the weights intact, and is the type wide enough (--dtype float32)?"
 
 
 @dataclass(frozen=True)

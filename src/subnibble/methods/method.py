@@ -11,6 +11,7 @@ from torch import Tensor
 from subnibble.calibrate.stream import SiteStatistics
 from subnibble.corrections.correction import NOTHING, Correction
 from subnibble.corrections.mean_shift import MeanShift
+from subnibble.corrections.salient import SalientColumns
 from subnibble.errors import BadRecipe
 from subnibble.model.skeleton import Block
 from subnibble.rounding.gptaq import FORMS
@@ -89,7 +90,7 @@ class Steps:
             raise BadRecipe(
                 'ranks by gain go with neither rotation nor residual_order = "global"; use ranks = "uniform"'
             )
-        if self.ranks == "gain" and not self.correction.salient:
+        if self.ranks == "gain" and not isinstance(self.correction, SalientColumns):
             raise BadRecipe('ranks = "gain" needs a rank above 0, which is their mean')
         if self.tuning is not None:
             _check_tuning(self)

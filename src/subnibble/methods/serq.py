@@ -14,6 +14,7 @@ are this project's: a symmetric 4-bit one has the scale max|w| / 7.5 and levels 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
@@ -93,30 +94,35 @@ def _flattening(options: Options, correction: SalientColumns | None) -> tuple[Tr
             return ()
         case "powers":
             return (Flatten(options.alpha, options.beta),)
-    return (SearchedFlatten(lambda found: _quantized_error(found, correction)),)
+    return (SearchedFlatten(_QuantizedError(correction)),)
 
 
 def _column_scales(options: Options) -> tuple[Transform, ...]:
     return () if options.column_scales == "none" else (ColumnScales(DualScale(Clip("mse", options.clip_power))),)
 
 
-def _quantized_error(found: SiteStatistics, correction: SalientColumns | None) -> Loss:
+@dataclass(frozen=True)
+class _QuantizedError:
     """Squared output error with weights rounded to nearest and inputs quantized."""
 
-    def loss(name: str, weight: Tensor, tokens: Tensor) -> float:
+    correction: SalientColumns | None
+
+    def __call__(self, found: SiteStatistics) -> Loss:
+        """The error as a function of a linear's name, weight (m, k) and tokens (t, k)."""
+        return partial(self._error, found)
+
+    def _error(self, found: SiteStatistics, name: str, weight: Tensor, tokens: Tensor) -> float:
         scheme, activation = found.schemes[name], found.activations[name]
         assert scheme is not None
         dense = grid.nearest(weight, scheme)
         repeated = 0
-        if correction is not None:
-            rank = correction.rank
-            repeated = rank if correction.coarse != "none" else 0
+        if self.correction is not None:
+            rank = self.correction.rank
+            repeated = rank if self.correction.coarse != "none" else 0
             rest = weight[:, :rank] - dense[:, :rank]
             dense[:, :rank] += grid.nearest(rest, scheme)
         seen = tokens if activation is None else activations.quantize_values(tokens, activation, repeated)
         return float((seen @ dense.T - tokens @ weight.T).square().sum())
-
-    return loss
 
 
 SERQ = Method("serq", "flattened activations, salient channels twice", "arXiv 2603.08185", Options, build)
