@@ -97,18 +97,17 @@ def evaluate(
     clock = Clock()
     if layers and reference is None:
         raise BadRecipe("--layers compares with the original; pass --reference MODEL")
-    source = open_source(model)
-    moved = set()
-    if layers and reference is not None:
-        moved = _moved(source.path)
-        check_original(open_source(reference), source)
+    source, theirs = open_source(model), None if reference is None else open_source(reference)
+    moved = _moved(source.path) if layers else set()
+    if layers and theirs is not None:
+        check_original(theirs, source)
     size = measure(source)
     packed, tokenizer = packed_config_of(source.config), source.load_tokenizer()
     asked = None if evaluation.system_prompt is None else prefix_ids(evaluation.system_prompt, tokenizer)
     windows = evaluation.windows(source, tokenizer, asked or (None if packed is None else packed.prefix))
     loaded = load_model(source, evaluation.dtype, evaluation.device)
     prepare_(loaded, evaluation.kv_bits, evaluation.kv, asked)
-    original = None if reference is None else load_model(reference, evaluation.dtype, evaluation.device)
+    original = None if theirs is None else load_model(theirs, evaluation.dtype, evaluation.device)
     if original is not None:
         check_vocabularies(loaded, original)
         same_prefix_(loaded, original)

@@ -50,22 +50,21 @@ def make_plan(recipe: Recipe, steps: Steps, skeleton: Skeleton) -> Plan:
     """Plan every linear. Raises what `plan_schemes` raises, and `BadRecipe` where a correction does not fit."""
     schemes = plan_schemes(recipe, steps, skeleton)
     shapes = skeleton.linear_shapes()
-    planned: dict[str, ActivationScheme | None] = {}
+    planned: dict[str, ActivationScheme | None] = dict.fromkeys(schemes)
     for path, scheme in schemes.items():
-        planned[path] = None
+        if scheme is None:
+            continue
         site = skeleton.site_of(path)
-        rounder = steps.rounder_of(site.name)
-        if scheme is not None and isinstance(getattr(rounder, "fitter", None), DualScale):
+        if isinstance(getattr(steps.rounder_of(site.name), "fitter", None), DualScale):
             check_grid(scheme, path)
         for transform in steps.transforms:
-            if scheme is not None and isinstance(transform, ColumnScales):
+            if isinstance(transform, ColumnScales):
                 transform.check(site, scheme, path)
-        if scheme is not None and steps.tuning is not None:
+        if steps.tuning is not None:
             check_scheme(scheme, path)
-        if scheme is not None:
-            steps.correction.check(shapes[path][1], scheme, path)
-            inputs = recipe.activation_of(path, scheme)
-            planned[path] = None if inputs is None else steps.correction.inputs(inputs)
+        steps.correction.check(shapes[path][1], scheme, path)
+        inputs = recipe.activation_of(path, scheme)
+        planned[path] = None if inputs is None else steps.correction.inputs(inputs)
     if steps.tuning is not None and steps.tuning.input_clipping != "none":
         check_inputs(planned.values())
     if recipe.distillation is not None:

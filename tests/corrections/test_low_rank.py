@@ -79,7 +79,7 @@ def test_silent_inputs_do_not_make_factors_infinite() -> None:
 def test_packed_factors_take_the_bits_that_were_planned(bits: int, weight: Scheme) -> None:
     e, x = error(), tokens().float()
     correction = LowRank(RANK, "qera", bits)
-    down, up = correction(e, x.T @ x, None, weight)
+    down, up = correction.branch(e, x.T @ x, None, weight)
     assert (down.shape, up.shape) == ((RANK, COLUMNS), (ROWS, RANK))
     assert down.stored_bits + up.stored_bits == correction.stored_bits(ROWS, COLUMNS, weight)
     exact = factors("qera", e)
@@ -88,7 +88,7 @@ def test_packed_factors_take_the_bits_that_were_planned(bits: int, weight: Schem
 
 def test_a_rank_beyond_the_weight_is_its_smaller_side() -> None:
     x = tokens().float()
-    down, up = LowRank(500, "qera", 8)(error(), x.T @ x, None, Scheme(4, 16))
+    down, up = LowRank(500, "qera", 8).branch(error(), x.T @ x, None, Scheme(4, 16))
     assert (down.shape[0], up.shape[1]) == (ROWS, ROWS)
 
 

@@ -65,19 +65,15 @@ class LowRank(Correction):
         """See `Correction`."""
         return (self.scheme(weight),)
 
-    def branch(self, error: Tensor, gram: Tensor | None, sizes: Tensor | None, scheme: Scheme) -> Branch:
-        """See `Correction`."""
-        return self(error, gram, sizes, scheme)
-
     def stored_bits(self, rows: int, columns: int, weight: Scheme) -> int:
         """See `Correction`."""
         scheme, rank = self.scheme(weight), min(self.rank, rows, columns)
         return rank * scheme.row_bits(columns) + rows * scheme.row_bits(rank)
 
-    def __call__(self, error: Tensor, gram: Tensor | None, sizes: Tensor | None, weight: Scheme) -> Branch:
+    def branch(self, error: Tensor, gram: Tensor | None, sizes: Tensor | None, scheme: Scheme) -> Branch:
         """Packed A (r, k) and B (m, r). error: (m, k) float32. gram: (k, k), sum of x xᵀ. sizes: (k,), mean |x|."""
         down, up = factorize(error, self.form, gram, sizes, min(self.rank, *error.shape))
-        return self.packed(down.to(error.dtype), up.to(error.dtype), weight)
+        return self.packed(down.to(error.dtype), up.to(error.dtype), scheme)
 
     def packed(self, down: Tensor, up: Tensor, weight: Scheme) -> Branch:
         """Packed A (r, k) and B (m, r), however they were found, beside a weight coded by `weight`."""
