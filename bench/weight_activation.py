@@ -9,7 +9,7 @@ MXFP4; in groups of 24 (W4A4), or with 4-bit factors (W4A8g128f4), baselines hav
 salient channels in groups of 128. WINDOWS of 2048 tokens are scored; CALIBRATED_ON, by default as many, calibrate.
 Headline rows have 64, others 16. Calibration: the first 2000 news articles, computed in bfloat16; scored in float32,
 through the runtime's integer operations, on the last 400 news articles and, with --wikitext, on WikiText-2 raw test.
-SERQ's rows at W4A8 also score the same codes on inputs that are not quantized.
+Rows of SERQ's arms and of RTN at W4A8 also score the same codes on inputs that are not quantized.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def measured(spec: Spec, names: dict[str, str]) -> list[dict[str, Any]]:
     if "factor_bits" in recipe.options:
         factor_bits = FACTOR_BITS.get(spec.setting, setting["activation_bits"])
         recipe = replace(recipe, options={**recipe.options, "factor_bits": factor_bits})
-    exact_inputs = setting["activation_bits"] == 8 and spec.arm in SERQ
+    exact_inputs = setting["activation_bits"] == 8 and spec.arm in (*SERQ, "rtn")
     return measure_row(with_data(recipe, spec.calibrated_on), spec.windows, names, exact_inputs)
 
 

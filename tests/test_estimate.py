@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from subnibble import Recipe, estimate, quantize
 from subnibble.block_run import BlockRun
@@ -21,6 +22,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     "groups that no Hadamard matrix fits": {"method": "d2quant", "group_size": 13},
     "windows too long": {"window": 4096},
     "a prompt found nowhere": {"method": "rtn", "system_prompt": "auto", "calibration": None},
+    "factors of no width": {"method": "l2qer", "activation_bits": 4, "options": {"factor_bits": 16}},
 }
 
 
@@ -42,6 +44,39 @@ def test_what_quantize_refuses_estimate_refuses_in_the_same_words(
         quantize(folders["llama"], tmp_path / "out", wrong)
     assert str(said.value) == str(refused.value)
     assert not (tmp_path / "out").exists()
+
+
+# With which methods, and what of them, a checkpoint holds more than codes.
+COUNTED: dict[str, dict[str, Any]] = {
+    "norm biases": {"method": "d2quant"},
+    "norm biases of some blocks": {"method": "d2quant", "overrides": {r"re:model\.layers\.1\.": {"skip": True}}},
+    "column scales of output projections": {"method": "dualfit"},
+    "column scales of a reader left alone": {"method": "dualfit", "overrides": {"re:.*up_proj": {"skip": True}}},
+    "gathers": {"method": "serq", "options": {"rank": 16}},
+    "fewer gathers": {"method": "serq", "options": {"rank": 16, "heads": "whole"}},
+    "none": {"method": "serq", "options": {"rank": 16, "heads": "whole", "residual_order": "global"}},
+    "gathers where a reader was left alone": {
+        "method": "serq",
+        "options": {"rank": 16, "heads": "whole", "residual_order": "global"},
+        "overrides": {"re:.*down_proj": {"skip": True}},
+    },
+    "no order": {"method": "serq", "options": {"rank": 0, "saliency": "none"}},
+    "outliers": {"method": "atom", "options": {"outliers": 16}},
+    "factors": {"method": "qera", "options": {"rank": 8}},
+    "online transforms": {"method": "quarot", "options": {"rotation": "groups"}},
+}
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "qwen2-untied"])
+@pytest.mark.parametrize("case", COUNTED)
+def test_sizes_are_those_of_what_is_written(
+    case: str, name: str, recipe: Recipe, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    own = replace(recipe, activation_bits=16 if case.startswith(("norm", "column")) else 4, **COUNTED[case])
+    report, found = quantize(folders[name], tmp_path / "out", own), estimate.estimate(folders[name], own)
+    assert report.size["effective_bits"] == pytest.approx(found.effective_bits, rel=1e-12)
+    tensors = [tensor for file in (tmp_path / "out").glob("*.safetensors") for tensor in load_file(file).values()]
+    assert sum(tensor.nbytes for tensor in tensors) == found.file_bytes
 
 
 @pytest.mark.parametrize(

@@ -112,6 +112,25 @@ def test_a_tied_head_keeps_the_final_norms_bias(
     assert float((logits(model) - before).abs().max() / before.abs().max()) < 2e-5
 
 
+def test_a_model_that_cannot_be_folded_whole_is_left_as_it_is(
+    folders: dict[str, Path], token_file: Path, tmp_path: Path
+) -> None:
+    recipe = Recipe(
+        method="d2quant", bits=3, group_size=16, calibration=str(token_file), num_windows=4, window=32,
+        overrides={r"re:model\.layers\.1\.mlp": {"activation_bits": 8}},
+    )  # fmt: skip
+    quantize(folders["llama"], tmp_path / "a", recipe)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "a", dtype=torch.float32)
+    before, norms = logits(model), biased(model)
+    with pytest.raises(CheckpointError, match="quantize their inputs"):
+        fold_norm_biases_(model)
+    assert biased(model) == norms
+    assert torch.equal(logits(model), before)
+    model.save_pretrained(tmp_path / "b")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "b", dtype=torch.float32)
+    assert torch.equal(logits(again), before)
+
+
 def test_a_plain_model_is_refused(folders: dict[str, Path]) -> None:
     with pytest.raises(CheckpointError, match="not a packed one"):
         fold_norm_biases_(AutoModelForCausalLM.from_pretrained(folders["llama"]))

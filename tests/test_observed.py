@@ -5,9 +5,10 @@ Recomputed from the two models alone, whole, by hooks on their linears.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -17,12 +18,17 @@ from transformers import AutoModelForCausalLM
 import subnibble
 from subnibble import Recipe
 from subnibble.calibrate.windows import calibration_windows
+from subnibble.corrections.correction import Branch, Correction
+from subnibble.corrections.mean_shift import MeanShift
+from subnibble.corrections.salient import SalientColumns
 from subnibble.methods import METHODS
 from subnibble.methods.method import Method, Steps
 from subnibble.methods.none import Options
 from subnibble.rounding.rounder import Rounding
 from subnibble.rounding.rtn import RTN
-from subnibble.scheme import Scheme
+from subnibble.runtime import activations
+from subnibble.scheme import ActivationScheme, Scheme
+from subnibble.transforms.saliency import Saliency
 
 READERS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
 Seen = dict[str, Tensor]
@@ -87,21 +93,35 @@ def close(found: Tensor, left: Tensor, right: Tensor) -> bool:
     return bool(((found.double() - left.T @ right).abs() <= bound + 1e-7).all())
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "mistral"])
-def test_rounders_are_told_of_stored_inputs_and_their_drift(
-    name: str, folders: dict[str, Path], token_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    listener = Listener()
-    method = Method("listening", "a test", "a test", Options, lambda options: Steps(listener))
+def listened(
+    steps: Steps, folder: Path, tokens: Path, out: Path, monkeypatch: pytest.MonkeyPatch, **values: Any
+) -> tuple[Any, Tensor]:
+    """What the steps store, loaded, and the calibration windows."""
+    method = Method("listening", "a test", "a test", Options, lambda options: steps)
     monkeypatch.setitem(METHODS, "listening", method)
     recipe = Recipe(
-        method="listening", bits=3, group_size=16, calibration=str(token_file), num_windows=6, window=32,
-        dtype="float32", device="cpu",
+        method="listening", bits=3, group_size=16, calibration=str(tokens), num_windows=6, window=32, dtype="float32",
+        device="cpu", **values,
     )  # fmt: skip
-    subnibble.quantize(folders[name], tmp_path / "out", recipe)
-    windows = calibration_windows(str(token_file), lambda: None, 6, 32, recipe.seed, 96)
-    both = (folders[name], tmp_path / "out")
-    original, stored = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for folder in both)
+    subnibble.quantize(folder, out, recipe)
+    windows = calibration_windows(str(tokens), lambda: None, 6, 32, recipe.seed, 96)
+    return AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32), windows
+
+
+@pytest.mark.parametrize("corrected", [None, MeanShift()], ids=["codes alone", "norms corrected"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "mistral"])
+def test_rounders_are_told_of_stored_inputs_and_their_drift(
+    name: str,
+    corrected: MeanShift | None,
+    folders: dict[str, Path],
+    token_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    listener = Listener()
+    steps = Steps(listener, mean_shift=corrected)
+    stored, windows = listened(steps, folders[name], token_file, tmp_path / "out", monkeypatch, embedding_bits=8)
+    original = AutoModelForCausalLM.from_pretrained(folders[name], dtype=torch.float32)
     now, wanted = inputs(stored, windows), inputs(original, windows)
     misled = on_stored_states(original, stored, windows)
     for path, x in now.items():
@@ -110,7 +130,84 @@ def test_rounders_are_told_of_stored_inputs_and_their_drift(
         assert close(gram, x, x), path
         assert close(drift, difference, x), path
         assert not close(gram, wanted[path], wanted[path]), path
+        if corrected is not None and path.endswith("up_proj"):
+            # The fault of gathering statistics before the norm in front was corrected.
+            bias = stored.get_submodule(path.replace("mlp.up_proj", "post_attention_layernorm")).bias.double()
+            assert not close(gram, x - bias, x - bias), path
         assert not close(drift, x, difference), path
         assert not close(drift, -difference, x), path
-        if not path.startswith("model.layers.0."):
+        if not path.startswith("model.layers.0.") and corrected is None:
             assert not close(drift, misled[path] - x, x), path
+
+
+@dataclass(frozen=True)
+class SizesHeard(Correction):
+    """Keeps the mean magnitudes and Gram matrices that it is told, with the heights of the linears."""
+
+    needs_data: ClassVar[bool] = True
+    needs_sizes: ClassVar[bool] = True
+
+    told: list[tuple[list[int], Tensor, Tensor]] = field(default_factory=list, compare=False)
+
+    def branches(
+        self, errors: Sequence[Tensor], gram: Tensor | None, sizes: Tensor | None, scheme: Scheme
+    ) -> list[Branch | None]:
+        assert gram is not None
+        assert sizes is not None
+        self.told.append(([len(error) for error in errors], gram.clone(), sizes.clone()))
+        return super().branches(errors, gram, sizes, scheme)
+
+
+def test_corrections_are_told_the_mean_sizes_of_stored_inputs(
+    folders: dict[str, Path], token_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard = SizesHeard()
+    stored, windows = listened(
+        Steps(RTN(), correction=heard), folders["llama"], token_file, tmp_path / "out", monkeypatch
+    )
+    now = inputs(stored, windows)
+    assert len(heard.told) == len(now) == 12
+    for (path, x), (_, gram, sizes) in zip(now.items(), heard.told, strict=True):
+        assert close(gram, x, x), path
+        torch.testing.assert_close(sizes.double(), x.abs().mean(0), rtol=1e-4, atol=1e-6)
+        assert not torch.allclose(sizes.double(), x.abs().amax(0), rtol=0.1)
+
+
+@pytest.mark.parametrize("residual", ["none", "salient"])
+def test_quantized_inputs_are_seen_as_the_runtime_codes_them(
+    residual: str, folders: dict[str, Path], token_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the first site, which nothing before it has moved by a rounding step."""
+    told: dict[str, Tensor] = {}
+
+    class GramHeard:
+        needs_gram, needs_drift = True, False
+
+        def __call__(
+            self, weight: Tensor, gram: Tensor | None, scheme: Scheme, where: str, drift: Tensor | None = None
+        ) -> Rounding:
+            assert gram is not None
+            told[where] = gram.clone()
+            return RTN()(weight, None, scheme, where)
+
+    scheme, rank = ActivationScheme(4, 16), 16
+    steps = Steps(
+        GramHeard(), saliency=Saliency(), correction=SalientColumns(rank, residual=residual), inputs="quantized"
+    )
+    stored, windows = listened(
+        steps, folders["llama"], token_file, tmp_path / "out", monkeypatch, activation_bits=scheme.bits
+    )
+    linear = stored.model.layers[0].self_attn.q_proj
+    seen: list[Tensor] = []
+    linear.register_forward_pre_hook(lambda module, args: seen.append(args[0].flatten(0, 1)))
+    with torch.no_grad():
+        stored(windows)
+    x = seen[0][:, linear.gather.long()]
+    once = activations.quantize(x, scheme).values()
+    twice = once.clone()
+    twice[:, :rank] += activations.quantize(x[:, :rank] - once[:, :rank], scheme).values()
+    usual, other = (part.double() for part in ((once, twice) if residual == "none" else (twice, once)))
+    gram = next(gram for where, gram in told.items() if where.startswith("model.layers.0.") and "q_proj" in where)
+    assert close(gram, usual, usual)
+    assert not close(gram, other, other)
+    assert not close(gram, x.double(), x.double())

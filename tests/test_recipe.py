@@ -2,6 +2,7 @@
 
 import tomllib
 from functools import partial
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -73,6 +74,21 @@ def test_a_recipe_survives_its_toml_file_with_the_order_of_overrides(tmp_path_fa
     assert read == recipe
     # Equal dictionaries may differ in order, and the first override that matches holds.
     assert list(read.overrides) == list(recipe.overrides)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"activation_zero_point": "bogus"}, "zero_point is 'bogus'"),
+        ({"activation_clip": 7.0}, "clip is 7"),
+        ({"activation_group_size": -5}, "group_size is -5"),
+        ({"activation_group_size": 0}, "group_size is 0"),
+        ({"activation_zero_point": "bogus", "grid": "mxfp4", "group_size": 32, "activation_bits": 4}, "'bogus'"),
+    ],
+)
+def test_settings_of_inputs_are_checked_though_nothing_uses_them(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(BadRecipe, match=message):
+        Recipe(**wrong)
 
 
 @pytest.mark.parametrize("grid", ["sign", "mxfp4"])

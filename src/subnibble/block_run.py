@@ -28,6 +28,7 @@ from subnibble.checkpoint.entries import (
     linear_state,
     prefix_state,
 )
+from subnibble.errors import NumericalFailure
 from subnibble.methods.method import Steps
 from subnibble.model.site import Site
 from subnibble.model.skeleton import Block
@@ -322,6 +323,11 @@ class BlockRun:
             for index, branch in zip(rows, branches, strict=True):
                 if branch is not None:
                     dense[index] += branch[1].dequantize() @ branch[0].dequantize()
+        if not bool(torch.isfinite(dense).all()):
+            raise NumericalFailure(
+                f"{stack.where}: the rounded weight is not finite: numbers leave the types they are stored in; "
+                "use another method or grid there, by an override"
+            )
         seconds = time.perf_counter() - start
         with self.clock.step("measure error"):
             errors = relative_errors(weight, dense, seen.gram, stack.heights)

@@ -64,13 +64,11 @@ def compare(
     """Quantize `model` by each recipe and score all of them and the original on the same windows.
 
     Recipes have one system prompt, or none; the original is scored behind the same. out: where to keep the checkpoints,
-    `recipe_name` each; None keeps none.
+    `recipe_names` each; None keeps none.
     """
     out = None if out is None else Path(out)
-    names = [recipe_name(recipe) for recipe in recipes]
+    names = recipe_names(recipes)
     for name in names:
-        if names.count(name) > 1:
-            raise BadRecipe(f"{name} is asked for {names.count(name)} times; name each method and width once")
         if out is not None:
             check_output(out / name, overwrite)
     prompts = {recipe.system_prompt for recipe in recipes}
@@ -88,8 +86,8 @@ def compare(
         seconds: dict[str, float | None] = {ORIGINAL: None}
         paths: dict[str, Path | Source] = {ORIGINAL: source} | {name: folder / name for name in names}
         # Methods that need data first, so that text which cannot be had is known before any work.
-        for recipe in sorted(recipes, key=lambda recipe: not needs_data(recipe, _steps(recipe))):
-            name = recipe_name(recipe)
+        named = zip(names, recipes, strict=True)
+        for name, recipe in sorted(named, key=lambda pair: not needs_data(pair[1], _steps(pair[1]))):
             report = quantize(source, folder / name, recipe, overwrite=overwrite, progress=titled(progress, name))
             seconds[name] = report.seconds["total"]
         models = {name: load_model(path, evaluation.dtype, evaluation.device) for name, path in paths.items()}
@@ -116,9 +114,21 @@ def compare(
     return rows
 
 
+def recipe_names(recipes: Sequence[Recipe]) -> list[str]:
+    """A name for each; of those that `recipe_name` does not tell apart, the later ones with a number behind it."""
+    names: list[str] = []
+    for index, recipe in enumerate(recipes):
+        name = recipe_name(recipe)
+        if recipe in recipes[:index]:
+            raise BadRecipe(f"{name} is asked for {recipes.count(recipe)} times; name each method and width once")
+        before = sum(recipe_name(other) == name for other in recipes[:index])
+        names.append(f"{name}-{before + 1}" if before else name)
+    return names
+
+
 def recipe_name(recipe: Recipe) -> str:
-    """Short name of a recipe, for tables and folders: method, schemes, and options that are not the default."""
-    options = "".join(f"-{value}" for _, value in sorted(recipe.options.items()))
+    """Short name of a recipe, for tables and folders: method, schemes, options as given."""
+    options = "".join(f"-{key}={value}" for key, value in sorted(recipe.options.items()))
     activation = recipe.activation
     inputs = "" if activation is None else f"-{activation.name}"
     cache = recipe.cache_scheme(_steps(recipe).cache)

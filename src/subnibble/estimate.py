@@ -36,9 +36,9 @@ _TUNED_COPIES = 12
 
 @dataclass(frozen=True)
 class Estimate:
-    """file_bytes: of the packed weights. effective_bits: of quantized linears, without norm biases, gathers and column
-    scales that nothing absorbs: some thousandths of a bit on real models. memory_bytes: by part, with "peak".
-    cache_bytes: of one token in the KV caches of all layers while the result runs.
+    """file_bytes: of the packed weights, headers aside. effective_bits: of quantized linears. Both without column
+    scales that what writes them cannot take for their size: rare, and thousandths of a bit. memory_bytes: by part, with
+    "peak". cache_bytes: of one token in the KV caches of all layers while the result runs.
 
     seconds: rough, from the speed of one matrix product measured here; within a factor of about two.
     """

@@ -23,23 +23,26 @@ from subnibble.runtime.modules import MIX, PackedLinear, remove_output_bias_
 def fold_norm_biases_(model: Any) -> None:
     """Fold in place every norm bias of a packed transformers model.
 
-    A norm keeps its bias where not all linears behind it are packed (a head that shares the embedding's table has no
-    bias to take it). `save_pretrained` writes the folded model, whose effective bits leave its biases out, as any
-    linear's own.
+    A norm keeps its bias where not all linears behind it are packed: the final norm, if the head shares the embedding's
+    table, which has no bias to take it, or is at 16 bits. `save_pretrained` writes the folded model, whose effective
+    bits leave its biases out, as any linear's own. Raises `CheckpointError`, and changes nothing, where linears behind
+    such a norm quantize their inputs.
     """
     packed = packed_config_of(model.config)
     if packed is None:
         raise CheckpointError("the model is not a packed one; load a folder that `subnibble quantize` wrote")
     arch = find_arch(model.config.model_type)
     modules = dict(packed.modules)
-    for path, entry in packed.modules.items():
-        readers = {name: model.get_submodule(name) for name in _readers(arch, path)}
-        if isinstance(entry, NormBiasEntry) and any(_quantizes_input(module) for module in readers.values()):
+    biased = [path for path, entry in packed.modules.items() if isinstance(entry, NormBiasEntry)]
+    behind = {path: {name: model.get_submodule(name) for name in _readers(arch, path)} for path in biased}
+    for path, readers in behind.items():
+        if any(_quantizes_input(module) for module in readers.values()):
             raise CheckpointError(
                 f"{path}: its readers quantize their inputs, which a folded bias would no longer be part of; quantize "
                 'the model without mean shift (mean_shift = "none"), or with activation_bits = 16'
             )
-        if isinstance(entry, NormBiasEntry) and all(isinstance(m, PackedLinear) for m in readers.values()):
+    for path, readers in behind.items():
+        if all(isinstance(module, PackedLinear) for module in readers.values()):
             norm = model.get_submodule(path)
             for name, linear in readers.items():
                 bias = norm.bias.float()

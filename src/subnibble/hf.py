@@ -15,6 +15,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quanti
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from subnibble.checkpoint.entries import NormBiasEntry
 from subnibble.checkpoint.opening import open_source
 from subnibble.checkpoint.packed import QUANT_METHOD, PackedConfig, packed_config_of
 from subnibble.checkpoint.safetensors_source import STORED_TYPES, read_header
@@ -67,6 +68,9 @@ class SubnibbleQuantizer(HfQuantizer):
         for path, module in packed_modules(model).items():
             _check_values(path, module)
         packed = self.quantization_config.packed
+        for path, entry in packed.modules.items():
+            if isinstance(entry, NormBiasEntry):
+                _check_finite(f"{path}.bias", model.get_submodule(path).bias)
         if packed.cache is not None or packed.prefix is not None:
             # Not above: it needs what transformers has not imported yet when it imports its quantizers.
             from subnibble.hf_attention import attach_cache_
@@ -111,8 +115,7 @@ def _verify(model: Any, files: list[Path]) -> None:
 def _check_values(path: str, module: PackedModule) -> None:
     """Raise `CheckpointError` if stored numbers are none that a writer may write."""
     for name, buffer in module.named_buffers(recurse=False):
-        if buffer.is_floating_point() and not bool(torch.isfinite(buffer).all()):
-            raise CheckpointError(f"{path}.{name} is not finite; fetch or quantize the model again")
+        _check_finite(f"{path}.{name}", buffer)
         if name == "gather":
             whole = torch.arange(buffer.shape[0], device=buffer.device, dtype=buffer.dtype)
             if not torch.equal(buffer.sort().values, whole):
@@ -123,6 +126,12 @@ def _check_values(path: str, module: PackedModule) -> None:
         if part.scheme.scale_type == E8M0 and bool(((part.scales == 0) | (part.scales == 255)).any()):
             key = range_key("scales", index)
             raise CheckpointError(f"{path}.{key} holds a byte that is no E8M0 scale; fetch or quantize the model again")
+
+
+def _check_finite(name: str, tensor: torch.Tensor) -> None:
+    """Raise `CheckpointError` if a stored tensor holds no number somewhere."""
+    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        raise CheckpointError(f"{name} is not finite; fetch or quantize the model again")
 
 
 def register() -> None:

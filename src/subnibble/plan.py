@@ -9,19 +9,24 @@ from functools import partial
 import torch
 
 from subnibble.cache_scheme import CacheScheme
+from subnibble.checkpoint.entries import gather_type
 from subnibble.checkpoint.packed import packed_config_of
 from subnibble.checkpoint.source import Source
 from subnibble.errors import BadRecipe, CheckpointError, UnsupportedModel
 from subnibble.methods.method import Steps
-from subnibble.model.site import Heads
+from subnibble.model.site import Heads, Site
 from subnibble.model.skeleton import Block, Skeleton
 from subnibble.recipe import PLAIN_ACTIVATIONS, Recipe
-from subnibble.rounding.dual_scale import DualScale, check_grid
+from subnibble.rounding.dual_scale import check_grid, refits, scales_columns
 from subnibble.scheme import ActivationScheme, Scheme
+from subnibble.transforms.absorb import has_source
 from subnibble.transforms.column_scale import ColumnScales
 from subnibble.transforms.rotate import Rotation, block_widths, can_rotate, make_rotation
 from subnibble.tuning.clipping import check_scheme
 from subnibble.tuning.input_clip import check_inputs
+
+# Of float16, in which norm biases and column scales are stored.
+_HALF_BITS = 16
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,7 @@ def make_plan(recipe: Recipe, steps: Steps, skeleton: Skeleton) -> Plan:
         if scheme is None:
             continue
         site = skeleton.site_of(path)
-        if isinstance(getattr(steps.rounder_of(site.name), "fitter", None), DualScale):
+        if refits(steps.rounder_of(site.name)):
             check_grid(scheme, path)
         for transform in steps.transforms:
             if isinstance(transform, ColumnScales):
@@ -130,8 +135,7 @@ def plan_rotation(recipe: Recipe, steps: Steps, skeleton: Skeleton) -> Rotation 
 
 def packed_bytes(recipe: Recipe, steps: Steps, schemes: Mapping[str, Scheme | None], skeleton: Skeleton) -> int:
     """Bytes of the weight files that a recipe will give, headers aside. schemes: see `plan_schemes`."""
-    linears = skeleton.linear_shapes().items()
-    bits = sum(_extra_bits(steps, *shape, scheme) for path, shape in linears if (scheme := schemes[path]) is not None)
+    bits = sum(_extra_bits(steps, schemes, skeleton).values()) + _norm_bias_bits(steps, schemes, skeleton)
     tables = {f"{skeleton.arch.embedding}.weight", f"{skeleton.arch.head}.weight"}
     shapes = skeleton.parameter_shapes()
     if steps.rotation != "none" and skeleton.tied:
@@ -148,20 +152,62 @@ def packed_bytes(recipe: Recipe, steps: Steps, schemes: Mapping[str, Scheme | No
 
 
 def effective_bits(steps: Steps, schemes: Mapping[str, Scheme | None], skeleton: Skeleton) -> float:
-    """Stored bits over weights of all quantized linears, without norm biases, gathers, unabsorbed column scales.
+    """Stored bits over weights of all quantized linears; 16 where none is: that is how they are stored.
 
-    16 where none is: that is how they are stored.
+    Without column scales that what writes them cannot take for their size.
     """
-    bits = weights = 0
+    extra = _extra_bits(steps, schemes, skeleton)
+    bits, weights = _norm_bias_bits(steps, schemes, skeleton), 0
     for path, (rows, columns) in skeleton.linear_shapes().items():
         scheme = schemes[path]
         if scheme is not None:
-            bits += rows * scheme.row_bits(columns) + _extra_bits(steps, rows, columns, scheme)
+            bits += rows * scheme.row_bits(columns) + extra[path]
             weights += rows * columns
     return bits / weights if weights else 16.0
 
 
-def _extra_bits(steps: Steps, rows: int, columns: int, scheme: Scheme) -> int:
-    """Bits of the terms beside a linear's weight, gathers and column scales aside."""
+def _extra_bits(steps: Steps, schemes: Mapping[str, Scheme | None], skeleton: Skeleton) -> dict[str, int]:
+    """Bits of the terms beside each linear's weight; 0 where it is not quantized."""
+    heads = Heads.of(skeleton.config)
     parts = (steps.correction, None if steps.tuning is None else steps.tuning.branch)
-    return sum(part.stored_bits(rows, columns, scheme) for part in parts if part is not None)
+    found = {}
+    for path, (rows, columns) in skeleton.linear_shapes().items():
+        scheme, bits = schemes[path], 0
+        if scheme is not None:
+            bits = sum(part.stored_bits(rows, columns, scheme) for part in parts if part is not None)
+            site = skeleton.site_of(path)
+            if _gathers(steps, site):
+                bits += 8 * columns * gather_type(columns).itemsize
+            if scales_columns(steps.rounder_of(site.name)):
+                together = {schemes[name] for name in _readers(skeleton, path)} == {scheme}
+                bits += 0 if together and has_source(site, heads) else _HALF_BITS * columns
+        found[path] = bits
+    return found
+
+
+def _norm_bias_bits(steps: Steps, schemes: Mapping[str, Scheme | None], skeleton: Skeleton) -> int:
+    """Bits of the biases that norms get against mean shift: behind quantized linears of their block, and the last."""
+    if steps.mean_shift is None:
+        return 0
+    norms = 1
+    for index in range(skeleton.num_blocks):
+        block = skeleton.arch.block_path(index)
+        seen = False
+        for site in skeleton.arch.sites:
+            norms += seen and site.norm is not None
+            seen = seen or any(schemes[f"{block}.{name}"] is not None for name in site.readers)
+    return norms * _HALF_BITS * int(skeleton.config.hidden_size)
+
+
+def _readers(skeleton: Skeleton, path: str) -> list[str]:
+    """Paths of the linears that read what the linear at `path` reads, with it."""
+    readers = skeleton.site_of(path).readers
+    block = next(path.removesuffix(name) for name in readers if path.endswith(f".{name}"))
+    return [f"{block}{name}" for name in readers]
+
+
+def _gathers(steps: Steps, site: Site) -> bool:
+    """Whether quantized readers of the site will store in which order they take its channels."""
+    if steps.saliency is None or (site.norm is not None and steps.orders_residual):
+        return False
+    return site.name in steps.online or steps.saliency.gathers(site)

@@ -14,7 +14,7 @@ import tomli_w
 from subnibble.cache_scheme import PLAIN_CACHE, CacheScheme
 from subnibble.device import AUTO, DTYPES
 from subnibble.errors import BadRecipe
-from subnibble.scheme import E8M0, ActivationScheme, Scheme
+from subnibble.scheme import E8M0, WHOLE_CHANNEL, ActivationScheme, Scheme
 from subnibble.tuning.distillation import Distillation
 
 EMBEDDING_BITS = (16, 8, 4)
@@ -85,6 +85,9 @@ class Recipe:
         if self.dtype not in (AUTO, *DTYPES):
             raise BadRecipe(f"dtype is {self.dtype!r}; choose one of {AUTO}, {', '.join(DTYPES)}")
         _ = self.embedding_scheme, self.activation, self.cache_scheme()
+        # Whatever uses them: an override may.
+        size = WHOLE_CHANNEL if self.activation_group_size is None else self.activation_group_size
+        ActivationScheme(8, size, self.activation_zero_point, clip=self.activation_clip)
         if self.distillation is not None:
             self.distillation.pieces(self.num_windows, self.window)
         for pattern, values in self.overrides.items():

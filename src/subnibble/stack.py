@@ -124,5 +124,4 @@ def less_branches(stack: Stack, weight: Tensor, branches: Sequence[Branch | None
 
 def branches_of(stack: Stack, error: Tensor, seen: Observed, correction: Correction) -> list[Branch | None]:
     """The low-rank branch of each linear. error: (m, k), what rounding left."""
-    parts = error.split(list(stack.heights))
-    return [correction.branch(part, seen.gram, seen.sizes, stack.scheme) for part in parts]
+    return correction.branches(error.split(list(stack.heights)), seen.gram, seen.sizes, stack.scheme)

@@ -187,6 +187,23 @@ def test_a_composed_linear_without_a_term_of_its_own_is_an_error() -> None:
         PackedConfig.from_dict(one)
 
 
+@pytest.mark.parametrize("outliers", [192, 200])
+def test_outliers_that_leave_nothing_are_an_error(outliers) -> None:
+    values = through_json(COMPOSED)
+    values["activations"]["a4g128-clip0.9"]["outliers"] = outliers
+    values["modules"][DOWN] |= {"salient": None, "residual": "none"}
+    with pytest.raises(CheckpointError, match=f"{outliers} outlier channels do not fit 192 columns"):
+        PackedConfig.from_dict(values)
+
+
+def test_outliers_beside_salient_columns_are_an_error() -> None:
+    values = through_json(COMPOSED)
+    values["activations"]["a4g128-clip0.9"]["outliers"] = 8
+    assert values["modules"][DOWN]["salient"]
+    with pytest.raises(CheckpointError, match="salient ones beside them"):
+        PackedConfig.from_dict(values)
+
+
 ACTIVATIONS_BROKEN = {
     "no activations": (["activations"], KeyError, "activations"),
     "activations null": (["activations"], None, "damaged"),

@@ -235,6 +235,25 @@ def test_recipe_file_holds_and_options_go_over_it(run: Run, arguments: list[obje
     assert "damping = 0.05" in written
 
 
+def test_other_bits_over_a_written_recipe_get_the_grid_of_the_method(
+    run: Run, arguments: list[object], tmp_path: Path
+) -> None:
+    code, _, err = run(*arguments, "--method", "d2quant", "--bits", 4)
+    assert code == 0, err
+    again = [tmp_path / "again" if part == tmp_path / "out" else part for part in arguments]
+    found = {}
+    for method, bits in (("d2quant", 2), ("dualfit", 4)):
+        code, _, err = run(
+            *again, "--recipe", tmp_path / "out" / "recipe.toml", "--method", method, "--bits", bits, "--overwrite"
+        )
+        assert code == 0, err
+        linears = json.loads((tmp_path / "again" / "report.json").read_text())["linears"]
+        found[method] = {linear["path"].split(".")[-1]: linear["scheme"] for linear in linears}
+    assert found["d2quant"]["down_proj"] == "w2g32-sign"
+    assert found["d2quant"]["up_proj"] == "w2g32"
+    assert set(found["dualfit"].values()) == {"w4g32-real"}
+
+
 def test_overwrite_replaces_a_checkpoint(run: Run, arguments: list[object], tmp_path: Path) -> None:
     assert run(*arguments)[0] == 0
     assert run(*arguments)[0] == 2

@@ -67,7 +67,7 @@ def test_compare_hands_options_to_the_methods_that_have_them(
         "--option", "rank=16", *common,
     )  # fmt: skip
     assert code == 0, err
-    assert [row["name"] for row in json.loads(out)] == ["original", "rtn-w4g16-a4g16", "serq-w4g16-a4g16-16"]
+    assert [row["name"] for row in json.loads(out)] == ["original", "rtn-w4g16-a4g16", "serq-w4g16-a4g16-rank=16"]
     code, out, err = run("compare", folders["llama"], "--methods", "rtn,omniquant", "--effort", "much", *common)
     assert code == 2
     assert "effort is 'much'; choose one of fast, default, best" in err

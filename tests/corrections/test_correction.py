@@ -47,7 +47,7 @@ def test_stored_bits_are_those_of_what_is_made(correction: Correction) -> None:
     found = round_stack(stack(correction), weight(), Observed(gram()), GPTQ(), correction)
     _, packed, salient = found
     made = packed.stored_bits + (0 if salient is None else PackedTensor((salient,)).stored_bits)
-    branch = correction.branch(weight() - packed.dequantize(), gram(), torch.ones(COLUMNS), SCHEME)
+    (branch,) = correction.branches([weight() - packed.dequantize()], gram(), torch.ones(COLUMNS), SCHEME)
     made += 0 if branch is None else sum(part.stored_bits for part in branch)
     assert made == ROWS * SCHEME.row_bits(COLUMNS) + correction.stored_bits(ROWS, COLUMNS, SCHEME)
     schemes = {part.scheme for part in packed.ranges} | ({SCHEME} if salient is None else {salient.scheme})

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from subnibble.corrections.low_rank import FORMS, LowRank, factorize
+from subnibble.corrections.low_rank import FORMS, LowRank, factorize, roots_of
 from subnibble.errors import BadRecipe
 from subnibble.rounding import grid
 from subnibble.scheme import Scheme
@@ -33,7 +33,11 @@ def loss(e: Tensor, down: Tensor, up: Tensor) -> float:
 
 def factors(form: str, e: Tensor, rank: int = RANK) -> tuple[Tensor, Tensor]:
     x = tokens()
-    return factorize(e, form, x.T @ x, x.abs().mean(0), rank)
+    return factorize(e, roots(form, x.T @ x, x.abs().mean(0)), rank)
+
+
+def roots(form: str, gram: Tensor | None, sizes: Tensor | None) -> tuple[Tensor, Tensor]:
+    return roots_of(form, gram, sizes, COLUMNS, torch.device("cpu"))
 
 
 def test_each_form_is_better_on_outputs_than_the_one_before() -> None:
@@ -53,8 +57,8 @@ def test_qera_reaches_the_bound_of_any_square_root() -> None:
 
 def test_qera_and_svd_agree_on_white_inputs() -> None:
     e = error()
-    white = factorize(e, "qera", torch.eye(COLUMNS) * 3, None, RANK)
-    plain = factorize(e, "svd", None, None, RANK)
+    white = factorize(e, roots("qera", torch.eye(COLUMNS) * 3, None), RANK)
+    plain = factorize(e, roots("svd", None, None), RANK)
     torch.testing.assert_close(white[1] @ white[0], plain[1] @ plain[0])
 
 
@@ -69,7 +73,7 @@ def test_silent_inputs_do_not_make_factors_infinite() -> None:
     e, x = error(), tokens()
     x[:, 4:9] = 0
     for form in ("l2qer", "qera"):
-        down, up = factorize(e, form, x.T @ x, x.abs().mean(0), RANK)
+        down, up = factorize(e, roots(form, x.T @ x, x.abs().mean(0)), RANK)
         assert bool(torch.isfinite(down).all())
         assert bool(torch.isfinite(up).all())
 
@@ -79,7 +83,7 @@ def test_silent_inputs_do_not_make_factors_infinite() -> None:
 def test_packed_factors_take_the_bits_that_were_planned(bits: int, weight: Scheme) -> None:
     e, x = error(), tokens().float()
     correction = LowRank(RANK, "qera", bits)
-    down, up = correction.branch(e, x.T @ x, None, weight)
+    ((down, up),) = correction.branches([e], x.T @ x, None, weight)
     assert (down.shape, up.shape) == ((RANK, COLUMNS), (ROWS, RANK))
     assert down.stored_bits + up.stored_bits == correction.stored_bits(ROWS, COLUMNS, weight)
     exact = factors("qera", e)
@@ -88,7 +92,7 @@ def test_packed_factors_take_the_bits_that_were_planned(bits: int, weight: Schem
 
 def test_a_rank_beyond_the_weight_is_its_smaller_side() -> None:
     x = tokens().float()
-    down, up = LowRank(500, "qera", 8).branch(error(), x.T @ x, None, Scheme(4, 16))
+    ((down, up),) = LowRank(500, "qera", 8).branches([error()], x.T @ x, None, Scheme(4, 16))
     assert (down.shape[0], up.shape[1]) == (ROWS, ROWS)
 
 
@@ -97,3 +101,17 @@ def test_bad_values_name_the_choices() -> None:
         LowRank(0, "qera", 4)
     with pytest.raises(BadRecipe, match="choose one of svd, l2qer, qera"):
         LowRank(4, "pca", 4)
+    with pytest.raises(BadRecipe, match="factor_bits is 16; choose one of 2, 3, 4, 8"):
+        LowRank(4, "qera", 16)
+
+
+def test_linears_of_one_input_get_the_branches_that_each_would_get() -> None:
+    x, parts, scheme = tokens().float(), (error(), 2 * error()[:3], error().flip(0)), Scheme(4, 16)
+    for form in FORMS:
+        correction = LowRank(RANK, form, 8)
+        alone = [correction.branches([part], x.T @ x, x.abs().mean(0), scheme)[0] for part in parts]
+        together = correction.branches(parts, x.T @ x, x.abs().mean(0), scheme)
+        for one, other in zip(alone, together, strict=True):
+            assert one is not None
+            assert other is not None
+            assert all(torch.equal(a.dequantize(), b.dequantize()) for a, b in zip(one, other, strict=True))

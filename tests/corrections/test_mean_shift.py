@@ -18,7 +18,7 @@ from subnibble.calibrate.windows import calibration_windows
 from subnibble.checkpoint.entries import NormBiasEntry
 from subnibble.checkpoint.packed import packed_config_of
 from subnibble.corrections.mean_shift import FORMS, MeanShift
-from subnibble.errors import BadRecipe
+from subnibble.errors import BadRecipe, NumericalFailure
 from subnibble.methods import METHODS
 from subnibble.model.arch import find_arch
 from subnibble.model.site import Heads
@@ -63,6 +63,15 @@ def test_a_constant_shift_is_the_bias(form: str) -> None:
 @both_forms
 def test_no_shift_gives_no_bias(form: str) -> None:
     assert torch.equal(MeanShift(form)(batches(tokens(0), tokens(0)), WINDOW), torch.zeros(CHANNELS))
+
+
+@both_forms
+@pytest.mark.parametrize("number", [torch.inf, -torch.inf, torch.nan])
+def test_outputs_out_of_range_make_no_bias(form: str, number: float) -> None:
+    found = tokens(1)
+    found[2, 3, 5] = number
+    with pytest.raises(NumericalFailure, match='use dtype = "bfloat16" or "float32"'):
+        MeanShift(form)(batches(tokens(0), found), WINDOW)
 
 
 def test_the_published_bias_has_the_least_squared_error() -> None:

@@ -8,10 +8,16 @@ import pytest
 import torch
 
 from subnibble import Recipe, quantize
-from subnibble.corrections.ranks import Gains, allocate
+from subnibble.calibrate.stream import BlockStream
+from subnibble.checkpoint.safetensors_source import SafetensorsSource
+from subnibble.corrections.ranks import Gains, allocate, gains_of
+from subnibble.corrections.salient import SalientColumns
 from subnibble.errors import BadRecipe
+from subnibble.model.skeleton import Skeleton
 from subnibble.report import Report
-from subnibble.scheme import Scheme
+from subnibble.rounding import grid
+from subnibble.runtime.activations import quantize_values
+from subnibble.scheme import ActivationScheme, Scheme
 
 SCHEME = Scheme(4, 16, "none")
 
@@ -54,6 +60,29 @@ def test_the_budget_is_never_passed_and_no_rank_is_wider_than_its_linear(rank: i
 def test_equal_gains_share_equally() -> None:
     found = {str(i): gains([1.0, 0.5, 0.25, 0.1]) for i in range(5)}
     assert set(allocate(found, 32).values()) == {32}
+
+
+def test_gains_of_inputs_are_what_their_rounding_loses(folders: dict[str, Path]) -> None:
+    """Where the remainder of inputs runs again; beside what the weights' rounding loses."""
+    skeleton = Skeleton(SafetensorsSource(folders["llama"]), torch.float32, torch.device("cpu"))
+    block = skeleton.load_block(0)
+    hidden = torch.randn(4, 16, 48, generator=torch.Generator().manual_seed(0))
+    inputs, names = ActivationScheme(4, 16), block.arch.linears
+    stream = BlockStream(block, [hidden], skeleton.block_arguments(16)[0])
+    found = stream.statistics(dict.fromkeys(names, SCHEME), dict.fromkeys(names, inputs))
+    orders = dict.fromkeys(site.name for site in block.arch.sites)
+    usual, twice = (gains_of(block, found, {}, orders, SalientColumns(16, residual=r)) for r in ("none", "salient"))
+    for site in block.arch.sites:
+        x = found.samples[site.name]
+        lost = (quantize_values(x, inputs) - x).square().sum(0)
+        for name in site.readers:
+            weight, path = block.linear(name).weight, f"{block.path}.{name}"
+            energy = float((x @ weight.T).square().sum())
+            error = weight - grid.nearest(weight, SCHEME)
+            by_weight = x.square().sum(0) * error.square().sum(0) / energy
+            torch.testing.assert_close(usual[path].gains, by_weight.detach(), rtol=1e-3, atol=1e-9)
+            wanted = by_weight + lost * weight.square().sum(0) / energy
+            torch.testing.assert_close(twice[path].gains, wanted.detach(), rtol=1e-3, atol=1e-9)
 
 
 def made(folder: Path, tokens: Path, out: Path, **options: object) -> Report:

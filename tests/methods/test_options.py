@@ -8,7 +8,10 @@ from typing import Any
 
 import pytest
 
+from subnibble.corrections.low_rank import LowRank
 from subnibble.corrections.mean_shift import MeanShift
+from subnibble.corrections.outliers import OutlierColumns
+from subnibble.corrections.salient import SalientColumns
 from subnibble.errors import BadRecipe
 from subnibble.methods import METHODS
 from subnibble.methods.choices import OPTION_CHOICES
@@ -19,6 +22,8 @@ from subnibble.rounding.gptq import GPTQ
 from subnibble.rounding.grid import Clip
 from subnibble.rounding.rtn import RTN
 from subnibble.transforms.awq import ActivationAwareScale
+from subnibble.transforms.flatten import Flatten, NormFlatten
+from subnibble.transforms.saliency import Saliency
 
 # What an option needs of others to say anything, beside the defaults.
 COMPANY: dict[str, dict[str, Any]] = {
@@ -50,6 +55,8 @@ def company(method: Method, option: str) -> dict[str, Any]:
 
 def others(default: Any, option: str) -> list[Any]:
     """Every other word that an option may be, or another number."""
+    if option == "factor_bits":
+        return [4]
     if isinstance(default, str):
         return [word for word in OPTION_CHOICES[option].split(", ") if word != default]
     return [default / 2 + 0.1] if isinstance(default, float) else [2 * default + 1]
@@ -83,11 +90,17 @@ def test_an_option_that_is_dropped_is_noticed() -> None:
     assert all(steps == deaf.steps({}) for steps in other_steps(deaf, "damping"))
 
 
-def gptq(fitter: Any, form: str = "none", alpha: float = 0.25, weighting: str = "none") -> GPTQ:
+def gptq(fitter: Any, form: str = "none", alpha: float = 0.25, weighting: str = "none", order: str = "gar") -> GPTQ:
     asymmetry = Asymmetry(form, alpha)
-    return GPTQ(fitter, damping=0.01, order="gar", weighting=weighting, asymmetry=asymmetry, sweeps=0)
+    return GPTQ(fitter, damping=0.01, order=order, weighting=weighting, asymmetry=asymmetry, sweeps=0)
 
 
+def natural(clip: Clip) -> GPTQ:
+    """As the methods that treat activations, too, have it."""
+    return gptq(clip, alpha=0.5, order="natural")
+
+
+MINMAX = Clip("minmax", 2.0)
 SEARCHED, RELEASED = Clip("mse", 2.0), Clip("mse", 2.4)
 D2 = gptq(RELEASED, "released")
 D2_DOWN = {"mlp_hidden": gptq(DualScale(RELEASED, 15), "released")}
@@ -100,14 +113,49 @@ COMPOSED: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
     "d2quant": (D2, D2_DOWN, {"rotation": "groups", "mean_shift": MeanShift("published")}),
     "d2quant-uniform": (D2, D2_DOWN, {"rotation": "groups", "mean_shift": MeanShift("published")}),
     "dualfit": (gptq(DualScale(SEARCHED, 10), "shifted", 0.5, "hessian"), {}, {"rotation": "groups"}),
+    "smoothquant": (RTN(SEARCHED, "hessian"), {}, {"transforms": (NormFlatten(0.5, 0.5),)}),
+    "l2qer": (RTN(SEARCHED), {}, {"correction": LowRank(64, "l2qer", 8)}),
+    "qera": (RTN(SEARCHED), {}, {"correction": LowRank(64, "qera", 8)}),
+    "quarot": (
+        natural(SEARCHED),
+        {},
+        {"rotation": "full", "online": ("attention_out", "mlp_hidden"), "value_rotation": "hadamard"},
+    ),
+    "serq": (
+        natural(MINMAX),
+        {},
+        {
+            "transforms": (Flatten(1.0, 0.0),),
+            "saliency": Saliency("size", "gather", "gather", "falling"),
+            "correction": SalientColumns(128, "before", MINMAX, "none"),
+        },
+    ),
+    "twinfit": (
+        natural(SEARCHED),
+        {},
+        {
+            "transforms": (Flatten(1.0, 0.0),),
+            "saliency": Saliency("size", "gather", "gather", "falling"),
+            "correction": SalientColumns(128, "before", SEARCHED, "salient"),
+        },
+    ),
+    "atom": (
+        natural(SEARCHED),
+        {},
+        {
+            "saliency": Saliency("energy", "gather", "gather", "rising"),
+            "correction": OutlierColumns(128),
+            "inputs": "quantized",
+        },
+    ),
 }
 
 
 @pytest.mark.parametrize("name", COMPOSED)
-def test_a_weight_only_method_is_made_of(name: str) -> None:
+def test_a_method_is_made_of(name: str) -> None:
     rounder, rounders, rest = COMPOSED[name]
     steps = METHODS[name].steps({})
-    assert steps == Steps(rounder, rounders=rounders, prefers=steps.prefers, **rest)
+    assert steps == Steps(rounder, rounders=rounders, prefers=steps.prefers, cache=steps.cache, **rest)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
@@ -119,7 +167,33 @@ def test_grids_that_methods_prefer(bits: int) -> None:
     for site in ("mlp_hidden", "attention_in"):
         assert dict(wishes["d2quant-uniform"](site, bits)) == {"grid": "uniform"}
         assert dict(wishes["dualfit"](site, bits)) == {"zero_point": "real"}
-        assert all(dict(wishes[name](site, bits)) == {} for name in ("rtn", "awq", "gptq", "gptaq"))
+        for name in ("rtn", "awq", "gptq", "gptaq", "smoothquant", "l2qer", "qera", "quarot"):
+            assert dict(wishes[name](site, bits)) == {}, name
+        assert dict(wishes["serq"](site, bits)) == dict(wishes["atom"](site, bits)) == {"zero_point": "none"}
+        assert dict(wishes["twinfit"](site, bits)) == {"zero_point": "integer"}
+
+
+@pytest.mark.parametrize("parts", [
+    {"saliency": Saliency()}, {"correction": SalientColumns(16)}, {"correction": LowRank(8, "qera", 8)},
+    {"correction": OutlierColumns(16)}, {"online": ("mlp_hidden",)},
+], ids=str)  # fmt: skip
+def test_a_rounder_that_scales_columns_is_refused_where_they_would_meet_others(parts: dict[str, Any]) -> None:
+    with pytest.raises(BadRecipe, match="use the transform ColumnScales"):
+        Steps(GPTQ(DualScale()), **parts)
+    with pytest.raises(BadRecipe, match="use the transform ColumnScales"):
+        Steps(GPTQ(), rounders={"mlp_hidden": GPTQ(DualScale())}, **parts)
+    Steps(GPTQ(RowScale()), **parts)
+    Steps(GPTQ(), rounders={"mlp_hidden": GPTQ(DualScale())}, online=("attention_out",))
+
+
+def test_salient_columns_need_an_order() -> None:
+    with pytest.raises(BadRecipe, match='saliency is "none", rank 128'):
+        METHODS["serq"].steps({"saliency": "none"})
+    with pytest.raises(BadRecipe, match="heads 'whole'"):
+        METHODS["serq"].steps({"saliency": "none", "rank": 0, "heads": "whole"})
+    with pytest.raises(BadRecipe, match="choose one of none, size, energy, gain"):
+        METHODS["serq"].steps({"saliency": "loud"})
+    assert METHODS["serq"].steps({"saliency": "none", "rank": 0}).saliency is None
 
 
 def test_rows_and_columns_of_d2quant_choose_fitters() -> None:

@@ -21,7 +21,7 @@ from dual_scale_samples import (
 from torch import Tensor
 
 from subnibble.rounding import sign_basis
-from subnibble.rounding.dual_scale import DualScale
+from subnibble.rounding.dual_scale import DualScale, RowScale
 from subnibble.tensor import scale_dtype
 
 
@@ -64,6 +64,39 @@ def test_column_scales_are_positive_with_geometric_mean_one(kind: str, name: str
         assert bool(torch.isfinite(fitted.decode(codes)).all())
         scales = fitted.levels.scales
         assert torch.equal(scales, scales.to(scale_dtype(scheme)).float())
+
+
+@every_kind
+@pytest.mark.parametrize("tiny", [1e-4, 1e-6, 1e-9, 1e-20, 1e-30])
+@pytest.mark.parametrize("share", [0.25, 0.5, 0.95])
+def test_columns_that_are_next_to_nothing_leave_the_others_as_good(kind: str, tiny: float, share: float) -> None:
+    w = normal(24, 60) * 0.05
+    w[:, : round(share * 60)] *= tiny
+    for bits in (2, 3):
+        scheme = scheme_of(kind, bits, scale_type="float16")
+        fitted, rows = DualScale().fit(w, scheme, None), RowScale().fit(w, scheme, None)
+        c = columns_of(fitted)
+        assert float(c.min()) >= (1 - 1e-5) * 2.0**-14
+        assert float(c.max()) <= (1 + 1e-5) * 2.0**8
+        errors = [float((rounded(one, w) - w).square().sum()) for one in (fitted, rows)]
+        assert errors[0] <= 1.05 * errors[1]
+
+
+@every_kind
+@pytest.mark.parametrize("size", [1e-12, 1e-21, 1e-30, 1e-38])
+def test_groups_too_small_for_their_squares_have_scales(kind: str, size: float) -> None:
+    w = normal(6, 16) * size
+    fitted = DualScale().fit(w, scheme_of(kind, 2, scale_type="float32"), None)
+    assert bool(torch.isfinite(rounded(fitted, w)).all())
+    assert bool((columns_of(fitted) > 0).all())
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+def test_the_sign_fit_does_not_see_a_power_of_two(bits: int) -> None:
+    w, scheme = awkward(), scheme_of("sign", bits)
+    usual, small = DualScale().fit(w, scheme, None), DualScale().fit(w * 2.0**-70, scheme, None)
+    assert torch.equal(columns_of(usual), columns_of(small))
+    assert torch.equal(usual.levels.scales * 2.0**-70, small.levels.scales)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])

@@ -120,6 +120,23 @@ def test_a_silent_channel_keeps_its_scale_and_no_factor_is_tiny(streamed: Stream
         assert float(narrow[4]) == pytest.approx(1e-4 * float(found.largest[site.name].max()))
 
 
+@pytest.mark.parametrize(("alpha", "beta"), [(1.0, 0.0), (0.5, 0.5)])
+def test_an_outlier_that_no_reader_takes_is_flattened(alpha: float, beta: float, streamed: Streamed) -> None:
+    found, block = streamed.statistics(), streamed.block
+    site = block.arch.sites[0]
+    usual, _ = factors(block, site, found, alpha, beta)
+    for name in site.readers:
+        block.linear(name).weight.data[:, 5] = 0
+    assert int(found.largest[site.name].argmax()) == 5
+    narrow, _ = factors(block, site, found, alpha, beta)
+    others = torch.arange(len(narrow)) != 5
+    assert torch.equal(narrow[others], usual[others])
+    assert float(narrow[5]) >= float(usual[5])
+    for name in site.readers:
+        block.linear(name).weight.data[:] = 0
+    assert bool(torch.isfinite(factors(block, site, found, alpha, beta)[0]).all())
+
+
 def test_norm_flattening_touches_sites_behind_norms_alone(streamed: Streamed) -> None:
     made = NormFlatten(0.5, 0.5)(streamed.block, streamed.statistics())
     assert set(made) == {site.name for site in streamed.block.arch.sites if site.norm is not None}

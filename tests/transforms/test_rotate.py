@@ -213,7 +213,7 @@ def exact_model(name: str) -> Any:
             norm.weight = module.weight
             model.set_submodule(path, norm)
     head = model.lm_head.weight.detach().clone()
-    # Untied, as a rotated model has to be.
+    # Untied: the head is rotated by itself.
     model.lm_head.weight = nn.Parameter(head)
     return model.requires_grad_(False)
 

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from conftest import CONFIGS
 from subnibble.calibrate.stream import BlockStream, SiteStatistics
+from subnibble.calibrate.survey import full_precision_blocks
 from subnibble.checkpoint.safetensors_source import SafetensorsSource
 from subnibble.errors import BadRecipe
 from subnibble.model.skeleton import Block, Skeleton
+from subnibble.rounding import grid
 from subnibble.scheme import Scheme
+from subnibble.tensor import PackedRange
 from subnibble.transforms.input_basis import InputBasis
+from subnibble.transforms.residual_order import residual_order
 from subnibble.transforms.saliency import Saliency, offline_rows
 
 
@@ -77,6 +83,40 @@ def test_gain_is_the_output_error_of_rounding_each_channel(skeleton: Skeleton) -
     scaled = Saliency("gain")(block, site, found, {site.name: torch.full_like(found.largest[site.name], 7.0)})
     assert torch.equal(order, scaled)
     assert not torch.equal(order, Saliency("size")(block, site, found, {}))
+
+
+@pytest.mark.parametrize("divided", [False, True])
+def test_gain_is_what_the_tokens_lose_by_each_column(divided: bool, skeleton: Skeleton) -> None:
+    block = skeleton.load_block(0)
+    found, scheme = statistics(skeleton, block), Scheme(3, 16)
+    for site in block.arch.sites:
+        x = found.samples[site.name].double()
+        s = torch.linspace(0.2, 3, x.shape[1]) if divided else torch.ones(x.shape[1])
+        weights = [block.linear(name).weight.detach() for name in site.readers]
+        coded = [PackedRange.pack(grid.coded(w, scheme, grid.Clip("minmax")), scheme) for w in weights]
+        errors = [w - part.dequantize() for w, part in zip(weights, coded, strict=True)]
+        lost = sum((x[:, :, None] / s[:, None] * e.T.double()).square().sum((0, 2)) for e in errors)
+        order = Saliency("gain")(block, site, found, {site.name: s} if divided else {})
+        assert torch.equal(order, torch.sort(lost, descending=True, stable=True).indices), site.name
+        alone = sum(e.square().sum(0) for e in errors)
+        assert not torch.equal(order, torch.sort(alone, descending=True, stable=True).indices), site.name
+
+
+def test_the_residual_order_ranks_channels_by_their_size_before_norms(folders: dict[str, Path]) -> None:
+    skeleton = Skeleton(SafetensorsSource(folders["llama"]), torch.float32, torch.device("cpu"))
+    ids = torch.arange(64).view(4, 16) * 7 % 96
+    model = AutoModelForCausalLM.from_pretrained(folders["llama"], dtype=torch.float32)
+    sizes: list[Tensor] = []
+    for layer in model.model.layers:
+        for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+            norm.register_forward_hook(lambda module, args, y: sizes.append(y.flatten(0, 1).abs().amax(0).double()))
+    with torch.no_grad():
+        model(ids)
+        hidden = [model.model.embed_tokens(ids)]
+    scores = torch.stack([(size / size.median()).clamp(min=1e-3).log() for size in sizes]).mean(0)
+    found = residual_order(full_precision_blocks(skeleton, hidden, skeleton.block_arguments(16))).order
+    assert torch.equal(found.sort().values, torch.arange(48))
+    assert bool((scores[found].diff() <= 1e-5).all())
 
 
 def test_orders_that_linears_write_are_carried_out_offline(skeleton: Skeleton) -> None:

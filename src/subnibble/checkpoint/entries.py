@@ -48,6 +48,9 @@ class PackedLinearEntry:
             raise ValueError(f"no Hadamard matrix is known for one of the orders {self.blocks}")
         if self.salient is not None and (self.salient.rows != rows or self.salient.columns > columns):
             raise ValueError(f"{self.salient.columns} salient columns do not fit a weight of {rows} x {columns}")
+        outliers = 0 if self.activation is None else self.activation.outliers
+        if outliers >= columns or (outliers and self.salient is not None):
+            raise ValueError(f"{outliers} outlier channels do not fit {columns} columns, or salient ones beside them")
         if self.low_rank is not None:
             down, up = self.low_rank
             if (down.columns, up.rows) != (columns, rows) or up.columns != down.rows:

@@ -11,6 +11,7 @@ of which a correction may have the second weight of the first (salient) channels
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -92,9 +93,14 @@ class Correction:
         rounding = round_main(weight, gram)
         return rounding, PackedTensor((PackedRange.pack(rounding.coded, scheme),)), None
 
-    def branch(self, error: Tensor, gram: Tensor | None, sizes: Tensor | None, scheme: Scheme) -> Branch | None:
-        """Low-rank factors for what rounding left of a linear, (m, k); None for none. sizes: (k,), mean |x|."""
-        return None
+    def branches(
+        self, errors: Sequence[Tensor], gram: Tensor | None, sizes: Tensor | None, scheme: Scheme
+    ) -> list[Branch | None]:
+        """Low-rank factors for what rounding left of each linear that reads one input, (m, k); None for none.
+
+        gram: (k, k), sum of x xᵀ. sizes: (k,), mean |x|.
+        """
+        return [None] * len(errors)
 
     def second(self, weight: Tensor, scheme: Scheme) -> Tensor | None:
         """The second weight (m, salient) that a weight (m, k) gets before the rest of it is rounded; None for none."""

@@ -13,6 +13,7 @@ are rounded to nearest; at run time A reads the quantized input and its output i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -22,7 +23,7 @@ from torch import Tensor
 from subnibble.corrections.correction import Branch, Correction
 from subnibble.errors import BadRecipe
 from subnibble.rounding import grid
-from subnibble.scheme import Scheme
+from subnibble.scheme import BITS, Scheme
 from subnibble.tensor import PackedRange, PackedTensor
 
 FORMS = ("svd", "l2qer", "qera")
@@ -48,6 +49,8 @@ class LowRank(Correction):
             raise BadRecipe(f"rank is {self.rank}; give a positive number")
         if self.form not in FORMS:
             raise BadRecipe(f"the low-rank form is {self.form!r}; choose one of {', '.join(FORMS)}")
+        if self.bits not in BITS:
+            raise BadRecipe(f"factor_bits is {self.bits}; choose one of {', '.join(map(str, BITS))}")
 
     def scheme(self, weight: Scheme) -> Scheme:
         """How factors are coded, beside a weight coded by `weight`."""
@@ -70,10 +73,16 @@ class LowRank(Correction):
         scheme, rank = self.scheme(weight), min(self.rank, rows, columns)
         return rank * scheme.row_bits(columns) + rows * scheme.row_bits(rank)
 
-    def branch(self, error: Tensor, gram: Tensor | None, sizes: Tensor | None, scheme: Scheme) -> Branch:
-        """Packed A (r, k) and B (m, r). error: (m, k) float32. gram: (k, k), sum of x xᵀ. sizes: (k,), mean |x|."""
-        down, up = factorize(error, self.form, gram, sizes, min(self.rank, *error.shape))
-        return self.packed(down.to(error.dtype), up.to(error.dtype), scheme)
+    def branches(
+        self, errors: Sequence[Tensor], gram: Tensor | None, sizes: Tensor | None, scheme: Scheme
+    ) -> list[Branch | None]:
+        """Packed A (r, k) and B (m, r) for each error (m, k); see `Correction`."""
+        roots = roots_of(self.form, gram, sizes, errors[0].shape[1], errors[0].device)
+        found: list[Branch | None] = []
+        for error in errors:
+            down, up = factorize(error, roots, min(self.rank, *error.shape))
+            found.append(self.packed(down.to(error.dtype), up.to(error.dtype), scheme))
+        return found
 
     def packed(self, down: Tensor, up: Tensor, weight: Scheme) -> Branch:
         """Packed A (r, k) and B (m, r), however they were found, beside a weight coded by `weight`."""
@@ -83,18 +92,19 @@ class LowRank(Correction):
         return PackedTensor((pack[0],)), PackedTensor((pack[1],))
 
 
-def factorize(error: Tensor, form: str, gram: Tensor | None, sizes: Tensor | None, rank: int) -> tuple[Tensor, Tensor]:
-    """A (rank, k) and B (m, rank), float64; see the module."""
-    e = error.double()
-    root, inverse = _roots(form, gram, sizes, e)
-    u, s, vh = torch.linalg.svd(e @ root, full_matrices=False)
+def factorize(error: Tensor, roots: tuple[Tensor, Tensor], rank: int) -> tuple[Tensor, Tensor]:
+    """A (rank, k) and B (m, rank), float64, of E (m, k). roots: S and its inverse, (k, k) float64; see the module."""
+    root, inverse = roots
+    u, s, vh = torch.linalg.svd(error.double() @ root, full_matrices=False)
     return s[:rank, None] * vh[:rank] @ inverse, u[:, :rank]
 
 
-def _roots(form: str, gram: Tensor | None, sizes: Tensor | None, e: Tensor) -> tuple[Tensor, Tensor]:
-    """S and its inverse, (k, k) float64."""
-    eye = torch.eye(e.shape[1], dtype=e.dtype, device=e.device)
+def roots_of(
+    form: str, gram: Tensor | None, sizes: Tensor | None, columns: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """S and its inverse, (k, k) float64. gram: (k, k), sum of x xᵀ. sizes: (k,), mean |x|. columns: k."""
     if form == "svd":
+        eye = torch.eye(columns, dtype=torch.float64, device=device)
         return eye, eye
     if form == "l2qer":
         if sizes is None:

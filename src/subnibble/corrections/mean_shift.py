@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from subnibble.calibrate.stats import Mean
-from subnibble.errors import BadRecipe
+from subnibble.errors import BadRecipe, NumericalFailure
 
 FORMS = ("none", "published", "gated")
 _LARGEST = 10.0
@@ -47,7 +47,8 @@ class MeanShift:
         """The bias (channels,) float32.
 
         outputs: batches of (wanted, found, ordinary): the norm's outputs (tokens, channels) before and after
-        quantization, and which tokens are no sinks (tokens,) bool. window: tokens of a window.
+        quantization, and which tokens are no sinks (tokens,) bool. window: tokens of a window. Raises
+        `NumericalFailure` where they are not finite.
         """
         halves: list[Mean] = []
         number = 0
@@ -60,6 +61,11 @@ class MeanShift:
         a, b = (half.value for half in halves)
         tokens = [half.tokens for half in halves]
         mean = (a * tokens[0] + b * tokens[1]) / max(sum(tokens), 1)
+        if not bool(torch.isfinite(mean).all()):
+            raise NumericalFailure(
+                "the mean shift of a norm is not finite: hidden states left the range of the type they are computed "
+                'in; use dtype = "bfloat16" or "float32"'
+            )
         if self.form == "gated":
             self.check(number)
             helps = (b * (2 * a - b) > 0) & (a * (2 * b - a) > 0)

@@ -31,7 +31,7 @@ OPTION_CHOICES = {
         "low_rank_start": tuning.LOW_RANK_STARTS,
         "learned_rotation": tuning.LEARNED_ROTATIONS,
         "effort": tuple(tuning.EFFORTS),
-        "saliency": saliency.SCORES,
+        "saliency": serq.SALIENCIES,
         "heads": saliency.HEAD_ORDERS,
         "residual_order": saliency.RESIDUAL_ORDERS,
         "ranks": method.RANKS,

@@ -37,7 +37,7 @@ class Options:
     rows: how the grids of the others are fitted: "clip", or "refit", the same alternation without column scales.
 
     mean_shift: see `corrections/mean_shift.py`; weighting, damping, order: `rounding/gptq.py`; asymmetry, alpha:
-    `rounding/gptaq.py`; clip, clip_power: `rounding/grid.py`; rotation: `transforms/rotate.py`.
+    `rounding/gptaq.py`; clip, clip_power: `rounding/grid.py`, of uniform grids; rotation: `transforms/rotate.py`.
     """
 
     columns: str = "down"

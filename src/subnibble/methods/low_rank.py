@@ -1,9 +1,9 @@
 """L2QER (Zhang et al., arXiv 2402.02446) and QERA (Zhang et al., arXiv 2410.06040): rounding error in two factors.
 
 Weights are rounded to nearest; A (rank, k) and B (m, rank) hold a scaled SVD of what is lost and are coded at
-`factor_bits`: 8 beside 8-bit activations, 4 beside 4-bit ones, as SERQ's paper has them. Deviations: integer groups as
-the recipe's, where L2QER has MXINT blocks; the mean size of an input is taken over all tokens, not the largest of
-batch means.
+`factor_bits`, 8 unless set. SERQ's paper has 8 beside 8-bit activations and 4 beside 4-bit ones. Deviations: integer
+groups as the recipe's, where L2QER has MXINT blocks; the mean size of an input is taken over all tokens, not the
+largest of batch means.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from subnibble.corrections.mean_shift import MeanShift
 from subnibble.corrections.salient import SalientColumns
 from subnibble.errors import BadRecipe
 from subnibble.model.skeleton import Block
+from subnibble.rounding.dual_scale import scales_columns
 from subnibble.rounding.gptaq import FORMS
 from subnibble.rounding.gptq import GPTQ
 from subnibble.rounding.rounder import Rounder
@@ -96,6 +97,7 @@ class Steps:
             _check_tuning(self)
         for rounder in (self.rounder, *self.rounders.values()):
             _check_drift(self.correction, rounder)
+        _check_column_scales(self)
 
     def rounder_of(self, site: str) -> Rounder:
         """The rounder of a site's readers."""
@@ -141,6 +143,18 @@ def _check_tuning(steps: Steps) -> None:
             raise BadRecipe(f"tuning rounds on learned grids, which {type(rounder).__name__} does not take; use GPTQ")
     if steps.inputs != "quantized":
         raise BadRecipe('tuning sees inputs as they will run; use inputs = "quantized"')
+
+
+def _check_column_scales(steps: Steps) -> None:
+    """Raise `BadRecipe` where column scales of a rounder would meet other channels than theirs, or other terms."""
+    rounders = (steps.rounder, *steps.rounders.values())
+    others = steps.saliency is not None or steps.correction != NOTHING
+    mixed = map(steps.rounder_of, steps.online)
+    if (others and any(map(scales_columns, rounders))) or any(map(scales_columns, mixed)):
+        raise BadRecipe(
+            "a rounder that scales columns goes with neither a channel order, nor other terms of a linear, nor an "
+            "online transform of its input; use the transform ColumnScales"
+        )
 
 
 def _check_drift(correction: Correction, rounder: Rounder) -> None:

@@ -24,26 +24,30 @@ from subnibble.corrections.salient import SalientColumns
 from subnibble.errors import BadRecipe
 from subnibble.methods.method import Method, Steps, Transform
 from subnibble.methods.weights import WeightOptions, rounder_of, symmetric
-from subnibble.rounding import grid
 from subnibble.rounding.dual_scale import DualScale
 from subnibble.rounding.grid import Clip
+from subnibble.rounding.rounder import Rounding
+from subnibble.rounding.rtn import RTN
 from subnibble.runtime import activations
+from subnibble.tensor import PackedRange
 from subnibble.transforms.column_scale import ColumnScales
 from subnibble.transforms.flatten import Flatten, Loss, SearchedFlatten
-from subnibble.transforms.saliency import Saliency
+from subnibble.transforms.saliency import SCORES, Saliency
 
 FLATTENINGS = ("none", "powers", "search")
 COLUMN_SCALES = ("none", "down")
+SALIENCIES = ("none", *SCORES)
 
 
 @dataclass(frozen=True)
 class Options(WeightOptions):
     """rank: salient channels, 0 for none. form, residual: `corrections/salient.py`. flattening: "none", "powers" for
-    alpha and beta everywhere, "search" for each site's own; see `transforms/flatten.py`; the search takes channels in
-    the order of their sizes, `rank` of them salient, whatever saliency, heads and ranks say. column_scales: "down" for
-    D2Quant's on down-projections, see `transforms/column_scale.py`. saliency, heads, residual_order:
-    `transforms/saliency.py`. ranks: "uniform", or "gain" for each linear's own with rank as their mean, see
-    `corrections/ranks.py`. The others as in `methods/weights.py`.
+    alpha and beta everywhere, "search" for each site's own; see `transforms/flatten.py`; the search rounds to nearest
+    and takes channels in the order of their sizes, `rank` of them salient, whatever rounding, saliency, heads and ranks
+    say. column_scales: "down" for D2Quant's on down-projections, see `transforms/column_scale.py`. saliency, heads,
+    residual_order: `transforms/saliency.py`; saliency may be "none", too, where there are no salient channels. ranks:
+    "uniform", or "gain" for each linear's own with rank as their mean, see `corrections/ranks.py`. The others as in
+    `methods/weights.py`; weighting is that of the main matrix, the second one's grids are fitted without.
     """
 
     rounding: str = "gptq"
@@ -70,6 +74,13 @@ class Options(WeightOptions):
             raise BadRecipe(f"flattening is {self.flattening!r}; choose one of {', '.join(FLATTENINGS)}")
         if self.column_scales not in COLUMN_SCALES:
             raise BadRecipe(f"column_scales is {self.column_scales!r}; choose one of {', '.join(COLUMN_SCALES)}")
+        if self.saliency not in SALIENCIES:
+            raise BadRecipe(f"saliency is {self.saliency!r}; choose one of {', '.join(SALIENCIES)}")
+        if self.saliency == "none" and (self.rank, self.heads, self.residual_order) != (0, "gather", "gather"):
+            raise BadRecipe(
+                f'saliency is "none", rank {self.rank}, heads {self.heads!r} and residual_order '
+                f"{self.residual_order!r}; without an order use rank = 0 and leave heads and residual_order out"
+            )
 
 
 def build(options: Options) -> Steps:
@@ -81,11 +92,17 @@ def build(options: Options) -> Steps:
         transforms=(*_flattening(options, correction), *_column_scales(options)),
         prefers=symmetric,
         rotation=options.rotation,
-        saliency=Saliency(options.saliency, options.heads, options.residual_order),
+        saliency=_saliency(options),
         correction=correction or NOTHING,
         ranks=options.ranks,
         inputs=options.inputs,
     )
+
+
+def _saliency(options: Options) -> Saliency | None:
+    if options.saliency == "none":
+        return None
+    return Saliency(options.saliency, options.heads, options.residual_order)
 
 
 def _flattening(options: Options, correction: SalientColumns | None) -> tuple[Transform, ...]:
@@ -94,7 +111,8 @@ def _flattening(options: Options, correction: SalientColumns | None) -> tuple[Tr
             return ()
         case "powers":
             return (Flatten(options.alpha, options.beta),)
-    return (SearchedFlatten(_QuantizedError(correction)),)
+    nearest = RTN(Clip(options.clip, options.clip_power), options.weighting)
+    return (SearchedFlatten(_QuantizedError(nearest, correction)),)
 
 
 def _column_scales(options: Options) -> tuple[Transform, ...]:
@@ -103,8 +121,9 @@ def _column_scales(options: Options) -> tuple[Transform, ...]:
 
 @dataclass(frozen=True)
 class _QuantizedError:
-    """Squared output error with weights rounded to nearest and inputs quantized."""
+    """Squared output error with weights rounded to nearest, salient columns twice, and inputs quantized."""
 
+    rounder: RTN
     correction: SalientColumns | None
 
     def __call__(self, found: SiteStatistics) -> Loss:
@@ -114,13 +133,19 @@ class _QuantizedError:
     def _error(self, found: SiteStatistics, name: str, weight: Tensor, tokens: Tensor) -> float:
         scheme, activation = found.schemes[name], found.activations[name]
         assert scheme is not None
-        dense = grid.nearest(weight, scheme)
+        gram = tokens.T @ tokens
+
+        def nearest(matrix: Tensor) -> Rounding:
+            return self.rounder(matrix, gram, scheme, name)
+
         repeated = 0
-        if self.correction is not None:
-            rank = self.correction.rank
-            repeated = rank if self.correction.coarse != "none" else 0
-            rest = weight[:, :rank] - dense[:, :rank]
-            dense[:, :rank] += grid.nearest(rest, scheme)
+        if self.correction is None:
+            dense = PackedRange.pack(nearest(weight).coded, scheme).dequantize()
+        else:
+            main, salient = self.correction(weight, gram, scheme, nearest)
+            dense = PackedRange.pack(main.coded, scheme).dequantize()
+            dense[:, : salient.columns] += salient.dequantize()
+            repeated = salient.columns if self.correction.coarse != "none" else 0
         seen = tokens if activation is None else activations.quantize_values(tokens, activation, repeated)
         return float((seen @ dense.T - tokens @ weight.T).square().sum())
 

@@ -16,16 +16,18 @@ Version P (the paper; uniform grids), made monotone. Start: c = 1 and the clip s
     scale, zero  weighted least squares for w / c with weights h_j c_j²; an integer zero stays where it is
     column scale as above, S = scale * (code - zero)
 
-h_j is 1 as published, or the diagonal of the Gram matrix; it cancels from c. No half-step raises the loss
-sum_j h_j sum_i (w_ij - c_j level_ij)². c is normalised to a geometric mean of 1 in its group, so that whatever absorbs
-it keeps its range. Deviations: a column of zeros keeps its scale (a plain update would make it 0); after each update,
-scales below 1/64 of the group's geometric mean are raised to that; stored scales are rounded to their type after the
-fit; version P repeats the clip search at three of its steps, with every fourth candidate, not at all with all of them.
+h_j is 1 as published, or the diagonal of the Gram matrix; it cancels from c. No half-step raises the loss sum_j h_j
+sum_i (w_ij - c_j level_ij)². c is normalised to a geometric mean of 1 in its group, so that whatever absorbs it keeps
+its range; where nearly all columns are next to nothing, to a largest of 256. Deviations: a column of zeros keeps its
+scale (a plain update would make it 0); after each update, scales below 1/64 of what becomes 1 are raised to that, so
+that all are normal float16 numbers; stored scales are rounded to their type after the fit; version P repeats the clip
+search at three of its steps, with every fourth candidate, not at all with all of them.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,6 +44,8 @@ _SEARCHES = (2, 5, 8)
 # Of the search's candidates: least squares takes the rest of the way.
 _STRIDE = 4
 _SMALLEST = 2.0**-6
+# Of column scales as normalised, lest those of rows leave their type.
+_LARGEST = 2.0**8
 _EPS = 1e-12
 
 
@@ -81,6 +85,16 @@ class RowScale(DualScale):
         return Fitted(_fit_rows(group, scheme, self.clip, h, self.iterations))
 
 
+def refits(rounder: Any) -> bool:
+    """Whether a rounder fits its grids by one of these."""
+    return isinstance(getattr(rounder, "fitter", None), DualScale)
+
+
+def scales_columns(rounder: Any) -> bool:
+    """Whether what a rounder codes is to be multiplied by column scales."""
+    return refits(rounder) and not isinstance(rounder.fitter, RowScale)
+
+
 def check_grid(scheme: Scheme, where: str) -> None:
     """Raise `BadRecipe` if the grid of the linear `where` has no column scales or refitted rows."""
     if scheme.grid == "mxfp4":
@@ -89,6 +103,9 @@ def check_grid(scheme: Scheme, where: str) -> None:
 
 def _fit_sign(group: Tensor, scheme: Scheme, h: Tensor, iterations: int) -> Fitted:
     """Version R."""
+    # A power of two, exact: squares of column scales must not underflow.
+    whole = torch.exp2(group.abs().max().clamp(min=torch.finfo(group.dtype).tiny).log2().floor())
+    group = group / whole
     sizes = group.abs()
     c = sizes.mean(0)
     c = _floored(torch.where(c > 0, c, c.mean() if bool((c > 0).any()) else 1.0))
@@ -105,7 +122,7 @@ def _fit_sign(group: Tensor, scheme: Scheme, h: Tensor, iterations: int) -> Fitt
         c = _column_scales(sizes, nearest, c)
         levels = SignLevels(scales.abs())
     c, mean = _normalised(c)
-    return Fitted(SignLevels(sign_basis.storable(levels.scales * mean, scale_dtype(scheme))), c)
+    return Fitted(SignLevels(sign_basis.storable(levels.scales * (mean * whole), scale_dtype(scheme))), c)
 
 
 def _fit_uniform(
@@ -152,13 +169,18 @@ def _column_scales(group: Tensor, values: Tensor, old: Tensor) -> Tensor:
 
 
 def _floored(c: Tensor) -> Tensor:
-    return torch.maximum(c, _SMALLEST * c.log().mean().exp())
+    return torch.maximum(c, _SMALLEST * _unit(c))
 
 
 def _normalised(c: Tensor) -> tuple[Tensor, Tensor]:
-    """Scales with geometric mean 1, and the mean that it had."""
-    mean = c.log().mean().exp()
-    return c / mean, mean
+    """Scales over their unit, and the unit."""
+    unit = _unit(c)
+    return c / unit, unit
+
+
+def _unit(c: Tensor) -> Tensor:
+    """What is to become 1: the geometric mean, or, where that is less, the least that keeps the largest in range."""
+    return torch.maximum(c.log().mean().exp(), c.max() / _LARGEST)
 
 
 def _refit(

@@ -28,9 +28,14 @@ def can_absorb(site: Site, heads: Heads, together: Iterable[str], packed: dict[s
     be scaled, if query heads share the channels that write theirs, or if a writer's scales are bare exponents or would
     leave their type: a group of weights may change by 1/128 of its largest in being stored.
     """
-    if set(together) != set(site.readers) or "scale" not in site.edits or (site.per_head and heads.repeats > 1):
+    if set(together) != set(site.readers) or not has_source(site, heads):
         return False
     return all(_in_range(packed[name], c) for name in site.writers if name in packed)
+
+
+def has_source(site: Site, heads: Heads) -> bool:
+    """Whether the site has a source that can take column scales, whatever they are."""
+    return "scale" in site.edits and not (site.per_head and heads.repeats > 1)
 
 
 def absorb_(site: Site, c: Tensor, packed: dict[str, PackedTensor], dense: dict[str, Tensor]) -> None:

@@ -8,7 +8,8 @@ multiply the readers' columns and divide what writes the channels; the alpha wit
 readers, sum over readers of ||(Q(W s) s⁻¹ - W) X||², stays. Differences from the released program: the error is that
 of the site's own linears (by their Gram matrix), not of the module behind them; under grouped-query attention, which
 it skips, heads that share a key-value head get the mean of their channels; sites that may not be scaled, or none of
-whose readers is quantized, stay as they are. Rounding follows, clips weighted by the inputs' second moments.
+whose readers is quantized, stay as they are; for sign grids the search rounds to uniform ones. Rounding follows, clips
+weighted by the inputs' second moments.
 """
 
 from __future__ import annotations

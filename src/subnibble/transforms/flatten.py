@@ -6,7 +6,8 @@ with a_j the largest magnitude of channel j of the site's tensor over the calibr
 readers' column j. SERQ (arXiv 2603.08185, section 4.1) has alpha 1, beta 0: every channel's largest calibration value
 becomes 1 and the outliers move into the weights. SmoothQuant (arXiv 2211.10438, eq. 4) has alpha 0.5, beta 0.5, on the
 sites behind norms. `SearchedFlatten` takes, for each site, the pair with the least output error of the quantized
-readers. A channel that is silent in calibration keeps its scale. Under grouped-query attention the query heads that
+readers. A channel that is silent in calibration keeps its scale; one that no reader takes, w_j = 0, counts as the one
+that they take least. Under grouped-query attention the query heads that
 share a key-value head take the larger of their values. Sites that may not be scaled stay as they are; they have the
 factor 1.
 """
@@ -89,8 +90,9 @@ def factors(block: Block, site: Site, found: SiteStatistics, alpha: float, beta:
     columns = torch.stack([block.linear(name).weight.abs().amax(0) for name in site.readers]).amax(0)
     if site.per_head:
         sizes, columns = (_over_heads(values, block) for values in (sizes, columns))
-    alive = (sizes > 0) & (columns > 0)
-    raw = sizes.pow(alpha) / columns.clamp(min=torch.finfo(columns.dtype).tiny).pow(beta)
+    alive, taken = sizes > 0, columns > 0
+    least = columns[taken].min() if bool(taken.any()) else torch.ones((), device=columns.device)
+    raw = sizes.pow(alpha) / torch.where(taken, columns, least).pow(beta)
     largest = float(raw[alive].max()) if bool(alive.any()) else 1.0
     s = torch.where(alive, raw.clamp(min=_SMALLEST * largest), 1.0)
     return s, repeat_over_heads(s, block) if site.per_head else s

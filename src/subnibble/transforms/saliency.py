@@ -74,6 +74,14 @@ class Saliency:
             return _by_heads(scores, block.heads)
         return torch.sort(scores, descending=self.direction == "falling", stable=True).indices
 
+    def gathers(self, site: Site) -> bool:
+        """Whether the site's readers gather their channels, known before the order is: one that happens to keep heads
+        whole aside, and where `offline_rows` can be carried out.
+        """
+        if site.norm is not None:
+            return self.residual == "gather"
+        return "permute" not in site.edits or (site.per_head and self.heads == "gather")
+
 
 def _by_heads(scores: Tensor, heads: Heads) -> Tensor:
     """Key-value heads, in them query heads, in them channels, each most salient first; scores: (query * width,)."""
