@@ -66,9 +66,9 @@ def specs(only: str | None) -> list[Spec]:
         *(Spec(arm, bits, g, 16) for g in (128, 64) for bits in (2, 3) for arm in (*BASELINES, *D2QUANT)),
         *(Spec(arm, 4, g, 16) for g in (128, 64) for arm in ("rtn", "gptq-gar", "gptaq", "d2quant-uniform", "dualfit")),
     ]
-    # At 2 bits, where the parts differ most. In groups of 64 a real zero-point is dear, an integer one is not.
-    cheap = [Spec("dualfit-integer", bits, 64, 16) for bits in (2, 3)]
-    ablation = [*(Spec(arm, 2, 128, 16) for arm in ABLATION), *cheap]
+    # At 2 bits, where the parts differ most. An integer zero-point leaves dualfit as many bits as baselines have.
+    cheap = [Spec("dualfit-integer", bits, g, 16) for bits, g in ((2, 64), (3, 64), (3, 128))]
+    ablation = [*(Spec(arm, 2, 128, 16) for arm in ABLATION), *cheap, Spec("dualfit-sweeps", 3, 128, 16)]
     chosen = {"headline": headline, "table": table, "ablation": ablation, None: [*headline, *table, *ablation]}
     return chosen[only]
 

@@ -14,7 +14,7 @@ from subnibble.checkpoint.source import numel
 from subnibble.device import free_memory
 from subnibble.methods.method import Steps
 from subnibble.model.skeleton import Skeleton
-from subnibble.plan import effective_bits, packed_bytes
+from subnibble.planned_size import effective_bits, packed_bytes
 from subnibble.recipe import Recipe
 from subnibble.resolve import resolve
 from subnibble.tuning.distillation import Distillation

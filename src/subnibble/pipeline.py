@@ -50,7 +50,8 @@ from subnibble.distill import distill
 from subnibble.errors import OutputError
 from subnibble.methods.method import Steps
 from subnibble.model.skeleton import Block, Skeleton
-from subnibble.plan import Plan, packed_bytes
+from subnibble.plan import Plan
+from subnibble.planned_size import packed_bytes
 from subnibble.progress import Progress, silent
 from subnibble.prompt import AUTO, sink_prefix
 from subnibble.recipe import Recipe

@@ -1,4 +1,4 @@
-"""What a recipe and a method come to on a model, from shapes alone: each linear's scheme, the bytes of the result."""
+"""What a recipe and a method come to on a model, from shapes alone: how each linear and the cache are coded."""
 
 from __future__ import annotations
 
@@ -6,27 +6,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
-import torch
-
 from subnibble.cache_scheme import CacheScheme
-from subnibble.checkpoint.entries import gather_type
 from subnibble.checkpoint.packed import packed_config_of
 from subnibble.checkpoint.source import Source
 from subnibble.errors import BadRecipe, CheckpointError, UnsupportedModel
 from subnibble.methods.method import Steps
-from subnibble.model.site import Heads, Site
+from subnibble.model.site import Heads
 from subnibble.model.skeleton import Block, Skeleton
 from subnibble.recipe import PLAIN_ACTIVATIONS, Recipe
-from subnibble.rounding.dual_scale import check_grid, refits, scales_columns
+from subnibble.rounding.dual_scale import check_grid, refits
 from subnibble.scheme import ActivationScheme, Scheme
-from subnibble.transforms.absorb import has_source
 from subnibble.transforms.column_scale import ColumnScales
-from subnibble.transforms.rotate import Rotation, block_widths, can_rotate, make_rotation
+from subnibble.transforms.rotate import Rotation, can_rotate, make_rotation
 from subnibble.tuning.clipping import check_scheme
 from subnibble.tuning.input_clip import check_inputs
-
-# Of float16, in which norm biases and column scales are stored.
-_HALF_BITS = 16
 
 
 @dataclass(frozen=True)
@@ -131,83 +124,3 @@ def plan_rotation(recipe: Recipe, steps: Steps, skeleton: Skeleton) -> Rotation 
         )
     width = skeleton.config.hidden_size
     return make_rotation(steps.rotation, width, recipe.scheme, recipe.seed, skeleton.device)
-
-
-def packed_bytes(recipe: Recipe, steps: Steps, schemes: Mapping[str, Scheme | None], skeleton: Skeleton) -> int:
-    """Bytes of the weight files that a recipe will give, headers aside. schemes: see `plan_schemes`."""
-    bits = sum(_extra_bits(steps, schemes, skeleton).values()) + _norm_bias_bits(steps, schemes, skeleton)
-    tables = {f"{skeleton.arch.embedding}.weight", f"{skeleton.arch.head}.weight"}
-    shapes = skeleton.parameter_shapes()
-    if steps.rotation != "none" and skeleton.tied:
-        # In front of the tied head, float32.
-        width = skeleton.config.hidden_size
-        bits += 32 * width * max(block_widths(steps.rotation, width, recipe.scheme))
-    for name, shape in shapes.items():
-        scheme = recipe.embedding_scheme if name in tables else schemes.get(name.removesuffix(".weight"))
-        if scheme is not None:
-            bits += shape[0] * scheme.row_bits(shape[1])
-        else:
-            bits += torch.Size(shape).numel() * (16 if len(shape) > 1 else 32)
-    return bits // 8
-
-
-def effective_bits(steps: Steps, schemes: Mapping[str, Scheme | None], skeleton: Skeleton) -> float:
-    """Stored bits over weights of all quantized linears; 16 where none is: that is how they are stored.
-
-    Without column scales that what writes them cannot take for their size.
-    """
-    extra = _extra_bits(steps, schemes, skeleton)
-    bits, weights = _norm_bias_bits(steps, schemes, skeleton), 0
-    for path, (rows, columns) in skeleton.linear_shapes().items():
-        scheme = schemes[path]
-        if scheme is not None:
-            bits += rows * scheme.row_bits(columns) + extra[path]
-            weights += rows * columns
-    return bits / weights if weights else 16.0
-
-
-def _extra_bits(steps: Steps, schemes: Mapping[str, Scheme | None], skeleton: Skeleton) -> dict[str, int]:
-    """Bits of the terms beside each linear's weight; 0 where it is not quantized."""
-    heads = Heads.of(skeleton.config)
-    parts = (steps.correction, None if steps.tuning is None else steps.tuning.branch)
-    found = {}
-    for path, (rows, columns) in skeleton.linear_shapes().items():
-        scheme, bits = schemes[path], 0
-        if scheme is not None:
-            bits = sum(part.stored_bits(rows, columns, scheme) for part in parts if part is not None)
-            site = skeleton.site_of(path)
-            if _gathers(steps, site):
-                bits += 8 * columns * gather_type(columns).itemsize
-            if scales_columns(steps.rounder_of(site.name)):
-                together = {schemes[name] for name in _readers(skeleton, path)} == {scheme}
-                bits += 0 if together and has_source(site, heads) else _HALF_BITS * columns
-        found[path] = bits
-    return found
-
-
-def _norm_bias_bits(steps: Steps, schemes: Mapping[str, Scheme | None], skeleton: Skeleton) -> int:
-    """Bits of the biases that norms get against mean shift: behind quantized linears of their block, and the last."""
-    if steps.mean_shift is None:
-        return 0
-    norms = 1
-    for index in range(skeleton.num_blocks):
-        block = skeleton.arch.block_path(index)
-        seen = False
-        for site in skeleton.arch.sites:
-            norms += seen and site.norm is not None
-            seen = seen or any(schemes[f"{block}.{name}"] is not None for name in site.readers)
-    return norms * _HALF_BITS * int(skeleton.config.hidden_size)
-
-
-def _readers(skeleton: Skeleton, path: str) -> list[str]:
-    """Paths of the linears that read what the linear at `path` reads, with it."""
-    readers = skeleton.site_of(path).readers
-    block = next(path.removesuffix(name) for name in readers if path.endswith(f".{name}"))
-    return [f"{block}{name}" for name in readers]
-
-
-def _gathers(steps: Steps, site: Site) -> bool:
-    """Whether quantized readers of the site will store in which order they take its channels."""
-    if steps.saliency is None or (site.norm is not None and steps.orders_residual):
-        return False
-    return site.name in steps.online or steps.saliency.gathers(site)
