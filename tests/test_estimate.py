@@ -63,6 +63,8 @@ COUNTED: dict[str, dict[str, Any]] = {
     "no order": {"method": "serq", "options": {"rank": 0, "saliency": "none"}},
     "outliers": {"method": "atom", "options": {"outliers": 16}},
     "factors": {"method": "qera", "options": {"rank": 8}},
+    "remainders that run again": {"method": "twinfit", "options": {"rank": 16}},
+    "inputs of some linears": {"method": "rtn", "overrides": {"re:.*mlp": {"activation_bits": 8}}},
     "online transforms": {"method": "quarot", "options": {"rotation": "groups"}},
 }
 
@@ -75,6 +77,7 @@ def test_sizes_are_those_of_what_is_written(
     own = replace(recipe, activation_bits=16 if case.startswith(("norm", "column")) else 4, **COUNTED[case])
     report, found = quantize(folders[name], tmp_path / "out", own), estimate.estimate(folders[name], own)
     assert report.size["effective_bits"] == pytest.approx(found.effective_bits, rel=1e-12)
+    assert report.size["activation_bits"] == pytest.approx(found.activation_bits, rel=1e-12)
     tensors = [tensor for file in (tmp_path / "out").glob("*.safetensors") for tensor in load_file(file).values()]
     assert sum(tensor.nbytes for tensor in tensors) == found.file_bytes
 

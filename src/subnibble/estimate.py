@@ -14,7 +14,7 @@ from subnibble.checkpoint.source import numel
 from subnibble.device import free_memory
 from subnibble.methods.method import Steps
 from subnibble.model.skeleton import Skeleton
-from subnibble.planned_size import effective_bits, packed_bytes
+from subnibble.planned_size import activation_bits, effective_bits, packed_bytes
 from subnibble.recipe import Recipe
 from subnibble.resolve import resolve
 from subnibble.tuning.distillation import Distillation
@@ -36,9 +36,10 @@ _TUNED_COPIES = 12
 
 @dataclass(frozen=True)
 class Estimate:
-    """file_bytes: of the packed weights, headers aside. effective_bits: of quantized linears. Both without column
-    scales that what writes them cannot take for their size: rare, and thousandths of a bit. memory_bytes: by part, with
-    "peak". cache_bytes: of one token in the KV caches of all layers while the result runs.
+    """file_bytes: of the packed weights, headers aside. effective_bits: of quantized linears; both without column
+    scales that what writes them cannot take for their size: rare, and thousandths of a bit. activation_bits: of the
+    inputs of these linears as they run. memory_bytes: by part, with "peak". cache_bytes: of one token in the KV caches
+    of all layers while the result runs.
 
     seconds: rough, from the speed of one matrix product measured here; within a factor of about two.
     """
@@ -46,6 +47,7 @@ class Estimate:
     parameters: int
     file_bytes: int
     effective_bits: float
+    activation_bits: float
     memory_bytes: dict[str, int]
     seconds: float
     cache_bytes: float
@@ -67,6 +69,7 @@ def estimate(model: str | Path, recipe: Recipe) -> Estimate:
         parameters=sum(numel(shape) for shape in skeleton.parameter_shapes().values()),
         file_bytes=packed_bytes(recipe, steps, plan.schemes, skeleton) + states,
         effective_bits=effective_bits(steps, plan.schemes, skeleton),
+        activation_bits=activation_bits(steps, plan, skeleton),
         memory_bytes=_memory(steps, skeleton, tokens, recipe.distillation),
         seconds=_seconds(steps, skeleton, tokens, _tuned_tokens(recipe, steps), recipe.distillation),
         cache_bytes=cache_bytes(config, plan.cache),

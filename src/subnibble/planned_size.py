@@ -6,13 +6,16 @@ from collections.abc import Mapping
 
 import torch
 
-from subnibble.checkpoint.entries import gather_type
+from subnibble.checkpoint.entries import PackedLinearEntry, gather_type
+from subnibble.corrections.low_rank import LowRank
 from subnibble.methods.method import Steps
 from subnibble.model.site import Heads, Site
 from subnibble.model.skeleton import Skeleton
+from subnibble.plan import Plan
 from subnibble.recipe import Recipe
 from subnibble.rounding.dual_scale import scales_columns
-from subnibble.scheme import Scheme
+from subnibble.scheme import ActivationScheme, Scheme
+from subnibble.tensor import PackedLayout
 from subnibble.transforms.absorb import has_source
 from subnibble.transforms.rotate import block_widths
 
@@ -51,6 +54,40 @@ def effective_bits(steps: Steps, schemes: Mapping[str, Scheme | None], skeleton:
             bits += rows * scheme.row_bits(columns) + extra[path]
             weights += rows * columns
     return bits / weights if weights else 16.0
+
+
+def activation_bits(steps: Steps, plan: Plan, skeleton: Skeleton) -> float:
+    """Bits of the inputs of quantized linears as they will run, over their channels, see `Size`; 16 where none is.
+
+    Ranks by gain are not known yet, and count as their mean.
+    """
+    bits = channels = 0
+    for path, (rows, columns) in skeleton.linear_shapes().items():
+        scheme = plan.schemes[path]
+        if scheme is not None:
+            bits += _entry(steps, rows, columns, scheme, plan.activations[path]).token_bits()
+            channels += columns
+    return bits / channels if channels else 16.0
+
+
+def _entry(
+    steps: Steps, rows: int, columns: int, scheme: Scheme, activation: ActivationScheme | None
+) -> PackedLinearEntry:
+    """What a running linear (rows, columns) will be made of, as far as its inputs go."""
+    rank, low_rank, main = steps.correction.salient, None, PackedLayout(rows, ((columns, scheme),))
+    for part in (steps.correction, None if steps.tuning is None else steps.tuning.branch):
+        if isinstance(part, LowRank):
+            width = min(part.rank, rows, columns)
+            coded = part.scheme(scheme)
+            low_rank = PackedLayout(width, ((columns, coded),)), PackedLayout(rows, ((width, coded),))
+    return PackedLinearEntry(
+        main,
+        bias=False,
+        activation=activation,
+        salient=PackedLayout(rows, ((rank, scheme),)) if rank else None,
+        residual=steps.correction.coarse if rank and activation is not None else "none",
+        low_rank=low_rank,
+    )
 
 
 def _extra_bits(steps: Steps, schemes: Mapping[str, Scheme | None], skeleton: Skeleton) -> dict[str, int]:

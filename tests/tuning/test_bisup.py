@@ -311,6 +311,7 @@ def test_estimates_count_branches(kind: str, folders: dict[str, Path], token_fil
         own = replace(recipe, options=recipe.options | {"low_rank": low_rank})
         report, found = quantize(folders["llama"], tmp_path / low_rank, own), estimate(folders["llama"], own)
         assert report.size["effective_bits"] == pytest.approx(found.effective_bits, rel=1e-12)
+        assert report.size["activation_bits"] == pytest.approx(found.activation_bits, rel=1e-12)
         assert found.memory_bytes["tuning"] > 0
 
 

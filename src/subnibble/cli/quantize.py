@@ -118,6 +118,7 @@ def estimate(
         ("parameters", f"{found.parameters / 1e6:.1f} M"),
         ("weights on disk", megabytes(found.file_bytes)),
         ("effective bits", f"{found.effective_bits:.3f}"),
+        ("activation bits", f"{found.activation_bits:.3f}"),
         ("KV cache", f"{found.cache_bytes:.0f} bytes a token"),
         *[(f"memory: {name}", megabytes(count)) for name, count in found.memory_bytes.items()],
         ("time, within a factor of 2 or so", duration(found.seconds)),
