@@ -68,7 +68,7 @@ def resolve(model: str | Path | Source, recipe: Recipe) -> Resolved:
         )
     window = 1 if recipe.calibration is None else recipe.window
     check_positions(window, source.config, 0 if prefix is None else len(prefix.ids))
-    whole = filled_in(recipe, options, plan.cache, device, dtype)
+    whole = filled_in(recipe, options, device, dtype)
     return Resolved(whole, steps, skeleton, plan, rotation, values, prefix)
 
 
