@@ -76,6 +76,13 @@ def test_docs_show_the_table_of_all_finished_rows(name: str, capsys: pytest.Capt
     assert table in (ROOT / "docs" / TABLES[name]).read_text()
 
 
+def test_docs_show_the_errors_by_rank(capsys: pytest.CaptureFixture[str]) -> None:
+    bench("rank_error").show(rows("rank_error"))
+    table = capsys.readouterr().out
+    assert table.count("\n") == 2 + len(bench("rank_error").ARMS)
+    assert table in (ROOT / "docs" / "results-activations.md").read_text()
+
+
 def misquoted(readme: str) -> tuple[list[str], int]:
     """Rows that a text shows with other figures than were measured, and how many it shows.
 

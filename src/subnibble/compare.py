@@ -116,12 +116,12 @@ def compare(
 
 def recipe_names(recipes: Sequence[Recipe]) -> list[str]:
     """A name for each; of those that `recipe_name` does not tell apart, the later ones with a number behind it."""
-    names: list[str] = []
-    for index, recipe in enumerate(recipes):
-        name = recipe_name(recipe)
+    plain = [recipe_name(recipe) for recipe in recipes]
+    names = []
+    for index, (recipe, name) in enumerate(zip(recipes, plain, strict=True)):
         if recipe in recipes[:index]:
             raise BadRecipe(f"{name} is asked for {recipes.count(recipe)} times; name each method and width once")
-        before = sum(recipe_name(other) == name for other in recipes[:index])
+        before = plain[:index].count(name)
         names.append(f"{name}-{before + 1}" if before else name)
     return names
 

@@ -9,7 +9,7 @@ import torch
 from subnibble.checkpoint.entries import PackedLinearEntry, gather_type
 from subnibble.corrections.low_rank import LowRank
 from subnibble.methods.method import Steps
-from subnibble.model.site import Heads, Site
+from subnibble.model.site import Heads
 from subnibble.model.skeleton import Skeleton
 from subnibble.plan import Plan
 from subnibble.recipe import Recipe
@@ -100,7 +100,7 @@ def _extra_bits(steps: Steps, schemes: Mapping[str, Scheme | None], skeleton: Sk
         if scheme is not None:
             bits = sum(part.stored_bits(rows, columns, scheme) for part in parts if part is not None)
             site = skeleton.site_of(path)
-            if _gathers(steps, site):
+            if steps.saliency is not None and steps.saliency.gathers(site, site.name in steps.online):
                 bits += 8 * columns * gather_type(columns).itemsize
             if scales_columns(steps.rounder_of(site.name)):
                 together = {schemes[name] for name in _readers(skeleton, path)} == {scheme}
@@ -128,10 +128,3 @@ def _readers(skeleton: Skeleton, path: str) -> list[str]:
     readers = skeleton.site_of(path).readers
     block = next(path.removesuffix(name) for name in readers if path.endswith(f".{name}"))
     return [f"{block}{name}" for name in readers]
-
-
-def _gathers(steps: Steps, site: Site) -> bool:
-    """Whether quantized readers of the site will store in which order they take its channels."""
-    if steps.saliency is None or (site.norm is not None and steps.orders_residual):
-        return False
-    return site.name in steps.online or steps.saliency.gathers(site)

@@ -7,9 +7,8 @@ readers' column j. SERQ (arXiv 2603.08185, section 4.1) has alpha 1, beta 0: eve
 becomes 1 and the outliers move into the weights. SmoothQuant (arXiv 2211.10438, eq. 4) has alpha 0.5, beta 0.5, on the
 sites behind norms. `SearchedFlatten` takes, for each site, the pair with the least output error of the quantized
 readers. A channel that is silent in calibration keeps its scale; one that no reader takes, w_j = 0, counts as the one
-that they take least. Under grouped-query attention the query heads that
-share a key-value head take the larger of their values. Sites that may not be scaled stay as they are; they have the
-factor 1.
+that they take least. Under grouped-query attention the query heads that share a key-value head take the larger of their
+values. Sites that may not be scaled stay as they are; they have the factor 1.
 """
 
 from __future__ import annotations

@@ -74,13 +74,13 @@ class Saliency:
             return _by_heads(scores, block.heads)
         return torch.sort(scores, descending=self.direction == "falling", stable=True).indices
 
-    def gathers(self, site: Site) -> bool:
+    def gathers(self, site: Site, mixed: bool) -> bool:
         """Whether the site's readers gather their channels, known before the order is: one that happens to keep heads
-        whole aside, and where `offline_rows` can be carried out.
+        whole aside. mixed: whether an online transform follows, behind which no order is offline.
         """
         if site.norm is not None:
             return self.residual == "gather"
-        return "permute" not in site.edits or (site.per_head and self.heads == "gather")
+        return mixed or "permute" not in site.edits or (site.per_head and self.heads == "gather")
 
 
 def _by_heads(scores: Tensor, heads: Heads) -> Tensor:
