@@ -21,6 +21,8 @@ from subnibble.hf import packed_modules
 from subnibble.methods import METHODS
 from subnibble.model.skeleton import Skeleton
 from subnibble.plan import plan_rotation
+from subnibble.report import Report
+from subnibble.rounding.error import relative_errors
 from subnibble.runtime import activations, hadamard
 from subnibble.runtime.integer import multiply_add_
 from subnibble.runtime.modules import InputMix, PackedEmbedding, PackedLinear, TiedHead, add_output_bias_
@@ -137,6 +139,20 @@ def check_quantized_linears(model: torch.nn.Module) -> None:
         assert bool(((y - wanted).abs() <= 1e-5 * size + 1e-6).all())
 
 
+def check_reported(report: Report, source: Path, packed: torch.nn.Module) -> int:
+    """Linears that the report calls comparable with the original's are as far from them as it says; how many are."""
+    compared = 0
+    original = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    for linear in report.linears:
+        if not linear.moved:
+            weight = original.get_submodule(linear.path).weight.detach()
+            stored = packed.get_submodule(linear.path).dequantize()
+            (error,) = relative_errors(weight, stored, None, [weight.shape[0]])
+            assert error.weight == pytest.approx(linear.weight_error, rel=1e-3, abs=1e-6), linear.path
+            compared += 1
+    return compared
+
+
 def check_method(method: str, source: Path, tokens: Path, out: Path, settings: dict[str, object]) -> None:
     """What every method must keep on every architecture."""
     options = OPTIONS.get(method, {})
@@ -201,6 +217,7 @@ def check_method(method: str, source: Path, tokens: Path, out: Path, settings: d
         assert torch.equal(logits(model), logits(dense_twin(source, model)))
     else:
         check_quantized_linears(model)
+    check_reported(report, source, model)
 
     # save and load are bit-exact
     model.save_pretrained(out / "c")
@@ -228,6 +245,22 @@ def test_method_conforms_with_quantized_inputs(
     method: str, settings: str, model: str, folders: dict[str, Path], token_file: Path, tmp_path: Path
 ) -> None:
     check_method(method, folders[model], token_file, tmp_path, INPUT_SETTINGS[settings])
+
+
+@pytest.mark.parametrize(
+    ("options", "compared"),
+    [
+        ({"rotation": "none"}, 15), ({"value_rotation": "none"}, 0),
+        ({"rotation": "none", "value_rotation": "none"}, 21),
+    ],
+)  # fmt: skip
+def test_report_names_the_linears_that_rotations_move(
+    options: dict[str, str], compared: int, folders: dict[str, Path], token_file: Path, tmp_path: Path
+) -> None:
+    recipe = Recipe("quarot", group_size=32, calibration=str(token_file), num_windows=2, window=32, options=options)
+    report = subnibble.quantize(folders["llama"], tmp_path / "out", recipe)
+    packed = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert check_reported(report, folders["llama"], packed) == compared
 
 
 def test_only_one_block_is_resident(

@@ -24,7 +24,7 @@ from subnibble.corrections.salient import SalientColumns
 from subnibble.methods import METHODS
 from subnibble.methods.method import Method, Steps
 from subnibble.methods.none import Options
-from subnibble.rounding.rounder import Rounding
+from subnibble.rounding.rounder import Rounder, Rounding
 from subnibble.rounding.rtn import RTN
 from subnibble.runtime import activations
 from subnibble.scheme import ActivationScheme, Scheme
@@ -35,7 +35,7 @@ Seen = dict[str, Tensor]
 
 
 @dataclass
-class Listener:
+class Listener(Rounder):
     """Rounds to nearest and keeps what it is told, by what it was told of."""
 
     told: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -180,8 +180,8 @@ def test_quantized_inputs_are_seen_as_the_runtime_codes_them(
     """At the first site, which nothing before it has moved by a rounding step."""
     told: dict[str, Tensor] = {}
 
-    class GramHeard:
-        needs_gram, needs_drift = True, False
+    class GramHeard(Rounder):
+        needs_gram = True
 
         def __call__(
             self, weight: Tensor, gram: Tensor | None, scheme: Scheme, where: str, drift: Tensor | None = None

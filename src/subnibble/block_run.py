@@ -37,7 +37,7 @@ from subnibble.report import LinearReport
 from subnibble.report.clock import Clock
 from subnibble.rounding import grid
 from subnibble.rounding.error import relative_errors
-from subnibble.rounding.rounder import Rounding
+from subnibble.rounding.rounder import Rounder, Rounding
 from subnibble.runtime import activations
 from subnibble.runtime.modules import add_output_bias_
 from subnibble.runtime.ops import LinearTerms
@@ -166,6 +166,8 @@ class BlockRun:
         for site in self.block.arch.sites:
             rows = self._offline_rows(site)
             moved |= {*site.readers, *rows} if rows else set()
+            if site.per_head and steps.value_rotation != "none":
+                moved |= {*site.readers, *site.writers}
         found = []
         for name, linear in self.linears.items():
             gather = self.terms[name].gather
@@ -310,6 +312,7 @@ class BlockRun:
             natural = torch.cat([self.exact[f"{name}.weight"] for name in stack.names])
             weight = basis.columns(natural)
             rounding, whole, salient = self._rounded(site, stack, weight, seen)
+            _check_promise(rounding, self.steps.rounder_of(site.name), stack.where)
             dense, stored = whole.dequantize(), None
             if rounding.coded.columns is not None:
                 columns, stored = self._place(site, stack, rounding.coded.columns)
@@ -385,6 +388,13 @@ class BlockRun:
             return columns, None
         stored = columns.to(torch.float16)
         return stored.float(), stored
+
+
+def _check_promise(rounding: Rounding, rounder: Rounder, where: str) -> None:
+    """Raise `TypeError` if a rounder scaled columns that does not say so: it may be where they meet others."""
+    if rounding.coded.columns is not None and not rounder.scales_columns:
+        name = type(rounder).__name__
+        raise TypeError(f"{where}: {name} scales columns, and its scales_columns says that it does not")
 
 
 def _notes(stack: Stack, basis: InputBasis) -> dict[str, float]:

@@ -21,7 +21,6 @@ from subnibble.plan import Plan
 from subnibble.report import BlockReport
 from subnibble.report.clock import Clock
 from subnibble.rounding import grid
-from subnibble.rounding.gptq import GPTQ
 from subnibble.rounding.rounder import Rounder
 from subnibble.rounding.rtn import RTN
 from subnibble.runtime.kv_cache import Coding
@@ -64,8 +63,8 @@ class BlockTuning:
         """
         grids = self.block.grids(stack.names)
         tried = [round_stack(stack, weight, seen, RTN(grids), correction)]
-        if isinstance(rounder, GPTQ):
-            compensating = replace(rounder, fitter=grids)
+        compensating = rounder.on(grids) if rounder.needs_gram else None
+        if compensating is not None:
             left = less_branches(stack, weight, self.branches(stack))
             tried.append(round_stack(stack, left, seen, compensating, correction))
         losses = []

@@ -45,7 +45,6 @@ from subnibble.checkpoint.size import measure, weights_hash
 from subnibble.checkpoint.source import Source
 from subnibble.checkpoint.writer import CheckpointWriter, check_output
 from subnibble.corrections.ranks import Gains, allocate, gains_of
-from subnibble.corrections.salient import SalientColumns
 from subnibble.distill import distill
 from subnibble.errors import OutputError
 from subnibble.methods.method import Steps
@@ -274,14 +273,13 @@ class _Run:
     def _allocate_ranks(self, blocks: Iterator[tuple[Block, BlockStream]]) -> None:
         """Decide how many salient channels each linear gets."""
         correction = self.steps.correction
-        assert isinstance(correction, SalientColumns)
         found: dict[str, Gains] = {}
         for block, stream in blocks:
             statistics = stream.statistics(*self.plan.of_block(block))
             factors, bases = prepare_block_(block, self.steps, statistics)
             orders = {name: basis.order for name, basis in bases.items()}
             found |= gains_of(block, statistics, factors, orders, correction)
-        self.plan = replace(self.plan, ranks=allocate(found, correction.rank))
+        self.plan = replace(self.plan, ranks=allocate(found, correction.salient))
 
     def _after_blocks(self, wanted: list[Tensor], hidden: list[Tensor]) -> dict[str, Tensor]:
         """What is behind the blocks; give the tensors to write. wanted, hidden: see `AfterBlocks`."""

@@ -14,9 +14,7 @@ from subnibble.methods.method import Steps
 from subnibble.model.site import Heads
 from subnibble.model.skeleton import Block, Skeleton
 from subnibble.recipe import PLAIN_ACTIVATIONS, Recipe
-from subnibble.rounding.dual_scale import check_grid, refits
 from subnibble.scheme import ActivationScheme, Scheme
-from subnibble.transforms.column_scale import ColumnScales
 from subnibble.transforms.rotate import Rotation, can_rotate, make_rotation
 from subnibble.tuning.clipping import check_scheme
 from subnibble.tuning.input_clip import check_inputs
@@ -53,11 +51,9 @@ def make_plan(recipe: Recipe, steps: Steps, skeleton: Skeleton) -> Plan:
         if scheme is None:
             continue
         site = skeleton.site_of(path)
-        if refits(steps.rounder_of(site.name)):
-            check_grid(scheme, path)
+        steps.rounder_of(site.name).check(scheme, path)
         for transform in steps.transforms:
-            if isinstance(transform, ColumnScales):
-                transform.check(site, scheme, path)
+            transform.check(site, scheme, path)
         if steps.tuning is not None:
             check_scheme(scheme, path)
         steps.correction.check(shapes[path][1], scheme, path)

@@ -7,13 +7,11 @@ from collections.abc import Mapping
 import torch
 
 from subnibble.checkpoint.entries import PackedLinearEntry, gather_type
-from subnibble.corrections.low_rank import LowRank
 from subnibble.methods.method import Steps
 from subnibble.model.site import Heads
 from subnibble.model.skeleton import Skeleton
 from subnibble.plan import Plan
 from subnibble.recipe import Recipe
-from subnibble.rounding.dual_scale import scales_columns
 from subnibble.scheme import ActivationScheme, Scheme
 from subnibble.tensor import PackedLayout
 from subnibble.transforms.absorb import has_source
@@ -71,38 +69,28 @@ def activation_bits(steps: Steps, plan: Plan, skeleton: Skeleton) -> float:
 
 
 def _entry(
-    steps: Steps, rows: int, columns: int, scheme: Scheme, activation: ActivationScheme | None
+    steps: Steps, rows: int, columns: int, scheme: Scheme, activation: ActivationScheme | None = None
 ) -> PackedLinearEntry:
-    """What a running linear (rows, columns) will be made of, as far as its inputs go."""
-    rank, low_rank, main = steps.correction.salient, None, PackedLayout(rows, ((columns, scheme),))
-    for part in (steps.correction, None if steps.tuning is None else steps.tuning.branch):
-        if isinstance(part, LowRank):
-            width = min(part.rank, rows, columns)
-            coded = part.scheme(scheme)
-            low_rank = PackedLayout(width, ((columns, coded),)), PackedLayout(rows, ((width, coded),))
-    return PackedLinearEntry(
-        main,
-        bias=False,
-        activation=activation,
-        salient=PackedLayout(rows, ((rank, scheme),)) if rank else None,
-        residual=steps.correction.coarse if rank and activation is not None else "none",
-        low_rank=low_rank,
-    )
+    """A linear (rows, columns) as it will be stored, bias, gather and column scales aside."""
+    entry = PackedLinearEntry(PackedLayout(rows, ((columns, scheme),)), bias=False, activation=activation)
+    entry = steps.correction.planned(entry, scheme)
+    branch = None if steps.tuning is None else steps.tuning.branch
+    return entry if branch is None else branch.planned(entry, scheme)
 
 
 def _extra_bits(steps: Steps, schemes: Mapping[str, Scheme | None], skeleton: Skeleton) -> dict[str, int]:
-    """Bits of the terms beside each linear's weight; 0 where it is not quantized."""
+    """Bits of each linear beyond a plain weight's; 0 where it is not quantized."""
     heads = Heads.of(skeleton.config)
-    parts = (steps.correction, None if steps.tuning is None else steps.tuning.branch)
     found = {}
     for path, (rows, columns) in skeleton.linear_shapes().items():
         scheme, bits = schemes[path], 0
         if scheme is not None:
-            bits = sum(part.stored_bits(rows, columns, scheme) for part in parts if part is not None)
+            matrices = _entry(steps, rows, columns, scheme).matrices.values()
+            bits = sum(layout.stored_bits for layout in matrices) - rows * scheme.row_bits(columns)
             site = skeleton.site_of(path)
             if steps.saliency is not None and steps.saliency.gathers(site, site.name in steps.online):
                 bits += 8 * columns * gather_type(columns).itemsize
-            if scales_columns(steps.rounder_of(site.name)):
+            if steps.rounder_of(site.name).scales_columns:
                 together = {schemes[name] for name in _readers(skeleton, path)} == {scheme}
                 bits += 0 if together and has_source(site, heads) else _HALF_BITS * columns
         found[path] = bits

@@ -9,10 +9,8 @@ import torch
 from torch import Tensor
 
 from subnibble.calibrate.stats import AbsMean, Drift, Gram
-from subnibble.corrections.correction import Branch, Correction, Rounded
-from subnibble.errors import NumericalFailure
-from subnibble.rounding.gptq import GPTQ
-from subnibble.rounding.rounder import Rounder, Rounding
+from subnibble.corrections.correction import Branch, Correction, Rounded, RoundMain
+from subnibble.rounding.rounder import Rounder
 from subnibble.scheme import ActivationScheme, Scheme
 from subnibble.transforms.input_basis import InputBasis
 
@@ -78,37 +76,14 @@ class Stack:
         return rows
 
 
-@dataclass(frozen=True)
-class _Main:
-    """`RoundMain` of a stack."""
-
-    stack: Stack
-    rounder: Rounder
-    drift: Tensor | None
-
-    @property
-    def needs_gram(self) -> bool:
-        return self.rounder.needs_gram
-
-    def __call__(self, weight: Tensor, gram: Tensor | None) -> Rounding:
-        """Round; a failure that does not name its linears gets their names."""
-        where = self.stack.where
-        try:
-            return self.rounder(weight, gram, self.stack.scheme, where, self.drift)
-        except NumericalFailure as error:
-            if str(error).startswith(where):
-                raise
-            raise NumericalFailure(f"{where}: {error}") from error
-
-
 def round_stack(stack: Stack, weight: Tensor, seen: Observed, rounder: Rounder, correction: Correction) -> Rounded:
     """Round a stack of weights (m, k) float32, as inputs meet it, with what the correction adds."""
     own, drift = correction.of_rank(stack.rank), seen.drift
-    if own.salient and isinstance(rounder, GPTQ) and seen.gram is not None and drift is not None:
+    if own.salient and seen.gram is not None and drift is not None:
         # What the second weight takes must be part of the target, not of what rounding moves later.
         weight, rounder = rounder.settled(weight, seen.gram, drift, stack.where)
         drift = None
-    return own.round(weight, seen.gram, stack.scheme, _Main(stack, rounder, drift))
+    return own.round(weight, seen.gram, stack.scheme, RoundMain(rounder, stack.scheme, stack.where, drift))
 
 
 def less_branches(stack: Stack, weight: Tensor, branches: Sequence[Branch | None]) -> Tensor:

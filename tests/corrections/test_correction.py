@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from subnibble.checkpoint.entries import PackedLinearEntry, linear_entry
 from subnibble.corrections.correction import NOTHING, Correction
 from subnibble.corrections.low_rank import LowRank
 from subnibble.corrections.outliers import OutlierColumns
@@ -16,16 +17,20 @@ from subnibble.errors import BadRecipe
 from subnibble.methods.method import Steps
 from subnibble.rounding.gptaq import FORMS, Asymmetry
 from subnibble.rounding.gptq import GPTQ
-from subnibble.rounding.rounder import Rounding
+from subnibble.rounding.rounder import Rounder, Rounding
 from subnibble.rounding.rtn import RTN
+from subnibble.runtime.ops import LinearTerms
 from subnibble.scheme import ActivationScheme, Scheme
 from subnibble.stack import Observed, Stack, round_stack
-from subnibble.tensor import PackedRange, PackedTensor
+from subnibble.tensor import PackedLayout, PackedRange, PackedTensor
 from subnibble.tuning.tuning import Tuning
 
 SCHEME, INPUTS = Scheme(4, 16), ActivationScheme(4, 16)
 ROWS, COLUMNS = 12, 48
-CORRECTIONS = [NOTHING, SalientColumns(16), SalientColumns(16, "after"), OutlierColumns(8), LowRank(4, "qera", 8)]
+CORRECTIONS = [
+    NOTHING, SalientColumns(16), SalientColumns(16, "after"), SalientColumns(16, residual="salient"), OutlierColumns(8),
+    LowRank(4, "qera", 8),
+]  # fmt: skip
 every_correction = pytest.mark.parametrize("correction", CORRECTIONS, ids=lambda c: type(c).__name__)
 
 
@@ -43,13 +48,14 @@ def stack(correction: Correction) -> Stack:
 
 
 @every_correction
-def test_stored_bits_are_those_of_what_is_made(correction: Correction) -> None:
+def test_what_is_planned_is_what_is_made(correction: Correction) -> None:
     found = round_stack(stack(correction), weight(), Observed(gram()), GPTQ(), correction)
     _, packed, salient = found
-    made = packed.stored_bits + (0 if salient is None else PackedTensor((salient,)).stored_bits)
     (branch,) = correction.branches([weight() - packed.dequantize()], gram(), torch.ones(COLUMNS), SCHEME)
-    made += 0 if branch is None else sum(part.stored_bits for part in branch)
-    assert made == ROWS * SCHEME.row_bits(COLUMNS) + correction.stored_bits(ROWS, COLUMNS, SCHEME)
+    inputs, second = correction.inputs(INPUTS), None if salient is None else PackedTensor((salient,))
+    made = LinearTerms(packed, activation=inputs, salient=second, residual=correction.coarse, low_rank=branch)
+    plain = PackedLinearEntry(PackedLayout(ROWS, ((COLUMNS, SCHEME),)), bias=False, activation=inputs)
+    assert correction.planned(plain, SCHEME) == linear_entry(made)
     schemes = {part.scheme for part in packed.ranges} | ({SCHEME} if salient is None else {salient.scheme})
     schemes |= set() if branch is None else {part.ranges[0].scheme for part in branch}
     assert schemes == {SCHEME, *correction.schemes(SCHEME)}
@@ -96,10 +102,9 @@ def test_forms_that_a_correction_would_undo_are_refused(correction: Correction, 
 
 
 @dataclass(frozen=True)
-class Foreign:
+class Foreign(Rounder):
     """Somebody's rounder."""
 
-    needs_gram = False
     needs_drift: bool = False
 
     def __call__(

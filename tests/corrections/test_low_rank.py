@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from subnibble.checkpoint.entries import PackedLinearEntry
 from subnibble.corrections.low_rank import FORMS, LowRank, factorize, roots_of
 from subnibble.errors import BadRecipe
 from subnibble.rounding import grid
 from subnibble.scheme import Scheme
-from subnibble.tensor import PackedRange
+from subnibble.tensor import PackedLayout, PackedRange
 
 ROWS, COLUMNS, RANK = 40, 56, 6
 
@@ -85,7 +86,8 @@ def test_packed_factors_take_the_bits_that_were_planned(bits: int, weight: Schem
     correction = LowRank(RANK, "qera", bits)
     ((down, up),) = correction.branches([e], x.T @ x, None, weight)
     assert (down.shape, up.shape) == ((RANK, COLUMNS), (ROWS, RANK))
-    assert down.stored_bits + up.stored_bits == correction.stored_bits(ROWS, COLUMNS, weight)
+    plain = PackedLinearEntry(PackedLayout(ROWS, ((COLUMNS, weight),)), bias=False)
+    assert correction.planned(plain, weight).low_rank == (down.layout, up.layout)
     exact = factors("qera", e)
     assert loss(e, down.dequantize(), up.dequantize()) < (1.02 if bits == 8 else 1.6) * loss(e, *exact)
 

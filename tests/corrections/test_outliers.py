@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 import subnibble
 from subnibble import Recipe
 from subnibble.calibrate.windows import calibration_windows
+from subnibble.corrections.correction import RoundMain
 from subnibble.corrections.outliers import OutlierColumns
 from subnibble.errors import BadRecipe
 from subnibble.methods import find_method
@@ -40,10 +41,8 @@ def output_error(error: torch.Tensor, gram: torch.Tensor) -> float:
 
 
 def rounded(rounder, weight, gram, count=8):
-    def main(part, seen):
-        return rounder(part, seen, SCHEME, "here")
-
-    return OutlierColumns(count)(weight, gram, SCHEME, main)
+    rounding, packed, _ = OutlierColumns(count).round(weight, gram, SCHEME, RoundMain(rounder, SCHEME, "here"))
+    return rounding, packed
 
 
 def test_to_nearest_each_part_is_its_own() -> None:
@@ -88,13 +87,6 @@ def test_dead_outliers_take_nothing() -> None:
     gram[:, 32:] = gram[32:] = 0
     _, packed = rounded(GPTQ(Clip("minmax"), order="natural"), weight, gram)
     assert torch.equal(packed.dequantize()[:, 32:], grid.nearest(weight[:, 32:], Scheme(8, -1, "none")))
-
-
-def test_stored_bits_are_counted() -> None:
-    weight, _ = problem()
-    correction = OutlierColumns(8)
-    _, packed = rounded(RTN(), weight, None)
-    assert packed.stored_bits == 12 * SCHEME.row_bits(40) + correction.stored_bits(12, 40, SCHEME)
 
 
 def test_outlier_inputs_have_eight_bits_and_one_scale() -> None:

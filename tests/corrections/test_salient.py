@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from subnibble.corrections.correction import NOTHING, Rounded, RoundMain
 from subnibble.corrections.salient import FORMS, SalientColumns, least_squares
 from subnibble.errors import BadRecipe
 from subnibble.rounding import grid
 from subnibble.rounding.gptq import GPTQ
-from subnibble.rounding.rounder import Rounding
+from subnibble.rounding.rtn import RTN
 from subnibble.scheme import Scheme
-from subnibble.tensor import PackedRange
 
 ROWS, COLUMNS, RANK = 24, 88, 32
 SCHEME = Scheme(4, 16, "none")
@@ -39,17 +39,15 @@ def gram() -> Tensor:
     return x.T @ x
 
 
-def to_nearest(matrix: Tensor) -> Rounding:
-    return Rounding(grid.coded(matrix, SCHEME, MINMAX))
+TO_NEAREST = RoundMain(RTN(MINMAX), SCHEME, "here")
+BY_GPTQ = RoundMain(GPTQ(MINMAX, order="natural"), SCHEME, "here")
 
 
-def by_gptq(matrix: Tensor) -> Rounding:
-    return GPTQ(MINMAX, order="natural")(matrix, gram(), SCHEME, "here")
-
-
-def dense(main: Rounding, salient: PackedRange) -> Tensor:
-    total = PackedRange.pack(main.coded, SCHEME).dequantize()
-    total[:, : salient.columns] += salient.dequantize()
+def dense(rounded: Rounded) -> Tensor:
+    _, main, salient = rounded
+    total = main.dequantize()
+    if salient is not None:
+        total[:, : salient.columns] += salient.dequantize()
     return total
 
 
@@ -58,47 +56,47 @@ def output_error(w: Tensor, q: Tensor) -> float:
     return float(((delta @ gram()) * delta).sum())
 
 
-def test_before_and_after_are_the_same_numbers_when_rounding_to_nearest() -> None:
+def test_before_and_after_are_the_same_numbers_when_rounding_TO_NEAREST() -> None:
     w = weight()
-    one = dense(*SalientColumns(RANK, "before", MINMAX)(w, None, SCHEME, to_nearest))
-    other = dense(*SalientColumns(RANK, "after", MINMAX)(w, None, SCHEME, to_nearest))
+    one = dense(SalientColumns(RANK, "before", MINMAX).round(w, None, SCHEME, TO_NEAREST))
+    other = dense(SalientColumns(RANK, "after", MINMAX).round(w, None, SCHEME, TO_NEAREST))
     torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
 
 
 def test_before_and_after_differ_where_the_identity_must_not_hold() -> None:
     w = weight()
-    one = dense(*SalientColumns(RANK, "before", MINMAX)(w, gram(), SCHEME, by_gptq))
-    other = dense(*SalientColumns(RANK, "after", MINMAX)(w, gram(), SCHEME, by_gptq))
+    one = dense(SalientColumns(RANK, "before", MINMAX).round(w, gram(), SCHEME, BY_GPTQ))
+    other = dense(SalientColumns(RANK, "after", MINMAX).round(w, gram(), SCHEME, BY_GPTQ))
     assert float((one - other).abs().max()) > 1e-2
 
 
 @pytest.mark.parametrize(
     ("form", "rounding"),
     # What GPTQ moved from salient columns to others is undone by a plain residual: `after` is for rounding to nearest.
-    [*((form, to_nearest) for form in FORMS), ("before", by_gptq), ("fitted", by_gptq)],
+    [*((form, TO_NEAREST) for form in FORMS), ("before", BY_GPTQ), ("fitted", BY_GPTQ)],
 )
-def test_a_second_weight_takes_most_of_the_output_error(form: str, rounding: object) -> None:
+def test_a_second_weight_takes_most_of_the_output_error(form: str, rounding: RoundMain) -> None:
     w = weight()
-    main, salient = SalientColumns(RANK, form, MINMAX)(w, gram(), SCHEME, rounding)
-    alone = PackedRange.pack(to_nearest(w).coded, SCHEME).dequantize()
-    assert salient.columns == RANK
-    assert output_error(w, dense(main, salient)) < 0.5 * output_error(w, alone)
+    made = SalientColumns(RANK, form, MINMAX).round(w, gram(), SCHEME, rounding)
+    alone = dense(NOTHING.round(w, None, SCHEME, TO_NEAREST))
+    assert made[2].columns == RANK
+    assert output_error(w, dense(made)) < 0.5 * output_error(w, alone)
 
 
-@pytest.mark.parametrize("rounding", [to_nearest, by_gptq])
-def test_output_error_falls_with_the_rank(rounding: object) -> None:
+@pytest.mark.parametrize("rounding", [TO_NEAREST, BY_GPTQ])
+def test_output_error_falls_with_the_rank(rounding: RoundMain) -> None:
     w = weight()
-    errors = [output_error(w, PackedRange.pack(rounding(w).coded, SCHEME).dequantize())]
+    errors = [output_error(w, dense(NOTHING.round(w, gram(), SCHEME, rounding)))]
     for rank in (16, 32, 48, 64, 88):
-        errors.append(output_error(w, dense(*SalientColumns(rank, "before", MINMAX)(w, gram(), SCHEME, rounding))))
+        errors.append(output_error(w, dense(SalientColumns(rank, "before", MINMAX).round(w, gram(), SCHEME, rounding))))
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 0.05 * errors[0]
 
 
 def test_fitted_beats_the_plain_residual_on_the_inputs_it_saw() -> None:
     w = weight()
-    plain = dense(*SalientColumns(RANK, "after", MINMAX)(w, gram(), SCHEME, to_nearest))
-    fitted = dense(*SalientColumns(RANK, "fitted", MINMAX)(w, gram(), SCHEME, to_nearest))
+    plain = dense(SalientColumns(RANK, "after", MINMAX).round(w, gram(), SCHEME, TO_NEAREST))
+    fitted = dense(SalientColumns(RANK, "fitted", MINMAX).round(w, gram(), SCHEME, TO_NEAREST))
     assert output_error(w, fitted) < output_error(w, plain)
 
 

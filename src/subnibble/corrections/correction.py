@@ -13,12 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 from torch import Tensor
 
+from subnibble.checkpoint.entries import PackedLinearEntry
+from subnibble.errors import NumericalFailure
 from subnibble.rounding.gptaq import FORMS
-from subnibble.rounding.rounder import Rounding
+from subnibble.rounding.rounder import Rounder, Rounding
 from subnibble.scheme import ActivationScheme, Scheme
 from subnibble.tensor import PackedRange, PackedTensor
 
@@ -28,15 +30,31 @@ Branch = tuple[PackedTensor, PackedTensor]
 Rounded = tuple[Rounding, PackedTensor, PackedRange | None]
 
 
-class RoundMain(Protocol):
-    """Rounds what a correction leaves to the codes."""
+@dataclass(frozen=True)
+class RoundMain:
+    """Rounds what a correction leaves to the codes. scheme, where, drift: see `Rounder`."""
+
+    rounder: Rounder
+    scheme: Scheme
+    where: str
+    drift: Tensor | None = None
 
     @property
     def needs_gram(self) -> bool:
-        """Whether rounding makes up for its error by the Gram matrix of the inputs."""
+        """See `Rounder`."""
+        return self.rounder.needs_gram
 
     def __call__(self, weight: Tensor, gram: Tensor | None) -> Rounding:
-        """Round a main matrix (m, j), whose inputs have the Gram matrix `gram` (j, j)."""
+        """Round a main matrix (m, j), whose inputs have the Gram matrix `gram` (j, j).
+
+        A failure that does not name its linears gets their names.
+        """
+        try:
+            return self.rounder(weight, gram, self.scheme, self.where, self.drift)
+        except NumericalFailure as error:
+            if str(error).startswith(self.where):
+                raise
+            raise NumericalFailure(f"{self.where}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -84,9 +102,9 @@ class Correction:
         """How inputs are coded that would be coded by `scheme`."""
         return scheme
 
-    def stored_bits(self, rows: int, columns: int, weight: Scheme) -> int:
-        """Bits that it adds to a weight (rows, columns) coded by `weight`."""
-        return 0
+    def planned(self, entry: PackedLinearEntry, weight: Scheme) -> PackedLinearEntry:
+        """A linear's entry with what it adds, known from shapes alone. weight: codes all that `entry` has so far."""
+        return entry
 
     def round(self, weight: Tensor, gram: Tensor | None, scheme: Scheme, round_main: RoundMain) -> Rounded:
         """Round a weight (m, k) float32. gram: (k, k), sum of x xᵀ over its inputs, None without calibration."""

@@ -14,17 +14,18 @@ are rounded to nearest; at run time A reads the quantized input and its output i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from subnibble.checkpoint.entries import PackedLinearEntry
 from subnibble.corrections.correction import Branch, Correction
 from subnibble.errors import BadRecipe
 from subnibble.rounding import grid
 from subnibble.scheme import BITS, Scheme
-from subnibble.tensor import PackedRange, PackedTensor
+from subnibble.tensor import PackedLayout, PackedRange, PackedTensor
 
 FORMS = ("svd", "l2qer", "qera")
 # Of the largest eigenvalue or mean size: directions that calibration hardly saw must not be blown up.
@@ -68,10 +69,12 @@ class LowRank(Correction):
         """See `Correction`."""
         return (self.scheme(weight),)
 
-    def stored_bits(self, rows: int, columns: int, weight: Scheme) -> int:
+    def planned(self, entry: PackedLinearEntry, weight: Scheme) -> PackedLinearEntry:
         """See `Correction`."""
-        scheme, rank = self.scheme(weight), min(self.rank, rows, columns)
-        return rank * scheme.row_bits(columns) + rows * scheme.row_bits(rank)
+        rows, columns, scheme = entry.layout.rows, entry.layout.columns, self.scheme(weight)
+        rank = min(self.rank, rows, columns)
+        factors = PackedLayout(rank, ((columns, scheme),)), PackedLayout(rows, ((rank, scheme),))
+        return replace(entry, low_rank=factors)
 
     def branches(
         self, errors: Sequence[Tensor], gram: Tensor | None, sizes: Tensor | None, scheme: Scheme

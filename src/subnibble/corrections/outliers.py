@@ -8,20 +8,19 @@ then R takes what it can before it goes to 8 bits, which is what error compensat
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from subnibble.checkpoint.entries import PackedLinearEntry
 from subnibble.corrections.correction import Correction, Rounded, RoundMain
 from subnibble.errors import BadRecipe
 from subnibble.rounding import grid
 from subnibble.rounding.grid import Clip
-from subnibble.rounding.rounder import Rounding
 from subnibble.scheme import WHOLE_CHANNEL, ActivationScheme, Scheme
-from subnibble.tensor import PackedRange, PackedTensor
+from subnibble.tensor import PackedLayout, PackedRange, PackedTensor
 
 _DAMPING = 0.01
 
@@ -67,35 +66,18 @@ class OutlierColumns(Correction):
         """See `Correction`."""
         return replace(scheme, outliers=self.count)
 
-    def stored_bits(self, rows: int, columns: int, weight: Scheme) -> int:
+    def planned(self, entry: PackedLinearEntry, weight: Scheme) -> PackedLinearEntry:
         """See `Correction`."""
-        split = weight.row_bits(columns - self.count) + self.scheme(weight).row_bits(self.count)
-        return rows * (split - weight.row_bits(columns))
+        parts = (entry.layout.columns - self.count, weight), (self.count, self.scheme(weight))
+        return replace(entry, layout=PackedLayout(entry.layout.rows, parts))
 
     def round(self, weight: Tensor, gram: Tensor | None, scheme: Scheme, round_main: RoundMain) -> Rounded:
         """See `Correction`; outliers make up for error where rounding does."""
-        rounding, packed = self(weight, gram if round_main.needs_gram else None, scheme, round_main)
-        return rounding, packed, None
-
-    def last(self, weight: Tensor, scheme: Scheme) -> Tensor:
-        """See `Correction`."""
-        return grid.nearest(weight[:, -self.count :], self.scheme(scheme))
-
-    def __call__(
-        self,
-        weight: Tensor,
-        gram: Tensor | None,
-        scheme: Scheme,
-        round_main: Callable[[Tensor, Tensor | None], Rounding],
-    ) -> tuple[Rounding, PackedTensor]:
-        """Codes of the columns before, and all columns packed.
-
-        weight: (m, k) float32, outliers last. gram: (k, k), sum of x xᵀ over the inputs in that order, or None for no
-        compensation. round_main: rounds the columns before (m, k - count), given their Gram matrix.
-        """
         split = weight.shape[1] - self.count
-        share = None if gram is None else _share(gram, split)
-        seen = None if gram is None or share is None else gram[:split, :split] - share @ gram[split:, :split]
+        share = seen = None
+        if gram is not None and round_main.needs_gram:
+            share = _share(gram, split)
+            seen = gram[:split, :split] - share @ gram[split:, :split]
         rounding = round_main(weight[:, :split].contiguous(), seen)
         main = PackedRange.pack(rounding.coded, scheme)
         rest = weight[:, split:]
@@ -103,7 +85,11 @@ class OutlierColumns(Correction):
             rest = rest + (weight[:, :split] - main.dequantize()) @ share.to(rest.dtype)
         own = self.scheme(scheme)
         last = PackedRange.pack(grid.coded(rest, own, Clip("minmax")), own)
-        return rounding, PackedTensor((main, last))
+        return rounding, PackedTensor((main, last)), None
+
+    def last(self, weight: Tensor, scheme: Scheme) -> Tensor:
+        """See `Correction`."""
+        return grid.nearest(weight[:, -self.count :], self.scheme(scheme))
 
 
 def _share(gram: Tensor, split: int) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from subnibble.calibrate.stream import SiteStatistics
-from subnibble.corrections.salient import SalientColumns
+from subnibble.corrections.correction import Correction
 from subnibble.model.skeleton import Block
 from subnibble.rounding import grid
 from subnibble.runtime import activations
@@ -53,7 +53,7 @@ class Gains:
 
 def gains_of(
     block: Block, found: SiteStatistics, factors: Mapping[str, Tensor], orders: Mapping[str, Tensor | None],
-    correction: SalientColumns,
+    correction: Correction,
 ) -> dict[str, Gains]:  # fmt: skip
     """Gains of a block's linears, by path. block: transformed; found: statistics before; factors, orders: by site."""
     made = {}

@@ -14,20 +14,19 @@ multiple of the group size and rounding is to nearest, `before` and `after` are 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from subnibble.checkpoint.entries import PackedLinearEntry
 from subnibble.corrections.correction import NOTHING, Correction, Rounded, RoundMain
 from subnibble.errors import BadRecipe
 from subnibble.rounding import grid
 from subnibble.rounding.levels import Fitter
-from subnibble.rounding.rounder import Rounding
 from subnibble.scheme import WHOLE_CHANNEL, Scheme
-from subnibble.tensor import PackedRange, PackedTensor
+from subnibble.tensor import PackedLayout, PackedRange, PackedTensor
 
 FORMS = ("before", "after", "fitted")
 # What the quantized input's remainder on the salient channels is multiplied with: nothing, or the coarse weight.
@@ -98,39 +97,33 @@ class SalientColumns(Correction):
         """See `Correction`: R is coded as the main matrix is."""
         return (weight,)
 
-    def stored_bits(self, rows: int, columns: int, weight: Scheme) -> int:
+    def planned(self, entry: PackedLinearEntry, weight: Scheme) -> PackedLinearEntry:
         """See `Correction`."""
-        return rows * weight.row_bits(self.rank)
+        residual = "none" if entry.activation is None else self.coarse
+        return replace(entry, salient=PackedLayout(entry.layout.rows, ((self.rank, weight),)), residual=residual)
 
     def round(self, weight: Tensor, gram: Tensor | None, scheme: Scheme, round_main: RoundMain) -> Rounded:
         """See `Correction`."""
-        rounding, salient = self(weight, gram, scheme, lambda main: round_main(main, gram))
-        return rounding, PackedTensor((PackedRange.pack(rounding.coded, scheme),)), salient
-
-    def second(self, weight: Tensor, scheme: Scheme) -> Tensor:
-        """See `Correction`; in the form `before`."""
-        return grid.nearest(weight[:, : self.rank], scheme, self.fitter)
-
-    def __call__(
-        self, weight: Tensor, gram: Tensor | None, scheme: Scheme, round_main: Callable[[Tensor], Rounding]
-    ) -> tuple[Rounding, PackedRange]:
-        """The main matrix's codes, and R.
-
-        weight: (m, k) float32, most salient columns first. gram: (k, k), sum of x xᵀ over the inputs in that order, of
-        which only `fitted` needs to know. round_main: rounds a main matrix (m, k).
-        """
         if self.form == "before":
             salient = self._pack(weight[:, : self.rank], scheme)
             rest = weight.clone()
             rest[:, : self.rank] -= salient.dequantize()
-            return round_main(rest), salient
-        main = round_main(weight)
-        error = weight - PackedRange.pack(main.coded, scheme).dequantize()
+            rounding = round_main(rest, gram)
+            return rounding, PackedTensor((PackedRange.pack(rounding.coded, scheme),)), salient
+        rounding = round_main(weight, gram)
+        main = PackedRange.pack(rounding.coded, scheme)
+        error = weight - main.dequantize()
         if self.form == "fitted":
             if gram is None:
                 raise BadRecipe('form = "fitted" needs calibration text; set calibration')
-            return main, self._pack(least_squares(error, gram, self.rank), scheme)
-        return main, self._pack(error[:, : self.rank], scheme)
+            taken = least_squares(error, gram, self.rank)
+        else:
+            taken = error[:, : self.rank]
+        return rounding, PackedTensor((main,)), self._pack(taken, scheme)
+
+    def second(self, weight: Tensor, scheme: Scheme) -> Tensor:
+        """See `Correction`; in the form `before`."""
+        return grid.nearest(weight[:, : self.rank], scheme, self.fitter)
 
     def _pack(self, matrix: Tensor, scheme: Scheme) -> PackedRange:
         return PackedRange.pack(grid.coded(matrix, scheme, self.fitter), scheme)

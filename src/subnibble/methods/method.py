@@ -6,27 +6,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from torch import Tensor
-
-from subnibble.calibrate.stream import SiteStatistics
 from subnibble.corrections.correction import NOTHING, Correction
 from subnibble.corrections.mean_shift import MeanShift
-from subnibble.corrections.salient import SalientColumns
 from subnibble.errors import BadRecipe
-from subnibble.model.skeleton import Block
-from subnibble.rounding.dual_scale import scales_columns
 from subnibble.rounding.gptaq import FORMS
-from subnibble.rounding.gptq import GPTQ
+from subnibble.rounding.grid import Clip
 from subnibble.rounding.rounder import Rounder
-from subnibble.rounding.rtn import RTN
 from subnibble.transforms.rotate import check_rotation
 from subnibble.transforms.rotate_values import check_value_rotation
 from subnibble.transforms.saliency import Saliency
+from subnibble.transforms.transform import Transform
 from subnibble.tuning.tuning import Tuning
 
-# An edit of a block, in float32, that keeps its function, made before anything of it is rounded. It gives the factors
-# (channels,) by which it divided sites, by name.
-Transform = Callable[[Block, SiteStatistics], Mapping[str, Tensor]]
 # What the statistics of later linears, and their rounding, see of quantized inputs.
 INPUTS = ("exact", "quantized")
 RANKS = ("uniform", "gain")
@@ -91,7 +82,7 @@ class Steps:
             raise BadRecipe(
                 'ranks by gain go with neither rotation nor residual_order = "global"; use ranks = "uniform"'
             )
-        if self.ranks == "gain" and not isinstance(self.correction, SalientColumns):
+        if self.ranks == "gain" and self.correction.salient == 0:
             raise BadRecipe('ranks = "gain" needs a rank above 0, which is their mean')
         if self.tuning is not None:
             _check_tuning(self)
@@ -139,7 +130,7 @@ def _check_tuning(steps: Steps) -> None:
     if steps.ranks != "uniform":
         raise BadRecipe('tuning with salient columns needs ranks = "uniform"')
     for rounder in (steps.rounder, *steps.rounders.values()):
-        if not isinstance(rounder, RTN | GPTQ):
+        if rounder.on(Clip()) is None:
             raise BadRecipe(f"tuning rounds on learned grids, which {type(rounder).__name__} does not take; use GPTQ")
     if steps.inputs != "quantized":
         raise BadRecipe('tuning sees inputs as they will run; use inputs = "quantized"')
@@ -149,8 +140,8 @@ def _check_column_scales(steps: Steps) -> None:
     """Raise `BadRecipe` where column scales of a rounder would meet other channels than theirs, or other terms."""
     rounders = (steps.rounder, *steps.rounders.values())
     others = steps.saliency is not None or steps.correction != NOTHING
-    mixed = map(steps.rounder_of, steps.online)
-    if (others and any(map(scales_columns, rounders))) or any(map(scales_columns, mixed)):
+    # Under other terms no linear may have column scales, else those alone whose input is not transformed.
+    if any(rounder.scales_columns for rounder in (rounders if others else map(steps.rounder_of, steps.online))):
         raise BadRecipe(
             "a rounder that scales columns goes with neither a channel order, nor other terms of a linear, nor an "
             "online transform of its input; use the transform ColumnScales"
@@ -161,11 +152,11 @@ def _check_drift(correction: Correction, rounder: Rounder) -> None:
     """Raise `BadRecipe` where a correction would undo what the rounder does towards full-precision outputs."""
     if not rounder.needs_drift or correction.asymmetries == FORMS:
         return
-    if not isinstance(rounder, GPTQ):
+    if rounder.drift_form not in FORMS:
         raise BadRecipe(f"{type(rounder).__name__} needs drift, which does not go with {correction.noun}")
-    if rounder.asymmetry.form not in correction.asymmetries:
+    if rounder.drift_form not in correction.asymmetries:
         known = " or ".join(f'"{form}"' for form in reversed(correction.asymmetries))
-        raise BadRecipe(f"asymmetry {rounder.asymmetry.form!r} does not go with {correction.noun}; use {known}")
+        raise BadRecipe(f"asymmetry {rounder.drift_form!r} does not go with {correction.noun}; use {known}")
 
 
 @dataclass(frozen=True)

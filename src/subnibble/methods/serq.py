@@ -19,20 +19,19 @@ from functools import partial
 from torch import Tensor
 
 from subnibble.calibrate.stream import SiteStatistics
-from subnibble.corrections.correction import NOTHING
+from subnibble.corrections.correction import NOTHING, Correction, RoundMain
 from subnibble.corrections.salient import SalientColumns
 from subnibble.errors import BadRecipe
-from subnibble.methods.method import Method, Steps, Transform
+from subnibble.methods.method import Method, Steps
 from subnibble.methods.weights import WeightOptions, rounder_of, symmetric
 from subnibble.rounding.dual_scale import DualScale
 from subnibble.rounding.grid import Clip
-from subnibble.rounding.rounder import Rounding
 from subnibble.rounding.rtn import RTN
 from subnibble.runtime import activations
-from subnibble.tensor import PackedRange
 from subnibble.transforms.column_scale import ColumnScales
 from subnibble.transforms.flatten import Flatten, Loss, SearchedFlatten
 from subnibble.transforms.saliency import SCORES, Saliency
+from subnibble.transforms.transform import Transform
 
 FLATTENINGS = ("none", "powers", "search")
 COLUMN_SCALES = ("none", "down")
@@ -86,14 +85,14 @@ class Options(WeightOptions):
 def build(options: Options) -> Steps:
     """Steps of SERQ."""
     fitter = Clip(options.clip, options.clip_power)
-    correction = SalientColumns(options.rank, options.form, fitter, options.residual) if options.rank else None
+    correction = SalientColumns(options.rank, options.form, fitter, options.residual) if options.rank else NOTHING
     return Steps(
         rounder=rounder_of(options),
         transforms=(*_flattening(options, correction), *_column_scales(options)),
         prefers=symmetric,
         rotation=options.rotation,
         saliency=_saliency(options),
-        correction=correction or NOTHING,
+        correction=correction,
         ranks=options.ranks,
         inputs=options.inputs,
     )
@@ -105,7 +104,7 @@ def _saliency(options: Options) -> Saliency | None:
     return Saliency(options.saliency, options.heads, options.residual_order)
 
 
-def _flattening(options: Options, correction: SalientColumns | None) -> tuple[Transform, ...]:
+def _flattening(options: Options, correction: Correction) -> tuple[Transform, ...]:
     match options.flattening:
         case "none":
             return ()
@@ -124,7 +123,7 @@ class _QuantizedError:
     """Squared output error with weights rounded to nearest, salient columns twice, and inputs quantized."""
 
     rounder: RTN
-    correction: SalientColumns | None
+    correction: Correction
 
     def __call__(self, found: SiteStatistics) -> Loss:
         """The error as a function of a linear's name, weight (m, k) and tokens (t, k)."""
@@ -133,19 +132,12 @@ class _QuantizedError:
     def _error(self, found: SiteStatistics, name: str, weight: Tensor, tokens: Tensor) -> float:
         scheme, activation = found.schemes[name], found.activations[name]
         assert scheme is not None
-        gram = tokens.T @ tokens
-
-        def nearest(matrix: Tensor) -> Rounding:
-            return self.rounder(matrix, gram, scheme, name)
-
-        repeated = 0
-        if self.correction is None:
-            dense = PackedRange.pack(nearest(weight).coded, scheme).dequantize()
-        else:
-            main, salient = self.correction(weight, gram, scheme, nearest)
-            dense = PackedRange.pack(main.coded, scheme).dequantize()
+        round_main = RoundMain(self.rounder, scheme, name)
+        _, main, salient = self.correction.round(weight, tokens.T @ tokens, scheme, round_main)
+        dense = main.dequantize()
+        if salient is not None:
             dense[:, : salient.columns] += salient.dequantize()
-            repeated = salient.columns if self.correction.coarse != "none" else 0
+        repeated = self.correction.salient if self.correction.coarse != "none" else 0
         seen = tokens if activation is None else activations.quantize_values(tokens, activation, repeated)
         return float((seen @ dense.T - tokens @ weight.T).square().sum())
 

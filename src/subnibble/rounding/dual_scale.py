@@ -27,14 +27,14 @@ search at three of its steps, with every fourth candidate, not at all with all o
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from subnibble.errors import BadRecipe
 from subnibble.rounding import grid, sign_basis
-from subnibble.rounding.levels import Fitted
+from subnibble.rounding.levels import Fitted, Fitter
 from subnibble.rounding.sign_basis import SignLevels
 from subnibble.scheme import Scheme
 from subnibble.tensor import scale_dtype
@@ -50,8 +50,8 @@ _EPS = 1e-12
 
 
 @dataclass(frozen=True)
-class DualScale:
-    """Fitter. clip: of version P's searches, whose finds the squared error then judges. iterations: 15 as released."""
+class _Alternating(Fitter):
+    """clip: of version P's searches, whose finds the squared error then judges. iterations: 15 as released."""
 
     clip: grid.Clip = field(default_factory=grid.Clip)
     iterations: int = 15
@@ -60,9 +60,23 @@ class DualScale:
         if self.iterations < 1:
             raise BadRecipe(f"iterations is {self.iterations}; give a positive number")
 
+    def check(self, scheme: Scheme, where: str) -> None:
+        """See `Fitter`."""
+        if scheme.grid == "mxfp4":
+            raise BadRecipe(
+                f'{where}: column scales and refitted rows need a uniform or sign grid; set grid = "uniform"'
+            )
+
+
+@dataclass(frozen=True)
+class DualScale(_Alternating):
+    """Fitter of row and column scales; see the module."""
+
+    scales_columns: ClassVar[bool] = True
+
     def fit(self, group: Tensor, scheme: Scheme, weights: Tensor | None, index: int = 0) -> Fitted:
         """See `Fitter`."""
-        check_grid(scheme, "a group")
+        self.check(scheme, "a group")
         sign_basis.check_finite(group)
         h = sign_basis.column_weights(group, grid.usable(weights))
         if scheme.grid == "sign":
@@ -72,33 +86,17 @@ class DualScale:
 
 
 @dataclass(frozen=True)
-class RowScale(DualScale):
+class RowScale(_Alternating):
     """Fitter: the same alternation with all column scales at 1, which shows what column scales add."""
 
     def fit(self, group: Tensor, scheme: Scheme, weights: Tensor | None, index: int = 0) -> Fitted:
         """See `Fitter`."""
-        check_grid(scheme, "a group")
+        self.check(scheme, "a group")
         if scheme.grid == "sign":
             return Fitted(sign_basis.fit(group, scheme, grid.usable(weights), self.iterations))
         sign_basis.check_finite(group)
         h = sign_basis.column_weights(group, grid.usable(weights))
         return Fitted(_fit_rows(group, scheme, self.clip, h, self.iterations))
-
-
-def refits(rounder: Any) -> bool:
-    """Whether a rounder fits its grids by one of these."""
-    return isinstance(getattr(rounder, "fitter", None), DualScale)
-
-
-def scales_columns(rounder: Any) -> bool:
-    """Whether what a rounder codes is to be multiplied by column scales."""
-    return refits(rounder) and not isinstance(rounder.fitter, RowScale)
-
-
-def check_grid(scheme: Scheme, where: str) -> None:
-    """Raise `BadRecipe` if the grid of the linear `where` has no column scales or refitted rows."""
-    if scheme.grid == "mxfp4":
-        raise BadRecipe(f'{where}: column scales and refitted rows need a uniform or sign grid; set grid = "uniform"')
 
 
 def _fit_sign(group: Tensor, scheme: Scheme, h: Tensor, iterations: int) -> Fitted:

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from subnibble.rounding.grid import UniformLevels
-from subnibble.rounding.levels import Fitted
+from subnibble.rounding.levels import Fitted, Fitter
 from subnibble.scheme import Scheme
 
 
 @dataclass(frozen=True)
-class FixedGrids:
+class FixedGrids(Fitter):
     """Fitter that fits nothing. grids: of each group of a row."""
 
     grids: tuple[Fitted, ...]

@@ -25,7 +25,7 @@ from subnibble.rounding.descent import Home, sweep_
 from subnibble.rounding.gptaq import Asymmetry, Push, Spread
 from subnibble.rounding.levels import WEIGHTINGS, Fitter
 from subnibble.rounding.order import ORDERS, ColumnPlan, plan_columns
-from subnibble.rounding.rounder import Rounding
+from subnibble.rounding.rounder import Rounder, Rounding
 from subnibble.scheme import Scheme
 from subnibble.tensor import CodedMatrix
 
@@ -48,7 +48,7 @@ class Factor:
 
 
 @dataclass(frozen=True)
-class GPTQ:
+class GPTQ(Rounder):
     """Rounder with error compensation.
 
     fitter: fits the grid of each group. damping: added to the Gram diagonal, as a fraction of its mean. order: see
@@ -64,7 +64,6 @@ class GPTQ:
     weighting: str = "none"
     asymmetry: Asymmetry = field(default_factory=Asymmetry)
     sweeps: int = 0
-    needs_gram = True
 
     def __post_init__(self) -> None:
         if not 0 < self.damping <= _LARGEST_DAMPING:
@@ -84,9 +83,32 @@ class GPTQ:
             raise BadRecipe(f"block is {self.block}; give a positive number of columns")
 
     @property
+    def needs_gram(self) -> bool:
+        """See `Rounder`."""
+        return True
+
+    @property
     def needs_drift(self) -> bool:
         """See `Rounder`."""
         return self.asymmetry.form != "none"
+
+    @property
+    def drift_form(self) -> str:
+        """See `Rounder`."""
+        return self.asymmetry.form
+
+    @property
+    def scales_columns(self) -> bool:
+        """See `Rounder`."""
+        return self.fitter.scales_columns
+
+    def check(self, scheme: Scheme, where: str) -> None:
+        """See `Rounder`."""
+        self.fitter.check(scheme, where)
+
+    def on(self, fitter: Fitter) -> Rounder:
+        """See `Rounder`."""
+        return replace(self, fitter=fitter)
 
     def __call__(
         self, weight: Tensor, gram: Tensor | None, scheme: Scheme, where: str, drift: Tensor | None = None
@@ -107,11 +129,8 @@ class GPTQ:
         coded = round_columns(weight, factor, plan, scheme, self, push)
         return Rounding(coded, {"damping": factor.damping, "damping_retries": factor.retries})
 
-    def settled(self, weight: Tensor, gram: Tensor, drift: Tensor, where: str) -> tuple[Tensor, GPTQ]:
-        """Weights (m, k) and a rounder that needs no drift, to the same end; for asymmetry "shifted" alone.
-
-        For what must know the target before it is rounded, such as a second weight that takes part of it.
-        """
+    def settled(self, weight: Tensor, gram: Tensor, drift: Tensor, where: str) -> tuple[Tensor, Rounder]:
+        """See `Rounder`; for asymmetry "shifted" alone."""
         order = torch.arange(weight.shape[1], device=weight.device)
         factor = factorize(gram, order, self.damping, where)
         push = Push(drift.to(factor.u.dtype), self.asymmetry)

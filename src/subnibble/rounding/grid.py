@@ -35,7 +35,7 @@ LARGEST_REAL_ZERO = 2.0**12
 
 
 @dataclass(frozen=True)
-class Clip:
+class Clip(Fitter):
     """How the range of a grid is chosen: `minmax`, or `mse` with its error power."""
 
     name: str = "mse"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from torch import Tensor
 
@@ -53,11 +53,17 @@ class Fitted:
         return values if self.columns is None else values * self.columns[first : first + codes.shape[1]]
 
 
-class Fitter(Protocol):
-    """Fits the grid of a group."""
+class Fitter:
+    """Fits the grid of a group. scales_columns: whether columns get scales of their own."""
+
+    scales_columns: ClassVar[bool] = False
+
+    def check(self, scheme: Scheme, where: str) -> None:
+        """Raise `BadRecipe` if it cannot fit the grid of the linear `where`."""
 
     def fit(self, group: Tensor, scheme: Scheme, weights: Tensor | None, index: int = 0) -> Fitted:
         """Fit `group` (m, g) float32, the row's `index`-th.
 
         weights: (g,) not negative, of each column's squared error, or None for 1.
         """
+        raise NotImplementedError

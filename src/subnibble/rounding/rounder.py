@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from torch import Tensor
 
+from subnibble.rounding.levels import Fitter
 from subnibble.scheme import Scheme
 from subnibble.tensor import CodedMatrix
 
@@ -20,16 +20,45 @@ class Rounding:
     notes: Mapping[str, float] = field(default_factory=dict)
 
 
-class Rounder(Protocol):
-    """Rounds the stacked linears of a site: rows are independent, so linears that share inputs go together."""
+class Rounder:
+    """Rounds the stacked linears of a site: rows are independent, so linears that share inputs go together.
+
+    What is said here holds of a rounder that looks at nothing but the weight; others override what differs.
+    """
 
     @property
     def needs_gram(self) -> bool:
         """Whether the Gram matrix of the inputs must be gathered first."""
+        return False
 
     @property
     def needs_drift(self) -> bool:
         """Whether it must be known how far the inputs are from the full-precision model's."""
+        return False
+
+    @property
+    def drift_form(self) -> str:
+        """How it uses drift: a form of `gptaq.py`, or "own"."""
+        return "own" if self.needs_drift else "none"
+
+    @property
+    def scales_columns(self) -> bool:
+        """Whether what it codes is to be multiplied by column scales."""
+        return False
+
+    def check(self, scheme: Scheme, where: str) -> None:
+        """Raise `BadRecipe` if it cannot round the linear `where` on its grid."""
+
+    def on(self, fitter: Fitter) -> Rounder | None:
+        """The same with grids by another fitter; None where it fits them in a way of its own."""
+        return None
+
+    def settled(self, weight: Tensor, gram: Tensor, drift: Tensor, where: str) -> tuple[Tensor, Rounder]:
+        """Weights (m, k) and a rounder that needs no drift, to the same end.
+
+        For what must know the target before it is rounded, such as a second weight that takes part of it.
+        """
+        return weight, self
 
     def __call__(
         self, weight: Tensor, gram: Tensor | None, scheme: Scheme, where: str, drift: Tensor | None = None
@@ -40,3 +69,4 @@ class Rounder(Protocol):
         needed. scheme: one grid for all rows. where: names the linears in errors. drift: (k, k), sum of
         (x~ - x) xᵀ with x~ the full-precision model's input of the same token, or None if not needed.
         """
+        raise NotImplementedError

@@ -26,6 +26,7 @@ from subnibble.model.site import Site
 from subnibble.model.skeleton import Block
 from subnibble.rounding import grid
 from subnibble.transforms.scale import repeat_over_heads, scale_site_
+from subnibble.transforms.transform import Transform
 
 _STEPS = 20
 # Of a factor before they are normalised, as in the released program: a silent channel must not blow up the others.
@@ -33,8 +34,8 @@ _SMALLEST = 1e-4
 
 
 @dataclass(frozen=True)
-class ActivationAwareScale:
-    """Transform. steps: how many alphas are tried, from 0 on."""
+class ActivationAwareScale(Transform):
+    """steps: how many alphas are tried, from 0 on."""
 
     steps: int = _STEPS
 

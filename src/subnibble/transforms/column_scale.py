@@ -17,23 +17,24 @@ from torch import Tensor
 from subnibble.calibrate.stream import SiteStatistics
 from subnibble.model.site import Site
 from subnibble.model.skeleton import Block
-from subnibble.rounding.dual_scale import DualScale, check_grid
+from subnibble.rounding.dual_scale import DualScale
 from subnibble.scheme import Scheme
 from subnibble.transforms.scale import scale_site_
+from subnibble.transforms.transform import Transform
 
 _SITE = "mlp_hidden"
 
 
 @dataclass(frozen=True)
-class ColumnScales:
-    """Transform. fitter: of the scales."""
+class ColumnScales(Transform):
+    """fitter: of the scales."""
 
     fitter: DualScale = field(default_factory=DualScale)
 
     def check(self, site: Site, scheme: Scheme, where: str) -> None:
-        """Raise `BadRecipe` if the linear `where`, a reader of the site, is on a grid that takes no column scales."""
+        """See `Transform`."""
         if site.name == _SITE:
-            check_grid(scheme, where)
+            self.fitter.check(scheme, where)
 
     def __call__(self, block: Block, found: SiteStatistics) -> Mapping[str, Tensor]:
         """See `Transform`."""

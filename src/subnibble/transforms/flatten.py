@@ -24,6 +24,7 @@ from subnibble.errors import BadRecipe
 from subnibble.model.site import Site
 from subnibble.model.skeleton import Block
 from subnibble.transforms.scale import repeat_over_heads, scale_site_
+from subnibble.transforms.transform import Transform
 
 # Of the largest factor of a site: a nearly silent channel must not blow up what writes it.
 _SMALLEST = 1e-4
@@ -34,8 +35,8 @@ Loss = Callable[[str, Tensor, Tensor], float]
 
 
 @dataclass(frozen=True)
-class Flatten:
-    """Transform with the same powers everywhere."""
+class Flatten(Transform):
+    """Edit with the same powers everywhere."""
 
     alpha: float = 1.0
     beta: float = 0.0
@@ -60,8 +61,8 @@ class NormFlatten(Flatten):
 
 
 @dataclass(frozen=True)
-class SearchedFlatten:
-    """Transform with powers of each site's own. loss: what is to be small."""
+class SearchedFlatten(Transform):
+    """Edit with powers of each site's own. loss: what is to be small."""
 
     loss: Callable[[SiteStatistics], Loss]
 
