@@ -339,6 +339,10 @@ def test_inputs_may_be_embeddings_or_positional() -> None:
     assert_close(logits(model, None, inputs_embeds=model.model.embed_tokens(tokens)), wanted)
     with torch.no_grad():
         assert_close(model.lm_head(model.model(tokens).last_hidden_state), wanted)
+        mask = torch.ones_like(tokens)
+        mask[0, :3] = 0
+        padded = model.model(input_ids=tokens, attention_mask=mask).last_hidden_state
+        assert_close(model.model(tokens, mask).last_hidden_state, padded)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -411,3 +415,41 @@ def test_additive_masks_are_refused() -> None:
 def test_a_positive_crop_is_refused_as_transformers_does() -> None:
     with pytest.raises(ValueError, match="negative"):
         KVCache(CacheScheme(4), 2).crop(3)
+
+
+def test_a_crop_that_some_of_a_cache_cannot_make_takes_nothing() -> None:
+    """Keys by channel end in whole groups of tokens and values do not: one could give back what the other cannot."""
+    scheme, tokens = CacheScheme(2, 4, "channel", window=4), ids(10)
+    model = model_of("llama")
+    attach_cache_(model, scheme)
+    with torch.no_grad():
+        past = model(tokens, use_cache=True).past_key_values
+        for removed in range(1, 10):
+            before = [(layer.store.keys.length, layer.store.values.length) for layer in past.layers]
+            kept = copy.deepcopy(past)
+            try:
+                past.crop(-removed)
+            except ValueError:
+                assert [(layer.store.keys.length, layer.store.values.length) for layer in past.layers] == before
+                new = ids(1, seed=5)
+                assert_close(model(new, past_key_values=past).logits, model(new, past_key_values=kept).logits)
+                return
+            past = kept
+    raise AssertionError("every crop was made; the test shows nothing")
+
+
+def test_gradient_checkpointing_which_drops_caches_is_refused() -> None:
+    model, tokens = with_prefix(model_of("llama"), ids(PREFIX, 1, seed=3)[0], None), ids(5)
+    model.train()
+    # By its name in transformers 5, or in those before.
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    with pytest.raises(BadRecipe, match="gradient checkpointing"):
+        model(tokens)
+    getattr(model, "activation_checkpointing_disable", model.gradient_checkpointing_disable)()
+    assert torch.isfinite(model(tokens).logits).all()
+
+
+def test_a_text_behind_a_prefix_comes_in_one_piece() -> None:
+    model = with_prefix(model_of("llama"), ids(PREFIX, 1, seed=3)[0], None)
+    with pytest.raises(BadRecipe, match="leave prefill_chunk_size out"):
+        model.generate(ids(8), max_new_tokens=2, prefill_chunk_size=4)

@@ -20,7 +20,7 @@ from subnibble.checkpoint.opening import open_source
 from subnibble.checkpoint.packed import packed_config_of
 from subnibble.checkpoint.safetensors_source import SafetensorsSource
 from subnibble.checkpoint.size import measure
-from subnibble.errors import BadRecipe, CalibrationError, CheckpointError
+from subnibble.errors import BadRecipe, CalibrationError, CheckpointError, NumericalFailure
 from subnibble.evaluation import Evaluation, evaluate
 from subnibble.hf_attention import attach_cache_, attached_cache, detach_cache_, set_prefix_
 from subnibble.model.skeleton import Skeleton
@@ -358,3 +358,21 @@ def test_a_prefix_keeps_its_type_and_a_plain_model_does_not_save_it(folders: dic
     attach_prefix_(plain, CacheScheme(4), PrefixIds(IDS))
     plain.save_pretrained(tmp_path / "plain")
     assert not any("prefix" in name for name in tensors_of(tmp_path / "plain"))
+
+
+def test_a_prefix_that_cannot_be_leaves_the_model_as_it_was(folders: dict[str, Path]) -> None:
+    model = load(folders["llama"])
+    attach_prefix_(model, CacheScheme(4), PrefixIds(IDS))
+    wanted = logits(model, text())
+    for ids in ((3,) * 200, (3, 10_000)):
+        with pytest.raises(CalibrationError, match=r"longer than the model's 128|token ids run from 3 to 10000"):
+            attach_prefix_(model, CacheScheme(3), PrefixIds(ids))
+    with torch.no_grad():
+        gains = model.model.layers[1].input_layernorm.weight
+        gains *= 1e30
+    with pytest.raises(NumericalFailure, match="layer 1"):
+        attach_prefix_(model, CacheScheme(3), PrefixIds(IDS))
+    with torch.no_grad():
+        gains /= 1e30
+    assert attached_cache(model).scheme == CacheScheme(4)
+    torch.testing.assert_close(logits(model, text()), wanted)

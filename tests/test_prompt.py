@@ -88,6 +88,8 @@ def test_a_chat_behind_a_prefix_has_no_second_system_turn() -> None:
     assert chat_prompt(own, "hello") == "sys be kind <e> user hello <e> "
     assert chat_prompt(own, "hello", prefix) == "user hello <e> "
     assert chat_prompt(tokenizer(WITHOUT_DEFAULT), "hello", prefix) == "user hello <e> "
+    # BOS is no system turn.
+    assert chat_prompt(own, "hello", prefix_ids("bos", own)) == "sys be kind <e> user hello <e> "
     with pytest.raises(BadRecipe, match="no chat template"):
         chat_prompt(tokenizer(None), "hello", prefix)
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from subnibble.cache_scheme import CacheScheme, PrefixIds
-from subnibble.calibrate.windows import bos_token, check_positions, evaluation_windows
+from subnibble.calibrate.windows import bos_token, check_positions, check_vocabulary, evaluation_windows
 from subnibble.checkpoint.edit import REPORT, read_report
 from subnibble.checkpoint.opening import open_source
 from subnibble.checkpoint.original import check_original
@@ -57,7 +57,9 @@ class Evaluation:
     def windows(self, source: Source, tokenizer: Any, prefix: PrefixIds | None) -> Tensor:
         """The windows, in the tokens of `source`, whose tokenizer is given. prefix: what they will stand behind."""
         check_positions(self.window, source.config, 0 if prefix is None else len(prefix.ids))
-        return evaluation_windows(self.text, tokenizer, self.window, self.max_windows)
+        windows = evaluation_windows(self.text, tokenizer, self.window, self.max_windows)
+        check_vocabulary(windows, source.config.vocab_size, self.text)
+        return windows
 
 
 def prepare_(model: Any, kv_bits: int | None, kv: Mapping[str, Any], prefix: PrefixIds | None) -> None:

@@ -7,11 +7,11 @@ on bits and site, and other bits or another method over the file shall get their
 from __future__ import annotations
 
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from subnibble.paths import expanded, is_file
 from subnibble.recipe import Recipe
 
 
@@ -34,4 +34,4 @@ def filled_in(
 
 def absolute(file: str) -> str:
     """A file's full path, so that the recipe means the same from any folder; names of sets as they are."""
-    return str(Path(file).resolve()) if file and Path(file).is_file() else file
+    return str(expanded(file).resolve()) if is_file(file) else file

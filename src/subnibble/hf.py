@@ -17,7 +17,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from subnibble.checkpoint.entries import NormBiasEntry
 from subnibble.checkpoint.opening import open_source
-from subnibble.checkpoint.packed import QUANT_METHOD, PackedConfig, packed_config_of
+from subnibble.checkpoint.packed import QUANT_METHOD, PackedConfig, readable_config_of
 from subnibble.checkpoint.safetensors_source import STORED_TYPES, read_header
 from subnibble.checkpoint.source import Source
 from subnibble.device import resolve_device, resolve_dtype
@@ -152,7 +152,7 @@ def load_model(model: str | Path | Source, dtype: str = "auto", device: str = "a
     if source.path.suffix == ".gguf":
         # transformers would keep a `gguf` quantization_config and parse the file's metadata twice more.
         return Skeleton(source, kind, place).load_all()
-    if packed_config_of(source.config) is None and source.config.model_type in ARCHITECTURES:
+    if readable_config_of(source.config, source.path) is None and source.config.model_type in ARCHITECTURES:
         # transformers would make up missing tensors.
         Skeleton(source, kind, place).check_tied_head()
     from transformers import AutoModelForCausalLM

@@ -17,7 +17,10 @@ hidden. The first call of a text decides; what later calls bring is text.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from inspect import signature
 from typing import Any
 
 import torch
@@ -126,11 +129,24 @@ def attached_cache(model: Any) -> Attached | None:
 
 def change_scheme_(model: Any, scheme: CacheScheme | None) -> None:
     """Give a model another cache; its prefix stays."""
-    attached, states = attached_cache(model), [getattr(module, PREFIX, None) for module in _attentions(model)]
-    prefix = None if attached is None else attached.prefix
-    attach_cache_(model, scheme, prefix)
-    if prefix is not None:
-        set_prefix_(model, [(held.keys, held.values) for held in states if held is not None])
+    attached, states = attached_cache(model), _prefix_states(model)
+    attach_cache_(model, scheme, None if attached is None else attached.prefix)
+    if states:
+        set_prefix_(model, states)
+
+
+@contextmanager
+def detached(model: Any) -> Iterator[None]:
+    """Without what is attached to the model; it is there again afterwards."""
+    attached, states = attached_cache(model), _prefix_states(model)
+    detach_cache_(model)
+    try:
+        yield
+    finally:
+        if attached is not None:
+            attach_cache_(model, attached.scheme, attached.prefix)
+            if states:
+                set_prefix_(model, states)
 
 
 def set_prefix_(model: Any, states: list[tuple[Tensor, Tensor]]) -> None:
@@ -139,6 +155,12 @@ def set_prefix_(model: Any, states: list[tuple[Tensor, Tensor]]) -> None:
     for module, (keys, values) in zip(_attentions(model), states, strict=True):
         module.add_module(PREFIX, PrefixStates(keys, values, persistent=packed))
     _write_config(model)
+
+
+def _prefix_states(model: Any) -> list[tuple[Tensor, Tensor]]:
+    """What `set_prefix_` gave the model; empty if nothing."""
+    held = [getattr(module, PREFIX, None) for module in _attentions(model)]
+    return [(states.keys, states.values) for states in held if states is not None]
 
 
 def _decoder(model: Any) -> Any:
@@ -198,6 +220,10 @@ class _GenerationCache:
         """As transformers calls it: puts the cache into model_kwargs."""
         if generation_config.cache_implementation is not None:
             raise BadRecipe("the model has a cache of its own; leave cache_implementation out")
+        if generation_config.prefill_chunk_size is not None and self.attached.prefix is not None:
+            raise BadRecipe(
+                "a text that repeats the model's prefix must come in one piece; leave prefill_chunk_size out"
+            )
         if generation_config.use_cache is not False or model_kwargs.get("past_key_values") is not None:
             model_kwargs["past_key_values"] = self.attached.accepted(model_kwargs.get("past_key_values"))
 
@@ -210,13 +236,12 @@ class _BeforeDecoder:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """As torch calls it."""
-        if args:
-            kwargs, args = {"input_ids": args[0], **kwargs}, args[1:]
-        kwargs, prefix = dict(kwargs), self.attached.prefix
+        kwargs = {**dict(zip(signature(module.forward).parameters, args, strict=False)), **kwargs}
+        prefix = self.attached.prefix
         ids = kwargs.get("input_ids")
         tokens = kwargs.get("inputs_embeds") if ids is None else ids
-        if tokens is None or args:
-            return args, kwargs
+        if tokens is None:
+            return (), kwargs
         cache = kwargs["past_key_values"] = self.attached.accepted(kwargs.get("past_key_values"))
         mask = kwargs.get("attention_mask")
         flat = mask is None or (isinstance(mask, Tensor) and mask.dim() == 2)
@@ -233,7 +258,7 @@ class _BeforeDecoder:
         elif cache.skipped is not None:
             positions = (positions - cache.skipped.to(positions.device)).clamp(min=0)
         kwargs["position_ids"] = positions + (0 if prefix is None else len(prefix.ids))
-        return args, kwargs
+        return (), kwargs
 
 
 def _positions(mask: Tensor | None, past: int, tokens: Tensor) -> Tensor:
@@ -274,7 +299,10 @@ def _announce(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tup
     """A forward pre-hook of attention: hands its cache layer over."""
     cache = kwargs.get("past_key_values")
     if not isinstance(cache, KVCache):
-        return args, kwargs
+        raise BadRecipe(
+            "an attention was called without the cache that is attached to the model, as gradient checkpointing does; "
+            "switch that off, or detach the cache first (`detach_cache_`)"
+        )
     if module.config._attn_implementation != ATTENTION:
         raise BadRecipe(
             f"the attention implementation was set to {module.config._attn_implementation!r}, which knows no coded "

@@ -137,10 +137,16 @@ class CacheLayer(CacheLayerMixin):
         """Put the batch in another order."""
         self.batch_select_indices(beam_idx)
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last tokens; their number negative, as transformers has it."""
+    def check_crop(self, tokens_to_remove: int) -> None:
+        """Raise `ValueError` if `crop` cannot be done."""
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes the number of tokens to forget negative; found {tokens_to_remove}")
+        for part in (self.store.keys, self.store.values):
+            part.check_crop(-tokens_to_remove)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens; their number negative, as transformers has it. All or none."""
+        self.check_crop(tokens_to_remove)
         for part in (self.store.keys, self.store.values):
             part.crop(-tokens_to_remove)
 
@@ -207,6 +213,8 @@ class KVCache(Cache):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens; their number negative, as transformers has it."""
+        for layer in self._own:
+            layer.check_crop(tokens_to_remove)
         super().crop(tokens_to_remove)
         length = self.get_seq_length()
         self.positions.map(lambda part: part[:, :length])

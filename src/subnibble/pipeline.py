@@ -49,6 +49,7 @@ from subnibble.distill import distill
 from subnibble.errors import OutputError
 from subnibble.methods.method import Steps
 from subnibble.model.skeleton import Block, Skeleton
+from subnibble.paths import expanded, is_file
 from subnibble.plan import Plan
 from subnibble.planned_size import packed_bytes
 from subnibble.progress import Progress, silent
@@ -86,7 +87,7 @@ def quantize(
     Raises a `SubnibbleError` that says what to do, before any weight is read where that can be known; `out` appears
     only when it is complete.
     """
-    final = Path(out)
+    final = expanded(out)
     check_output(final, overwrite)
     run = _Run.prepare(model, final, recipe)
     with CheckpointWriter(final, run.skeleton.num_blocks + 1, overwrite) as writer:
@@ -119,8 +120,7 @@ class _Run:
         clock = Clock()
         found = resolve(model, recipe)
         recipe, source, windows = found.recipe, found.skeleton.source, None
-        if source.path.resolve() == out.resolve():
-            raise OutputError(f"{out} is the model itself; choose another folder")
+        _check_apart(out, source.path, recipe)
         if recipe.calibration is not None:
             with clock.step("read text"):
                 windows = calibration_windows(
@@ -352,6 +352,15 @@ class _Run:
 
 def _losing(index: int, loss: float) -> str:
     return f"block {index} tuned to a held-out loss of {loss:.4f}"
+
+
+def _check_apart(out: Path, model: Path, recipe: Recipe) -> None:
+    """Raise `OutputError` if replacing `out` would take what is read with it."""
+    if model.resolve() == out.resolve():
+        raise OutputError(f"{out} is the model itself; choose another folder")
+    for name in (str(model), recipe.calibration or "", recipe.system_prompt or ""):
+        if (name == str(model) or is_file(name)) and out.resolve() in expanded(name).resolve().parents:
+            raise OutputError(f"{name} lies in {out}, which would be replaced; choose another folder")
 
 
 def _check_disk(run: _Run, folder: Path) -> None:

@@ -12,11 +12,11 @@ from transformers import DynamicCache
 
 from subnibble.cache_scheme import CacheScheme, PrefixIds
 from subnibble.calibrate.prefix import States, half_states
-from subnibble.calibrate.windows import check_positions
+from subnibble.calibrate.windows import check_positions, check_vocabulary
 from subnibble.checkpoint.edit import change_checkpoint, open_packed
 from subnibble.checkpoint.entries import Entry, PrefixEntry, prefix_state
 from subnibble.hf import load_model
-from subnibble.hf_attention import attach_cache_, attached_cache, check_cache, detach_cache_, set_prefix_
+from subnibble.hf_attention import attach_cache_, attached_cache, check_cache, detached, set_prefix_
 from subnibble.model.arch import find_arch
 from subnibble.prompt import prefix_ids
 
@@ -37,13 +37,15 @@ def attach_prefix_(model: Any, scheme: CacheScheme | None, prefix: PrefixIds | N
 
 
 def compute_prefix(model: Any, prefix: PrefixIds) -> list[States]:
-    """Keys and values (heads, tokens, width) float16 of each layer. The model's own cache and prefix are dropped."""
-    detach_cache_(model)
+    """Keys and values (heads, tokens, width) float16 of each layer, as the model makes them without its own cache and
+    prefix.
+    """
     check_positions(1, model.config, len(prefix.ids))
+    check_vocabulary(torch.tensor(prefix.ids), model.config.vocab_size, "the system prompt")
     cache = DynamicCache()
     device = next(iter((*model.parameters(), *model.buffers()))).device
     decoder = model.get_submodule(find_arch(model.config.model_type).blocks.rpartition(".")[0])
-    with torch.no_grad():
+    with detached(model), torch.no_grad():
         decoder(torch.tensor([prefix.ids], device=device), past_key_values=cache, use_cache=True)
     # Without a config the cache has no sliding layers, which would keep the last tokens alone.
     layers: list[Any] = list(cache.layers)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from subnibble.cache_scheme import PrefixIds
 from subnibble.calibrate.windows import bos_token
 from subnibble.errors import BadRecipe
+from subnibble.paths import expanded, is_file
 
 # "auto" is found in calibration text, while a model is quantized.
 DEFAULT, BOS, AUTO = "default", "bos", "auto"
@@ -73,17 +73,19 @@ def default_turn(tokenizer: Any) -> str | None:
     return rendered[:end] if len(turn[1]) <= end <= rendered.find(_USER) else None
 
 
+def is_system_turn(prefix: PrefixIds, tokenizer: Any) -> bool:
+    """Whether a prefix is a system turn of the chat template, and not BOS or sink tokens alone."""
+    turn = _system_turn(tokenizer)
+    return turn is not None and bool(turn[0]) and turn[0].strip() in str(tokenizer.decode(list(prefix.ids)))
+
+
 def _text(prompt: str) -> str:
     """The prompt, or what is in the file of this name; a line break at its end is not part of it."""
-    try:
-        path = Path(prompt)
-        if not path.is_file():
-            if path.suffix in _TEXT_FILES and len(prompt.split()) == 1:
-                raise BadRecipe(f"--system-prompt {prompt}: there is no such file; give its full name, or text")
-            return prompt
-    except OSError:
-        # Too long for a file's name.
+    if not is_file(prompt):
+        if prompt.endswith(_TEXT_FILES) and len(prompt.split()) == 1:
+            raise BadRecipe(f"--system-prompt {prompt}: there is no such file; give its full name, or text")
         return prompt
+    path = expanded(prompt)
     try:
         return path.read_text(encoding="utf-8").removesuffix("\n")
     except (OSError, UnicodeDecodeError) as error:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from subnibble.cache_scheme import PrefixIds
-from subnibble.calibrate.windows import check_positions
+from subnibble.calibrate.windows import check_positions, check_vocabulary
 from subnibble.checkpoint.opening import open_source
 from subnibble.checkpoint.source import Source
 from subnibble.device import resolve_device, resolve_dtype
@@ -68,6 +70,8 @@ def resolve(model: str | Path | Source, recipe: Recipe) -> Resolved:
         )
     window = 1 if recipe.calibration is None else recipe.window
     check_positions(window, source.config, 0 if prefix is None else len(prefix.ids))
+    if prefix is not None:
+        check_vocabulary(torch.tensor(prefix.ids), source.config.vocab_size, "the system prompt")
     whole = filled_in(recipe, options, device, dtype)
     return Resolved(whole, steps, skeleton, plan, rotation, values, prefix)
 

@@ -7,27 +7,31 @@ from typing import Any
 import torch
 
 from subnibble.cache_scheme import PrefixIds
+from subnibble.calibrate.windows import check_vocabulary
 from subnibble.errors import BadRecipe
 from subnibble.hf_attention import attached_cache
-from subnibble.prompt import default_turn
+from subnibble.prompt import default_turn, is_system_turn
 
 
 def chat_prompt(tokenizer: Any, message: str, prefix: PrefixIds | None = None) -> str:
     """The message of a user in the tokenizer's chat template, ready for the model's turn.
 
-    prefix: what the model stands behind; the system turn that the template writes by itself is left out then.
+    prefix: what the model stands behind; where that is a system turn, the one that the template writes by itself is
+    left out.
     """
     if not tokenizer.chat_template:
         raise BadRecipe("this model's tokenizer has no chat template; generate without --chat")
     turns = [{"role": "user", "content": message}]
     text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
-    return text if prefix is None else text.removeprefix(default_turn(tokenizer) or "")
+    replaced = prefix is not None and is_system_turn(prefix, tokenizer)
+    return text.removeprefix(default_turn(tokenizer) or "") if replaced else text
 
 
 def speak(model: Any, tokenizer: Any, prompt: str, tokens: int, temperature: float = 0.0, seed: int = 0) -> str:
     """The model's continuation of `prompt` by at most `tokens` tokens, fewer where its positions end before.
 
-    temperature 0 takes the likeliest each time; above, seed draws. `BadRecipe` if the prompt alone is too long.
+    temperature 0 takes the likeliest each time; above, seed draws, as the model's generation_config narrows it.
+    `BadRecipe` if the prompt alone is too long.
     """
     # A chat template may have put BOS there already.
     begun = bool(tokenizer.bos_token) and prompt.startswith(tokenizer.bos_token)
@@ -35,9 +39,12 @@ def speak(model: Any, tokenizer: Any, prompt: str, tokens: int, temperature: flo
     given = inputs["input_ids"].shape[1]
     if given == 0:
         raise BadRecipe("the prompt is empty; give some text to continue")
+    check_vocabulary(inputs["input_ids"], model.config.vocab_size, "the prompt")
     settings: dict[str, Any] = {"do_sample": temperature > 0, "max_new_tokens": _that_fit(model, given, tokens)}
     if temperature > 0:
         settings["temperature"] = temperature
+    else:
+        settings["repetition_penalty"] = 1.0
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         output = model.generate(**inputs.to(model.device), **settings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import save_model
+from subnibble import Recipe, quantize
 from subnibble.checkpoint import opening
 from subnibble.checkpoint.opening import open_source
 from subnibble.checkpoint.safetensors_source import INDEX, SINGLE, SafetensorsSource
 from subnibble.checkpoint.size import measure
 from subnibble.errors import CheckpointError, UnsupportedModel
+from subnibble.hf import load_model
 from subnibble.model.skeleton import Skeleton
 
 
@@ -159,16 +162,20 @@ def test_truncated_gguf_is_named(tmp_path: Path) -> None:
 
 def test_hub_id_is_fetched_without_pickles_or_code(single: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
 
     asked: dict[str, object] = {}
 
-    def fetch(repo: str, allow_patterns: list[str]) -> str:
-        asked.update(repo=repo, patterns=allow_patterns)
+    def fetch(repo: str, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+        asked.update(repo=repo, patterns=allow_patterns, others=ignore_patterns)
         return str(single)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
     assert open_source("owner/name").path == single
     assert asked["repo"] == "owner/name"
+    files = ["model.safetensors", "tokenizer.json", "consolidated.safetensors", "original/model.safetensors", "x.bin"]
+    wanted = filter_repo_objects(files, allow_patterns=asked["patterns"], ignore_patterns=asked["others"])
+    assert list(wanted) == ["model.safetensors", "tokenizer.json"]
     assert not any(pattern.endswith((".bin", ".pt", ".py", "*")) for pattern in asked["patterns"])  # type: ignore[attr-defined]
 
 
@@ -199,3 +206,55 @@ def test_sizes_of_a_packed_folder_count_every_stored_bit(single: Path, tmp_path:
     assert found.effective_bits == bits / weights
     assert found.file_bytes == sum(f.stat().st_size for f in (tmp_path / "out").glob("*.safetensors"))
     assert found.parameters == sum(t.numel() for t in load_file(single / SINGLE).values())
+
+
+@pytest.mark.parametrize("file", [3, None, ["model-00001-of-00002.safetensors"]])
+def test_an_index_of_other_things_than_names_is_damaged(file: object, sharded: Path) -> None:
+    index = sharded / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"]["model.norm.weight"] = file
+    index.write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match="is damaged"):
+        open_source(sharded)
+
+
+def with_config(folder: Path, **values: object) -> Path:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | values))
+    return folder
+
+
+@pytest.mark.parametrize("table", ["gptq", 4, ["gptq"]])
+def test_a_quantization_config_that_is_no_table_is_named(table: object, single: Path) -> None:
+    with pytest.raises(CheckpointError, match="quantization_config is no table"):
+        open_source(with_config(single, quantization_config=table))
+
+
+def test_what_others_quantized_is_named_and_not_read(single: Path) -> None:
+    with_config(single, quantization_config={"quant_method": "gptq", "bits": 4})
+    for use in (measure, load_model):
+        with pytest.raises(CheckpointError, match="quantized as 'gptq', which is not read here; give the original"):
+            use(open_source(single))
+
+
+def test_parameters_of_a_stored_tied_head_count_once(folders: dict[str, Path], tmp_path: Path) -> None:
+    once = measure(open_source(folders["llama-tied"]))
+    twice = shutil.copytree(folders["llama-tied"], tmp_path / "twice")
+    tensors = load_file(twice / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, twice / "model.safetensors", metadata={"format": "pt"})
+    assert measure(open_source(twice)).parameters == once.parameters
+
+
+@pytest.mark.parametrize(("method", "ending"), [("d2quant", "norm.bias"), ("dualfit", "o_proj.column_scale")])
+def test_a_packed_tensor_that_is_missing_is_named(
+    method: str, ending: str, folders: dict[str, Path], token_file: Path, tmp_path: Path
+) -> None:
+    recipe = Recipe(method, bits=2, group_size=16, calibration=str(token_file), num_windows=4, window=32)
+    quantize(folders["llama"], tmp_path / "out", recipe)
+    name = next(name for name in open_source(tmp_path / "out").names() if name.endswith(ending))
+    index = json.loads((tmp_path / "out" / INDEX).read_text())
+    del index["weight_map"][name]
+    (tmp_path / "out" / INDEX).write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=f"{name} is missing"):
+        measure(open_source(tmp_path / "out"))

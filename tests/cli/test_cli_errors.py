@@ -208,3 +208,61 @@ def test_prompts_that_cannot_be_continued_are_errors(run: Run, folders: dict[str
     code, _, err = run("generate", folders["llama"], "--prompt", "w1", "--chat")
     assert code == 2
     assert "no chat template" in err
+
+
+def test_a_model_or_text_inside_the_output_is_not_replaced(run: Run, arguments: list[object], tmp_path: Path) -> None:
+    """Where OUT is a checkpoint that may be replaced, too."""
+    out = tmp_path / "out"
+    assert run(*arguments)[0] == 0
+    shutil.copytree(arguments[1], out / "original")
+    (out / "text.txt").write_text("w3 w4")
+    before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
+    inside = [*arguments]
+    inside[1] = out / "original"
+    for words in (inside, [*arguments, "--system-prompt", out / "text.txt"]):
+        code, _, err = run(*words, "--overwrite")
+        assert code == 2
+        assert f"lies in {out}, which would be replaced" in err
+    assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before
+
+
+def test_text_in_the_place_of_a_file_is_an_error_however_long(
+    run: Run, arguments: list[object], folders: dict[str, Path], tmp_path: Path
+) -> None:
+    words = " ".join(["w3"] * 200)
+    code, _, err = run("evaluate", folders["llama"], "--window", 32, "--text", words)
+    assert code == 2
+    assert "no such text file" in err
+    assert len(err) < 400
+    assert run("evaluate", folders["llama"], "--window", 32, "--text", "~nobody-here/text.txt")[0] == 2
+
+
+def test_a_system_prompt_longer_than_a_files_name(run: Run, arguments: list[object], tmp_path: Path) -> None:
+    words = " ".join(["w3"] * 90)
+    assert run(*arguments, "--system-prompt", words)[0] == 0
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["quantization_config"]["prefix"]["ids"] == [3] * 90
+
+
+def test_words_that_the_model_has_no_rows_for_are_named(run: Run, text_file: Path, tmp_path: Path) -> None:
+    folder = save_model("llama", tmp_path / "model")
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["model"]["vocab"] |= {"w3": 4000}
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    for words in (
+        ("evaluate", folder, "--text", text_file, "--window", 32),
+        ("generate", folder, "--prompt", "w3"),
+        ("quantize", folder, tmp_path / "out", "--method", "none", "--kv-bits", 4, "--system-prompt", "w3 w4"),
+    ):
+        code, _, err = run(*words)
+        assert code == 2, err
+        assert "4000, the model knows 0 to 95" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_path_may_look_like_markup(run: Run, folders: dict[str, Path], tmp_path: Path) -> None:
+    for name in ("m[w3]", "[b]"):
+        shutil.copytree(folders["llama"], tmp_path / name)
+        code, out, _ = run("inspect", tmp_path / name)
+        assert code == 0
+        assert name in out

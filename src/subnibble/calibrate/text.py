@@ -15,19 +15,23 @@ from typing import Any
 
 from subnibble.calibrate import news
 from subnibble.errors import CalibrationError, MissingExtra
+from subnibble.paths import expanded, is_file
 
 _C4_DOCUMENTS = 8_000
+# Of what is no file's name, in an error.
+_SHOWN = 80
 
 
 def read_text(name: str, split: str) -> str:
     """The text of a file or of a named set. split: "calibration" or "test"; files have no splits."""
     if name in NAMED:
         return NAMED[name](split)
-    path = Path(name).expanduser()
-    if not path.is_file():
+    if not is_file(name):
+        shown = name if len(name) <= _SHOWN else f"{name[:_SHOWN]}..."
         raise CalibrationError(
-            f"{name}: no such text file, and no named set (those are {', '.join(NAMED)}); pass a .txt or .jsonl file"
+            f"{shown}: no such text file, and no named set (those are {', '.join(NAMED)}); pass a .txt or .jsonl file"
         )
+    path = expanded(name)
     try:
         content = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

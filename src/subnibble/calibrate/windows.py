@@ -12,6 +12,7 @@ from torch import Tensor
 
 from subnibble.calibrate.text import read_text
 from subnibble.errors import CalibrationError
+from subnibble.paths import expanded
 
 _TOKEN_FILES = {".npy", ".safetensors"}
 
@@ -25,15 +26,11 @@ def calibration_windows(
     array is a list of windows and is cut to `length`. vocabulary: ids must be below it.
     """
     if Path(spec).suffix in _TOKEN_FILES:
-        tokens = _read_tokens(Path(spec).expanduser())
+        tokens = _read_tokens(expanded(spec))
     else:
         text = read_text(spec, "calibration")
         tokens = tokenize(load_tokenizer(), text)
-    if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocabulary:
-        raise CalibrationError(
-            f"{spec}: token ids run from {int(tokens.min())} to {int(tokens.max())}, the model knows 0 to "
-            f"{vocabulary - 1}; were they made with another tokenizer?"
-        )
+    check_vocabulary(tokens, vocabulary, spec)
     available = tokens[:, :length] if tokens.dim() == 2 else cut_windows(tokens, length, spec)
     if available.shape[1] < length:
         raise CalibrationError(f"{spec}: its windows hold {available.shape[1]} tokens; lower --window from {length}")
@@ -50,6 +47,15 @@ def evaluation_windows(spec: str, tokenizer: Any, length: int, limit: int | None
     """Consecutive windows of the whole text, at most `limit`, without special tokens; the tail is dropped."""
     windows = cut_windows(tokenize(tokenizer, read_text(spec, "test")), length, spec)
     return windows if limit is None else windows[:limit]
+
+
+def check_vocabulary(tokens: Tensor, vocabulary: int, where: str) -> None:
+    """Raise `CalibrationError` if ids of `where` are none of the `vocabulary` that the model has rows for."""
+    if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocabulary:
+        raise CalibrationError(
+            f"{where}: token ids run from {int(tokens.min())} to {int(tokens.max())}, the model knows 0 to "
+            f"{vocabulary - 1}; were they made with another tokenizer?"
+        )
 
 
 def check_positions(length: int, config: Any, prefix: int = 0) -> None:

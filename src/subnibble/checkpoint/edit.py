@@ -17,13 +17,14 @@ from subnibble.checkpoint.size import measure, weights_hash
 from subnibble.checkpoint.source import expect_shapes
 from subnibble.checkpoint.writer import CheckpointWriter
 from subnibble.errors import CheckpointError, OutputError
+from subnibble.paths import expanded
 
 REPORT = "report.json"
 
 
 def open_packed(folder: str | Path) -> tuple[SafetensorsSource, PackedConfig]:
     """The packed checkpoint in a folder on this machine; `CheckpointError` if it is none, or not whole."""
-    if not Path(folder).is_dir():
+    if not expanded(folder).is_dir():
         raise CheckpointError(f"{folder} is no folder; give a checkpoint on this machine that subnibble quantize wrote")
     source = open_source(folder)
     packed = packed_config_of(source.config)

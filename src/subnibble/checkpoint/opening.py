@@ -8,13 +8,14 @@ from subnibble.checkpoint.gguf_source import GgufSource
 from subnibble.checkpoint.safetensors_source import SafetensorsSource
 from subnibble.checkpoint.source import Source
 from subnibble.errors import CheckpointError
+from subnibble.paths import expanded
 
 
 def open_source(model: str | Path | Source) -> Source:
     """Open a folder, a `.gguf` file or a hub id (downloaded when online); what is open already is given back."""
     if not isinstance(model, str | Path):
         return model
-    path = Path(model).expanduser()
+    path = expanded(model)
     if path.is_dir():
         return SafetensorsSource(path)
     if path.is_file():
@@ -32,8 +33,10 @@ def download(repo_id: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     patterns = ["*.safetensors", "*.json", "tokenizer.model", "*.txt", "*.jinja"]
+    # The same weights once more, in their makers' own layouts.
+    others = ["consolidated*", "*/*"]
     try:
-        return Path(snapshot_download(repo_id, allow_patterns=patterns))
+        return Path(snapshot_download(repo_id, allow_patterns=patterns, ignore_patterns=others))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
             f"{repo_id}: no such folder here, and the hub did not give it ({type(error).__name__}); "

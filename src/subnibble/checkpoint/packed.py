@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from subnibble.cache_scheme import CacheScheme, PrefixIds
@@ -192,6 +193,16 @@ def packed_config_of(config: Any) -> PackedConfig | None:
     if values is None or values.get("quant_method") != QUANT_METHOD:
         return None
     return PackedConfig.from_dict(values)
+
+
+def readable_config_of(config: Any, where: Path) -> PackedConfig | None:
+    """As `packed_config_of`; `CheckpointError` if something else quantized the checkpoint at `where`."""
+    packed = packed_config_of(config)
+    if packed is None and getattr(config, "quantization_config", None):
+        values = config.quantization_config
+        method = values.get("quant_method") if isinstance(values, Mapping) else getattr(values, "quant_method", None)
+        raise CheckpointError(f"{where} was quantized as {method!r}, which is not read here; give the original model")
+    return packed
 
 
 def _entry_to_dict(entry: Entry) -> dict[str, Any]:

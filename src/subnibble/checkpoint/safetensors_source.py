@@ -64,11 +64,11 @@ class SafetensorsSource:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """See `Source`."""
-        return self._headers[name][0]
+        return self._header(name)[0]
 
     def stored_bits(self, name: str) -> int:
         """See `Source`."""
-        shape, kind = self._headers[name]
+        shape, kind = self._header(name)
         return numel(shape) * _BITS.get(kind, 64)
 
     def load(self, name: str) -> Tensor:
@@ -77,6 +77,7 @@ class SafetensorsSource:
 
     def load_raw(self, name: str) -> Tensor:
         """One tensor as stored, unchecked: packed codes are integers."""
+        self._header(name)
         file = self.path / self._files[name]
         try:
             with safe_open(file, framework="pt") as handle:
@@ -84,6 +85,11 @@ class SafetensorsSource:
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file}: {name} cannot be read ({error}); get an intact copy") from error
         return tensor
+
+    def _header(self, name: str) -> tuple[tuple[int, ...], str]:
+        if name not in self._headers:
+            raise CheckpointError(f"{self.path}: tensor {name} is missing; fetch it again, or quantize the model again")
+        return self._headers[name]
 
     def shards(self) -> dict[Path, list[str]]:
         """Each weight file with the names that are read from it."""
@@ -126,10 +132,12 @@ def _read_config(path: Path) -> Any:
         raise CheckpointError(f"{path} has no config.json; give the folder of a Hugging Face checkpoint")
     try:
         values = json.loads((path / "config.json").read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path / 'config.json'} is no valid JSON ({error})") from error
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path / 'config.json'} cannot be read as JSON ({error}); fetch it again") from error
     if not isinstance(values, dict) or "model_type" not in values:
         raise CheckpointError(f"{path / 'config.json'} names no model_type; it is no transformers config")
+    if not isinstance(values.get("quantization_config") or {}, dict):
+        raise CheckpointError(f"{path / 'config.json'}: its quantization_config is no table; fetch it again")
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (ValueError, KeyError, TypeError, StrictDataclassError) as error:
@@ -141,7 +149,9 @@ def _locate(path: Path) -> dict[str, str]:
     if (path / INDEX).is_file():
         try:
             weight_map: dict[str, str] = dict(json.loads((path / INDEX).read_text())["weight_map"])
-        except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+            if not all(isinstance(file, str) for file in weight_map.values()):
+                raise TypeError("a file's name is no text")
+        except (OSError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path / INDEX} is damaged ({error}); fetch it again") from error
         for file in sorted(set(weight_map.values())):
             if Path(file).name != file:

@@ -9,8 +9,8 @@ from typing import Any
 
 from subnibble.cache_scheme import CacheScheme
 from subnibble.checkpoint.entries import NormBiasEntry, PackedEmbeddingEntry, PackedLinearEntry
-from subnibble.checkpoint.packed import PackedConfig, packed_config_of, stored_shapes
-from subnibble.checkpoint.source import Source, numel
+from subnibble.checkpoint.packed import PackedConfig, readable_config_of, stored_shapes
+from subnibble.checkpoint.source import Source, expect_shapes, numel
 from subnibble.model.arch import find_arch
 from subnibble.model.site import Heads
 
@@ -41,7 +41,9 @@ class Size:
 
 def measure(source: Source) -> Size:
     """Measure a checkpoint from its headers; no weight is read."""
-    packed = packed_config_of(source.config)
+    packed = readable_config_of(source.config, source.path)
+    if packed is not None:
+        expect_shapes(source, iter(stored_shapes(packed).items()))
     bits, weights, parameters = _plain(source) if packed is None else _packed(source, packed)
     if not weights:
         # Nothing but a cache, a prefix or tables were packed.
@@ -71,12 +73,14 @@ def weights_hash(folder: Path) -> str:
 
 
 def _plain(source: Source) -> tuple[int, int, int]:
-    linears = find_arch(source.config.model_type).linears
-    names = [name for name in source.names() if name.removesuffix(".weight").endswith(linears)]
+    arch = find_arch(source.config.model_type)
+    names = [name for name in source.names() if name.removesuffix(".weight").endswith(arch.linears)]
     names = [name for name in names if name.endswith(".weight")]
     weights = sum(numel(source.shape(name)) for name in names)
     bits = sum(source.stored_bits(name) for name in names)
-    return bits, weights, sum(numel(source.shape(name)) for name in source.names())
+    # Some checkpoints hold the table once more for a head that is tied to it.
+    again = {f"{arch.head}.weight"} if source.config.tie_word_embeddings else set()
+    return bits, weights, sum(numel(source.shape(name)) for name in source.names() if name not in again)
 
 
 def _packed(source: Source, packed: PackedConfig) -> tuple[int, int, int]:

@@ -106,15 +106,15 @@ class CheckpointWriter:
         """Give the folder its final name, in place of what is there if that may be replaced."""
         check_output(self.final, self._replace)
         old = self.folder.with_name(f"{self.folder.name}-old")
-        if self.final.exists():
-            self.final.rename(old)
         try:
+            if self.final.exists():
+                self.final.rename(old)
             self.folder.rename(self.final)
-        except OSError:
-            if old.exists():
+        finally:
+            # An interrupt, too, leaves one of the two under the final name.
+            if old.exists() and not self.final.exists():
                 old.rename(self.final)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def check_output(final: Path, replace: bool) -> None:

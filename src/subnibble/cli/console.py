@@ -28,7 +28,8 @@ def progress(title: str) -> Iterator[Progress]:
     if not sys.stderr.isatty():
         yield _PlainLines(title)
         return
-    columns = (TextColumn(title), BarColumn(), TextColumn("{task.fields[doing]}"), TimeElapsedColumn())
+    doing = TextColumn("{task.fields[doing]}", markup=False)
+    columns = (TextColumn(title, markup=False), BarColumn(), doing, TimeElapsedColumn())
     with Bar(*columns, TextColumn("ETA"), TimeRemainingColumn(), console=Console(stderr=True)) as bar:
         yield _BarTask(bar, bar.add_task(title, total=None, doing=""))
 
@@ -76,7 +77,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         shown.add_row(*row)
     # Never cut a cell where the output goes to a file.
     widest = sum(max(len(row[index]) for row in (columns, *rows)) + 2 for index in range(len(columns)))
-    Console(width=None if sys.stdout.isatty() else max(widest, 80), highlight=False).print(shown)
+    Console(width=None if sys.stdout.isatty() else max(widest, 80), highlight=False, markup=False).print(shown)
 
 
 def print_json(content: Any) -> None:

@@ -156,15 +156,23 @@ class TensorStore:
         """Keep these sequences of the batch, in this order; index may repeat."""
         self._map(lambda part: part.index_select(0, index.to(part.device)))
 
-    def crop(self, tokens: int) -> None:
-        """Forget the last `tokens` tokens; `ValueError` if what is coded would have to be uncoded."""
+    def _coded_without(self, tokens: int) -> int:
         left = max(self.length - tokens, 0)
-        wanted = 0 if self._scheme is None else self._scheme.coded_tokens(left, self._of_keys)
+        return 0 if self._scheme is None else self._scheme.coded_tokens(left, self._of_keys)
+
+    def check_crop(self, tokens: int) -> None:
+        """Raise `ValueError` if without its last `tokens` tokens what is coded would have to be uncoded."""
+        wanted = self._coded_without(tokens)
         if self._scheme is not None and self._scheme.window and wanted != self._coded_length:
             raise ValueError(
                 f"without its last {tokens} tokens a cache of {self.length} would have {wanted} coded, and it has "
                 f"{self._coded_length}, which cannot be uncoded; use window = 0, or decode without assistant"
             )
+
+    def crop(self, tokens: int) -> None:
+        """Forget the last `tokens` tokens; see `check_crop`."""
+        self.check_crop(tokens)
+        left, wanted = max(self.length - tokens, 0), self._coded_without(tokens)
         if self.coded is not None and wanted < self._coded_length:
             self.coded = self.coded.map(lambda part: part[:, :, :wanted].clone())
         rest = left - wanted

@@ -101,6 +101,10 @@ def enter(x: Tensor, terms: LinearTerms) -> Tensor:
     if terms.blocks:
         with as_written(x.device):
             wide = hadamard.multiply(wide, terms.blocks)
+    if x.dtype == torch.float16:
+        # Column scales may lead beyond what it holds.
+        largest = torch.finfo(x.dtype).max
+        wide = wide.clamp(-largest, largest)
     return wide.to(x.dtype)
 
 
