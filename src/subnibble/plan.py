@@ -11,7 +11,7 @@ from subnibble.checkpoint.packed import packed_config_of
 from subnibble.checkpoint.source import Source
 from subnibble.errors import BadRecipe, CheckpointError, UnsupportedModel
 from subnibble.methods.method import Steps
-from subnibble.model.site import Heads
+from subnibble.model.site import Arch, Heads
 from subnibble.model.skeleton import Block, Skeleton
 from subnibble.recipe import PLAIN_ACTIVATIONS, Recipe
 from subnibble.scheme import ActivationScheme, Scheme
@@ -44,6 +44,7 @@ class Plan:
 
 def make_plan(recipe: Recipe, steps: Steps, skeleton: Skeleton) -> Plan:
     """Plan every linear. Raises what `plan_schemes` raises, and `BadRecipe` where a correction does not fit."""
+    _check_roles(steps, skeleton.arch)
     schemes = plan_schemes(recipe, steps, skeleton)
     shapes = skeleton.linear_shapes()
     planned: dict[str, ActivationScheme | None] = dict.fromkeys(schemes)
@@ -66,6 +67,17 @@ def make_plan(recipe: Recipe, steps: Steps, skeleton: Skeleton) -> Plan:
         coded += [added for scheme in coded for added in steps.correction.schemes(scheme)]
         recipe.distillation.check_learns(coded, planned.values(), "the model")
     return Plan(schemes, planned, cache=plan_cache(recipe, steps, skeleton))
+
+
+def _check_roles(steps: Steps, arch: Arch) -> None:
+    """Raise `BadRecipe` if the steps ask for a site that the architecture does not have."""
+    asked = {*steps.online, *steps.rounders, *(() if steps.tuning is None else steps.tuning.unsmoothed)}
+    missing = asked - {site.name for site in arch.sites}
+    if missing:
+        raise BadRecipe(
+            f"the method does something at the site {min(missing)}, which {arch.model_type} does not have; use another "
+            "method, or switch that step off"
+        )
 
 
 def needs_data(recipe: Recipe, steps: Steps) -> bool:

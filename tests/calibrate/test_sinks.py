@@ -40,7 +40,7 @@ def blocks(*massive: list[tuple[int, int]]) -> list[tuple[SimpleNamespace, Strea
         x = torch.ones(10, 6, 4)
         for window, token in places:
             x[window, token, 2] = -100
-        made.append((SimpleNamespace(arch=SimpleNamespace(sites=[SimpleNamespace(), SITE])), Stream(x)))
+        made.append((SimpleNamespace(arch=SimpleNamespace(site={SITE.name: SITE}.get)), Stream(x)))
     return made
 
 

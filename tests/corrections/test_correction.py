@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from subnibble import Recipe, quantize
 from subnibble.checkpoint.entries import PackedLinearEntry, linear_entry
+from subnibble.checkpoint.opening import open_source
 from subnibble.corrections.correction import NOTHING, Correction
 from subnibble.corrections.low_rank import LowRank
 from subnibble.corrections.outliers import OutlierColumns
 from subnibble.corrections.salient import SalientColumns
 from subnibble.errors import BadRecipe
-from subnibble.methods.method import Steps
+from subnibble.methods import METHODS
+from subnibble.methods.method import Method, Steps
+from subnibble.methods.none import Options
+from subnibble.model.site import Role
+from subnibble.model.skeleton import Skeleton
+from subnibble.plan import make_plan
+from subnibble.rounding.dual_scale import DualScale
 from subnibble.rounding.gptaq import FORMS, Asymmetry
 from subnibble.rounding.gptq import GPTQ
 from subnibble.rounding.rounder import Rounder, Rounding
@@ -23,6 +32,7 @@ from subnibble.runtime.ops import LinearTerms
 from subnibble.scheme import ActivationScheme, Scheme
 from subnibble.stack import Observed, Stack, round_stack
 from subnibble.tensor import PackedLayout, PackedRange, PackedTensor
+from subnibble.transforms.saliency import Saliency
 from subnibble.tuning.tuning import Tuning
 
 SCHEME, INPUTS = Scheme(4, 16), ActivationScheme(4, 16)
@@ -133,3 +143,36 @@ def test_corrections_that_cannot_be_tuned_say_so() -> None:
         Steps(RTN(), correction=LowRank(4, "svd", 8), tuning=Tuning(), inputs="quantized")
     with pytest.raises(BadRecipe, match='tuning with salient columns needs ranks = "uniform"'):
         Steps(RTN(), correction=SalientColumns(16), ranks="gain", tuning=Tuning(), inputs="quantized")
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        Steps(RTN(), online=(Role.MLP_HIDDEN,)), Steps(RTN(), rounders={Role.MLP_HIDDEN: RTN()}),
+        Steps(RTN(), tuning=Tuning(unsmoothed=(Role.MLP_HIDDEN,)), inputs="quantized"),
+    ],
+)  # fmt: skip
+def test_a_site_that_an_architecture_does_not_have_is_an_error(steps: Steps, folders: dict[str, Path]) -> None:
+    skeleton = Skeleton(open_source(folders["llama"]), torch.float32, torch.device("cpu"))
+    make_plan(Recipe("rtn", group_size=16), steps, skeleton)
+    skeleton.arch = replace(skeleton.arch, sites=skeleton.arch.sites[:3])
+    with pytest.raises(BadRecipe, match="at the site mlp_hidden, which llama does not have"):
+        make_plan(Recipe("rtn", group_size=16), steps, skeleton)
+
+
+def test_a_rounder_must_say_that_it_scales_columns(
+    folders: dict[str, Path], token_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else its scales may meet channels in another order than theirs."""
+
+    class Silent(DualScale):
+        scales_columns = False
+
+    steps = Steps(RTN(Silent()), saliency=Saliency())
+    monkeypatch.setitem(METHODS, "silent", Method("silent", "a test", "a test", Options, lambda options: steps))
+    recipe = Recipe("silent", group_size=16, calibration=str(token_file), num_windows=2, window=32)
+    with pytest.raises(TypeError, match="RTN scales columns, and its scales_columns says that it does not"):
+        quantize(folders["llama"], tmp_path / "out", recipe)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(BadRecipe, match="use the transform ColumnScales"):
+        Steps(RTN(DualScale()), saliency=Saliency())

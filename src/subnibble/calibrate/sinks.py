@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from subnibble.calibrate.stream import BlockStream
+from subnibble.model.site import Role
 from subnibble.model.skeleton import Block
 
 _FACTOR = 64.0
@@ -32,7 +33,7 @@ def sink_tokens(blocks: Iterable[tuple[Block, BlockStream]], windows: Tensor) ->
     needed, found = 0, Counter[int]()
     seen: dict[int, set[int]] = {}
     for block, stream in blocks:
-        sizes = torch.cat([x.abs().amax(1).float().cpu() for x in stream.at(block.arch.sites[-1])])
+        sizes = torch.cat([x.abs().amax(1).float().cpu() for x in stream.at(block.arch.site(Role.MLP_HIDDEN))])
         massive = (sizes > _FACTOR * sizes.median()).view(windows.shape)
         needed = max(needed, math.ceil(float(massive.sum(1).float().mean())))
         massive[:, 0] = False

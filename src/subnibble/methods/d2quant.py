@@ -18,6 +18,7 @@ from functools import partial
 from subnibble.corrections.mean_shift import MeanShift
 from subnibble.errors import BadRecipe
 from subnibble.methods.method import Method, Steps
+from subnibble.model.site import Role
 from subnibble.rounding.dual_scale import DualScale, RowScale
 from subnibble.rounding.gptaq import Asymmetry
 from subnibble.rounding.gptq import GPTQ as Rounder
@@ -27,7 +28,7 @@ from subnibble.rounding.levels import Fitter
 # Which linears get column scales: none, those that read the MLP's hidden channels, all.
 COLUMNS = ("none", "down", "all")
 ROWS = ("clip", "refit")
-_DOWN = "mlp_hidden"
+_DOWN = Role.MLP_HIDDEN
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from subnibble.methods.method import Method, Steps
+from subnibble.model.site import Role
 from subnibble.rounding.rtn import RTN
 from subnibble.tuning.tuning import Tuning
 
@@ -23,7 +24,7 @@ class Options:
 
 def build(options: Options) -> Steps:
     """Steps of OmniQuant."""
-    tuning = Tuning(smoothing="hard", low_rank="none", effort=options.effort, unsmoothed=("mlp_hidden",))
+    tuning = Tuning(smoothing="hard", low_rank="none", effort=options.effort, unsmoothed=(Role.MLP_HIDDEN,))
     return Steps(rounder=RTN(), tuning=tuning, inputs="quantized")
 
 

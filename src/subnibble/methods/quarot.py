@@ -16,6 +16,7 @@ from typing import Any
 
 from subnibble.methods.method import Method, Steps
 from subnibble.methods.weights import WeightOptions, rounder_of
+from subnibble.model.site import Role
 
 # At 8 bits what a clip cuts off is more than what finer steps save.
 _FEW_BITS = 4
@@ -35,7 +36,7 @@ def build(options: Options) -> Steps:
     return Steps(
         rounder=rounder_of(options),
         rotation=options.rotation,
-        online=("attention_out", "mlp_hidden"),
+        online=(Role.ATTENTION_OUT, Role.MLP_HIDDEN),
         inputs=options.inputs,
         value_rotation=options.value_rotation,
         cache=turned_keys,

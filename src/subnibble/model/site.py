@@ -7,7 +7,17 @@ linears. A method edits sites, never modules by name, so that an architecture is
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any, Self
+
+
+class Role(StrEnum):
+    """What a site is in its block, by which methods ask for it."""
+
+    ATTENTION_IN = "attention_in"
+    ATTENTION_OUT = "attention_out"
+    MLP_IN = "mlp_in"
+    MLP_HIDDEN = "mlp_hidden"
 
 
 @dataclass(frozen=True)
@@ -47,12 +57,12 @@ class Tail:
 class Site:
     """One tensor of a block, module names relative to the block.
 
-    name: for reports. readers: linears whose input columns are its channels. norm: the norm whose gain writes it, or
+    name: its `Role`. readers: linears whose input columns are its channels. norm: the norm whose gain writes it, or
     None. writers: linears whose output rows write it. followers: linears whose rows are permuted with the writers'
     but never scaled (a gate before its activation). edits: what leaves the function unchanged, of "scale" and
     "permute". per_head: channels are heads x head width, writers have one per key-value head, and query heads that
-    share a key-value head must be edited alike. queries, keys: linears with a head's rows for each query head, for each
-    key-value head, which move when heads do. tail: see `Tail`.
+    share a key-value head must be edited alike. queries, keys: linears with a head's rows for each query head, for
+    each key-value head, which move when heads do. tail: see `Tail`.
     """
 
     name: str
@@ -100,6 +110,10 @@ class Arch:
     def linears(self) -> tuple[str, ...]:
         """All linears of a block that get quantized, in data-flow order."""
         return tuple(reader for site in self.sites for reader in site.readers)
+
+    def site(self, role: str) -> Site:
+        """The site of a `Role`; `KeyError` if the architecture has none."""
+        return {site.name: site for site in self.sites}[role]
 
     def site_of(self, linear: str) -> Site:
         """The site that a linear, named relative to its block, reads."""

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from subnibble.calibrate.stream import SiteStatistics
-from subnibble.model.site import Site
+from subnibble.model.site import Role, Site
 from subnibble.model.skeleton import Block
 from subnibble.rounding.dual_scale import DualScale
 from subnibble.scheme import Scheme
 from subnibble.transforms.scale import scale_site_
 from subnibble.transforms.transform import Transform
 
-_SITE = "mlp_hidden"
+_SITE = Role.MLP_HIDDEN
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,14 @@
 """Llama (and what shares its block: SmolLM2, TinyLlama, ...): pre-norm, RMSNorm, rotary GQA attention, gated MLP."""
 
-from subnibble.model.site import Arch, Residual, Site, Tail
+from subnibble.model.site import Arch, Residual, Role, Site, Tail
 
 ATTENTION_IN = Site(
-    name="attention_in",
+    name=Role.ATTENTION_IN,
     norm="input_layernorm",
     readers=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
 )
 ATTENTION_OUT = Site(
-    name="attention_out",
+    name=Role.ATTENTION_OUT,
     writers=("self_attn.v_proj",),
     readers=("self_attn.o_proj",),
     edits=frozenset({"scale", "permute"}),
@@ -18,12 +18,12 @@ ATTENTION_OUT = Site(
     tail=Tail("self_attn", extra_outputs=1),
 )
 MLP_IN = Site(
-    name="mlp_in",
+    name=Role.MLP_IN,
     norm="post_attention_layernorm",
     readers=("mlp.gate_proj", "mlp.up_proj"),
 )
 MLP_HIDDEN = Site(
-    name="mlp_hidden",
+    name=Role.MLP_HIDDEN,
     writers=("mlp.up_proj",),
     followers=("mlp.gate_proj",),
     readers=("mlp.down_proj",),
