@@ -81,8 +81,8 @@ def measure_row(
     from subnibble.checkpoint.opening import open_source
     from subnibble.checkpoint.size import measure
     from subnibble.cli.demo import find_model
-    from subnibble.evaluate.perplexity import score
     from subnibble.hf import load_model, packed_modules
+    from subnibble.metrics.perplexity import score
     from subnibble.version import __version__
 
     model = find_model()

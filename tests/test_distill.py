@@ -18,7 +18,7 @@ from conftest import CONFIGS
 from subnibble import Recipe, distill, quantize
 from subnibble.cli.main import app
 from subnibble.errors import BadRecipe, NumericalFailure
-from subnibble.estimate import estimate
+from subnibble.estimation import estimate
 from subnibble.report import Report
 from subnibble.tuning import whole_model
 

@@ -176,6 +176,16 @@ def test_import_in_any_order_registers(order: str, packed: dict[str, Path]) -> N
     assert subprocess.run([sys.executable, "-c", code], check=False, capture_output=True).returncode == 0
 
 
+def test_public_names_are_there_after_a_plain_import() -> None:
+    code = (
+        "import subnibble\n"
+        "for name in subnibble.__all__ * 2:\n"
+        "    assert name == '__version__' or callable(getattr(subnibble, name)), name\n"
+        "assert not hasattr(subnibble, 'nonsense')"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
 def test_import_is_light() -> None:
     code = "import sys, subnibble, subnibble.cli.main; assert not {'torch', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

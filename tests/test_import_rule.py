@@ -17,10 +17,10 @@ RANK = {
     "transforms": 4, "rounding": 4, "corrections": 4, "tuning": 4,
     "recipe": 5, "methods": 5,
     "pipeline": 6, "filled_in": 6, "plan": 6, "planned_size": 6, "resolve": 6, "block_run": 6, "block_tuning": 6,
-    "streams": 6, "stack": 6, "block_transforms": 6, "after_blocks": 6, "prompt": 6, "evaluate": 6, "report": 6,
+    "streams": 6, "stack": 6, "block_transforms": 6, "after_blocks": 6, "prompt": 6, "metrics": 6, "report": 6,
     "distill": 6, "distill_checkpoint": 6,
-    "cli": 7, "hf": 7, "hf_cache": 7, "hf_attention": 7, "prefix": 7, "compare": 7,
-    "evaluation": 7, "estimate": 7, "fold": 7, "speak": 7,
+    "cli": 7, "hf": 7, "hf_cache": 7, "hf_attention": 7, "prefix": 7, "comparison": 7,
+    "evaluation": 7, "estimation": 7, "fold": 7, "speak": 7,
 }  # fmt: skip
 
 

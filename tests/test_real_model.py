@@ -16,8 +16,8 @@ from subnibble.calibrate.windows import evaluation_windows
 from subnibble.checkpoint.gguf_source import GgufSource
 from subnibble.checkpoint.size import measure
 from subnibble.cli.demo import demo, find_model
-from subnibble.evaluate.perplexity import score
 from subnibble.hf import load_model, memory_bytes, packed_modules
+from subnibble.metrics.perplexity import score
 from subnibble.speak import chat_prompt, speak
 
 

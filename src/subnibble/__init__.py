@@ -5,6 +5,7 @@ Importing it registers the packed format with transformers, at once or as soon a
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import wrapt
@@ -12,23 +13,43 @@ import wrapt
 from subnibble.version import __version__
 
 if TYPE_CHECKING:
+    from subnibble.comparison import compare
+    from subnibble.estimation import estimate
+    from subnibble.evaluation import Evaluation, evaluate
+    from subnibble.fold import fold_norm_biases_
     from subnibble.pipeline import quantize
+    from subnibble.prefix import add_prefix
     from subnibble.recipe import Recipe
 
-__all__ = ["Recipe", "__version__", "quantize"]
+__all__ = [
+    "Evaluation",
+    "Recipe",
+    "__version__",
+    "add_prefix",
+    "compare",
+    "estimate",
+    "evaluate",
+    "fold_norm_biases_",
+    "quantize",
+]
+
+# Loaded on first use, so that `subnibble --help` need not import torch.
+_HOMES = {
+    "Evaluation": "evaluation",
+    "Recipe": "recipe",
+    "add_prefix": "prefix",
+    "compare": "comparison",
+    "estimate": "estimation",
+    "evaluate": "evaluation",
+    "fold_norm_biases_": "fold",
+    "quantize": "pipeline",
+}
 
 
 def __getattr__(name: str) -> Any:
-    # Loaded on first use, so that `subnibble --help` need not import torch.
-    if name == "quantize":
-        from subnibble.pipeline import quantize
-
-        return quantize
-    if name == "Recipe":
-        from subnibble.recipe import Recipe
-
-        return Recipe
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -18,10 +18,10 @@ from subnibble.checkpoint.packed import packed_config_of
 from subnibble.checkpoint.size import cache_bytes, measure
 from subnibble.checkpoint.source import Source
 from subnibble.errors import BadRecipe, CheckpointError
-from subnibble.evaluate.layer_error import layer_errors
-from subnibble.evaluate.perplexity import check_vocabularies, score
 from subnibble.hf import load_model, memory_bytes
 from subnibble.hf_attention import attached_cache, change_scheme_
+from subnibble.metrics.layer_error import layer_errors
+from subnibble.metrics.perplexity import check_vocabularies, score
 from subnibble.prefix import attach_prefix_, same_prefix_
 from subnibble.progress import Progress, silent
 from subnibble.prompt import prefix_ids
@@ -85,7 +85,7 @@ def prepare_(model: Any, kv_bits: int | None, kv: Mapping[str, Any], prefix: Pre
 def evaluate(
     model: str | Path | Source,
     evaluation: Evaluation,
-    reference: str | Path | None = None,
+    reference: str | Path | Source | None = None,
     *,
     layers: bool = False,
     progress: Progress = silent,

@@ -18,7 +18,7 @@ from conftest import CONFIGS, random_model
 from subnibble import Recipe
 from subnibble.checkpoint.safetensors_source import SafetensorsSource
 from subnibble.errors import BadRecipe, UnsupportedModel
-from subnibble.estimate import estimate
+from subnibble.estimation import estimate
 from subnibble.methods import METHODS
 from subnibble.model.arch import ARCHITECTURES
 from subnibble.model.arch.llama import LLAMA

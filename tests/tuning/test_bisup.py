@@ -23,7 +23,7 @@ from subnibble.checkpoint.opening import open_source
 from subnibble.checkpoint.size import cache_bytes
 from subnibble.corrections.correction import Correction
 from subnibble.errors import BadRecipe, SubnibbleError
-from subnibble.estimate import estimate
+from subnibble.estimation import estimate
 from subnibble.hf_attention import attach_cache_, attached_cache, change_scheme_
 from subnibble.report import BlockReport
 from subnibble.rounding.gptq import GPTQ

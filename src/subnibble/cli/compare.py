@@ -13,7 +13,7 @@ from subnibble.cli.console import duration, megabytes, print_json, progress, tab
 from subnibble.errors import BadRecipe
 
 if TYPE_CHECKING:
-    from subnibble.compare import Row
+    from subnibble.comparison import Row
 
 
 def compare(
@@ -61,7 +61,7 @@ def compare(
         )
         for width, method in _asked(_words(methods), numbers(bits))
     ]  # fmt: skip
-    from subnibble.compare import compare as run
+    from subnibble.comparison import compare as run
     from subnibble.evaluation import Evaluation
 
     evaluation = Evaluation(text, 2048 if window is None else window, max_windows, device or "auto", dtype or "auto")

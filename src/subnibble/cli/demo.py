@@ -36,7 +36,7 @@ def demo(
     file = find_model()
     from subnibble.calibrate import news
     from subnibble.checkpoint.opening import open_source
-    from subnibble.compare import compare, recipe_name
+    from subnibble.comparison import compare, recipe_name
     from subnibble.evaluation import Evaluation
 
     news.calibration_text()

@@ -108,7 +108,7 @@ def estimate(
         system_prompt=system_prompt, calibration=calibration, num_windows=num_windows, window=window,
         distill_steps=distill_steps, seed=seed, device=device, dtype=dtype,
     )  # fmt: skip
-    from subnibble.estimate import estimate as run
+    from subnibble.estimation import estimate as run
 
     found = run(model, wanted)
     if json:

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from subnibble.calibrate.windows import bos_token
 from subnibble.errors import CalibrationError, NumericalFailure
-from subnibble.evaluate.perplexity import check_vocabularies, score
+from subnibble.metrics.perplexity import check_vocabularies, score
 
 VOCABULARY, BOS = 61, 1
 FLOAT32 = torch.finfo(torch.float32).eps

@@ -15,11 +15,12 @@ from subnibble.checkpoint.size import measure
 from subnibble.checkpoint.source import Source
 from subnibble.checkpoint.writer import check_output
 from subnibble.errors import BadRecipe
-from subnibble.evaluate.perplexity import Scores, score
 from subnibble.evaluation import Evaluation
 from subnibble.hf import load_model, memory_bytes
 from subnibble.methods import find_method
 from subnibble.methods.method import Steps
+from subnibble.metrics.perplexity import Scores, score
+from subnibble.paths import expanded
 from subnibble.pipeline import quantize
 from subnibble.plan import needs_data
 from subnibble.prefix import same_prefix_
@@ -66,7 +67,7 @@ def compare(
     Recipes have one system prompt, or none; the original is scored behind the same. out: where to keep the checkpoints,
     `recipe_names` each; None keeps none.
     """
-    out = None if out is None else Path(out)
+    out = None if out is None else expanded(out)
     names = recipe_names(recipes)
     for name in names:
         if out is not None:

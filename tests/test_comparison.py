@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from subnibble import Recipe
-from subnibble.compare import ORIGINAL, compare, recipe_name, recipe_names
+from subnibble.comparison import ORIGINAL, compare, recipe_name, recipe_names
 from subnibble.errors import BadRecipe
 from subnibble.evaluation import Evaluation
 

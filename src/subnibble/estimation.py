@@ -10,7 +10,7 @@ import psutil
 import torch
 
 from subnibble.checkpoint.size import cache_bytes
-from subnibble.checkpoint.source import numel
+from subnibble.checkpoint.source import Source, numel
 from subnibble.device import free_memory
 from subnibble.methods.method import Steps
 from subnibble.model.skeleton import Skeleton
@@ -57,7 +57,7 @@ class Estimate:
         return asdict(self)
 
 
-def estimate(model: str | Path, recipe: Recipe) -> Estimate:
+def estimate(model: str | Path | Source, recipe: Recipe) -> Estimate:
     """Size, memory and time of quantizing `model` by `recipe`; raises what `quantize` would raise of both."""
     found = resolve(model, recipe)
     recipe, steps, skeleton, plan = found.recipe, found.steps, found.skeleton, found.plan

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from subnibble.evaluate.layer_error import layer_errors
+from subnibble.metrics.layer_error import layer_errors
 from subnibble.model.arch.llama import LLAMA
 from subnibble.rounding import grid
 from subnibble.runtime.modules import PackedLinear
