@@ -193,6 +193,11 @@ class ActivationScheme:
         """How the outliers are coded, as if they were a token of their own."""
         return ActivationScheme(8, WHOLE_CHANNEL, "none")
 
+    @property
+    def without_outliers(self) -> ActivationScheme:
+        """That of the channels before the outliers, and of what lies between low-rank factors, where there are none."""
+        return replace(self, outliers=0)
+
     def group_bounds(self, channels: int) -> list[tuple[int, int]]:
         """First and stop channel of every group of a token of `channels`; the outliers are one, the last.
 
@@ -204,7 +209,7 @@ class ActivationScheme:
     def token_bits(self, channels: int) -> int:
         """All bits of a token of `channels`: codes, scales, zero-points."""
         if self.outliers:
-            usual = replace(self, outliers=0).token_bits(channels - self.outliers)
+            usual = self.without_outliers.token_bits(channels - self.outliers)
             return usual + self.of_outliers.token_bits(self.outliers)
         groups = len(self.group_bounds(channels))
         if self.grid == "mxfp4":

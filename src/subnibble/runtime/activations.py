@@ -10,7 +10,7 @@ are those of int32 (`integer.py`). What is not finite stays so.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -46,7 +46,7 @@ def quantize(x: Tensor, scheme: ActivationScheme) -> Quantized:
     wide, bounds = x.float(), scheme.group_bounds(x.shape[1])
     if scheme.outliers:
         usual, outliers = wide.split([x.shape[1] - scheme.outliers, scheme.outliers], 1)
-        parts = quantize(usual, replace(scheme, outliers=0)), quantize(outliers, scheme.of_outliers)
+        parts = quantize(usual, scheme.without_outliers), quantize(outliers, scheme.of_outliers)
         numbers, scales = torch.cat([p.numbers for p in parts], 1), torch.cat([p.scales for p in parts], 1)
         return Quantized(numbers, scales, bounds, [*parts[0].largest, *parts[1].largest])
     found = [_groups(view, scheme) for view, _ in grouped_views(wide, scheme)]

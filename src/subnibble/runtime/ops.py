@@ -152,5 +152,5 @@ def _integer(tokens: Tensor, terms: LinearTerms, scheme: ActivationScheme) -> Te
         inner = torch.zeros(tokens.shape[0], down.shape[0], dtype=torch.float32, device=tokens.device)
         multiply_add_(inner, x, down)
         # Between the factors there are no outlier channels.
-        multiply_add_(y, activations.quantize(inner, replace(scheme, outliers=0)), up)
+        multiply_add_(y, activations.quantize(inner, scheme.without_outliers), up)
     return y

@@ -106,7 +106,7 @@ def make_rotation(name: str, width: int, scheme: Scheme, seed: int, device: torc
     generator = torch.Generator().manual_seed(seed)
     blocks = []
     for size in block_widths(name, width, scheme):
-        matrix = hadamard(size)
+        matrix = offline_hadamard(size)
         if matrix is None:
             raise BadRecipe(
                 f"rotation {name!r}: no Hadamard matrix of order {size} is known here for a residual stream of {width} "
@@ -126,10 +126,12 @@ def block_widths(name: str, width: int, scheme: Scheme) -> list[int]:
 def _choices(width: int) -> str:
     """The rotations that a width allows, for messages."""
     groups = [
-        g for g in _USUAL_GROUPS if g <= width and hadamard(g) is not None and hadamard(width % g or 1) is not None
+        g
+        for g in _USUAL_GROUPS
+        if g <= width and offline_hadamard(g) is not None and offline_hadamard(width % g or 1) is not None
     ]
     choices = ['rotation = "none"']
-    if hadamard(width) is not None:
+    if offline_hadamard(width) is not None:
         choices.append('"full"')
     if groups:
         choices.append(f'"groups" with a group size of {", ".join(map(str, groups))}')
@@ -167,7 +169,7 @@ def can_rotate(arch: Arch) -> bool:
     return behind == set(arch.residual.readers)
 
 
-def hadamard(order: int) -> Tensor | None:
+def offline_hadamard(order: int) -> Tensor | None:
     """A matrix (order, order) of +-1 with orthogonal rows, float64, or None if the construction does not reach it.
 
     Other than online, where work counts, of the ways to factor the order the one with the largest first factor.

@@ -7,8 +7,6 @@ which costs nothing; "side" keeps it as a branch `up · Q(down · x)` on the qua
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor, nn
 
@@ -37,7 +35,7 @@ class Compensation(nn.Module):
         """What the branch adds (..., m). x: (..., k) as the linear meets it. scheme: of the value between."""
         inner = nn.functional.linear(x, self.down)
         if scheme is not None:
-            seen = activations.quantize_values(inner.detach().flatten(0, -2), replace(scheme, outliers=0))
+            seen = activations.quantize_values(inner.detach().flatten(0, -2), scheme.without_outliers)
             seen = seen.view(inner.shape)
             inner = straight_through(inner, seen)
         return nn.functional.linear(inner, self._scale * self.up)

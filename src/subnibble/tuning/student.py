@@ -12,7 +12,7 @@ pass straight. Scales alone are learned of a weight, as in PEQA (arXiv 2305.1415
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -183,7 +183,7 @@ class Entrance(nn.Module):
         scheme = self.scheme
         if scheme is None:
             return inner
-        own = replace(scheme, outliers=0)
+        own = scheme.without_outliers
         return straight_through(inner, activations.quantize_values(inner.detach(), own))
 
     def forget(self) -> None:
