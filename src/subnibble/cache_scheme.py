@@ -22,15 +22,19 @@ PLAIN_CACHE = 16
 class CacheScheme:
     """Codes of keys and values: `2**bits` levels from a group's lowest value to its highest, both float16.
 
-    bits: 8, 4, 3 or 2. group_size: channels of a token's head that share a scale (-1: the whole head), a width that it
-    does not divide ending in a shorter group; of keys by channel, tokens that do. key_axis: "token" codes each token's
-    key by itself, "channel" each channel of group_size tokens (KIVI, arXiv 2402.02750). rope: keys are coded "after"
-    or "before" rotary positions. key_rotation: "hadamard" turns queries and keys by a Hadamard matrix a head (QuaRot,
-    arXiv 2404.00456). window: tokens that stay at 16 bits. Of n tokens, the last `window` do; of keys by channel, which
-    go group by group, those that do not fill a window (n mod window). clip: the share of a group's range that is kept,
-    around its middle. key_center: "mean" codes keys less a calibrated mean of each head's channels, which is added when
-    they are read (SageAttention's smoothing of keys, arXiv 2410.02367, section 4.2, with a mean that is known before
-    the text); the model holds the means (`KeyCenter`).
+    bits: 8, 4, 3 or 2.
+    group_size: channels of a token's head that share a scale, the last group shorter where they do not divide it; -1
+        for the whole head. Of keys by channel: tokens that share one.
+    key_axis: "token" codes each token's key by itself, "channel" each channel of group_size tokens (KIVI, arXiv
+        2402.02750).
+    rope: keys are coded "after" or "before" rotary positions.
+    key_rotation: "hadamard" turns queries and keys by a Hadamard matrix a head (QuaRot, arXiv 2404.00456), or "none".
+    window: tokens that stay at 16 bits, the last ones; of keys by channel, which are coded a window at a time, those
+        that do not fill one (n mod window of n).
+    clip: the share of a group's range that is kept, around its middle.
+    key_center: "mean" codes keys less a calibrated mean of each head's channels, which is added when they are read
+        (SageAttention's smoothing of keys, arXiv 2410.02367, section 4.2, with a mean that is known before the text);
+        the model holds the means (`KeyCenter`). Or "none".
     """
 
     bits: int

@@ -28,22 +28,30 @@ _WITHOUT_ZERO_POINT = ("sign", "mxfp4")
 class Recipe:
     """What to do to a model. Unknown keys are errors; round-trips through TOML and dictionaries.
 
-    method: a name that `subnibble list` shows. bits, group_size, zero_point, scale_type, grid: see `Scheme`; the
-    zero_point is that of uniform grids; "auto" leaves grid or zero_point to the method, and is "uniform" and "integer"
-    where that has no wish; "mxfp4" as grid fixes zero_point and scale_type. embedding_bits: 16, 8 or 4, for embedding
-    and head, on a uniform grid. activation_bits: 16 leaves the inputs of linears as they are, 8, 4 and 3 quantize them
-    while the model runs, in groups of activation_group_size (None: as the weights'), with activation_zero_point and
-    activation_clip, see `ActivationScheme`; 4 bits beside mxfp4 weights are mxfp4. kv_bits: 16 leaves the KV cache as
-    it is, 8, 4, 3 and 2 code it, with the other settings of `CacheScheme` in the table kv. system_prompt: text, or a
-    file of text, whose keys and values are computed by the unquantized model and stay at 16 bits; or "default", the
-    system turn of the chat template, or "bos", or "auto", the model's own sink tokens; see `prompt.py`.
-    calibration: a file or a named set; None takes "c4" if the method needs data. num_windows, window: how many windows
-    of how many tokens. distill_steps: how many steps the packed model is tuned as a whole for, towards the original's
-    predictions, with the other settings of `Distillation` in the table distill. seed: draws the windows, their order
-    there, and a rotation's signs. device: where to compute, a torch device or "auto". dtype: of activations and weights
-    while computing, see `device.py`. options: the method's own. overrides: patterns of linears ("re:..." a regular
-    expression matched from the start, else an exact path) to bits, group_size, grid, zero_point, activation_bits or
-    skip; the first that matches holds.
+    method: a name that `subnibble list` shows.
+    bits, group_size, scale_type: of weights, see `Scheme`.
+    grid, zero_point: see `Scheme`. "auto" leaves them to the method; where it has no wish they are "uniform" and
+        "integer". "mxfp4" as grid fixes zero_point and scale_type.
+    embedding_bits: 16, 8 or 4, for embedding and head, on a uniform grid.
+    activation_bits: of the inputs of linears while the model runs: 16 leaves them as they are; 8, 4 and 3 quantize
+        them. 4 bits beside mxfp4 weights are mxfp4.
+    activation_group_size: of these inputs, None for that of the weights.
+    activation_zero_point, activation_clip: see `ActivationScheme`.
+    kv_bits: 16 leaves the KV cache as it is; 8, 4, 3 and 2 code it.
+    kv: the other settings of `CacheScheme`.
+    system_prompt: text or a file of text that everything stands behind: its keys and values are computed by the
+        unquantized model and stay at 16 bits. "default" is the chat template's system turn, "bos" BOS alone, "auto" the
+        model's own sink tokens; see `prompt.py`.
+    calibration: a text file or a named set; None takes "c4" if the method needs data.
+    num_windows, window: how many windows of how many tokens calibrate.
+    distill_steps: for how many steps the packed model is tuned as a whole, towards the original's predictions.
+    distill: the other settings of `Distillation`.
+    seed: draws the windows, their order in distillation, and a rotation's signs.
+    device: where to compute, a torch device or "auto".
+    dtype: of activations and weights while computing, see `device.py`.
+    options: the method's own.
+    overrides: patterns of linears ("re:..." a regular expression matched from the start, else an exact path) to bits,
+        group_size, grid, zero_point, activation_bits or skip; the first that matches holds.
     """
 
     method: str = "gptq"

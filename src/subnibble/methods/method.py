@@ -41,14 +41,21 @@ def no_cache_preference(bits: int) -> Mapping[str, Any]:
 class Steps:
     """What the pipeline does: rotates the residual stream; at each block carries out the transforms, then rounds.
 
-    rounder: of every linear but those of the sites named in `rounders`. prefers: see `Preference`; what the recipe
-    says goes first. rotation: see `transforms/rotate.py`. mean_shift: corrects the norms behind quantized linears.
-    saliency: gives sites their channel order. correction: gives linears more terms against rounding error. ranks: of
-    salient columns, "uniform" or "gain", see `corrections/ranks.py`. online: names of sites whose readers get an online
-    Hadamard transform. inputs: "exact" calibrates on inputs that are not quantized, "quantized" on what the running
-    model will see. value_rotation: see `transforms/rotate_values.py`. cache: see `CachePreference`; what the recipe
-    says goes first. leaves_weights: no linear is rounded at all. tuning: what is learned of each block before it is
-    rounded, None for nothing.
+    rounder: of every linear but those of the sites named in `rounders`.
+    transforms: edits of a block, in this order, before anything of it is rounded.
+    rounders: rounders of some sites' readers, by role.
+    prefers: the grid that the method wants, see `Preference`; what the recipe says goes first.
+    rotation: of the residual stream, see `transforms/rotate.py`.
+    mean_shift: corrects the norms behind quantized linears, or None.
+    saliency: gives sites their channel order, or None.
+    correction: gives linears more terms against rounding error.
+    ranks: of salient columns, "uniform" or "gain", see `corrections/ranks.py`.
+    online: roles of sites whose readers get an online Hadamard transform.
+    inputs: "exact" calibrates on inputs that are not quantized, "quantized" on what the running model will see.
+    value_rotation: see `transforms/rotate_values.py`.
+    cache: the cache that the method wants, see `CachePreference`; what the recipe says goes first.
+    leaves_weights: no linear is rounded at all.
+    tuning: what is learned of each block before it is rounded, or None.
     """
 
     rounder: Rounder

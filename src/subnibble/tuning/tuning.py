@@ -43,13 +43,17 @@ class Tuning:
     """Parameter spaces and effort.
 
     clipping: "group" learns the share of its range that each row keeps in each group, "none" leaves it.
-    input_clipping: "site" learns the same of a site's quantized inputs, or "none". smoothing: "soft", "hard" (the
-    same factors for inputs and weights) or "none". low_rank: "merge" learns a matrix of `rank` that is added to
-    each weight before it is rounded, "side" a branch beside it. low_rank_start: "zero", or "error" for a branch
-    that begins as what rounding leaves, as well as its rank can hold it. low_rank_rate: AdamW's step of its
-    factors. effort: a name in EFFORTS. penalty: λ of soft smoothing. anchor: μ of what smoothing costs away from
-    its start. learned_rotation: "values" learns how values are turned within their heads (`rotation.py`), or "none".
-    unsmoothed: sites that keep their channels.
+    input_clipping: "site" learns the same of a site's quantized inputs, or "none".
+    smoothing: "soft", "hard" (the same factors for inputs and weights) or "none".
+    low_rank: "merge" learns a matrix of `rank` that is added to each weight before it is rounded, "side" a branch
+        beside it; or "none".
+    low_rank_start: "zero", or "error" for a branch that begins as what rounding leaves, as well as its rank can hold it.
+    low_rank_rate: AdamW's step of its factors.
+    effort: a name in EFFORTS.
+    penalty: λ of soft smoothing.
+    anchor: μ of what smoothing costs away from its start.
+    learned_rotation: "values" learns how values are turned within their heads (`rotation.py`), or "none".
+    unsmoothed: roles of sites that keep their channels.
     """
 
     clipping: str = "group"
