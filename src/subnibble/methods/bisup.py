@@ -33,10 +33,15 @@ _COUNTS = {"outliers": ("outliers", ("atom",)), "salient": ("rank", _SALIENT)}
 
 @dataclass(frozen=True)
 class Options:
-    """over: the method below, a name in BASES. clipping, input_clipping, smoothing, low_rank, low_rank_start,
-    low_rank_rate, rank, effort, penalty, anchor, learned_rotation: see `tuning/tuning.py`. asymmetry, alpha_drift: of
-    the rounding at the end, see `rounding/gptaq.py`. rotation: of the residual stream, "method" for the base's own.
-    outliers: Atom's. salient: channels, SERQ's and twinfit's.
+    """Settings beside the base's own.
+
+    over: the method below, a name in BASES.
+    clipping, input_clipping, smoothing, low_rank, low_rank_start, low_rank_rate, rank, effort, penalty, anchor,
+        learned_rotation: see `tuning/tuning.py`.
+    asymmetry, alpha_drift: of the rounding at the end, see `rounding/gptaq.py`.
+    rotation: of the residual stream, "method" for the base's own.
+    outliers: Atom's.
+    salient: channels, SERQ's and twinfit's.
     """
 
     over: str = "quarot"

@@ -40,13 +40,18 @@ SALIENCIES = ("none", *SCORES)
 
 @dataclass(frozen=True)
 class Options(WeightOptions):
-    """rank: salient channels, 0 for none. form, residual: `corrections/salient.py`. flattening: "none", "powers" for
-    alpha and beta everywhere, "search" for each site's own; see `transforms/flatten.py`; the search rounds to nearest
-    and takes channels in the order of their sizes, `rank` of them salient, whatever rounding, saliency, heads and ranks
-    say. column_scales: "down" for D2Quant's on down-projections, see `transforms/column_scale.py`. saliency, heads,
-    residual_order: `transforms/saliency.py`; saliency may be "none", too, where there are no salient channels. ranks:
-    "uniform", or "gain" for each linear's own with rank as their mean, see `corrections/ranks.py`. The others as in
-    `methods/weights.py`; weighting is that of the main matrix, the second one's grids are fitted without.
+    """SERQ's own settings; the others as in `methods/weights.py`. weighting: of the main matrix, the second one's grids
+    are fitted without.
+
+    rank: salient channels, 0 for none.
+    form, residual: `corrections/salient.py`.
+    flattening: "none"; "powers" for alpha and beta everywhere; "search" for each site's own, see
+        `transforms/flatten.py`: the search rounds to nearest and takes channels in the order of their sizes, `rank` of
+        them salient, whatever rounding, saliency, heads and ranks say.
+    column_scales: "down" for D2Quant's on down-projections, see `transforms/column_scale.py`, or "none".
+    saliency: `transforms/saliency.py`; "none", too, where there are no salient channels.
+    heads, residual_order: `transforms/saliency.py`.
+    ranks: "uniform", or "gain" for each linear's own with rank as their mean, see `corrections/ranks.py`.
     """
 
     rounding: str = "gptq"

@@ -47,7 +47,7 @@ class Tuning:
     smoothing: "soft", "hard" (the same factors for inputs and weights) or "none".
     low_rank: "merge" learns a matrix of `rank` that is added to each weight before it is rounded, "side" a branch
         beside it; or "none".
-    low_rank_start: "zero", or "error" for a branch that begins as what rounding leaves, as well as its rank can hold it.
+    low_rank_start: "zero", or "error" for a branch that begins as what rounding leaves, as well as its rank can hold.
     low_rank_rate: AdamW's step of its factors.
     effort: a name in EFFORTS.
     penalty: λ of soft smoothing.
