@@ -417,6 +417,24 @@ def test_a_positive_crop_is_refused_as_transformers_does() -> None:
         KVCache(CacheScheme(4), 2).crop(3)
 
 
+@pytest.mark.parametrize("prefixed", [False, True])
+@pytest.mark.parametrize("scheme", [None, *SCHEMES])
+def test_a_coded_cache_runs_under_autocast(scheme: str | None, prefixed: bool) -> None:
+    """Whose products are less exact, and which must leave codes and scales alone."""
+    model, tokens = random_model("llama"), ids(12)
+    chosen = None if scheme is None else replace(SCHEMES[scheme], bits=8)
+    if prefixed:
+        model = with_prefix(model, ids(PREFIX, 1, seed=3)[0], chosen)
+    else:
+        attach_cache_(model, chosen)
+    wanted = logits(model, tokens)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = logits(model, tokens).float()
+        in_two = in_pieces(model, tokens, (7, 5)).float()
+    for other in (found, in_two):
+        assert float((other - wanted).norm() / wanted.norm()) < 0.05
+
+
 def test_a_crop_that_some_of_a_cache_cannot_make_takes_nothing() -> None:
     """Keys by channel end in whole groups of tokens and values do not: one could give back what the other cannot."""
     scheme, tokens = CacheScheme(2, 4, "channel", window=4), ids(10)

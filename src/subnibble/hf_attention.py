@@ -38,7 +38,9 @@ from subnibble.model.arch import find_arch
 from subnibble.model.site import Heads
 from subnibble.runtime import hadamard
 from subnibble.runtime.attention import PrefixSeen, attend
+from subnibble.runtime.kv_cache import changed
 from subnibble.runtime.modules import PrefixStates
+from subnibble.runtime.ops import as_written
 
 ATTENTION = "subnibble"
 _RECORD, _GENERATION = "_subnibble_cache", "_prepare_cache_for_generation"
@@ -339,16 +341,18 @@ def cached_attention(
         return found
     if attention_mask is not None and attention_mask.dtype != torch.bool:
         raise BadRecipe("a model on a coded cache takes masks of truth values, or of two dimensions")
-    keys, values = kv_layer.take()
+    # Under autocast values may come in another type than queries and keys, which were turned by their positions.
+    keys, values = (changed(seen, lambda part: part.to(query.dtype)) for seen in kv_layer.take())
     blocks = kv_layer.blocks(query)
-    turned = hadamard.multiply(query, blocks) if blocks else query
-    prefix = None
-    if hasattr(module, PREFIX):
-        own = module.prefix.keys.to(query.dtype)
-        shown = _prefix_visible(query, own.shape[1], kv_layer.queries, sliding_window)
-        prefix = PrefixSeen(hadamard.multiply(own, blocks) if blocks else own, module.prefix.values, shown)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    output = attend(turned, keys, values, attention_mask, scale, prefix)
+    with as_written(query.device):
+        turned = hadamard.multiply(query, blocks) if blocks else query
+        prefix = None
+        if hasattr(module, PREFIX):
+            own = module.prefix.keys.to(query.dtype)
+            shown = _prefix_visible(query, own.shape[1], kv_layer.queries, sliding_window)
+            prefix = PrefixSeen(hadamard.multiply(own, blocks) if blocks else own, module.prefix.values, shown)
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        output = attend(turned, keys, values, attention_mask, scale, prefix)
     return output.transpose(1, 2).contiguous(), None
 
 

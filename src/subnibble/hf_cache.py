@@ -13,6 +13,7 @@ from subnibble.cache_scheme import CacheScheme, PrefixIds
 from subnibble.errors import BadRecipe
 from subnibble.runtime import hadamard
 from subnibble.runtime.kv_cache import LayerStore, Seen, changed
+from subnibble.runtime.ops import as_written
 from subnibble.runtime.rotary import rotate, unrotate
 
 
@@ -31,7 +32,8 @@ class Positions:
         """Add those of new tokens, (b or 1, t, turned); their two halves are equal, and one is kept."""
         new = [part[..., : part.shape[-1] // 2].expand(batch, -1, -1) for part in (cos, sin)]
         old = self._halves or tuple(part[:, :0] for part in new)
-        first, second = (torch.cat(pair, 1) for pair in zip(old, new, strict=True))
+        with as_written(cos.device):
+            first, second = (torch.cat(pair, 1) for pair in zip(old, new, strict=True))
         self._halves = (first, second)
 
     def read(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
@@ -83,12 +85,13 @@ class CacheLayer(CacheLayerMixin):
                 "passing it in"
             )
         before, scheme = self.store.length, self.scheme
-        if scheme is not None and scheme.rope == "before":
-            keys = self._without_positions(key_states, before)
-        else:
-            blocks = self.blocks(key_states)
-            keys = self.store.keys.append(hadamard.multiply(key_states, blocks) if blocks else key_states)
-        values = self.store.values.append(value_states)
+        with as_written(key_states.device):
+            if scheme is not None and scheme.rope == "before":
+                keys = self._without_positions(key_states, before)
+            else:
+                blocks = self.blocks(key_states)
+                keys = self.store.keys.append(hadamard.multiply(key_states, blocks) if blocks else key_states)
+            values = self.store.values.append(value_states)
         self._seen, self._expected = (keys, values), False
         return keys.late, values.late
 
