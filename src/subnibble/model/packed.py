@@ -48,7 +48,10 @@ def pack_modules_(model: Any, packed: PackedConfig, dtype: torch.dtype) -> None:
             own = isinstance(entry, KeyCenterEntry | InputMixEntry)
             module = model.get_submodule(path.rpartition(".")[0] if own else path)
         except AttributeError as error:
-            raise CheckpointError(f"quantization_config packs {path}, which this model does not have") from error
+            raise CheckpointError(
+                f"quantization_config packs {path}, which this model does not have; packed checkpoints load as "
+                "AutoModelForCausalLM"
+            ) from error
         replace_module(model, path, module, entry, dtype)
     _check_centers(model, packed)
 
