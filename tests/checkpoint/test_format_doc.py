@@ -241,6 +241,7 @@ class ExampleSource:
 
     def __init__(self, config: dict, tensors: dict[str, tuple[tuple[int, ...], int]]) -> None:
         shape = {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+        shape["tie_word_embeddings"] = False
         self.config = SimpleNamespace(model_type="llama", quantization_config=config, **shape)
         self.tensors = tensors
 
@@ -312,7 +313,8 @@ def test_the_documented_prefix_has_the_documented_tensors() -> None:
 
 
 def test_the_documented_bytes_of_a_cache_are_those_that_are_measured() -> None:
-    source = ExampleSource(CONFIG_4, {"model.layers.0.self_attn.q_proj.weight": ((64, 64), 16)})
+    prefix = {name: (shape, 16) for name, shape in stored_shapes(PackedConfig.from_dict(CONFIG_4)).items()}
+    source = ExampleSource(CONFIG_4, {"model.layers.0.self_attn.q_proj.weight": ((64, 64), 16)} | prefix)
     # Two key-value heads of 16 channels: keys in groups of 2 tokens, values in groups of 2 channels.
     assert measure(source).cache_bytes == 2 * (16 * (1 + 4) / 2 + (6 + 8 * 4))
     assert measure(source).effective_bits == 16

@@ -32,8 +32,8 @@ from subnibble.transforms.rotate import (
     Rotation,
     can_rotate,
     check_rotation,
-    hadamard,
     make_rotation,
+    offline_hadamard,
     rotate_block_,
 )
 
@@ -50,14 +50,14 @@ def is_hadamard(matrix: Tensor, order: int) -> bool:
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_hadamard_has_entries_of_one_and_orthogonal_rows(order: int) -> None:
-    matrix = hadamard(order)
+    matrix = offline_hadamard(order)
     assert matrix is not None
     assert matrix.dtype == torch.float64
     assert is_hadamard(matrix, order)
 
 
 def test_the_hadamard_oracle_rejects_planted_faults() -> None:
-    right = hadamard(12)
+    right = offline_hadamard(12)
     assert right is not None
     flipped, halved = right.clone(), right.clone()
     flipped[3, 7] *= -1
@@ -68,7 +68,7 @@ def test_the_hadamard_oracle_rejects_planted_faults() -> None:
 
 @pytest.mark.parametrize("order", [3, 5, 6, 7, 10, 14, 50, 99])
 def test_an_order_out_of_reach_has_no_hadamard_matrix(order: int) -> None:
-    assert hadamard(order) is None
+    assert offline_hadamard(order) is None
 
 
 def whole(rotation: Rotation | None) -> Tensor:
