@@ -23,9 +23,9 @@ from subnibble.errors import BadRecipe, NumericalFailure
 from subnibble.rounding import grid
 from subnibble.rounding.descent import Home, sweep_
 from subnibble.rounding.gptaq import Asymmetry, Push, Spread
-from subnibble.rounding.levels import WEIGHTINGS, Fitter
+from subnibble.rounding.levels import WEIGHTINGS
 from subnibble.rounding.order import ORDERS, ColumnPlan, plan_columns
-from subnibble.rounding.rounder import Rounder, Rounding
+from subnibble.rounding.rounder import OnGrids, Rounder, Rounding
 from subnibble.scheme import Scheme
 from subnibble.tensor import CodedMatrix
 
@@ -48,16 +48,15 @@ class Factor:
 
 
 @dataclass(frozen=True)
-class GPTQ(Rounder):
+class GPTQ(OnGrids):
     """Rounder with error compensation.
 
-    fitter: fits the grid of each group. damping: added to the Gram diagonal, as a fraction of its mean. order: see
+    damping: added to the Gram diagonal, as a fraction of its mean. order: see
     `order.py`. block: columns whose updates to the columns behind them are applied together, as one matrix product.
     weighting: "none" fits grids to the weights as they are, "hessian" weights each column's error by its diagonal Gram
     entry. asymmetry: see `gptaq.py`. sweeps: of coordinate descent afterwards, see `descent.py`.
     """
 
-    fitter: Fitter = field(default_factory=grid.Clip)
     damping: float = 0.01
     order: str = "gar"
     block: int = 128
@@ -96,19 +95,6 @@ class GPTQ(Rounder):
     def drift_form(self) -> str:
         """See `Rounder`."""
         return self.asymmetry.form
-
-    @property
-    def scales_columns(self) -> bool:
-        """See `Rounder`."""
-        return self.fitter.scales_columns
-
-    def check(self, scheme: Scheme, where: str) -> None:
-        """See `Rounder`."""
-        self.fitter.check(scheme, where)
-
-    def on(self, fitter: Fitter) -> Rounder:
-        """See `Rounder`."""
-        return replace(self, fitter=fitter)
 
     def __call__(
         self, weight: Tensor, gram: Tensor | None, scheme: Scheme, where: str, drift: Tensor | None = None

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
+from subnibble.rounding.grid import Clip
 from subnibble.rounding.levels import Fitter
 from subnibble.scheme import Scheme
 from subnibble.tensor import CodedMatrix
@@ -70,3 +71,23 @@ class Rounder:
         (x~ - x) xᵀ with x~ the full-precision model's input of the same token, or None if not needed.
         """
         raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class OnGrids(Rounder):
+    """A rounder whose grids another object fits, group by group. fitter: that object."""
+
+    fitter: Fitter = field(default_factory=Clip)
+
+    @property
+    def scales_columns(self) -> bool:
+        """See `Rounder`."""
+        return self.fitter.scales_columns
+
+    def check(self, scheme: Scheme, where: str) -> None:
+        """See `Rounder`."""
+        self.fitter.check(scheme, where)
+
+    def on(self, fitter: Fitter) -> Rounder:
+        """See `Rounder`."""
+        return replace(self, fitter=fitter)

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from subnibble.errors import BadRecipe
 from subnibble.rounding import grid
-from subnibble.rounding.levels import WEIGHTINGS, Fitter
-from subnibble.rounding.rounder import Rounder, Rounding
+from subnibble.rounding.levels import WEIGHTINGS
+from subnibble.rounding.rounder import OnGrids, Rounding
 from subnibble.scheme import Scheme
 
 
 @dataclass(frozen=True)
-class RTN(Rounder):
+class RTN(OnGrids):
     """Rounder that fits a grid per group and rounds to nearest.
 
     weighting: "none" fits grids to the weights as they are, "hessian" weights each column's error by its diagonal Gram
     entry: needed where columns were scaled by their inputs, lest a clip search cuts off those that matter most.
     """
 
-    fitter: Fitter = field(default_factory=grid.Clip)
     weighting: str = "none"
 
     def __post_init__(self) -> None:
@@ -32,19 +31,6 @@ class RTN(Rounder):
     def needs_gram(self) -> bool:
         """See `Rounder`."""
         return self.weighting == "hessian"
-
-    @property
-    def scales_columns(self) -> bool:
-        """See `Rounder`."""
-        return self.fitter.scales_columns
-
-    def check(self, scheme: Scheme, where: str) -> None:
-        """See `Rounder`."""
-        self.fitter.check(scheme, where)
-
-    def on(self, fitter: Fitter) -> Rounder:
-        """See `Rounder`."""
-        return replace(self, fitter=fitter)
 
     def __call__(
         self, weight: Tensor, gram: Tensor | None, scheme: Scheme, where: str, drift: Tensor | None = None
