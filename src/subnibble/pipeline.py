@@ -358,9 +358,10 @@ def _check_apart(out: Path, model: Path, recipe: Recipe) -> None:
     """Raise `OutputError` if replacing `out` would take what is read with it."""
     if model.resolve() == out.resolve():
         raise OutputError(f"{out} is the model itself; choose another folder")
-    for name in (str(model), recipe.calibration or "", recipe.system_prompt or ""):
-        if (name == str(model) or is_file(name)) and out.resolve() in expanded(name).resolve().parents:
-            raise OutputError(f"{name} lies in {out}, which would be replaced; choose another folder")
+    texts = [expanded(name) for name in (recipe.calibration, recipe.system_prompt) if name and is_file(name)]
+    for path in (model, *texts):
+        if out.resolve() in path.resolve().parents:
+            raise OutputError(f"{path} lies in {out}, which would be replaced; choose another folder")
 
 
 def _check_disk(run: _Run, folder: Path) -> None:

@@ -239,6 +239,24 @@ def test_a_commit_that_fails_halfway_puts_the_old_checkpoint_back(tmp_path, monk
     assert content(tmp_path) == before
 
 
+def test_the_old_checkpoint_stays_where_another_program_takes_its_name_at_the_commit(tmp_path, monkeypatch) -> None:
+    final = tmp_path / "out"
+    write(final, SHARDS[:2])
+    before = sorted(content(tmp_path).values())
+    rename = Path.rename
+
+    def taken(self, target):
+        if target == final:
+            final.mkdir()
+            (final / "theirs").write_text("kept")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", taken)
+    with pytest.raises(OSError, match="not empty"):
+        write(final, SHARDS, replace=True)
+    assert sorted(content(tmp_path).values()) == sorted([*before, b"kept"])
+
+
 def test_what_arrived_in_the_meantime_is_not_overwritten(tmp_path) -> None:
     def commit_after_another_program_wrote() -> None:
         with CheckpointWriter(tmp_path / "out", 1, replace=False) as writer:

@@ -111,10 +111,11 @@ class CheckpointWriter:
                 self.final.rename(old)
             self.folder.rename(self.final)
         finally:
-            # An interrupt, too, leaves one of the two under the final name.
-            if old.exists() and not self.final.exists():
+            # After an interrupt, too: the old one goes only where the new one is in its place.
+            if not self.folder.exists():
+                shutil.rmtree(old, ignore_errors=True)
+            elif old.exists() and not self.final.exists():
                 old.rename(self.final)
-            shutil.rmtree(old, ignore_errors=True)
 
 
 def check_output(final: Path, replace: bool) -> None:
