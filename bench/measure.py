@@ -54,7 +54,7 @@ def with_data(recipe: Recipe, windows: int) -> Recipe:
     On `windows` times 2048 tokens; a recipe with shorter windows has them cut into so many more.
     """
     from subnibble.methods import find_method
-    from subnibble.plan import needs_data
+    from subnibble.pipeline.plan import needs_data
 
     needs = needs_data(recipe, find_method(recipe.method).steps(recipe.options))
     window = min(recipe.window, WINDOW)

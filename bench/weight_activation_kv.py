@@ -122,7 +122,7 @@ def measured(spec: Spec, names: dict[str, str]) -> list[dict[str, Any]]:
 
 def put_behind_(model: Any, tokenizer: Any) -> None:
     """Put a model that was quantized without a prompt behind the chat template's."""
-    from subnibble.hf_attention import attached_cache
+    from subnibble.hf.attention import attached_cache
     from subnibble.prefix import attach_prefix_
     from subnibble.prompt import prefix_ids
 
@@ -134,7 +134,7 @@ def put_behind_coded_(model: Any, tokenizer: Any) -> None:
     """The same, the prompt's keys and values coded as a text's."""
     import torch
 
-    from subnibble.hf_attention import attach_cache_, attached_cache, set_prefix_
+    from subnibble.hf.attention import attach_cache_, attached_cache, set_prefix_
     from subnibble.prefix import compute_prefix
     from subnibble.prompt import prefix_ids
     from subnibble.runtime.coded_text import coded_keys, coded_values

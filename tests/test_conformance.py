@@ -20,7 +20,7 @@ from subnibble.checkpoint.writer import CheckpointWriter
 from subnibble.hf import packed_modules
 from subnibble.methods import METHODS
 from subnibble.model.skeleton import Skeleton
-from subnibble.plan import plan_rotation
+from subnibble.pipeline.plan import plan_rotation
 from subnibble.report import Report
 from subnibble.rounding.error import relative_errors
 from subnibble.runtime import activations, hadamard

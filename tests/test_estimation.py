@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from subnibble import Recipe, estimation, quantize
-from subnibble.block_run import BlockRun
 from subnibble.errors import SubnibbleError
+from subnibble.pipeline.block_run import BlockRun
 
 REFUSED: dict[str, dict[str, Any]] = {
     "nothing to do": {"method": "none"},

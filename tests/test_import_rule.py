@@ -16,11 +16,8 @@ RANK = {
     "checkpoint": 3, "model": 3, "calibrate": 3,
     "transforms": 4, "rounding": 4, "corrections": 4, "tuning": 4,
     "recipe": 5, "methods": 5,
-    "pipeline": 6, "filled_in": 6, "plan": 6, "planned_size": 6, "resolve": 6, "block_run": 6, "block_tuning": 6,
-    "streams": 6, "stack": 6, "block_transforms": 6, "after_blocks": 6, "prompt": 6, "metrics": 6, "report": 6,
-    "distill": 6, "distill_checkpoint": 6,
-    "cli": 7, "hf": 7, "hf_cache": 7, "hf_attention": 7, "prefix": 7, "comparison": 7,
-    "evaluation": 7, "estimation": 7, "fold": 7, "speak": 7,
+    "pipeline": 6, "prompt": 6, "metrics": 6, "report": 6,
+    "cli": 7, "hf": 7, "prefix": 7, "comparison": 7, "evaluation": 7, "estimation": 7, "fold": 7, "speak": 7,
 }  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from subnibble.checkpoint.packed import packed_config_of, stored_shapes
 from subnibble.checkpoint.safetensors_source import SafetensorsSource
 from subnibble.errors import BadRecipe, CheckpointError
 from subnibble.evaluation import Evaluation, evaluate, prepare_
-from subnibble.hf_attention import attach_cache_, attached_cache, change_scheme_, detach_cache_
+from subnibble.hf.attention import attach_cache_, attached_cache, change_scheme_, detach_cache_
 from subnibble.prefix import add_prefix
 from subnibble.runtime.kv_cache import TensorStore
 

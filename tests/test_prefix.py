@@ -22,7 +22,7 @@ from subnibble.checkpoint.safetensors_source import SafetensorsSource
 from subnibble.checkpoint.size import measure
 from subnibble.errors import BadRecipe, CalibrationError, CheckpointError, NumericalFailure
 from subnibble.evaluation import Evaluation, evaluate
-from subnibble.hf_attention import attach_cache_, attached_cache, detach_cache_, set_prefix_
+from subnibble.hf.attention import attach_cache_, attached_cache, detach_cache_, set_prefix_
 from subnibble.model.skeleton import Skeleton
 from subnibble.prefix import add_prefix, attach_prefix_
 from test_conformance import tensors_of
@@ -256,7 +256,7 @@ def test_a_prompt_can_be_added_and_replaced_later(folders: dict[str, Path], toke
     assert after["weights_sha256"] not in (before["weights_sha256"], "")
     assert after["linears"] == before["linears"]
     assert (out / "recipe.toml").is_file()
-    assert after["system_prompt_added"] == PROMPT
+    assert (after["system_prompt_added"], after["prefix_tokens"]) == (PROMPT, len(IDS))
     assert (out / "notes.txt").read_text() == "mine"
     assert load_file(out / "adapter.safetensors")["a"].tolist() == [1, 1, 1]
     # Once more, and no empty shard stays behind.

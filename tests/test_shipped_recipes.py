@@ -13,7 +13,7 @@ from subnibble import Recipe, quantize
 from subnibble.checkpoint.safetensors_source import SafetensorsSource
 from subnibble.methods import find_method
 from subnibble.model.skeleton import Skeleton
-from subnibble.plan import make_plan, plan_cache, plan_rotation
+from subnibble.pipeline.plan import make_plan, plan_cache, plan_rotation
 
 FILES = sorted((Path(__file__).parent.parent / "recipes").rglob("*.toml"))
 BASE = {"group_size": 16, "num_windows": 4, "window": 32}

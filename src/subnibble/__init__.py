@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from subnibble.estimation import estimate
     from subnibble.evaluation import Evaluation, evaluate
     from subnibble.fold import fold_norm_biases_
-    from subnibble.pipeline import quantize
+    from subnibble.pipeline.distill_checkpoint import distill_checkpoint
+    from subnibble.pipeline.driver import quantize
     from subnibble.prefix import add_prefix
     from subnibble.recipe import Recipe
 
@@ -27,6 +28,7 @@ __all__ = [
     "__version__",
     "add_prefix",
     "compare",
+    "distill_checkpoint",
     "estimate",
     "evaluate",
     "fold_norm_biases_",
@@ -39,10 +41,11 @@ _HOMES = {
     "Recipe": "recipe",
     "add_prefix": "prefix",
     "compare": "comparison",
+    "distill_checkpoint": "pipeline.distill_checkpoint",
     "estimate": "estimation",
     "evaluate": "evaluation",
     "fold_norm_biases_": "fold",
-    "quantize": "pipeline",
+    "quantize": "pipeline.driver",
 }
 
 
@@ -57,7 +60,7 @@ def __dir__() -> list[str]:
 
 
 def _register(module: object) -> None:
-    # Importing it registers; where hf.py itself is what imports transformers, it is under way already.
+    # Importing it registers; where hf/ itself is what imports transformers, it is under way already.
     import subnibble.hf  # noqa: F401
 
 

@@ -21,13 +21,13 @@ from subnibble.methods import find_method
 from subnibble.methods.method import Steps
 from subnibble.metrics.perplexity import Scores, score
 from subnibble.paths import expanded
-from subnibble.pipeline import quantize
-from subnibble.plan import needs_data
+from subnibble.pipeline.driver import quantize
+from subnibble.pipeline.plan import needs_data
+from subnibble.pipeline.resolve import resolve
 from subnibble.prefix import same_prefix_
 from subnibble.progress import Progress, silent, titled
 from subnibble.prompt import prefix_ids
 from subnibble.recipe import Recipe
-from subnibble.resolve import resolve
 
 ORIGINAL = "original"
 

@@ -14,9 +14,9 @@ from subnibble.checkpoint.source import Source, numel
 from subnibble.device import free_memory
 from subnibble.methods.method import Steps
 from subnibble.model.skeleton import Skeleton
-from subnibble.planned_size import activation_bits, effective_bits, packed_bytes
+from subnibble.pipeline.planned_size import activation_bits, effective_bits, packed_bytes
+from subnibble.pipeline.resolve import resolve
 from subnibble.recipe import Recipe
-from subnibble.resolve import resolve
 from subnibble.tuning.distillation import Distillation
 from subnibble.tuning.tuning import EFFORTS
 from subnibble.tuning.whole_model import FREE_SHARE, states_bytes

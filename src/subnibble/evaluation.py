@@ -19,7 +19,7 @@ from subnibble.checkpoint.size import cache_bytes, measure
 from subnibble.checkpoint.source import Source
 from subnibble.errors import BadRecipe, CheckpointError
 from subnibble.hf import load_model, memory_bytes
-from subnibble.hf_attention import attached_cache, change_scheme_
+from subnibble.hf.attention import attached_cache, change_scheme_
 from subnibble.metrics.layer_error import layer_errors
 from subnibble.metrics.perplexity import check_vocabularies, score
 from subnibble.prefix import attach_prefix_, same_prefix_

@@ -16,7 +16,7 @@ from subnibble.calibrate.windows import check_positions, check_vocabulary
 from subnibble.checkpoint.edit import change_checkpoint, open_packed
 from subnibble.checkpoint.entries import Entry, PrefixEntry, prefix_state
 from subnibble.hf import load_model
-from subnibble.hf_attention import attach_cache_, attached_cache, check_cache, detached, set_prefix_
+from subnibble.hf.attention import attach_cache_, attached_cache, check_cache, detached, set_prefix_
 from subnibble.model.arch import find_arch
 from subnibble.prompt import prefix_ids
 
@@ -68,7 +68,8 @@ def add_prefix(folder: str | Path, prompt: str, *, dtype: str = "float32", devic
     tensors: dict[str, Tensor] = {}
     for path, pair in zip(paths, states, strict=True):
         tensors |= prefix_state(path, pair)
-    change_checkpoint(source, replace(packed, modules=modules, prefix=prefix), tensors, {"system_prompt_added": prompt})
+    told = {"system_prompt_added": prompt, "prefix_tokens": len(prefix.ids)}
+    change_checkpoint(source, replace(packed, modules=modules, prefix=prefix), tensors, told)
     return prefix
 
 

@@ -9,7 +9,7 @@ import torch
 from subnibble.cache_scheme import PrefixIds
 from subnibble.calibrate.windows import check_vocabulary
 from subnibble.errors import BadRecipe
-from subnibble.hf_attention import attached_cache
+from subnibble.hf.attention import attached_cache
 from subnibble.prompt import default_turn, is_system_turn
 
 

@@ -1,8 +1,10 @@
 """What an entry stores: names, shapes and types of its tensors, and the bits of a token that enters it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from packed_config_samples import A8, AMX, CONFIG, DOWN, HEAD, NORM, ONE_TERM, SCALED, W3, W8, WHOLE, Q
+from packed_config_samples import A4, A8, AMX, CONFIG, DOWN, HEAD, NORM, ONE_TERM, SCALED, W3, W8, WHOLE, Q
 
 from subnibble.checkpoint.entries import PackedLinearEntry, gather_type
 from subnibble.checkpoint.packed import PackedConfig, stored_shapes
@@ -60,6 +62,8 @@ def test_a_gather_is_stored_in_16_bits_where_that_holds_its_channels(columns, st
         ({"activation": A8, **ONE_TERM["salient"], "residual": "weight"}, 192 * 8 + 24 + 2 * (16 * 8 + 24)),
         ({"activation": A8, **ONE_TERM["salient"], "residual": "salient"}, 192 * 8 + 24 + 2 * (16 * 8 + 24)),
         ({"activation": A8, **ONE_TERM["low_rank"]}, 192 * 8 + 24 + 4 * 8 + 24),
+        # 64 outliers are a group of 8 bits with a scale; there are none between the factors.
+        ({"activation": replace(A4, outliers=64), **ONE_TERM["low_rank"]}, 128 * 4 + 20 + 64 * 8 + 16 + 4 * 4 + 20),
         # 6 groups of 32 with a scale of 8 bits.
         ({"activation": AMX}, 192 * 4 + 6 * 8),
         (ONE_TERM["salient"], 16 * 192),

@@ -10,9 +10,9 @@ import pytest
 from torch import Tensor
 
 from conftest import Run
-from subnibble import block_tuning
 from subnibble.cli import console
 from subnibble.methods import METHODS
+from subnibble.pipeline import block_tuning
 from subnibble.tuning.train import Samples
 
 

@@ -22,7 +22,8 @@ from subnibble.methods.method import Method, Steps
 from subnibble.methods.none import Options
 from subnibble.model.site import Role
 from subnibble.model.skeleton import Skeleton
-from subnibble.plan import make_plan
+from subnibble.pipeline.plan import make_plan
+from subnibble.pipeline.stack import Observed, Stack, round_stack
 from subnibble.rounding.dual_scale import DualScale
 from subnibble.rounding.gptaq import FORMS, Asymmetry
 from subnibble.rounding.gptq import GPTQ
@@ -30,7 +31,6 @@ from subnibble.rounding.rounder import Rounder, Rounding
 from subnibble.rounding.rtn import RTN
 from subnibble.runtime.ops import LinearTerms
 from subnibble.scheme import ActivationScheme, Scheme
-from subnibble.stack import Observed, Stack, round_stack
 from subnibble.tensor import PackedLayout, PackedRange, PackedTensor
 from subnibble.transforms.saliency import Saliency
 from subnibble.tuning.tuning import Tuning

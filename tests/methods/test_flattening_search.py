@@ -11,12 +11,12 @@ from torch import Tensor
 from subnibble.calibrate.stream import SiteStatistics
 from subnibble.corrections.correction import NOTHING
 from subnibble.methods import METHODS
+from subnibble.pipeline.stack import Observed, Stack, round_stack
 from subnibble.rounding.grid import Clip
 from subnibble.rounding.rtn import RTN
 from subnibble.runtime import ops
 from subnibble.runtime.ops import LinearTerms
 from subnibble.scheme import ActivationScheme, Scheme
-from subnibble.stack import Observed, Stack, round_stack
 from subnibble.tensor import PackedTensor
 from subnibble.transforms.flatten import Loss, SearchedFlatten
 

@@ -15,11 +15,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import subnibble
-from subnibble import Recipe, block_run
+from subnibble import Recipe
 from subnibble.checkpoint.entries import InputMixEntry
 from subnibble.checkpoint.packed import PackedConfig
 from subnibble.model.arch.llama import ATTENTION_IN, ATTENTION_OUT, MLP_HIDDEN, MLP_IN
 from subnibble.model.site import Heads, Site
+from subnibble.pipeline import block_run
 from subnibble.rounding.dual_scale import DualScale
 from subnibble.rounding.levels import Fitted
 from subnibble.scheme import Scheme

@@ -24,7 +24,7 @@ from subnibble.model.arch import ARCHITECTURES
 from subnibble.model.arch.llama import LLAMA
 from subnibble.model.site import Arch, Heads
 from subnibble.model.skeleton import Block, Skeleton
-from subnibble.plan import plan_rotation
+from subnibble.pipeline.plan import plan_rotation
 from subnibble.scheme import Scheme
 from subnibble.transforms import rotate
 from subnibble.transforms.rotate import (

@@ -15,21 +15,22 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from conftest import CONFIGS
-from subnibble import Recipe, block_tuning, quantize
-from subnibble.block_run import BlockRun
-from subnibble.block_tuning import BlockTuning
+from subnibble import Recipe, quantize
 from subnibble.cache_scheme import PrefixIds
 from subnibble.checkpoint.opening import open_source
 from subnibble.checkpoint.size import cache_bytes
 from subnibble.corrections.correction import Correction
 from subnibble.errors import BadRecipe, SubnibbleError
 from subnibble.estimation import estimate
-from subnibble.hf_attention import attach_cache_, attached_cache, change_scheme_
+from subnibble.hf.attention import attach_cache_, attached_cache, change_scheme_
+from subnibble.pipeline import block_tuning
+from subnibble.pipeline.block_run import BlockRun
+from subnibble.pipeline.block_tuning import BlockTuning
+from subnibble.pipeline.stack import Observed, Stack
 from subnibble.report import BlockReport
 from subnibble.rounding.gptq import GPTQ
 from subnibble.rounding.rounder import Rounder
 from subnibble.runtime.modules import PackedLinear
-from subnibble.stack import Observed, Stack
 from subnibble.tuning.train import held_out_loss
 
 PROMPT = "w5 w9 w2 w7"
@@ -106,7 +107,7 @@ def test_the_block_that_was_trained_is_the_block_that_runs(
     tuned, told = tuned_blocks(monkeypatch), []
     if "qwen2" in name:
         # transformers reads a qwen2 folder's tokenizer as one of bytes, which the tiny one is not.
-        monkeypatch.setattr("subnibble.resolve.given_prefix", lambda *args: PrefixIds((5, 9, 2, 7), None))
+        monkeypatch.setattr("subnibble.pipeline.resolve.given_prefix", lambda *args: PrefixIds((5, 9, 2, 7), None))
     recipe = Recipe(calibration=str(token_file), system_prompt=PROMPT, **DATA, **SETTING, **METHODS[kind])
     report = quantize(
         folders[name], tmp_path / "out", recipe, progress=lambda done, total, doing: told.append((done, total, doing))
@@ -237,7 +238,7 @@ def test_rounding_keeps_what_leaves_the_lower_loss(
     folders: dict[str, Path], token_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     losses: list[float] = []
-    from subnibble import block_tuning
+    from subnibble.pipeline import block_tuning
 
     loss_of = block_tuning.held_out_loss
 

@@ -77,7 +77,7 @@ class PackedLinearEntry:
             # The same codes meet a second weight: columns of the product, and so bits that are read.
             bits += self.activation.token_bits(self.salient.columns) * (1 if self.residual == "none" else 2)
         if self.low_rank is not None:
-            bits += self.activation.token_bits(self.low_rank[0].rows)
+            bits += self.activation.without_outliers.token_bits(self.low_rank[0].rows)
         return bits
 
 

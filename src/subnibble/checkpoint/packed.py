@@ -30,6 +30,7 @@ from subnibble.scheme import ActivationScheme, Scheme
 from subnibble.tensor import PackedLayout
 
 T = TypeVar("T")
+_S = TypeVar("_S", Scheme, ActivationScheme, CacheScheme)
 
 QUANT_METHOD = "subnibble"
 FORMAT_VERSIONS = (1, 2, 3, 4, 5, 6)
@@ -135,9 +136,9 @@ class PackedConfig:
         if unknown:
             raise CheckpointError(f"{where}: unknown key {unknown[0]!r}; it was written by a newer subnibble")
         try:
-            schemes = {name: Scheme.from_dict(scheme) for name, scheme in values["schemes"].items()}
+            schemes = {name: _complete(Scheme, scheme) for name, scheme in values["schemes"].items()}
             found = values["activations"] if version > 2 else {}
-            activations = {name: ActivationScheme.from_dict(scheme) for name, scheme in found.items()}
+            activations = {name: _complete(ActivationScheme, scheme) for name, scheme in found.items()}
             labels = _Labels(schemes, activations)
             modules = {path: _entry_from_dict(entry, labels) for path, entry in values["modules"].items()}
             cache, prefix = (values[key] if version > 3 else None for key in ("cache", "prefix"))
@@ -145,7 +146,7 @@ class PackedConfig:
                 raise ValueError("a cache with a key_center")
             config = cls(
                 modules,
-                None if cache is None else CacheScheme.from_dict(cache),
+                None if cache is None else _complete(CacheScheme, cache),
                 None if prefix is None else PrefixIds.from_dict(prefix),
             )
         except (KeyError, TypeError, ValueError, AttributeError, BadRecipe) as error:
@@ -155,6 +156,14 @@ class PackedConfig:
                 f"{where}: what it describes came with version {config._version} and it says version {version}"
             )
         return config
+
+
+def _complete(kind: type[_S], values: Mapping[str, Any]) -> _S:
+    """A scheme of which a recipe may leave keys out, and a checkpoint may not."""
+    found = kind.from_dict(values)
+    if missing := sorted(found.to_dict().keys() - values.keys()):
+        raise ValueError(f"no {missing[0]} in {dict(values)}")
+    return found
 
 
 def stored_shapes(packed: PackedConfig) -> dict[str, tuple[int, ...]]:

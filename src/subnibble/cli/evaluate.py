@@ -77,7 +77,7 @@ def generate(
     from subnibble.checkpoint.opening import open_source
     from subnibble.evaluation import prepare_
     from subnibble.hf import load_model
-    from subnibble.hf_attention import attached_cache
+    from subnibble.hf.attention import attached_cache
     from subnibble.prompt import prefix_ids
     from subnibble.speak import chat_prompt, speak
 

@@ -46,7 +46,7 @@ def quantize(
         system_prompt=system_prompt, calibration=calibration, num_windows=num_windows, window=window,
         distill_steps=distill_steps, seed=seed, device=device, dtype=dtype,
     )  # fmt: skip
-    from subnibble.pipeline import quantize as run
+    from subnibble.pipeline.driver import quantize as run
 
     with progress(f"{wanted.method} {wanted.bits} bits") as told:
         report = run(model, out, wanted, overwrite=overwrite, progress=told)

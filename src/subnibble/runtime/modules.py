@@ -226,3 +226,8 @@ def _add_bias(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tenso
     bias = module.bias
     assert isinstance(bias, Tensor)
     return output + bias
+
+
+def packed_modules(model: nn.Module) -> dict[str, PackedModule]:
+    """Path -> packed module of a loaded model."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, PackedModule)}

@@ -66,22 +66,18 @@ def _permuting(site: Site, order: Tensor) -> Callable[[Block], None]:
 
 
 def _change(block: Block, hidden: Tensor, arguments: dict[str, Any], edit: Callable[[Block], None]) -> float:
-    edited = _copy(block)
+    edited = block.twin()
     edit(edited)
     before, after = _run(block.module, hidden, arguments), _run(edited.module, hidden, arguments)
     return float((after - before).norm() / (before - hidden).norm())
 
 
 def _residual_change(block: Block, hidden: Tensor, arguments: dict[str, Any], order: Tensor) -> float:
-    edited = _copy(block)
+    edited = block.twin()
     permute_residual_(edited, block.arch.residual, order)
     before = _run(block.module, hidden, arguments)
     after = _run(edited.module, hidden[..., order], arguments)
     return float((after - before[..., order]).norm() / (before - hidden).norm())
-
-
-def _copy(block: Block) -> Block:
-    return block.twin()
 
 
 def _run(module: nn.Module, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:

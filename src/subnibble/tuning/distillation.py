@@ -1,4 +1,4 @@
-"""How a packed model is tuned as a whole, towards the original's predictions (`distill.py`)."""
+"""How a packed model is tuned as a whole, towards the original's predictions (`pipeline/distill.py`)."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from subnibble.checkpoint.packed import PackedConfig
 from subnibble.checkpoint.safetensors_source import SafetensorsSource
 from subnibble.checkpoint.source import Source
 from subnibble.device import free_memory
-from subnibble.model.packed import fill_, pack_modules_
+from subnibble.model.packed import check_values, fill_, pack_modules_
 from subnibble.model.site import Arch, Heads
 from subnibble.model.skeleton import Block, Skeleton, run_block
 from subnibble.runtime.kv_cache import Coding
@@ -147,6 +147,7 @@ class Student:
         model, arch = skeleton.model, skeleton.arch
         pack_modules_(model, config, torch.float32)
         fill_(model, packed, torch.float32, device)
+        check_values(model, config)
         for index, block in enumerate(model.get_submodule(arch.blocks)):
             _learn_(block, arch, settings, dtype)
             arguments[index] = behind(arguments[index], _held(block, arch), _coding(block, arch, config.cache))

@@ -12,8 +12,8 @@ from transformers import DynamicCache, StaticCache
 from conftest import CONFIGS, VOCABULARY, random_model
 from subnibble.cache_scheme import CacheScheme, PrefixIds
 from subnibble.errors import BadRecipe
-from subnibble.hf_attention import attach_cache_, attached_cache, detach_cache_, repeated_prefix, set_prefix_
-from subnibble.hf_cache import KVCache
+from subnibble.hf.attention import attach_cache_, attached_cache, detach_cache_, repeated_prefix, set_prefix_
+from subnibble.hf.cache import KVCache
 
 SCHEMES = {
     "token": CacheScheme(4),
@@ -306,6 +306,8 @@ def test_a_cache_resets_selects_repeats_and_crops() -> None:
         past.reset()
         assert past.get_seq_length() == 0
         assert_close(logits(model, tokens, past_key_values=past), wanted)
+        past.reset()
+        assert_close(logits(model, tokens[:1], past_key_values=past), wanted[:1])
 
 
 def test_a_cache_is_refused_by_a_model_that_is_not_attached() -> None:

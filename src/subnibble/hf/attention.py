@@ -11,8 +11,8 @@ No modeling file is involved. `attach_cache_` gives the model
 
 The prefix is before the text, not in it: token ids, masks and lengths of `generate` and `forward` are the text's alone.
 An input that begins with the prefix's ids is taken as if it began behind them, and a BOS that the tokenizer put before
-a text is dropped where the prefix begins with it: these tokens stay in the ids, hidden. A row's last token is never
-hidden. The first call of a text decides; what later calls bring is text.
+a text is dropped where the prefix begins or ends with it: these tokens stay in the ids, hidden. A row's last token is
+never hidden. The first call of a text decides; what later calls bring is text.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from subnibble.cache_scheme import CacheScheme, PrefixIds
 from subnibble.checkpoint.entries import KEY_CENTER, PREFIX, Entry, PrefixEntry
 from subnibble.checkpoint.packed import PackedConfig
 from subnibble.errors import BadRecipe
-from subnibble.hf_cache import CacheLayer, KVCache
+from subnibble.hf.cache import CacheLayer, KVCache
 from subnibble.model.arch import find_arch
 from subnibble.model.site import Heads
 from subnibble.runtime import hadamard

@@ -13,12 +13,12 @@ from subnibble.checkpoint.opening import open_source
 from subnibble.checkpoint.source import Source
 from subnibble.device import resolve_device, resolve_dtype
 from subnibble.errors import BadRecipe
-from subnibble.filled_in import filled_in
 from subnibble.methods import find_method
 from subnibble.methods.method import Steps
 from subnibble.model.site import Heads
 from subnibble.model.skeleton import Skeleton
-from subnibble.plan import Plan, check_plain, make_plan, needs_data, plan_rotation
+from subnibble.pipeline.filled_in import filled_in
+from subnibble.pipeline.plan import Plan, check_plain, make_plan, needs_data, plan_rotation
 from subnibble.prompt import AUTO, given_prefix
 from subnibble.recipe import Recipe
 from subnibble.transforms.rotate import Rotation

@@ -17,15 +17,15 @@ from subnibble.corrections.correction import Branch, Correction, Rounded
 from subnibble.errors import CalibrationError, NumericalFailure
 from subnibble.methods.method import Steps
 from subnibble.model.skeleton import Block
-from subnibble.plan import Plan
+from subnibble.pipeline.plan import Plan
+from subnibble.pipeline.stack import Observed, Stack, less_branches, round_stack
+from subnibble.pipeline.streams import Streams
 from subnibble.report import BlockReport
 from subnibble.report.clock import Clock
 from subnibble.rounding import grid
-from subnibble.rounding.rounder import Rounder
+from subnibble.rounding.rounder import OnGrids, Rounder
 from subnibble.rounding.rtn import RTN
 from subnibble.runtime.kv_cache import Coding
-from subnibble.stack import Observed, Stack, less_branches, round_stack
-from subnibble.streams import Streams
 from subnibble.tensor import PackedRange, PackedTensor
 from subnibble.transforms.input_basis import InputBasis
 from subnibble.tuning.block import TunedBlock
@@ -171,9 +171,9 @@ class Tuner:
         self, block: Block, bases: Mapping[str, InputBasis], prefix: States | None, coding: Coding | None
     ) -> Frame:
         schemes, inputs = self.plan.of_block(block)
-        correction, fitter = self.steps.correction, getattr(self.steps.rounder, "fitter", None)
-        clip = fitter if isinstance(fitter, grid.Clip) else grid.Clip()
-        return Frame(schemes, inputs, bases, coding, prefix, correction, clip, self.dtype)
+        rounder = self.steps.rounder
+        clip = rounder.fitter if isinstance(rounder, OnGrids) and isinstance(rounder.fitter, grid.Clip) else grid.Clip()
+        return Frame(schemes, inputs, bases, coding, prefix, self.steps.correction, clip, self.dtype)
 
     def _train(self, block: Block, frame: Frame, samples: Samples) -> tuple[TunedBlock, Trained]:
         # Every block draws its own numbers.

@@ -11,10 +11,10 @@ from subnibble.checkpoint.opening import open_source
 from subnibble.checkpoint.original import check_original
 from subnibble.checkpoint.source import Source
 from subnibble.device import resolve_device, resolve_dtype
-from subnibble.distill import distill
 from subnibble.errors import BadRecipe
-from subnibble.filled_in import absolute
-from subnibble.plan import check_plain
+from subnibble.pipeline.distill import distill
+from subnibble.pipeline.filled_in import absolute_text
+from subnibble.pipeline.plan import check_plain
 from subnibble.progress import Progress, silent
 from subnibble.recipe import Recipe
 from subnibble.report import DistillReport
@@ -42,7 +42,7 @@ def distill_checkpoint(
     device = resolve_device(recipe.device)
     dtype = resolve_dtype(recipe.dtype, source.config.dtype, device)
     check_positions(recipe.window, source.config, 0 if config.prefix is None else len(config.prefix.ids))
-    calibration = absolute(recipe.calibration or "c4")
+    calibration = absolute_text(recipe.calibration or "c4")
     windows = calibration_windows(
         calibration, packed.load_tokenizer, recipe.num_windows, recipe.window, recipe.seed, source.config.vocab_size
     )

@@ -27,10 +27,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from subnibble.after_blocks import AfterBlocks
-from subnibble.block_run import BlockRun
-from subnibble.block_transforms import prepare_block_
-from subnibble.block_tuning import Tuner
 from subnibble.cache_scheme import PrefixIds
 from subnibble.calibrate.prefix import PrefixStream
 from subnibble.calibrate.sinks import sink_tokens
@@ -41,26 +37,30 @@ from subnibble.checkpoint.entries import Entry, PackedEmbeddingEntry, TiedHeadEn
 from subnibble.checkpoint.opening import open_source
 from subnibble.checkpoint.packed import PackedConfig
 from subnibble.checkpoint.safetensors_source import SafetensorsSource
-from subnibble.checkpoint.size import measure, weights_hash
+from subnibble.checkpoint.size import cache_bytes, measure, weights_hash
 from subnibble.checkpoint.source import Source
 from subnibble.checkpoint.writer import CheckpointWriter, check_output
 from subnibble.corrections.ranks import Gains, allocate, gains_of
-from subnibble.distill import distill
 from subnibble.errors import OutputError
 from subnibble.methods.method import Steps
 from subnibble.model.skeleton import Block, Skeleton
 from subnibble.paths import expanded, is_file
-from subnibble.plan import Plan
-from subnibble.planned_size import packed_bytes
+from subnibble.pipeline.after_blocks import AfterBlocks
+from subnibble.pipeline.block_run import BlockRun
+from subnibble.pipeline.block_transforms import prepare_block_
+from subnibble.pipeline.block_tuning import Tuner
+from subnibble.pipeline.distill import distill
+from subnibble.pipeline.plan import Plan
+from subnibble.pipeline.planned_size import packed_bytes, table_bytes
+from subnibble.pipeline.resolve import resolve
+from subnibble.pipeline.streams import Streams
 from subnibble.progress import Progress, silent
 from subnibble.prompt import AUTO, sink_prefix
 from subnibble.recipe import Recipe
 from subnibble.report import BlockReport, DistillReport, LinearReport, Report
 from subnibble.report.clock import Clock, peak_memory
-from subnibble.resolve import resolve
 from subnibble.rounding.table import as_stored, pack_table
 from subnibble.runtime import ops
-from subnibble.streams import Streams
 from subnibble.transforms.invariance import check_sites
 from subnibble.transforms.residual_order import residual_order
 from subnibble.transforms.rotate import ResidualEdit
@@ -366,6 +366,11 @@ def _check_apart(out: Path, model: Path, recipe: Recipe) -> None:
 
 def _check_disk(run: _Run, folder: Path) -> None:
     needed = packed_bytes(run.recipe, run.steps, run.plan.schemes, run.skeleton) + 64 * 2**20
+    if run.prefix is not None:
+        needed += round(len(run.prefix.ids) * cache_bytes(run.skeleton.config, None))
+    if run.recipe.distillation is not None:
+        # It writes the last shard, which holds a norm that it tunes, once more before the first goes.
+        needed += table_bytes(run.recipe, run.skeleton)
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise OutputError(

@@ -10,24 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from subnibble.checkpoint.entries import NormBiasEntry
-from subnibble.checkpoint.opening import open_source
-from subnibble.checkpoint.packed import QUANT_METHOD, PackedConfig, readable_config_of
+from subnibble.checkpoint.packed import QUANT_METHOD, PackedConfig
 from subnibble.checkpoint.safetensors_source import STORED_TYPES, read_header
-from subnibble.checkpoint.source import Source
-from subnibble.device import resolve_device, resolve_dtype
 from subnibble.errors import CheckpointError
-from subnibble.model.arch import ARCHITECTURES
-from subnibble.model.packed import pack_modules_
-from subnibble.model.skeleton import Skeleton
-from subnibble.runtime.modules import PackedModule, StoredModule
-from subnibble.scheme import E8M0
-from subnibble.tensor import range_key
+from subnibble.model.packed import check_values, pack_modules_
+from subnibble.runtime.modules import StoredModule
 
 
 class SubnibbleConfig(QuantizationConfigMixin):
@@ -65,15 +56,11 @@ class SubnibbleQuantizer(HfQuantizer):
             _verify(model, [Path(file) for file in files])
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        for path, module in packed_modules(model).items():
-            _check_values(path, module)
         packed = self.quantization_config.packed
-        for path, entry in packed.modules.items():
-            if isinstance(entry, NormBiasEntry):
-                _check_finite(f"{path}.bias", model.get_submodule(path).bias)
+        check_values(model, packed)
         if packed.cache is not None or packed.prefix is not None:
             # Not above: it needs what transformers has not imported yet when it imports its quantizers.
-            from subnibble.hf_attention import attach_cache_
+            from subnibble.hf.attention import attach_cache_
 
             attach_cache_(model, packed.cache, packed.prefix)
         return model
@@ -112,64 +99,11 @@ def _verify(model: Any, files: list[Path]) -> None:
         raise CheckpointError(f"{where}: tensor {spare[0]} has no place in the model that config.json describes")
 
 
-def _check_values(path: str, module: PackedModule) -> None:
-    """Raise `CheckpointError` if stored numbers are none that a writer may write."""
-    for name, buffer in module.named_buffers(recurse=False):
-        _check_finite(f"{path}.{name}", buffer)
-        if name == "gather":
-            whole = torch.arange(buffer.shape[0], device=buffer.device, dtype=buffer.dtype)
-            if not torch.equal(buffer.sort().values, whole):
-                raise CheckpointError(
-                    f"{path}.gather does not hold each channel once; fetch or quantize the model again"
-                )
-    for index, part in enumerate(module.packed.ranges):
-        if part.scheme.scale_type == E8M0 and bool(((part.scales == 0) | (part.scales == 255)).any()):
-            key = range_key("scales", index)
-            raise CheckpointError(f"{path}.{key} holds a byte that is no E8M0 scale; fetch or quantize the model again")
-
-
-def _check_finite(name: str, tensor: torch.Tensor) -> None:
-    """Raise `CheckpointError` if a stored tensor holds no number somewhere."""
-    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-        raise CheckpointError(f"{name} is not finite; fetch or quantize the model again")
-
-
 def register() -> None:
     """Make transformers know `quant_method: subnibble`; safe to call again."""
     if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantization_config(QUANT_METHOD)(SubnibbleConfig)
         register_quantizer(QUANT_METHOD)(SubnibbleQuantizer)
-
-
-def load_model(model: str | Path | Source, dtype: str = "auto", device: str = "auto") -> Any:
-    """A transformers model, ready to run: packed or plain folder, hub id or .gguf file.
-
-    dtype, device: see `device.py`.
-    """
-    source = open_source(model)
-    place = resolve_device(device)
-    kind = resolve_dtype(dtype, source.config.dtype, place)
-    if source.path.suffix == ".gguf":
-        # transformers would keep a `gguf` quantization_config and parse the file's metadata twice more.
-        return Skeleton(source, kind, place).load_all()
-    if readable_config_of(source.config, source.path) is None and source.config.model_type in ARCHITECTURES:
-        # transformers would make up missing tensors.
-        Skeleton(source, kind, place).check_tied_head()
-    from transformers import AutoModelForCausalLM
-
-    loaded: Any = AutoModelForCausalLM.from_pretrained(source.path, dtype=kind, trust_remote_code=False)
-    return loaded.to(place).eval()
-
-
-def memory_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters and buffers, shared ones once."""
-    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    return sum(tensor.nbytes for tensor in tensors.values())
-
-
-def packed_modules(model: nn.Module) -> dict[str, PackedModule]:
-    """Path -> packed module of a loaded model."""
-    return {path: module for path, module in model.named_modules() if isinstance(module, PackedModule)}
 
 
 register()

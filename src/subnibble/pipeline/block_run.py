@@ -10,8 +10,6 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from subnibble.block_transforms import prepare_block_
-from subnibble.block_tuning import BlockTuning, Tuner
 from subnibble.calibrate.key_center import coding_of
 from subnibble.calibrate.prefix import States, behind
 from subnibble.calibrate.sinks import ordinary_tokens
@@ -32,7 +30,11 @@ from subnibble.errors import NumericalFailure
 from subnibble.methods.method import Steps
 from subnibble.model.site import Site
 from subnibble.model.skeleton import Block
-from subnibble.plan import Plan
+from subnibble.pipeline.block_transforms import prepare_block_
+from subnibble.pipeline.block_tuning import BlockTuning, Tuner
+from subnibble.pipeline.plan import Plan
+from subnibble.pipeline.stack import Observed, Stack, View, Watch, branches_of, round_stack
+from subnibble.pipeline.streams import Streams
 from subnibble.report import LinearReport
 from subnibble.report.clock import Clock
 from subnibble.rounding import grid
@@ -42,8 +44,6 @@ from subnibble.runtime import activations
 from subnibble.runtime.modules import add_output_bias_
 from subnibble.runtime.ops import LinearTerms
 from subnibble.scheme import ActivationScheme, Scheme
-from subnibble.stack import Observed, Stack, View, Watch, branches_of, round_stack
-from subnibble.streams import Streams
 from subnibble.tensor import PackedRange, PackedTensor
 from subnibble.transforms.absorb import absorb_, can_absorb
 from subnibble.transforms.input_basis import InputBasis

@@ -10,7 +10,7 @@ from subnibble.checkpoint.entries import PackedLinearEntry, gather_type
 from subnibble.methods.method import Steps
 from subnibble.model.site import Heads
 from subnibble.model.skeleton import Skeleton
-from subnibble.plan import Plan
+from subnibble.pipeline.plan import Plan
 from subnibble.recipe import Recipe
 from subnibble.scheme import ActivationScheme, Scheme
 from subnibble.tensor import PackedLayout
@@ -24,19 +24,31 @@ _HALF_BITS = 16
 def packed_bytes(recipe: Recipe, steps: Steps, schemes: Mapping[str, Scheme | None], skeleton: Skeleton) -> int:
     """Bytes of the weight files that a recipe will give, headers aside. schemes: see `plan_schemes`."""
     bits = sum(_extra_bits(steps, schemes, skeleton).values()) + _norm_bias_bits(steps, schemes, skeleton)
-    tables = {f"{skeleton.arch.embedding}.weight", f"{skeleton.arch.head}.weight"}
-    shapes = skeleton.parameter_shapes()
+    bits += 8 * table_bytes(recipe, skeleton)
     if steps.rotation != "none" and skeleton.tied:
         # In front of the tied head, float32.
         width = skeleton.config.hidden_size
         bits += 32 * width * max(block_widths(steps.rotation, width, recipe.scheme))
-    for name, shape in shapes.items():
-        scheme = recipe.embedding_scheme if name in tables else schemes.get(name.removesuffix(".weight"))
-        if scheme is not None:
-            bits += shape[0] * scheme.row_bits(shape[1])
-        else:
-            bits += torch.Size(shape).numel() * (16 if len(shape) > 1 else 32)
+    for name, shape in skeleton.parameter_shapes().items():
+        if name not in _tables(skeleton):
+            bits += _stored_bits(shape, schemes.get(name.removesuffix(".weight")))
     return bits // 8
+
+
+def table_bytes(recipe: Recipe, skeleton: Skeleton) -> int:
+    """Bytes of embedding and head, which are in the last shard."""
+    shapes = skeleton.parameter_shapes()
+    return sum(_stored_bits(shapes[name], recipe.embedding_scheme) for name in _tables(skeleton) & shapes.keys()) // 8
+
+
+def _tables(skeleton: Skeleton) -> set[str]:
+    return {f"{skeleton.arch.embedding}.weight", f"{skeleton.arch.head}.weight"}
+
+
+def _stored_bits(shape: tuple[int, ...], scheme: Scheme | None) -> int:
+    if scheme is not None:
+        return shape[0] * scheme.row_bits(shape[1])
+    return torch.Size(shape).numel() * (16 if len(shape) > 1 else 32)
 
 
 def effective_bits(steps: Steps, schemes: Mapping[str, Scheme | None], skeleton: Skeleton) -> float:

@@ -15,10 +15,11 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from conftest import CONFIGS
-from subnibble import Recipe, distill, quantize
+from subnibble import Recipe, quantize
 from subnibble.cli.main import app
 from subnibble.errors import BadRecipe, NumericalFailure
 from subnibble.estimation import estimate
+from subnibble.pipeline import distill
 from subnibble.report import Report
 from subnibble.tuning import whole_model
 
@@ -275,7 +276,7 @@ def test_one_window_is_too_few_and_said_before_any_work() -> None:
 def test_nothing_to_learn_is_said_before_any_work(
     recipe: dict[str, Any], spaces: dict[str, bool], run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("subnibble.pipeline.calibration_windows", lambda *args: pytest.fail("text was read"))
+    monkeypatch.setattr("subnibble.pipeline.driver.calibration_windows", lambda *args: pytest.fail("text was read"))
     with pytest.raises(BadRecipe, match="nothing of the model is learned with distill scales = "):
         run("out", **recipe, distill_steps=3, distill={"tokens": 24} | spaces)
     assert [item.name for item in tmp_path.iterdir()] == []

@@ -35,7 +35,7 @@ class AfterBlocks:
         after. window: tokens of a calibration window.
         """
         skeleton, path = self.skeleton, self.skeleton.arch.final_norm
-        gain = skeleton.source.load(f"{path}.weight")
+        gain = self._final_gain()
         if self.edit is not None:
             gain = self.edit.final_gain(gain)
         tensors, entries = {f"{path}.weight": gain}, dict[str, Entry]()

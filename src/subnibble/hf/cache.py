@@ -1,4 +1,4 @@
-"""A coded KV cache as transformers' models use it; `hf_attention.py` brings the two together."""
+"""A coded KV cache as transformers' models use it; `attention.py` brings the two together."""
 
 from __future__ import annotations
 
@@ -41,6 +41,10 @@ class Positions:
         assert self._halves is not None
         cos, sin = (torch.cat([part[:, start:stop]] * 2, -1) for part in self._halves)
         return cos, sin
+
+    def clear(self) -> None:
+        """Forget them; the next text may be of another batch."""
+        self._halves = None
 
     def map(self, change: Callable[[Tensor], Tensor]) -> None:
         """Change both alike."""
@@ -226,7 +230,7 @@ class KVCache(Cache):
         """Forget everything."""
         super().reset()  # type: ignore[no-untyped-call]
         self.hidden = None
-        self.positions.map(lambda part: part[:, :0])
+        self.positions.clear()
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> None:
         self.positions.map(change)

@@ -163,7 +163,7 @@ def test_plugin_registers_once_on_reload() -> None:
 
     before = AUTO_QUANTIZER_MAPPING["subnibble"], AUTO_QUANTIZATION_CONFIG_MAPPING["subnibble"]
     importlib.reload(subnibble)
-    importlib.reload(sys.modules["subnibble.hf"])
+    importlib.reload(sys.modules["subnibble.hf.plugin"])
     assert (AUTO_QUANTIZER_MAPPING["subnibble"], AUTO_QUANTIZATION_CONFIG_MAPPING["subnibble"]) == before
 
 

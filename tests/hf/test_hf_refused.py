@@ -37,6 +37,21 @@ def test_scales_that_are_no_numbers_are_refused(name: str, packed: dict[str, Pat
         load_model(folder)
 
 
+@pytest.mark.parametrize("name", ["key_center.mean", "prefix.values"])
+def test_what_attentions_hold_beside_weights_is_refused_if_it_is_no_number(
+    name: str, folders: dict[str, Path], token_file: Path, tmp_path: Path
+) -> None:
+    recipe = Recipe(
+        method="none", calibration=str(token_file), num_windows=2, window=32, device="cpu", kv_bits=4,
+        kv={"key_center": "mean"}, system_prompt="w1 w2",
+    )  # fmt: skip
+    subnibble.quantize(folders["llama"], tmp_path / "out", recipe)
+    name = f"model.layers.1.self_attn.{name}"
+    folder = spoiled_copy(tmp_path / "out", tmp_path / "spoiled", name, "not finite")
+    with pytest.raises(CheckpointError, match=re.escape(f"{name} is not finite; fetch or quantize the model again")):
+        load_model(folder)
+
+
 @pytest.mark.parametrize("how", ["missing", "misshapen", "one too many"])
 def test_plain_checkpoint_that_is_not_whole_is_refused(how: str, folders: dict[str, Path], tmp_path: Path) -> None:
     name = "model.layers.1.mlp.down_proj.weight"

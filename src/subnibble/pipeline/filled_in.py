@@ -6,12 +6,15 @@ on bits and site, and other bits or another method over the file shall get their
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 
+from subnibble.calibrate.text import NAMED
 from subnibble.paths import expanded, is_file
+from subnibble.prompt import AUTO, BOS, DEFAULT
 from subnibble.recipe import Recipe
 
 
@@ -24,14 +27,19 @@ def filled_in(
     """The recipe with everything that was resolved. options: the method's."""
     return replace(
         recipe,
-        system_prompt=recipe.system_prompt and absolute(recipe.system_prompt),
-        calibration=recipe.calibration and absolute(recipe.calibration),
+        system_prompt=recipe.system_prompt and _absolute(recipe.system_prompt, (DEFAULT, BOS, AUTO)),
+        calibration=recipe.calibration and absolute_text(recipe.calibration),
         device=str(device),
         dtype=str(dtype).removeprefix("torch."),
         options=asdict(options),
     )
 
 
-def absolute(file: str) -> str:
-    """A file's full path, so that the recipe means the same from any folder; names of sets as they are."""
-    return str(expanded(file).resolve()) if is_file(file) else file
+def absolute_text(name: str) -> str:
+    """A text's full path, so that the recipe means the same from any folder; the name of a set as it is."""
+    return _absolute(name, NAMED)
+
+
+def _absolute(name: str, words: Collection[str]) -> str:
+    """words: what is no file, even if there is one of this name."""
+    return str(expanded(name).resolve()) if name not in words and is_file(name) else name

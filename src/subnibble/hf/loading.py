@@ -1,0 +1,41 @@
+"""A model ready to run, from whatever a checkpoint may be: packed or plain, folder, hub id or GGUF file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from subnibble.checkpoint.opening import open_source
+from subnibble.checkpoint.packed import readable_config_of
+from subnibble.checkpoint.source import Source
+from subnibble.device import resolve_device, resolve_dtype
+from subnibble.model.arch import ARCHITECTURES
+from subnibble.model.skeleton import Skeleton
+
+
+def load_model(model: str | Path | Source, dtype: str = "auto", device: str = "auto") -> Any:
+    """A transformers model, ready to run: packed or plain folder, hub id or .gguf file.
+
+    dtype, device: see `device.py`.
+    """
+    source = open_source(model)
+    place = resolve_device(device)
+    kind = resolve_dtype(dtype, source.config.dtype, place)
+    if source.path.suffix == ".gguf":
+        # transformers would keep a `gguf` quantization_config and parse the file's metadata twice more.
+        return Skeleton(source, kind, place).load_all()
+    if readable_config_of(source.config, source.path) is None and source.config.model_type in ARCHITECTURES:
+        # transformers would make up missing tensors.
+        Skeleton(source, kind, place).check_tied_head()
+    from transformers import AutoModelForCausalLM
+
+    loaded: Any = AutoModelForCausalLM.from_pretrained(source.path, dtype=kind, trust_remote_code=False)
+    return loaded.to(place).eval()
+
+
+def memory_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters and buffers, shared ones once."""
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return sum(tensor.nbytes for tensor in tensors.values())
