@@ -50,8 +50,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
 BASELINES = ("rtn", "gptq", "smoothquant", "l2qer", "qera", "quarot-rtn", "quarot")
 # Factors have as many bits as inputs, but here.
 FACTOR_BITS = {"W4A8g128f4": 4}
-# Baselines at as many bits as SERQ in groups of 128.
-EQUAL_BITS = (*((arm, "W4A4g24") for arm in BASELINES), *(("l2qer", setting) for setting in FACTOR_BITS))
+# Baselines at as many bits as SERQ in groups of 128, and what it makes of such groups itself.
+EQUAL_BITS = (
+    *((arm, "W4A4g24") for arm in (*BASELINES, "serq-rank-32", "twinfit-rank-32")),
+    *(("l2qer", setting) for setting in FACTOR_BITS),
+)
 FULL = tuple(setting for setting in SETTINGS if setting not in {setting for _, setting in EQUAL_BITS})
 SERQ = ("serq-rtn", "serq", "twinfit")
 # The methods and the best of the baselines in the table.

@@ -30,7 +30,7 @@ def open_packed(folder: str | Path) -> tuple[SafetensorsSource, PackedConfig]:
     packed = packed_config_of(source.config)
     if packed is None or not isinstance(source, SafetensorsSource):
         raise CheckpointError(
-            f"{source.path} is no subnibble checkpoint; quantize the model first (--method none keeps its weights)"
+            f"{source.path} is no subnibble checkpoint; quantize the model first (--method none rounds no weight)"
         )
     expect_shapes(source, iter(stored_shapes(packed).items()))
     # Before the work that it is to tell of.

@@ -1,4 +1,7 @@
-"""No weight is rounded: for a coded KV cache, a system prompt or a quantized embedding alone."""
+"""No weight is rounded: for a coded KV cache, a system prompt or a quantized embedding alone.
+
+Matrices of 32 bits are stored at 16, as everywhere.
+"""
 
 from __future__ import annotations
 

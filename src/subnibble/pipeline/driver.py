@@ -1,10 +1,11 @@
 """The driver: stream a checkpoint through a method, one block at a time, into a packed checkpoint.
 
     survey the full-precision model     for its sink tokens, one channel order, ranks by gain, if they are asked for
-    embed the system prompt             its keys and values are the full-precision model's, block by block
     rotate                              norms fused, the residual stream in another basis, if the method asks
+    embed text and system prompt        the prompt's keys and values are the full-precision model's, block by block
     for block in checkpoint:            one block resident
         method's transforms             function unchanged
+        tune the block                  what is learned before anything is rounded, if the method asks
         for site in block.sites:        in data-flow order
             correct the site's norm     mean shift of what is quantized by now
             observe the site's tensor   upstream is quantized by now
@@ -12,6 +13,7 @@
         absorb column scales            codes unchanged
         write the block's shard; advance the activations
     correct the final norm; pack embedding and head
+    tune the packed model as a whole    if the recipe asks
 
 The order lives here and in `block_run.py` alone; methods say what happens at each step.
 """
@@ -290,7 +292,7 @@ class _Run:
         return norm | head | rest.others()
 
     def _as_stored(self, name: str, tensor: Tensor) -> Tensor:
-        """As it goes to the file: the source's own numbers where the tensor is one of its and was not edited."""
+        """As it goes to the file, matrices at 16 bits: made of the source's own numbers where it was not edited."""
         if tensor.dtype == torch.float32 and name in self.skeleton.parameter_shapes():
             own = self.skeleton.source.load(name)
             if torch.equal(own.float(), tensor.to(own.device)):

@@ -1,6 +1,6 @@
 """Qwen3: Llama's block with a norm on each head's queries and keys.
 
-Those norms lie behind q_proj and k_proj, whose rows no edit touches; the value path, which edits do touch, has none.
+Those norms lie behind q_proj and k_proj, of whose rows edits move whole heads at most; the value path has none.
 """
 
 from subnibble.model.arch.llama import LLAMA
