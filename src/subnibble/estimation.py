@@ -62,12 +62,10 @@ def estimate(model: str | Path | Source, recipe: Recipe) -> Estimate:
     found = resolve(model, recipe)
     recipe, steps, skeleton, plan = found.recipe, found.steps, found.skeleton, found.plan
     config = skeleton.source.config
-    prompt = 0 if found.prefix is None else len(found.prefix.ids)
-    states = round(prompt * cache_bytes(config, None))
     tokens = recipe.num_windows * recipe.window if recipe.calibration is not None else 0
     return Estimate(
         parameters=sum(numel(shape) for shape in skeleton.parameter_shapes().values()),
-        file_bytes=packed_bytes(recipe, steps, plan.schemes, skeleton) + states,
+        file_bytes=packed_bytes(recipe, steps, plan.schemes, skeleton, found.prefix),
         effective_bits=effective_bits(steps, plan.schemes, skeleton),
         activation_bits=activation_bits(steps, plan, skeleton),
         memory_bytes=_memory(steps, skeleton, tokens, recipe.distillation),

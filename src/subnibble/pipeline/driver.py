@@ -39,7 +39,7 @@ from subnibble.checkpoint.entries import Entry, PackedEmbeddingEntry, TiedHeadEn
 from subnibble.checkpoint.opening import open_source
 from subnibble.checkpoint.packed import PackedConfig
 from subnibble.checkpoint.safetensors_source import SafetensorsSource
-from subnibble.checkpoint.size import cache_bytes, measure, weights_hash
+from subnibble.checkpoint.size import measure, weights_hash
 from subnibble.checkpoint.source import Source
 from subnibble.checkpoint.writer import CheckpointWriter, check_output
 from subnibble.corrections.ranks import Gains, allocate, gains_of
@@ -367,9 +367,7 @@ def _check_apart(out: Path, model: Path, recipe: Recipe) -> None:
 
 
 def _check_disk(run: _Run, folder: Path) -> None:
-    needed = packed_bytes(run.recipe, run.steps, run.plan.schemes, run.skeleton) + 64 * 2**20
-    if run.prefix is not None:
-        needed += round(len(run.prefix.ids) * cache_bytes(run.skeleton.config, None))
+    needed = packed_bytes(run.recipe, run.steps, run.plan.schemes, run.skeleton, run.prefix) + 64 * 2**20
     if run.recipe.distillation is not None:
         # It writes the last shard, which holds a norm that it tunes, once more before the first goes.
         needed += table_bytes(run.recipe, run.skeleton)

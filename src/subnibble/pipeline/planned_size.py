@@ -6,7 +6,9 @@ from collections.abc import Mapping
 
 import torch
 
+from subnibble.cache_scheme import PrefixIds
 from subnibble.checkpoint.entries import PackedLinearEntry, gather_type
+from subnibble.checkpoint.size import cache_bytes
 from subnibble.methods.method import Steps
 from subnibble.model.site import Heads
 from subnibble.model.skeleton import Skeleton
@@ -21,16 +23,24 @@ from subnibble.transforms.rotate import block_widths
 _HALF_BITS = 16
 
 
-def packed_bytes(recipe: Recipe, steps: Steps, schemes: Mapping[str, Scheme | None], skeleton: Skeleton) -> int:
+def packed_bytes(
+    recipe: Recipe,
+    steps: Steps,
+    schemes: Mapping[str, Scheme | None],
+    skeleton: Skeleton,
+    prefix: PrefixIds | None,
+) -> int:
     """Bytes of the weight files that a recipe will give, headers aside. schemes: see `plan_schemes`."""
-    bits = sum(_extra_bits(steps, schemes, skeleton).values()) + _norm_bias_bits(steps, schemes, skeleton)
-    bits += 8 * table_bytes(recipe, skeleton)
+    states = 0 if prefix is None else round(len(prefix.ids) * cache_bytes(skeleton.config, None))
+    bits = 8 * (states + table_bytes(recipe, skeleton))
+    bits += sum(_extra_bits(steps, schemes, skeleton).values()) + _norm_bias_bits(steps, schemes, skeleton)
     if steps.rotation != "none" and skeleton.tied:
         # In front of the tied head, float32.
         width = skeleton.config.hidden_size
         bits += 32 * width * max(block_widths(steps.rotation, width, recipe.scheme))
+    tables = _tables(skeleton)
     for name, shape in skeleton.parameter_shapes().items():
-        if name not in _tables(skeleton):
+        if name not in tables:
             bits += _stored_bits(shape, schemes.get(name.removesuffix(".weight")))
     return bits // 8
 
