@@ -16,6 +16,7 @@ from test_distill import DATA, DISTILLED, METHODS, tensors_of
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
+from spoiled_checkpoint import spoiled_copy
 from subnibble import Recipe, quantize
 from subnibble.checkpoint.safetensors_source import SafetensorsSource
 from subnibble.cli.main import app
@@ -149,6 +150,17 @@ def test_a_checkpoint_that_is_not_whole_is_refused_before_training(
     (out / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=r"up_proj\.\S+ has shape .* do not belong together"):
         distill_checkpoint(out, folders["llama"], recipe)
+
+
+def test_a_checkpoint_whose_scales_are_no_numbers_is_refused_before_training(
+    folders: dict[str, Path], token_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quantize(folders["llama"], tmp_path / "out", recipe_of("gptq", token_file))
+    name = "model.layers.1.mlp.up_proj.scales"
+    folder = spoiled_copy(tmp_path / "out", tmp_path / "spoiled", name, "not finite")
+    monkeypatch.setattr("subnibble.pipeline.distill._Training.run", lambda *args: pytest.fail("it was trained"))
+    with pytest.raises(CheckpointError, match=f"{name} is not finite"):
+        distill_checkpoint(folder, folders["llama"], recipe_of("gptq", token_file, **DISTILLED))
 
 
 @pytest.mark.parametrize("damaged", ["[1]", "{", '"report"', b"\xff\xfe"])
