@@ -41,7 +41,7 @@ class AfterBlocks:
         tensors, entries = {f"{path}.weight": gain}, dict[str, Entry]()
         if wanted and mean_shift is not None:
             norm = skeleton.load(path, skeleton.dtype)
-            norm.weight.data = gain.to(skeleton.device, skeleton.dtype)
+            norm.weight.data = gain.to(skeleton.dtype)
 
             def outputs() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
                 for before, after in zip(wanted, hidden, strict=True):
