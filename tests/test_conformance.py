@@ -20,6 +20,7 @@ from subnibble.checkpoint.writer import CheckpointWriter
 from subnibble.hf import packed_modules
 from subnibble.methods import METHODS
 from subnibble.model.skeleton import Skeleton
+from subnibble.model.transformers_api.blocks import run_block
 from subnibble.pipeline.plan import plan_rotation
 from subnibble.report import Report
 from subnibble.rounding.error import relative_errors
@@ -191,10 +192,10 @@ def check_method(method: str, source: Path, tokens: Path, out: Path, settings: d
 
     # rotations and transforms leave the function alone
     steps = METHODS[method].build(METHODS[method].configure(options))
-    block, arguments = skeleton.load_block(1), skeleton.block_arguments(12)[1]
+    block, call = skeleton.load_block(1), skeleton.block_calls(12)[1]
     hidden = torch.randn(1, 12, skeleton.config.hidden_size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        before = block.module(hidden, **arguments)
+        before = run_block(block.module, hidden, call)
         edit = plan_rotation(recipe, steps, skeleton)
         if edit is not None:
             hidden, before = (edit.embedding(states[0]).unsqueeze(0) for states in (hidden, before))
@@ -202,12 +203,12 @@ def check_method(method: str, source: Path, tokens: Path, out: Path, settings: d
         values = make_value_rotation(steps.value_rotation, block.heads.width, recipe.seed)
         if values is not None:
             values.edit_block_(block)
-        stream = BlockStream(block, [hidden], arguments)
+        stream = BlockStream(block, [hidden], call)
         names = block.arch.linears
         found = stream.statistics(dict.fromkeys(names, Scheme(3, 16)), dict.fromkeys(names, ActivationScheme(4)))
         for transform in steps.transforms:
             transform(block, found)
-        after = block.module(hidden, **arguments)
+        after = run_block(block.module, hidden, call)
     assert float((after - before).norm() / (before - hidden).norm()) < 1e-5
 
     # what is stored evaluates as the same weights do in memory, bit for bit

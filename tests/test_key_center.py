@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import random_model
+from kv_calls import cache_of, passing
 from subnibble import Recipe, quantize
 from subnibble.cache_scheme import CacheScheme, PrefixIds
 from subnibble.checkpoint.packed import packed_config_of, stored_shapes
@@ -134,8 +135,8 @@ def test_at_once_and_in_pieces_are_the_same(
     whole, past, found = logits(model, ids), None, []
     for start, stop in ((0, 9), (9, 10), (10, 32)):
         with torch.no_grad():
-            output = model(ids[:, start:stop], past_key_values=past, use_cache=True)
-        past = output.past_key_values
+            output = model(ids[:, start:stop], **passing(model, past), use_cache=True)
+        past = cache_of(output)
         found.append(output.logits)
     torch.testing.assert_close(torch.cat(found, 1), whole, rtol=1e-9, atol=1e-9)
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from conftest import CONFIGS
+from kv_calls import cache_of, passing
 from subnibble import Recipe, quantize
 from subnibble.cache_scheme import CacheScheme, PrefixIds
 from subnibble.calibrate.prefix import PrefixStream, behind
@@ -24,6 +25,7 @@ from subnibble.errors import BadRecipe, CalibrationError, CheckpointError, Numer
 from subnibble.evaluation import Evaluation, evaluate
 from subnibble.hf.attention import attach_cache_, attached_cache, detach_cache_, set_prefix_
 from subnibble.model.skeleton import Skeleton
+from subnibble.model.transformers_api.blocks import run_block
 from subnibble.prefix import add_prefix, attach_prefix_
 from test_conformance import tensors_of
 
@@ -99,7 +101,7 @@ def own_states(packed: torch.nn.Module) -> list[tuple[torch.Tensor, torch.Tensor
     detach_cache_(packed)
     cache = DynamicCache()
     with torch.no_grad():
-        packed.model(torch.tensor([IDS]), past_key_values=cache, use_cache=True)
+        packed.model(torch.tensor([IDS]), **passing(packed.model, cache), use_cache=True)
     return [(layer.keys[0], layer.values[0]) for layer in cache.layers]
 
 
@@ -117,7 +119,7 @@ def test_a_coded_cache_reaches_the_loaded_model_and_the_files(
     assert report.size["cache_bytes"] == 3 * wanted.token_bytes(2, 16)
     assert measure(open_source(folders["llama"])).cache_bytes == 3 * 2 * 2 * 16 * 2
     with torch.no_grad():
-        cache = packed(text(), use_cache=True).past_key_values
+        cache = cache_of(packed(text(), use_cache=True))
     assert cache.nbytes == 2 * 20 * report.size["cache_bytes"]
     # Written and read back by transformers it is the same.
     packed.save_pretrained(tmp_path / "again")
@@ -158,14 +160,14 @@ def test_calibration_sees_what_the_model_makes_of_a_text_behind_the_prompt(name:
     window = text()
     whole = embed(torch.cat([torch.tensor([IDS]).expand(2, -1), window], 1))
     prefix = PrefixStream(skeleton, embed(torch.tensor([IDS])))
-    hidden, plain = [embed(window)], skeleton.block_arguments(len(IDS) + window.shape[1])
-    arguments = skeleton.block_arguments(window.shape[1], past=len(IDS))
+    hidden, plain = [embed(window)], skeleton.block_calls(len(IDS) + window.shape[1])
+    calls = skeleton.block_calls(window.shape[1], past=len(IDS))
     for index in range(skeleton.num_blocks):
         block = skeleton.load_block(index)
         assert all(torch.equal(*pair) for pair in zip(prefix.states(block), prefix.states(block), strict=True))
-        BlockStream(block, hidden, behind(arguments[index], prefix.advance(block))).advance()
+        BlockStream(block, hidden, behind(calls[index], prefix.advance(block))).advance()
         with torch.no_grad():
-            whole = block.module(whole, **plain[index])
+            whole = run_block(block.module, whole, plain[index])
         torch.testing.assert_close(hidden[0], whole[:, len(IDS) :], rtol=1e-4, atol=1e-4)
 
 

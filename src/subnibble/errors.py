@@ -1,6 +1,6 @@
 """What can go wrong, as types. Every message says what, where and what to do.
 
-All of these are the user's to mend, so the command line prints the message alone and exits with 2; any other
+All but `SilentFailure` are the user's to mend, so the command line prints the message alone and exits with 2; any other
 exception is a fault of subnibble's own (exit code 1).
 """
 
@@ -15,6 +15,10 @@ class BadRecipe(SubnibbleError):
 
 class UnsupportedModel(SubnibbleError):
     """The model's architecture has no site table, or its table does not describe this checkpoint."""
+
+
+class UnsupportedTransformers(SubnibbleError):
+    """A release of transformers that names something otherwise than all releases that subnibble knows."""
 
 
 class CheckpointError(SubnibbleError):
@@ -35,3 +39,7 @@ class OutputError(SubnibbleError):
 
 class MissingExtra(SubnibbleError, ImportError):
     """An optional dependency that this call needs; names the extra to install."""
+
+
+class SilentFailure(RuntimeError):
+    """A hook, patch or stand-in that must have been called was not: going on would give a worse model, silently."""

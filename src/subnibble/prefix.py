@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from subnibble.cache_scheme import CacheScheme, PrefixIds
 from subnibble.calibrate.prefix import States, half_states
@@ -18,6 +17,7 @@ from subnibble.checkpoint.entries import Entry, PrefixEntry, prefix_state
 from subnibble.hf import load_model
 from subnibble.hf.attention import attach_cache_, attached_cache, check_cache, detached, set_prefix_
 from subnibble.model.arch import find_arch
+from subnibble.model.transformers_api.blocks import keys_and_values
 from subnibble.prompt import prefix_ids
 
 
@@ -42,14 +42,11 @@ def compute_prefix(model: Any, prefix: PrefixIds) -> list[States]:
     """
     check_positions(1, model.config, len(prefix.ids))
     check_vocabulary(torch.tensor(prefix.ids), model.config.vocab_size, "the system prompt")
-    cache = DynamicCache()
     device = next(iter((*model.parameters(), *model.buffers()))).device
     decoder = model.get_submodule(find_arch(model.config.model_type).blocks.rpartition(".")[0])
-    with detached(model), torch.no_grad():
-        decoder(torch.tensor([prefix.ids], device=device), past_key_values=cache, use_cache=True)
-    # Without a config the cache has no sliding layers, which would keep the last tokens alone.
-    layers: list[Any] = list(cache.layers)
-    return [half_states((layer.keys[0], layer.values[0]), f"layer {i}") for i, layer in enumerate(layers)]
+    with detached(model):
+        states = keys_and_values(decoder, torch.tensor([prefix.ids], device=device))
+    return [half_states(pair, f"layer {i}") for i, pair in enumerate(states)]
 
 
 def add_prefix(folder: str | Path, prompt: str, *, dtype: str = "float32", device: str = "auto") -> PrefixIds:

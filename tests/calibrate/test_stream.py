@@ -15,6 +15,8 @@ from subnibble.calibrate.stream import BlockStream
 from subnibble.model.arch.llama import ATTENTION_IN, ATTENTION_OUT, LLAMA, MLP_HIDDEN, MLP_IN
 from subnibble.model.site import Heads, Site
 from subnibble.model.skeleton import Block
+from subnibble.model.transformers_api.blocks import BlockCall, run_block
+from subnibble.model.transformers_api.names import CACHE_NAMES
 from subnibble.scheme import Scheme
 
 LENGTH = 11
@@ -26,8 +28,8 @@ every_subset = pytest.mark.parametrize(
 )
 
 
-def recorded(index: int) -> tuple[Block, list[Tensor], dict[str, Any]]:
-    """A block of a tiny random Llama, its inputs by batch, and the arguments that the model gives it."""
+def recorded(index: int) -> tuple[Block, list[Tensor], BlockCall]:
+    """A block of a tiny random Llama, its inputs by batch, and what the model calls it with."""
     config = LlamaConfig(
         vocab_size=61,
         hidden_size=48,
@@ -44,20 +46,20 @@ def recorded(index: int) -> tuple[Block, list[Tensor], dict[str, Any]]:
     for norm in (layer.input_layernorm, layer.post_attention_layernorm):
         norm.weight.copy_(torch.randn(48) + 1)
     hidden: list[Tensor] = []
-    arguments: dict[str, Any] = {}
+    named: dict[str, Any] = {}
 
     def record(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
         hidden.append(args[0].clone())
-        arguments.update(kwargs)
+        named.update({name: value for name, value in kwargs.items() if name not in CACHE_NAMES})
 
     handle = layer.register_forward_pre_hook(record, with_kwargs=True)
     for count in BATCHES:
         model(torch.randint(0, 61, (count, LENGTH)), use_cache=False)
     handle.remove()
-    return Block(index, LLAMA.block_path(index), layer, LLAMA, Heads.of(config)), hidden, arguments
+    return Block(index, LLAMA.block_path(index), layer, LLAMA, Heads.of(config)), hidden, BlockCall(named)
 
 
-def plain(block: Block, hidden: list[Tensor], arguments: dict[str, Any]) -> tuple[dict[str, Tensor], list[Tensor]]:
+def plain(block: Block, hidden: list[Tensor], call: BlockCall) -> tuple[dict[str, Tensor], list[Tensor]]:
     """What forward hooks see at every linear, all batches as (tokens, channels), and the block's outputs."""
     module = copy.deepcopy(block.module)
     seen: dict[str, list[Tensor]] = {name: [] for name in LLAMA.linears}
@@ -66,7 +68,7 @@ def plain(block: Block, hidden: list[Tensor], arguments: dict[str, Any]) -> tupl
             lambda module, args, output, tensors=tensors: tensors.append(args[0].flatten(0, -2).clone())
         )
     with torch.no_grad():
-        outputs = [module(x, **arguments) for x in hidden]
+        outputs = [run_block(module, x, call) for x in hidden]
     return {name: torch.cat(tensors) for name, tensors in seen.items()}, outputs
 
 
@@ -102,10 +104,10 @@ def test_heads_need_not_fill_the_hidden_size(index: int) -> None:
 
 @every_subset
 def test_sites_and_outputs_equal_those_of_a_plain_forward(sites: tuple[Site, ...]) -> None:
-    block, hidden, arguments = recorded(1)
-    inputs, outputs = plain(block, hidden, arguments)
+    block, hidden, call = recorded(1)
+    inputs, outputs = plain(block, hidden, call)
     before = modules(block)
-    stream = BlockStream(block, hidden, arguments)
+    stream = BlockStream(block, hidden, call)
     for site in sites:
         found = observed(stream, site)
         for reader in site.readers:
@@ -118,17 +120,17 @@ def test_sites_and_outputs_equal_those_of_a_plain_forward(sites: tuple[Site, ...
 
 @every_subset
 def test_later_sites_and_outputs_see_the_changed_readers(sites: tuple[Site, ...]) -> None:
-    block, hidden, arguments = recorded(0)
-    _, unchanged = plain(block, hidden, arguments)
+    block, hidden, call = recorded(0)
+    _, unchanged = plain(block, hidden, call)
     start = [x.clone() for x in hidden]
-    stream = BlockStream(block, hidden, arguments)
+    stream = BlockStream(block, hidden, call)
     found = {}
     for seed, site in enumerate(sites):
         found[site.name] = observed(stream, site)
         bend(block, site, seed)
     stream.advance()
     # Readers of a site change nothing at the site or before it, so one forward with all changes tells all.
-    inputs, outputs = plain(block, start, arguments)
+    inputs, outputs = plain(block, start, call)
     for site in sites:
         assert torch.equal(found[site.name], inputs[site.readers[0]])
     assert all(torch.equal(a, b) for a, b in zip(hidden, outputs, strict=True))
@@ -136,8 +138,8 @@ def test_later_sites_and_outputs_see_the_changed_readers(sites: tuple[Site, ...]
 
 
 def test_a_site_observed_again_after_its_readers_changed_is_the_same() -> None:
-    block, hidden, arguments = recorded(0)
-    stream = BlockStream(block, hidden, arguments)
+    block, hidden, call = recorded(0)
+    stream = BlockStream(block, hidden, call)
     for seed, site in enumerate(SITES):
         first = observed(stream, site)
         bend(block, site, seed)
@@ -146,26 +148,26 @@ def test_a_site_observed_again_after_its_readers_changed_is_the_same() -> None:
 
 
 def test_comparison_rejects_a_stream_that_forgets_changes_or_mixes_batches() -> None:
-    block, hidden, arguments = recorded(0)
-    inputs, outputs = plain(block, hidden, arguments)
+    block, hidden, call = recorded(0)
+    inputs, outputs = plain(block, hidden, call)
     bend(block, ATTENTION_IN, 0)
-    changed, moved = plain(block, hidden, arguments)
+    changed, moved = plain(block, hidden, call)
     for site in (ATTENTION_OUT, MLP_IN, MLP_HIDDEN):
         assert not torch.equal(changed[site.readers[0]], inputs[site.readers[0]])
     assert torch.equal(changed[ATTENTION_IN.readers[0]], inputs[ATTENTION_IN.readers[0]])
     assert not torch.equal(moved[0], outputs[0])
-    _, swapped = plain(block, [hidden[0].flip(0), *hidden[1:]], arguments)
+    _, swapped = plain(block, [hidden[0].flip(0), *hidden[1:]], call)
     assert not torch.equal(swapped[0], moved[0])
 
 
 def test_nothing_is_forwarded_twice_for_the_same_statistic() -> None:
-    block, hidden, arguments = recorded(0)
+    block, hidden, call = recorded(0)
     started: Counter[str] = Counter()
     finished: Counter[str] = Counter()
     for name, module in block.module.named_modules():
         module.register_forward_pre_hook(lambda module, args, name=name: started.update([name]))
         module.register_forward_hook(lambda module, args, output, name=name: finished.update([name]))
-    stream, batches = BlockStream(block, hidden, arguments), len(BATCHES)
+    stream, batches = BlockStream(block, hidden, call), len(BATCHES)
     projections = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
     ran: dict[str, dict[str, int]] = {}
     for site in SITES:
@@ -196,10 +198,10 @@ def test_nothing_is_forwarded_twice_for_the_same_statistic() -> None:
 @pytest.mark.parametrize("site", SITES, ids=lambda site: site.name)
 @pytest.mark.parametrize("batch", [0, 1])
 def test_an_exception_in_receive_leaves_the_original_modules(site: Site, batch: int) -> None:
-    block, hidden, arguments = recorded(0)
-    inputs, outputs = plain(block, hidden, arguments)
+    block, hidden, call = recorded(0)
+    inputs, outputs = plain(block, hidden, call)
     before = modules(block)
-    stream = BlockStream(block, hidden, arguments)
+    stream = BlockStream(block, hidden, call)
     for earlier in SITES[: SITES.index(site)]:
         observed(stream, earlier)
     received = []
@@ -221,8 +223,8 @@ def test_an_exception_in_receive_leaves_the_original_modules(site: Site, batch: 
 
 
 def test_an_exception_in_the_block_is_not_swallowed_and_leaves_the_original_modules() -> None:
-    block, hidden, arguments = recorded(0)
-    stream = BlockStream(block, hidden, arguments)
+    block, hidden, call = recorded(0)
+    stream = BlockStream(block, hidden, call)
     observed(stream, ATTENTION_OUT)
     before = modules(block)
     hidden[1] = hidden[1][..., :47]
@@ -235,9 +237,9 @@ def test_an_exception_in_the_block_is_not_swallowed_and_leaves_the_original_modu
 
 
 def test_streaming_tracks_no_gradients() -> None:
-    block, hidden, arguments = recorded(0)
+    block, hidden, call = recorded(0)
     block.module.requires_grad_(True)
-    stream = BlockStream(block, hidden, arguments)
+    stream = BlockStream(block, hidden, call)
     for site in SITES:
         assert not observed(stream, site).requires_grad
     stream.advance()
@@ -246,19 +248,19 @@ def test_streaming_tracks_no_gradients() -> None:
 
 def paired_streams() -> tuple[BlockStream, BlockStream, Block, Block, list[Tensor], list[Tensor], dict[str, Any]]:
     """Streams of two blocks, one of them bent, each over hidden states of its own."""
-    block, hidden, arguments = recorded(0)
+    block, hidden, call = recorded(0)
     other = replace(block, module=copy.deepcopy(block.module))
     for seed, site in enumerate(SITES):
         bend(other, site, seed)
     away = [x + 0.5 for x in hidden]
     return (
-        BlockStream(block, hidden, arguments),
-        BlockStream(other, away, arguments),
+        BlockStream(block, hidden, call),
+        BlockStream(other, away, call),
         block,
         other,
         hidden,
         away,
-        arguments,
+        call,
     )
 
 
@@ -271,18 +273,18 @@ def counted(block: Block) -> Counter[str]:
 
 @pytest.mark.parametrize("site", SITES, ids=lambda site: site.name)
 def test_at_gives_what_observe_hands_out_batch_by_batch(site: Site) -> None:
-    block, hidden, arguments = recorded(1)
-    inputs, _ = plain(block, hidden, arguments)
-    parts = list(BlockStream(block, hidden, arguments).at(site))
+    block, hidden, call = recorded(1)
+    inputs, _ = plain(block, hidden, call)
+    parts = list(BlockStream(block, hidden, call).at(site))
     assert [part.shape[0] for part in parts] == [count * LENGTH for count in BATCHES]
     assert torch.equal(torch.cat(parts), inputs[site.readers[0]])
-    assert torch.equal(torch.cat(parts), observed(BlockStream(block, hidden, arguments), site))
+    assert torch.equal(torch.cat(parts), observed(BlockStream(block, hidden, call), site))
 
 
 def test_two_streams_zipped_strictly_give_pairs_of_the_same_tokens_and_keep_their_tails() -> None:
-    first, second, block, other, hidden, away, arguments = paired_streams()
-    inputs, outputs = plain(block, hidden, arguments)
-    inputs_away, outputs_away = plain(other, away, arguments)
+    first, second, block, other, hidden, away, call = paired_streams()
+    inputs, outputs = plain(block, hidden, call)
+    inputs_away, outputs_away = plain(other, away, call)
     counts = counted(block), counted(other)
     for site in SITES:
         pairs = list(zip(first.at(site), second.at(site), strict=True))
@@ -303,10 +305,10 @@ def test_two_streams_zipped_strictly_give_pairs_of_the_same_tokens_and_keep_thei
 
 
 def test_a_tail_of_which_not_all_was_taken_is_not_kept() -> None:
-    block, hidden, arguments = recorded(0)
-    _, outputs = plain(block, hidden, arguments)
+    block, hidden, call = recorded(0)
+    _, outputs = plain(block, hidden, call)
     before = modules(block)
-    stream = BlockStream(block, hidden, arguments)
+    stream = BlockStream(block, hidden, call)
     taken = stream.at(ATTENTION_OUT)
     next(taken)
     taken.close()
@@ -322,14 +324,14 @@ def test_a_tail_of_which_not_all_was_taken_is_not_kept() -> None:
 
 @every_subset
 def test_outputs_are_those_of_the_blocks_own_forward_and_move_nothing(sites: tuple[Site, ...]) -> None:
-    block, hidden, arguments = recorded(1)
+    block, hidden, call = recorded(1)
     start = [x.clone() for x in hidden]
     before = modules(block)
-    stream = BlockStream(block, hidden, arguments)
+    stream = BlockStream(block, hidden, call)
     for seed, site in enumerate(sites):
         observed(stream, site)
         bend(block, site, seed)
-    _, expected = plain(block, start, arguments)
+    _, expected = plain(block, start, call)
     for _ in range(2):
         found = list(stream.outputs())
         assert [tuple(x.shape) for x in found] == [(count, LENGTH, 48) for count in BATCHES]
@@ -341,11 +343,11 @@ def test_outputs_are_those_of_the_blocks_own_forward_and_move_nothing(sites: tup
 
 
 def test_statistics_are_those_of_every_sites_tensor() -> None:
-    block, hidden, arguments = recorded(1)
-    inputs, outputs = plain(block, hidden, arguments)
+    block, hidden, call = recorded(1)
+    inputs, outputs = plain(block, hidden, call)
     start = [x.clone() for x in hidden]
     schemes = {name: Scheme(3, 16) if "mlp" in name else None for name in LLAMA.linears}
-    stream = BlockStream(block, hidden, arguments)
+    stream = BlockStream(block, hidden, call)
     found = stream.statistics(schemes)
     assert found.schemes == schemes
     assert set(found.grams) == set(found.mean_sizes) == {site.name for site in SITES}

@@ -22,10 +22,10 @@ def test_streamed_hidden_states_are_those_of_the_model(name: str, folders: dict[
     with torch.no_grad():
         expected = model(ids, output_hidden_states=True).hidden_states
         hidden = [model.get_input_embeddings()(ids[:2]), model.get_input_embeddings()(ids[2:])]
-    arguments = skeleton.block_arguments(20)
+    calls = skeleton.block_calls(20)
     for index in range(skeleton.num_blocks):
         block = skeleton.load_block(index)
-        stream = BlockStream(block, hidden, arguments[index])
+        stream = BlockStream(block, hidden, calls[index])
         for site in block.arch.sites:
             for _ in stream.at(site):
                 pass
@@ -41,12 +41,12 @@ def test_streamed_hidden_states_are_those_of_the_model(name: str, folders: dict[
 
 def test_a_lost_sliding_window_is_noticed(folders: dict[str, Path]) -> None:
     skeleton = Skeleton(SafetensorsSource(folders["mistral"]), torch.float32, torch.device("cpu"))
-    mask = skeleton.block_arguments(20)[0]["attention_mask"]
+    mask = skeleton.block_calls(20)[0].mask
     block = skeleton.load_block(0)
     x = torch.randn(1, 20, 48, generator=torch.Generator().manual_seed(0))
     outputs = []
     for kept in (mask, None):
         hidden = [x]
-        BlockStream(block, hidden, {**skeleton.block_arguments(20)[0], "attention_mask": kept}).advance()
+        BlockStream(block, hidden, skeleton.block_calls(20)[0].with_mask(kept)).advance()
         outputs.append(hidden[0])
     assert float((outputs[0] - outputs[1]).abs().max()) > 1e-2

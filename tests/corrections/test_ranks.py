@@ -68,7 +68,7 @@ def test_gains_of_inputs_are_what_their_rounding_loses(folders: dict[str, Path])
     block = skeleton.load_block(0)
     hidden = torch.randn(4, 16, 48, generator=torch.Generator().manual_seed(0))
     inputs, names = ActivationScheme(4, 16), block.arch.linears
-    stream = BlockStream(block, [hidden], skeleton.block_arguments(16)[0])
+    stream = BlockStream(block, [hidden], skeleton.block_calls(16)[0])
     found = stream.statistics(dict.fromkeys(names, SCHEME), dict.fromkeys(names, inputs))
     orders = dict.fromkeys(site.name for site in block.arch.sites)
     usual, twice = (gains_of(block, found, {}, orders, SalientColumns(16, residual=r)) for r in ("none", "salient"))

@@ -18,6 +18,7 @@ from subnibble.checkpoint.safetensors_source import SafetensorsSource
 from subnibble.errors import NumericalFailure
 from subnibble.model.site import Site
 from subnibble.model.skeleton import Block, Skeleton
+from subnibble.model.transformers_api.blocks import BlockCall
 from subnibble.rounding import grid
 from subnibble.scheme import Scheme
 from subnibble.tensor import PackedRange
@@ -31,12 +32,12 @@ W3 = Scheme(3, 16)
 
 
 def loaded(folder: Path) -> tuple[Block, list[Tensor], dict[str, Any]]:
-    """A block, two batches of hidden states with some large channels, and the block's other arguments."""
+    """A block, two batches of hidden states with some large channels, and the block's call."""
     skeleton = Skeleton(SafetensorsSource(folder), torch.float32, torch.device("cpu"))
     hidden = torch.randn(4, TOKENS, skeleton.config.hidden_size, generator=torch.Generator().manual_seed(2))
     hidden[..., 7] *= -20
     hidden[..., 30] *= 5
-    return skeleton.load_block(1), [hidden[:3], hidden[3:]], skeleton.block_arguments(TOKENS)[1]
+    return skeleton.load_block(1), [hidden[:3], hidden[3:]], skeleton.block_calls(TOKENS)[1]
 
 
 def twin(block: Block) -> Block:
@@ -49,18 +50,18 @@ def schemes(block: Block, **changes: Scheme | None) -> dict[str, Scheme | None]:
 
 
 def statistics(
-    block: Block, hidden: list[Tensor], arguments: dict[str, Any], found: Mapping[str, Scheme | None]
+    block: Block, hidden: list[Tensor], call: BlockCall, found: Mapping[str, Scheme | None]
 ) -> SiteStatistics:
-    return BlockStream(block, list(hidden), arguments).statistics(found)
+    return BlockStream(block, list(hidden), call).statistics(found)
 
 
-def output(block: Block, hidden: list[Tensor], arguments: dict[str, Any]) -> Tensor:
-    return torch.cat(list(BlockStream(block, list(hidden), arguments).outputs()))
+def output(block: Block, hidden: list[Tensor], call: BlockCall) -> Tensor:
+    return torch.cat(list(BlockStream(block, list(hidden), call).outputs()))
 
 
-def moved(block: Block, edited: Block, hidden: list[Tensor], arguments: dict[str, Any]) -> float:
+def moved(block: Block, edited: Block, hidden: list[Tensor], call: BlockCall) -> float:
     """The most that any token's update changes, relative to it."""
-    before, after = output(block, hidden, arguments), output(edited, hidden, arguments)
+    before, after = output(block, hidden, call), output(edited, hidden, call)
     return float(((after - before).norm(dim=-1) / (before - torch.cat(hidden)).norm(dim=-1)).max())
 
 
@@ -81,8 +82,8 @@ def nearest(weight: Tensor, scheme: Scheme) -> Tensor:
     return PackedRange.pack(grid.coded(weight, scheme, grid.Clip("minmax")), scheme).dequantize()
 
 
-def site_tokens(block: Block, site: Site, hidden: list[Tensor], arguments: dict[str, Any]) -> Tensor:
-    return torch.cat(list(BlockStream(block, list(hidden), arguments).at(site)))
+def site_tokens(block: Block, site: Site, hidden: list[Tensor], call: BlockCall) -> Tensor:
+    return torch.cat(list(BlockStream(block, list(hidden), call).at(site)))
 
 
 def over_query_heads(factors: Tensor, block: Block) -> Tensor:
@@ -120,22 +121,22 @@ def candidates(block: Block, site: Site, x: Tensor) -> list[Tensor]:
 def test_awq_leaves_the_function_unchanged(
     name: str, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    block, hidden, arguments = loaded(folders[name])
+    block, hidden, call = loaded(folders[name])
     edited = twin(block)
-    found = statistics(block, hidden, arguments, schemes(block))
+    found = statistics(block, hidden, call, schemes(block))
     factors = chosen(edited, found, monkeypatch)
     assert set(factors) == {site.name for site in block.arch.sites}
     assert any(float(values.max() / values.min()) > 2 for values in factors.values())
-    assert moved(block, edited, hidden, arguments) < SAME
+    assert moved(block, edited, hidden, call) < SAME
 
 
 @pytest.mark.parametrize("fault", ["factors on other heads", "a reader forgotten", "a writer forgotten"])
 def test_planted_faults_of_the_scaling_move_the_output(
     fault: str, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    block, hidden, arguments = loaded(folders["llama"])
+    block, hidden, call = loaded(folders["llama"])
     edited = twin(block)
-    found = statistics(block, hidden, arguments, schemes(block))
+    found = statistics(block, hidden, call, schemes(block))
 
     def faulty(block: Block, site: Site, factors: Tensor) -> None:
         if fault == "a reader forgotten":
@@ -149,19 +150,19 @@ def test_planted_faults_of_the_scaling_move_the_output(
 
     monkeypatch.setattr(awq, "scale_site_", faulty)
     ActivationAwareScale()(edited, found)
-    assert moved(block, edited, hidden, arguments) > FAULT
+    assert moved(block, edited, hidden, call) > FAULT
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "qwen2-untied", "qwen3"])
 def test_the_chosen_alpha_has_the_least_output_error_of_all_and_never_more_than_none(
     name: str, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    block, hidden, arguments = loaded(folders[name])
-    found = statistics(block, hidden, arguments, schemes(block, gate_proj=Scheme(2, 32, "real"), k_proj=None))
+    block, hidden, call = loaded(folders[name])
+    found = statistics(block, hidden, call, schemes(block, gate_proj=Scheme(2, 32, "real"), k_proj=None))
     factors = chosen(twin(block), found, monkeypatch)
     improved = 0
     for site in block.arch.sites:
-        x = site_tokens(block, site, hidden, arguments)
+        x = site_tokens(block, site, hidden, call)
         tried = candidates(block, site, x)
         errors = [output_error(block, site, x, values, found) for values in tried]
         plain = output_error(block, site, x, torch.ones_like(tried[0]), found)
@@ -178,22 +179,22 @@ def test_the_chosen_alpha_has_the_least_output_error_of_all_and_never_more_than_
 def test_weights_that_lie_on_their_grid_are_not_scaled(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    block, hidden, arguments = loaded(folders["llama"])
+    block, hidden, call = loaded(folders["llama"])
     for reader in ("mlp.gate_proj", "mlp.up_proj"):
         weight = block.linear(reader).weight.data
         codes = torch.randint(0, 8, weight.shape, generator=torch.Generator().manual_seed(6))
         codes[:, ::16], codes[:, 1::16] = 0, 7
         weight.copy_((codes - 4) / 8)
         assert torch.equal(nearest(weight, W3), weight)
-    factors = chosen(twin(block), statistics(block, hidden, arguments, schemes(block)), monkeypatch)
+    factors = chosen(twin(block), statistics(block, hidden, call, schemes(block)), monkeypatch)
     assert torch.equal(factors["mlp_in"], torch.ones(48))
     assert not torch.equal(factors["attention_in"], torch.ones(48))
 
 
 def test_one_step_tries_no_scaling_alone(folders: dict[str, Path]) -> None:
-    block, hidden, arguments = loaded(folders["llama"])
+    block, hidden, call = loaded(folders["llama"])
     edited = twin(block)
-    ActivationAwareScale(steps=1)(edited, statistics(block, hidden, arguments, schemes(block)))
+    ActivationAwareScale(steps=1)(edited, statistics(block, hidden, call, schemes(block)))
     for parameter, before in zip(edited.module.parameters(), block.module.parameters(), strict=True):
         assert torch.equal(parameter, before)
 
@@ -202,13 +203,13 @@ def test_one_step_tries_no_scaling_alone(folders: dict[str, Path]) -> None:
 def test_a_huge_channel_is_rounded_with_less_output_error_than_without_scaling(
     name: str, folders: dict[str, Path]
 ) -> None:
-    block, hidden, arguments = loaded(folders[name])
+    block, hidden, call = loaded(folders[name])
     with torch.no_grad():
         block.gain("post_attention_layernorm")[13] = 60
     edited = twin(block)
-    ActivationAwareScale()(edited, statistics(block, hidden, arguments, schemes(block)))
+    ActivationAwareScale()(edited, statistics(block, hidden, call, schemes(block)))
     site = next(site for site in block.arch.sites if site.name == "mlp_in")
-    x, scaled = (site_tokens(each, site, hidden, arguments) for each in (block, edited))
+    x, scaled = (site_tokens(each, site, hidden, call) for each in (block, edited))
     plain = aware = 0.0
     for reader in site.readers:
         exact = x @ block.linear(reader).weight.detach().T
@@ -219,11 +220,11 @@ def test_a_huge_channel_is_rounded_with_less_output_error_than_without_scaling(
         aware += float(((scaled @ (nearest(rows, W3) - rows).T) / unit).square().sum())
     assert aware < 0.5 * plain
     # Of the whole block, with all its linears rounded.
-    wanted, errors = output(block, hidden, arguments), []
+    wanted, errors = output(block, hidden, call), []
     for each in (block, edited):
         for linear in each.arch.linears:
             each.linear(linear).weight.data = nearest(each.linear(linear).weight.data, W3)
-        errors.append(float((output(each, hidden, arguments) - wanted).norm()))
+        errors.append(float((output(each, hidden, call) - wanted).norm()))
     assert errors[1] < errors[0]
 
 
@@ -245,19 +246,19 @@ SKIPS = {
 @pytest.mark.parametrize("skip", SKIPS)
 def test_a_site_whose_readers_are_all_skipped_stays_untouched(skip: str, folders: dict[str, Path]) -> None:
     names, untouched = SKIPS[skip]
-    block, hidden, arguments = loaded(folders["llama"])
+    block, hidden, call = loaded(folders["llama"])
     before = parameters(block)
-    ActivationAwareScale()(block, statistics(block, hidden, arguments, schemes(block, **dict.fromkeys(names))))
+    ActivationAwareScale()(block, statistics(block, hidden, call, schemes(block, **dict.fromkeys(names))))
     same = {name for name, value in parameters(block).items() if torch.equal(value, before[name])}
     assert untouched <= same
     assert not {"input_layernorm.weight", "post_attention_layernorm.weight"} <= same
 
 
 def test_nothing_is_scaled_where_all_is_skipped_or_no_site_may_be(folders: dict[str, Path]) -> None:
-    block, hidden, arguments = loaded(folders["llama"])
+    block, hidden, call = loaded(folders["llama"])
     before = parameters(block)
-    found = statistics(block, hidden, arguments, schemes(block))
-    nothing = statistics(block, hidden, arguments, dict.fromkeys(block.arch.linears))
+    found = statistics(block, hidden, call, schemes(block))
+    nothing = statistics(block, hidden, call, dict.fromkeys(block.arch.linears))
     frozen = tuple(replace(site, edits=frozenset({"permute"})) for site in block.arch.sites)
     ActivationAwareScale()(block, nothing)
     ActivationAwareScale()(replace(block, arch=replace(block.arch, sites=frozen)), found)
@@ -265,29 +266,29 @@ def test_nothing_is_scaled_where_all_is_skipped_or_no_site_may_be(folders: dict[
 
 
 def test_a_partly_skipped_site_is_scaled_with_all_its_readers(folders: dict[str, Path]) -> None:
-    block, hidden, arguments = loaded(folders["llama"])
+    block, hidden, call = loaded(folders["llama"])
     edited = twin(block)
-    found = statistics(block, hidden, arguments, schemes(block, gate_proj=None, down_proj=None))
+    found = statistics(block, hidden, call, schemes(block, gate_proj=None, down_proj=None))
     ActivationAwareScale()(edited, found)
     assert not torch.equal(edited.linear("mlp.gate_proj").weight, block.linear("mlp.gate_proj").weight)
-    assert moved(block, edited, hidden, arguments) < SAME
+    assert moved(block, edited, hidden, call) < SAME
 
 
 def test_a_silent_channel_gets_a_finite_factor(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    block, hidden, arguments = loaded(folders["llama"])
+    block, hidden, call = loaded(folders["llama"])
     with torch.no_grad():
         block.gain("input_layernorm")[3] = 0
     edited = twin(block)
-    factors = chosen(edited, statistics(block, hidden, arguments, schemes(block)), monkeypatch)
+    factors = chosen(edited, statistics(block, hidden, call, schemes(block)), monkeypatch)
     for values in factors.values():
         assert bool(torch.isfinite(values).all())
         assert bool((values > 0).all())
-    assert moved(block, edited, hidden, arguments) < SAME
+    assert moved(block, edited, hidden, call) < SAME
 
 
 def test_activations_that_overflow_are_refused_by_name(folders: dict[str, Path]) -> None:
-    block, hidden, arguments = loaded(folders["llama"])
-    found = statistics(block, hidden, arguments, schemes(block))
+    block, hidden, call = loaded(folders["llama"])
+    found = statistics(block, hidden, call, schemes(block))
     for spoiled in (
         replace(found, mean_sizes=found.mean_sizes | {"mlp_in": found.mean_sizes["mlp_in"] * torch.inf}),
         replace(found, grams=found.grams | {"mlp_in": found.grams["mlp_in"] * torch.inf}),

@@ -16,6 +16,7 @@ from subnibble.calibrate.stream import BlockStream, SiteStatistics
 from subnibble.checkpoint.safetensors_source import SafetensorsSource
 from subnibble.errors import BadRecipe
 from subnibble.model.skeleton import Block, Skeleton
+from subnibble.model.transformers_api.blocks import run_block
 from subnibble.rounding import grid
 from subnibble.rounding.dual_scale import DualScale
 from subnibble.scheme import ActivationScheme, Scheme
@@ -33,7 +34,7 @@ class Streamed:
     def __init__(self, folder: object) -> None:
         skeleton = Skeleton(SafetensorsSource(folder), torch.float32, torch.device("cpu"))
         self.block = skeleton.load_block(1)
-        self.arguments = skeleton.block_arguments(16)[1]
+        self.call = skeleton.block_calls(16)[1]
         width = skeleton.config.hidden_size
         self.hidden = torch.randn(6, 16, width, generator=torch.Generator().manual_seed(0))
         self.hidden[..., 5] *= 30
@@ -41,11 +42,11 @@ class Streamed:
     def statistics(self) -> SiteStatistics:
         schemes = dict.fromkeys(self.block.arch.linears, Scheme(4, 16, "none"))
         inputs = dict.fromkeys(self.block.arch.linears, ActivationScheme(4, 16))
-        return BlockStream(self.block, [self.hidden.clone()], self.arguments).statistics(schemes, inputs)
+        return BlockStream(self.block, [self.hidden.clone()], self.call).statistics(schemes, inputs)
 
     def output(self) -> Tensor:
         with torch.no_grad():
-            output = self.block.module(self.hidden, **self.arguments)
+            output = run_block(self.block.module, self.hidden, self.call)
         return output[0] if isinstance(output, tuple) else output
 
     def moved_by(self, edit: Callable[[Block, SiteStatistics], object]) -> float:

@@ -19,6 +19,7 @@ from subnibble.errors import BadRecipe, UnsupportedModel
 from subnibble.model.arch.llama import LLAMA
 from subnibble.model.site import Arch, Heads, Site
 from subnibble.model.skeleton import Block, Skeleton
+from subnibble.model.transformers_api.blocks import BlockCall
 from subnibble.transforms import invariance, permute, scale
 from subnibble.transforms.invariance import check_sites, edit_errors
 from subnibble.transforms.permute import permute_site_
@@ -31,7 +32,7 @@ SAME = 1e-5
 def block_of(folder: Path, arch: Arch | None = None) -> tuple[Block, dict[str, Any]]:
     skeleton = Skeleton(SafetensorsSource(folder), torch.float32, torch.device("cpu"))
     block = skeleton.load_block(0)
-    return replace(block, arch=arch or block.arch), skeleton.block_arguments(12)[0]
+    return replace(block, arch=arch or block.arch), skeleton.block_calls(12)[0]
 
 
 def with_site(arch: Arch, name: str, **changes: Any) -> Arch:
@@ -41,8 +42,8 @@ def with_site(arch: Arch, name: str, **changes: Any) -> Arch:
 
 @pytest.mark.parametrize("model", CONFIGS)
 def test_accepted_edits_leave_hidden_states_unchanged(model: str, folders: dict[str, Path]) -> None:
-    block, arguments = block_of(folders[model])
-    errors = list(edit_errors(block, arguments))
+    block, call = block_of(folders[model])
+    errors = list(edit_errors(block, call))
     assert len(errors) == 7
     assert max(error for error, _ in errors) < SAME, errors
 
@@ -65,27 +66,27 @@ WRONG_TABLES: dict[str, Callable[[Arch], Arch]] = {
 
 @pytest.mark.parametrize("fault", WRONG_TABLES)
 def test_planted_table_faults_move_hidden_states(fault: str, folders: dict[str, Path]) -> None:
-    block, arguments = block_of(folders["llama"], WRONG_TABLES[fault](LLAMA))
-    assert max(error for error, _ in edit_errors(block, arguments)) > FAULT
+    block, call = block_of(folders["llama"], WRONG_TABLES[fault](LLAMA))
+    assert max(error for error, _ in edit_errors(block, call)) > FAULT
 
 
 def test_plain_repeat_over_query_heads_moves_hidden_states(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    block, arguments = block_of(folders["llama"])
+    block, call = block_of(folders["llama"])
 
     def tiled(factors: Tensor, block: Block) -> Tensor:
         return factors.repeat(block.heads.repeats)
 
     monkeypatch.setattr(scale, "repeat_over_heads", tiled)
-    assert max(error for error, _ in edit_errors(block, arguments)) > FAULT
+    assert max(error for error, _ in edit_errors(block, call)) > FAULT
 
 
 @pytest.mark.parametrize("forgotten", ["writer", "follower"])
 def test_forgotten_bias_moves_hidden_states(
     forgotten: str, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    block, arguments = block_of(folders["llama"])
+    block, call = block_of(folders["llama"])
     victim = block.linear("mlp.up_proj" if forgotten == "writer" else "mlp.gate_proj")
     rows = permute._permute_rows_
 
@@ -95,7 +96,7 @@ def test_forgotten_bias_moves_hidden_states(
             linear.bias.copy_(linear.bias[torch.argsort(order)])
 
     monkeypatch.setattr(permute, "_permute_rows_", forgetful)
-    assert max(error for error, _ in edit_errors(block, arguments)) > FAULT
+    assert max(error for error, _ in edit_errors(block, call)) > FAULT
 
 
 def test_gemma2_with_the_llama_table_is_refused() -> None:
@@ -110,8 +111,8 @@ def test_gemma2_with_the_llama_table_is_refused() -> None:
         if "norm" in name:
             parameter.normal_(0, 0.3)
     block = Block(0, "model.layers.0", module, LLAMA, Heads.of(config))
-    arguments = {"position_embeddings": (torch.ones(1, 12, 16), torch.zeros(1, 12, 16)), "attention_mask": None}
-    assert max(error for error, _ in edit_errors(block, arguments)) > FAULT
+    call = BlockCall({"position_embeddings": (torch.ones(1, 12, 16), torch.zeros(1, 12, 16)), "attention_mask": None})
+    assert max(error for error, _ in edit_errors(block, call)) > FAULT
 
 
 def test_check_at_load_names_the_edit_and_leaves_no_weights(
@@ -129,9 +130,9 @@ def test_check_at_load_covers_two_blocks(folders: dict[str, Path], monkeypatch: 
     seen: list[int] = []
     original = invariance.edit_errors
 
-    def watched(block: Block, arguments: dict[str, Any], seed: int = 0) -> Any:
+    def watched(block: Block, call: BlockCall, seed: int = 0) -> Any:
         seen.append(block.index)
-        return original(block, arguments, seed)
+        return original(block, call, seed)
 
     monkeypatch.setattr(invariance, "edit_errors", watched)
     check_sites(Skeleton(SafetensorsSource(folders["qwen2"]), torch.bfloat16, torch.device("cpu")))

@@ -11,6 +11,7 @@ from conftest import CONFIGS
 from subnibble.checkpoint.safetensors_source import SafetensorsSource
 from subnibble.errors import BadRecipe
 from subnibble.model.skeleton import Skeleton
+from subnibble.model.transformers_api.blocks import run_block
 from subnibble.runtime import hadamard
 from subnibble.transforms.rotate_values import ValueRotation, make_value_rotation
 
@@ -18,13 +19,13 @@ from subnibble.transforms.rotate_values import ValueRotation, make_value_rotatio
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_block_keeps_its_function_and_its_values_are_rotated(name: str, folders: dict[str, Path]) -> None:
     skeleton = Skeleton(SafetensorsSource(folders[name]), torch.float32, torch.device("cpu"))
-    block, arguments = skeleton.load_block(1), skeleton.block_arguments(12)[1]
+    block, call = skeleton.load_block(1), skeleton.block_calls(12)[1]
     hidden = torch.randn(1, 12, skeleton.config.hidden_size, generator=torch.Generator().manual_seed(0))
     rotation = make_value_rotation("hadamard", block.heads.width, seed=0)
     with torch.no_grad():
-        before, values = block.module(hidden, **arguments), block.linear("self_attn.v_proj")(hidden)
+        before, values = run_block(block.module, hidden, call), block.linear("self_attn.v_proj")(hidden)
         rotation.edit_block_(block)
-        after, rotated = block.module(hidden, **arguments), block.linear("self_attn.v_proj")(hidden)
+        after, rotated = run_block(block.module, hidden, call), block.linear("self_attn.v_proj")(hidden)
     assert float((after - before).norm() / (before - hidden).norm()) < 1e-5
     heads = values.unflatten(-1, (-1, block.heads.width))
     wanted = hadamard.multiply(heads, rotation.blocks) * rotation.signs.float()
@@ -34,14 +35,14 @@ def test_a_block_keeps_its_function_and_its_values_are_rotated(name: str, folder
 
 def test_a_reader_that_is_left_out_changes_the_function(folders: dict[str, Path]) -> None:
     skeleton = Skeleton(SafetensorsSource(folders["llama"]), torch.float32, torch.device("cpu"))
-    block, arguments = skeleton.load_block(1), skeleton.block_arguments(12)[1]
+    block, call = skeleton.load_block(1), skeleton.block_calls(12)[1]
     hidden = torch.randn(1, 12, skeleton.config.hidden_size, generator=torch.Generator().manual_seed(0))
     kept = block.linear("self_attn.o_proj").weight.clone()
     with torch.no_grad():
-        before = block.module(hidden, **arguments)
+        before = run_block(block.module, hidden, call)
         make_value_rotation("hadamard", block.heads.width, seed=0).edit_block_(block)
         block.linear("self_attn.o_proj").weight.copy_(kept)
-        after = block.module(hidden, **arguments)
+        after = run_block(block.module, hidden, call)
     assert float((after - before).norm() / (before - hidden).norm()) > 0.05
 
 

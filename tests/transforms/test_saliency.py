@@ -16,6 +16,7 @@ from subnibble.calibrate.survey import full_precision_blocks
 from subnibble.checkpoint.safetensors_source import SafetensorsSource
 from subnibble.errors import BadRecipe
 from subnibble.model.skeleton import Block, Skeleton
+from subnibble.model.transformers_api.blocks import run_block
 from subnibble.rounding import grid
 from subnibble.scheme import Scheme
 from subnibble.tensor import PackedRange
@@ -34,16 +35,16 @@ def hidden_states(skeleton: Skeleton) -> Tensor:
 
 
 def statistics(skeleton: Skeleton, block: Block) -> SiteStatistics:
-    arguments = skeleton.block_arguments(16)[block.index]
+    call = skeleton.block_calls(16)[block.index]
     names = block.arch.linears
-    stream = BlockStream(block, [hidden_states(skeleton)], arguments)
+    stream = BlockStream(block, [hidden_states(skeleton)], call)
     return stream.statistics(dict.fromkeys(names, Scheme(3, 16)), dict.fromkeys(names))
 
 
 def moved_by(skeleton: Skeleton, block: Block, edited: Block) -> float:
-    hidden, arguments = hidden_states(skeleton), skeleton.block_arguments(16)[block.index]
+    hidden, call = hidden_states(skeleton), skeleton.block_calls(16)[block.index]
     with torch.no_grad():
-        outputs = [part.module(hidden, **arguments) for part in (block, edited)]
+        outputs = [run_block(part.module, hidden, call) for part in (block, edited)]
     before, after = (output[0] if isinstance(output, tuple) else output for output in outputs)
     return float((after - before).norm() / (before - hidden).norm())
 
@@ -114,7 +115,7 @@ def test_the_residual_order_ranks_channels_by_their_size_before_norms(folders: d
         model(ids)
         hidden = [model.model.embed_tokens(ids)]
     scores = torch.stack([(size / size.median()).clamp(min=1e-3).log() for size in sizes]).mean(0)
-    found = residual_order(full_precision_blocks(skeleton, hidden, skeleton.block_arguments(16))).order
+    found = residual_order(full_precision_blocks(skeleton, hidden, skeleton.block_calls(16))).order
     assert torch.equal(found.sort().values, torch.arange(48))
     assert bool((scores[found].diff() <= 1e-5).all())
 

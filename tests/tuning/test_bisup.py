@@ -117,7 +117,7 @@ def test_the_block_that_was_trained_is_the_block_that_runs(
     # The first block's inputs are the embedding's rows: the same in training and in the stored model.
     samples = tuned[0].samples
     with torch.no_grad():
-        wanted = tuned[0].block(samples.inputs, samples.arguments)
+        wanted = tuned[0].block(samples.inputs, samples.call)
 
     def distance() -> float:
         output = first_output(model, samples.inputs)

@@ -18,6 +18,7 @@ from subnibble.corrections.correction import NOTHING, Correction
 from subnibble.corrections.outliers import OutlierColumns
 from subnibble.corrections.salient import SalientColumns
 from subnibble.model.skeleton import Block, Skeleton
+from subnibble.model.transformers_api.blocks import run_block
 from subnibble.rounding import grid
 from subnibble.rounding.rtn import RTN
 from subnibble.runtime import activations
@@ -52,7 +53,7 @@ class Case:
         self.hidden = torch.randn(2, TOKENS, width, generator=generator)
         stream = PrefixStream(skeleton, torch.randn(1, PREFIX, width, generator=generator))
         self.stream, self.states = stream, stream.states(self.block)
-        self.arguments = skeleton.block_arguments(TOKENS, torch.float32, PREFIX)[1]
+        self.call = skeleton.block_calls(TOKENS, torch.float32, PREFIX)[1]
         names = self.block.arch.linears
         bases = {}
         for site in self.block.arch.sites:
@@ -73,17 +74,17 @@ class Case:
     def tuned(self, **options: Any) -> TunedBlock:
         tuned = TunedBlock(self.block, self.frame, Tuning(**{"rank": 4, **options}), torch.Generator().manual_seed(1))
         ordinary = torch.ones(self.hidden.shape[:2], dtype=torch.bool)
-        tuned.smooth_(self.block, tuned.largest(self.hidden, self.arguments, ordinary))
+        tuned.smooth_(self.block, tuned.largest(self.hidden, self.call, ordinary))
         return tuned
 
     def output(self, states: States | None) -> Tensor:
         with torch.no_grad():
-            output = self.block.module(self.hidden, **behind(self.arguments, states))
+            output = run_block(self.block.module, self.hidden, behind(self.call, states))
         return output[0] if isinstance(output, tuple) else output
 
     def of(self, tuned: TunedBlock) -> Tensor:
         with torch.no_grad():
-            return tuned(self.hidden, self.arguments)
+            return tuned(self.hidden, self.call)
 
     def distance(self, one: Tensor, other: Tensor) -> float:
         return float((one - other).norm() / (other - self.hidden).norm())
@@ -148,7 +149,7 @@ def test_products_may_be_of_half_the_width(name: str, folders: dict[str, Path]) 
     case = Case(folders[name], quantized=True)
     wanted = case.of(case.tuned())
     skeleton = Skeleton(SafetensorsSource(folders[name]), torch.bfloat16, torch.device("cpu"))
-    case.arguments = skeleton.block_arguments(TOKENS, past=PREFIX)[1]
+    case.call = skeleton.block_calls(TOKENS, past=PREFIX)[1]
     case.frame = replace(case.frame, dtype=torch.bfloat16)
     found = case.of(case.tuned())
     assert not torch.equal(found, wanted)
@@ -227,7 +228,7 @@ def test_learned_clips_of_inputs_stay_in_their_range(folders: dict[str, Path]) -
         assert least <= min(clips) <= max(clips) <= most
         assert not torch.equal(case.of(tuned), plain) or share > 0
     case.of(tuned)
-    tuned(case.hidden, case.arguments).square().sum().backward()
+    tuned(case.hidden, case.call).square().sum().backward()
     assert all(float(tuned.parameters()[name].grad.abs()) > 0 for name in learned)
 
 

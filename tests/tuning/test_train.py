@@ -26,7 +26,7 @@ def samples(case: Case) -> Samples:
     ordinary = torch.ones(16, TOKENS, dtype=torch.bool)
     ordinary[:, 0] = False
     energy = float((wanted - case.hidden)[ordinary].square().sum(-1).mean())
-    return Samples(case.hidden, wanted, ordinary, energy, case.arguments)
+    return Samples(case.hidden, wanted, ordinary, energy, case.call)
 
 
 def coarse(case: Case) -> Case:

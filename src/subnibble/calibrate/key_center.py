@@ -6,9 +6,6 @@ mostly these. Less their mean over calibration text, what is left to code is wha
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -16,6 +13,8 @@ from subnibble.cache_scheme import CacheScheme
 from subnibble.calibrate.sinks import ordinary_tokens
 from subnibble.errors import NumericalFailure
 from subnibble.model.skeleton import Block
+from subnibble.model.transformers_api.blocks import BlockCache, BlockCall, run_block
+from subnibble.model.transformers_api.names import never_called
 from subnibble.runtime.coded_text import as_coded
 from subnibble.runtime.kv_cache import Coding
 
@@ -27,27 +26,27 @@ def coding_of(
     block: Block,
     scheme: CacheScheme | None,
     hidden: list[Tensor],
-    arguments: Mapping[str, Any],
+    call: BlockCall,
     dtype: torch.dtype,
 ) -> Coding | None:
     """How the block's cache codes by `scheme`, None for not at all.
 
     block: transformed, not quantized. hidden: its inputs, batches (windows, tokens, channels), none only where no mean
-    is needed. arguments: of `Skeleton.block_arguments`. dtype: of the streams.
+    is needed. call: of `Skeleton.block_calls`. dtype: of the streams.
     """
     if scheme is None:
         return None
-    return Coding(scheme, _mean(block.twin(dtype), scheme, hidden, arguments) if scheme.is_centered else None)
+    return Coding(scheme, _mean(block.twin(dtype), scheme, hidden, call) if scheme.is_centered else None)
 
 
-def _mean(block: Block, scheme: CacheScheme, hidden: list[Tensor], arguments: Mapping[str, Any]) -> Tensor:
+def _mean(block: Block, scheme: CacheScheme, hidden: list[Tensor], call: BlockCall) -> Tensor:
     """(heads, width) float16: of ordinary tokens' keys in the basis in which they are coded."""
     device = next(block.module.parameters()).device
     sums: list[Tensor] = []
     count = 0
     for batch in hidden:
-        keys = _keys(block, batch.to(device), arguments)
-        coded = as_coded(keys, scheme, arguments["position_embeddings"]).transpose(0, 1).flatten(1, 2)
+        keys = _keys(block, batch.to(device), call)
+        coded = as_coded(keys, scheme, call.positions).transpose(0, 1).flatten(1, 2)
         ordinary = ordinary_tokens(batch)
         sums.append(coded[:, ordinary.to(device)].double().sum(1))
         count += int(ordinary.sum())
@@ -59,14 +58,14 @@ def _mean(block: Block, scheme: CacheScheme, hidden: list[Tensor], arguments: Ma
     return mean
 
 
-def _keys(block: Block, hidden: Tensor, arguments: Mapping[str, Any]) -> Tensor:
+def _keys(block: Block, hidden: Tensor, call: BlockCall) -> Tensor:
     """Keys (b, heads, tokens, width) of a batch, positions put on. The block runs no further than to its cache."""
     try:
         with torch.no_grad():
-            block.module(hidden, **{**arguments, "past_key_values": _Stop()})
+            run_block(block.module, hidden, call.with_cache(_Stop()))
     except _KeysReached as reached:
         return reached.keys
-    raise AssertionError(f"{block.path} updates no cache")
+    raise never_called(f"the KV cache of {block.path}")
 
 
 class _KeysReached(Exception):
@@ -77,9 +76,9 @@ class _KeysReached(Exception):
         self.keys = keys
 
 
-class _Stop:
+class _Stop(BlockCache):
     """Stands for a cache that attention updates."""
 
-    def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> None:
-        """keys, values: (b, heads, tokens, width)."""
+    def see(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """See `BlockCache`; ends the pass."""
         raise _KeysReached(keys)

@@ -5,14 +5,12 @@ Calibration windows go through the block behind them, as texts will.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from subnibble.errors import NumericalFailure
-from subnibble.model.skeleton import Block, Skeleton, run_block
+from subnibble.model.skeleton import Block, Skeleton
+from subnibble.model.transformers_api.blocks import BlockCache, BlockCall, run_block
 from subnibble.runtime.coded_text import coded_keys, coded_values
 from subnibble.runtime.kv_cache import Coding
 
@@ -25,7 +23,7 @@ class PrefixStream:
 
     def __init__(self, skeleton: Skeleton, hidden: Tensor, dtype: torch.dtype = torch.float32) -> None:
         self._hidden = hidden.to(dtype)
-        self._arguments = skeleton.block_arguments(hidden.shape[1], dtype)
+        self._calls = skeleton.block_calls(hidden.shape[1], dtype)
 
     def states(self, block: Block) -> States:
         """What a block makes of the prefix."""
@@ -39,7 +37,7 @@ class PrefixStream:
     def _run(self, block: Block) -> tuple[States, Tensor]:
         kept = _Kept()
         with torch.no_grad():
-            output = run_block(block.module, self._hidden, {**self._arguments[block.index], "past_key_values": kept})
+            output = run_block(block.module, self._hidden, self._calls[block.index].with_cache(kept))
         return (kept.keys[0], kept.values[0]), output
 
 
@@ -51,38 +49,39 @@ def half_states(states: States, where: str) -> States:
     return keys, values
 
 
-def behind(arguments: Mapping[str, Any], states: States | None, coding: Coding | None = None) -> dict[str, Any]:
-    """Arguments of a block behind a prefix's states, None for none, its cache coded, `coding` None for not at all.
+def behind(call: BlockCall, states: States | None, coding: Coding | None = None) -> BlockCall:
+    """The call of a block behind a prefix's states, None for none, its cache coded, `coding` None for not at all.
 
-    arguments: of `Skeleton.block_arguments` with as many tokens of past.
+    call: of `Skeleton.block_calls` with as many tokens of past.
     """
     if states is None and coding is None:
-        return {**arguments}
-    # Without windows there are no arguments, and no codes either.
-    return {**arguments, "past_key_values": _Past(states, coding, arguments.get("position_embeddings"))}
+        return call
+    # Without windows there are no positions, and nothing will be run.
+    return call.with_cache(_Past(states, coding, call.positions)) if call.named else call
 
 
-class _Kept:
+class _Kept(BlockCache):
     """Stands for an empty cache: keeps what attention gives it."""
 
     keys: Tensor
     values: Tensor
 
-    def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> States:
-        """keys, values: (1, heads, tokens, width), given back as they are."""
+    def see(self, keys: Tensor, values: Tensor) -> States:
+        """See `BlockCache`; given back as they are."""
         self.keys, self.values = keys, values
         return keys, values
 
 
-class _Past:
+class _Past(BlockCache):
     """Stands for a cache that holds a prefix, gives texts back as they come out of the codes, and keeps nothing."""
 
-    def __init__(self, states: States | None, coding: Coding | None, positions: tuple[Tensor, Tensor] | None) -> None:
+    def __init__(self, states: States | None, coding: Coding | None, positions: tuple[Tensor, Tensor]) -> None:
+        super().__init__()
         self._states, self._coding, self._positions = states, coding, positions
 
-    def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> States:
-        """keys, values: (b, heads, tokens, width); the same behind the prefix's."""
-        if self._coding is not None and self._positions is not None:
+    def see(self, keys: Tensor, values: Tensor) -> States:
+        """See `BlockCache`; behind the prefix's."""
+        if self._coding is not None:
             keys, values = coded_keys(keys, self._coding, self._positions), coded_values(values, self._coding)
         return (keys, values) if self._states is None else with_past(self._states, (keys, values))
 

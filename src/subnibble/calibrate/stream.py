@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from subnibble.calibrate.stats import AbsMax, AbsMean, Gram
 from subnibble.model.site import Site, Tail
-from subnibble.model.skeleton import Block, run_block
+from subnibble.model.skeleton import Block
+from subnibble.model.transformers_api.blocks import BlockCall, run_block
+from subnibble.model.transformers_api.names import never_called
 from subnibble.scheme import ActivationScheme, Scheme
 
 # Tokens of a site that are kept for searches.
@@ -44,12 +46,12 @@ class BlockStream:
     """The passage of all windows through one block.
 
     hidden: batches (windows, tokens, channels), the block's inputs; replaced by its outputs in `advance`.
-    arguments: what the model passes to the block beside them. Activations stay on the device of `hidden` and visit
+    call: what the model calls the block with. Activations stay on the device of `hidden` and visit
     the block's one batch at a time, so that an accelerator need not hold them all.
     """
 
-    def __init__(self, block: Block, hidden: list[Tensor], arguments: dict[str, Any]) -> None:
-        self._block, self._hidden, self._arguments = block, hidden, arguments
+    def __init__(self, block: Block, hidden: list[Tensor], call: BlockCall) -> None:
+        self._block, self._hidden, self._call = block, hidden, call
         self._device = next(block.module.parameters()).device
         self._kept: dict[Tail, _Replay] = {}
 
@@ -67,13 +69,10 @@ class BlockStream:
         try:
             with self._replaying():
                 for batch in range(len(self._hidden)):
-                    try:
-                        self._run(batch)
-                    except _SiteReached:
-                        x = seen.pop()
-                        if site.tail is not None:
-                            kept.append(x.to(self._hidden[batch].device))
-                        yield x.flatten(0, -2)
+                    x = self._until(site, batch, seen)
+                    if site.tail is not None:
+                        kept.append(x.to(self._hidden[batch].device))
+                    yield x.flatten(0, -2)
         finally:
             handle.remove()
         if site.tail is not None:
@@ -113,6 +112,19 @@ class BlockStream:
             self._hidden[batch] = output
         self._kept.clear()
 
+    def _until(self, site: Site, batch: int, seen: list[Tensor]) -> Tensor:
+        """Run a batch up to a site, whose tensor a hook puts into `seen`."""
+        cache = self._call.cache
+        before = 0 if cache is None else cache.updates
+        try:
+            self._run(batch)
+        except _SiteReached:
+            inside = site.tail is not None and site.tail.module == self._block.arch.attention
+            if inside and cache is not None and cache.updates == before:
+                raise never_called(f"the KV cache of {self._block.path}") from None
+            return seen.pop()
+        raise never_called(f"{self._block.path}.{site.readers[0]}")
+
     @contextmanager
     def _replaying(self) -> Iterator[None]:
         """Put what is kept in the place of the modules that made it."""
@@ -128,10 +140,16 @@ class BlockStream:
 
     def _run(self, batch: int) -> Tensor:
         for replay in self._kept.values():
-            replay.batch = batch
+            replay.batch, replay.runs = batch, 0
+        # An attention that is replayed asks for no keys and values.
+        replayed = any(tail.module == self._block.arch.attention for tail in self._kept)
+        call = self._call.with_cache(None) if replayed else self._call
         hidden = self._hidden[batch]
         with torch.no_grad():
-            output = run_block(self._block.module, hidden.to(self._device), self._arguments)
+            output = run_block(self._block.module, hidden.to(self._device), call)
+        for tail, replay in self._kept.items():
+            if not replay.runs:
+                raise never_called(f"{self._block.path}.{tail.module}")
         return output.to(hidden.device)
 
 
@@ -146,10 +164,11 @@ class _Replay(nn.Module):
         super().__init__()
         # In a tuple: it is not this module's own.
         self._reader, self._kept, self._extra = (reader,), kept, extra_outputs
-        self.batch = 0
+        self.batch = self.runs = 0
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's output for the current batch; arguments are not needed."""
+        self.runs += 1
         reader = self._reader[0]
         output = reader(self._kept[self.batch].to(reader.weight.device))
         return (output, *([None] * self._extra)) if self._extra else output

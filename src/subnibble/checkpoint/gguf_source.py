@@ -116,7 +116,8 @@ def _gguf() -> Any:
 def _read_config(path: Path) -> Any:
     """The transformers config of a GGUF file, without the `quantization_config` that would name it a GGUF model."""
     from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    from subnibble.model.transformers_api.empty import architecture_name
 
     try:
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
@@ -125,8 +126,8 @@ def _read_config(path: Path) -> Any:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     config.dtype = torch.float32
-    if config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
+    name = architecture_name(config.model_type)
+    config.architectures = None if name is None else [name]
     return config
 
 

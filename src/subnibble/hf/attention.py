@@ -20,22 +20,33 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from inspect import signature
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from subnibble.cache_scheme import CacheScheme, PrefixIds
 from subnibble.checkpoint.entries import KEY_CENTER, PREFIX, Entry, PrefixEntry
 from subnibble.checkpoint.packed import PackedConfig
 from subnibble.errors import BadRecipe
-from subnibble.hf.cache import CacheLayer, KVCache
+from subnibble.hf.cache import KVCache
 from subnibble.model.arch import find_arch
 from subnibble.model.site import Heads
+from subnibble.model.transformers_api.attention import (
+    AttentionCall,
+    AttentionInputs,
+    DecoderCall,
+    attention_name,
+    layer_index,
+    own_config_,
+    register_attention,
+    set_attention_,
+    with_layer,
+    without_cache,
+)
+from subnibble.model.transformers_api.generation import forget_generation_cache_, set_generation_cache_
+from subnibble.model.transformers_api.names import never_called
 from subnibble.runtime import hadamard
 from subnibble.runtime.attention import PrefixSeen, attend
 from subnibble.runtime.kv_cache import changed
@@ -43,7 +54,7 @@ from subnibble.runtime.modules import PrefixStates
 from subnibble.runtime.ops import as_written
 
 ATTENTION = "subnibble"
-_RECORD, _GENERATION = "_subnibble_cache", "_prepare_cache_for_generation"
+_RECORD = "_subnibble_cache"
 
 
 @dataclass(frozen=True)
@@ -70,7 +81,7 @@ class Attached:
             return given
         kind = "KVCache of another scheme or prefix" if isinstance(given, KVCache) else type(given).__name__
         raise BadRecipe(
-            f"the model keeps its cache coded, and cannot go on with a {kind}: leave past_key_values and "
+            f"the model keeps its cache coded, and cannot go on with a {kind}: leave the cache and "
             "cache_implementation out, or pass what the model itself returned"
         )
 
@@ -84,15 +95,16 @@ def attach_cache_(model: Any, scheme: CacheScheme | None, prefix: PrefixIds | No
     check_cache(model, scheme)
     attentions = _attentions(model)
     detach_cache_(model)
-    attached = Attached(scheme, prefix, len(attentions), model.config._attn_implementation)
+    attached = Attached(scheme, prefix, len(attentions), attention_name(model.config))
+    own_config_(model)
     decoder = _decoder(model)
     decoder.register_forward_pre_hook(_BeforeDecoder(attached), with_kwargs=True)
-    decoder.register_forward_hook(_without_cache, with_kwargs=True)
+    decoder.register_forward_hook(_after_decoder, with_kwargs=True)
     for module in attentions:
         module.register_forward_pre_hook(_announce, with_kwargs=True)
-    model.set_attn_implementation(ATTENTION)
+    set_attention_(model, ATTENTION)
     setattr(model, _RECORD, attached)
-    setattr(model, _GENERATION, _GenerationCache(attached))
+    set_generation_cache_(model, attached.accepted, partial(_check_generation, attached))
     _write_config(model)
 
 
@@ -114,13 +126,13 @@ def detach_cache_(model: Any) -> None:
             if hook is _announce or isinstance(hook, _BeforeDecoder):
                 del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key]
         for key, hook in list(module._forward_hooks.items()):
-            if hook is _without_cache:
+            if hook is _after_decoder:
                 del module._forward_hooks[key], module._forward_hooks_with_kwargs[key]
         if hasattr(module, PREFIX):
             delattr(module, PREFIX)
-    model.set_attn_implementation(attached.before)
+    set_attention_(model, attached.before)
     delattr(model, _RECORD)
-    delattr(model, _GENERATION)
+    forget_generation_cache_(model)
     _write_config(model)
 
 
@@ -210,57 +222,45 @@ def _write_config(model: Any) -> None:
     config.packed = replace(config.packed, modules=modules, cache=scheme, prefix=prefix)
 
 
-@dataclass(frozen=True)
-class _GenerationCache:
-    """Stands for the model's method by which `generate` makes its cache."""
-
-    attached: Attached
-
-    def __call__(
-        self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, *args: Any, **kwargs: Any
-    ) -> None:
-        """As transformers calls it: puts the cache into model_kwargs."""
-        if generation_config.cache_implementation is not None:
-            raise BadRecipe("the model has a cache of its own; leave cache_implementation out")
-        if generation_config.prefill_chunk_size is not None and self.attached.prefix is not None:
-            raise BadRecipe(
-                "a text that repeats the model's prefix must come in one piece; leave prefill_chunk_size out"
-            )
-        if generation_config.use_cache is not False or model_kwargs.get("past_key_values") is not None:
-            model_kwargs["past_key_values"] = self.attached.accepted(model_kwargs.get("past_key_values"))
+def _check_generation(attached: Attached, config: Any) -> None:
+    """Raise `BadRecipe` if `generate` is asked, by its config, for what an attached cache cannot do."""
+    if config.cache_implementation is not None:
+        raise BadRecipe("the model has a cache of its own; leave cache_implementation out")
+    if config.prefill_chunk_size is not None and attached.prefix is not None:
+        raise BadRecipe("a text that repeats the model's prefix must come in one piece; leave prefill_chunk_size out")
 
 
 @dataclass(frozen=True)
 class _BeforeDecoder:
-    """A forward pre-hook that gives the decoder its cache, and positions behind the prefix."""
+    """A forward pre-hook that gives the decoder its cache, and positions after the prefix."""
 
     attached: Attached
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """As torch calls it."""
-        kwargs = {**dict(zip(signature(module.forward).parameters, args, strict=False)), **kwargs}
+        call = DecoderCall.of(module, args, kwargs)
         prefix = self.attached.prefix
-        ids = kwargs.get("input_ids")
-        tokens = kwargs.get("inputs_embeds") if ids is None else ids
+        tokens = call.embedded if call.ids is None else call.ids
         if tokens is None:
-            return (), kwargs
-        cache = kwargs["past_key_values"] = self.attached.accepted(kwargs.get("past_key_values"))
-        mask = kwargs.get("attention_mask")
+            return args, kwargs
+        cache = call.cache = self.attached.accepted(call.cache)
+        mask = call.mask
         flat = mask is None or (isinstance(mask, Tensor) and mask.dim() == 2)
         if prefix is not None and not flat:
             raise BadRecipe("a model with a prefix takes attention masks of two dimensions, (batch, tokens)")
-        if prefix is not None and ids is not None and cache.get_seq_length() == 0:
-            cache.hidden = repeated_prefix(ids, mask, prefix)
+        if prefix is not None and call.ids is not None and cache.get_seq_length() == 0:
+            cache.hidden = repeated_prefix(call.ids, mask, prefix)
         new = tokens.shape[1]
         if flat:
-            kwargs["attention_mask"] = cache.visible(mask, new)
-        positions = kwargs.get("position_ids")
-        if positions is None:
-            positions = _positions(kwargs["attention_mask"] if flat else None, cache.get_seq_length(), tokens)
+            call.mask = cache.visible(mask, new)
+        places = call.places
+        if places is None:
+            places = _positions(call.mask if flat else None, cache.get_seq_length(), tokens)
         elif cache.skipped is not None:
-            positions = (positions - cache.skipped.to(positions.device)).clamp(min=0)
-        kwargs["position_ids"] = positions + (0 if prefix is None else len(prefix.ids))
-        return (), kwargs
+            places = (places - cache.skipped.to(places.device)).clamp(min=0)
+        call.places = places + (0 if prefix is None else len(prefix.ids))
+        cache.begin(new)
+        return (), call.arguments(module)
 
 
 def _positions(mask: Tensor | None, past: int, tokens: Tensor) -> Tensor:
@@ -290,70 +290,64 @@ def repeated_prefix(ids: Tensor, mask: Tensor | None, prefix: PrefixIds) -> Tens
     return hidden if bool(hidden.any()) else None
 
 
-def _without_cache(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-    """A forward hook: gives no cache back where none was asked for, as some models do by themselves."""
-    if kwargs.get("use_cache") is False and getattr(output, "past_key_values", None) is not None:
-        output.past_key_values = None
+def _after_decoder(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+    """A forward hook: checks that attention went through the cache, and gives none back where none was asked for, as
+    some models do by themselves.
+    """
+    call = DecoderCall.of(module, args, kwargs)
+    if isinstance(call.cache, KVCache):
+        call.cache.check_read()
+    elif call.ids is not None or call.embedded is not None:
+        raise never_called("the hook that gives the decoder its KV cache")
+    if call.keeps_cache is False:
+        return without_cache(output)
     return output
 
 
 def _announce(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """A forward pre-hook of attention: hands its cache layer over."""
-    cache = kwargs.get("past_key_values")
+    call = AttentionCall.of(module, args, kwargs)
+    cache = call.cache
     if not isinstance(cache, KVCache):
         raise BadRecipe(
             "an attention was called without the cache that is attached to the model, as gradient checkpointing does; "
             "switch that off, or detach the cache first (`detach_cache_`)"
         )
-    if module.config._attn_implementation != ATTENTION:
+    if attention_name(module.config) != ATTENTION:
         raise BadRecipe(
-            f"the attention implementation was set to {module.config._attn_implementation!r}, which knows no coded "
+            f"the attention implementation was set to {attention_name(module.config)!r}, which knows no coded "
             "cache; detach the cache first (`detach_cache_`)"
         )
     if cache.prefix is not None and not hasattr(module, PREFIX):
         raise BadRecipe("the model has a prefix's ids and not its keys and values; give it both (`attach_prefix_`)")
-    layer = cache.layers[module.layer_idx]
-    cos, sin = kwargs["position_embeddings"]
-    hidden = args[0] if args else kwargs["hidden_states"]
-    if module.layer_idx == 0 and cache.scheme is not None and cache.scheme.rope == "before":
-        cache.positions.append(cos, sin, hidden.shape[0])
+    index = layer_index(module)
+    layer = cache.layer(index)
+    if index == 0 and cache.scheme is not None and cache.scheme.rope == "before":
+        cache.positions.append(*call.positions, call.hidden.shape[0])
     centered = cache.scheme is not None and cache.scheme.is_centered
-    layer.expect(kwargs.get("position_ids"), module.get_submodule(KEY_CENTER).mean if centered else None)
-    return args, {**kwargs, "kv_layer": layer}
+    layer.expect(call.places, module.get_submodule(KEY_CENTER).mean if centered else None)
+    return args, with_layer(kwargs, layer)
 
 
-def cached_attention(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    kv_layer: CacheLayer | None = None,
-    sliding_window: int | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Attention as transformers calls it, on what `kv_layer` holds. query: (b, query heads, t, width)."""
-    if kv_layer is None:
-        found: tuple[Tensor, None] = sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, sliding_window=sliding_window, **kwargs
-        )
-        return found
-    if attention_mask is not None and attention_mask.dtype != torch.bool:
+def cached_attention(module: Any, inputs: AttentionInputs) -> Tensor:
+    """Attention on what a layer of the cache holds, (b, t, query heads, width)."""
+    layer, query = inputs.layer, inputs.query
+    if layer is None:
+        raise never_called("the hook that gives an attention its layer of the KV cache")
+    if inputs.mask is not None and inputs.mask.dtype != torch.bool:
         raise BadRecipe("a model on a coded cache takes masks of truth values, or of two dimensions")
     # Under autocast values may come in another type than queries and keys, which were turned by their positions.
-    keys, values = (changed(seen, lambda part: part.to(query.dtype)) for seen in kv_layer.take())
-    blocks = kv_layer.blocks(query)
+    keys, values = (changed(seen, lambda part: part.to(query.dtype)) for seen in layer.take())
+    blocks = layer.blocks(query)
     with as_written(query.device):
         turned = hadamard.multiply(query, blocks) if blocks else query
         prefix = None
         if hasattr(module, PREFIX):
             own = module.prefix.keys.to(query.dtype)
-            shown = _prefix_visible(query, own.shape[1], kv_layer.queries, sliding_window)
+            shown = _prefix_visible(query, own.shape[1], layer.queries, inputs.window)
             prefix = PrefixSeen(hadamard.multiply(own, blocks) if blocks else own, module.prefix.values, shown)
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        output = attend(turned, keys, values, attention_mask, scale, prefix)
-    return output.transpose(1, 2).contiguous(), None
+        output = attend(turned, keys, values, inputs.mask, inputs.scaling, prefix)
+    return output.transpose(1, 2).contiguous()
 
 
 def _prefix_visible(query: Tensor, length: int, positions: Tensor | None, sliding_window: int | None) -> Tensor:
@@ -365,5 +359,4 @@ def _prefix_visible(query: Tensor, length: int, positions: Tensor | None, slidin
 
 
 # On import, so that a model that was pickled with a cache finds them; attaching one imports this, too.
-AttentionInterface.register(ATTENTION, cached_attention)
-AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+register_attention(ATTENTION, cached_attention)

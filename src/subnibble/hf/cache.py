@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
 
 from subnibble.cache_scheme import CacheScheme, PrefixIds
 from subnibble.errors import BadRecipe
+from subnibble.model.transformers_api.attention import Cache, CacheLayerMixin
+from subnibble.model.transformers_api.names import never_called
 from subnibble.runtime import hadamard
 from subnibble.runtime.kv_cache import LayerStore, Seen, changed
 from subnibble.runtime.ops import as_written
@@ -108,8 +109,15 @@ class CacheLayer(CacheLayerMixin):
     def take(self) -> tuple[Seen, Seen]:
         """What the queries of the last update see of keys and values, handed out once: it is dense."""
         seen, self._seen = self._seen, None
-        assert seen is not None
+        if seen is None:
+            raise never_called("a coded KV cache")
         return seen
+
+    def check_taken(self) -> None:
+        """Raise `SilentFailure` if attention was announced or updated the cache, and then went past it."""
+        if self._seen is not None or self._expected:
+            self._seen, self._expected = None, False
+            raise never_called("the attention function that reads a coded KV cache")
 
     def _without_positions(self, keys: Tensor, before: int) -> Seen:
         total = before + keys.shape[2]
@@ -182,6 +190,7 @@ class KVCache(Cache):
         super().__init__(layers=[*self._own])
         self.scheme, self.prefix = scheme, prefix
         self.hidden: Tensor | None = None
+        self._due = 0
 
     @property
     def nbytes(self) -> int:
@@ -192,6 +201,21 @@ class KVCache(Cache):
     def skipped(self) -> Tensor | None:
         """(b, 1) tokens that are hidden in each row; None for none anywhere."""
         return None if self.hidden is None else self.hidden.sum(1, keepdim=True)
+
+    def layer(self, index: int) -> CacheLayer:
+        """One of its layers."""
+        return self._own[index]
+
+    def begin(self, tokens: int) -> None:
+        """The decoder is about to run on so many new tokens."""
+        self._due = self.get_seq_length() + tokens
+
+    def check_read(self) -> None:
+        """Raise `SilentFailure` unless every layer got what `begin` announced, and attention read it from there."""
+        for index, layer in enumerate(self._own):
+            layer.check_taken()
+            if layer.store.length != self._due:
+                raise never_called(f"layer {index} of a KV cache")
 
     def visible(self, mask: Tensor | None, tokens: int) -> Tensor | None:
         """A mask (b, n) of transformers' kind without the hidden tokens. tokens: new ones."""

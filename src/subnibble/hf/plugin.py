@@ -10,15 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
-from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
+from torch import nn
 
 from subnibble.checkpoint.packed import QUANT_METHOD, PackedConfig
 from subnibble.checkpoint.safetensors_source import STORED_TYPES, read_header
 from subnibble.errors import CheckpointError
 from subnibble.model.packed import check_values, pack_modules_
-from subnibble.runtime.modules import StoredModule
+from subnibble.model.transformers_api.empty import tied_weights
+from subnibble.model.transformers_api.names import never_called
+from subnibble.model.transformers_api.quantization import (
+    CheckpointQuantizer,
+    QuantizationConfigMixin,
+    register_quantization,
+)
+from subnibble.runtime.modules import StoredModule, never_ran
 
 
 class SubnibbleConfig(QuantizationConfigMixin):
@@ -43,36 +48,45 @@ class SubnibbleConfig(QuantizationConfigMixin):
         return (config, kwargs) if return_unused_kwargs else config
 
 
-class SubnibbleQuantizer(HfQuantizer):
+class SubnibbleQuantizer(CheckpointQuantizer):
     """Puts packed modules into an empty transformers model before its weights are loaded."""
 
-    requires_calibration = True
     quantization_config: SubnibbleConfig
 
-    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        dtype = kwargs.get("dtype") or model.config.dtype or torch.get_default_dtype()
+    def prepare_(self, model: Any, dtype: torch.dtype, files: list[str]) -> None:
+        """See `CheckpointQuantizer`."""
         pack_modules_(model, self.quantization_config.packed, dtype)
-        if files := kwargs.get("checkpoint_files"):
+        if files:
             _verify(model, [Path(file) for file in files])
 
-    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+    def finish_(self, model: Any) -> None:
+        """See `CheckpointQuantizer`."""
         packed = self.quantization_config.packed
         check_values(model, packed)
+        model.register_forward_hook(FirstPass())
         if packed.cache is not None or packed.prefix is not None:
             # Not above: it needs what transformers has not imported yet when it imports its quantizers.
             from subnibble.hf.attention import attach_cache_
 
             attach_cache_(model, packed.cache, packed.prefix)
-        return model
 
-    def is_serializable(self) -> bool:
-        """`save_pretrained` writes the packed tensors back as they are."""
-        return True
 
-    @property
-    def is_trainable(self) -> bool:
-        """Packed codes have no gradient."""
-        return False
+class FirstPass:
+    """A forward hook: after a model's first pass, checks that all ran that was hooked or put into the model.
+
+    A norm whose bias is not added, or a head that does not meet its matrix, makes a worse model, not an error.
+    """
+
+    def __init__(self) -> None:
+        self._done = False
+
+    def __call__(self, model: nn.Module, args: Any, output: Any) -> None:
+        """As torch calls it."""
+        if self._done:
+            return
+        for path in never_ran(model):
+            raise never_called(f"what the packed checkpoint adds to {path}")
+        self._done = True
 
 
 def _verify(model: Any, files: list[Path]) -> None:
@@ -82,7 +96,8 @@ def _verify(model: Any, files: list[Path]) -> None:
     """
     headers = {name: header for file in files for name, header in read_header(file).items()}
     where = files[0].parent
-    expected = {name: tensor for name, tensor in model.state_dict().items() if name not in model.all_tied_weights_keys}
+    tied = tied_weights(model)
+    expected = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
     stored = {path: module for path, module in model.named_modules() if isinstance(module, StoredModule)}
     typed = {f"{path}.{name}" for path, module in stored.items() for name, _ in module.named_buffers()}
     for name, tensor in expected.items():
@@ -94,16 +109,14 @@ def _verify(model: Any, files: list[Path]) -> None:
                 f"{where}: {name} is {kind} of shape {shape} where config.json asks for {tensor.dtype} of shape "
                 f"{tuple(tensor.shape)}; config and weights do not belong together"
             )
-    spare = sorted(set(headers) - set(expected) - set(model.all_tied_weights_keys))
+    spare = sorted(set(headers) - set(expected) - tied)
     if spare:
         raise CheckpointError(f"{where}: tensor {spare[0]} has no place in the model that config.json describes")
 
 
 def register() -> None:
     """Make transformers know `quant_method: subnibble`; safe to call again."""
-    if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
-        register_quantization_config(QUANT_METHOD)(SubnibbleConfig)
-        register_quantizer(QUANT_METHOD)(SubnibbleQuantizer)
+    register_quantization(QUANT_METHOD, SubnibbleConfig, SubnibbleQuantizer)
 
 
 register()

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from subnibble.calibrate.stats import Gram
 from subnibble.model.arch import find_arch
+from subnibble.model.transformers_api.generation import logits_of
+from subnibble.model.transformers_api.names import never_called
 from subnibble.rounding.error import relative_errors
 from subnibble.runtime.modules import PackedLinear
 
@@ -51,10 +53,13 @@ def _input_grams(reference: Any, paths: set[str], windows: Tensor) -> dict[str, 
     try:
         with torch.inference_mode():
             for window in windows:
-                reference(window.unsqueeze(0).to(device), use_cache=False)
+                logits_of(reference, window.unsqueeze(0).to(device))
     finally:
         for handle in handles:
             handle.remove()
+    for path, gram in grams.items():
+        if not gram.tokens:
+            raise never_called(path)
     return grams
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from subnibble.errors import CalibrationError, NumericalFailure
+from subnibble.model.transformers_api.generation import logits_of
 from subnibble.progress import Progress, silent
 
 # Positions whose full logits are compared at once: bounds memory at vocabulary x this x 4 bytes, a few times.
@@ -112,7 +113,7 @@ def _log_probabilities(model: nn.Module, window: Tensor, bos: int | None) -> Ten
     ids = window if bos is None else torch.cat([window.new_tensor([bos]), window])
     device = next(iter((*model.parameters(), *model.buffers()))).device
     with torch.inference_mode():
-        logits = model(ids.unsqueeze(0).to(device), use_cache=False).logits[0]
+        logits = logits_of(model, ids.unsqueeze(0).to(device))[0]
         logits = logits[ids.shape[0] - window.shape[0] : -1].float()
         for part in logits.split(_POSITIONS):
             part.sub_(part.logsumexp(1, keepdim=True))

@@ -24,6 +24,7 @@ from subnibble.checkpoint.safetensors_source import SafetensorsSource
 from subnibble.errors import CheckpointError
 from subnibble.model.arch import find_arch
 from subnibble.model.site import Heads
+from subnibble.model.transformers_api.empty import untie_
 from subnibble.runtime.modules import (
     InputMix,
     KeyCenter,
@@ -115,11 +116,7 @@ def replace_module(model: Any, path: str, module: nn.Module, entry: Any, dtype: 
             if not isinstance(embedding, PackedEmbedding):
                 raise CheckpointError(f"quantization_config ties {path} to {table}, which it does not pack")
             model.set_submodule(path, TiedHead(embedding))
-            # There is no `weight` left to tie.
-            model.all_tied_weights_keys = {
-                target: origin for target, origin in model.all_tied_weights_keys.items() if target != f"{path}.weight"
-            }
-            model._tied_weights_keys = None
+            untie_(model, path)
         case InputMixEntry(widths):
             if sum(widths) != getattr(module, "in_features", None):
                 raise CheckpointError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from subnibble.checkpoint.source import Source, expect_shapes
-from subnibble.errors import CheckpointError
+from subnibble.errors import CheckpointError, UnsupportedTransformers
 from subnibble.model.arch import find_arch
 from subnibble.model.site import Arch, Heads, Site
+from subnibble.model.transformers_api.blocks import BlockCall, record_block_calls
+from subnibble.model.transformers_api.empty import empty_causal_lm, stray_buffers
 
 
 @dataclass(frozen=True)
@@ -44,16 +45,6 @@ class Block:
         return replace(self, module=module if dtype is None else module.to(dtype))
 
 
-def run_block(module: nn.Module, hidden: Tensor, arguments: Mapping[str, Any]) -> Tensor:
-    """The hidden states (b, t, d) that a decoder block makes of `hidden`, whatever else it gives.
-
-    arguments: what the model passes beside them, see `Skeleton.block_arguments`.
-    """
-    output = module(hidden, **arguments)
-    found: Tensor = output[0] if isinstance(output, tuple) else output
-    return found
-
-
 class Skeleton:
     """The model's modules on the meta device, filled from `source` on request.
 
@@ -65,7 +56,9 @@ class Skeleton:
         self.config = copy.deepcopy(source.config)
         self.arch = find_arch(self.config.model_type)
         try:
-            self.model = _empty_model(self.config, dtype)
+            self.model = empty_causal_lm(self.config, dtype)
+        except UnsupportedTransformers:
+            raise
         # A config that is well-formed but impossible fails wherever the modules first notice.
         except Exception as error:
             raise CheckpointError(f"{source.path}: no model can be built of its config ({error})") from error
@@ -138,40 +131,16 @@ class Skeleton:
         for name, parameter in list(module.named_parameters()):
             _set_parameter(module, name, torch.empty_like(parameter, device="meta", dtype=self.dtype))
 
-    def block_arguments(self, window: int, dtype: torch.dtype | None = None, past: int = 0) -> list[dict[str, Any]]:
-        """What the model passes to each block beside hidden states, for a batch of full windows of this length.
+    def block_calls(self, window: int, dtype: torch.dtype | None = None, past: int = 0) -> list[BlockCall]:
+        """What the model calls each block with, for a batch of full windows of this length; without a cache.
 
         dtype: of the hidden states, None for the skeleton's. past: tokens before the windows, whose keys and values the
         block's attention will have.
         """
-        blocks = self._blocks()
-        parent = self.model.get_submodule(self.arch.blocks.rpartition(".")[0])
-        norm_name = self.arch.final_norm.rpartition(".")[2]
-        norm = getattr(parent, norm_name)
-        recorders = [_ArgumentRecorder() for _ in blocks]
+        decoder, _, blocks = self.arch.blocks.rpartition(".")
+        norm = self.arch.final_norm.rpartition(".")[2]
         hidden = torch.zeros(1, window, self.config.hidden_size, dtype=dtype or self.dtype, device=self.device)
-        setattr(parent, self.arch.blocks.rpartition(".")[2], nn.ModuleList(recorders))
-        setattr(parent, norm_name, nn.Identity())
-        try:
-            with torch.no_grad():
-                cache = self._cache_of(past) if past else None
-                parent(inputs_embeds=hidden, use_cache=False, past_key_values=cache)
-        finally:
-            setattr(parent, self.arch.blocks.rpartition(".")[2], blocks)
-            setattr(parent, norm_name, norm)
-        for recorder in recorders:
-            # No cache: what runs a block may give it one.
-            recorder.arguments.pop("past_key_values", None)
-        return [recorder.arguments for recorder in recorders]
-
-    def _cache_of(self, tokens: int) -> Any:
-        """A cache of so many tokens of no content: masks and positions depend on its length alone."""
-        from transformers import DynamicCache
-
-        cache, empty = DynamicCache(), torch.empty(1, 1, tokens, 1, device=self.device)
-        for layer in range(self.num_blocks):
-            cache.update(empty, empty, layer)
-        return cache
+        return record_block_calls(self.model.get_submodule(decoder), blocks, norm, hidden, past)
 
     def _blocks(self) -> nn.ModuleList:
         blocks = self.model.get_submodule(self.arch.blocks)
@@ -182,37 +151,12 @@ class Skeleton:
         shapes = self.parameter_shapes()
         expect_shapes(self.source, iter(shapes.items()))
         spare = set(self.source.names()) - set(shapes) - {f"{self.arch.head}.weight"}
-        spare = {name for name in spare if not name.endswith(("rotary_emb.inv_freq", ".masked_bias"))}
+        spare -= set(stray_buffers(spare))
         if spare:
             raise CheckpointError(
                 f"{self.source.path}: tensor {sorted(spare)[0]} ({len(spare)} in all) has no place in a "
                 f"{self.config.model_type} model of this config; config and weights do not belong together"
             )
-
-
-class _ArgumentRecorder(nn.Module):
-    """Stands for a block: keeps the arguments, passes the hidden states on."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.arguments: dict[str, Any] = {}
-
-    def forward(self, hidden: Tensor, **arguments: Any) -> Tensor:
-        """hidden: (1, t, d), returned as it is."""
-        self.arguments = arguments
-        return hidden
-
-
-def _empty_model(config: Any, dtype: torch.dtype) -> Any:
-    """The model with parameters on the meta device; buffers (rotary frequencies) are real."""
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
-
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-    model.eval()
-    model.requires_grad_(False)
-    return model
 
 
 def _set_parameter(module: nn.Module, name: str, tensor: Tensor) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from subnibble.calibrate.key_center import coding_of
@@ -30,6 +31,7 @@ from subnibble.errors import NumericalFailure
 from subnibble.methods.method import Steps
 from subnibble.model.site import Site
 from subnibble.model.skeleton import Block
+from subnibble.model.transformers_api.names import never_called
 from subnibble.pipeline.block_transforms import prepare_block_
 from subnibble.pipeline.block_tuning import BlockTuning, Tuner
 from subnibble.pipeline.plan import Plan
@@ -41,7 +43,7 @@ from subnibble.rounding import grid
 from subnibble.rounding.error import relative_errors
 from subnibble.rounding.rounder import Rounder, Rounding
 from subnibble.runtime import activations
-from subnibble.runtime.modules import add_output_bias_
+from subnibble.runtime.modules import add_output_bias_, never_ran
 from subnibble.runtime.ops import LinearTerms
 from subnibble.scheme import ActivationScheme, Scheme
 from subnibble.tensor import PackedRange, PackedTensor
@@ -79,7 +81,7 @@ class BlockRun:
     center: Tensor | None = None
     terms: dict[str, LinearTerms] = field(default_factory=dict)
     to_absorb: list[tuple[Site, Tensor]] = field(default_factory=list)
-    hooks: list[RemovableHandle] = field(default_factory=list)
+    hooks: list[_InputHook] = field(default_factory=list)
     linears: dict[str, LinearReport] = field(default_factory=dict)
 
     @classmethod
@@ -94,20 +96,20 @@ class BlockRun:
         tuner: Tuner | None = None,
     ) -> BlockRun:
         """Carry out the transforms on `block`, loaded in float32, tune it, and set its streams up."""
-        arguments, prefix = streams.arguments[block.index], streams.prefix
+        call, prefix = streams.calls[block.index], streams.prefix
         found = None
         if steps.needs_survey:
             with clock.step("forward"):
                 own = plan.of_block(block)
-                before = behind(arguments, None if prefix is None else prefix.states(block))
+                before = behind(call, None if prefix is None else prefix.states(block))
                 found = BlockStream(block.twin(dtype), streams.hidden, before).statistics(*own)
         with clock.step("transform"):
             _, bases = prepare_block_(block, steps, found)
         with clock.step("prefix"):
             states = None if prefix is None else prefix.advance(block)
         with clock.step("key center"):
-            coding = coding_of(block, plan.cache, streams.hidden, arguments, dtype)
-        before = behind(arguments, states)
+            coding = coding_of(block, plan.cache, streams.hidden, call, dtype)
+        before = behind(call, states)
         reference = teacher = tuning = None
         rounds = any(scheme is not None for scheme in plan.of_block(block)[0].values())
         if streams.hidden and tuner is not None and rounds:
@@ -119,7 +121,7 @@ class BlockRun:
             reference = BlockStream(twin, streams.wanted, before) if steps.needs_reference else None
             teacher = BlockStream(twin, streams.hidden, before) if steps.mean_shift is not None else None
         if tuner is not None:
-            before = behind(arguments, states, coding)
+            before = behind(call, states, coding)
         exact = {name: parameter.data for name, parameter in block.module.named_parameters()}
         block.module.to(dtype)
         stream = BlockStream(block, streams.hidden, before)
@@ -151,9 +153,14 @@ class BlockRun:
             self.stream.advance()
             if self.reference is not None:
                 self.reference.advance(None if self.tuning is None else self.tuning.outputs)
+        # Before the next block is made of these outputs.
+        idle = [hook.path for hook in self.hooks if not hook.runs]
+        idle += [f"the bias of {self.block.path}.{path}" for path in never_ran(self.block.module)]
+        if idle:
+            raise never_called(idle[0])
         # The skeleton keeps the module, which would keep all that the hooks know of.
         for hook in self.hooks:
-            hook.remove()
+            hook.handle.remove()
 
     def reports(self) -> list[LinearReport]:
         """What the report says of each linear, once its tensors are known."""
@@ -377,8 +384,8 @@ class BlockRun:
         linear.weight.data = dense.to(linear.weight.dtype)
         view = self._view(stack)
         if view is not None:
-            hook = linear.register_forward_pre_hook(lambda _, args: (self._quantized(site, view, args[0]),))
-            self.hooks.append(hook)
+            path = f"the quantized input of {self.block.path}.{name}"
+            self.hooks.append(_InputHook(path, linear, lambda x: self._quantized(site, view, x)))
 
     def _place(self, site: Site, stack: Stack, columns: Tensor) -> tuple[Tensor, Tensor | None]:
         """Decide where column scales (k,) go; give them as they will act, and as the linears store them, if they do."""
@@ -388,6 +395,19 @@ class BlockRun:
             return columns, None
         stored = columns.to(torch.float16)
         return stored.float(), stored
+
+
+class _InputHook:
+    """A forward pre-hook that quantizes a linear's input, and counts how often it ran. path: names it in errors."""
+
+    def __init__(self, path: str, linear: nn.Linear, quantize: Callable[[Tensor], Tensor]) -> None:
+        self.path, self.runs, self._quantize = path, 0, quantize
+        self.handle: RemovableHandle = linear.register_forward_pre_hook(self)
+
+    def __call__(self, linear: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+        """As torch calls it."""
+        self.runs += 1
+        return (self._quantize(args[0]),)
 
 
 def _check_promise(rounding: Rounding, rounder: Rounder, where: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from subnibble.corrections.correction import Branch, Correction, Rounded
 from subnibble.errors import CalibrationError, NumericalFailure
 from subnibble.methods.method import Steps
 from subnibble.model.skeleton import Block
+from subnibble.model.transformers_api.blocks import BlockCall
 from subnibble.pipeline.plan import Plan
 from subnibble.pipeline.stack import Observed, Stack, less_branches, round_stack
 from subnibble.pipeline.streams import Streams
@@ -105,13 +105,13 @@ class BlockTuning:
 
 @dataclass(frozen=True)
 class Tuner:
-    """Tunes blocks as they come. arguments: of each block, for as many tokens as the effort takes of a window. seed: of
+    """Tunes blocks as they come. calls: of each block, for as many tokens as the effort takes of a window. seed: of
     the recipe. dtype: of streams and products. told: is called with the number of a block and its held-out loss so far.
     """
 
     steps: Steps
     plan: Plan
-    arguments: list[dict[str, Any]]
+    calls: list[BlockCall]
     seed: int
     dtype: torch.dtype
     clock: Clock
@@ -130,12 +130,12 @@ class Tuner:
         prefix: States | None,
         coding: Coding | None,
         streams: Streams,
-        before: dict[str, Any],
+        before: BlockCall,
     ) -> BlockTuning:
         """Tune a transformed float32 `block` in place.
 
-        bases: of its sites. prefix: its states in the block. coding: of its cache. before: the block's arguments behind
-        the prefix.
+        bases: of its sites. prefix: its states in the block. coding: of its cache. before: the block's call behind the
+        prefix.
         """
         exact = streams.wanted
         reference = BlockStream(block.twin(self.dtype), exact, before)
@@ -144,15 +144,15 @@ class Tuner:
         with self.clock.step("tune"):
             effort = EFFORTS[self.tuning.effort]
             device = next(block.module.parameters()).device
-            arguments = self.arguments[block.index]
-            samples = samples_of(effort, streams.hidden, exact, outputs, arguments, device)
+            call = self.calls[block.index]
+            samples = samples_of(effort, streams.hidden, exact, outputs, call, device)
             untouched = block.twin() if self.steps.needs_drift else None
             tuned, trained = self._train(block, self._frame(block, bases, prefix, coding), samples)
             if untouched is not None:
                 tuned.fold_(untouched)
             tuned.settle_(block)
             if untouched is not None:
-                before = behind(streams.arguments[block.index], tuned.prefix)
+                before = behind(streams.calls[block.index], tuned.prefix)
                 reference = BlockStream(untouched.twin(self.dtype), exact, before)
         branches = self._packed_branches_(tuned, block)
         return BlockTuning(tuned, samples, trained, trained.after, reference, outputs, branches)
@@ -187,7 +187,7 @@ class Tuner:
             )
         if self.tuning.smoothing != "none":
             few = slice(0, min(_LOOKED_AT, samples.trained))
-            largest = tuned.largest(samples.inputs[few].float(), samples.arguments, samples.ordinary[few])
+            largest = tuned.largest(samples.inputs[few].float(), samples.call, samples.ordinary[few])
             tuned.smooth_(block, largest)
             if not held_out_loss(tuned, samples) <= plain:
                 tuned.forget_smoothing_start_()
@@ -202,13 +202,13 @@ def samples_of(
     hidden: list[Tensor],
     exact: list[Tensor],
     wanted: list[Tensor],
-    arguments: dict[str, Any],
+    call: BlockCall,
     device: torch.device,
 ) -> Samples:
     """What to train on: the first tokens of the first windows.
 
     hidden, exact: the block's inputs in the quantized and the full-precision chain, batches (windows, tokens,
-    channels); wanted: its outputs in the latter. arguments: of the block, for as many tokens.
+    channels); wanted: its outputs in the latter. call: of the block, for as many tokens.
     """
     # A token may become a sink in this very block.
     ordinary = [
@@ -222,7 +222,7 @@ def samples_of(
         )
     added = (after.float() - before.float()).square().sum(-1)
     energy = float(added[usual].mean())
-    return Samples(inputs, after, usual, max(energy, torch.finfo(torch.float32).tiny), arguments)
+    return Samples(inputs, after, usual, max(energy, torch.finfo(torch.float32).tiny), call)
 
 
 def _first(batches: list[Tensor], effort: Effort) -> Tensor:

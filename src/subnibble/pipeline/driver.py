@@ -24,7 +24,6 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,6 +45,7 @@ from subnibble.corrections.ranks import Gains, allocate, gains_of
 from subnibble.errors import OutputError
 from subnibble.methods.method import Steps
 from subnibble.model.skeleton import Block, Skeleton
+from subnibble.model.transformers_api.blocks import BlockCall
 from subnibble.paths import expanded, is_file
 from subnibble.pipeline.after_blocks import AfterBlocks
 from subnibble.pipeline.block_run import BlockRun
@@ -218,9 +218,9 @@ class _Run:
                     self.modules[skeleton.arch.head] = TiedHeadEntry(path)
             prefix = self._embed_prefix(weight)
             if self.windows is None:
-                return Streams([], [], [{}] * skeleton.num_blocks, prefix), tensors
+                return Streams([], [], [BlockCall({})] * skeleton.num_blocks, prefix), tensors
             batches = self.windows.split(max(1, _TOKENS_PER_BATCH // self.recipe.window))
-            streams = Streams([], [], self._arguments(), prefix)
+            streams = Streams([], [], self._calls(), prefix)
             for batch in batches:
                 ids = batch.to(skeleton.device)
                 if packed is not None:
@@ -253,11 +253,11 @@ class _Run:
             torch.nn.functional.embedding(batch.to(skeleton.device), table).to(skeleton.dtype).cpu()
             for batch in windows.split(max(1, _TOKENS_PER_BATCH // self.recipe.window))
         ]
-        return full_precision_blocks(skeleton, hidden, self._arguments(), self._embed_prefix(table))
+        return full_precision_blocks(skeleton, hidden, self._calls(), self._embed_prefix(table))
 
-    def _arguments(self) -> list[dict[str, Any]]:
-        """What the model passes to each block beside a batch of windows."""
-        return self.skeleton.block_arguments(self.recipe.window, past=self._past)
+    def _calls(self) -> list[BlockCall]:
+        """What the model calls each block with, for a batch of windows."""
+        return self.skeleton.block_calls(self.recipe.window, past=self._past)
 
     @property
     def _past(self) -> int:
@@ -268,9 +268,9 @@ class _Run:
         if self.steps.tuning is None:
             return None
         skeleton, tokens = self.skeleton, min(EFFORTS[self.steps.tuning.effort].tokens, self.recipe.window)
-        arguments = skeleton.block_arguments(tokens, past=self._past)
+        calls = skeleton.block_calls(tokens, past=self._past)
         seed, clock = self.recipe.seed, self.clock
-        return Tuner(self.steps, self.plan, arguments, seed, skeleton.dtype, clock, told)
+        return Tuner(self.steps, self.plan, calls, seed, skeleton.dtype, clock, told)
 
     def _allocate_ranks(self, blocks: Iterator[tuple[Block, BlockStream]]) -> None:
         """Decide how many salient channels each linear gets."""

@@ -74,6 +74,7 @@ class InputMix(StoredModule):
     """
 
     matrix: Tensor
+    ran = False
 
     def __init__(self, matrix: Tensor, widths: tuple[int, ...]) -> None:
         super().__init__()
@@ -82,6 +83,7 @@ class InputMix(StoredModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., d) to x M, in float32 or better and rounded to x's type once."""
+        _ran_(self)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         rows = self.matrix.to(wide.dtype).split(self.widths)
         parts = zip(wide.split(self.widths, -1), rows, strict=True)
@@ -183,6 +185,8 @@ class PackedEmbedding(PackedModule):
 class TiedHead(nn.Module):
     """Output projection that reads the embedding's packed table; it stores nothing of its own."""
 
+    ran = False
+
     def __init__(self, embedding: PackedEmbedding) -> None:
         super().__init__()
         # In a tuple, so that the table is not registered, saved and counted twice.
@@ -191,12 +195,14 @@ class TiedHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., d) to (..., n)."""
+        _ran_(self)
         return ops.linear(x, ops.LinearTerms(self._embedding[0].packed))
 
 
 def add_output_bias_(module: nn.Module, bias: Tensor) -> None:
     """Give a norm (which has no bias) a bias (d,) that is added to its output; stored as `<norm>.bias`."""
     module.register_parameter("bias", nn.Parameter(bias, requires_grad=False))
+    module.ran = False  # type: ignore[assignment]
     module.register_forward_hook(_add_bias)
 
 
@@ -219,13 +225,26 @@ def remove_output_bias_(module: nn.Module) -> None:
     for key, hook in list(module._forward_hooks.items()):
         if hook is _add_bias:
             del module._forward_hooks[key]
-    del module.bias
+    del module.bias, module.ran
 
 
 def _add_bias(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    _ran_(module)
     bias = module.bias
     assert isinstance(bias, Tensor)
     return output + bias
+
+
+def _ran_(module: Any) -> None:
+    """Note that a module, or what was added to it, took part in a pass."""
+    # Written once: torch.compile would take it for a change each time.
+    if not module.ran:
+        module.ran = True
+
+
+def never_ran(module: nn.Module) -> list[str]:
+    """Paths of what was put into a model, or added to its modules, and took part in no pass so far."""
+    return [path for path, part in module.named_modules() if getattr(part, "ran", True) is False]
 
 
 def packed_modules(model: nn.Module) -> dict[str, PackedModule]:

@@ -7,14 +7,14 @@ for a writer) would otherwise damage it silently.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from subnibble.errors import UnsupportedModel
 from subnibble.model.site import Heads, Site
-from subnibble.model.skeleton import Block, Skeleton, run_block
+from subnibble.model.skeleton import Block, Skeleton
+from subnibble.model.transformers_api.blocks import BlockCall, run_block
 from subnibble.transforms.permute import permute_residual_, permute_site_
 from subnibble.transforms.scale import scale_site_
 
@@ -25,10 +25,10 @@ _TOLERANCE = 1e-3
 
 def check_sites(skeleton: Skeleton) -> None:
     """Check the table on the first two blocks in float32; `UnsupportedModel` names the edit that breaks."""
-    arguments = skeleton.block_arguments(_TOKENS)
+    calls = skeleton.block_calls(_TOKENS)
     for index in range(min(2, skeleton.num_blocks)):
         block = skeleton.load_block(index)
-        errors = list(edit_errors(block, _in_float32(arguments[index])))
+        errors = list(edit_errors(block, calls[index].to(torch.float32)))
         skeleton.release(block.path)
         for error, edit in errors:
             # Written so that NaN is found, too.
@@ -40,7 +40,7 @@ def check_sites(skeleton: Skeleton) -> None:
                 )
 
 
-def edit_errors(block: Block, arguments: dict[str, Any], seed: int = 0) -> Iterator[tuple[float, str]]:
+def edit_errors(block: Block, call: BlockCall, seed: int = 0) -> Iterator[tuple[float, str]]:
     """(relative change of the block's update, name of the edit) for every edit that the table accepts."""
     generator = torch.Generator().manual_seed(seed)
     weight = next(block.module.parameters())
@@ -49,12 +49,12 @@ def edit_errors(block: Block, arguments: dict[str, Any], seed: int = 0) -> Itera
     for site in block.arch.sites:
         if "scale" in site.edits:
             factors = (torch.rand(_writer_channels(block, site), generator=generator) * 2 - 1).exp().to(weight)
-            yield _change(block, hidden, arguments, _scaling(site, factors)), f"scale {site.name}"
+            yield _change(block, hidden, call, _scaling(site, factors)), f"scale {site.name}"
         if "permute" in site.edits:
             order = _random_order(block, site, generator).to(weight.device)
-            yield _change(block, hidden, arguments, _permuting(site, order)), f"permute {site.name}"
+            yield _change(block, hidden, call, _permuting(site, order)), f"permute {site.name}"
     order = torch.randperm(width, generator=generator).to(weight.device)
-    yield _residual_change(block, hidden, arguments, order), "permute the residual stream"
+    yield _residual_change(block, hidden, call, order), "permute the residual stream"
 
 
 def _scaling(site: Site, factors: Tensor) -> Callable[[Block], None]:
@@ -65,24 +65,24 @@ def _permuting(site: Site, order: Tensor) -> Callable[[Block], None]:
     return lambda block: permute_site_(block, site, order)
 
 
-def _change(block: Block, hidden: Tensor, arguments: dict[str, Any], edit: Callable[[Block], None]) -> float:
+def _change(block: Block, hidden: Tensor, call: BlockCall, edit: Callable[[Block], None]) -> float:
     edited = block.twin()
     edit(edited)
-    before, after = _run(block.module, hidden, arguments), _run(edited.module, hidden, arguments)
+    before, after = _run(block.module, hidden, call), _run(edited.module, hidden, call)
     return float((after - before).norm() / (before - hidden).norm())
 
 
-def _residual_change(block: Block, hidden: Tensor, arguments: dict[str, Any], order: Tensor) -> float:
+def _residual_change(block: Block, hidden: Tensor, call: BlockCall, order: Tensor) -> float:
     edited = block.twin()
     permute_residual_(edited, block.arch.residual, order)
-    before = _run(block.module, hidden, arguments)
-    after = _run(edited.module, hidden[..., order], arguments)
+    before = _run(block.module, hidden, call)
+    after = _run(edited.module, hidden[..., order], call)
     return float((after - before[..., order]).norm() / (before - hidden).norm())
 
 
-def _run(module: nn.Module, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
+def _run(module: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
     with torch.no_grad():
-        return run_block(module, hidden, arguments)
+        return run_block(module, hidden, call)
 
 
 def _writer_channels(block: Block, site: Site) -> int:
@@ -97,12 +97,3 @@ def _random_order(block: Block, site: Site, generator: torch.Generator) -> Tenso
     heads: Heads = block.heads
     orders = [torch.randperm(heads.width, generator=generator) for _ in range(heads.key_value)]
     return torch.stack(orders)
-
-
-def _in_float32(arguments: dict[str, Any]) -> dict[str, Any]:
-    def cast(value: Any) -> Any:
-        if isinstance(value, Tensor) and value.is_floating_point():
-            return value.float()
-        return tuple(map(cast, value)) if isinstance(value, tuple) else value
-
-    return {name: cast(value) for name, value in arguments.items()}

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from subnibble.calibrate.prefix import States, with_past
 from subnibble.model.site import Site
-from subnibble.model.skeleton import Block, run_block
+from subnibble.model.skeleton import Block
+from subnibble.model.transformers_api.blocks import BlockCache, BlockCall, run_block
 from subnibble.rounding.fixed import FixedGrids
 from subnibble.runtime.coded_text import coded_keys, coded_values
 from subnibble.scheme import ActivationScheme
@@ -104,14 +104,13 @@ class TunedBlock:
             found = found + self.tuning.anchor * _mean_square([one.moved() for one in smoothings])
         return found
 
-    def __call__(self, hidden: Tensor, arguments: Mapping[str, Any]) -> Tensor:
-        """The block's output. hidden: (b, t, d) float32. arguments: what the model passes beside it for t tokens."""
+    def __call__(self, hidden: Tensor, call: BlockCall) -> Tensor:
+        """The block's output. hidden: (b, t, d) float32. call: of the block, for t tokens."""
         for entrance in self.sites.values():
             entrance.forget()
-        past = _Cache(self, arguments["position_embeddings"])
-        return run_block(self.module, hidden, {**arguments, "past_key_values": past})
+        return run_block(self.module, hidden, call.with_cache(_Cache(self, call.positions)))
 
-    def largest(self, hidden: Tensor, arguments: Mapping[str, Any], ordinary: Tensor) -> dict[str, Tensor]:
+    def largest(self, hidden: Tensor, call: BlockCall, ordinary: Tensor) -> dict[str, Tensor]:
         """Largest magnitudes (channels,) of each site's tensor over the ordinary tokens, (b, t) bool."""
         found: dict[str, Tensor] = {}
 
@@ -123,7 +122,7 @@ class TunedBlock:
             for site in self._arch.sites
         ]
         with torch.no_grad():
-            self(hidden, arguments)
+            self(hidden, call)
         for handle in handles:
             handle.remove()
         return found
@@ -240,14 +239,15 @@ class TunedBlock:
         return (keys, values) if prefix is None else with_past(prefix, (keys, values))
 
 
-class _Cache:
+class _Cache(BlockCache):
     """Stands for the cache that attention updates."""
 
     def __init__(self, block: TunedBlock, positions: tuple[Tensor, Tensor]) -> None:
+        super().__init__()
         self._block, self._positions = block, positions
 
-    def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> States:
-        """keys, values: (b, heads, t, width), positions put on."""
+    def see(self, keys: Tensor, values: Tensor) -> States:
+        """See `BlockCache`."""
         return self._block.seen(keys, values, self._positions)
 
 

@@ -16,11 +16,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from subnibble.model.transformers_api.blocks import BlockCall
+from subnibble.model.transformers_api.names import never_called
 from subnibble.tuning.block import TunedBlock
 from subnibble.tuning.tuning import Effort
 
@@ -43,14 +44,14 @@ _LOST = 4
 class Samples:
     """What a block is trained on. inputs, wanted: (n, t, d), of the quantized chain and the block's outputs in the
     full-precision chain. ordinary: (n, t) bool, tokens that count. energy: of what the full-precision block adds to a
-    token. arguments: of the block, for t tokens.
+    token. call: of the block, for t tokens.
     """
 
     inputs: Tensor
     wanted: Tensor
     ordinary: Tensor
     energy: float
-    arguments: Mapping[str, Any]
+    call: BlockCall
 
     @property
     def held_out(self) -> range:
@@ -144,6 +145,9 @@ def _step_(
     optimizer.zero_grad(set_to_none=True)
     loss = _loss(block, samples, batch) + block.penalty()
     loss.backward()
+    idle = [name for name, value in learned.items() if value.grad is None]
+    if idle:
+        raise never_called(f"what {idle[0]} of a tuned block is learned for")
     norm = torch.nn.utils.clip_grad_norm_(list(learned.values()), _LARGEST_GRADIENT)
     if not bool(torch.isfinite(norm)):
         return False
@@ -153,7 +157,7 @@ def _step_(
 
 
 def _loss(block: TunedBlock, samples: Samples, batch: Tensor) -> Tensor:
-    found = block(samples.inputs[batch].float(), samples.arguments)
+    found = block(samples.inputs[batch].float(), samples.call)
     error = (found.float() - samples.wanted[batch].float()).square().sum(-1)
     ordinary = samples.ordinary[batch]
     return (error * ordinary).sum() / (samples.energy * ordinary.sum().clamp(min=1))

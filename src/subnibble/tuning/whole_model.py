@@ -24,7 +24,8 @@ from subnibble.checkpoint.source import Source
 from subnibble.device import free_memory
 from subnibble.model.packed import check_values, fill_, pack_modules_
 from subnibble.model.site import Arch, Heads
-from subnibble.model.skeleton import Block, Skeleton, run_block
+from subnibble.model.skeleton import Block, Skeleton
+from subnibble.model.transformers_api.blocks import BlockCall, run_block
 from subnibble.runtime.kv_cache import Coding
 from subnibble.runtime.modules import KeyCenter, PackedLinear
 from subnibble.tuning.distillation import Distillation
@@ -42,22 +43,22 @@ def states_bytes(blocks: int, tokens: int, width: int) -> int:
 
 @dataclass(frozen=True)
 class WholeModel:
-    """A model run block by block. arguments: of each block, for windows of one length, its prefix among them."""
+    """A model run block by block. calls: of each block, for windows of one length, behind its prefix."""
 
     model: Any
     arch: Arch
-    arguments: list[dict[str, Any]]
+    calls: list[BlockCall]
 
     def keeps_states(self, tokens: int, device: torch.device) -> bool:
         """Whether there is memory for what is inside the blocks, for so many tokens."""
-        needed = states_bytes(len(self.arguments), tokens, self.model.config.hidden_size)
+        needed = states_bytes(len(self.calls), tokens, self.model.config.hidden_size)
         return needed < FREE_SHARE * free_memory(device)
 
     def logits(self, ids: Tensor, keeps_states: bool) -> Tensor:
         """(b, t, vocabulary) float32. keeps_states: of blocks, for gradients; else they are computed again there."""
         get = self.model.get_submodule
         hidden = get(self.arch.embedding)(ids)
-        for block, own in zip(get(self.arch.blocks), self.arguments, strict=True):
+        for block, own in zip(get(self.arch.blocks), self.calls, strict=True):
             if keeps_states:
                 hidden = run_block(block, hidden, own)
             else:
@@ -83,9 +84,9 @@ class Teacher:
         if prefix is not None:
             states = [*_states(skeleton, model, prefix)]
         past = 0 if prefix is None else len(prefix.ids)
-        arguments = skeleton.block_arguments(length, dtype, past)
-        arguments = [behind(own, state) for own, state in zip(arguments, states, strict=True)]
-        return cls(WholeModel(model, skeleton.arch, arguments), device)
+        calls = skeleton.block_calls(length, dtype, past)
+        calls = [behind(own, state) for own, state in zip(calls, states, strict=True)]
+        return cls(WholeModel(model, skeleton.arch, calls), device)
 
     def log_shares(self, ids: Tensor) -> Tensor:
         """Logarithms of the next token's probabilities, (b, t, vocabulary)."""
@@ -143,15 +144,15 @@ class Student:
         """
         skeleton = Skeleton(source, torch.float32, device)
         past = 0 if config.prefix is None else len(config.prefix.ids)
-        arguments = skeleton.block_arguments(length, torch.float32, past)
+        calls = skeleton.block_calls(length, torch.float32, past)
         model, arch = skeleton.model, skeleton.arch
         pack_modules_(model, config, torch.float32)
         fill_(model, packed, torch.float32, device)
         check_values(model, config)
         for index, block in enumerate(model.get_submodule(arch.blocks)):
             _learn_(block, arch, settings, dtype)
-            arguments[index] = behind(arguments[index], _held(block, arch), _coding(block, arch, config.cache))
-        whole = WholeModel(model, arch, arguments)
+            calls[index] = behind(calls[index], _held(block, arch), _coding(block, arch, config.cache))
+        whole = WholeModel(model, arch, calls)
         types = {name: packed.load_raw(name).dtype for name, _ in _gains(whole)}
         return cls(whole, config, settings, device, types)
 

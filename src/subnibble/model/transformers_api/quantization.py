@@ -1,0 +1,69 @@
+"""How transformers knows a format of quantized checkpoints.
+
+Imported while transformers imports its own quantizers, so it imports nothing else of transformers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from subnibble.model.transformers_api.names import never_called, unknown
+
+__all__ = ["CheckpointQuantizer", "QuantizationConfigMixin", "register_quantization"]
+
+_LOADING = ("_process_model_before_weight_loading", "_process_model_after_weight_loading")
+
+
+class CheckpointQuantizer(HfQuantizer):
+    """A quantizer of transformers' that only loads what is quantized already: it prepares the empty model."""
+
+    requires_calibration = True
+    _prepared = False
+
+    def prepare_(self, model: Any, dtype: torch.dtype, files: list[str]) -> None:
+        """Replace modules of an empty model. dtype: of what comes out of them. files: that will be loaded, none for a
+        state dict.
+        """
+        raise NotImplementedError
+
+    def finish_(self, model: Any) -> None:
+        """Check and complete a model whose weights are loaded."""
+        raise NotImplementedError
+
+    def _process_model_before_weight_loading(self, model: Any, **named: Any) -> None:
+        if "checkpoint_files" not in named:
+            raise unknown("does not tell quantizers which files it loads")
+        dtype = named.get("dtype") or model.config.dtype or torch.get_default_dtype()
+        self.prepare_(model, dtype, list(named["checkpoint_files"] or ()))
+        self._prepared = True
+
+    def _process_model_after_weight_loading(self, model: Any, **named: Any) -> Any:
+        if not self._prepared:
+            raise never_called("the hook that puts packed modules into an empty model")
+        self.finish_(model)
+        return model
+
+    def is_serializable(self) -> bool:
+        """`save_pretrained` writes the packed tensors back as they are."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Packed codes have no gradient."""
+        return False
+
+
+def register_quantization(method: str, config: type, quantizer: type) -> None:
+    """Make transformers know checkpoints of `quant_method: method`; safe to call again."""
+    if method in AUTO_QUANTIZER_MAPPING:
+        return
+    for name in _LOADING:
+        if not hasattr(HfQuantizer, name):
+            raise unknown(f"has no {name} in its quantizers")
+    register_quantization_config(method)(config)
+    register_quantizer(method)(quantizer)
