@@ -274,3 +274,33 @@ def test_a_damaged_checkpoint_is_refused(damage: str, folder: Path, token_file: 
     file.write_text(json.dumps(config))
     with pytest.raises(CheckpointError):
         load(tmp_path / "out")
+
+
+@pytest.mark.parametrize("basis", BASES)
+def test_the_mean_is_that_of_rounded_keys_on_quantized_inputs(
+    basis: str, folders: dict[str, Path], token_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the first block, whose inputs are the same in calibration and in the running model."""
+    means, folder = {}, folders["llama"]
+    for inputs in ("exact", "quantized"):
+        recipe = Recipe(
+            method="serq", options={"rank": 16, "inputs": inputs}, bits=2, group_size=16, activation_bits=3,
+            calibration=str(token_file), num_windows=24, window=32, dtype="float32",
+            kv_bits=8, kv={"key_center": "mean", **BASES[basis]},
+        )  # fmt: skip
+        quantize(folder, tmp_path / inputs, recipe)
+        model = load(tmp_path / inputs)
+        keys = keys_to_code(model, windows(token_file), monkeypatch)[0]
+        stored, wanted = model.model.layers[0].self_attn.key_center.mean.float(), keys.mean(1)
+        # float16, and sums in another order.
+        torch.testing.assert_close(stored, wanted, rtol=2e-3, atol=2e-3 * float(wanted.abs().max()))
+        means[inputs] = stored
+    plain = keys_to_code(attached_to(folder, BASES[basis]), windows(token_file), monkeypatch)[0].mean(1)
+    assert all(float((mean - plain).norm() / plain.norm()) > 0.02 for mean in means.values())
+
+
+def attached_to(folder: Path, basis: dict[str, Any]) -> Any:
+    """The original on a cache of the same basis."""
+    model = load(folder)
+    attach_cache_(model, CacheScheme(8, **basis))
+    return model

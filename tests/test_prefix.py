@@ -164,7 +164,7 @@ def test_calibration_sees_what_the_model_makes_of_a_text_behind_the_prompt(name:
     calls = skeleton.block_calls(window.shape[1], past=len(IDS))
     for index in range(skeleton.num_blocks):
         block = skeleton.load_block(index)
-        assert all(torch.equal(*pair) for pair in zip(prefix.states(block), prefix.states(block), strict=True))
+        assert all(torch.equal(*pair) for pair in zip(prefix.run(block).states, prefix.run(block).states, strict=True))
         BlockStream(block, hidden, behind(calls[index], prefix.advance(block))).advance()
         with torch.no_grad():
             whole = run_block(block.module, whole, plain[index])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from subnibble import Recipe, quantize
-from subnibble.calibrate.sinks import sink_tokens
+from subnibble.calibrate.sinks import ordinary_tokens, sink_tokens
 from subnibble.checkpoint.opening import open_source
 from subnibble.checkpoint.packed import packed_config_of
 from subnibble.errors import BadRecipe
@@ -108,3 +108,27 @@ def test_a_recipe_finds_its_prefix(
     with pytest.raises(BadRecipe, match="set calibration"):
         quantize(folders["llama"], tmp_path / "other", replace(recipe, calibration=None))
     assert not (tmp_path / "other").exists()
+
+
+def test_windows_of_other_sizes_do_not_change_what_is_a_sink_in_one() -> None:
+    """A window of small activations beside one of large ones: each has its own median."""
+    hidden = torch.ones(2, 6, 4)
+    hidden[1] *= 1000
+    hidden[0, 3] *= 50
+    together = ordinary_tokens(hidden).view(2, 6)
+    alone = torch.cat([ordinary_tokens(window.unsqueeze(0)) for window in hidden]).view(2, 6)
+    assert torch.equal(together, alone)
+    assert together[0].tolist() == [False, True, True, False, True, True]
+    assert together[1].tolist() == [False, True, True, True, True, True]
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5, 10])
+def test_sinks_are_the_same_for_every_batching(batch: int) -> None:
+    made = blocks([(window, 3) for window in range(10)])
+    block, stream = made[0]
+    # Half of the windows are of another size altogether.
+    stream._activations[5:] *= 1e4
+    windows = WINDOWS.clone()
+    windows[:, 3] = 7
+    stream.at = lambda site: (part.flatten(0, 1) for part in stream._activations.split(batch))
+    assert sink_tokens([(block, stream)], windows) == (7,)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -21,6 +22,7 @@ from subnibble.errors import BadRecipe, CheckpointError
 from subnibble.fold import fold_norm_biases_
 from subnibble.hf import packed_modules
 from subnibble.model.site import Site
+from subnibble.pipeline.block_run import BlockRun
 from subnibble.report import Report
 from subnibble.runtime.modules import PackedLinear
 
@@ -287,3 +289,33 @@ def test_layers_in_another_order_are_not_compared_with_the_original(
     bits = [linear.effective_bits * linear.shape[0] * linear.shape[1] for linear in report.linears]
     weights = [linear.shape[0] * linear.shape[1] for linear in report.linears]
     assert sum(bits) / sum(weights) == pytest.approx(report.size["effective_bits"])
+
+
+@pytest.mark.parametrize("inputs", ["quantized", "exact"])
+def test_calibration_sees_keys_and_values_as_the_cache_quantizes_them(
+    inputs: str, folders: dict[str, Path], token_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the first block, whose inputs are the same in calibration and in the running model."""
+    grams: list[Tensor] = []
+    observe = BlockRun._observe
+
+    def noted(self: BlockRun, site: Site, stacks: Any) -> Any:
+        found = observe(self, site, stacks)
+        if site.name == "attention_out":
+            grams.append(found[None].gram)
+        return found
+
+    monkeypatch.setattr(BlockRun, "_observe", noted)
+    _, model = make(
+        folders["llama"], token_file, tmp_path / "out", method="serq", options={"rank": RANK, "inputs": inputs},
+        activation_bits=16, kv_bits=2, num_windows=24,
+    )  # fmt: skip
+    seen: list[Tensor] = []
+    model.model.layers[0].self_attn.o_proj.register_forward_pre_hook(
+        lambda _, args: seen.append(args[0].flatten(0, -2))
+    )
+    with torch.no_grad():
+        model(torch.from_numpy(np.load(token_file)).long().view(-1, 32))
+    wanted = seen[0].double().T @ seen[0].double()
+    error = float((grams[0].double() - wanted).norm() / wanted.norm())
+    assert error < 1e-4 if inputs == "quantized" else error > 1e-2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -23,11 +24,10 @@ from subnibble.corrections.correction import Correction
 from subnibble.errors import BadRecipe, SubnibbleError
 from subnibble.estimation import estimate
 from subnibble.hf.attention import attach_cache_, attached_cache, change_scheme_
-from subnibble.pipeline import block_tuning
+from subnibble.pipeline import block_tuning, driver
 from subnibble.pipeline.block_run import BlockRun
 from subnibble.pipeline.block_tuning import BlockTuning
 from subnibble.pipeline.stack import Observed, Stack
-from subnibble.report import BlockReport
 from subnibble.rounding.gptq import GPTQ
 from subnibble.rounding.rounder import Rounder
 from subnibble.runtime.modules import PackedLinear
@@ -72,15 +72,16 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 def tuned_blocks(monkeypatch: pytest.MonkeyPatch) -> list[BlockTuning]:
-    """Filled, block by block, as they are once they are rounded."""
+    """Filled, block by block, as they are once they are rounded; they are stored, even where the base's are better."""
     found: list[BlockTuning] = []
-    report = BlockTuning.report
+    choose = driver.better
 
-    def kept(self: BlockTuning, path: str) -> BlockReport:
-        found.append(self)
-        return report(self, path)
+    def tuned_one(tuned: BlockRun, base: BlockRun) -> BlockRun:
+        found.append(tuned.tuning)
+        tuned.tuned = choose(tuned, base).tuned
+        return tuned
 
-    monkeypatch.setattr(BlockTuning, "report", kept)
+    monkeypatch.setattr(driver, "better", tuned_one)
     return found
 
 
@@ -205,9 +206,10 @@ def test_tuning_takes_the_prompt_that_runs(
 ) -> None:
     tuned = tuned_blocks(monkeypatch)
     recipe = Recipe(calibration=str(token_file), system_prompt=PROMPT, **DATA, **SETTING, **METHODS["quarot"])
-    quantize(folders["llama"], tmp_path / "out", recipe)
+    report = quantize(folders["llama"], tmp_path / "out", recipe)
     one = tuned[1]
-    assert held_out_loss(one.block, one.samples) == one.left
+    # The block as it was tuned and the block as it runs are one, prompt included.
+    assert held_out_loss(one.block, one.samples) == pytest.approx(report.blocks[1].after, rel=1e-3)
     one.block.prefix = None
     with pytest.raises(RuntimeError):
         # The mask is for the prompt's tokens, too.
@@ -222,8 +224,8 @@ def test_nothing_of_a_block_outlives_it(
 
     def watched(*args: Any) -> BlockRun:
         gc.collect()
-        # The one before is the pipeline's own until the next has come.
-        assert all(run() is None for run in made[:-1])
+        # Those of the block before, tuned and not, are the pipeline's own until the next has come.
+        assert all(run() is None for run in made[:-2])
         run = prepare(*args)
         made.append(weakref.ref(run))
         return run
@@ -231,7 +233,7 @@ def test_nothing_of_a_block_outlives_it(
     monkeypatch.setattr(BlockRun, "prepare", watched)
     recipe = Recipe(calibration=str(token_file), **DATA, **SETTING, **METHODS["atom"])
     quantize(folders["llama"], tmp_path / "out", recipe)
-    assert len(made) == 3
+    assert len(made) == 6
 
 
 def test_rounding_keeps_what_leaves_the_lower_loss(
@@ -252,8 +254,7 @@ def test_rounding_keeps_what_leaves_the_lower_loss(
     quantize(folders["llama"], tmp_path / "out", recipe)
     # The last of four sites: to nearest, then compensated.
     last = tuned[-1]
-    assert last.left == min(losses[-2:])
-    assert loss_of(last.block, last.samples) == last.left
+    assert loss_of(last.block, last.samples) == min(losses[-2:])
     assert any(block.kept for block in tuned)
     # What is stored is what won.
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
@@ -306,7 +307,11 @@ def test_a_block_that_is_skipped_is_not_tuned(folders: dict[str, Path], token_fi
 
 
 @pytest.mark.parametrize("kind", ["quarot", "atom", "serq"])
-def test_estimates_count_branches(kind: str, folders: dict[str, Path], token_file: Path, tmp_path: Path) -> None:
+def test_estimates_count_branches(
+    kind: str, folders: dict[str, Path], token_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A base that is stored instead has no branch, and fewer bits.
+    tuned_blocks(monkeypatch)
     recipe = Recipe(calibration=str(token_file), **DATA, **SETTING, **METHODS[kind])
     for low_rank in ("merge", "side"):
         own = replace(recipe, options=recipe.options | {"low_rank": low_rank})
@@ -351,3 +356,35 @@ def test_grids_without_ranges_are_refused_before_weights_are_read(
     with pytest.raises(SubnibbleError, match=r"model\.layers\.0\.self_attn\.q_proj: tuning needs a uniform grid"):
         quantize(folders["llama"], tmp_path / "out", recipe)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("over", ["quarot", "atom"])
+def test_no_block_ends_above_its_base(over: str, folders: dict[str, Path], token_file: Path, tmp_path: Path) -> None:
+    recipe = Recipe(calibration=str(token_file), **DATA, **SETTING, **METHODS[over])
+    report = quantize(folders["llama"], tmp_path / "out", recipe)
+    assert all(math.isfinite(block.base) and block.keeps_base == (block.base < block.after) for block in report.blocks)
+
+
+def test_a_base_that_is_better_is_stored_as_it_is(
+    folders: dict[str, Path], token_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"inputs": "quantized"}
+    base = Recipe(method="quarot", calibration=str(token_file), options=options, **DATA, **SETTING)
+    quantize(folders["llama"], tmp_path / "base", base)
+    # Ranges that a tuned block cannot mend in the few steps it has.
+    spoil = block_tuning.BlockTuning.round
+
+    def spoiled(self: BlockTuning, *args: Any) -> Any:
+        rounding, whole, salient = spoil(self, *args)
+        for part in whole.ranges:
+            part.scales.mul_(0.25)
+        return rounding, whole, salient
+
+    monkeypatch.setattr(block_tuning.BlockTuning, "round", spoiled)
+    report = quantize(folders["llama"], tmp_path / "out", replace(base, **METHODS["quarot"]))
+    assert all(block.keeps_base for block in report.blocks)
+    found, wanted = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("out", "base"))
+    ours, theirs = dict(found.named_buffers()), dict(wanted.named_buffers())
+    codes = [name for name in theirs if name.endswith(("codes", "scales"))]
+    assert codes
+    assert all(torch.equal(ours[name], theirs[name]) for name in codes)

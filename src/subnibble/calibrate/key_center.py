@@ -1,4 +1,4 @@
-"""The mean of a block's keys, which its cache codes them less (`CacheScheme.key_center`).
+"""The mean of a block's keys, which its cache subtracts before it quantizes them (`CacheScheme.key_center`).
 
 Some channels of a key are nearly the same for all tokens; a token's range, from its least to its largest channel, is
 mostly these. Less their mean over calibration text, what is left to code is what tells tokens apart.
@@ -22,25 +22,19 @@ from subnibble.runtime.kv_cache import Coding
 _TOKENS = 8192
 
 
-def coding_of(
-    block: Block,
-    scheme: CacheScheme | None,
-    hidden: list[Tensor],
-    call: BlockCall,
-    dtype: torch.dtype,
-) -> Coding | None:
-    """How the block's cache codes by `scheme`, None for not at all.
+def coding_of(block: Block, scheme: CacheScheme | None, hidden: list[Tensor], call: BlockCall) -> Coding | None:
+    """How the block's cache quantizes by `scheme`, None for not at all.
 
-    block: transformed, not quantized. hidden: its inputs, batches (windows, tokens, channels), none only where no mean
-    is needed. call: of `Skeleton.block_calls`. dtype: of the streams.
+    block: its keys are averaged as it is. hidden: its inputs, batches (windows, tokens, channels), none only where no
+    mean is needed. call: of `Skeleton.block_calls`.
     """
     if scheme is None:
         return None
-    return Coding(scheme, _mean(block.twin(dtype), scheme, hidden, call) if scheme.is_centered else None)
+    return Coding(scheme, _mean(block, scheme, hidden, call) if scheme.is_centered else None)
 
 
 def _mean(block: Block, scheme: CacheScheme, hidden: list[Tensor], call: BlockCall) -> Tensor:
-    """(heads, width) float16: of ordinary tokens' keys in the basis in which they are coded."""
+    """(heads, width) float16: of ordinary tokens' keys in the basis in which they are quantized."""
     device = next(block.module.parameters()).device
     sums: list[Tensor] = []
     count = 0

@@ -5,6 +5,8 @@ Calibration windows go through the block behind them, as texts will.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,14 @@ from subnibble.runtime.kv_cache import Coding
 States = tuple[Tensor, Tensor]
 
 
+@dataclass(frozen=True)
+class PrefixStep:
+    """What one block makes of a prefix. states: keys and values. hidden: (1, tokens, channels), the block's output."""
+
+    states: States
+    hidden: Tensor
+
+
 class PrefixStream:
     """Hidden states (1, tokens, channels) between two blocks. hidden: the embedded prefix. dtype: of the blocks."""
 
@@ -25,20 +35,22 @@ class PrefixStream:
         self._hidden = hidden.to(dtype)
         self._calls = skeleton.block_calls(hidden.shape[1], dtype)
 
-    def states(self, block: Block) -> States:
-        """What a block makes of the prefix."""
-        return self._run(block)[0]
-
-    def advance(self, block: Block) -> States:
-        """The same, and move to behind the block."""
-        states, self._hidden = self._run(block)
-        return states
-
-    def _run(self, block: Block) -> tuple[States, Tensor]:
+    def run(self, block: Block) -> PrefixStep:
+        """What a block makes of the prefix; the stream stays where it is."""
         kept = _Kept()
         with torch.no_grad():
             output = run_block(block.module, self._hidden, self._calls[block.index].with_cache(kept))
-        return (kept.keys[0], kept.values[0]), output
+        return PrefixStep((kept.keys[0], kept.values[0]), output)
+
+    def move(self, step: PrefixStep) -> None:
+        """Move past the block that made `step`."""
+        self._hidden = step.hidden
+
+    def advance(self, block: Block) -> States:
+        """Run a block and move past it; its keys and values."""
+        step = self.run(block)
+        self.move(step)
+        return step.states
 
 
 def half_states(states: States, where: str) -> States:

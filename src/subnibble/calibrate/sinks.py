@@ -1,8 +1,8 @@
 """Which tokens become attention sinks, by their massive activations (PrefixQuant, Chen et al., arXiv 2410.05265).
 
-A token is one in a block if its largest magnitude at the MLP's hidden channels is more than 64 times the median of all
-tokens'. A model needs as many as it has in the block with most of them; set before every text as a prefix, they keep
-later tokens from becoming one.
+A token is one in a block if its largest magnitude at the MLP's hidden channels is more than 64 times the median over
+the tokens of its window; so it does not matter how windows are batched. A model needs as many as it has in the block
+with most of them; set before every text as a prefix, they keep later tokens from becoming one.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ def sink_tokens(blocks: Iterable[tuple[Block, BlockStream]], windows: Tensor) ->
     seen: dict[int, set[int]] = {}
     for block, stream in blocks:
         sizes = torch.cat([x.abs().amax(1).float().cpu() for x in stream.at(block.arch.site(Role.MLP_HIDDEN))])
-        massive = (sizes > _FACTOR * sizes.median()).view(windows.shape)
+        sizes = sizes.view(windows.shape)
+        massive = sizes > _FACTOR * sizes.median(1, keepdim=True).values
         needed = max(needed, math.ceil(float(massive.sum(1).float().mean())))
         massive[:, 0] = False
         for window, place in massive.nonzero().tolist():
@@ -51,6 +52,6 @@ def ordinary_tokens(hidden: Tensor) -> Tensor:
     A sink's hidden state is huge; the first token of a window is one to the attention of every later token.
     """
     norms = hidden.float().norm(dim=-1)
-    mask: Tensor = norms <= _SINK_FACTOR * norms.median()
+    mask: Tensor = norms <= _SINK_FACTOR * norms.median(-1, keepdim=True).values
     mask[:, 0] = False
     return mask.flatten()

@@ -51,7 +51,8 @@ class Steps:
     correction: gives linears more terms against rounding error.
     ranks: of salient columns, "uniform" or "gain", see `corrections/ranks.py`.
     online: roles of sites whose readers get an online Hadamard transform.
-    inputs: "exact" calibrates on inputs that are not quantized, "quantized" on what the running model will see.
+    inputs: "exact" calibrates on inputs, keys and values that are not quantized, "quantized" on what the running model
+        will see.
     value_rotation: see `transforms/rotate_values.py`.
     cache: the cache that the method wants, see `CachePreference`; what the recipe says goes first.
     leaves_weights: no linear is rounded at all.
@@ -107,6 +108,11 @@ class Steps:
         rounders = (self.rounder, *self.rounders.values())
         parts = (self.transforms, self.mean_shift, self.saliency, self.correction.needs_data, self.tuning)
         return any(parts) or any(rounder.needs_gram for rounder in rounders)
+
+    @property
+    def sees_cache(self) -> bool:
+        """Whether calibration and tuning see keys and values as the cache will quantize them."""
+        return self.inputs == "quantized" or self.tuning is not None
 
     @property
     def orders_residual(self) -> bool:

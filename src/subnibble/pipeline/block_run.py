@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from subnibble.cache_scheme import CacheScheme
 from subnibble.calibrate.key_center import coding_of
-from subnibble.calibrate.prefix import States, behind
+from subnibble.calibrate.prefix import PrefixStep, States, behind
 from subnibble.calibrate.sinks import ordinary_tokens
 from subnibble.calibrate.stats import AbsMean, Drift, Gram
 from subnibble.calibrate.stream import BlockStream
@@ -31,18 +35,20 @@ from subnibble.errors import NumericalFailure
 from subnibble.methods.method import Steps
 from subnibble.model.site import Site
 from subnibble.model.skeleton import Block
+from subnibble.model.transformers_api.blocks import BlockCall, run_block
 from subnibble.model.transformers_api.names import never_called
 from subnibble.pipeline.block_transforms import prepare_block_
 from subnibble.pipeline.block_tuning import BlockTuning, Tuner
 from subnibble.pipeline.plan import Plan
 from subnibble.pipeline.stack import Observed, Stack, View, Watch, branches_of, round_stack
 from subnibble.pipeline.streams import Streams
-from subnibble.report import LinearReport
+from subnibble.report import BlockReport, LinearReport
 from subnibble.report.clock import Clock
 from subnibble.rounding import grid
 from subnibble.rounding.error import relative_errors
 from subnibble.rounding.rounder import Rounder, Rounding
 from subnibble.runtime import activations
+from subnibble.runtime.kv_cache import Coding
 from subnibble.runtime.modules import add_output_bias_, never_ran
 from subnibble.runtime.ops import LinearTerms
 from subnibble.scheme import ActivationScheme, Scheme
@@ -51,6 +57,7 @@ from subnibble.transforms.absorb import absorb_, can_absorb
 from subnibble.transforms.input_basis import InputBasis
 from subnibble.transforms.prefix_basis import stored_center, stored_states
 from subnibble.transforms.saliency import offline_rows
+from subnibble.tuning.train import Samples, held_out_loss
 
 
 @dataclass
@@ -59,11 +66,15 @@ class BlockRun:
 
     exact: every parameter in float32, as transformed: rounded are these, not their copies in the compute type.
     plan: how every linear's weight and input are quantized. bases: in which readers meet their inputs, by name of the
-    site. stream: the block as it is quantized, on the quantized model's hidden states `hidden`; reference: a
-    full-precision copy on the full-precision model's; teacher: that copy on `hidden`; None where no step asks. prefix:
-    its keys and values in this block, (heads, tokens, width), or None. tuning: the block's, or None. center: what its
-    keys are coded less, (heads, width), or None. terms: of what was rounded so far, by name in the block, biases aside.
+    site. stream: the block as it is quantized, on the quantized model's hidden states; reference: a
+    full-precision copy on the full-precision model's; teacher: that copy on `hidden`; None where no step asks. call:
+    what the model calls the block with. prefix_step: what the full-precision block makes of the prefix, or None;
+    prefix: its keys and values in this block, (heads, tokens, width). tuning: the block's, or None. coding: how its
+    cache quantizes, once its keys are as they will run, or None. terms: of what was rounded so far, by name in the
+    block, biases aside.
     to_absorb: column scales that another module of the block will take. hooks: on the block while it runs.
+    unquantized_tail: outputs before the last norm's readers were rounded, where they are asked for. tuned: what the
+    report says of its tuning.
     """
 
     block: Block
@@ -72,17 +83,21 @@ class BlockRun:
     clock: Clock
     exact: dict[str, Tensor]
     bases: dict[str, InputBasis]
+    call: BlockCall
     stream: BlockStream
     reference: BlockStream | None
     teacher: BlockStream | None
-    hidden: list[Tensor]
+    streams: Streams
+    prefix_step: PrefixStep | None = None
     prefix: States | None = None
     tuning: BlockTuning | None = None
-    center: Tensor | None = None
+    coding: Coding | None = None
     terms: dict[str, LinearTerms] = field(default_factory=dict)
     to_absorb: list[tuple[Site, Tensor]] = field(default_factory=list)
     hooks: list[_InputHook] = field(default_factory=list)
     linears: dict[str, LinearReport] = field(default_factory=dict)
+    unquantized_tail: list[Tensor] = field(default_factory=list)
+    tuned: BlockReport | None = None
 
     @classmethod
     def prepare(
@@ -101,18 +116,19 @@ class BlockRun:
         if steps.needs_survey:
             with clock.step("forward"):
                 own = plan.of_block(block)
-                before = behind(call, None if prefix is None else prefix.states(block))
+                before = behind(call, None if prefix is None else prefix.run(block).states)
                 found = BlockStream(block.twin(dtype), streams.hidden, before).statistics(*own)
         with clock.step("transform"):
             _, bases = prepare_block_(block, steps, found)
         with clock.step("prefix"):
-            states = None if prefix is None else prefix.advance(block)
-        with clock.step("key center"):
-            coding = coding_of(block, plan.cache, streams.hidden, call, dtype)
+            step = None if prefix is None else prefix.run(block)
+        states = None if step is None else step.states
         before = behind(call, states)
         reference = teacher = tuning = None
         rounds = any(scheme is not None for scheme in plan.of_block(block)[0].values())
         if streams.hidden and tuner is not None and rounds:
+            with clock.step("key center"):
+                coding = coding_of(block.twin(dtype), plan.cache, streams.hidden, call)
             tuning = tuner(block, bases, states, coding, streams, before)
             reference, states = tuning.reference, tuning.block.prefix
             plan = tuning.plan(plan, block.path)
@@ -120,14 +136,12 @@ class BlockRun:
             twin = block.twin(dtype)
             reference = BlockStream(twin, streams.wanted, before) if steps.needs_reference else None
             teacher = BlockStream(twin, streams.hidden, before) if steps.mean_shift is not None else None
-        if tuner is not None:
-            before = behind(call, states, coding)
         exact = {name: parameter.data for name, parameter in block.module.named_parameters()}
         block.module.to(dtype)
-        stream = BlockStream(block, streams.hidden, before)
-        center = None if coding is None else coding.center
+        # Until keys are as they will run there is no cache to ask: `_use_cache` comes then.
+        stream = BlockStream(block, streams.hidden, behind(call, states))
         return cls(
-            block, steps, plan, clock, exact, bases, stream, reference, teacher, streams.hidden, states, tuning, center
+            block, steps, plan, clock, exact, bases, call, stream, reference, teacher, streams, step, states, tuning
         )  # fmt: skip
 
     def correct_norm(self, site: Site) -> None:
@@ -141,6 +155,52 @@ class BlockRun:
         observed = self._observe(site, stacks) if stacks and self.hidden else {}
         for stack in stacks:
             self._round(site, stack, observed.get(self._view(stack), Observed()))
+        if set(site.readers) & self._key_linears and self.plan.cache is not None:
+            self._use_cache(self.plan.cache)
+
+    @property
+    def hidden(self) -> list[Tensor]:
+        """The block's inputs in the quantized model, batches (windows, tokens, channels)."""
+        return self.streams.hidden
+
+    @property
+    def _key_linears(self) -> set[str]:
+        """Linears whose outputs are keys."""
+        return {name for site in self.block.arch.sites for name in site.keys}
+
+    def _use_cache(self, scheme: CacheScheme) -> None:
+        """From here on the block runs behind its cache, if steps ask for it. Keys are as they will run by now."""
+        with self.clock.step("key center"), self._inputs_of_keys():
+            self.coding = coding_of(self.block, scheme, self.hidden, self.call)
+        if self.tuning is not None:
+            self.tuning.block.use_coding(self.coding)
+        if self.steps.sees_cache:
+            self.stream = BlockStream(self.block, self.hidden, behind(self.call, self.prefix, self.coding))
+
+    @contextmanager
+    def _inputs_of_keys(self) -> Iterator[None]:
+        """Quantize the inputs of the linears that write keys, where calibration itself does not."""
+        hooks = []
+        for site in self.block.arch.sites:
+            for name in self._key_linears & set(site.readers) & self.terms.keys():
+                terms, linear = self.terms[name], self.block.linear(name)
+                if terms.activation is not None and self.steps.inputs == "exact":
+                    view = (terms.activation, _repeated(terms))
+                    hooks.append(_InputHook(name, linear, partial(self._quantized, site, view)))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.handle.remove()
+
+    def output_error(self, samples: Samples) -> float:
+        """The held-out loss of the block as it is now, on its own operations; see `tuning/train.py`."""
+
+        def output(hidden: Tensor, call: BlockCall) -> Tensor:
+            kind = next(self.block.module.parameters()).dtype
+            return run_block(self.block.module, hidden.to(kind), behind(call, self.prefix, self.coding))
+
+        return held_out_loss(output, samples)
 
     def outputs(self) -> list[Tensor]:
         """The block's outputs as it is now."""
@@ -153,12 +213,17 @@ class BlockRun:
             self.stream.advance()
             if self.reference is not None:
                 self.reference.advance(None if self.tuning is None else self.tuning.outputs)
+        if self.streams.prefix is not None and self.prefix_step is not None:
+            self.streams.prefix.move(self.prefix_step)
         # Before the next block is made of these outputs.
         idle = [hook.path for hook in self.hooks if not hook.runs]
         idle += [f"the bias of {self.block.path}.{path}" for path in never_ran(self.block.module)]
         if idle:
             raise never_called(idle[0])
-        # The skeleton keeps the module, which would keep all that the hooks know of.
+        self.drop_hooks()
+
+    def drop_hooks(self) -> None:
+        """Take the hooks off the block. The skeleton keeps its module, which would keep all that the hooks know of."""
         for hook in self.hooks:
             hook.handle.remove()
 
@@ -222,10 +287,10 @@ class BlockRun:
             attention = f"{path}.{self.block.arch.attention}"
             tensors |= prefix_state(attention, states)
             entries[attention] = PrefixEntry(*states[0].shape)
-        if self.center is not None and self.plan.cache is not None:
-            center = stored_center(self.center, self.block, moved)
+        if self.coding is not None and self.coding.center is not None:
+            center = stored_center(self.coding.center, self.block, moved)
             where = f"{path}.{self.block.arch.attention}.{KEY_CENTER}"
-            tensors[f"{where}.mean"], entries[where] = center, KeyCenterEntry.of(center, self.plan.cache)
+            tensors[f"{where}.mean"], entries[where] = center, KeyCenterEntry.of(center, self.coding.scheme)
         return tensors, entries
 
     def _offline_rows(self, site: Site) -> dict[str, Tensor] | None:
@@ -385,7 +450,7 @@ class BlockRun:
         view = self._view(stack)
         if view is not None:
             path = f"the quantized input of {self.block.path}.{name}"
-            self.hooks.append(_InputHook(path, linear, lambda x: self._quantized(site, view, x)))
+            self.hooks.append(_InputHook(path, linear, partial(self._quantized, site, view)))
 
     def _place(self, site: Site, stack: Stack, columns: Tensor) -> tuple[Tensor, Tensor | None]:
         """Decide where column scales (k,) go; give them as they will act, and as the linears store them, if they do."""
@@ -395,6 +460,20 @@ class BlockRun:
             return columns, None
         stored = columns.to(torch.float16)
         return stored.float(), stored
+
+
+def better(tuned: BlockRun, base: BlockRun) -> BlockRun:
+    """Of a block that was tuned and the same block without tuning, both rounded, the one to keep: of the smaller loss
+    on held-out windows, as the block runs.
+    """
+    tuning = tuned.tuning
+    assert tuning is not None
+    losses = tuned.output_error(tuning.samples), base.output_error(tuning.samples)
+    # Written so that a loss that is not finite is not kept.
+    kept, other = (tuned, base) if losses[0] <= losses[1] or not math.isfinite(losses[1]) else (base, tuned)
+    other.drop_hooks()
+    kept.tuned = tuning.report(tuned.block.path, *losses)
+    return kept
 
 
 class _InputHook:
@@ -415,6 +494,11 @@ def _check_promise(rounding: Rounding, rounder: Rounder, where: str) -> None:
     if rounding.coded.columns is not None and not rounder.scales_columns:
         name = type(rounder).__name__
         raise TypeError(f"{where}: {name} scales columns, and its scales_columns says that it does not")
+
+
+def _repeated(terms: LinearTerms) -> int:
+    """First channels whose inputs a linear quantizes twice."""
+    return 0 if terms.salient is None or terms.residual == "none" else terms.salient.shape[1]
 
 
 def _notes(stack: Stack, basis: InputBasis) -> dict[str, float]:

@@ -39,7 +39,7 @@ _LOOKED_AT = 8
 
 @dataclass
 class BlockTuning:
-    """A block that was tuned, on its way through rounding. left: held-out loss of the block as rounded so far.
+    """A block that was tuned, on its way through rounding.
 
     reference: the full-precision block with the learned factors, on the full-precision chain, whose outputs are known.
     packed_branches: of linears that have one. kept: linears whose rounding with compensation made the loss smaller than
@@ -49,7 +49,6 @@ class BlockTuning:
     block: TunedBlock
     samples: Samples
     trained: Trained
-    left: float
     reference: BlockStream
     outputs: list[Tensor]
     packed_branches: Mapping[str, Branch]
@@ -74,7 +73,7 @@ class BlockTuning:
         best = losses.index(min(losses))
         if best > 0:
             self.kept += stack.names
-        found, self.left = tried[best], losses[best]
+        found = tried[best]
         self._fix_(stack, found[1], found[2])
         return found
 
@@ -87,11 +86,11 @@ class BlockTuning:
         own = {f"{path}.{name}": scheme for name, scheme in self.block.activations().items()}
         return replace(plan, activations={**plan.activations, **own})
 
-    def report(self, path: str) -> BlockReport:
-        """What the report says of the block."""
+    def report(self, path: str, after: float, base: float) -> BlockReport:
+        """What the report says of the block. after, base: see `BlockReport`."""
         trained = self.trained
         return BlockReport(
-            path, trained.before, trained.after, self.left, trained.epochs, trained.rollbacks, trained.left_out,
+            path, trained.before, trained.after, after, base, trained.epochs, trained.rollbacks, trained.left_out,
             tuple(self.kept),
         )  # fmt: skip
 
@@ -155,7 +154,7 @@ class Tuner:
                 before = behind(streams.calls[block.index], tuned.prefix)
                 reference = BlockStream(untouched.twin(self.dtype), exact, before)
         branches = self._packed_branches_(tuned, block)
-        return BlockTuning(tuned, samples, trained, trained.after, reference, outputs, branches)
+        return BlockTuning(tuned, samples, trained, reference, outputs, branches)
 
     def _packed_branches_(self, tuned: TunedBlock, block: Block) -> dict[str, Branch]:
         """Branches as they are stored; the tuned block runs on these from now on."""

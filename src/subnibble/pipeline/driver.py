@@ -23,6 +23,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -48,7 +49,7 @@ from subnibble.model.skeleton import Block, Skeleton
 from subnibble.model.transformers_api.blocks import BlockCall
 from subnibble.paths import expanded, is_file
 from subnibble.pipeline.after_blocks import AfterBlocks
-from subnibble.pipeline.block_run import BlockRun
+from subnibble.pipeline.block_run import BlockRun, better
 from subnibble.pipeline.block_transforms import prepare_block_
 from subnibble.pipeline.block_tuning import Tuner
 from subnibble.pipeline.distill import distill
@@ -151,7 +152,6 @@ class _Run:
         progress(1, total, "embedding")
         unquantized_tail: list[Tensor] = []
         tuner = self._tuner(lambda index, loss: progress(1 + index * (sites + 1), total, _losing(index, loss)))
-        last_norm = [site for site in skeleton.arch.sites if site.norm is not None][-1]
         for index in range(skeleton.num_blocks):
             done = 1 + index * (sites + 1)
             with clock.step("read"):
@@ -160,20 +160,15 @@ class _Run:
                     self.edit.edit_block_(block)
                 if self.values is not None:
                     self.values.edit_block_(block)
-            run = BlockRun.prepare(block, self.steps, self.plan, clock, streams, skeleton.dtype, tuner)
-            for number, site in enumerate(skeleton.arch.sites, start=1):
-                run.correct_norm(site)
-                if self._corrects_norms and index == skeleton.num_blocks - 1 and site == last_norm:
-                    unquantized_tail = run.outputs()
-                run.round_site(site)
-                progress(done + number, total, f"block {index} {site.name}")
+            run = self._round(block, streams, tuner, partial(_on_site, progress, done, total))
+            unquantized_tail = run.unquantized_tail
             run.advance()
             tensors, entries = run.tensors()
             with clock.step("write"):
                 writer.write_shard({name: self._as_stored(name, tensor) for name, tensor in tensors.items()})
             self.modules |= entries
             self.linears += run.reports()
-            self.blocks += [] if run.tuning is None else [run.tuning.report(block.path)]
+            self.blocks += [] if run.tuned is None else [run.tuned]
             skeleton.release(block.path)
             # Before the next block comes: what was tuned, and streams, are as large as it.
             del run, block
@@ -185,9 +180,32 @@ class _Run:
         progress(total, total, "written")
         return self._report(writer, self._distill(writer, progress))
 
-    @property
-    def _corrects_norms(self) -> bool:
-        return self.steps.mean_shift is not None and self.windows is not None
+    def _round(
+        self, block: Block, streams: Streams, tuner: Tuner | None, on_site: Callable[[int, str], None]
+    ) -> BlockRun:
+        """Round a loaded block. Where it is tuned, the method's own block without tuning is a candidate, too, and the
+        one that has the smaller held-out loss as it runs is given.
+        """
+        own = None if tuner is None else block.twin()
+        run = BlockRun.prepare(block, self.steps, self.plan, self.clock, streams, self.skeleton.dtype, tuner)
+        self._round_sites(run, on_site)
+        if own is None or run.tuning is None:
+            return run
+        base = BlockRun.prepare(own, self.steps, self.plan, self.clock, streams, self.skeleton.dtype)
+        self._round_sites(base, lambda number, site: None)
+        return better(run, base)
+
+    def _round_sites(self, run: BlockRun, on_site: Callable[[int, str], None]) -> None:
+        """Round the readers of a block's sites, in data-flow order. on_site: is told how many are done, and which."""
+        arch, index = self.skeleton.arch, run.block.index
+        last_norm = [site for site in arch.sites if site.norm is not None][-1]
+        corrects_final_norm = self.steps.mean_shift is not None and self.windows is not None
+        for number, site in enumerate(arch.sites, start=1):
+            run.correct_norm(site)
+            if corrects_final_norm and index == self.skeleton.num_blocks - 1 and site == last_norm:
+                run.unquantized_tail = run.outputs()
+            run.round_site(site)
+            on_site(number, f"block {index} {site.name}")
 
     def _surveyed_table(self) -> Tensor:
         """The embedding's table, edited, once what must be known of the full-precision model was found in it."""
@@ -350,6 +368,10 @@ class _Run:
         )
         writer.write_json("report.json", report.to_dict())
         return report
+
+
+def _on_site(progress: Progress, done: int, total: int, number: int, doing: str) -> None:
+    progress(done + number, total, doing)
 
 
 def _losing(index: int, loss: float) -> str:

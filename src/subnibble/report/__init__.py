@@ -33,7 +33,9 @@ class LinearReport:
 class BlockReport:
     """The tuning of one block. Losses are on held-out windows: the squared error of its output over the energy of what
     the full-precision block adds. before: on the method's own grids, to nearest; tuned: on the learned ones, to
-    nearest; after: as stored. rollbacks: to the best state, from what was not finite. left_out: steps that were not.
+    nearest; after: on the learned ones, rounded as the method does; base: of the method's own block without tuning,
+    which is stored where its loss is below `after`. rollbacks: to the best state, from what was not finite. left_out:
+    steps that were not.
     compensated: linears whose rounding with error compensation was kept, the others were rounded to nearest.
     """
 
@@ -41,10 +43,16 @@ class BlockReport:
     before: float
     tuned: float
     after: float
+    base: float
     epochs: int
     rollbacks: int
     left_out: int
     compensated: tuple[str, ...]
+
+    @property
+    def keeps_base(self) -> bool:
+        """Whether the block is stored without tuning."""
+        return self.base < self.after
 
 
 @dataclass(frozen=True)

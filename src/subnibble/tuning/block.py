@@ -20,6 +20,7 @@ from subnibble.model.skeleton import Block
 from subnibble.model.transformers_api.blocks import BlockCache, BlockCall, run_block
 from subnibble.rounding.fixed import FixedGrids
 from subnibble.runtime.coded_text import coded_keys, coded_values
+from subnibble.runtime.kv_cache import Coding
 from subnibble.scheme import ActivationScheme
 from subnibble.transforms.scale import scale_site_
 from subnibble.tuning.linear import Frame, TunedInput, TunedLinear
@@ -36,7 +37,7 @@ class TunedBlock:
 
     def __init__(self, block: Block, frame: Frame, tuning: Tuning, generator: torch.Generator) -> None:
         self.tuning, self.prefix = tuning, frame.prefix
-        self._arch, self._frame = block.arch, frame
+        self._arch, self._frame, self._coding = block.arch, frame, frame.coding
         self.module = copy.deepcopy(block.module)
         self.sites: dict[str, TunedInput] = {}
         self.linears: dict[str, TunedLinear] = {}
@@ -227,9 +228,13 @@ class TunedBlock:
                 values = entrance.rotation.values(values)
         return values
 
+    def use_coding(self, coding: Coding | None) -> None:
+        """Quantize keys and values by `coding` from now on, None for not at all."""
+        self._coding = coding
+
     def seen(self, keys: Tensor, values: Tensor, positions: tuple[Tensor, Tensor]) -> States:
         """What attention sees of a text's keys and values (b, heads, t, width), the prefix before them."""
-        coding, prefix = self._frame.coding, self.prefix
+        coding, prefix = self._coding, self.prefix
         values = self._turned(values)
         prefix = None if prefix is None else (prefix[0], self._turned(prefix[1]))
         # Norms of queries and keys (Qwen3) give float32; attention takes one type.

@@ -123,8 +123,8 @@ def train_(
     return Trained(before, best, epochs, rollbacks, left_out)
 
 
-def held_out_loss(block: TunedBlock, samples: Samples) -> float:
-    """The loss on held-out windows, without penalty."""
+def held_out_loss(block: Callable[[Tensor, BlockCall], Tensor], samples: Samples) -> float:
+    """The loss on held-out windows, without penalty. block: hidden states (b, t, d) and a call, to the output."""
     together = max(1, _LOOKED_AT_TOGETHER // samples.inputs.shape[1])
     errors, tokens = 0.0, 0
     with torch.no_grad():
@@ -156,7 +156,7 @@ def _step_(
     return True
 
 
-def _loss(block: TunedBlock, samples: Samples, batch: Tensor) -> Tensor:
+def _loss(block: Callable[[Tensor, BlockCall], Tensor], samples: Samples, batch: Tensor) -> Tensor:
     found = block(samples.inputs[batch].float(), samples.call)
     error = (found.float() - samples.wanted[batch].float()).square().sum(-1)
     ordinary = samples.ordinary[batch]
