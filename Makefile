@@ -4,7 +4,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-oldest lint bench clean
 
 demo: $(VENV)/.ready
 	$(BIN)/subnibble demo
@@ -12,6 +12,19 @@ demo: $(VENV)/.ready
 # Tiny models: a process a core is faster than threads, which would wait for each other.
 test: $(VENV)/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses=8 --dist=loadfile --no-loadscope-reorder
+
+# What touches transformers, against the oldest release that pyproject.toml admits; `make test` has the newest.
+OLDEST_VENV ?= .venv-oldest
+OLDEST = $(shell sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml)
+OLDEST_TESTS = tests/hf tests/calibrate tests/checkpoint tests/cli tests/metrics tests/test_transformers_api.py \
+  tests/test_silence.py tests/test_prefix.py tests/test_key_center.py tests/test_speak.py tests/test_prompt.py \
+  tests/test_comparison.py tests/test_real_model.py tests/tuning/test_block.py tests/pipeline tests/transforms
+
+test-oldest:
+	$(MAKE) $(OLDEST_VENV)/.ready VENV=$(OLDEST_VENV)
+	$(OLDEST_VENV)/bin/python -m pip install --quiet 'transformers==$(OLDEST)'
+	OMP_NUM_THREADS=1 $(OLDEST_VENV)/bin/python -m pytest -n auto --maxprocesses=8 --dist=loadfile \
+	  --no-loadscope-reorder $(OLDEST_TESTS)
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
@@ -34,4 +47,4 @@ $(VENV)/.ready: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST_VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -81,6 +82,28 @@ def save_model(name: str, folder: Path, shard_size: str = "1GB") -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="w0").save_pretrained(folder)
     return folder
+
+
+class _Deprecations(logging.Handler):
+    """Keeps what transformers logs of names that it will drop; what it warns of is an error by pytest's settings."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "deprecated" in record.getMessage():
+            self.found.append(record.getMessage())
+
+
+@pytest.fixture(autouse=True)
+def no_deprecated_names() -> Iterator[None]:
+    """A name that transformers says it will drop fails the test that used it."""
+    handler, logger = _Deprecations(), logging.getLogger("transformers")
+    logger.addHandler(handler)
+    yield
+    logger.removeHandler(handler)
+    assert handler.found == []
 
 
 @pytest.fixture(scope="session")
