@@ -285,12 +285,18 @@ def test_dequantize_to_another_type_casts_the_float32_values_once() -> None:
         assert torch.equal(packed.dequantize(dtype), oracle.to(dtype))
 
 
-@pytest.mark.parametrize("index", [[0], [3, 1, 1], [], [-1, 2]])
+@pytest.mark.parametrize("index", [[0], [3, 1, 1], []])
 def test_rows_are_the_rows_of_the_dense_matrix(index) -> None:
     packed, _ = packed_tensor(4, MIXED)
     rows = torch.tensor(index, dtype=torch.int64)
     assert torch.equal(packed.rows(rows).dequantize(), packed.dequantize()[rows])
     assert packed.rows(rows).layout == PackedLayout(len(index), packed.layout.ranges)
+
+
+def test_a_negative_index_is_no_row() -> None:
+    packed, _ = packed_tensor(4, MIXED)
+    with pytest.raises(IndexError):
+        packed.rows(torch.tensor([-1, 2]))
 
 
 def test_the_parts_of_the_first_range_have_plain_names_and_later_ones_numbers() -> None:

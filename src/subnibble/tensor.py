@@ -195,9 +195,11 @@ class PackedRange:
         return values
 
     def rows(self, index: Tensor) -> PackedRange:
-        """The rows at `index` (1-D integer tensor), still packed."""
-        zeros = None if self.zeros is None else self.zeros[index]
-        return PackedRange(self.scheme, self.columns, self.codes[index], self.scales[index], zeros)
+        """The rows at `index` (1-D, int32 or int64), still packed; a negative index is no row."""
+        # Indexing would count negative ones from the end.
+        codes, scales = self.codes.index_select(0, index), self.scales.index_select(0, index)
+        zeros = None if self.zeros is None else self.zeros.index_select(0, index)
+        return PackedRange(self.scheme, self.columns, codes, scales, zeros)
 
     def float_zeros(self) -> Tensor | None:
         """Zero-points (m, groups) float32, or None if the scheme has none."""
@@ -229,7 +231,7 @@ class PackedTensor:
         return torch.cat([part.dequantize() for part in self.ranges], dim=1).to(dtype)
 
     def rows(self, index: Tensor) -> PackedTensor:
-        """The rows at `index` (1-D integer tensor), still packed."""
+        """The rows at `index` (1-D, int32 or int64), still packed; a negative index is no row."""
         return PackedTensor(tuple(part.rows(index) for part in self.ranges))
 
     def state(self) -> dict[str, Tensor]:

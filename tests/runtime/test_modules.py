@@ -216,6 +216,14 @@ def test_packed_embedding_gives_the_rows_of_the_dense_table(name, dtype, shape) 
     assert torch.equal(rows, nn.functional.embedding(ids, table))
 
 
+@pytest.mark.parametrize("beyond", [-1, -ROWS, ROWS])
+def test_packed_embedding_refuses_ids_that_it_does_not_have_as_a_plain_one_does(beyond: int) -> None:
+    packed = PackedEmbedding(packed_tensor("3 bits, ragged"), torch.float32)
+    for table in (packed, nn.Embedding(ROWS, packed.embedding_dim)):
+        with pytest.raises(IndexError):
+            table(torch.tensor([[0, beyond]]))
+
+
 @pytest.mark.parametrize("shape", [(0,), (2, 0)])
 def test_no_ids_give_no_rows(shape) -> None:
     weight = packed_tensor("3 bits, ragged")

@@ -85,7 +85,10 @@ def linear(x: Tensor, terms: LinearTerms) -> Tensor:
 
 
 def embedding(ids: Tensor, weight: PackedTensor, dtype: torch.dtype) -> Tensor:
-    """Rows of a packed table. ids: any shape, integer. weight: packed (n, d). Result (*ids.shape, d) in `dtype`."""
+    """Rows of a packed table; `IndexError` for an id it does not have, negative ones included, as `nn.Embedding`.
+
+    ids: any shape, integer. weight: packed (n, d). Result (*ids.shape, d) in `dtype`.
+    """
     return weight.rows(ids.reshape(-1)).dequantize(dtype).view(*ids.shape, weight.shape[1])
 
 
