@@ -14,8 +14,9 @@ from conftest import save_model
 from subnibble import Recipe, quantize
 from subnibble.checkpoint import opening
 from subnibble.checkpoint.opening import open_source
-from subnibble.checkpoint.safetensors_source import INDEX, SINGLE, SafetensorsSource
+from subnibble.checkpoint.safetensors_source import SafetensorsSource
 from subnibble.checkpoint.size import measure
+from subnibble.checkpoint.weight_files import INDEX, SINGLE
 from subnibble.errors import CheckpointError, UnsupportedModel
 from subnibble.hf import load_model
 from subnibble.model.skeleton import Skeleton

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from subnibble.checkpoint.opening import open_source
 from subnibble.checkpoint.packed import PackedConfig, packed_config_of, stored_shapes
-from subnibble.checkpoint.safetensors_source import INDEX, SafetensorsSource
+from subnibble.checkpoint.safetensors_source import SafetensorsSource
 from subnibble.checkpoint.size import measure, weights_hash
 from subnibble.checkpoint.source import expect_shapes
+from subnibble.checkpoint.weight_files import INDEX
 from subnibble.checkpoint.writer import CheckpointWriter
 from subnibble.errors import CheckpointError, OutputError
 from subnibble.paths import expanded

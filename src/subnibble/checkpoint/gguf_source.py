@@ -1,7 +1,8 @@
 """Read a GGUF file: tensors are memory-mapped and dequantized one at a time, names and layout as transformers has.
 
-The gguf package maps names and dequantizes blocks. The one thing of its own here: llama.cpp stores q and k rows of
-Llama-type models with the two halves of each rotary pair interleaved, which is undone.
+The gguf package maps names and dequantizes blocks. Of its own here: llama.cpp stores q and k rows of Llama-type models
+with the two halves of each rotary pair interleaved, which is undone; what the metadata say (`gguf_config.py`); and
+models in several files (`gguf_parts.py`).
 """
 
 from __future__ import annotations
@@ -10,36 +11,44 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from subnibble.checkpoint.gguf_config import Metadata, config_of
+from subnibble.checkpoint.gguf_parts import find_parts, read_parts
 from subnibble.checkpoint.source import checked
-from subnibble.errors import CheckpointError, MissingExtra, UnsupportedModel
+from subnibble.errors import CheckpointError, UnsupportedModel
 from subnibble.model.arch import find_arch
 from subnibble.model.site import Arch
 
 # Architectures whose converter interleaves q and k rows; the others store them as transformers does.
 _INTERLEAVED = {"llama": True, "qwen2": False}
+_DIVISORS = "rope_freqs.weight"
+_ENDS = ("eot", "eom")
 
 
 class GgufSource:
-    """One .gguf file, seen as a Hugging Face checkpoint."""
+    """A .gguf file, or all parts of a split one, seen as a Hugging Face checkpoint. path: the first part."""
 
     def __init__(self, path: Path) -> None:
-        gguf = _gguf()
-        self.path = path
+        parts = find_parts(path)
+        readers = read_parts(parts)
+        self.path, self.described_by, self.renamed = parts[0], "the file's metadata", False
+        self._parts = parts
         self._tokenizer: Any = None
-        try:
-            self._reader = gguf.GGUFReader(path)
-        except (ValueError, OSError, IndexError, KeyError) as error:
-            raise CheckpointError(f"{path} is truncated or no GGUF file ({error}); fetch it again") from error
-        self.config = _read_config(path)
-        arch = self.config.model_type
+        self._metadata = Metadata(self.path, readers[0].fields)
+        arch = self._metadata.arch
         if arch not in _INTERLEAVED:
             raise UnsupportedModel(
                 f"{path}: GGUF architecture {arch!r} is not supported; supported: {', '.join(_INTERLEAVED)}"
             )
-        self._tensors = self._by_hf_name(gguf, arch)
+        tensors = {tensor.name: tensor for reader in readers for tensor in reader.tensors}
+        held = tensors.pop(_DIVISORS, None)
+        divisors = None if held is None else np.asarray(held.data, dtype=np.float64).ravel().tolist()
+        shapes = {name: _shape(tensor) for name, tensor in tensors.items()}
+        self.config = config_of(self._metadata, shapes, divisors)
+        self._tensors = self._by_hf_name(tensors, arch)
 
     def names(self) -> list[str]:
         """See `Source`."""
@@ -47,19 +56,28 @@ class GgufSource:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """See `Source`."""
-        return tuple(int(n) for n in reversed(self._tensors[name].shape))
+        return _shape(self._tensors[name])
 
     def stored_bits(self, name: str) -> int:
         """See `Source`."""
         return 8 * int(self._tensors[name].n_bytes)
+
+    def check_type(self, name: str) -> None:
+        """See `Source`."""
+        kind = self._tensors[name].tensor_type
+        if not _reads(kind):
+            raise CheckpointError(
+                f"{self.path}: {name} is stored as {kind.name}, which the installed gguf package cannot dequantize; "
+                "upgrade gguf, or give the model in another type"
+            )
 
     def load(self, name: str) -> Tensor:
         """See `Source`; float32."""
         from gguf import dequantize
 
         tensor = self._tensors[name]
-        weight = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy()).float()
-        weight = weight.view(self.shape(name))
+        dense = tensor.data if tensor.tensor_type.name == "F64" else dequantize(tensor.data, tensor.tensor_type)
+        weight = torch.from_numpy(dense.copy()).float().view(self.shape(name))
         if _INTERLEAVED[self.config.model_type]:
             if ".q_proj." in name:
                 weight = _split_rotary_pairs(weight, self.config.num_attention_heads)
@@ -69,7 +87,7 @@ class GgufSource:
 
     def file_bytes(self) -> int:
         """See `Source`."""
-        return self.path.stat().st_size
+        return sum(part.stat().st_size for part in self._parts)
 
     def load_tokenizer(self) -> Any:
         """See `Source`."""
@@ -85,12 +103,18 @@ class GgufSource:
         self.load_tokenizer().save_pretrained(folder)
         ids = {key: getattr(self.config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
         known = {key: value for key, value in ids.items() if value is not None}
-        (folder / "generation_config.json").write_text(json.dumps(known, indent=2) + "\n")
+        # Ends of a turn and of a message, where llama.cpp stops, too.
+        ends = [known.get("eos_token_id"), *(self._metadata.get(f"tokenizer.ggml.{key}_token_id") for key in _ENDS)]
+        if len(several := list(dict.fromkeys(end for end in ends if end is not None))) > 1:
+            known["eos_token_id"] = several
+        (folder / "generation_config.json").write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
 
-    def _by_hf_name(self, gguf: Any, model_type: str) -> dict[str, Any]:
+    def _by_hf_name(self, tensors: dict[str, Any], model_type: str) -> dict[str, Any]:
+        import gguf
+
         arch_id = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == model_type)
         name_map = gguf.get_tensor_name_map(arch_id, self.config.num_hidden_layers)
-        by_gguf_name = {tensor.name: tensor for tensor in self._reader.tensors}
+        by_gguf_name = dict(tensors)
         found: dict[str, Any] = {}
         for hf_name in _hf_names(find_arch(model_type), self.config.num_hidden_layers):
             stem, _, kind = hf_name.rpartition(".")
@@ -105,30 +129,21 @@ class GgufSource:
         return found
 
 
-def _gguf() -> Any:
+def _shape(tensor: Any) -> tuple[int, ...]:
+    return tuple(int(n) for n in reversed(tensor.shape))
+
+
+def _reads(kind: Any) -> bool:
+    """Whether `GgufSource.load` can read a type, tried on one block of it."""
+    import gguf
+
+    if kind.name in ("F64", "F32", "F16"):
+        return True
     try:
-        import gguf
-    except ImportError as error:
-        raise MissingExtra("reading GGUF files needs the gguf package: pip install 'subnibble[gguf]'") from error
-    return gguf
-
-
-def _read_config(path: Path) -> Any:
-    """The transformers config of a GGUF file, without the `quantization_config` that would name it a GGUF model."""
-    from transformers import AutoConfig
-
-    from subnibble.model.transformers_api.empty import architecture_name
-
-    try:
-        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-    except (ValueError, KeyError, OSError) as error:
-        raise CheckpointError(f"{path}: transformers cannot read its metadata ({error})") from error
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    config.dtype = torch.float32
-    name = architecture_name(config.model_type)
-    config.architectures = None if name is None else [name]
-    return config
+        gguf.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), dtype=np.uint8), kind)
+    except NotImplementedError:
+        return False
+    return True
 
 
 def _hf_names(arch: Arch, blocks: int) -> list[str]:

@@ -21,7 +21,8 @@ def open_source(model: str | Path | Source) -> Source:
     if path.is_file():
         if path.suffix == ".gguf":
             return GgufSource(path)
-        raise CheckpointError(f"{path} is a file, but no .gguf file; give a model folder, a .gguf file or a hub id")
+        folder = f"its folder, {path.resolve().parent}" if path.suffix == ".safetensors" else "a model folder"
+        raise CheckpointError(f"{path} is a file, but no .gguf file; give {folder}, a .gguf file or a hub id")
     if path.suffix == ".gguf" or path.is_absolute() or str(model).startswith((".", "~")) or str(model).count("/") != 1:
         raise CheckpointError(f"{model}: no such file or folder, and no hub id (those look like owner/name)")
     return SafetensorsSource(download(str(model)))
@@ -33,8 +34,8 @@ def download(repo_id: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     patterns = ["*.safetensors", "*.json", "tokenizer.model", "*.txt", "*.jinja"]
-    # The same weights once more, in their makers' own layouts.
-    others = ["consolidated*", "*/*"]
+    # The same weights once more, in their makers' own layouts or in another type, and adapters, which are not read.
+    others = ["consolidated*", "*/*", "model.*.safetensors", "adapter_model*"]
     try:
         return Path(snapshot_download(repo_id, allow_patterns=patterns, ignore_patterns=others))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:

@@ -1,8 +1,7 @@
-"""Read a Hugging Face folder: one safetensors file, or shards with their index."""
+"""Read a Hugging Face folder: safetensors weights, wherever transformers would find them (`weight_files.py`)."""
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from subnibble.checkpoint.names import model_names
 from subnibble.checkpoint.source import checked, numel
+from subnibble.checkpoint.weight_files import Stored, check_adapter, find_weights, read_json
 from subnibble.errors import CheckpointError
+from subnibble.model.arch import ARCHITECTURES
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
+# Bits of a number of each type that a checkpoint may have, packed or plain.
 _BITS = {
     "F64": 64,
     "F32": 32,
@@ -28,6 +29,9 @@ _BITS = {
     "I16": 16,
     "I32": 32,
 }
+# Those that weights are read in.
+_FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+_NARROW = (torch.float8_e4m3fn, torch.float8_e5m2)
 STORED_TYPES = {
     torch.uint8: "U8",
     torch.float16: "F16",
@@ -45,62 +49,81 @@ _SIDE_FILES = (
 
 
 class SafetensorsSource:
-    """A folder with config.json and safetensors weights; the index is verified when the folder is opened."""
+    """A folder with config.json and safetensors weights, whose headers are read when the folder is opened."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        check_adapter(path)
+        self.path, self.described_by = path, "config.json"
         self.config = _read_config(path)
-        self._files = _locate(path)
-        headers = {file: read_header(path / file) for file in sorted(set(self._files.values()))}
-        self._headers: dict[str, tuple[tuple[int, ...], str]] = {}
-        for name, file in self._files.items():
-            if name not in headers[file]:
-                raise CheckpointError(f"{path / INDEX} places {name} in {file}, which does not hold it; fetch it again")
-            self._headers[name] = headers[file][name]
+        named = getattr(self.config, "transformers_weights", None)
+        if named is not None:
+            # It is about the files of this folder, not the model.
+            del self.config.transformers_weights
+        found = find_weights(path, named)
+        self._stored: dict[str, Stored] = {name: found[stored] for name, stored in self._names(found).items()}
+        self.renamed = any(name != stored.name for name, stored in self._stored.items())
+
+    def _names(self, stored: dict[str, Stored]) -> dict[str, str]:
+        """Name in the model -> name in the file."""
+        arch = ARCHITECTURES.get(self.config.model_type)
+        if arch is None or getattr(self.config, "quantization_config", None):
+            return {name: name for name in stored}
+        return model_names(stored, arch, bool(self.config.tie_word_embeddings), self.path)
 
     def names(self) -> list[str]:
         """See `Source`."""
-        return list(self._files)
+        return list(self._stored)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """See `Source`."""
-        return self._header(name)[0]
+        return self._find(name).shape
 
     def stored_bits(self, name: str) -> int:
         """See `Source`."""
-        shape, kind = self._header(name)
-        return numel(shape) * _BITS.get(kind, 64)
+        found = self._find(name)
+        return numel(found.shape) * _BITS.get(found.kind, 64)
+
+    def check_type(self, name: str) -> None:
+        """See `Source`."""
+        kind = self._find(name).kind
+        if kind not in _FLOATS:
+            raise CheckpointError(
+                f"{self.path}: {name} is stored as {kind}, of which no weights are read (but {', '.join(_FLOATS)}); "
+                "the model may be quantized already: give the original"
+            )
 
     def load(self, name: str) -> Tensor:
-        """See `Source`."""
-        return checked(self.load_raw(name), name, self.path)
+        """See `Source`; 8-bit floats come in bfloat16, which has all of their values."""
+        self.check_type(name)
+        tensor = self.load_raw(name)
+        return checked(tensor.to(torch.bfloat16) if tensor.dtype in _NARROW else tensor, name, self.path)
 
     def load_raw(self, name: str) -> Tensor:
         """One tensor as stored, unchecked: packed codes are integers."""
-        self._header(name)
-        file = self.path / self._files[name]
+        found = self._find(name)
+        file = self.path / found.file
         try:
             with safe_open(file, framework="pt") as handle:
-                tensor: Tensor = handle.get_tensor(name)
+                tensor: Tensor = handle.get_tensor(found.name)
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file}: {name} cannot be read ({error}); get an intact copy") from error
+            raise CheckpointError(f"{file}: {found.name} cannot be read ({error}); get an intact copy") from error
         return tensor
 
-    def _header(self, name: str) -> tuple[tuple[int, ...], str]:
-        if name not in self._headers:
-            raise CheckpointError(f"{self.path}: tensor {name} is missing; fetch it again, or quantize the model again")
-        return self._headers[name]
+    def _find(self, name: str) -> Stored:
+        if name not in self._stored:
+            raise CheckpointError(f"{self.path}: tensor {name} is missing; config.json and weights do not fit")
+        return self._stored[name]
 
     def shards(self) -> dict[Path, list[str]]:
-        """Each weight file with the names that are read from it."""
+        """Each weight file with the names of what is read from it."""
         found: dict[Path, list[str]] = {}
-        for name, file in sorted(self._files.items()):
-            found.setdefault(self.path / file, []).append(name)
+        for name, stored in sorted(self._stored.items()):
+            found.setdefault(self.path / stored.file, []).append(name)
         return dict(sorted(found.items()))
 
     def file_bytes(self) -> int:
         """See `Source`."""
-        return sum((self.path / file).stat().st_size for file in set(self._files.values()))
+        return sum((self.path / file).stat().st_size for file in {stored.file for stored in self._stored.values()})
 
     def load_tokenizer(self) -> Any:
         """See `Source`."""
@@ -128,53 +151,29 @@ def _read_config(path: Path) -> Any:
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
-    if not (path / "config.json").is_file():
-        raise CheckpointError(f"{path} has no config.json; give the folder of a Hugging Face checkpoint")
-    try:
-        values = json.loads((path / "config.json").read_text())
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path / 'config.json'} cannot be read as JSON ({error}); fetch it again") from error
-    if not isinstance(values, dict) or "model_type" not in values:
-        raise CheckpointError(f"{path / 'config.json'} names no model_type; it is no transformers config")
+    file = path / "config.json"
+    if not file.is_file():
+        raise CheckpointError(f"{path} has no config.json; {_without_config(path)}")
+    values = read_json(file)
+    if "model_type" not in values:
+        raise CheckpointError(f"{file} names no model_type; it is no transformers config")
     if not isinstance(values.get("quantization_config") or {}, dict):
-        raise CheckpointError(f"{path / 'config.json'}: its quantization_config is no table; fetch it again")
+        raise CheckpointError(f"{file}: its quantization_config is no table; fetch it again")
     try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (ValueError, KeyError, TypeError, StrictDataclassError) as error:
-        raise CheckpointError(f"{path / 'config.json'}: transformers refuses it: {error}") from error
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except (ValueError, KeyError, TypeError, OSError, StrictDataclassError) as error:
+        raise CheckpointError(f"{file}: transformers refuses it: {error}") from error
+    # What nothing here computes in.
+    config.dtype = {torch.float64: torch.float32, **dict.fromkeys(_NARROW, torch.bfloat16)}.get(
+        config.dtype, config.dtype
+    )
+    return config
 
 
-def _locate(path: Path) -> dict[str, str]:
-    """Tensor name -> file name; every file of the index must exist."""
-    if (path / INDEX).is_file():
-        try:
-            weight_map: dict[str, str] = dict(json.loads((path / INDEX).read_text())["weight_map"])
-            if not all(isinstance(file, str) for file in weight_map.values()):
-                raise TypeError("a file's name is no text")
-        except (OSError, KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{path / INDEX} is damaged ({error}); fetch it again") from error
-        for file in sorted(set(weight_map.values())):
-            if Path(file).name != file:
-                raise CheckpointError(f"{path / INDEX} names {file!r}, which is outside the folder")
-            if not (path / file).is_file():
-                raise CheckpointError(f"{path}: shard {file} is missing; fetch the model again")
-        return weight_map
-    if (path / SINGLE).is_file():
-        return dict.fromkeys(read_header(path / SINGLE), SINGLE)
-    pickles = [file.name for file in path.iterdir() if file.suffix in {".bin", ".pt", ".pth"}]
-    if pickles:
-        raise CheckpointError(
-            f"{path} has only pickle weights ({pickles[0]}), which can run code when loaded and are never read; "
-            "convert them to safetensors with transformers' save_pretrained"
-        )
-    raise CheckpointError(f"{path} has neither {SINGLE} nor {INDEX}; give the folder of a Hugging Face checkpoint")
-
-
-def read_header(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Tensor name -> (shape, safetensors type); a truncated file is found here."""
-    try:
-        with safe_open(file, framework="pt") as handle:
-            slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 (no mapping)
-            return {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file} is truncated or no safetensors file ({error}); fetch it again") from error
+def _without_config(path: Path) -> str:
+    """What to give instead of a folder without config.json."""
+    found = sorted(path.glob("*.gguf"))
+    if found:
+        return f"to read its GGUF file, give {found[0]}"
+    inner = sorted(file.parent for file in path.glob("*/config.json"))
+    return f"give {inner[0]}" if inner else "give the folder of a Hugging Face checkpoint, or a .gguf file"

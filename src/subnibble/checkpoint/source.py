@@ -16,10 +16,16 @@ from subnibble.errors import CheckpointError
 
 
 class Source(Protocol):
-    """Where weights come from. `path` is the folder or file, `config` the model's transformers config."""
+    """Where weights come from, under the names that the model has for them.
+
+    path: the folder or file. config: the model's transformers config. described_by: what that was read from. renamed:
+    whether the file has other names, so that transformers would not find the tensors.
+    """
 
     path: Path
     config: Any
+    described_by: str
+    renamed: bool
 
     def names(self) -> list[str]:
         """Names of all stored tensors."""
@@ -29,6 +35,9 @@ class Source(Protocol):
 
     def stored_bits(self, name: str) -> int:
         """Bits that the tensor takes in its file."""
+
+    def check_type(self, name: str) -> None:
+        """Raise `CheckpointError` unless the tensor is stored in a type that `load` reads; from the header alone."""
 
     def load(self, name: str) -> Tensor:
         """Read one tensor, in a floating-point type; `CheckpointError` if it is damaged."""
@@ -62,13 +71,13 @@ def numel(shape: tuple[int, ...]) -> int:
 
 
 def expect_shapes(source: Source, expected: Iterator[tuple[str, tuple[int, ...]]]) -> None:
-    """Check before any weight is read that every tensor a model needs is there in the right shape."""
+    """Check before any weight is read that a packed checkpoint has all tensors that its config describes."""
     there = set(source.names())
     for name, shape in expected:
         if name not in there:
             raise CheckpointError(
-                f"{source.path}: tensor {name} is missing, though config.json asks for it; "
-                "the download may be incomplete: fetch the model again"
+                f"{source.path}: tensor {name} is missing, though config.json asks for it; config and weights do not "
+                "belong together: fetch the checkpoint again, or quantize the model again"
             )
         if source.shape(name) != shape:
             raise CheckpointError(

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from subnibble.checkpoint.packed import QUANT_METHOD
-from subnibble.checkpoint.safetensors_source import INDEX, SINGLE
+from subnibble.checkpoint.weight_files import INDEX, SINGLE
 from subnibble.errors import OutputError
 
 

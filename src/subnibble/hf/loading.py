@@ -28,11 +28,23 @@ def load_model(model: str | Path | Source, dtype: str = "auto", device: str = "a
         return Skeleton(source, kind, place).load_all()
     if readable_config_of(source.config, source.path) is None and source.config.model_type in ARCHITECTURES:
         # transformers would make up missing tensors.
-        Skeleton(source, kind, place).check_tied_head()
+        skeleton = Skeleton(source, kind, place)
+        skeleton.check_tied_head()
+        if source.renamed:
+            return _with_generation_config(skeleton.load_all(), source.path)
     from transformers import AutoModelForCausalLM
 
     loaded: Any = AutoModelForCausalLM.from_pretrained(source.path, dtype=kind, trust_remote_code=False)
     return loaded.to(place).eval()
+
+
+def _with_generation_config(model: Any, folder: Path) -> Any:
+    """The model with the folder's generation_config.json, if there is one, as `from_pretrained` gives it."""
+    if (folder / "generation_config.json").is_file():
+        from transformers import GenerationConfig
+
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model
 
 
 def memory_bytes(model: nn.Module) -> int:

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from subnibble.checkpoint.packed import QUANT_METHOD, PackedConfig
-from subnibble.checkpoint.safetensors_source import STORED_TYPES, read_header
+from subnibble.checkpoint.safetensors_source import STORED_TYPES
+from subnibble.checkpoint.weight_files import read_header
 from subnibble.errors import CheckpointError
 from subnibble.model.packed import check_values, pack_modules_
 from subnibble.model.transformers_api.empty import tied_weights

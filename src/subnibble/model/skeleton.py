@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from subnibble.checkpoint.source import Source, expect_shapes
+from subnibble.checkpoint.fit import check_fit
+from subnibble.checkpoint.source import Source
 from subnibble.errors import CheckpointError, UnsupportedTransformers
 from subnibble.model.arch import find_arch
 from subnibble.model.site import Arch, Heads, Site
 from subnibble.model.transformers_api.blocks import BlockCall, record_block_calls
-from subnibble.model.transformers_api.empty import empty_causal_lm, stray_buffers
+from subnibble.model.transformers_api.empty import empty_causal_lm
 
 
 @dataclass(frozen=True)
@@ -148,15 +149,7 @@ class Skeleton:
         return blocks
 
     def _check(self) -> None:
-        shapes = self.parameter_shapes()
-        expect_shapes(self.source, iter(shapes.items()))
-        spare = set(self.source.names()) - set(shapes) - {f"{self.arch.head}.weight"}
-        spare -= set(stray_buffers(spare))
-        if spare:
-            raise CheckpointError(
-                f"{self.source.path}: tensor {sorted(spare)[0]} ({len(spare)} in all) has no place in a "
-                f"{self.config.model_type} model of this config; config and weights do not belong together"
-            )
+        check_fit(self.source, self.parameter_shapes(), self.arch)
 
 
 def _set_parameter(module: nn.Module, name: str, tensor: Tensor) -> None:
