@@ -54,12 +54,15 @@ class Metadata:
         return self.get(f"{self.arch}.{key}", default)
 
     def number(self, key: str, default: float | None = None) -> float:
-        """A number of the architecture's own; one for each block must be the same for all."""
+        """A number above 0 of the architecture's own; where each block has one, they must be the same."""
         found = self.of_arch(key, default)
         values = set(found) if isinstance(found, list) else {found}
-        if len(values) != 1 or not isinstance(value := values.pop(), int | float):
-            told = "no" if found is None else "more than one" if isinstance(found, list) else "no number as"
-            raise CheckpointError(f"{self.path}: its metadata has {told} {self.arch}.{key}, so it cannot be read here")
+        value = values.pop() if len(values) == 1 else None
+        if not isinstance(value, int | float) or value <= 0:
+            told = "nothing" if found is None else str(found)[:60]
+            raise CheckpointError(
+                f"{self.path}: its metadata has {told} for {self.arch}.{key}, where one number above 0 is read here"
+            )
         return value
 
     def tokens(self) -> int | None:
@@ -80,10 +83,22 @@ def config_of(metadata: Metadata, tensors: Mapping[str, tuple[int, ...]], diviso
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
-    _check_kind(metadata)
+    kind = metadata.get("general.type", "model")
+    if kind != "model":
+        raise UnsupportedModel(f"{metadata.path} is a GGUF file of type {kind!r} and no model; give the model's file")
+    try:
+        return AutoConfig.for_model(metadata.arch, **_values(metadata, tensors, divisors))
+    except (ValueError, KeyError, TypeError, StrictDataclassError) as error:
+        raise CheckpointError(f"{metadata.path}: no config can be made of its metadata ({error})") from error
+
+
+def _values(
+    metadata: Metadata, tensors: Mapping[str, tuple[int, ...]], divisors: Sequence[float] | None
+) -> dict[str, Any]:
+    """The config's values; see `config_of`."""
+    _check_keys(metadata)
     heads, hidden = int(metadata.number("attention.head_count")), int(metadata.number("embedding_length"))
     width = _head_width(metadata, hidden // heads)
-    _check_keys(metadata)
     context, table = int(metadata.number("context_length")), tensors.get("token_embd.weight", (0,))
     values = {
         "hidden_size": hidden,
@@ -105,16 +120,7 @@ def config_of(metadata: Metadata, tensors: Mapping[str, tuple[int, ...]], diviso
         values["mlp_bias"] = "blk.0.ffn_gate.bias" in tensors
     if metadata.arch == "llama" or width * heads != hidden:
         values["head_dim"] = width
-    try:
-        return AutoConfig.for_model(metadata.arch, **values)
-    except (ValueError, KeyError, TypeError, StrictDataclassError) as error:
-        raise CheckpointError(f"{metadata.path}: transformers refuses what its metadata say ({error})") from error
-
-
-def _check_kind(metadata: Metadata) -> None:
-    kind = metadata.get("general.type", "model")
-    if kind != "model":
-        raise UnsupportedModel(f"{metadata.path} is a GGUF file of type {kind!r} and no model; give the model's file")
+    return values
 
 
 def _check_keys(metadata: Metadata) -> None:

@@ -39,9 +39,7 @@ def rope_parameters(metadata: Metadata, width: int, context: int, divisors: Sequ
     kind = "none" if kind == "linear" and factor == 1.0 else kind
     if divisors is not None and any(abs(divisor - 1) > _TOLERANCE for divisor in divisors):
         if kind != "none" or len(divisors) != width // 2:
-            raise _refusal(
-                metadata, f"both rope.scaling.type {kind!r} and {len(divisors)} rope_freqs for {width} channels"
-            )
+            raise _refusal(metadata, f"rope.scaling.type {kind!r} with {len(divisors)} rope_freqs for {width} channels")
         return {
             "rope_theta": base,
             **_by_divisors(metadata, torch.tensor(divisors, dtype=torch.float64), base, context),
