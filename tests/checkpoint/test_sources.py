@@ -175,6 +175,7 @@ def test_hub_id_is_fetched_without_pickles_or_code(single: Path, monkeypatch: py
     assert open_source("owner/name").path == single
     assert asked["repo"] == "owner/name"
     files = ["model.safetensors", "tokenizer.json", "consolidated.safetensors", "original/model.safetensors", "x.bin"]
+    files += ["model.fp16.safetensors", "model.fp16-00001-of-00002.safetensors", "adapter_model.safetensors"]
     wanted = filter_repo_objects(files, allow_patterns=asked["patterns"], ignore_patterns=asked["others"])
     assert list(wanted) == ["model.safetensors", "tokenizer.json"]
     assert not any(pattern.endswith((".bin", ".pt", ".py", "*")) for pattern in asked["patterns"])  # type: ignore[attr-defined]
@@ -253,7 +254,11 @@ def test_a_packed_tensor_that_is_missing_is_named(
 ) -> None:
     recipe = Recipe(method, bits=2, group_size=16, calibration=str(token_file), num_windows=4, window=32)
     quantize(folders["llama"], tmp_path / "out", recipe)
-    name = next(name for name in open_source(tmp_path / "out").names() if name.endswith(ending))
+    source = SafetensorsSource(tmp_path / "out")
+    shard, name = next(
+        (file, name) for file, names in source.shards().items() for name in names if name.endswith(ending)
+    )
+    save_file({key: part for key, part in load_file(shard).items() if key != name}, shard, metadata={"format": "pt"})
     index = json.loads((tmp_path / "out" / INDEX).read_text())
     del index["weight_map"][name]
     (tmp_path / "out" / INDEX).write_text(json.dumps(index))

@@ -11,6 +11,7 @@ from subnibble.cache_scheme import CacheScheme
 from subnibble.checkpoint.entries import NormBiasEntry, PackedEmbeddingEntry, PackedLinearEntry
 from subnibble.checkpoint.packed import PackedConfig, readable_config_of, stored_shapes
 from subnibble.checkpoint.source import Source, expect_shapes, numel
+from subnibble.checkpoint.weight_files import find_weights
 from subnibble.model.arch import find_arch
 from subnibble.model.site import Heads
 
@@ -63,11 +64,11 @@ def cache_bytes(config: Any, scheme: CacheScheme | None) -> float:
 
 
 def weights_hash(folder: Path) -> str:
-    """SHA-256 over the names and contents of the folder's weight files."""
+    """SHA-256 over the names and contents of the folder's weight files, of those that are read."""
     digest = hashlib.sha256()
-    for file in sorted(folder.glob("*.safetensors")):
-        digest.update(file.name.encode())
-        with file.open("rb") as handle:
+    for name in sorted({stored.file for stored in find_weights(folder, None).values()}):
+        digest.update(name.encode())
+        with (folder / name).open("rb") as handle:
             digest.update(hashlib.file_digest(handle, "sha256").digest())
     return digest.hexdigest()
 
