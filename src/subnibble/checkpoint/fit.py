@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from subnibble.checkpoint.source import Source
 from subnibble.errors import CheckpointError
 from subnibble.model.site import Arch
+from subnibble.model.transformers_api.empty import stray_buffers
 
 # Parts of the names that peft gives to what it adds, and to what it wraps.
 _ADAPTER_PARTS = (
@@ -26,7 +27,6 @@ _QUANTIZED_ENDINGS = (
 _OURS = ".codes"
 _CONFIG = "config.json"
 _NO_MATCH = "config and weights do not belong together"
-_BUFFERS = ("rotary_emb.inv_freq", ".masked_bias")
 
 
 def check_fit(source: Source, shapes: Mapping[str, tuple[int, ...]], arch: Arch) -> None:
@@ -36,7 +36,8 @@ def check_fit(source: Source, shapes: Mapping[str, tuple[int, ...]], arch: Arch)
     """
     there = set(source.names())
     missing = [name for name in shapes if name not in there]
-    spare = sorted(name for name in there - set(shapes) - {f"{arch.head}.weight"} if not name.endswith(_BUFFERS))
+    spare = there - set(shapes) - {f"{arch.head}.weight"}
+    unplaced = sorted(spare - set(stray_buffers(spare)))
     tables = [f"{arch.embedding}.weight", f"{arch.head}.weight"]
     _check_plain(source, sorted(there))
     if len(missing) == 1 and missing[0] in tables:
@@ -44,7 +45,7 @@ def check_fit(source: Source, shapes: Mapping[str, tuple[int, ...]], arch: Arch)
     if missing:
         raise CheckpointError(
             f"{source.path}: tensor {missing[0]} is missing ({len(missing)} of {len(shapes)} in all), though "
-            f"{source.described_by} asks for it; {_instead(source, spare, arch)}"
+            f"{source.described_by} asks for it; {_instead(source, unplaced, arch)}"
         )
     for name, shape in shapes.items():
         if source.shape(name) != shape:
@@ -54,10 +55,10 @@ def check_fit(source: Source, shapes: Mapping[str, tuple[int, ...]], arch: Arch)
                 f"{source.path}: {name} has shape {source.shape(name)} where {source.described_by} asks for {shape}; "
                 + (f"its vocab_size is {shape[0]} and would be {rows}" if is_longer else _NO_MATCH)
             )
-    if spare:
+    if unplaced:
         raise CheckpointError(
-            f"{source.path}: tensor {spare[0]} ({len(spare)} in all) has no place in a {arch.model_type} model of this "
-            f"config; {_blocks(source, arch) or _NO_MATCH}"
+            f"{source.path}: tensor {unplaced[0]} ({len(unplaced)} in all) has no place in a {arch.model_type} model "
+            f"of this config; {_blocks(source, arch) or _NO_MATCH}"
         )
     for name in shapes:
         source.check_type(name)

@@ -16,6 +16,7 @@ import torch
 
 from subnibble.checkpoint.gguf_rope import rope_parameters
 from subnibble.errors import CheckpointError, UnsupportedModel
+from subnibble.model.transformers_api.empty import architecture_name
 
 _READ = frozenset({
     "context_length", "embedding_length", "block_count", "feed_forward_length", "vocab_size", "attention.head_count",
@@ -34,7 +35,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "rope.scaling.yarn_attn_factor": (1.0,),
     "tensor_data_layout": ("Meta AI original pth",),
 }
-_CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 _IDS = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
 
 
@@ -112,7 +112,7 @@ def _values(
         "vocab_size": int(metadata.of_arch("vocab_size") or metadata.tokens() or table[0]),
         "tie_word_embeddings": "output.weight" not in tensors,
         **{key: metadata.get(f"tokenizer.ggml.{name}_token_id") for key, name in _IDS.items()},
-        "architectures": [_CLASSES[metadata.arch]],
+        "architectures": [architecture_name(metadata.arch)],
         "dtype": torch.float32,
     }
     if metadata.arch == "llama":

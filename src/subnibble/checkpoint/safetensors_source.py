@@ -15,6 +15,7 @@ from subnibble.checkpoint.source import checked, numel
 from subnibble.checkpoint.weight_files import Stored, check_adapter, find_weights, read_json
 from subnibble.errors import CheckpointError
 from subnibble.model.arch import ARCHITECTURES
+from subnibble.model.transformers_api.empty import take_named_weights_
 
 # Bits of a number of each type that a checkpoint may have, packed or plain.
 _BITS = {
@@ -55,11 +56,7 @@ class SafetensorsSource:
         check_adapter(path)
         self.path, self.described_by = path, "config.json"
         self.config = _read_config(path)
-        named = getattr(self.config, "transformers_weights", None)
-        if named is not None:
-            # It is about the files of this folder, not the model.
-            del self.config.transformers_weights
-        found = find_weights(path, named)
+        found = find_weights(path, take_named_weights_(self.config))
         self._stored: dict[str, Stored] = {name: found[stored] for name, stored in self._names(found).items()}
         self.renamed = any(name != stored.name for name, stored in self._stored.items())
 

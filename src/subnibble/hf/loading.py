@@ -13,6 +13,7 @@ from subnibble.checkpoint.source import Source
 from subnibble.device import resolve_device, resolve_dtype
 from subnibble.model.arch import ARCHITECTURES
 from subnibble.model.skeleton import Skeleton
+from subnibble.model.transformers_api.generation import read_generation_config_
 
 
 def load_model(model: str | Path | Source, dtype: str = "auto", device: str = "auto") -> Any:
@@ -31,20 +32,13 @@ def load_model(model: str | Path | Source, dtype: str = "auto", device: str = "a
         skeleton = Skeleton(source, kind, place)
         skeleton.check_tied_head()
         if source.renamed:
-            return _with_generation_config(skeleton.load_all(), source.path)
+            whole = skeleton.load_all()
+            read_generation_config_(whole, source.path)
+            return whole
     from transformers import AutoModelForCausalLM
 
     loaded: Any = AutoModelForCausalLM.from_pretrained(source.path, dtype=kind, trust_remote_code=False)
     return loaded.to(place).eval()
-
-
-def _with_generation_config(model: Any, folder: Path) -> Any:
-    """The model with the folder's generation_config.json, if there is one, as `from_pretrained` gives it."""
-    if (folder / "generation_config.json").is_file():
-        from transformers import GenerationConfig
-
-        model.generation_config = GenerationConfig.from_pretrained(folder)
-    return model
 
 
 def memory_bytes(model: nn.Module) -> int:

@@ -1,4 +1,4 @@
-"""Models without weights, and the names of weights that no checkpoint holds."""
+"""Models without weights, and what transformers calls weights in checkpoints."""
 
 from __future__ import annotations
 
@@ -48,6 +48,14 @@ def architecture_name(model_type: str) -> str | None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     name: str | None = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
+    return name
+
+
+def take_named_weights_(config: Any) -> str | None:
+    """The file that a config names for its weights, None for the usual ones; taken out of it, as it is the folder's."""
+    name: str | None = getattr(config, "transformers_weights", None)
+    if name is not None:
+        del config.transformers_weights
     return name
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -19,6 +20,14 @@ def logits_of(model: Any, ids: Tensor) -> Tensor:
     """The logits (b, t, vocabulary) of ids (b, t), without a cache to go on with."""
     found: Tensor = model(ids, use_cache=False).logits
     return found
+
+
+def read_generation_config_(model: Any, folder: Path) -> None:
+    """Give a model the folder's generation_config.json, if there is one, as `from_pretrained` does."""
+    from transformers import GenerationConfig
+
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
 
 
 def set_generation_cache_(model: Any, accept: Callable[[Any], Any], check: Callable[[Any], None]) -> None:
