@@ -77,7 +77,8 @@ def measure_row(
     import torch
 
     from subnibble import quantize
-    from subnibble.calibrate.windows import bos_token, evaluation_windows
+    from subnibble.calibrate.tokens import bos_token
+    from subnibble.calibrate.windows import evaluation_windows
     from subnibble.checkpoint.opening import open_source
     from subnibble.checkpoint.size import measure
     from subnibble.cli.demo import find_model

@@ -10,13 +10,13 @@ import subnibble
 ROOT = Path(subnibble.__file__).parent
 # A module may import from its own rank and below.
 RANK = {
-    "errors": 0, "version": 0, "progress": 0, "paths": 0,
+    "errors": 0, "version": 0, "progress": 0, "paths": 0, "text_file": 0,
     "scheme": 1, "cache_scheme": 1, "tensor": 1, "mxfp4": 1, "device": 1,
     "runtime": 2,
     "checkpoint": 3, "model": 3, "calibrate": 3,
     "transforms": 4, "rounding": 4, "corrections": 4, "tuning": 4,
     "recipe": 5, "methods": 5,
-    "pipeline": 6, "prompt": 6, "metrics": 6, "report": 6,
+    "pipeline": 6, "chat_template": 6, "prompt": 6, "metrics": 6, "report": 6,
     "cli": 7, "hf": 7, "prefix": 7, "comparison": 7, "evaluation": 7, "estimation": 7, "fold": 7, "speak": 7,
 }  # fmt: skip
 

@@ -181,7 +181,7 @@ def test_a_value_out_of_range_is_an_error_that_names_its_key(key, value) -> None
         Recipe(**{key: value})
 
 
-@pytest.mark.parametrize("content", [b"bits = ", b"bits = 4\nbits = 3\n", b"\xff\xfe"])
+@pytest.mark.parametrize("content", [b"bits = ", b"bits = 4\nbits = 3\n", b"a = " + 9999 * b"["])
 def test_a_file_that_is_no_toml_is_an_error_that_names_the_file(tmp_path, content) -> None:
     file = tmp_path / "mine.toml"
     file.write_bytes(content)
@@ -189,8 +189,39 @@ def test_a_file_that_is_no_toml_is_an_error_that_names_the_file(tmp_path, conten
         Recipe.from_toml(file)
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_recipe_reads_the_same_in_every_encoding_that_says_which_it_is(tmp_path, encoding, end) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_bytes(f'bits = 3{end}system_prompt = "Grüße"{end}'.encode(encoding))
+    assert Recipe.from_toml(file) == Recipe(bits=3, system_prompt="Grüße")
+
+
+def test_a_recipe_in_another_encoding_is_an_error_that_says_where(tmp_path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_bytes('bits = 3\nsystem_prompt = "Grüße"\n'.encode("latin-1"))
+    with pytest.raises(BadRecipe, match=r"mine\.toml is not UTF-8 text .*line 2\); save it as UTF-8"):
+        Recipe.from_toml(file)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"calibration": "caf\udce9.txt"},
+        {"system_prompt": "cut in two \ud83d"},
+        {"options": {"order": "\udce9"}},
+        {"options": {"order": None}},
+        {"options": {1: 2}},
+        {"options": {"order": object()}},
+    ],
+)
+def test_what_no_recipe_file_could_hold_is_an_error_when_the_recipe_is_built(values) -> None:
+    with pytest.raises(BadRecipe, match=f"^{next(iter(values))}"):
+        Recipe(**values)
+
+
 def test_a_missing_file_is_an_error_that_names_the_file(tmp_path) -> None:
-    with pytest.raises(BadRecipe, match=r"none\.toml: the recipe cannot be read"):
+    with pytest.raises(BadRecipe, match=r"none\.toml cannot be read"):
         Recipe.from_toml(tmp_path / "none.toml")
 
 

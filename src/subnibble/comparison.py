@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from subnibble.calibrate.windows import bos_token
+from subnibble.calibrate.tokens import bos_token
 from subnibble.checkpoint.opening import open_source
 from subnibble.checkpoint.size import measure
 from subnibble.checkpoint.source import Source

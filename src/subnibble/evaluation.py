@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from subnibble.cache_scheme import CacheScheme, PrefixIds
-from subnibble.calibrate.windows import bos_token, check_positions, check_vocabulary, evaluation_windows
+from subnibble.calibrate.tokens import bos_token, check_vocabulary
+from subnibble.calibrate.windows import check_positions, evaluation_windows
 from subnibble.checkpoint.edit import REPORT, read_report
 from subnibble.checkpoint.opening import open_source
 from subnibble.checkpoint.original import check_original

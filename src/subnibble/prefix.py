@@ -11,7 +11,8 @@ from torch import Tensor
 
 from subnibble.cache_scheme import CacheScheme, PrefixIds
 from subnibble.calibrate.prefix import States, half_states
-from subnibble.calibrate.windows import check_positions, check_vocabulary
+from subnibble.calibrate.tokens import check_vocabulary
+from subnibble.calibrate.windows import check_positions
 from subnibble.checkpoint.edit import change_checkpoint, open_packed
 from subnibble.checkpoint.entries import Entry, PrefixEntry, prefix_state
 from subnibble.hf import load_model

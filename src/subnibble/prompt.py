@@ -6,9 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 from subnibble.cache_scheme import PrefixIds
-from subnibble.calibrate.windows import bos_token
+from subnibble.calibrate.tokens import bos_token, text_ids
+from subnibble.chat_template import has_template, in_template
 from subnibble.errors import BadRecipe
 from subnibble.paths import expanded, is_file
+from subnibble.text_file import read_text_file
 
 # "auto" is found in calibration text, while a model is quantized.
 DEFAULT, BOS, AUTO = "default", "bos", "auto"
@@ -34,13 +36,13 @@ def prefix_ids(prompt: str, tokenizer: Any) -> PrefixIds:
     turn = _system_turn(tokenizer)
     text = default_turn(tokenizer) if prompt == DEFAULT else None
     if prompt == DEFAULT and text is None:
-        if not tokenizer.chat_template:
+        if not has_template(tokenizer):
             raise BadRecipe("this model's tokenizer has no chat template; give --system-prompt text")
         raise BadRecipe("this model's chat template writes no system turn by itself; give --system-prompt text")
     if text is None:
         text = _text(prompt)
         text = f"{turn[0]}{text}{turn[1]}" if turn is not None else text
-    ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    ids = text_ids(tokenizer, text, "the system prompt")
     first = added if turn is not None else bos
     if first is not None and ids[:1] != [first]:
         ids = [first, *ids]
@@ -66,7 +68,7 @@ def sink_prefix(sinks: tuple[int, ...], tokenizer: Any) -> PrefixIds:
 def default_turn(tokenizer: Any) -> str | None:
     """The system turn that the chat template writes by itself, None if it writes none."""
     turn = _system_turn(tokenizer)
-    rendered = _rendered(tokenizer, [{"role": "user", "content": _USER}])
+    rendered = in_template(tokenizer, [{"role": "user", "content": _USER}])
     if turn is None or rendered is None or not turn[1] or not rendered.startswith(turn[0]):
         return None
     end = rendered.find(turn[1], len(turn[0])) + len(turn[1])
@@ -82,33 +84,17 @@ def is_system_turn(prefix: PrefixIds, tokenizer: Any) -> bool:
 def _text(prompt: str) -> str:
     """The prompt, or what is in the file of this name; a line break at its end is not part of it."""
     if not is_file(prompt):
-        if prompt.endswith(_TEXT_FILES) and len(prompt.split()) == 1:
+        if prompt.lower().endswith(_TEXT_FILES) and len(prompt.split()) == 1:
             raise BadRecipe(f"--system-prompt {prompt}: there is no such file; give its full name, or text")
         return prompt
-    path = expanded(prompt)
-    try:
-        return path.read_text(encoding="utf-8").removesuffix("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadRecipe(f"{path}: the system prompt cannot be read ({error}); give a file of UTF-8 text") from error
+    return read_text_file(expanded(prompt), BadRecipe).removesuffix("\n")
 
 
 def _system_turn(tokenizer: Any) -> tuple[str, str] | None:
     """What the chat template writes before and behind the text of a system turn; None if it has no such turn."""
-    rendered = _rendered(tokenizer, [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": _USER}])
-    alone = _rendered(tokenizer, [{"role": "system", "content": _SYSTEM}])
+    rendered = in_template(tokenizer, [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": _USER}])
+    alone = in_template(tokenizer, [{"role": "system", "content": _SYSTEM}])
     if rendered is None or alone is None or not rendered.startswith(alone) or alone.count(_SYSTEM) != 1:
         return None
     before, _, behind = alone.partition(_SYSTEM)
     return before, behind
-
-
-def _rendered(tokenizer: Any, turns: list[dict[str, str]]) -> str | None:
-    """The turns in the chat template; None where it has none or refuses them."""
-    from jinja2 import TemplateError
-
-    if not tokenizer.chat_template:
-        return None
-    try:
-        return str(tokenizer.apply_chat_template(turns, tokenize=False))
-    except TemplateError:
-        return None

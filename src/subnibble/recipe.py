@@ -14,7 +14,9 @@ import tomli_w
 from subnibble.cache_scheme import PLAIN_CACHE, CacheScheme
 from subnibble.device import AUTO, DTYPES
 from subnibble.errors import BadRecipe
+from subnibble.paths import expanded
 from subnibble.scheme import E8M0, WHOLE_CHANNEL, ActivationScheme, Scheme
+from subnibble.text_file import check_characters, read_text_file
 from subnibble.tuning.distillation import Distillation
 
 EMBEDDING_BITS = (16, 8, 4)
@@ -101,6 +103,7 @@ class Recipe:
         for pattern, values in self.overrides.items():
             _check_override(self, pattern, values)
         _check_zero_point(self)
+        _check_writable(self)
 
     @property
     def scheme(self) -> Scheme:
@@ -211,11 +214,10 @@ class Recipe:
     @classmethod
     def from_toml(cls, path: str | Path) -> Self:
         """Read a recipe file."""
+        text = read_text_file(expanded(path), BadRecipe)
         try:
-            values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise BadRecipe(f"{path}: the recipe cannot be read ({error.strerror})") from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            values = tomllib.loads(text)
+        except (ValueError, RecursionError) as error:
             raise BadRecipe(f"{path} is no valid TOML: {error}") from error
         return cls.from_dict(values)
 
@@ -241,6 +243,18 @@ def _check_types(recipe: Recipe) -> None:
         if not isinstance(value, kind) or isinstance(value, bool):
             name = (kind if isinstance(kind, type) else kind[0]).__name__
             raise BadRecipe(f"{key} is {value!r}; expected {'a table' if kind is Mapping else name}")
+
+
+def _check_writable(recipe: Recipe) -> None:
+    """Raise `BadRecipe` for a value that `recipe.toml` cannot hold, before the hours after which it is written."""
+    for key, value in recipe.to_dict().items():
+        try:
+            text = tomli_w.dumps({key: value})
+        except (TypeError, ValueError, AttributeError) as error:
+            raise BadRecipe(
+                f"{key} is {value!r}, which no recipe file can hold ({error}); give text or numbers"
+            ) from error
+        check_characters(text, key, BadRecipe)
 
 
 def _check_zero_point(recipe: Recipe) -> None:

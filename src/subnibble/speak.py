@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from subnibble.cache_scheme import PrefixIds
-from subnibble.calibrate.windows import check_vocabulary
+from subnibble.calibrate.tokens import check_vocabulary, prompt_ids
+from subnibble.chat_template import question
 from subnibble.errors import BadRecipe
 from subnibble.hf.attention import attached_cache
 from subnibble.prompt import default_turn, is_system_turn
@@ -19,10 +20,7 @@ def chat_prompt(tokenizer: Any, message: str, prefix: PrefixIds | None = None) -
     prefix: what the model stands behind; where that is a system turn, the one that the template writes by itself is
     left out.
     """
-    if not tokenizer.chat_template:
-        raise BadRecipe("this model's tokenizer has no chat template; generate without --chat")
-    turns = [{"role": "user", "content": message}]
-    text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+    text = question(tokenizer, message)
     replaced = prefix is not None and is_system_turn(prefix, tokenizer)
     return text.removeprefix(default_turn(tokenizer) or "") if replaced else text
 
@@ -33,13 +31,12 @@ def speak(model: Any, tokenizer: Any, prompt: str, tokens: int, temperature: flo
     temperature 0 takes the likeliest each time; above, seed draws, as the model's generation_config narrows it.
     `BadRecipe` if the prompt alone is too long.
     """
-    # A chat template may have put BOS there already.
-    begun = bool(tokenizer.bos_token) and prompt.startswith(tokenizer.bos_token)
-    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not begun)
-    given = inputs["input_ids"].shape[1]
+    ids = prompt_ids(tokenizer, prompt, "the prompt")
+    given = len(ids)
     if given == 0:
         raise BadRecipe("the prompt is empty; give some text to continue")
-    check_vocabulary(inputs["input_ids"], model.config.vocab_size, "the prompt")
+    inputs = torch.tensor([ids], device=model.device)
+    check_vocabulary(inputs, model.config.vocab_size, "the prompt")
     settings: dict[str, Any] = {"do_sample": temperature > 0, "max_new_tokens": _that_fit(model, given, tokens)}
     if temperature > 0:
         settings["temperature"] = temperature
@@ -47,7 +44,7 @@ def speak(model: Any, tokenizer: Any, prompt: str, tokens: int, temperature: flo
         settings["repetition_penalty"] = 1.0
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        output = model.generate(**inputs.to(model.device), **settings)
+        output = model.generate(inputs, attention_mask=torch.ones_like(inputs), **settings)
     return str(tokenizer.decode(output[0, given:], skip_special_tokens=True))
 
 

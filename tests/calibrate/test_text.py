@@ -67,16 +67,16 @@ def test_bad_jsonl_line_is_named_by_file_and_number(tmp_path: Path, line: str) -
 def test_file_that_is_not_utf8_says_where(tmp_path: Path) -> None:
     path = tmp_path / "latin.txt"
     path.write_bytes("schön".encode("latin-1"))
-    with pytest.raises(CalibrationError, match=r"latin\.txt is not UTF-8 text .*byte 3"):
+    with pytest.raises(CalibrationError, match=r"latin\.txt is not UTF-8 text .*byte 3, line 1\); save it as UTF-8"):
         read_text(str(path), "calibration")
 
 
 def test_file_that_cannot_be_read_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(self: Path, encoding: str) -> str:
+    def refuse(self: Path) -> bytes:
         raise PermissionError(13, "Permission denied", str(self))
 
     path = written(tmp_path, "closed.txt", "text")
-    monkeypatch.setattr(Path, "read_text", refuse)
+    monkeypatch.setattr(Path, "read_bytes", refuse)
     with pytest.raises(CalibrationError, match=r"closed\.txt cannot be read \(Permission denied\); give a text file"):
         read_text(path, "calibration")
 

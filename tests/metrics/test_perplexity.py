@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from subnibble.calibrate.windows import bos_token
+from subnibble.calibrate.tokens import bos_token
 from subnibble.errors import CalibrationError, NumericalFailure
 from subnibble.metrics.perplexity import check_vocabularies, score
 

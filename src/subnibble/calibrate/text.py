@@ -1,6 +1,7 @@
 """Text by file or by name: what calibration and evaluation read.
 
-- a `.txt` (or any other text) file: its content; a `.jsonl` file: the `text` of every line, joined by blank lines
+- a `.jsonl` file: the `text` of every line, joined by blank lines; a `.json` file: the same, or a list of such objects
+- any other text file, whatever its name ends in: its content (`text_file.py` says in which encodings)
 - `news`: articles that ship in a PyPI package (`news.py`)
 - `wikitext2`, `c4`: from the hub, when online and the `hub` extra is installed
 """
@@ -16,8 +17,11 @@ from typing import Any
 from subnibble.calibrate import news
 from subnibble.errors import CalibrationError, MissingExtra
 from subnibble.paths import expanded, is_file
+from subnibble.text_file import check_characters, read_text_file
 
 _C4_DOCUMENTS = 8_000
+_LINES = (".jsonl", ".ndjson", ".jsonlines")
+_TABLES = (".csv", ".tsv")
 # Of what is no file's name, in an error.
 _SHOWN = 80
 
@@ -29,31 +33,66 @@ def read_text(name: str, split: str) -> str:
     if not is_file(name):
         shown = name if len(name) <= _SHOWN else f"{name[:_SHOWN]}..."
         raise CalibrationError(
-            f"{shown}: no such text file, and no named set (those are {', '.join(NAMED)}); pass a .txt or .jsonl file"
+            f"{shown}: no such text file{_instead(name)}, and no named set (those are {', '.join(NAMED)}); pass a .txt "
+            "or .jsonl file"
         )
     path = expanded(name)
+    suffix = path.suffix.lower()
+    if suffix in _TABLES:
+        raise CalibrationError(f'{path} is a table, no text; write its texts as JSON lines, {{"text": ...}} each')
+    content = read_text_file(path, CalibrationError)
+    if suffix in _LINES:
+        return "\n\n".join(_texts_of_lines(content, path))
+    return "\n\n".join(_texts_of_json(content, path)) if suffix == ".json" else content
+
+
+def _instead(name: str) -> str:
+    """What has the name of a file that is none."""
     try:
-        content = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise CalibrationError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
-    except OSError as error:
-        raise CalibrationError(f"{path} cannot be read ({error.strerror}); give a text file that can") from error
-    return _join_jsonl(content, path) if path.suffix == ".jsonl" else content
+        path = expanded(name)
+        if name and path.is_dir():
+            return " (that is a folder)"
+        return " (that is a pipe or device; write it to a file)" if name and path.exists() else ""
+    except (OSError, ValueError):
+        return ""
 
 
-def _join_jsonl(content: str, path: Path) -> str:
+def _texts_of_lines(content: str, path: Path) -> list[str]:
+    """The `text` of every line that is not blank."""
     texts = []
     for number, line in enumerate(content.split("\n"), start=1):
+        where = f"{path}, line {number}"
+        # Of files that were put one after another, each may have its byte order mark.
+        line = line.removeprefix("\ufeff")
         if not line.strip():
             continue
         try:
-            text = json.loads(line)["text"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise CalibrationError(f'{path}, line {number}: expected an object with "text" ({error!r})') from error
-        if not isinstance(text, str):
-            raise CalibrationError(f"{path}, line {number}: text is {type(text).__name__}, not a string")
-        texts.append(text)
-    return "\n\n".join(texts)
+            item = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise CalibrationError(f'{where}: expected an object with "text" ({error})') from error
+        texts.append(_text_of(item, where))
+    return texts
+
+
+def _texts_of_json(content: str, path: Path) -> list[str]:
+    """The `text` of every object in a list, or of the one object; a file of JSON lines may have this name, too."""
+    try:
+        found = json.loads(content)
+    except (ValueError, RecursionError):
+        return _texts_of_lines(content, path)
+    items = found if isinstance(found, list) else [found]
+    return [_text_of(item, f"{path}, item {number}") for number, item in enumerate(items, start=1)]
+
+
+def _text_of(item: Any, where: str) -> str:
+    if not isinstance(item, dict) or "text" not in item:
+        there = f"the keys {', '.join(item)}" if isinstance(item, dict) else type(item).__name__
+        raise CalibrationError(f'{where}: expected an object with "text", found {there}')
+    text = item["text"]
+    if not isinstance(text, str):
+        raise CalibrationError(f"{where}: text is {type(text).__name__}, not a string")
+    check_characters(text, f"{where}, text", CalibrationError)
+    return text
 
 
 def _news(split: str) -> str:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from subnibble.calibrate.text import read_text
+from subnibble.calibrate.tokens import check_vocabulary, text_ids
 from subnibble.errors import CalibrationError
 from subnibble.paths import expanded
 
@@ -25,11 +26,11 @@ def calibration_windows(
     spec: a text file, a named set, or a file of token ids (.npy, or .safetensors with one tensor). A 2-D token
     array is a list of windows and is cut to `length`. vocabulary: ids must be below it.
     """
-    if Path(spec).suffix in _TOKEN_FILES:
+    if Path(spec).suffix.lower() in _TOKEN_FILES:
         tokens = _read_tokens(expanded(spec))
     else:
         text = read_text(spec, "calibration")
-        tokens = tokenize(load_tokenizer(), text)
+        tokens = tokenize(load_tokenizer(), text, spec)
     check_vocabulary(tokens, vocabulary, spec)
     available = tokens[:, :length] if tokens.dim() == 2 else cut_windows(tokens, length, spec)
     if available.shape[1] < length:
@@ -45,17 +46,8 @@ def calibration_windows(
 
 def evaluation_windows(spec: str, tokenizer: Any, length: int, limit: int | None) -> Tensor:
     """Consecutive windows of the whole text, at most `limit`, without special tokens; the tail is dropped."""
-    windows = cut_windows(tokenize(tokenizer, read_text(spec, "test")), length, spec)
+    windows = cut_windows(tokenize(tokenizer, read_text(spec, "test"), spec), length, spec)
     return windows if limit is None else windows[:limit]
-
-
-def check_vocabulary(tokens: Tensor, vocabulary: int, where: str) -> None:
-    """Raise `CalibrationError` if ids of `where` are none of the `vocabulary` that the model has rows for."""
-    if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocabulary:
-        raise CalibrationError(
-            f"{where}: token ids run from {int(tokens.min())} to {int(tokens.max())}, the model knows 0 to "
-            f"{vocabulary - 1}; were they made with another tokenizer?"
-        )
 
 
 def check_positions(length: int, config: Any, prefix: int = 0) -> None:
@@ -75,17 +67,9 @@ def check_positions(length: int, config: Any, prefix: int = 0) -> None:
         )
 
 
-def bos_token(tokenizer: Any) -> int | None:
-    """The BOS id if the tokenizer begins texts with it by itself, else None."""
-    ids = tokenizer("a", verbose=False)["input_ids"]
-    bos = tokenizer.bos_token_id
-    return int(bos) if bos is not None and ids and ids[0] == bos else None
-
-
-def tokenize(tokenizer: Any, text: str) -> Tensor:
+def tokenize(tokenizer: Any, text: str, where: str = "the text") -> Tensor:
     """Token ids of the whole text in one piece, without special tokens: int64 (tokens,)."""
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return torch.tensor(ids, dtype=torch.int64)
+    return torch.tensor(text_ids(tokenizer, text, where), dtype=torch.int64)
 
 
 def cut_windows(tokens: Tensor, length: int, where: str) -> Tensor:
@@ -103,7 +87,7 @@ def _read_tokens(path: Path) -> Tensor:
     if not path.is_file():
         raise CalibrationError(f"{path}: no such token file")
     try:
-        if path.suffix == ".npy":
+        if path.suffix.lower() == ".npy":
             tokens = torch.from_numpy(np.load(path, allow_pickle=False).astype(np.int64, casting="safe"))
         else:
             from safetensors.torch import load_file

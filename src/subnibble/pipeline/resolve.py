@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from subnibble.cache_scheme import PrefixIds
-from subnibble.calibrate.windows import check_positions, check_vocabulary
+from subnibble.calibrate.tokens import check_vocabulary
+from subnibble.calibrate.windows import check_positions
 from subnibble.checkpoint.opening import open_source
 from subnibble.checkpoint.source import Source
 from subnibble.device import resolve_device, resolve_dtype
