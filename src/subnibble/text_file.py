@@ -60,9 +60,9 @@ def read_text_file(path: Path, error: type[SubnibbleError]) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def read_json_file(path: Path) -> Any:
-    """What a JSON file beside a model holds; `CheckpointError` with place and remedy."""
-    return _parsed(read_text_file(path, CheckpointError), path)
+def read_json_file(path: Path, again: str = "fetch it again") -> Any:
+    """What a JSON file beside a model holds; `CheckpointError` with place and remedy. again: how to get it whole."""
+    return _parsed(read_text_file(path, CheckpointError), path, again)
 
 
 def check_plain_utf8(path: Path) -> None:
@@ -108,24 +108,23 @@ def _check_kind(content: bytes, path: Path, error: type[SubnibbleError]) -> None
             raise error(f"{path} is {kind}, no text; {remedy}")
 
 
-def _parsed(text: str, path: Path) -> Any:
+def _parsed(text: str, path: Path, again: str) -> Any:
     if not text.strip():
-        raise CheckpointError(f"{path} is empty; fetch it again")
+        raise CheckpointError(f"{path} is empty; {again}")
     if text.startswith(_GIT_LFS):
         raise CheckpointError(f"{path} is a pointer of Git LFS and not the file itself; run `git lfs pull` there")
     if text.lstrip().startswith("<"):
-        raise CheckpointError(f"{path} is a web page and no JSON; fetch the file itself")
+        raise CheckpointError(f"{path} is a web page and no JSON; {again}")
     try:
         return json.loads(text)
     except json.JSONDecodeError as fault:
-        ends = not text[fault.pos :].strip()
-        remedy = "it ends too early: fetch it again" if ends else "mend it there"
-        raise CheckpointError(
-            f"{path} cannot be read as JSON (line {fault.lineno}, column {fault.colno}: {fault.msg}); {remedy}"
-        ) from fault
+        whole = bool(text[fault.pos :].strip())
+        place = f"line {fault.lineno}, column {fault.colno}: {fault.msg}"
+        remedy = f"mend it there, or {again}" if whole else f"it ends too early: {again}"
+        raise CheckpointError(f"{path} cannot be read as JSON ({place}); {remedy}") from fault
     # Numbers of thousands of digits, and thousands of brackets.
     except (ValueError, RecursionError) as fault:
-        raise CheckpointError(f"{path} cannot be read as JSON ({fault}); mend it, or get the model's own") from fault
+        raise CheckpointError(f"{path} cannot be read as JSON ({fault}); mend it, or {again}") from fault
 
 
 def _kind_of(value: Any) -> str:

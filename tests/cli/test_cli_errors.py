@@ -38,7 +38,7 @@ def test_broken_tokenizer_is_named(run: Run, text_file: Path, tmp_path: Path) ->
     (folder / "tokenizer.json").write_text("{")
     code, _, err = run("evaluate", folder, "--text", text_file, "--window", 32)
     assert code == 2
-    assert "its tokenizer cannot be loaded" in err
+    assert "tokenizer.json cannot be read as JSON" in err
 
 
 def test_impossible_config_is_named(run: Run, tmp_path: Path) -> None:

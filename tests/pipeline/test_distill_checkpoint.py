@@ -172,9 +172,9 @@ def test_a_damaged_report_is_refused_before_work(
     (out / "report.json").write_bytes(damaged if isinstance(damaged, bytes) else damaged.encode())
     monkeypatch.setattr("subnibble.pipeline.distill_checkpoint.distill", lambda *args: pytest.fail("it was trained"))
     monkeypatch.setattr("subnibble.prefix.load_model", lambda *args: pytest.fail("it was loaded"))
-    with pytest.raises(CheckpointError, match=r"report\.json is damaged .*; remove it, or quantize the model again"):
+    with pytest.raises(CheckpointError, match=r"report\.json .* remove it, or quantize the model again"):
         distill_checkpoint(out, folders["llama"], recipe_of("gptq", token_file, **DISTILLED))
-    with pytest.raises(CheckpointError, match=r"report\.json is damaged"):
+    with pytest.raises(CheckpointError, match=r"report\.json .* remove it"):
         add_prefix(out, "w5 w9")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from subnibble.checkpoint.config import CONFIG
 from subnibble.checkpoint.opening import open_source
 from subnibble.checkpoint.packed import PackedConfig, packed_config_of, stored_shapes
 from subnibble.checkpoint.safetensors_source import SafetensorsSource
@@ -19,6 +19,7 @@ from subnibble.checkpoint.weight_files import INDEX
 from subnibble.checkpoint.writer import CheckpointWriter
 from subnibble.errors import CheckpointError, OutputError
 from subnibble.paths import expanded
+from subnibble.text_file import read_json_file
 
 REPORT = "report.json"
 
@@ -55,7 +56,7 @@ def change_checkpoint(
             writer.write_shard({name: tensors.get(name, part).to(part.dtype) for name, part in held.items()})
         if new:
             writer.write_shard(new)
-        config = json.loads((source.path / "config.json").read_text(encoding="utf-8"))
+        config = read_json_file(source.path / CONFIG)
         config["quantization_config"] = packed.to_dict()
         writer.write_json("config.json", config)
         writer.finish_weights()
@@ -81,12 +82,10 @@ def read_report(folder: Path) -> dict[str, Any]:
     file = folder / REPORT
     if not file.is_file():
         return {}
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
-            raise ValueError("it holds no object")
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} is damaged ({error}); remove it, or quantize the model again") from error
+    again = "remove it, or quantize the model again"
+    found = read_json_file(file, again)
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{file} holds no JSON object; {again}")
     return found
 
 

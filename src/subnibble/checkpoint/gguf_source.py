@@ -18,6 +18,7 @@ from torch import Tensor
 from subnibble.checkpoint.gguf_config import Metadata, config_of
 from subnibble.checkpoint.gguf_parts import find_parts, read_parts
 from subnibble.checkpoint.source import checked
+from subnibble.checkpoint.tokenizer import load_gguf_tokenizer
 from subnibble.errors import CheckpointError, UnsupportedModel
 from subnibble.model.arch import find_arch
 from subnibble.model.site import Arch
@@ -91,11 +92,9 @@ class GgufSource:
 
     def load_tokenizer(self) -> Any:
         """See `Source`."""
-        from transformers import AutoTokenizer
-
         # Its vocabulary is parsed from the file's metadata, which takes seconds.
         if self._tokenizer is None:
-            self._tokenizer = AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name)
+            self._tokenizer = load_gguf_tokenizer(self.path)
         return self._tokenizer
 
     def copy_side_files(self, folder: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from subnibble.checkpoint.gguf_source import GgufSource
 from subnibble.checkpoint.safetensors_source import SafetensorsSource
+from subnibble.checkpoint.side_files import SIDE_FILES
 from subnibble.checkpoint.source import Source
 from subnibble.errors import CheckpointError
 from subnibble.paths import expanded
@@ -33,9 +34,10 @@ def download(repo_id: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = ["*.safetensors", "*.json", "tokenizer.model", "*.txt", "*.jinja"]
-    # The same weights once more, in their makers' own layouts or in another type, and adapters, which are not read.
-    others = ["consolidated*", "*/*", "model.*.safetensors", "adapter_model*"]
+    patterns = ["*.safetensors", "*.json", "*.txt", *(name for name in SIDE_FILES if not name.endswith(".json"))]
+    # The same weights once more, in their makers' own layouts or in another type, and adapters, which are not read; of
+    # the folders, additional_chat_templates alone stays.
+    others = ["consolidated*", "model.*.safetensors", "adapter_model*", "[!a]*/*", "a[!d]*/*", "ad[!d]*/*"]
     try:
         return Path(snapshot_download(repo_id, allow_patterns=patterns, ignore_patterns=others))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +9,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from subnibble.checkpoint.config import read_config
 from subnibble.checkpoint.names import model_names
+from subnibble.checkpoint.side_files import copy_side_files
 from subnibble.checkpoint.source import checked, numel
-from subnibble.checkpoint.weight_files import Stored, check_adapter, find_weights, read_json
+from subnibble.checkpoint.tokenizer import load_tokenizer
+from subnibble.checkpoint.weight_files import Stored, check_adapter, find_weights
 from subnibble.errors import CheckpointError
 from subnibble.model.arch import ARCHITECTURES
 from subnibble.model.transformers_api.empty import take_named_weights_
@@ -42,11 +44,6 @@ STORED_TYPES = {
     torch.int16: "I16",
     torch.int32: "I32",
 }
-_SIDE_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "vocab.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json",
-    "generation_config.json",
-)  # fmt: skip
 
 
 class SafetensorsSource:
@@ -55,7 +52,7 @@ class SafetensorsSource:
     def __init__(self, path: Path) -> None:
         check_adapter(path)
         self.path, self.described_by = path, "config.json"
-        self.config = _read_config(path)
+        self.config = read_config(path)
         found = find_weights(path, take_named_weights_(self.config))
         self._stored: dict[str, Stored] = {name: found[stored] for name, stored in self._names(found).items()}
         self.renamed = any(name != stored.name for name, stored in self._stored.items())
@@ -124,53 +121,8 @@ class SafetensorsSource:
 
     def load_tokenizer(self) -> Any:
         """See `Source`."""
-        from transformers import AutoTokenizer
-
-        if not any((self.path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-            raise CheckpointError(
-                f"{self.path} has no tokenizer; put tokenizer.json beside the weights, or pass token ids "
-                "(.npy or .safetensors) instead of text"
-            )
-        try:
-            return AutoTokenizer.from_pretrained(self.path, trust_remote_code=False)
-        # The tokenizers library raises plain Exception on a damaged file.
-        except Exception as error:
-            raise CheckpointError(f"{self.path}: its tokenizer cannot be loaded ({error}); fetch it again") from error
+        return load_tokenizer(self.path, self.config)
 
     def copy_side_files(self, folder: Path) -> None:
         """See `Source`."""
-        for name in _SIDE_FILES:
-            if (self.path / name).is_file():
-                shutil.copyfile(self.path / name, folder / name)
-
-
-def _read_config(path: Path) -> Any:
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig
-
-    file = path / "config.json"
-    if not file.is_file():
-        raise CheckpointError(f"{path} has no config.json; {_without_config(path)}")
-    values = read_json(file)
-    if "model_type" not in values:
-        raise CheckpointError(f"{file} names no model_type; it is no transformers config")
-    if not isinstance(values.get("quantization_config") or {}, dict):
-        raise CheckpointError(f"{file}: its quantization_config is no table; fetch it again")
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (ValueError, KeyError, TypeError, OSError, StrictDataclassError) as error:
-        raise CheckpointError(f"{file}: transformers refuses it: {error}") from error
-    # What nothing here computes in.
-    config.dtype = {torch.float64: torch.float32, **dict.fromkeys(_NARROW, torch.bfloat16)}.get(
-        config.dtype, config.dtype
-    )
-    return config
-
-
-def _without_config(path: Path) -> str:
-    """What to give instead of a folder without config.json."""
-    found = sorted(path.glob("*.gguf"))
-    if found:
-        return f"to read its GGUF file, give {found[0]}"
-    inner = sorted(file.parent for file in path.glob("*/config.json"))
-    return f"give {inner[0]}" if inner else "give the folder of a Hugging Face checkpoint, or a .gguf file"
+        copy_side_files(self.path, folder)

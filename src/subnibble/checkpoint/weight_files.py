@@ -8,15 +8,14 @@ folder is refused. Where no weights are found the error says what the folder has
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
 from subnibble.errors import CheckpointError
+from subnibble.text_file import read_plain_json_file
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -48,7 +47,7 @@ def check_adapter(path: Path) -> None:
             f"{path} holds a PEFT adapter ({found}) that is not part of the weights beside it; merge it "
             "(merge_and_unload() in peft) and save the model, or move the adapter's files away to leave it out"
         )
-    base = read_json(path / _ADAPTER[0]).get("base_model_name_or_path") if found == _ADAPTER[0] else None
+    base = read_plain_json_file(path / _ADAPTER[0]).get("base_model_name_or_path") if found == _ADAPTER[0] else None
     raise CheckpointError(
         f"{path} is a PEFT adapter ({found}) and no model; merge it into its base model"
         f"{f' {base}' if base else ''} (merge_and_unload() in peft), save that, and give its folder"
@@ -87,22 +86,6 @@ def read_header(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
         raise CheckpointError(f"{file} is truncated or no safetensors file ({error}); fetch it again") from error
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file of a checkpoint; `CheckpointError` if there is none."""
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        check_pointer(file)
-        if "BOM" in str(error):
-            raise CheckpointError(
-                f"{file} starts with a byte order mark, which transformers refuses; save it as plain UTF-8"
-            ) from error
-        raise CheckpointError(f"{file} cannot be read as JSON ({error}); it is damaged: fetch it again") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{file} holds no JSON object; it is damaged: fetch it again")
-    return values
-
-
 def check_pointer(file: Path) -> None:
     """Raise `CheckpointError` if a file is not there itself, but git-lfs's note of where it is."""
     try:
@@ -116,7 +99,7 @@ def check_pointer(file: Path) -> None:
 
 def _from_index(path: Path, index: str) -> dict[str, Stored]:
     """All that the shards of an index hold; what it lists must be where it says, as shards may be of two uploads."""
-    listed = read_json(path / index).get("weight_map")
+    listed = read_plain_json_file(path / index).get("weight_map")
     if not isinstance(listed, dict) or not listed or not all(isinstance(file, str) for file in listed.values()):
         raise CheckpointError(f"{path / index} is damaged: its weight_map maps no tensors to files; fetch it again")
     files = sorted(set(listed.values()))

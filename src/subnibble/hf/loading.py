@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,9 @@ def load_model(model: str | Path | Source, dtype: str = "auto", device: str = "a
             return whole
     from transformers import AutoModelForCausalLM
 
-    loaded: Any = AutoModelForCausalLM.from_pretrained(source.path, dtype=kind, trust_remote_code=False)
+    # Its own copy of the config, since loading writes into it; read once, so that both readings are one.
+    config = copy.deepcopy(source.config)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(source.path, config=config, dtype=kind, trust_remote_code=False)
     return loaded.to(place).eval()
 
 

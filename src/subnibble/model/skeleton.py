@@ -62,7 +62,9 @@ class Skeleton:
             raise
         # A config that is well-formed but impossible fails wherever the modules first notice.
         except Exception as error:
-            raise CheckpointError(f"{source.path}: no model can be built of its config ({error})") from error
+            raise CheckpointError(
+                f"{source.path}: no model can be built of its config ({type(error).__name__}: {error})"
+            ) from error
         for module in self.model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(device))
