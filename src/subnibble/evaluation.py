@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from subnibble.cache_scheme import CacheScheme, PrefixIds
@@ -60,6 +61,9 @@ class Evaluation:
         check_positions(self.window, source.config, 0 if prefix is None else len(prefix.ids))
         windows = evaluation_windows(self.text, tokenizer, self.window, self.max_windows)
         check_vocabulary(windows, source.config.vocab_size, self.text)
+        bos = bos_token(tokenizer)
+        if bos is not None:
+            check_vocabulary(torch.tensor([bos]), source.config.vocab_size, "the tokenizer's BOS token")
         return windows
 
 

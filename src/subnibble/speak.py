@@ -11,6 +11,7 @@ from subnibble.calibrate.tokens import check_vocabulary, prompt_ids
 from subnibble.chat_template import question
 from subnibble.errors import BadRecipe
 from subnibble.hf.attention import attached_cache
+from subnibble.model.transformers_api.generation import continued
 from subnibble.prompt import default_turn, is_system_turn
 
 
@@ -44,7 +45,7 @@ def speak(model: Any, tokenizer: Any, prompt: str, tokens: int, temperature: flo
         settings["repetition_penalty"] = 1.0
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        output = model.generate(inputs, attention_mask=torch.ones_like(inputs), **settings)
+        output = continued(model, inputs, settings)
     return str(tokenizer.decode(output[0, given:], skip_special_tokens=True))
 
 

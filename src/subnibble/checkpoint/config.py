@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from subnibble.errors import CheckpointError, UnsupportedModel
+from subnibble.model.transformers_api.configs import NOT_OF_THE_MODEL, build_config, is_known_type
+from subnibble.model.transformers_api.names import release
 from subnibble.text_file import read_json_file, read_plain_json_file
 
 CONFIG = "config.json"
@@ -17,12 +19,6 @@ GENERATION_CONFIG = "generation_config.json"
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 # Means that the weights' own types hold.
 _AS_STORED = "auto"
-
-# Switches of a run, and code that is never loaded: no part of the model, and none is passed on to the packed one.
-_NOT_OF_THE_MODEL = (
-    "attn_implementation", "_attn_implementation", "auto_map", "output_attentions", "output_hidden_states",
-    "return_dict", "use_cache",
-)  # fmt: skip
 # Entries of rope_parameters that divide or are divided by.
 _POSITIVE_ROPE = ("rope_theta", "factor", "original_max_position_embeddings", "partial_rotary_factor")
 # Sizes that must be positive, and bounds that no model comes near: building one of such a size would fill the memory.
@@ -46,27 +42,20 @@ def read_config(folder: Path) -> Any:
     if (folder / GENERATION_CONFIG).is_file():
         # transformers passes over one that it cannot read, and generation would end elsewhere.
         read_plain_json_file(folder / GENERATION_CONFIG)
-    kept = {key: value for key, value in values.items() if key not in _NOT_OF_THE_MODEL}
+    kept = {key: value for key, value in values.items() if key not in NOT_OF_THE_MODEL}
     return _build({**kept, **_dtypes(values, file)}, file, "auto_map" in values)
 
 
 def _build(values: dict[str, Any], file: Path, has_code: bool) -> Any:
     """has_code: whether the folder has a model class of its own, for an error."""
-    from transformers import CONFIG_MAPPING
-    from transformers import __version__ as release
-
-    if values["model_type"] == "mistral" and values.get("layer_types"):
-        # As transformers has it: attention that differs between layers.
-        values = {**values, "model_type": "ministral"}
     kind = values["model_type"]
-    if kind not in CONFIG_MAPPING:
+    if not is_known_type(kind):
         own = ", and code that comes with a model is never run" if has_code else ""
         raise UnsupportedModel(
-            f"{file}: transformers {release} knows no model_type {kind!r}{own}; give another model, or a newer "
-            "transformers"
+            f"{file}: {release()} knows no model_type {kind!r}{own}; give another model, or a newer transformers"
         )
     try:
-        config = CONFIG_MAPPING[kind].from_dict(values, name_or_path=str(file.parent))
+        config = build_config(values, file.parent)
     # Each of its classes checks in its own way.
     except Exception as error:
         said = " ".join(str(error).split())
@@ -110,7 +99,7 @@ def _check_rope(parameters: dict[str, Any], file: Path) -> None:
         elif key in ("rope_type", "type"):
             if not isinstance(value, str):
                 raise CheckpointError(f"{where}; write the name of a type there, for example default")
-        elif isinstance(value, str) or (key in _POSITIVE_ROPE and not isinstance(value, float | int)):
+        elif isinstance(value, str) or (key == "rope_theta" and value is None):
             raise CheckpointError(f"{where}; write a number there")
         elif isinstance(value, float | int) and not (math.isfinite(value) and (key not in _POSITIVE_ROPE or value > 0)):
             raise CheckpointError(f"{where}; write the number there that the model was trained with")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from subnibble.model.transformers_api.names import CACHE_NAMES, unknown
@@ -28,6 +29,15 @@ def read_generation_config_(model: Any, folder: Path) -> None:
 
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
+
+
+def continued(model: Any, ids: Tensor, settings: dict[str, Any]) -> Tensor:
+    """Ids (b, t) and what `generate` puts behind them: the model is fed ids alone, whatever a tokenizer gave beside.
+
+    settings: of `generate`.
+    """
+    found: Tensor = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
+    return found
 
 
 def set_generation_cache_(model: Any, accept: Callable[[Any], Any], check: Callable[[Any], None]) -> None:
