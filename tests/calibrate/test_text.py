@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import sys
 import time
 import zipfile
@@ -62,6 +63,63 @@ def test_bad_jsonl_line_is_named_by_file_and_number(tmp_path: Path, line: str) -
     name = written(tmp_path, "a.jsonl", '{"text": "good"}\n\n' + line + '\n{"text": "good"}\n')
     with pytest.raises(CalibrationError, match=r"a\.jsonl, line 3: "):
         read_text(name, "calibration")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("name", ["a.txt", "a", "a.TXT", "a.jsonl", "a.JSONL", "a.ndjson", "a.json"])
+def test_a_byte_order_mark_changes_nothing(encoding: str, name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    plain = "json" not in name.lower() and "nd" not in name
+    path.write_bytes(("Grüße" if plain else '{"text": "Grüße"}\n').encode(encoding))
+    assert read_text(str(path), "calibration") == "Grüße"
+
+
+def test_marks_of_files_that_were_put_one_after_another_are_no_text(tmp_path: Path) -> None:
+    name = written(tmp_path, "a.jsonl", '\ufeff{"text": "one"}\n\ufeff{"text": "two"}\n\ufeff\n')
+    assert read_text(name, "test") == "one\n\ntwo"
+
+
+@pytest.mark.parametrize(
+    "content",
+    ['[{"text": "one"},\n {"text": "two"}]', '{"text": "one"}\n{"text": "two"}\n', '{"text": "one\\n\\ntwo"}'],
+)
+def test_a_json_file_is_a_list_of_texts_or_lines_or_one_text(content: str, tmp_path: Path) -> None:
+    for name in ("a.json", "a.JSON"):
+        assert read_text(written(tmp_path, name, content), "test") == "one\n\ntwo"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.json", '["one"]', r'a\.json, item 1: expected an object with "text", found str'),
+        ("a.json", '[{"text": "a"}, {"content": "b", "id": 3}]', r"item 2: .*found the keys content, id"),
+        ("a.json", '[{"text": "a"}', r"a\.json, line 1: expected an object"),
+        ("a.jsonl", "[" * 100_000, r"a\.jsonl, line 1: expected an object"),
+        ("a.jsonl", '{"text": ' + "9" * 5000 + "}", r"a\.jsonl, line 1: expected an object"),
+        ("a.csv", "text\none\n", r"a\.csv is a table, no text; write its texts as JSON lines"),
+        ("a.TSV", "text\none\n", r"a\.TSV is a table, no text"),
+    ],
+)
+def test_other_shapes_of_text_say_what_is_expected(name: str, content: str, said: str, tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError, match=said):
+        read_text(written(tmp_path, name, content), "test")
+
+
+def test_an_emoji_cut_in_half_is_refused_by_line_and_a_whole_one_read(tmp_path: Path) -> None:
+    whole, half = '{"text": "a \\ud83d\\ude00"}', '{"text": "a \\ud83d"}'
+    assert read_text(written(tmp_path, "a.jsonl", whole), "test") == "a \U0001f600"
+    with pytest.raises(
+        CalibrationError, match=r"a\.jsonl, line 2, text: character 3 is \\ud83d, half of a surrogate pair"
+    ):
+        read_text(written(tmp_path, "a.jsonl", f"{whole}\n{half}\n"), "test")
+
+
+def test_what_is_no_file_is_named_as_what_it_is(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(CalibrationError, match=r"no such text file \(that is a pipe or device; write it to a file\)"):
+        read_text(str(tmp_path / "pipe"), "test")
+    with pytest.raises(CalibrationError, match=r"no such text file \(that is a folder\)"):
+        read_text(str(tmp_path), "test")
 
 
 def test_file_that_is_not_utf8_says_where(tmp_path: Path) -> None:

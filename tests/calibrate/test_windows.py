@@ -118,6 +118,16 @@ def test_two_dimensional_tokens_are_windows_cut_to_length(tmp_path: Path) -> Non
         drawn(path, 7, 10)
 
 
+@pytest.mark.parametrize("suffix", [".npy", ".safetensors"])
+def test_a_token_file_is_known_by_its_suffix_in_any_case(suffix: str, counted: Path, tmp_path: Path) -> None:
+    path = tmp_path / f"tokens{suffix.upper()}"
+    if suffix == ".npy":
+        path.write_bytes(counted.read_bytes())
+    else:
+        save_file({"ids": torch.arange(203)}, path)
+    assert torch.equal(drawn(path, 20, 10), drawn(counted, 20, 10))
+
+
 @pytest.mark.parametrize("dtype", ["int64", "int32", "uint16", "uint8", ">i4"])
 def test_every_whole_number_type_of_npy_gives_the_same_windows(tmp_path: Path, dtype: str) -> None:
     path = tmp_path / "tokens.npy"
