@@ -254,7 +254,7 @@ def _check_writable(recipe: Recipe) -> None:
             raise BadRecipe(
                 f"{key} is {value!r}, which no recipe file can hold ({error}); give text or numbers"
             ) from error
-        check_characters(text, key, BadRecipe)
+        check_characters(value if isinstance(value, str) else text, key, BadRecipe)
 
 
 def _check_zero_point(recipe: Recipe) -> None:

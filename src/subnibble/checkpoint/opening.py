@@ -6,7 +6,7 @@ from pathlib import Path
 
 from subnibble.checkpoint.gguf_source import GgufSource
 from subnibble.checkpoint.safetensors_source import SafetensorsSource
-from subnibble.checkpoint.side_files import SIDE_FILES
+from subnibble.checkpoint.side_files import SIDE_FILES, TEMPLATE_FOLDER
 from subnibble.checkpoint.source import Source
 from subnibble.errors import CheckpointError
 from subnibble.paths import expanded
@@ -35,9 +35,8 @@ def download(repo_id: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     patterns = ["*.safetensors", "*.json", "*.txt", *(name for name in SIDE_FILES if not name.endswith(".json"))]
-    # The same weights once more, in their makers' own layouts or in another type, and adapters, which are not read; of
-    # the folders, additional_chat_templates alone stays.
-    others = ["consolidated*", "model.*.safetensors", "adapter_model*", "[!a]*/*", "a[!d]*/*", "ad[!d]*/*"]
+    # The same weights once more, in their makers' own layouts or in another type, and adapters, which are not read.
+    others = ["consolidated*", "model.*.safetensors", "adapter_model*", *_folders_but(TEMPLATE_FOLDER)]
     try:
         return Path(snapshot_download(repo_id, allow_patterns=patterns, ignore_patterns=others))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
@@ -45,3 +44,10 @@ def download(repo_id: str) -> Path:
             f"{repo_id}: no such folder here, and the hub did not give it ({type(error).__name__}); "
             "check the name and the connection, or pass a local folder or a .gguf file"
         ) from error
+
+
+def _folders_but(kept: str) -> list[str]:
+    """Patterns of files in any folder but `kept`: they have no other way to leave one out."""
+    begun = (kept[:end] for end in range(len(kept)))
+    differing = [f"{start}[!{following}]*/*" for start, following in zip(begun, kept, strict=True)]
+    return [*differing, *(f"{kept[:end]}/*" for end in range(1, len(kept))), f"{kept}?*/*"]

@@ -6,11 +6,13 @@ from pathlib import Path
 
 from subnibble.errors import CheckpointError
 
+# Of chat templates beside the default one.
+TEMPLATE_FOLDER = "additional_chat_templates"
 # As transformers and the makers of models name them. Code is not among them.
 SIDE_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", "vocab.txt", "*.model", "*.spm", "*.tiktoken", "tekken.json", "chat_template.jinja",
-    "chat_template.json", "additional_chat_templates/*.jinja", "processor_config.json", "preprocessor_config.json",
+    "chat_template.json", f"{TEMPLATE_FOLDER}/*.jinja", "processor_config.json", "preprocessor_config.json",
     "generation_config.json",
 )  # fmt: skip
 

@@ -10,11 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+from subnibble.checkpoint.side_files import TEMPLATE_FOLDER
 from subnibble.errors import CheckpointError, MissingExtra
 from subnibble.text_file import check_plain_utf8, read_plain_json_file
 
 _JSON_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
-_TEXT_FILES = ("merges.txt", "vocab.txt", "chat_template.jinja", "additional_chat_templates/*.jinja")
+_TEXT_FILES = ("merges.txt", "vocab.txt", "chat_template.jinja", f"{TEMPLATE_FOLDER}/*.jinja")
 # Of vocabularies that are no JSON, and what reads them.
 _VOCABULARIES = ("*.model", "*.spm", "*.tiktoken", "tekken.json")
 _SENTENCEPIECE, _TIKTOKEN, _MISTRAL = ("sentencepiece", "protobuf"), ("tiktoken",), ("mistral-common",)
