@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
+from subnibble.checkpoint.entries import linear_state
 from subnibble.runtime import activations, ops
 from subnibble.runtime.ops import LinearTerms
 from subnibble.scheme import ActivationScheme, Scheme
 from subnibble.tensor import CodedMatrix, PackedRange, PackedTensor, float_scales, stored_scales
-from subnibble.tuning.student import Entrance, LearnedMatrix, StudentLinear
+from subnibble.tuning.distillation import SPACES
+from subnibble.tuning.student import Entrance, StudentLinear
 
 ROWS, COLUMNS, TOKENS = 6, 40, 7
 SCHEMES = {
@@ -59,7 +64,7 @@ def two_ranges() -> PackedTensor:
     return PackedTensor(parts)
 
 
-def student(terms: LinearTerms, learned: bool = True) -> StudentLinear:
+def student(terms: LinearTerms, learned: Collection[str] = SPACES) -> StudentLinear:
     return StudentLinear(terms, Entrance(terms, learned, torch.float32), learned)
 
 
@@ -69,6 +74,39 @@ def rank_terms(residual: str) -> LinearTerms:
         activation=INPUTS["integer"],
         salient=packed(ROWS, 16, SCHEMES["integer"], 2),
         residual=residual,
+    )
+
+
+def moved(linear: StudentLinear) -> StudentLinear:
+    """With all that is learned somewhere else."""
+    with torch.no_grad():
+        for i, parameter in enumerate((*linear.matrices.parameters(), *linear.entrance.parameters())):
+            if parameter.requires_grad:
+                parameter.copy_(0.2 * drawn(*parameter.shape, seed=i))
+    linear.bound_()
+    linear.entrance.bound_()
+    linear.entrance.forget()
+    return linear
+
+
+def is_learned(key: str, part: Tensor) -> bool:
+    """Whether that is learned which is stored for a linear under this name."""
+    return part.is_floating_point() and key.rpartition(".")[2].partition("_")[0] in ("scales", "zeros", "column")
+
+
+def stored_terms(terms: LinearTerms, linear: StudentLinear) -> LinearTerms:
+    """The terms with what a linear learned, as a checkpoint holds it."""
+    state, found = linear_state(terms) | dict(linear.stored()), {}
+    for prefix, matrix in terms.matrices.items():
+        own = {key.removeprefix(prefix): part for key, part in state.items() if key.startswith(prefix)}
+        found[prefix] = PackedTensor.from_state(own, matrix.layout)
+    return replace(
+        terms,
+        weight=found[""],
+        column_scale=state.get("column_scale"),
+        activation=linear.entrance.scheme,
+        salient=found.get("salient."),
+        low_rank=(found["down."], found["up."]) if terms.low_rank else None,
     )
 
 
@@ -93,10 +131,15 @@ TERMS = {
     "everything before": LinearTerms(
         packed(ROWS, COLUMNS, SCHEMES["sign"]),
         bias=drawn(ROWS, seed=5),
-        column_scale=1 + drawn(COLUMNS, seed=6).half().float() / 8,
+        column_scale=(1 + drawn(COLUMNS, seed=6) / 8).half(),
         gather=torch.randperm(COLUMNS, generator=torch.Generator().manual_seed(7)).to(torch.int16),
         blocks=(32, 8),
         activation=INPUTS["integer"],
+    ),
+    "scaled": LinearTerms(
+        packed(ROWS, COLUMNS, SCHEMES["real"]),
+        column_scale=(1 + drawn(COLUMNS, seed=6) / 8).half(),
+        activation=INPUTS["symmetric"],
     ),
     "outliers": LinearTerms(two_ranges(), activation=ActivationScheme(3, 16, "none", clip=0.9, outliers=8)),
 }  # fmt: skip
@@ -113,54 +156,111 @@ def test_it_gives_what_the_running_linear_gives(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", TERMS)
-def test_untouched_scales_are_stored_as_they_were(name: str) -> None:
+def test_what_was_not_touched_is_stored_as_it_was(name: str) -> None:
     found = student(TERMS[name]).stored()
 
-    held = {f"{prefix}{key}": part for prefix, m in TERMS[name].matrices.items() for key, part in m.state().items()}
-    wanted = {key: part for key, part in held.items() if ".scales" in f".{key}" and part.dtype != torch.uint8}
+    wanted = {key: part for key, part in linear_state(TERMS[name]).items() if is_learned(key, part)}
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[key], wanted[key]) and found[key].dtype == wanted[key].dtype for key in wanted)
 
 
 @pytest.mark.parametrize("name", [name for name in TERMS if "mxfp4 on" not in name])
-def test_learned_scales_run_as_they_are_stored(name: str) -> None:
-    linear = student(TERMS[name])
-    with torch.no_grad():
-        for i, share in enumerate(linear.matrices.parameters()):
-            share.copy_(0.2 * drawn(*share.shape, seed=i))
-    stored, x = linear.stored(), drawn(3, COLUMNS, seed=9)
-    changed = {}
-    for prefix, matrix in TERMS[name].matrices.items():
-        own = {key.removeprefix(prefix): part for key, part in stored.items() if key.startswith(prefix or "scales")}
-        changed[prefix] = PackedTensor.from_state(matrix.state() | own, matrix.layout)
-    terms = TERMS[name]
-    named = {"weight": changed[""]} | ({"salient": changed["salient."]} if terms.salient else {})
-    named |= {"low_rank": (changed["down."], changed["up."])} if terms.low_rank else {}
+def test_what_is_learned_runs_as_it_is_stored(name: str) -> None:
+    terms, x = TERMS[name], drawn(3, COLUMNS, seed=9)
+    linear = moved(student(terms))
 
-    wanted = ops.linear(x, LinearTerms(**{**terms.__dict__, **named}))
+    changed = stored_terms(terms, linear)
 
-    found = linear(x).detach()
-
+    # Bit for bit: what meets an input first, and every matrix.
+    parts = zip(changed.matrices.values(), linear._learned_matrices.values(), strict=True)
+    assert all(torch.equal(matrix.dequantize(), part.dense()) for matrix, part in parts)
+    assert torch.equal(ops.enter(x, changed), linear.entrance(x)[0])
     # float16 keeps three digits; a branch's inner codes may flip by one.
+    wanted, found = ops.linear(x, changed), linear(x).detach()
     assert float((found - wanted).norm() / wanted.norm()) < 5e-3
     assert float((ops.linear(x, terms) - wanted).norm() / wanted.norm()) > 0.02
 
 
-@pytest.mark.parametrize("name", [name for name in SCHEMES if name != "mxfp4"])
-def test_gradients_are_those_of_the_dense_product(name: str) -> None:
-    matrix, x = LearnedMatrix(packed(ROWS, COLUMNS, SCHEMES[name]), True), drawn(TOKENS, COLUMNS).requires_grad_(True)
-    with torch.no_grad():
-        for share in matrix.shares:
-            share.copy_(0.3 * drawn(*share.shape, seed=2))
-    upstream = drawn(TOKENS, ROWS, seed=3)
+@pytest.mark.parametrize("space", ["scales", "zero_points", "column_scales", "clips"])
+@pytest.mark.parametrize("name", ["real on integer", "scaled", "salient on exact"])
+def test_one_setting_lets_its_own_move_and_nothing_else(name: str, space: str) -> None:
+    linear, terms = student(TERMS[name], [space]), TERMS[name]
 
-    plain = x @ matrix.dense(tuple(matrix.shares)).T
-    wanted = torch.autograd.grad(plain, [x, *matrix.shares], upstream)
-    found = torch.autograd.grad(matrix(x), [x, *matrix.shares], upstream)
+    ends = {"scales": ".scales", "zero_points": ".zeros", "column_scales": ".column_scale", "clips": ".clip"}
+    found = linear.learned("l") | linear.entrance.learned("l")
+    assert all(one.name.endswith(ends[space]) for own in found.values() for one in own)
+    assert {key: len(own) for key, own in found.items() if own} == {
+        "scales": {"scales": len(terms.matrices)},
+        "zero_points": {"zero_points": 1},
+        "column_scales": {"column_scales": 1} if terms.column_scale is not None else {},
+        "clips": {"clips": 1} if terms.activation is not None else {},
+    }[space]
+    assert all(f".{key}".endswith(ends[space]) for key in linear.stored())
 
-    for one, other in zip(found, wanted, strict=True):
-        # Autograd carries a gradient back through the rounding to float16 in float16.
-        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5 * float(other.abs().amax()))
+
+@pytest.mark.parametrize("activation", INPUTS)
+def test_gradients_of_column_scales_are_those_of_the_inputs_that_they_multiply(activation: str) -> None:
+    # Of y = f(x c (1 + δ)): (1 + δ_j) dL/dδ_j = Σ_t x_tj dL/dx_tj.
+    terms = replace(TERMS["scaled"], activation=INPUTS[activation], column_scale=1 + drawn(COLUMNS, seed=6) / 8)
+    linear, x = moved(student(terms)), drawn(TOKENS, COLUMNS, seed=4).requires_grad_(True)
+    columns = linear.entrance.columns
+    assert columns is not None
+
+    to_x, found = torch.autograd.grad(linear(x), [x, columns], drawn(TOKENS, ROWS, seed=5))
+
+    wanted = (x.detach() * to_x).sum(0) / (1 + columns.detach())
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().amax()))
+
+
+def test_gradients_of_column_scales_are_finite_differences() -> None:
+    terms = replace(TERMS["scaled"], activation=None, column_scale=1 + drawn(COLUMNS, seed=6) / 8)
+    linear, x, upstream = student(terms), drawn(TOKENS, COLUMNS, seed=4), drawn(TOKENS, ROWS, seed=5)
+    columns, scales = linear.entrance.columns, terms.column_scale
+    assert columns is not None
+    assert scales is not None
+
+    (found,) = torch.autograd.grad(linear(x), [columns], upstream)
+
+    def loss(step: Tensor) -> Tensor:
+        return (ops.linear(x, replace(terms, column_scale=scales * (1 + step))).double() * upstream).sum()
+
+    # The product is linear in them: a difference is exact however large its step.
+    steps = torch.eye(COLUMNS) / 2
+    wanted = torch.stack([loss(step) - loss(-step) for step in steps]).float()
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().amax()))
+
+
+def test_readers_of_one_entrance_store_the_column_scales_that_they_share() -> None:
+    terms = TERMS["scaled"]
+    entrance = Entrance(terms, SPACES, torch.float32)
+    readers, x = [StudentLinear(terms, entrance, SPACES) for _ in range(2)], drawn(TOKENS, COLUMNS)
+    columns = entrance.columns
+    assert columns is not None
+
+    alone = torch.autograd.grad(readers[0](x).sum(), [columns])[0]
+    entrance.forget()
+    together = torch.autograd.grad(sum(reader(x).sum() for reader in readers), [columns])[0]
+    moved(readers[0])
+
+    torch.testing.assert_close(together, 2 * alone)
+    stored = [reader.stored()["column_scale"] for reader in readers]
+    assert torch.equal(stored[0], stored[1])
+    assert stored[0].data_ptr() != stored[1].data_ptr()
+
+
+def test_factors_keep_their_signs_and_stay_finite() -> None:
+    terms = replace(TERMS["scaled"], column_scale=torch.tensor([-1.0, 40000.0, 1e-3, 1.0] * 10).half())
+    linear = student(terms)
+    for far in (-5.0, 5.0):
+        with torch.no_grad():
+            for parameter in (*linear.parameters(), *linear.entrance.parameters()):
+                parameter.fill_(far)
+        linear.bound_()
+        linear.entrance.bound_()
+        stored = linear.stored()
+        assert all(bool(part.isfinite().all()) for part in stored.values())
+        assert torch.equal(stored["column_scale"].sign(), torch.tensor([-1.0, 1, 1, 1] * 10).half())
+        assert bool((stored["scales"] > 0).all())
 
 
 def test_scales_that_are_powers_of_two_stay() -> None:
@@ -176,7 +276,7 @@ def test_an_inputs_gradient_stops_where_it_was_clipped(name: str) -> None:
     assert scheme is not None
     terms = LinearTerms(packed(ROWS, COLUMNS, SCHEMES["integer"]), activation=scheme)
     x = drawn(TOKENS, COLUMNS, seed=4).requires_grad_(True)
-    entrance = Entrance(terms, True, torch.float32)
+    entrance = Entrance(terms, SPACES, torch.float32)
     upstream = drawn(TOKENS, COLUMNS, seed=5)
 
     _, seen = entrance(x)
@@ -209,7 +309,7 @@ def test_an_inputs_gradient_stops_where_it_was_clipped(name: str) -> None:
 
 def test_outliers_gradients_pass_and_move_no_clip() -> None:
     scheme = ActivationScheme(3, 16, "none", clip=0.7, outliers=8)
-    entrance = Entrance(LinearTerms(two_ranges(), activation=scheme), True, torch.float32)
+    entrance = Entrance(LinearTerms(two_ranges(), activation=scheme), SPACES, torch.float32)
     x = drawn(TOKENS, COLUMNS, seed=4).requires_grad_(True)
     upstream = torch.zeros(TOKENS, COLUMNS)
     upstream[:, -8:] = 1
@@ -250,8 +350,8 @@ def test_a_site_is_quantized_once_for_all_its_readers(monkeypatch: pytest.Monkey
     calls, usual = [], activations.quantize
     monkeypatch.setattr(activations, "quantize", lambda *args: calls.append(1) or usual(*args))
     terms = TERMS["symmetric on symmetric"]
-    entrance = Entrance(terms, True, torch.float32)
-    readers, x = [StudentLinear(terms, entrance, True) for _ in range(3)], drawn(TOKENS, COLUMNS)
+    entrance = Entrance(terms, SPACES, torch.float32)
+    readers, x = [StudentLinear(terms, entrance, SPACES) for _ in range(3)], drawn(TOKENS, COLUMNS)
 
     outputs = [reader(x) for reader in readers]
     entrance.forget()

@@ -54,6 +54,9 @@ DISTILL_CHOICES = {
     "tokens": "calibration tokens of a step",
     "rate": "largest step, as a share of what is changed",
     "scales": "true, false: scales of weights are learned",
+    "zero_points": "true, false: real zero-points are",
+    "column_scales": "true, false: column scales that linears store are",
     "norms": "true, false: gains of norms are",
+    "norm_biases": "true, false: biases that norms got against mean shift are",
     "clips": "true, false: clips of quantized inputs are",
 }

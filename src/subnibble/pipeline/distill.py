@@ -2,11 +2,11 @@
 
     L = mean over tokens KL(p || q),   p, q: the next token's probabilities, of the original and of the packed model
 
-Learned are what costs no bits: scales of weights, gains of norms, clips of inputs (`tuning/student.py`,
-`tuning/input_clip.py`). Blocks that were quantized one by one each answer for their own output; here they answer
-together for what the model says. The step is EfficientQAT's end-to-end one (arXiv 2407.11062, section 3.3), the
-original in the place of the text as teacher. The packed model runs as it will: inputs quantized, keys and values
-through the cache's codes, behind the prompt.
+Learned are what costs no bits: scales and real zero-points of weights, stored column scales, gains and biases of norms,
+clips of inputs (`tuning/learned_matrix.py`, `tuning/student.py`, `tuning/input_clip.py`). Blocks that were quantized
+one by one each answer for their own output; here they answer together for what the model says. The step is
+EfficientQAT's end-to-end one (arXiv 2407.11062, section 3.3), the original in the place of the text as teacher. The
+packed model runs as it will: inputs quantized, keys and values through the cache's codes, behind the prompt.
 
 AdamW, warmed up, a cosine; steps are shares of the numbers they change, so that one rate fits all. Some windows are
 held out and looked at now and then: where the loss on them is no less than before, or where it or a gradient is not
@@ -27,10 +27,11 @@ from torch import Tensor, nn
 from subnibble.checkpoint.packed import PackedConfig
 from subnibble.checkpoint.safetensors_source import SafetensorsSource
 from subnibble.checkpoint.source import Source
-from subnibble.errors import NumericalFailure
+from subnibble.errors import NumericalFailure, SilentFailure
 from subnibble.progress import Progress
 from subnibble.report import DistillReport
 from subnibble.tuning.distillation import Distillation
+from subnibble.tuning.learned_matrix import Learned
 from subnibble.tuning.whole_model import Student, Teacher
 
 _WARM_UP, _LAST_RATE, _BETAS = 0.1, 0.05, (0.9, 0.95)
@@ -164,8 +165,9 @@ class _Training:
         loss = _divergence(self.teacher.log_shares(ids), self.student.logits(ids))
         loss.backward()
         self.student.forget()
+        _check_reached(self.student.spaces)
         norms = [
-            torch.nn.utils.clip_grad_norm_([parameter for parameter, _ in space], _LARGEST_GRADIENT)
+            torch.nn.utils.clip_grad_norm_([one.parameter for one in space], _LARGEST_GRADIENT)
             for space in self.student.spaces.values()
             if space
         ]
@@ -176,9 +178,9 @@ class _Training:
         return float(loss.detach())
 
     def _optimizer(self) -> torch.optim.Optimizer:
-        # A norm's gains take steps of their own size.
+        # What is no share takes steps of its own size.
         groups = [
-            {"params": [parameter], "unit": unit} for space in self.student.spaces.values() for parameter, unit in space
+            {"params": [one.parameter], "unit": one.unit} for space in self.student.spaces.values() for one in space
         ]
         return torch.optim.AdamW(groups, lr=0.0, betas=_BETAS, weight_decay=0.0)
 
@@ -196,6 +198,16 @@ class _Training:
         with torch.no_grad():
             for parameter, kept in zip(self.student.parameters(), self._state, strict=True):
                 parameter.copy_(kept)
+
+
+def _check_reached(spaces: Mapping[str, list[Learned]]) -> None:
+    """Raise `SilentFailure` if a gradient did not reach something that is to be learned: the model never called it."""
+    lost = [one.name for space in spaces.values() for one in space if one.parameter.grad is None]
+    if lost:
+        raise SilentFailure(
+            f"{lost[0]} is to be learned and no gradient reaches it ({len(lost)} in all): the model was run without "
+            "it. This is a fault of subnibble's; please report it, with the releases of torch and transformers"
+        )
 
 
 def _divergence(wanted: Tensor, logits: Tensor) -> Tensor:

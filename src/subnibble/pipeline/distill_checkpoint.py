@@ -7,8 +7,10 @@ from pathlib import Path
 
 from subnibble.calibrate.windows import calibration_windows, check_positions
 from subnibble.checkpoint.edit import change_checkpoint, check_space, open_packed, read_report
+from subnibble.checkpoint.entries import NormBiasEntry
 from subnibble.checkpoint.opening import open_source
 from subnibble.checkpoint.original import check_original
+from subnibble.checkpoint.packed import PackedConfig
 from subnibble.checkpoint.source import Source
 from subnibble.device import resolve_device, resolve_dtype
 from subnibble.errors import BadRecipe
@@ -18,6 +20,7 @@ from subnibble.pipeline.plan import check_plain
 from subnibble.progress import Progress, silent
 from subnibble.recipe import Recipe
 from subnibble.report import DistillReport
+from subnibble.tuning.distillation import learnable
 
 
 def distill_checkpoint(
@@ -36,8 +39,7 @@ def distill_checkpoint(
     source = open_source(original)
     check_plain(source)
     check_original(source, packed)
-    coded = [scheme for entry in config.linears for part in entry.matrices.values() for _, scheme in part.ranges]
-    settings.check_learns(coded, [entry.activation for entry in config.linears], packed.path.name)
+    settings.check_learns(_learnable(config), packed.path.name)
     check_space(packed)
     device = resolve_device(recipe.device)
     dtype = resolve_dtype(recipe.dtype, source.config.dtype, device)
@@ -55,3 +57,14 @@ def distill_checkpoint(
     }  # fmt: skip
     change_checkpoint(packed, found.config, found.tensors, {"distilled_later": [*earlier, done]})
     return found.report
+
+
+def _learnable(config: PackedConfig) -> frozenset[str]:
+    """What of a checkpoint can be learned; see `learnable`."""
+    linears = config.linears
+    return learnable(
+        [scheme for entry in linears for part in entry.matrices.values() for _, scheme in part.ranges],
+        [entry.activation for entry in linears],
+        column_scales=any(entry.column_scale for entry in linears),
+        norm_biases=any(isinstance(entry, NormBiasEntry) for entry in config.modules.values()),
+    )

@@ -15,8 +15,10 @@ from subnibble.model.site import Arch, Heads
 from subnibble.model.skeleton import Block, Skeleton
 from subnibble.recipe import PLAIN_ACTIVATIONS, Recipe
 from subnibble.scheme import ActivationScheme, Scheme
+from subnibble.transforms.absorb import has_source
 from subnibble.transforms.rotate import Rotation, can_rotate, make_rotation
 from subnibble.tuning.clipping import check_scheme
+from subnibble.tuning.distillation import learnable
 from subnibble.tuning.input_clip import check_inputs
 
 
@@ -65,8 +67,23 @@ def make_plan(recipe: Recipe, steps: Steps, skeleton: Skeleton) -> Plan:
     if recipe.distillation is not None:
         coded = [scheme for scheme in schemes.values() if scheme is not None]
         coded += [added for scheme in coded for added in steps.correction.schemes(scheme)]
-        recipe.distillation.check_learns(coded, planned.values(), "the model")
+        columns = any(stores_column_scales(steps, schemes, skeleton, path) for path in schemes)
+        there = learnable(coded, planned.values(), columns, norm_biases=steps.mean_shift is not None)
+        recipe.distillation.check_learns(there, "the model")
     return Plan(schemes, planned, cache=plan_cache(recipe, steps, skeleton))
+
+
+def stores_column_scales(steps: Steps, schemes: Mapping[str, Scheme | None], skeleton: Skeleton, path: str) -> bool:
+    """Whether the linear at `path` stores its own column scales: it is rounded with some that no writer can take.
+
+    Leaves out those that are too large to be absorbed, or whose writers have bare exponents as scales.
+    """
+    scheme, site = schemes[path], skeleton.site_of(path)
+    if scheme is None or not steps.rounder_of(site.name).scales_columns:
+        return False
+    block = next(path.removesuffix(name) for name in site.readers if path.endswith(f".{name}"))
+    together = {schemes[f"{block}{name}"] for name in site.readers} == {scheme}
+    return not (together and has_source(site, Heads.of(skeleton.config)))
 
 
 def _check_roles(steps: Steps, arch: Arch) -> None:

@@ -10,13 +10,11 @@ from subnibble.cache_scheme import PrefixIds
 from subnibble.checkpoint.entries import PackedLinearEntry, gather_type
 from subnibble.checkpoint.size import cache_bytes
 from subnibble.methods.method import Steps
-from subnibble.model.site import Heads
 from subnibble.model.skeleton import Skeleton
-from subnibble.pipeline.plan import Plan
+from subnibble.pipeline.plan import Plan, stores_column_scales
 from subnibble.recipe import Recipe
 from subnibble.scheme import ActivationScheme, Scheme
 from subnibble.tensor import PackedLayout
-from subnibble.transforms.absorb import has_source
 from subnibble.transforms.rotate import block_widths
 
 # Of float16, in which norm biases and column scales are stored.
@@ -102,7 +100,6 @@ def _entry(
 
 def _extra_bits(steps: Steps, schemes: Mapping[str, Scheme | None], skeleton: Skeleton) -> dict[str, int]:
     """Bits of each linear beyond a plain weight's; 0 where it is not quantized."""
-    heads = Heads.of(skeleton.config)
     found = {}
     for path, (rows, columns) in skeleton.linear_shapes().items():
         scheme, bits = schemes[path], 0
@@ -112,9 +109,8 @@ def _extra_bits(steps: Steps, schemes: Mapping[str, Scheme | None], skeleton: Sk
             site = skeleton.site_of(path)
             if steps.saliency is not None and steps.saliency.gathers(site, site.name in steps.online):
                 bits += 8 * columns * gather_type(columns).itemsize
-            if steps.rounder_of(site.name).scales_columns:
-                together = {schemes[name] for name in _readers(skeleton, path)} == {scheme}
-                bits += 0 if together and has_source(site, heads) else _HALF_BITS * columns
+            if stores_column_scales(steps, schemes, skeleton, path):
+                bits += _HALF_BITS * columns
         found[path] = bits
     return found
 
@@ -131,10 +127,3 @@ def _norm_bias_bits(steps: Steps, schemes: Mapping[str, Scheme | None], skeleton
             norms += seen and site.norm is not None
             seen = seen or any(schemes[f"{block}.{name}"] is not None for name in site.readers)
     return norms * _HALF_BITS * int(skeleton.config.hidden_size)
-
-
-def _readers(skeleton: Skeleton, path: str) -> list[str]:
-    """Paths of the linears that read what the linear at `path` reads, with it."""
-    readers = skeleton.site_of(path).readers
-    block = next(path.removesuffix(name) for name in readers if path.endswith(f".{name}"))
-    return [f"{block}{name}" for name in readers]

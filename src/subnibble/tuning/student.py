@@ -1,160 +1,43 @@
-"""A packed linear as a differentiable function of its scales and of the clip of its input; codes stay as they are.
+"""A packed linear as a differentiable function of what is learned of it; codes stay as they are.
 
-Every grid is linear in its scales: with the whole numbers n_p of a code's planes (`runtime/integer.py`)
-
-    w = Σ_p s_p (1 + δ_p) (n_p - z_p)
-
-so that their gradients are exact; the scales that are multiplied are rounded as they will be stored, which gradients
-pass straight. Scales alone are learned of a weight, as in PEQA (arXiv 2305.14152) and in EfficientQAT's end-to-end step
-(arXiv 2407.11062, section 3.3). Clips: `input_clip.py`.
+Its matrices are `learned_matrix.py`'s. Before them an input meets the stored column scales c (1 + δ), rounded as they
+will be stored with the straight-through gradient, and its clip, `input_clip.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from subnibble.runtime import activations, ops
-from subnibble.runtime.integer import planes
 from subnibble.runtime.ops import LinearTerms
 from subnibble.runtime.straight_through import straight_through
-from subnibble.scheme import E8M0, ActivationScheme
-from subnibble.tensor import PackedRange, PackedTensor, range_key, scale_dtype
+from subnibble.scheme import ActivationScheme
 from subnibble.tuning.input_clip import bound_, can_clip, clipped, with_share
-
-# Nothing learned turns a scale around.
-_SMALLEST_SHARE = -0.9
-
-
-class LearnedMatrix(nn.Module):
-    """A packed matrix (m, k) with a factor 1 + δ for each of its scales. learned: whether they are."""
-
-    def __init__(self, packed: PackedTensor, learned: bool) -> None:
-        super().__init__()
-        self.parts = [_Part.of(part) for part in packed.ranges]
-        self.shares = nn.ParameterList()
-        for part in self.parts:
-            moves = learned and part.range.scheme.scale_type != E8M0
-            self.shares.append(nn.Parameter(torch.zeros_like(part.scales), requires_grad=moves))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`x wᵀ`, (t, k) to (t, m), in x's type."""
-        found: Tensor = _Product.apply(x, self, *self.shares)  # type: ignore[no-untyped-call]
-        return found
-
-    def dense(self, shares: tuple[Tensor, ...]) -> Tensor:
-        """The matrix (m, k) float32, with these δ."""
-        return torch.cat([part.dense(share) for part, share in zip(self.parts, shares, strict=True)], 1)
-
-    def stored(self) -> dict[str, Tensor]:
-        """Scales that were learned as they are stored, by their names in the matrix."""
-        return {
-            range_key("scales", i): part.stored(share.detach())
-            for i, (part, share) in enumerate(zip(self.parts, self.shares, strict=True))
-            if share.requires_grad
-        }
-
-
-@dataclass(frozen=True)
-class _Part:
-    """A range of columns. numbers: (planes, m, groups, width) whole, the last group filled up with zeros, of a small
-    type. zeros: (m, groups, 1), real zero-points of the first plane, or None. scales: (planes, m, groups).
-    """
-
-    range: PackedRange
-    numbers: Tensor
-    zeros: Tensor | None
-    scales: Tensor
-
-    @classmethod
-    def of(cls, part: PackedRange) -> _Part:
-        found = planes(part)
-        first, stop = part.scheme.group_bounds(part.columns)[0]
-        spare = -part.columns % (stop - first)
-        numbers = torch.stack([plane.numbers for plane in found])
-        small = torch.int8 if numbers.numel() == 0 or float(numbers.abs().amax()) < 2**7 else torch.int16
-        numbers = nn.functional.pad(numbers, (0, spare)).unflatten(2, (-1, stop - first)).to(small)
-        zeros = found[0].zeros
-        return cls(
-            part,
-            numbers,
-            None if zeros is None else zeros.unsqueeze(-1),
-            torch.stack([plane.scales for plane in found]),
-        )
-
-    def dense(self, share: Tensor) -> Tensor:
-        """(m, columns) float32."""
-        scales = self._scales(share).float().unsqueeze(-1)
-        found = sum(self._level(p) * scales[p] for p in range(scales.shape[0]))
-        assert isinstance(found, Tensor)
-        return found.flatten(1)[:, : self.range.columns]
-
-    def gradient(self, of_dense: Tensor) -> Tensor:
-        """Of δ, (planes, m, groups), where that of the dense matrix is (m, columns)."""
-        width = self.numbers.shape[3]
-        grouped = nn.functional.pad(of_dense, (0, -self.range.columns % width)).unflatten(1, (-1, width))
-        sums = [(grouped * self._level(p)).sum(-1) for p in range(self.scales.shape[0])]
-        return torch.stack(sums) * self.scales
-
-    def stored(self, share: Tensor) -> Tensor:
-        """Scales (m, groups * planes) in the scheme's type, a group's side by side."""
-        return self._scales(share).permute(1, 2, 0).flatten(1).contiguous()
-
-    def _scales(self, share: Tensor) -> Tensor:
-        """(planes, m, groups) in the scheme's type; powers of two, which nothing learned moves, as numbers."""
-        if self.range.scheme.scale_type == E8M0:
-            return self.scales
-        kind = scale_dtype(self.range.scheme)
-        return (self.scales * (1 + share)).clamp(max=torch.finfo(kind).max).to(kind)
-
-    def _level(self, plane: int) -> Tensor:
-        """What a plane's scale multiplies, (m, groups, width)."""
-        level = self.numbers[plane].float()
-        return level if self.zeros is None else level - self.zeros
-
-
-class _Product(torch.autograd.Function):
-    """Keeps its input alone: the dense matrix is made again on the way back."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, matrix: LearnedMatrix, *shares: Tensor) -> Tensor:
-        ctx.save_for_backward(x, *shares)
-        ctx.matrix = matrix
-        return x @ matrix.dense(shares).to(x.dtype).T
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,), (x, *shares) = grads, ctx.saved_tensors
-        matrix: LearnedMatrix = ctx.matrix
-        to_x = grad @ matrix.dense(tuple(shares)).to(grad.dtype) if ctx.needs_input_grad[0] else None
-        found: list[Tensor | None] = [None] * len(shares)
-        if any(ctx.needs_input_grad[2:]):
-            to_dense = (grad.T @ x).float()
-            start = 0
-            for i, part in enumerate(matrix.parts):
-                stop = start + part.range.columns
-                if ctx.needs_input_grad[2 + i]:
-                    found[i] = part.gradient(to_dense[:, start:stop])
-                start = stop
-        return (to_x, None, *found)
+from subnibble.tuning.learned_matrix import SMALLEST_SHARE, Learned, LearnedMatrix, stored_factor
 
 
 class Entrance(nn.Module):
     """What linears that read one tensor alike share: the tensor in their basis, quantized with a learned clip.
 
-    terms: of one of them. learned: whether the clip is. dtype: that products are computed in.
+    terms: of one of them; what all of them store of it is learned as one. learned: names of `Distillation`'s settings,
+    of which it knows clips and column_scales. dtype: that products are computed in.
     """
 
-    def __init__(self, terms: LinearTerms, learned: bool, dtype: torch.dtype) -> None:
+    def __init__(self, terms: LinearTerms, learned: Collection[str], dtype: torch.dtype) -> None:
         super().__init__()
         self._terms, self._dtype = terms, dtype
-        scheme = terms.activation
-        moves = learned and scheme is not None and can_clip(scheme)
+        scheme, scales = terms.activation, terms.column_scale
+        moves = "clips" in learned and scheme is not None and can_clip(scheme)
         self.share = nn.Parameter(torch.zeros((), device=terms.weight.ranges[0].codes.device), requires_grad=moves)
+        # Shares of column scales.
+        self.columns: nn.Parameter | None = None
+        if scales is not None:
+            start = torch.zeros_like(scales, dtype=torch.float32)
+            self.columns = nn.Parameter(start, requires_grad="column_scales" in learned)
         self._x: Tensor | None = None
         self._seen: tuple[Tensor, Tensor] | None = None
 
@@ -164,10 +47,17 @@ class Entrance(nn.Module):
         scheme = self._terms.activation
         return None if scheme is None else with_share(scheme, self.share.detach())
 
+    @property
+    def column_scale(self) -> Tensor | None:
+        """As learned, (k,) float32 of the values that its stored type has; None if there is none."""
+        scales = self._terms.column_scale
+        return None if scales is None or self.columns is None else stored_factor(scales, self.columns, scales.dtype)
+
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """X (..., k) in the readers' basis, (t, k) float32, and the same quantized. Made once for all of them."""
         if self._x is not x or self._seen is None:
-            tokens = ops.enter(x, self._terms).flatten(0, -2).float()
+            terms = replace(self._terms, column_scale=self.column_scale)
+            tokens = ops.enter(x, terms).flatten(0, -2).float()
             self._x, self._seen = x, (tokens, self.quantized(tokens))
         return self._seen
 
@@ -190,17 +80,36 @@ class Entrance(nn.Module):
         """Forget the last tensor."""
         self._x = self._seen = None
 
+    def learned(self, name: str) -> dict[str, list[Learned]]:
+        """What is learned, by the setting that lets it be. name: of one of the linears, in messages."""
+        found: dict[str, list[Learned]] = {"clips": [], "column_scales": []}
+        if self.share.requires_grad:
+            found["clips"].append(Learned(f"{name}.activation.clip", self.share))
+        if self.columns is not None and self.columns.requires_grad:
+            found["column_scales"].append(Learned(f"{name}.column_scale", self.columns))
+        return found
+
+    def stored(self) -> dict[str, Tensor]:
+        """Column scales that were learned, by their name in each of the linears."""
+        scales, old = self.column_scale, self._terms.column_scale
+        if scales is None or old is None or self.columns is None or not self.columns.requires_grad:
+            return {}
+        return {"column_scale": scales.detach().to(old.dtype)}
+
     def bound_(self) -> None:
-        """Bring the clip back into its range."""
+        """Bring what was learned back into its range."""
         scheme = self._terms.activation
         if scheme is not None:
             bound_(self.share, scheme)
+        if self.columns is not None:
+            with torch.no_grad():
+                self.columns.clamp_(min=SMALLEST_SHARE)
 
 
 class StudentLinear(nn.Module):
-    """A packed linear: `ops.linear` with gradients. learned: whether scales are."""
+    """A packed linear: `ops.linear` with gradients. learned: names of `Distillation`'s settings."""
 
-    def __init__(self, terms: LinearTerms, entrance: Entrance, learned: bool) -> None:
+    def __init__(self, terms: LinearTerms, entrance: Entrance, learned: Collection[str]) -> None:
         super().__init__()
         self._terms = terms
         # In a tuple: several linears share it, and it is not theirs.
@@ -244,16 +153,31 @@ class StudentLinear(nn.Module):
         found: Tensor = self.matrices[matrix](x)
         return found.float()
 
+    def learned(self, name: str) -> dict[str, list[Learned]]:
+        """What is learned of its matrices, by the setting that lets it be. name: its own, in messages."""
+        found: dict[str, list[Learned]] = {}
+        for prefix, matrix in self._learned_matrices.items():
+            for space, own in matrix.learned(f"{name}.{prefix}").items():
+                found.setdefault(space, []).extend(own)
+        return found
+
     def stored(self) -> Mapping[str, Tensor]:
-        """Scales that were learned, by their names in the linear."""
-        found: dict[str, Tensor] = {}
-        for prefix, part in zip(self._terms.matrices, self.matrices.values(), strict=True):
-            assert isinstance(part, LearnedMatrix)
-            found |= {f"{prefix}{name}": scales for name, scales in part.stored().items()}
+        """What was learned, by its name in the linear."""
+        found = self.entrance.stored()
+        for prefix, matrix in self._learned_matrices.items():
+            found |= {f"{prefix}{name}": tensor for name, tensor in matrix.stored().items()}
         return found
 
     def bound_(self) -> None:
-        """Bring what was learned back into its range."""
-        with torch.no_grad():
-            for share in self.matrices.parameters():
-                share.clamp_(min=_SMALLEST_SHARE)
+        """Bring what was learned of its matrices back into its range."""
+        for matrix in self._learned_matrices.values():
+            matrix.bound_()
+
+    @property
+    def _learned_matrices(self) -> dict[str, LearnedMatrix]:
+        """By the prefix of their stored names."""
+        found = {}
+        for prefix, matrix in zip(self._terms.matrices, self.matrices.values(), strict=True):
+            assert isinstance(matrix, LearnedMatrix)
+            found[prefix] = matrix
+        return found

@@ -17,18 +17,20 @@ from torch.utils.checkpoint import checkpoint
 
 from subnibble.cache_scheme import CacheScheme, PrefixIds
 from subnibble.calibrate.prefix import PrefixStream, States, behind
-from subnibble.checkpoint.entries import KEY_CENTER, PREFIX, PackedLinearEntry
+from subnibble.checkpoint.entries import KEY_CENTER, PREFIX, NormBiasEntry, PackedLinearEntry
 from subnibble.checkpoint.packed import PackedConfig
 from subnibble.checkpoint.safetensors_source import SafetensorsSource
 from subnibble.checkpoint.source import Source
 from subnibble.device import free_memory
+from subnibble.errors import SilentFailure
 from subnibble.model.packed import check_values, fill_, pack_modules_
 from subnibble.model.site import Arch, Heads
 from subnibble.model.skeleton import Block, Skeleton
 from subnibble.model.transformers_api.blocks import BlockCall, run_block
 from subnibble.runtime.kv_cache import Coding
 from subnibble.runtime.modules import KeyCenter, PackedLinear
-from subnibble.tuning.distillation import Distillation
+from subnibble.tuning.distillation import SPACES, Distillation
+from subnibble.tuning.learned_matrix import Learned
 from subnibble.tuning.student import Entrance, StudentLinear
 
 # Numbers, in channels of the residual stream, that a block's gradients need of a token; the share of free memory that
@@ -105,9 +107,9 @@ def _states(skeleton: Skeleton, model: Any, prefix: PrefixIds) -> Iterator[State
 
 
 class Student:
-    """The packed model with what is learned of it. spaces: parameters, each with what a share of 1 is of it.
+    """The packed model with what is learned of it. spaces: by the names of `Distillation`'s settings.
 
-    types: of tensors in the checkpoint, by their names; of gains.
+    types: of tensors in the checkpoint, by their names; of norms' gains and biases.
     """
 
     def __init__(
@@ -120,12 +122,19 @@ class Student:
     ) -> None:
         self._model, self._config, self._device, self._types = model, config, device, types
         self._keeps: bool | None = None
-        self._linears = {p: m for p, m in model.model.named_modules() if isinstance(m, StudentLinear)}
+        modules = dict(model.model.named_modules())
+        self._linears = {path: module for path, module in modules.items() if isinstance(module, StudentLinear)}
+        packed = [path for path, module in modules.items() if isinstance(module, PackedLinear)]
+        fixed = [path for path in packed if path.startswith(f"{model.arch.blocks}.")]
+        if fixed:
+            raise SilentFailure(f"{fixed[0]} is packed and would not be learned; this is a fault of subnibble's")
         self._entrances = list(dict.fromkeys(linear.entrance for linear in self._linears.values()))
-        self._norms = dict(_gains(model)) if settings.norms else {}
-        for gain in self._norms.values():
-            gain.requires_grad_(True)
-        self.spaces = self._spaces()
+        gains = dict(_gains(model)) if settings.norms else {}
+        biases = dict(_biases(model, config)) if settings.norm_biases else {}
+        self._norms = gains | biases
+        for parameter in self._norms.values():
+            parameter.requires_grad_(True)
+        self.spaces = self._spaces(gains, biases)
 
     @classmethod
     def of(
@@ -153,7 +162,7 @@ class Student:
             _learn_(block, arch, settings, dtype)
             calls[index] = behind(calls[index], _held(block, arch), _coding(block, arch, config.cache))
         whole = WholeModel(model, arch, calls)
-        types = {name: packed.load_raw(name).dtype for name, _ in _gains(whole)}
+        types = {name: packed.load_raw(name).dtype for name, _ in (*_gains(whole), *_biases(whole, config))}
         return cls(whole, config, settings, device, types)
 
     def logits(self, ids: Tensor) -> Tensor:
@@ -171,17 +180,17 @@ class Student:
 
     @contextmanager
     def as_stored(self) -> Iterator[None]:
-        """Gains, too, as the checkpoint's types hold them; scales and clips always are."""
-        exact = {name: gain.detach().clone() for name, gain in self._norms.items()}
+        """What norms have, too, as the checkpoint's types hold it; what linears have always is."""
+        exact = {name: parameter.detach().clone() for name, parameter in self._norms.items()}
         with torch.no_grad():
-            for name, gain in self._norms.items():
-                gain.copy_(gain.to(self._types[name]))
+            for name, parameter in self._norms.items():
+                parameter.copy_(parameter.to(self._types[name]))
         try:
             yield
         finally:
             with torch.no_grad():
-                for name, gain in self._norms.items():
-                    gain.copy_(exact[name])
+                for name, parameter in self._norms.items():
+                    parameter.copy_(exact[name])
 
     def forget(self) -> None:
         """Forget what sites held."""
@@ -190,11 +199,11 @@ class Student:
 
     def parameters(self) -> list[nn.Parameter]:
         """All that is learned."""
-        return [parameter for space in self.spaces.values() for parameter, _ in space]
+        return [one.parameter for space in self.spaces.values() for one in space]
 
     def tensors(self) -> dict[str, Tensor]:
-        """What was learned, by its name in the checkpoint; gains in float32."""
-        found = {name: gain.detach().clone() for name, gain in self._norms.items()}
+        """What was learned, by its name in the checkpoint; of norms in float32."""
+        found = {name: parameter.detach().clone() for name, parameter in self._norms.items()}
         for path, linear in self._linears.items():
             found |= {f"{path}.{name}": tensor for name, tensor in linear.stored().items()}
         return found
@@ -208,12 +217,26 @@ class Student:
             modules[path] = replace(entry, activation=linear.entrance.scheme)
         return replace(self._config, modules=modules)
 
-    def _spaces(self) -> dict[str, list[tuple[nn.Parameter, float]]]:
-        scales = [(part, 1.0) for linear in self._linears.values() for part in linear.parameters()]
-        norms = [(gain, float(gain.detach().abs().mean())) for gain in self._norms.values()]
-        clips = [(entrance.share, 1.0) for entrance in self._entrances]
-        found = {"scales": scales, "norms": norms, "clips": clips}
-        return {name: [pair for pair in space if pair[0].requires_grad] for name, space in found.items()}
+    def _spaces(
+        self, gains: Mapping[str, nn.Parameter], biases: Mapping[str, nn.Parameter]
+    ) -> dict[str, list[Learned]]:
+        found: dict[str, list[Learned]] = {name: [] for name in SPACES}
+        named = {linear.entrance: path for path, linear in reversed(self._linears.items())}
+        parts = [linear.learned(path) for path, linear in self._linears.items()]
+        parts += [entrance.learned(named[entrance]) for entrance in self._entrances]
+        for part in parts:
+            for space, own in part.items():
+                found[space] += own
+        found["norms"] = [Learned(name, gain, _size(gain)) for name, gain in gains.items()]
+        for name, bias in biases.items():
+            # A norm's output is as large as its gain; a bias may be 0 everywhere and has no size of its own.
+            gain = self._model.model.get_parameter(f"{name.removesuffix('.bias')}.weight")
+            found["norm_biases"].append(Learned(name, bias, _size(gain)))
+        return found
+
+
+def _size(gain: Tensor) -> float:
+    return float(gain.detach().abs().mean())
 
 
 def _learn_(block: nn.Module, arch: Arch, settings: Distillation, dtype: torch.dtype) -> None:
@@ -226,9 +249,9 @@ def _learn_(block: nn.Module, arch: Arch, settings: Distillation, dtype: torch.d
                 continue
             entrance = next((own for other, own in shared if _enter_alike(linear, other)), None)
             if entrance is None:
-                entrance = Entrance(linear.terms, settings.clips, dtype)
+                entrance = Entrance(linear.terms, settings.learned, dtype)
                 shared.append((linear, entrance))
-            block.set_submodule(name, StudentLinear(linear.terms, entrance, settings.scales))
+            block.set_submodule(name, StudentLinear(linear.terms, entrance, settings.learned))
 
 
 def _enter_alike(one: PackedLinear, other: PackedLinear) -> bool:
@@ -263,3 +286,10 @@ def _gains(model: WholeModel) -> Iterator[tuple[str, nn.Parameter]]:
         inside = name.startswith((f"{arch.blocks}.", f"{arch.final_norm}."))
         if inside and name.endswith("norm.weight") and parameter.dim() == 1:
             yield name, parameter
+
+
+def _biases(model: WholeModel, config: PackedConfig) -> Iterator[tuple[str, nn.Parameter]]:
+    """Biases that norms got, by name."""
+    for path, entry in config.modules.items():
+        if isinstance(entry, NormBiasEntry):
+            yield f"{path}.bias", model.model.get_parameter(f"{path}.bias")
