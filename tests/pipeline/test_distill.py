@@ -157,10 +157,11 @@ def test_the_same_seed_gives_the_same_bytes(run: Any) -> None:
     assert first.weights_sha256 != other.weights_sha256
 
 
-def test_states_that_are_computed_twice_give_the_same(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    kept, _ = run("kept", **METHODS["quarot"], **DISTILLED)
+@pytest.mark.parametrize("kind", ["quarot", "dualfit"])
+def test_states_that_are_computed_twice_give_the_same(kind: str, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept, _ = run("kept", **METHODS[kind], **DISTILLED)
     monkeypatch.setattr(whole_model, "free_memory", lambda device: 0)
-    again, _ = run("again", **METHODS["quarot"], **DISTILLED)
+    again, _ = run("again", **METHODS[kind], **DISTILLED)
 
     assert kept.weights_sha256 == again.weights_sha256
 
