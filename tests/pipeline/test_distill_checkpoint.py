@@ -52,7 +52,8 @@ def test_later_is_as_good_as_at_once(
     assert [done["after"] for done in report["distilled_later"]] == [found.after]
     assert report["distilled_later"][0]["steps"] == DISTILLED["distill_steps"]
     assert report["distilled"] is None
-    assert report["weights_sha256"] != before.weights_sha256
+    # Where training found nothing better, the start is stored again.
+    assert (report["weights_sha256"] != before.weights_sha256) == (found.after < found.before)
     assert report["linears"][0]["path"] == before.linears[0].path
 
 
