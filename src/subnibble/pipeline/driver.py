@@ -310,12 +310,14 @@ class _Run:
         return norm | head | rest.others()
 
     def _as_stored(self, name: str, tensor: Tensor) -> Tensor:
-        """As it goes to the file, matrices at 16 bits: made of the source's own numbers where it was not edited."""
-        if tensor.dtype == torch.float32 and name in self.skeleton.parameter_shapes():
-            own = self.skeleton.source.load(name)
-            if torch.equal(own.float(), tensor.to(own.device)):
-                return as_stored(own)
-        return as_stored(tensor) if tensor.dtype == torch.float32 else tensor
+        """A block's tensor as it goes to the file: the model's own matrices at 16 bits, packed parts as they are.
+
+        A matrix that was not edited is cast from the source's own numbers.
+        """
+        if tensor.dtype != torch.float32 or name not in self.skeleton.parameter_shapes():
+            return tensor
+        own = self.skeleton.source.load(name)
+        return as_stored(own if torch.equal(own.float(), tensor.to(own.device)) else tensor)
 
     def _distill(self, writer: CheckpointWriter, progress: Progress) -> DistillReport | None:
         """Tune what was written as a whole, if the recipe asks."""
