@@ -1,7 +1,7 @@
 """What can go wrong, as types. Every message says what, where and what to do.
 
-All but `SilentFailure` are the user's to mend, so the command line prints the message alone and exits with 2; any other
-exception is a fault of subnibble's own (exit code 1).
+All but `SilentFailure` and `NotLoadable` are the user's to mend, so the command line prints the message alone and exits
+with 2; any other exception is a fault of subnibble's own (exit code 1).
 """
 
 
@@ -43,3 +43,7 @@ class MissingExtra(SubnibbleError, ImportError):
 
 class SilentFailure(RuntimeError):
     """A hook, patch or stand-in that must have been called was not: going on would give a worse model, silently."""
+
+
+class NotLoadable(RuntimeError):
+    """What a run wrote would not load, so that nothing of it is kept."""

@@ -18,6 +18,7 @@ from subnibble.checkpoint.source import expect_shapes
 from subnibble.checkpoint.weight_files import INDEX
 from subnibble.checkpoint.writer import CheckpointWriter
 from subnibble.errors import CheckpointError, OutputError
+from subnibble.model.verify import check_written
 from subnibble.paths import expanded
 from subnibble.text_file import read_json_file
 
@@ -60,6 +61,7 @@ def change_checkpoint(
         config["quantization_config"] = packed.to_dict()
         writer.write_json("config.json", config)
         writer.finish_weights()
+        check_written(writer.folder)
         _copy_others(source, writer, told)
         writer.commit()
 

@@ -9,6 +9,7 @@ folder is refused. Where no weights are found the error says what the folder has
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from safetensors import SafetensorError, safe_open
 from subnibble.errors import CheckpointError
 from subnibble.text_file import read_plain_json_file
 
+# Shape and safetensors type.
+Header = tuple[tuple[int, ...], str]
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _INDEX_ENDING, _ENDING = ".safetensors.index.json", ".safetensors"
@@ -70,8 +73,13 @@ def find_weights(path: Path, named: str | None) -> dict[str, Stored]:
     raise CheckpointError(f"{path} has neither {SINGLE} nor {INDEX}; {_instead(path)}")
 
 
-def read_header(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Tensor name -> (shape, safetensors type); a truncated file is found here."""
+def read_headers(files: Iterable[Path]) -> dict[str, Header]:
+    """Tensor name -> its header, of several files together."""
+    return {name: header for file in files for name, header in read_header(file).items()}
+
+
+def read_header(file: Path) -> dict[str, Header]:
+    """Tensor name -> its header; a truncated file is found here."""
     try:
         with safe_open(file, framework="pt") as handle:
             slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 (no mapping)

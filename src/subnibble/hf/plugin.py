@@ -13,18 +13,17 @@ import torch
 from torch import nn
 
 from subnibble.checkpoint.packed import QUANT_METHOD, PackedConfig
-from subnibble.checkpoint.safetensors_source import STORED_TYPES
-from subnibble.checkpoint.weight_files import read_header
+from subnibble.checkpoint.weight_files import read_headers
 from subnibble.errors import CheckpointError
-from subnibble.model.packed import check_values, pack_modules_
-from subnibble.model.transformers_api.empty import tied_weights
+from subnibble.model.packed import pack_modules_
 from subnibble.model.transformers_api.names import never_called
 from subnibble.model.transformers_api.quantization import (
     CheckpointQuantizer,
     QuantizationConfigMixin,
     register_quantization,
 )
-from subnibble.runtime.modules import StoredModule, never_ran
+from subnibble.model.verify import check_values, header_problem
+from subnibble.runtime.modules import never_ran
 
 
 class SubnibbleConfig(QuantizationConfigMixin):
@@ -91,28 +90,9 @@ class FirstPass:
 
 
 def _verify(model: Any, files: list[Path]) -> None:
-    """Raise `CheckpointError` unless the files hold just the tensors of `model`, in their shapes and stored types.
-
-    transformers would make up missing ones. Tensors that are not packed may have any type: they are cast.
-    """
-    headers = {name: header for file in files for name, header in read_header(file).items()}
-    where = files[0].parent
-    tied = tied_weights(model)
-    expected = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
-    stored = {path: module for path, module in model.named_modules() if isinstance(module, StoredModule)}
-    typed = {f"{path}.{name}" for path, module in stored.items() for name, _ in module.named_buffers()}
-    for name, tensor in expected.items():
-        if name not in headers:
-            raise CheckpointError(f"{where}: tensor {name} is missing; fetch it again, or quantize the model again")
-        shape, kind = headers[name]
-        if shape != tuple(tensor.shape) or (name in typed and kind != STORED_TYPES[tensor.dtype]):
-            raise CheckpointError(
-                f"{where}: {name} is {kind} of shape {shape} where config.json asks for {tensor.dtype} of shape "
-                f"{tuple(tensor.shape)}; config and weights do not belong together"
-            )
-    spare = sorted(set(headers) - set(expected) - tied)
-    if spare:
-        raise CheckpointError(f"{where}: tensor {spare[0]} has no place in the model that config.json describes")
+    """Raise `CheckpointError` unless the files hold just the tensors of `model`, in their shapes and stored types."""
+    if problem := header_problem(model, read_headers(files)):
+        raise CheckpointError(f"{files[0].parent}: {problem}; fetch it again, or quantize the model again")
 
 
 def register() -> None:

@@ -30,16 +30,12 @@ from subnibble.runtime.modules import (
     KeyCenter,
     PackedEmbedding,
     PackedLinear,
-    PackedModule,
     PrefixStates,
-    StoredModule,
     TiedHead,
     add_input_mix_,
     add_output_bias_,
 )
 from subnibble.runtime.ops import LinearTerms
-from subnibble.scheme import E8M0
-from subnibble.tensor import range_key
 
 # A tied head needs its table's module, a matrix in front of a head the head's, whatever the order of the JSON.
 _LATER = {TiedHeadEntry: 1, InputMixEntry: 2}
@@ -149,33 +145,3 @@ def _empty_terms(entry: PackedLinearEntry, dtype: torch.dtype) -> LinearTerms:
         residual=entry.residual,
         low_rank=None if entry.low_rank is None else (entry.low_rank[0].empty(), entry.low_rank[1].empty()),
     )
-
-
-def check_values(model: Any, packed: PackedConfig) -> None:
-    """Raise `CheckpointError` if stored numbers of a filled model are none that a writer may write."""
-    for path, module in model.named_modules():
-        if isinstance(module, StoredModule):
-            for name, buffer in module.named_buffers(recurse=False):
-                _check_finite(f"{path}.{name}", buffer)
-        if isinstance(module, PackedModule):
-            _check_codes(path, module)
-    for path, entry in packed.modules.items():
-        if isinstance(entry, NormBiasEntry):
-            _check_finite(f"{path}.bias", model.get_submodule(path).bias)
-
-
-def _check_codes(path: str, module: PackedModule) -> None:
-    gather = dict(module.named_buffers(recurse=False)).get("gather")
-    if gather is not None:
-        whole = torch.arange(gather.shape[0], device=gather.device, dtype=gather.dtype)
-        if not torch.equal(gather.sort().values, whole):
-            raise CheckpointError(f"{path}.gather does not hold each channel once; fetch or quantize the model again")
-    for index, part in enumerate(module.packed.ranges):
-        if part.scheme.scale_type == E8M0 and bool(((part.scales == 0) | (part.scales == 255)).any()):
-            key = range_key("scales", index)
-            raise CheckpointError(f"{path}.{key} holds a byte that is no E8M0 scale; fetch or quantize the model again")
-
-
-def _check_finite(name: str, tensor: torch.Tensor) -> None:
-    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-        raise CheckpointError(f"{name} is not finite; fetch or quantize the model again")

@@ -47,6 +47,7 @@ from subnibble.errors import OutputError
 from subnibble.methods.method import Steps
 from subnibble.model.skeleton import Block, Skeleton
 from subnibble.model.transformers_api.blocks import BlockCall
+from subnibble.model.verify import check_written
 from subnibble.paths import expanded, is_file
 from subnibble.pipeline.after_blocks import AfterBlocks
 from subnibble.pipeline.block_run import BlockRun, better
@@ -178,7 +179,10 @@ class _Run:
             writer.write_shard(outer)
             self._write_config(writer)
         progress(total, total, "written")
-        return self._report(writer, self._distill(writer, progress))
+        distilled = self._distill(writer, progress)
+        with clock.step("verify"):
+            check_written(writer.folder)
+        return self._report(writer, distilled)
 
     def _round(
         self, block: Block, streams: Streams, tuner: Tuner | None, on_site: Callable[[int, str], None]

@@ -23,10 +23,11 @@ from subnibble.checkpoint.safetensors_source import SafetensorsSource
 from subnibble.checkpoint.source import Source
 from subnibble.device import free_memory
 from subnibble.errors import SilentFailure
-from subnibble.model.packed import check_values, fill_, pack_modules_
+from subnibble.model.packed import fill_, pack_modules_
 from subnibble.model.site import Arch, Heads
 from subnibble.model.skeleton import Block, Skeleton
 from subnibble.model.transformers_api.blocks import BlockCall, run_block
+from subnibble.model.verify import check_values
 from subnibble.runtime.kv_cache import Coding
 from subnibble.runtime.modules import KeyCenter, PackedLinear
 from subnibble.tuning.distillation import SPACES, Distillation
