@@ -21,12 +21,14 @@ from subnibble.calibrate.windows import calibration_windows
 from subnibble.corrections.correction import Branch, Correction
 from subnibble.corrections.mean_shift import MeanShift
 from subnibble.corrections.salient import SalientColumns
+from subnibble.device import DTYPES
 from subnibble.methods import METHODS
 from subnibble.methods.method import Method, Steps
 from subnibble.methods.none import Options
+from subnibble.model.site import Role
 from subnibble.rounding.rounder import Rounder, Rounding
 from subnibble.rounding.rtn import RTN
-from subnibble.runtime import activations
+from subnibble.runtime import activations, ops
 from subnibble.scheme import ActivationScheme, Scheme
 from subnibble.transforms.saliency import Saliency
 
@@ -99,13 +101,11 @@ def listened(
     """What the steps store, loaded, and the calibration windows."""
     method = Method("listening", "a test", "a test", Options, lambda options: steps)
     monkeypatch.setitem(METHODS, "listening", method)
-    recipe = Recipe(
-        method="listening", bits=3, group_size=16, calibration=str(tokens), num_windows=6, window=32, dtype="float32",
-        device="cpu", **values,
-    )  # fmt: skip
+    usual = {"bits": 3, "group_size": 16, "num_windows": 6, "window": 32, "dtype": "float32", "device": "cpu"}
+    recipe = Recipe(**{**usual, "method": "listening", "calibration": str(tokens), **values})
     subnibble.quantize(folder, out, recipe)
     windows = calibration_windows(str(tokens), lambda: None, 6, 32, recipe.seed, 96)
-    return AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32), windows
+    return AutoModelForCausalLM.from_pretrained(out, dtype=DTYPES[recipe.dtype]), windows
 
 
 @pytest.mark.parametrize("corrected", [None, MeanShift()], ids=["codes alone", "norms corrected"])
@@ -173,27 +173,34 @@ def test_corrections_are_told_the_mean_sizes_of_stored_inputs(
         assert not torch.allclose(sizes.double(), x.abs().amax(0), rtol=0.1)
 
 
+@dataclass(frozen=True)
+class GramHeard(Rounder):
+    """Rounds to nearest and keeps the Gram matrices that it is told, by what it was told of."""
+
+    told: dict[str, Tensor] = field(default_factory=dict, compare=False)
+    needs_gram = True
+
+    def __call__(
+        self, weight: Tensor, gram: Tensor | None, scheme: Scheme, where: str, drift: Tensor | None = None
+    ) -> Rounding:
+        assert gram is not None
+        self.told[where] = gram.clone()
+        return RTN()(weight, None, scheme, where)
+
+    @property
+    def first(self) -> Tensor:
+        """Of the first site, which nothing before it has moved by a rounding step."""
+        return next(
+            gram for where, gram in self.told.items() if where.startswith("model.layers.0.") and "q_proj" in where
+        )
+
+
 @pytest.mark.parametrize("residual", ["none", "salient"])
 def test_quantized_inputs_are_seen_as_the_runtime_codes_them(
     residual: str, folders: dict[str, Path], token_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At the first site, which nothing before it has moved by a rounding step."""
-    told: dict[str, Tensor] = {}
-
-    class GramHeard(Rounder):
-        needs_gram = True
-
-        def __call__(
-            self, weight: Tensor, gram: Tensor | None, scheme: Scheme, where: str, drift: Tensor | None = None
-        ) -> Rounding:
-            assert gram is not None
-            told[where] = gram.clone()
-            return RTN()(weight, None, scheme, where)
-
-    scheme, rank = ActivationScheme(4, 16), 16
-    steps = Steps(
-        GramHeard(), saliency=Saliency(), correction=SalientColumns(rank, residual=residual), inputs="quantized"
-    )
+    scheme, rank, heard = ActivationScheme(4, 16), 16, GramHeard()
+    steps = Steps(heard, saliency=Saliency(), correction=SalientColumns(rank, residual=residual), inputs="quantized")
     stored, windows = listened(
         steps, folders["llama"], token_file, tmp_path / "out", monkeypatch, activation_bits=scheme.bits
     )
@@ -207,7 +214,35 @@ def test_quantized_inputs_are_seen_as_the_runtime_codes_them(
     twice = once.clone()
     twice[:, :rank] += activations.quantize(x[:, :rank] - once[:, :rank], scheme).values()
     usual, other = (part.double() for part in ((once, twice) if residual == "none" else (twice, once)))
-    gram = next(gram for where, gram in told.items() if where.startswith("model.layers.0.") and "q_proj" in where)
-    assert close(gram, usual, usual)
-    assert not close(gram, other, other)
-    assert not close(gram, x.double(), x.double())
+    assert close(heard.first, usual, usual)
+    assert not close(heard.first, other, other)
+    assert not close(heard.first, x.double(), x.double())
+
+
+@pytest.mark.parametrize("online", [(), (Role.ATTENTION_IN,)], ids=["as it comes", "transformed"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_codes_of_inputs_are_not_rounded_to_the_streams_type_before_the_gram_matrix(
+    dtype: str,
+    online: tuple[str, ...],
+    folders: dict[str, Path],
+    token_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    scheme, heard = ActivationScheme(8, 16), GramHeard()
+    steps = Steps(heard, inputs="quantized", online=online)
+    stored, windows = listened(
+        steps, folders["llama"], token_file, tmp_path / "out", monkeypatch, activation_bits=scheme.bits, dtype=dtype
+    )
+    linear = stored.model.layers[0].self_attn.q_proj
+    seen: list[Tensor] = []
+    linear.register_forward_pre_hook(lambda module, args: seen.append(args[0].flatten(0, 1)))
+    with torch.no_grad():
+        stored(windows)
+    assert seen[0].dtype == DTYPES[dtype]
+    coded = activations.quantize(ops.enter(seen[0], linear.terms), scheme)
+    widths = [stop - start for start, stop in coded.bounds]
+    exact = coded.numbers.double() * coded.scales.double().repeat_interleave(torch.tensor(widths), 1)
+    coarse = exact.to(DTYPES[dtype]).double()
+    assert close(heard.first, exact, exact)
+    assert not close(heard.first, coarse, coarse)

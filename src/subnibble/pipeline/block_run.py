@@ -40,14 +40,22 @@ from subnibble.model.transformers_api.names import never_called
 from subnibble.pipeline.block_transforms import prepare_block_
 from subnibble.pipeline.block_tuning import BlockTuning, Tuner
 from subnibble.pipeline.plan import Plan
-from subnibble.pipeline.stack import Observed, Stack, View, Watch, branches_of, round_stack
+from subnibble.pipeline.stack import (
+    Observed,
+    Stack,
+    View,
+    Watch,
+    branches_of,
+    quantized_input,
+    quantized_tokens,
+    round_stack,
+)
 from subnibble.pipeline.streams import Streams
 from subnibble.report import BlockReport, LinearReport
 from subnibble.report.clock import Clock
 from subnibble.rounding import grid
 from subnibble.rounding.error import relative_errors
 from subnibble.rounding.rounder import Rounder, Rounding
-from subnibble.runtime import activations
 from subnibble.runtime.kv_cache import Coding
 from subnibble.runtime.modules import add_output_bias_, never_ran
 from subnibble.runtime.ops import LinearTerms
@@ -337,7 +345,7 @@ class BlockRun:
             for x, target in zip(self.stream.at(site), wanted, strict=reference is not None):
                 with self.clock.step("gram"):
                     for view, watch in watches.items():
-                        watch.update(x if view is None else self._quantized(site, view, x), target)
+                        watch.update(x if view is None else quantized_tokens(x, view, self.bases[site.name]), target)
         return {view: watch.value for view, watch in watches.items()}
 
     def _view(self, stack: Stack) -> View:
@@ -345,15 +353,6 @@ class BlockRun:
         if self.steps.inputs == "exact" or stack.activation is None:
             return None
         return stack.activation, stack.rank if stack.residual != "none" else 0
-
-    def _quantized(self, site: Site, view: tuple[ActivationScheme, int], x: Tensor) -> Tensor:
-        """What an input (..., k) becomes before it is multiplied, in its own basis.
-
-        The remainder of salient channels counts as if it met both their weights, of which it meets the coarse one.
-        """
-        basis, (scheme, repeated) = self.bases[site.name], view
-        tokens = basis.columns(x.flatten(0, -2).float())
-        return basis.natural(activations.quantize_values(tokens, scheme, repeated)).to(x.dtype).view(x.shape)
 
     def _stacks(self, site: Site) -> list[Stack]:
         """The readers to round, together where they share schemes and rank; skipped ones are left out."""
@@ -449,8 +448,9 @@ class BlockRun:
         linear.weight.data = dense.to(linear.weight.dtype)
         view = self._view(stack)
         if view is not None:
+            basis = self.bases[site.name]
             path = f"the quantized input of {self.block.path}.{name}"
-            self.hooks.append(_InputHook(path, linear, partial(self._quantized, site, view)))
+            self.hooks.append(_InputHook(path, linear, partial(quantized_input, view=view, basis=basis)))
 
     def _place(self, site: Site, stack: Stack, columns: Tensor) -> tuple[Tensor, Tensor | None]:
         """Decide where column scales (k,) go; give them as they will act, and as the linears store them, if they do."""

@@ -10,12 +10,33 @@ from torch import Tensor
 
 from subnibble.calibrate.stats import AbsMean, Drift, Gram
 from subnibble.corrections.correction import Branch, Correction, Rounded, RoundMain
+from subnibble.rounding import grid
 from subnibble.rounding.rounder import Rounder
+from subnibble.runtime import activations, ops
 from subnibble.scheme import ActivationScheme, Scheme
 from subnibble.transforms.input_basis import InputBasis
 
-# How calibration sees an input: quantized by a scheme, so many salient channels twice; None for as it is.
-View = tuple[ActivationScheme, int] | None
+# How an input is quantized: by a scheme, so many salient channels twice.
+Quantization = tuple[ActivationScheme, int]
+# How calibration sees an input; None for as it is.
+View = Quantization | None
+
+
+def quantized_tokens(x: Tensor, view: Quantization, basis: InputBasis) -> Tensor:
+    """What an input (..., k) stands for once it is quantized, exactly: (t, k) float32, in its own basis.
+
+    bfloat16 would round 8-bit numbers times their scales by up to half of their step. The remainder of salient channels
+    counts as if it met both their weights, of which it meets the coarse one.
+    """
+    scheme, repeated = view
+    # Rounded between transform and codes, as where the model runs.
+    tokens = ops.narrowed(basis.columns(x.flatten(0, -2).float()), x.dtype)
+    return basis.natural(activations.quantize_values(tokens, scheme, repeated))
+
+
+def quantized_input(x: Tensor, view: Quantization, basis: InputBasis) -> Tensor:
+    """The same in x's type and shape, for a block that runs in that type."""
+    return ops.narrowed(quantized_tokens(x, view, basis), x.dtype).view(x.shape)
 
 
 @dataclass(frozen=True)
@@ -78,6 +99,8 @@ class Stack:
 
 def round_stack(stack: Stack, weight: Tensor, seen: Observed, rounder: Rounder, correction: Correction) -> Rounded:
     """Round a stack of weights (m, k) float32, as inputs meet it, with what the correction adds."""
+    for name, index in zip(stack.names, stack.rows(weight.device), strict=True):
+        grid.check_range(weight[index], stack.scheme, f"{stack.where}: {name}" if len(stack.names) > 1 else stack.where)
     own, drift = correction.of_rank(stack.rank), seen.drift
     if own.salient and seen.gram is not None and drift is not None:
         # What the second weight takes must be part of the target, not of what rounding moves later.

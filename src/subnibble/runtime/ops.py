@@ -104,11 +104,18 @@ def enter(x: Tensor, terms: LinearTerms) -> Tensor:
     if terms.blocks:
         with as_written(x.device):
             wide = hadamard.multiply(wide, terms.blocks)
-    if x.dtype == torch.float16:
-        # Column scales may lead beyond what it holds.
-        largest = torch.finfo(x.dtype).max
+    return narrowed(wide, x.dtype)
+
+
+def narrowed(wide: Tensor, dtype: torch.dtype) -> Tensor:
+    """Float32 or better in `dtype`; what float16 does not hold becomes its largest number.
+
+    Column scales, transforms and rounded-up scales of inputs may lead beyond it.
+    """
+    if dtype == torch.float16:
+        largest = torch.finfo(dtype).max
         wide = wide.clamp(-largest, largest)
-    return wide.to(x.dtype)
+    return wide.to(dtype)
 
 
 def dense(terms: LinearTerms) -> Tensor:
