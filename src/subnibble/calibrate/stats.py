@@ -14,6 +14,8 @@ from torch import Tensor
 
 # Rows of a Gram matrix that are summed at once: narrower panels save more and multiply less efficiently.
 _PANEL = 256
+# Sums of products of millions of numbers between these stay inside float32.
+_LEAST, _MOST = 2.0**-50, 2.0**50
 
 
 class Statistic(Protocol):
@@ -30,8 +32,14 @@ class Statistic(Protocol):
         """The statistic over all tokens seen."""
 
 
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The type that holds sums of products of these numbers: float32, or float64 for the very large or small."""
+    largest = max(abs(float(end)) for end in x.aminmax()) if x.numel() else 0.0
+    return torch.float32 if largest == 0 or _LEAST < largest < _MOST else torch.float64
+
+
 class Gram:
-    """Sum of x xᵀ: (channels, channels), accumulated in float32 or in `dtype`; exactly symmetric.
+    """Sum of x xᵀ: (channels, channels), exactly symmetric, accumulated in `dtype` or better: see `product_dtype`.
 
     Panels of rows are summed up to the diagonal alone, which takes little more than half the multiplications.
     """
@@ -42,6 +50,7 @@ class Gram:
 
     def update(self, x: Tensor) -> None:
         """See `Statistic`; one matrix product a panel."""
+        self._sum = self._sum.to(torch.promote_types(self._sum.dtype, product_dtype(x)))
         wide = x.to(self._sum.dtype)
         for start, stop in self._panels():
             self._sum[start:stop, :stop].addmm_(wide[:, start:stop].T, wide[:, :stop])
@@ -49,7 +58,7 @@ class Gram:
 
     def merge(self, other: Gram) -> None:
         """See `Statistic`."""
-        self._sum += other._sum.to(self._sum.device)
+        self._sum = self._sum + other._sum.to(self._sum.device)
         self.tokens += other.tokens
 
     @property
@@ -67,7 +76,7 @@ class Gram:
 
 
 class Drift:
-    """Sum of (x~ - x) xᵀ: rows are the difference, columns what is fed now: (channels, channels) float32."""
+    """Sum of (x~ - x) xᵀ: rows are the difference, columns what is fed now: (channels, channels), typed as `Gram`."""
 
     def __init__(self, channels: int, device: torch.device | str = "cpu") -> None:
         self._sum = torch.zeros(channels, channels, dtype=torch.float32, device=device)
@@ -75,13 +84,15 @@ class Drift:
 
     def update(self, x: Tensor, wanted: Tensor) -> None:
         """Add tokens. x: (tokens, channels), as fed now; wanted: x~, the same tokens' in the full-precision model."""
-        now = x.float()
-        self._sum.addmm_((wanted.float() - now).T, now)
+        dtype = torch.promote_types(self._sum.dtype, product_dtype(x))
+        dtype = torch.promote_types(dtype, product_dtype(wanted))
+        self._sum, now = self._sum.to(dtype), x.to(dtype)
+        self._sum.addmm_((wanted.to(dtype) - now).T, now)
         self.tokens += x.shape[0]
 
     def merge(self, other: Drift) -> None:
         """See `Statistic`."""
-        self._sum += other._sum.to(self._sum.device)
+        self._sum = self._sum + other._sum.to(self._sum.device)
         self.tokens += other.tokens
 
     @property

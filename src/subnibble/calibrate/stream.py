@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from subnibble.calibrate.stats import AbsMax, AbsMean, Gram
+from subnibble.errors import NumericalFailure
 from subnibble.model.site import Site, Tail
 from subnibble.model.skeleton import Block
 from subnibble.model.transformers_api.blocks import BlockCall, run_block
@@ -122,7 +123,9 @@ class BlockStream:
             inside = site.tail is not None and site.tail.module == self._block.arch.attention
             if inside and cache is not None and cache.updates == before:
                 raise never_called(f"the KV cache of {self._block.path}") from None
-            return seen.pop()
+            x = seen.pop()
+            check_finite(x, f"{self._block.path}: what {site.readers[0]} reads")
+            return x
         raise never_called(f"{self._block.path}.{site.readers[0]}")
 
     @contextmanager
@@ -150,7 +153,20 @@ class BlockStream:
         for tail, replay in self._kept.items():
             if not replay.runs:
                 raise never_called(f"{self._block.path}.{tail.module}")
+        check_finite(output, f"{self._block.path}: its output")
         return output.to(hidden.device)
+
+
+def check_finite(x: Tensor, what: str) -> None:
+    """Raise `NumericalFailure` that names the type whose range activations left. what: names them."""
+    if bool(torch.isfinite(x).all()):
+        return
+    remedy = 'use dtype = "bfloat16" or "float32"'
+    if x.dtype != torch.float16:
+        remedy = "use more bits if the original model runs on this text, else an intact copy of it"
+    raise NumericalFailure(
+        f"{what} is not finite: activations leave the range of {str(x.dtype).removeprefix('torch.')}; {remedy}"
+    )
 
 
 class _SiteReached(Exception):

@@ -22,6 +22,7 @@ from subnibble.calibrate.stream import SiteStatistics
 from subnibble.corrections.correction import Correction
 from subnibble.model.skeleton import Block
 from subnibble.rounding import grid
+from subnibble.rounding.error import output_energy
 from subnibble.runtime import activations
 from subnibble.scheme import WHOLE_CHANNEL, ActivationScheme, Scheme
 
@@ -72,10 +73,12 @@ def gains_of(
             gains = gram.diagonal() * error.square().sum(0)
             activation = found.activations[name]
             if activation is not None and correction.coarse != "none":
-                gains += _input_gains(tokens, weight, activation) * float(gram.trace() / tokens.square().sum())
-            energy = float(((weight @ gram) * weight).sum())
+                # Sampled tokens stand for all; of an idle input for none.
+                sampled = tokens.square().sum(dtype=torch.float64).clamp(min=torch.finfo(torch.float64).tiny)
+                gains = gains + _input_gains(tokens, weight, activation) * float(gram.trace() / sampled)
+            (energy,) = output_energy(weight, gram, [weight.shape[0]])
             step = _STEP if scheme.group_size == WHOLE_CHANNEL else scheme.group_size
-            made[f"{block.path}.{name}"] = Gains((gains / max(energy, 1e-30)).cpu(), weight.shape[0], step, scheme)
+            made[f"{block.path}.{name}"] = Gains((gains / max(energy, 1e-300)).cpu(), weight.shape[0], step, scheme)
     return made
 
 

@@ -194,7 +194,9 @@ class BlockRun:
                 terms, linear = self.terms[name], self.block.linear(name)
                 if terms.activation is not None and self.steps.inputs == "exact":
                     view = (terms.activation, _repeated(terms))
-                    hooks.append(_InputHook(name, linear, partial(self._quantized, site, view)))
+                    hooks.append(
+                        _InputHook(name, linear, partial(quantized_input, view=view, basis=self.bases[site.name]))
+                    )
         try:
             yield
         finally:

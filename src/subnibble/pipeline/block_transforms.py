@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from subnibble.calibrate.stream import SiteStatistics
+from subnibble.errors import NumericalFailure
 from subnibble.methods.method import Steps
 from subnibble.model.site import Site
 from subnibble.model.skeleton import Block
@@ -26,7 +27,12 @@ def prepare_block_(
     if found is None:
         return factors, bases
     for transform in steps.transforms:
-        for name, made in transform(block, found).items():
+        try:
+            edited = transform(block, found)
+        except NumericalFailure as error:
+            # What rounds for a transform's search knows of no block.
+            raise NumericalFailure(f"{block.path}: {str(error).removeprefix(block.path).lstrip()}") from error
+        for name, made in edited.items():
             factors[name] = factors.get(name, torch.ones_like(made)) * made
     if steps.saliency is not None:
         for site in block.arch.sites:

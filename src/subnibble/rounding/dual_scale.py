@@ -155,7 +155,10 @@ def _refitted(x: Tensor, weights: Tensor, scheme: Scheme, old: tuple[Tensor, Ten
 def _stored(scale: Tensor, zero: Tensor, scheme: Scheme) -> grid.UniformLevels:
     """Levels with scales and zero-points rounded to their type."""
     stored = scale_dtype(scheme)
-    scale = scale.clamp(min=grid.smallest_scale(scheme), max=torch.finfo(stored).max).to(stored).float()
+    scale = scale.clamp(min=grid.smallest_scale(scheme))
+    if bool((scale > torch.finfo(stored).max).any()):
+        raise grid.too_wide(float(scale.max()) * (scheme.levels - 1), scheme)
+    scale = scale.to(stored).float()
     return grid.UniformLevels(scale, zero.to(stored).float(), scheme)
 
 

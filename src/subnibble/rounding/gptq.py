@@ -36,7 +36,8 @@ _LARGEST_DAMPING = 1.0
 class Factor:
     """Upper factor u (k, k) with inv(H) = uᵀ u, in visiting order.
 
-    dead: (k,) bool, columns that are never fed. weights: (k,) of the columns in the fit of grids, or None for 1.
+    dead: (k,) bool, columns that are never fed where others are. weights: (k,) of the columns in the fit of grids, or
+    None for 1.
     """
 
     u: Tensor
@@ -107,7 +108,7 @@ class GPTQ(OnGrids):
         plan = plan_columns(self.order, gram.diagonal(), scheme)
         factor = factorize(gram, plan.columns, self.damping, where)
         if self.weighting == "hessian":
-            factor = replace(factor, weights=gram.diagonal()[plan.columns].float())
+            factor = replace(factor, weights=grid.diagonal_weights(gram)[plan.columns])
         push = None
         if self.needs_drift and drift is not None:
             ordered = drift[plan.columns][:, plan.columns].to(factor.u.dtype)
@@ -126,10 +127,15 @@ class GPTQ(OnGrids):
 
 def factorize(gram: Tensor, order: Tensor, damping: float, where: str) -> Factor:
     """Damp and factorize. gram: (k, k), sum of x xᵀ. order: (k,) visiting order of the columns."""
+    if not bool(torch.isfinite(gram).all()):
+        raise NumericalFailure(f'{where}: the Gram matrix of its inputs is not finite; use dtype = "float32"')
     h = gram[order][:, order]
-    dead = h.diagonal() == 0
-    mean = 1.0 if bool(dead.all()) else float(h.diagonal()[~dead].mean())
-    h.diagonal()[dead] = mean
+    unfed = h.diagonal() == 0
+    # Of inputs that are idle on this text nothing is known: their weights are rounded to nearest.
+    idle = bool(unfed.all())
+    dead = torch.zeros_like(unfed) if idle else unfed
+    mean = 1.0 if idle else float(h.diagonal()[~dead].mean())
+    h.diagonal()[unfed] = mean
     retries = 0
     while damping <= _LARGEST_DAMPING:
         damped = h.clone()

@@ -25,13 +25,15 @@ from torch import Tensor
 from subnibble.errors import BadRecipe, NumericalFailure
 from subnibble.rounding import mx_grid, sign_basis
 from subnibble.rounding.levels import Fitted, Fitter, Levels
-from subnibble.scheme import Scheme
+from subnibble.scheme import E8M0, Scheme
 from subnibble.tensor import CodedMatrix, PackedRange, scale_dtype
 
 CLIPS = ("minmax", "mse")
 _SHRINK_STEPS = 80
 # A real zero-point is min / scale: this bound keeps it well inside float16 where a group is nearly constant.
 LARGEST_REAL_ZERO = 2.0**12
+# Weights below this count as zeros.
+_NOTHING = 1e-30
 
 
 @dataclass(frozen=True)
@@ -152,10 +154,44 @@ def usable(weights: Tensor | None) -> Tensor | None:
     return None if weights is None or not bool((weights > 0).any()) else weights
 
 
+def diagonal_weights(gram: Tensor) -> Tensor:
+    """The diagonal of a Gram matrix (k, k) as column weights (k,) float32; of a float64 one over its largest."""
+    diagonal = gram.diagonal()
+    if gram.dtype == torch.float64:
+        diagonal = diagonal / diagonal.max().clamp(min=torch.finfo(gram.dtype).tiny)
+    return diagonal.float()
+
+
+def check_range(weight: Tensor, scheme: Scheme, where: str) -> None:
+    """Raise `NumericalFailure` where scales of the scheme's type hold none of a weight's (m, k) magnitudes.
+
+    A few small groups are no matter: next to the others they count for nothing. where: names the weight.
+    """
+    if scheme.scale_type == E8M0 or not weight.numel():
+        return
+    stored, largest = torch.finfo(scale_dtype(scheme)), max(abs(float(end)) for end in weight.aminmax())
+    if scheme.grid == "sign" and stored.max < largest < math.inf:
+        raise NumericalFailure(f"{where}: {too_wide(largest, scheme)}")
+    # Of a smaller scale few bits are left.
+    if _NOTHING < largest < scheme.levels * stored.smallest_normal * 2.0**-8:
+        raise NumericalFailure(
+            f"{where}: its largest weight is {largest:.3g}, too small for scales of type {scheme.scale_type}; "
+            'set scale_type = "float32" in the recipe'
+        )
+
+
+def too_wide(span: float, scheme: Scheme) -> NumericalFailure:
+    """The error of a group of that span."""
+    return NumericalFailure(
+        f"a group spans {span:.3g}, too much for scales of type {scheme.scale_type}; "
+        'set scale_type = "float32" in the recipe'
+    )
+
+
 def smallest_scale(scheme: Scheme) -> float:
     """The smallest scale that is stored: of groups that are all zero, and what comes near."""
     stored = scale_dtype(scheme)
-    return torch.finfo(stored).smallest_normal * 2.0**-10 if stored == torch.float16 else 1e-30
+    return torch.finfo(stored).smallest_normal * 2.0**-10 if stored == torch.float16 else _NOTHING
 
 
 def _span(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
@@ -171,10 +207,7 @@ def _span(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
             raise NumericalFailure(
                 "the weights to round are not finite; raise the damping or use more calibration text"
             )
-        raise NumericalFailure(
-            f"a group spans {widest:.3g}, too much for scales of type {scheme.scale_type}; "
-            'set scale_type = "float32" in the recipe'
-        )
+        raise too_wide(widest, scheme)
     if scheme.zero_point == "none":
         return scale, torch.full_like(scale, scheme.levels // 2)
     zero = -low / scale

@@ -40,4 +40,4 @@ class RTN(OnGrids):
             return Rounding(grid.coded(weight, scheme, self.fitter))
         if gram is None:
             raise ValueError(f"weighted rounding needs the Gram matrix of {where}'s inputs")
-        return Rounding(grid.coded(weight, scheme, self.fitter, gram.diagonal().float()))
+        return Rounding(grid.coded(weight, scheme, self.fitter, grid.diagonal_weights(gram)))

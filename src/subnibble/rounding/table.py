@@ -11,6 +11,8 @@ from subnibble.tensor import PackedRange, PackedTensor
 
 # Rows rounded together, to bound the memory of the clip search.
 _ROWS = 8192
+# float16 keeps eight bits of it.
+_SMALLEST_HALF = 2.0**-17
 
 
 def pack_table(path: str, weight: Tensor, scheme: Scheme | None) -> tuple[dict[str, Tensor], PackedTensor | None]:
@@ -18,6 +20,7 @@ def pack_table(path: str, weight: Tensor, scheme: Scheme | None) -> tuple[dict[s
     if scheme is None:
         return {f"{path}.weight": as_stored(weight)}, None
     scheme.check_width(weight.shape[1], path)
+    grid.check_range(weight, scheme, path)
     clip = grid.Clip("minmax" if scheme.bits == 8 else "mse")
     chunks = [grid.coded(rows.float(), scheme, clip) for rows in weight.split(_ROWS)]
     parts = [PackedRange.pack(chunk, scheme) for chunk in chunks]
@@ -38,4 +41,8 @@ def as_stored(tensor: Tensor) -> Tensor:
     if tensor.dim() < 2 or tensor.dtype in (torch.float16, torch.bfloat16):
         return tensor
     half = tensor.to(torch.float16)
-    return half if bool(torch.isfinite(half).all()) else tensor.to(torch.bfloat16)
+    # Where float16 overflows, or keeps fewer bits of the largest number than bfloat16, that has the range.
+    if bool(torch.isfinite(half).all()) and not 0 < float(tensor.abs().amax()) < _SMALLEST_HALF:
+        return half
+    wide = tensor.to(torch.bfloat16)
+    return wide if bool(torch.isfinite(wide).all()) else tensor

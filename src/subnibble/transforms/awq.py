@@ -25,6 +25,7 @@ from subnibble.errors import NumericalFailure
 from subnibble.model.site import Site
 from subnibble.model.skeleton import Block
 from subnibble.rounding import grid
+from subnibble.rounding.error import output_energy
 from subnibble.transforms.scale import repeat_over_heads, scale_site_
 from subnibble.transforms.transform import Transform
 
@@ -79,6 +80,5 @@ def _loss(block: Block, site: Site, factors: Tensor, found: SiteStatistics) -> f
             scheme = replace(scheme, grid="uniform", zero_point="integer") if scheme.grid == "sign" else scheme
             weight = block.linear(name).weight
             rounded = grid.nearest(weight * wide, scheme)
-            delta = rounded / wide - weight
-            total += float(((delta @ gram) * delta).sum())
+            total += sum(output_energy(rounded / wide - weight, gram, [weight.shape[0]]))
     return total

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
+from subnibble.calibrate.stream import check_finite
 from subnibble.errors import UnsupportedModel
 from subnibble.model.site import Heads, Site
 from subnibble.model.skeleton import Block, Skeleton
@@ -21,6 +22,9 @@ from subnibble.transforms.scale import scale_site_
 _TOKENS = 12
 # float32 rounding moves the update of a block by about 1e-6 of its size, a wrong table by 1e-2 and more.
 _TOLERANCE = 1e-3
+# Of the hidden states: a block that adds less, an idle one for example, is measured against this; its update drowns in
+# float32 rounding.
+_SMALLEST_UPDATE = 1e-3
 
 
 def check_sites(skeleton: Skeleton) -> None:
@@ -69,7 +73,7 @@ def _change(block: Block, hidden: Tensor, call: BlockCall, edit: Callable[[Block
     edited = block.twin()
     edit(edited)
     before, after = _run(block.module, hidden, call), _run(edited.module, hidden, call)
-    return float((after - before).norm() / (before - hidden).norm())
+    return _relative(after - before, before, hidden, block)
 
 
 def _residual_change(block: Block, hidden: Tensor, call: BlockCall, order: Tensor) -> float:
@@ -77,7 +81,14 @@ def _residual_change(block: Block, hidden: Tensor, call: BlockCall, order: Tenso
     permute_residual_(edited, block.arch.residual, order)
     before = _run(block.module, hidden, call)
     after = _run(edited.module, hidden[..., order], call)
-    return float((after - before[..., order]).norm() / (before - hidden).norm())
+    return _relative(after - before[..., order], before, hidden, block)
+
+
+def _relative(change: Tensor, before: Tensor, hidden: Tensor, block: Block) -> float:
+    """The size of a change over that of the block's update of `hidden`."""
+    check_finite(before, f"{block.path}: its output")
+    least = _SMALLEST_UPDATE * hidden.norm()
+    return float(change.norm() / torch.maximum((before - hidden).norm(), least))
 
 
 def _run(module: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
