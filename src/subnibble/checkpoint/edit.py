@@ -16,7 +16,7 @@ from subnibble.checkpoint.safetensors_source import SafetensorsSource
 from subnibble.checkpoint.size import measure, weights_hash
 from subnibble.checkpoint.source import expect_shapes
 from subnibble.checkpoint.weight_files import INDEX
-from subnibble.checkpoint.writer import CheckpointWriter
+from subnibble.checkpoint.writer import CheckpointWriter, contents
 from subnibble.errors import CheckpointError, OutputError
 from subnibble.model.verify import check_written
 from subnibble.paths import expanded
@@ -60,9 +60,10 @@ def change_checkpoint(
         config = read_json_file(source.path / CONFIG)
         config["quantization_config"] = packed.to_dict()
         writer.write_json("config.json", config)
+        _copy_others(source, writer)
         writer.finish_weights()
         check_written(writer.folder)
-        _copy_others(source, writer, told)
+        _write_report(source, writer, told)
         writer.commit()
 
 
@@ -91,12 +92,15 @@ def read_report(folder: Path) -> dict[str, Any]:
     return found
 
 
-def _copy_others(source: SafetensorsSource, writer: CheckpointWriter, told: Mapping[str, Any]) -> None:
-    for item in source.path.iterdir():
+def _copy_others(source: SafetensorsSource, writer: CheckpointWriter) -> None:
+    for item in contents(source.path):
         if item in source.shards() or item.name in ("config.json", INDEX, REPORT):
             continue
         copy = shutil.copytree if item.is_dir() else shutil.copy2
         copy(item, writer.folder / item.name)
+
+
+def _write_report(source: SafetensorsSource, writer: CheckpointWriter, told: Mapping[str, Any]) -> None:
     report = read_report(source.path)
     if report:
         report["size"] = measure(open_source(writer.folder)).to_dict()

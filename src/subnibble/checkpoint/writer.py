@@ -1,4 +1,8 @@
-"""Write a checkpoint folder shard by shard; it appears under its final name only when it is complete."""
+"""Write a checkpoint folder shard by shard; it appears under its final name only when it is complete.
+
+Until then it is a hidden folder on the disk that it will stay on: inside the final one where that is there already,
+which may be a mounted volume or have a parent that nobody may write to, else beside it. No rename leaves a disk.
+"""
 
 from __future__ import annotations
 
@@ -19,27 +23,39 @@ from subnibble.checkpoint.packed import QUANT_METHOD
 from subnibble.checkpoint.weight_files import INDEX, SINGLE
 from subnibble.errors import OutputError
 
+_CONFIG = "config.json"
+# In the names of hidden folders that writers make, and may leave behind when they are killed.
+_PARTIAL = ".partial-"
+# What the root of an empty volume holds.
+_OF_VOLUMES = "lost+found"
+
 
 class CheckpointWriter:
-    """Collects shards in a hidden folder beside `final`; leaving the `with` block without `commit` removes it.
+    """Collects shards in a hidden folder inside or beside `final`; leaving the `with` block without `commit` removes
+    it.
 
+    An error after the last weight was written does not: what took hours is kept, and a note on the error says where.
     shards: how many will be written. replace: whether an existing checkpoint at `final` may be replaced, which
     happens at the commit and not before.
     """
 
     def __init__(self, final: Path, shards: int, replace: bool) -> None:
         self.final = final.resolve()
-        # A random part, since a killed run may have left its own behind; plain mkdir, since the umask is the user's.
-        self.folder = self.final.with_name(f".{self.final.name}.partial-{secrets.token_hex(4)}")
+        # A random part, since a killed run may have left its own behind.
+        self.folder = self.final.with_name(f".{self.final.name}{_PARTIAL}{secrets.token_hex(4)}")
         self._shards, self._written = shards, 0
         self._weight_map: dict[str, str] = {}
         self._bytes = 0
         self._replace = replace
+        self._whole = False
 
     def __enter__(self) -> Self:
         check_output(self.final, self._replace)
         try:
+            if self.final.is_dir():
+                self.folder = self.final / self.folder.name
             self.final.parent.mkdir(parents=True, exist_ok=True)
+            # Plain mkdir, since the umask is the user's.
             self.folder.mkdir()
         except OSError as error:
             raise OutputError(f"{self.final}: cannot be created ({error.strerror}); choose another folder") from error
@@ -48,11 +64,14 @@ class CheckpointWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
+        is_kept = error is not None and self._whole
+        if not is_kept:
+            shutil.rmtree(self.folder, ignore_errors=True)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
-            raise OutputError(
-                f"{self.final}: {error.strerror}; nothing was kept. Free space or choose another disk"
-            ) from error
+            kept = f"the checkpoint is kept in {self.folder}" if is_kept else "nothing was kept"
+            raise OutputError(f"{self.final}: {error.strerror}; {kept}. Free space or choose another disk") from error
+        if is_kept and error is not None:
+            error.add_note(f"What was written is kept in {self.folder}; move it where you want it.")
 
     def write_shard(self, tensors: Mapping[str, Tensor]) -> None:
         """Write the next shard, whole or not at all."""
@@ -65,6 +84,8 @@ class CheckpointWriter:
 
     def rewrite(self, tensors: Mapping[str, Tensor]) -> None:
         """Put other numbers into tensors that were written, in their stored types; a shape that differs is an error."""
+        # Shards with old and new numbers side by side would be no checkpoint.
+        self._whole = False
         for name in sorted({self._weight_map[key] for key in tensors}):
             held = load_file(self.folder / name)
             for key in held.keys() & tensors.keys():
@@ -101,29 +122,64 @@ class CheckpointWriter:
         if self._shards > 1:
             index = {"metadata": {"total_size": self._bytes}, "weight_map": self._weight_map}
             self.write_json(INDEX, index)
+        self._whole = True
 
     def commit(self) -> None:
         """Give the folder its final name, in place of what is there if that may be replaced."""
+        self._whole = True
         check_output(self.final, self._replace)
-        old = self.folder.with_name(f"{self.folder.name}-old")
         try:
-            if self.final.exists():
-                self.final.rename(old)
-            self.folder.rename(self.final)
-        finally:
-            # After an interrupt, too: the old one goes only where the new one is in its place.
-            if not self.folder.exists():
-                shutil.rmtree(old, ignore_errors=True)
-            elif old.exists() and not self.final.exists():
-                old.rename(self.final)
+            if self.final.is_dir():
+                self._move_in()
+            else:
+                self.folder.rename(self.final)
+        except OSError as error:
+            raise OutputError(f"{self.final}: the finished checkpoint cannot go there ({error.strerror})") from error
+        self._whole = False
+
+    def _move_in(self) -> None:
+        """Put the new files into the final folder in place of the old ones, or leave all as it was."""
+        old = self.final / f"{self.folder.name}-old"
+        old.mkdir()
+        moves: list[tuple[Path, Path]] = []
+        # Without its config.json a folder is no model, so nobody loads old and new together.
+        leaving = sorted(contents(self.final), key=lambda entry: entry.name != _CONFIG)
+        coming = sorted(self.folder.iterdir(), key=lambda entry: entry.name == _CONFIG)
+        try:
+            for entry, place in [*((entry, old) for entry in leaving), *((entry, self.final) for entry in coming)]:
+                if (place / entry.name).exists():
+                    raise FileExistsError(errno.EEXIST, f"{entry.name} came there in the meantime")
+                moves.append((entry, place / entry.name))
+                entry.rename(place / entry.name)
+        except BaseException:
+            # After an interrupt, too.
+            for origin, place in reversed(moves):
+                if place.exists() and not origin.exists():
+                    place.rename(origin)
+            old.rmdir()
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def contents(folder: Path) -> list[Path]:
+    """What is in a folder, leaving out what unfinished writers keep there and what the volume needs for itself."""
+    return [
+        entry
+        for entry in folder.iterdir()
+        if entry.name != _OF_VOLUMES and not (entry.name.startswith(".") and _PARTIAL in entry.name)
+    ]
 
 
 def check_output(final: Path, replace: bool) -> None:
     """Raise `OutputError` if `final` may not be written."""
-    if final.is_file():
-        raise OutputError(f"{final} is a file; give a folder that does not exist yet")
-    if not final.is_dir() or not any(final.iterdir()):
-        return
+    try:
+        if final.exists() and not final.is_dir():
+            kind = "a file" if final.is_file() else "no folder"
+            raise OutputError(f"{final} is {kind}; give a folder that does not exist yet")
+        if not final.is_dir() or not contents(final):
+            return
+    except OSError as error:
+        raise OutputError(f"{final}: cannot be read ({error.strerror}); choose another folder") from error
     if not replace:
         raise OutputError(f"{final} is not empty; choose another folder, or pass --overwrite to replace it")
     if not is_packed(final):
@@ -135,7 +191,7 @@ def check_output(final: Path, replace: bool) -> None:
 def is_packed(folder: Path) -> bool:
     """Whether the folder holds a subnibble checkpoint."""
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError, UnicodeDecodeError):
         return False
     quantization = config.get("quantization_config") if isinstance(config, dict) else None

@@ -95,7 +95,7 @@ def quantize(
     check_output(final, overwrite)
     run = _Run.prepare(model, final, recipe)
     with CheckpointWriter(final, run.skeleton.num_blocks + 1, overwrite) as writer:
-        _check_disk(run, writer.folder)
+        _check_disk(run, writer)
         report = run.execute(writer, progress)
         writer.commit()
     return report
@@ -394,14 +394,14 @@ def _check_apart(out: Path, model: Path, recipe: Recipe) -> None:
             raise OutputError(f"{path} lies in {out}, which would be replaced; choose another folder")
 
 
-def _check_disk(run: _Run, folder: Path) -> None:
+def _check_disk(run: _Run, writer: CheckpointWriter) -> None:
     needed = packed_bytes(run.recipe, run.steps, run.plan.schemes, run.skeleton, run.prefix) + 64 * 2**20
     if run.recipe.distillation is not None:
         # It writes the last shard, which holds a norm that it tunes, once more before the first goes.
         needed += table_bytes(run.recipe, run.skeleton)
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(writer.folder).free
     if free < needed:
         raise OutputError(
-            f"{folder.parent}: {free / 1e9:.2f} GB are free and about {needed / 1e9:.2f} GB are needed; "
+            f"{writer.final}: {free / 1e9:.2f} GB are free and about {needed / 1e9:.2f} GB are needed; "
             "free space or choose another disk"
         )

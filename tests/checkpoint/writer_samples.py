@@ -1,0 +1,49 @@
+"""Shards of a checkpoint, written as the pipeline writes them, and what a folder holds after."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from subnibble.checkpoint.writer import CheckpointWriter
+
+CONFIG = {"model_type": "llama", "quantization_config": {"quant_method": "subnibble"}}
+SHARDS = [
+    {"a": torch.arange(6).view(2, 3), "b": torch.tensor([1.5, -2.0], dtype=torch.float16)},
+    {"c": torch.zeros(0, 4)},
+    {"d": torch.arange(12, dtype=torch.uint8).view(3, 4).T},
+]
+
+
+class Interrupted(Exception):
+    """Stands for anything that goes wrong between two shards."""
+
+
+def write(final: Path, shards: list[dict[str, torch.Tensor]], replace: bool = False) -> None:
+    with CheckpointWriter(final, len(shards), replace) as writer:
+        for shard in shards:
+            writer.write_shard(shard)
+        writer.write_json("config.json", CONFIG)
+        writer.finish_weights()
+        writer.commit()
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Every file below `folder`, hidden ones too."""
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def seen(folder: Path) -> dict[str, bytes]:
+    """Every file below `folder` that no writer hides."""
+    return {name: text for name, text in content(folder).items() if ".partial-" not in name}
+
+
+def hidden(folder: Path) -> Path:
+    """The one folder that a writer left behind in `folder`."""
+    (found,) = (path for path in folder.iterdir() if ".partial-" in path.name)
+    return found
+
+
+def everything(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
