@@ -18,6 +18,7 @@ RANK = {
     "recipe": 5, "methods": 5,
     "pipeline": 6, "chat_template": 6, "prompt": 6, "metrics": 6, "report": 6,
     "cli": 7, "hf": 7, "prefix": 7, "comparison": 7, "evaluation": 7, "estimation": 7, "fold": 7, "speak": 7,
+    "__main__": 8,
 }  # fmt: skip
 
 

@@ -9,6 +9,7 @@ import typer
 
 from subnibble.cli import options as o
 from subnibble.cli.console import distilled, megabytes, print_json, progress, table
+from subnibble.cli.streams import say
 
 if TYPE_CHECKING:
     from subnibble.checkpoint.packed import PackedConfig
@@ -69,7 +70,7 @@ def prefix(
     from subnibble.prefix import add_prefix
 
     found = add_prefix(out, system_prompt, dtype=dtype or "float32", device=device or "auto")
-    typer.echo(f"{out}: system prompt of {len(found.ids)} tokens at 16 bits")
+    say(f"{out}: system prompt of {len(found.ids)} tokens at 16 bits")
 
 
 def distill(
@@ -95,7 +96,7 @@ def distill(
 
     with progress("distill") as told:
         found = distill_checkpoint(out, original, wanted, progress=told)
-    typer.echo(f"{out}: {distilled(found)}")
+    say(f"{out}: {distilled(found)}")
 
 
 def _cache_name(packed: PackedConfig | None) -> str:

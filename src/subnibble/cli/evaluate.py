@@ -8,6 +8,7 @@ import typer
 
 from subnibble.cli import options as o
 from subnibble.cli.console import duration, megabytes, print_json, progress, table
+from subnibble.cli.streams import say
 
 Reference = Annotated[str | None, typer.Option(help="The original, to compare with.", metavar="MODEL")]
 
@@ -90,4 +91,4 @@ def generate(
     if chat:
         attached = attached_cache(loaded)
         text = chat_prompt(tokenizer, prompt, None if attached is None else attached.prefix)
-    typer.echo(speak(loaded, tokenizer, text, max_new_tokens, temperature, seed))
+    say(speak(loaded, tokenizer, text, max_new_tokens, temperature, seed))

@@ -1,10 +1,12 @@
 """The `subnibble` command. Parses, calls the Python API, prints; torch and transformers are imported in commands only.
 
-Exit codes: 0, 2 for what the user can mend, 1 for a fault of subnibble's own, 130 on Ctrl-C.
+Exit codes: 0, 2 for what the user can mend, 1 for a fault of subnibble's own (or a pipe that was closed), 130 on
+Ctrl-C.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -14,8 +16,12 @@ from typing import Annotated
 import typer
 
 from subnibble.cli import checkpoints, compare, demo, evaluate, quantize
+from subnibble.cli.streams import prepare, say, tell
 from subnibble.errors import SubnibbleError
 from subnibble.version import __version__
+
+# Failures of a disk, a pipe or a terminal, which nobody here can mend.
+_OUTSIDE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 
 app = typer.Typer(
     name="subnibble",
@@ -38,7 +44,7 @@ app.command("demo")(demo.demo)
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(__version__)
+        say(__version__)
         raise typer.Exit
 
 
@@ -52,6 +58,7 @@ def root(
 
 def main() -> None:
     """Entry point."""
+    prepare()
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
     # transformers and huggingface_hub draw bars and advice of their own between ours.
@@ -64,18 +71,33 @@ def main() -> None:
         app(args=arguments)
     except SubnibbleError as error:
         _show_trace(debug)
-        typer.echo(f"error: {error}", err=True)
+        _tell_of(error, f"error: {error}")
         sys.exit(2)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
+        _tell_of(stop)
         sys.exit(130)
+    except SystemExit as stop:
+        _tell_of(stop)
+        raise
     except Exception as error:
         _show_trace(debug)
-        typer.echo(
-            f"internal error: {type(error).__name__}: {error}\n"
-            "This is a fault of subnibble; please report it with the output of the same command and --debug.",
-            err=True,
-        )
+        if isinstance(error, OSError) and error.errno in _OUTSIDE:
+            _tell_of(error, f"error: {error}")
+            sys.exit(2)
+        _tell_of(error, f"internal error: {type(error).__name__}: {error}")
+        tell("This is a fault of subnibble; please report it with the output of the same command and --debug.")
         sys.exit(1)
+
+
+def _tell_of(error: BaseException, *lines: str) -> None:
+    """Tell of an error, and what was noted on it or on what led to it: where a checkpoint was kept."""
+    for line in lines:
+        tell(line)
+    found: BaseException | None = error
+    while found is not None:
+        for note in getattr(found, "__notes__", ()):
+            tell(note)
+        found = found.__cause__ or found.__context__
 
 
 def _show_trace(wanted: bool) -> None:

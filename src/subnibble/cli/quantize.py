@@ -9,6 +9,7 @@ import typer
 
 from subnibble.cli import options as o
 from subnibble.cli.console import distilled, duration, megabytes, print_json, progress, table, unstable
+from subnibble.cli.streams import say, tell
 
 
 def quantize(
@@ -54,24 +55,24 @@ def quantize(
     schemes = "+".join(sorted({linear.scheme for linear in report.linears}))
     inputs = f"{size['activation_bits']:.3f} activation bits, " if wanted.activation_bits < 16 else ""
     inputs += f"{size['cache_bytes']:.0f} bytes a token in the KV cache, " if wanted.kv_bits < 16 else ""
-    typer.echo(
+    say(
         f"{out}: {report.method}{schemes and ' '}{schemes}, {size['effective_bits']:.3f} effective bits, {inputs}"
         f"{size['model_bits']:.3f} bits a parameter, {megabytes(size['file_bytes'])}, "
         f"{duration(report.seconds['total'])}, peak memory {megabytes(report.peak_memory)}"
     )
     if wanted.system_prompt is not None:
-        typer.echo(f"system prompt of {report.prefix_tokens} tokens at 16 bits")
+        say(f"system prompt of {report.prefix_tokens} tokens at 16 bits")
     trouble = unstable(report.blocks)
     if trouble is not None:
-        typer.echo(trouble, err=True)
+        tell(trouble)
     if report.distilled is not None:
-        typer.echo(distilled(report.distilled))
+        say(distilled(report.distilled))
     if not report.linears:
         return
     worst = sorted(report.linears, key=lambda linear: -(linear.output_error or linear.weight_error))[:3]
     kind = "output" if worst[0].output_error is not None else "weight"
     names = ", ".join(f"{linear.path} {linear.output_error or linear.weight_error:.3f}" for linear in worst)
-    typer.echo(f"largest relative {kind} errors: {names}; all in {out / 'report.json'}")
+    say(f"largest relative {kind} errors: {names}; all in {out / 'report.json'}")
 
 
 def estimate(
