@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,20 +14,20 @@ from subnibble.checkpoint.opening import open_source
 from subnibble.checkpoint.size import measure
 from subnibble.checkpoint.source import Source
 from subnibble.checkpoint.writer import check_output
-from subnibble.errors import BadRecipe
-from subnibble.evaluation import Evaluation
+from subnibble.errors import BadArgument, BadRecipe
+from subnibble.evaluation import AnyEvaluation, Evaluation
+from subnibble.given import described, given_path
 from subnibble.hf import load_model, memory_bytes
 from subnibble.methods import find_method
 from subnibble.methods.method import Steps
 from subnibble.metrics.perplexity import Scores, score
-from subnibble.paths import expanded
 from subnibble.pipeline.driver import quantize
 from subnibble.pipeline.plan import needs_data
 from subnibble.pipeline.resolve import resolve
 from subnibble.prefix import same_prefix_
-from subnibble.progress import Progress, silent, titled
+from subnibble.progress import Progress, given_progress, titled
 from subnibble.prompt import prefix_ids
-from subnibble.recipe import Recipe
+from subnibble.recipe import AnyRecipe, Recipe
 
 ORIGINAL = "original"
 
@@ -55,29 +55,30 @@ class Row:
 
 def compare(
     model: str | Path | Source,
-    recipes: Sequence[Recipe],
-    evaluation: Evaluation,
+    recipes: Sequence[AnyRecipe] | AnyRecipe,
+    evaluation: AnyEvaluation,
     out: str | Path | None = None,
     *,
     overwrite: bool = False,
-    progress: Progress = silent,
+    progress: Progress | None = None,
 ) -> list[Row]:
     """Quantize `model` by each recipe and score all of them and the original on the same windows.
 
     Recipes have one system prompt, or none; the original is scored behind the same. out: where to keep the checkpoints,
     `recipe_names` each; None keeps none.
     """
-    out = None if out is None else expanded(out)
-    names = recipe_names(recipes)
+    told, evaluation, wanted = given_progress(progress), Evaluation.of(evaluation), _recipes(recipes)
+    out = None if out is None else given_path(out, "out", "a folder to keep the checkpoints in, or leave it out")
+    names = recipe_names(wanted)
     for name in names:
         if out is not None:
             check_output(out / name, overwrite)
-    prompts = {recipe.system_prompt for recipe in recipes}
+    prompts = {recipe.system_prompt for recipe in wanted}
     own = evaluation.system_prompt is not None or evaluation.kv_bits is not None or evaluation.kv
     if len(prompts) > 1 or own:
         raise BadRecipe("models side by side have one system prompt, and cache and prompt come with their recipes")
     source = open_source(model)
-    for recipe in recipes:
+    for recipe in wanted:
         resolve(source, recipe)
     tokenizer = source.load_tokenizer()
     prompt = next(iter(prompts), None)
@@ -87,14 +88,14 @@ def compare(
         seconds: dict[str, float | None] = {ORIGINAL: None}
         paths: dict[str, Path | Source] = {ORIGINAL: source} | {name: folder / name for name in names}
         # Methods that need data first, so that text which cannot be had is known before any work.
-        named = zip(names, recipes, strict=True)
+        named = zip(names, wanted, strict=True)
         for name, recipe in sorted(named, key=lambda pair: not needs_data(pair[1], _steps(pair[1]))):
-            report = quantize(source, folder / name, recipe, overwrite=overwrite, progress=titled(progress, name))
+            report = quantize(source, folder / name, recipe, overwrite=overwrite, progress=titled(told, name))
             seconds[name] = report.seconds["total"]
         models = {name: load_model(path, evaluation.dtype, evaluation.device) for name, path in paths.items()}
         if names:
             same_prefix_(models[names[0]], models[ORIGINAL])
-        scores = score(models, windows, bos, models[ORIGINAL], titled(progress, "evaluate"))
+        scores = score(models, windows, bos, models[ORIGINAL], titled(told, "evaluate"))
         rows = []
         for name, path in paths.items():
             size = measure(open_source(path))
@@ -113,6 +114,15 @@ def compare(
                 )
             )
     return rows
+
+
+def _recipes(given: Any) -> list[Recipe]:
+    """The recipes that a caller means: several, or one alone."""
+    if isinstance(given, Recipe | Mapping | str | Path):
+        return [Recipe.of(given)]
+    if not isinstance(given, Iterable):
+        raise BadArgument(f"recipes is {described(given)}; give a list of recipes")
+    return [Recipe.of(one) for one in given]
 
 
 def recipe_names(recipes: Sequence[Recipe]) -> list[str]:

@@ -6,13 +6,15 @@ import psutil
 import torch
 
 from subnibble.errors import BadRecipe
+from subnibble.given import plain
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 AUTO = "auto"
 
 
-def resolve_device(name: str) -> torch.device:
+def resolve_device(name: str | torch.device) -> torch.device:
     """A torch device by name; "auto" is the accelerator if there is one, else the CPU."""
+    name = plain(name)
     if name == AUTO:
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
@@ -20,16 +22,17 @@ def resolve_device(name: str) -> torch.device:
         torch.empty(0, device=device)
         if device.type == "meta":
             raise RuntimeError("it holds no data")
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
         raise BadRecipe(f"device {name!r} cannot be used here ({str(error).splitlines()[0]})") from error
     return device
 
 
-def resolve_dtype(name: str, stored: torch.dtype | None, device: torch.device) -> torch.dtype:
+def resolve_dtype(name: str | torch.dtype, stored: torch.dtype | None, device: torch.device) -> torch.dtype:
     """The type to compute in by name; "auto" is the checkpoint's, but float32 for float16 on a CPU, where it is slow.
 
     stored: the checkpoint's own type; None counts as float32.
     """
+    name = plain(name)
     if name == AUTO:
         slow = device.type == "cpu" and stored == torch.float16
         return torch.float32 if stored is None or slow else stored

@@ -13,6 +13,10 @@ class BadRecipe(SubnibbleError):
     """A request that cannot be carried out as written: unknown key, method, group size or bit width."""
 
 
+class BadArgument(SubnibbleError, TypeError):
+    """A Python argument of a kind that the call does not take; says what to give."""
+
+
 class UnsupportedModel(SubnibbleError):
     """The model's architecture has no site table, or its table does not describe this checkpoint."""
 

@@ -16,7 +16,7 @@ from subnibble.methods.method import Steps
 from subnibble.model.skeleton import Skeleton
 from subnibble.pipeline.planned_size import activation_bits, effective_bits, packed_bytes
 from subnibble.pipeline.resolve import resolve
-from subnibble.recipe import Recipe
+from subnibble.recipe import AnyRecipe, Recipe
 from subnibble.tuning.distillation import Distillation
 from subnibble.tuning.tuning import EFFORTS
 from subnibble.tuning.whole_model import FREE_SHARE, states_bytes
@@ -57,9 +57,9 @@ class Estimate:
         return asdict(self)
 
 
-def estimate(model: str | Path | Source, recipe: Recipe) -> Estimate:
+def estimate(model: str | Path | Source, recipe: AnyRecipe) -> Estimate:
     """Size, memory and time of quantizing `model` by `recipe`; raises what `quantize` would raise of both."""
-    found = resolve(model, recipe)
+    found = resolve(model, Recipe.of(recipe))
     recipe, steps, skeleton, plan = found.recipe, found.steps, found.skeleton, found.plan
     config = skeleton.source.config
     tokens = recipe.num_windows * recipe.window if recipe.calibration is not None else 0

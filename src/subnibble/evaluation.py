@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +19,22 @@ from subnibble.checkpoint.original import check_original
 from subnibble.checkpoint.packed import packed_config_of
 from subnibble.checkpoint.size import cache_bytes, measure
 from subnibble.checkpoint.source import Source
-from subnibble.errors import BadRecipe, CheckpointError
+from subnibble.errors import BadArgument, BadRecipe, CheckpointError
+from subnibble.given import check_types, described, plain
 from subnibble.hf import load_model, memory_bytes
 from subnibble.hf.attention import attached_cache, change_scheme_
 from subnibble.metrics.layer_error import layer_errors
 from subnibble.metrics.perplexity import check_vocabularies, score
 from subnibble.prefix import attach_prefix_, same_prefix_
-from subnibble.progress import Progress, silent
+from subnibble.progress import Progress, given_progress
 from subnibble.prompt import prefix_ids
 from subnibble.recipe import Recipe
 from subnibble.report.clock import Clock, peak_memory
+
+_TYPES = {
+    "text": str, "window": int, "max_windows": (int, type(None)), "device": str, "dtype": str,
+    "kv_bits": (int, type(None)), "kv": Mapping, "system_prompt": (str, type(None)),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -50,11 +56,31 @@ class Evaluation:
     system_prompt: str | None = None
 
     def __post_init__(self) -> None:
+        for key in ("text", "device", "dtype", "system_prompt"):
+            object.__setattr__(self, key, plain(getattr(self, key)))
+        check_types(self, _TYPES)
         if self.window < 2 or (self.max_windows is not None and self.max_windows < 1):
             raise BadRecipe(
                 f"window is {self.window} and max_windows {self.max_windows}; "
                 "--window must be at least 2 and --max-windows at least 1"
             )
+
+    @classmethod
+    def of(cls, given: AnyEvaluation) -> Evaluation:
+        """The evaluation that a caller means: one, a table of its keys, or what its text is."""
+        if isinstance(given, Evaluation):
+            return given
+        if isinstance(given, Mapping):
+            known = [item.name for item in fields(cls)]
+            if unknown := sorted(set(given) - set(known), key=str):
+                raise BadRecipe(f"unknown evaluation key {unknown[0]!r}; known: {', '.join(known)}")
+            return cls(**{"text": None, **given})
+        if isinstance(given, str | Path):
+            return cls(str(given))
+        raise BadArgument(
+            f'evaluation is {described(given)}; give an Evaluation, as Evaluation("wikitext2", window=2048), a table '
+            "of its keys, a text file or a named set"
+        )
 
     def windows(self, source: Source, tokenizer: Any, prefix: PrefixIds | None) -> Tensor:
         """The windows, in the tokens of `source`, whose tokenizer is given. prefix: what they will stand behind."""
@@ -65,6 +91,10 @@ class Evaluation:
         if bos is not None:
             check_vocabulary(torch.tensor([bos]), source.config.vocab_size, "the tokenizer's BOS token")
         return windows
+
+
+# What Python calls take for an evaluation.
+AnyEvaluation = Evaluation | Mapping[str, Any] | str | Path
 
 
 def prepare_(model: Any, kv_bits: int | None, kv: Mapping[str, Any], prefix: PrefixIds | None) -> None:
@@ -89,11 +119,11 @@ def prepare_(model: Any, kv_bits: int | None, kv: Mapping[str, Any], prefix: Pre
 
 def evaluate(
     model: str | Path | Source,
-    evaluation: Evaluation,
+    evaluation: AnyEvaluation,
     reference: str | Path | Source | None = None,
     *,
     layers: bool = False,
-    progress: Progress = silent,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Perplexity, bits, sizes and cost of `model`; with a `reference`, behind the same system prompt, how far it is
     from it.
@@ -101,10 +131,10 @@ def evaluate(
     layers: add each packed linear's output error against the reference's; linears that were stored in another basis
     (rotated, channels scaled) have none.
     """
-    clock = Clock()
+    clock, evaluation, told = Clock(), Evaluation.of(evaluation), given_progress(progress)
     if layers and reference is None:
         raise BadRecipe("--layers compares with the original; pass --reference MODEL")
-    source, theirs = open_source(model), None if reference is None else open_source(reference)
+    source, theirs = open_source(model), None if reference is None else open_source(reference, "reference")
     moved = _moved(source.path) if layers else set()
     if layers and theirs is not None:
         check_original(theirs, source)
@@ -118,7 +148,7 @@ def evaluate(
     if original is not None:
         check_vocabularies(loaded, original)
         same_prefix_(loaded, original)
-    scores = score({"model": loaded}, windows, bos_token(tokenizer), original, progress)["model"]
+    scores = score({"model": loaded}, windows, bos_token(tokenizer), original, told)["model"]
     found = scores.to_dict() | size.to_dict()
     found |= {
         "text": evaluation.text,

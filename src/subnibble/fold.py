@@ -14,7 +14,8 @@ from torch import nn
 
 from subnibble.checkpoint.entries import NormBiasEntry, PackedLinearEntry
 from subnibble.checkpoint.packed import packed_config_of
-from subnibble.errors import CheckpointError
+from subnibble.errors import BadArgument, CheckpointError
+from subnibble.given import described
 from subnibble.model.arch import find_arch
 from subnibble.model.site import Arch
 from subnibble.runtime.modules import MIX, PackedLinear, remove_output_bias_
@@ -28,6 +29,10 @@ def fold_norm_biases_(model: Any) -> None:
     bits leave its biases out, as any linear's own. Raises `CheckpointError`, and changes nothing, where linears behind
     such a norm quantize their inputs.
     """
+    if not hasattr(model, "get_submodule"):
+        raise BadArgument(
+            f"model is {described(model)}; give a loaded model, as AutoModelForCausalLM.from_pretrained(folder) gives"
+        )
     packed = packed_config_of(model.config)
     if packed is None:
         raise CheckpointError("the model is not a packed one; load a folder that `subnibble quantize` wrote")

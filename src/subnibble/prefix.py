@@ -15,6 +15,7 @@ from subnibble.calibrate.tokens import check_vocabulary
 from subnibble.calibrate.windows import check_positions
 from subnibble.checkpoint.edit import change_checkpoint, open_packed
 from subnibble.checkpoint.entries import Entry, PrefixEntry, prefix_state
+from subnibble.given import plain
 from subnibble.hf import load_model
 from subnibble.hf.attention import attach_cache_, attached_cache, check_cache, detached, set_prefix_
 from subnibble.model.arch import find_arch
@@ -50,13 +51,16 @@ def compute_prefix(model: Any, prefix: PrefixIds) -> list[States]:
     return [half_states(pair, f"layer {i}") for i, pair in enumerate(states)]
 
 
-def add_prefix(folder: str | Path, prompt: str, *, dtype: str = "float32", device: str = "auto") -> PrefixIds:
+def add_prefix(
+    folder: str | Path, prompt: str, *, dtype: str | torch.dtype = "float32", device: str | torch.device = "auto"
+) -> PrefixIds:
     """Give a packed checkpoint the system prompt `prompt` (`prompt.py`), in the place of one that it has.
 
     Its keys and values are those of the packed model; `quantize` with a system prompt stores the unquantized one's. The
     folder is replaced in one step; recipe.toml and whatever else is in it stays as it is.
     """
     source, packed = open_packed(folder)
+    prompt = plain(prompt)
     prefix = prefix_ids(prompt, source.load_tokenizer())
     states = compute_prefix(load_model(source, dtype, device), prefix)
     arch = find_arch(source.config.model_type)

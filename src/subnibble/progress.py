@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
+
+from subnibble.errors import BadArgument
 
 
 class Progress(Protocol):
@@ -14,6 +16,16 @@ class Progress(Protocol):
 
 def silent(done: int, total: int, doing: str) -> None:
     """The `Progress` that tells nobody."""
+
+
+def given_progress(given: Any) -> Progress:
+    """The `Progress` that a caller gives; None tells nobody."""
+    if given is None:
+        return silent
+    if not callable(given):
+        raise BadArgument(f"progress is a {type(given).__name__}; give a function of (done, total, doing)")
+    found: Progress = given
+    return found
 
 
 def titled(progress: Progress, title: str) -> Progress:

@@ -10,7 +10,7 @@ from subnibble.calibrate.tokens import bos_token, text_ids
 from subnibble.chat_template import has_template, in_template
 from subnibble.errors import BadRecipe
 from subnibble.paths import expanded, is_file
-from subnibble.text_file import read_text_file
+from subnibble.text_file import check_characters, read_text_file
 
 # "auto" is found in calibration text, while a model is quantized.
 DEFAULT, BOS, AUTO = "default", "bos", "auto"
@@ -26,6 +26,7 @@ def prefix_ids(prompt: str, tokenizer: Any) -> PrefixIds:
     prompt: "default", the system turn that the chat template writes by itself; "bos"; a file's name; or text. Text
     becomes a system turn where the chat template has such turns; else it comes bare, behind BOS if there is one.
     """
+    check_characters(prompt, "the system prompt", BadRecipe)
     bos, added = tokenizer.bos_token_id, bos_token(tokenizer)
     if prompt == AUTO:
         raise BadRecipe('system prompt "auto" is found in calibration text, while a model is quantized; give another')

@@ -13,8 +13,8 @@ import tomli_w
 
 from subnibble.cache_scheme import PLAIN_CACHE, CacheScheme
 from subnibble.device import AUTO, DTYPES
-from subnibble.errors import BadRecipe
-from subnibble.paths import expanded
+from subnibble.errors import BadArgument, BadRecipe
+from subnibble.given import check_types, described, given_path, plain
 from subnibble.scheme import E8M0, WHOLE_CHANNEL, ActivationScheme, Scheme
 from subnibble.text_file import check_characters, read_text_file
 from subnibble.tuning.distillation import Distillation
@@ -24,6 +24,14 @@ _OVERRIDE_KEYS = ("bits", "group_size", "grid", "zero_point", "activation_bits",
 PLAIN_ACTIVATIONS = 16
 
 _WITHOUT_ZERO_POINT = ("sign", "mxfp4")
+_TYPES = {
+    "method": str, "bits": int, "group_size": int, "zero_point": str, "scale_type": str, "grid": str,
+    "embedding_bits": int, "activation_bits": int, "activation_group_size": (int, type(None)),
+    "activation_zero_point": str, "activation_clip": (float, int), "kv_bits": int, "kv": Mapping,
+    "system_prompt": (str, type(None)), "calibration": (str, type(None)), "num_windows": int, "window": int,
+    "distill_steps": int, "distill": Mapping,
+    "seed": int, "device": str, "dtype": str, "options": Mapping, "overrides": Mapping,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -82,7 +90,9 @@ class Recipe:
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        for key in ("system_prompt", "calibration", "device", "dtype"):
+            object.__setattr__(self, key, plain(getattr(self, key)))
+        check_types(self, _TYPES)
         if self.embedding_bits not in EMBEDDING_BITS:
             raise BadRecipe(
                 f"embedding_bits is {self.embedding_bits}; choose one of {', '.join(map(str, EMBEDDING_BITS))}"
@@ -199,10 +209,25 @@ class Recipe:
         return {key: value for key, value in values.items() if value is not None}
 
     @classmethod
+    def of(cls, given: AnyRecipe) -> Recipe:
+        """The recipe that a caller means: one, a table of its keys, or the name of a TOML file."""
+        if isinstance(given, Recipe):
+            return given
+        if isinstance(given, Mapping):
+            return cls.from_dict(given)
+        hint = 'a Recipe, as Recipe(method="gptq", bits=4), a table of its keys, or a TOML file'
+        file = given_path(given, "recipe", hint)
+        if not file.is_file():
+            raise BadRecipe(f"recipe is {str(given)!r}, which is no file; give {hint}")
+        return cls.from_toml(file)
+
+    @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Build from a dictionary; an unknown key is an error."""
+        if not isinstance(values, Mapping):
+            raise BadArgument(f"a recipe's table is {described(values)}; give a dictionary of its keys")
         known = [item.name for item in fields(cls)]
-        unknown = sorted(set(values) - set(known))
+        unknown = sorted(set(values) - set(known), key=str)
         if unknown:
             raise BadRecipe(f"unknown recipe key {unknown[0]!r}; known: {', '.join(known)}")
         return cls(**values)
@@ -214,7 +239,8 @@ class Recipe:
     @classmethod
     def from_toml(cls, path: str | Path) -> Self:
         """Read a recipe file."""
-        text = read_text_file(expanded(path), BadRecipe)
+        path = given_path(path, "a recipe's file", "the name of a TOML file")
+        text = read_text_file(path, BadRecipe)
         try:
             values = tomllib.loads(text)
         except (ValueError, RecursionError) as error:
@@ -222,27 +248,15 @@ class Recipe:
         return cls.from_dict(values)
 
 
+# What Python calls take for a recipe.
+AnyRecipe = Recipe | Mapping[str, Any] | str | Path
+
+
 def matches(pattern: str, path: str) -> bool:
     """Whether an override pattern holds for a linear."""
     if pattern.startswith("re:"):
         return re.match(pattern[3:], path) is not None
     return pattern == path
-
-
-def _check_types(recipe: Recipe) -> None:
-    wanted: dict[str, type | tuple[type, ...]] = {
-        "method": str, "bits": int, "group_size": int, "zero_point": str, "scale_type": str, "grid": str,
-        "embedding_bits": int, "activation_bits": int, "activation_group_size": (int, type(None)),
-        "activation_zero_point": str, "activation_clip": (float, int), "kv_bits": int, "kv": Mapping,
-        "system_prompt": (str, type(None)), "calibration": (str, type(None)), "num_windows": int, "window": int,
-        "distill_steps": int, "distill": Mapping,
-        "seed": int, "device": str, "dtype": str, "options": Mapping, "overrides": Mapping,
-    }  # fmt: skip
-    for key, kind in wanted.items():
-        value = getattr(recipe, key)
-        if not isinstance(value, kind) or isinstance(value, bool):
-            name = (kind if isinstance(kind, type) else kind[0]).__name__
-            raise BadRecipe(f"{key} is {value!r}; expected {'a table' if kind is Mapping else name}")
 
 
 def _check_writable(recipe: Recipe) -> None:

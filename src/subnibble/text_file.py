@@ -11,7 +11,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from subnibble.errors import CheckpointError, SubnibbleError
+from subnibble.errors import BadArgument, CheckpointError, SubnibbleError
+from subnibble.given import described
 
 # UTF-32 first: its mark begins with that of UTF-16.
 _MARKS = (
@@ -85,7 +86,11 @@ def read_plain_json_file(path: Path) -> dict[str, Any]:
 
 
 def check_characters(text: str, where: str, error: type[SubnibbleError]) -> None:
-    """Raise `error` for a text with half of a surrogate pair, which is no character and has no tokens."""
+    """Raise `error` for a text with half of a surrogate pair, which is no character and has no tokens; `BadArgument`
+    for what is no text.
+    """
+    if not isinstance(text, str):
+        raise BadArgument(f"{where} is {described(text)}; give text")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as fault:

@@ -18,8 +18,8 @@ from subnibble.checkpoint.source import expect_shapes
 from subnibble.checkpoint.weight_files import INDEX
 from subnibble.checkpoint.writer import CheckpointWriter, contents
 from subnibble.errors import CheckpointError, OutputError
+from subnibble.given import given_path
 from subnibble.model.verify import check_written
-from subnibble.paths import expanded
 from subnibble.text_file import read_json_file
 
 REPORT = "report.json"
@@ -27,7 +27,7 @@ REPORT = "report.json"
 
 def open_packed(folder: str | Path) -> tuple[SafetensorsSource, PackedConfig]:
     """The packed checkpoint in a folder on this machine; `CheckpointError` if it is none, or not whole."""
-    if not expanded(folder).is_dir():
+    if not given_path(folder, "folder", "a folder that subnibble quantize wrote").is_dir():
         raise CheckpointError(f"{folder} is no folder; give a checkpoint on this machine that subnibble quantize wrote")
     source = open_source(folder)
     packed = packed_config_of(source.config)

@@ -9,14 +9,17 @@ from subnibble.checkpoint.safetensors_source import SafetensorsSource
 from subnibble.checkpoint.side_files import SIDE_FILES, TEMPLATE_FOLDER
 from subnibble.checkpoint.source import Source
 from subnibble.errors import CheckpointError
-from subnibble.paths import expanded
+from subnibble.given import given_path
 
 
-def open_source(model: str | Path | Source) -> Source:
-    """Open a folder, a `.gguf` file or a hub id (downloaded when online); what is open already is given back."""
-    if not isinstance(model, str | Path):
+def open_source(model: str | Path | Source, name: str = "model") -> Source:
+    """Open a folder, a `.gguf` file or a hub id (downloaded when online); what is open already is given back.
+
+    name: of the caller's argument, for what is none of these.
+    """
+    if isinstance(model, Source):
         return model
-    path = expanded(model)
+    path = given_path(model, name, "a model folder, a hub id or a .gguf file")
     if path.is_dir():
         return SafetensorsSource(path)
     if path.is_file():

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from subnibble.errors import CheckpointError
 
 
+@runtime_checkable
 class Source(Protocol):
     """Where weights come from, under the names that the model has for them.
 

@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from subnibble.checkpoint.opening import open_source
@@ -17,7 +18,9 @@ from subnibble.model.skeleton import Skeleton
 from subnibble.model.transformers_api.generation import read_generation_config_
 
 
-def load_model(model: str | Path | Source, dtype: str = "auto", device: str = "auto") -> Any:
+def load_model(
+    model: str | Path | Source, dtype: str | torch.dtype = "auto", device: str | torch.device = "auto"
+) -> Any:
     """A transformers model, ready to run: packed or plain folder, hub id or .gguf file.
 
     dtype, device: see `device.py`.

@@ -17,14 +17,14 @@ from subnibble.errors import BadRecipe
 from subnibble.pipeline.distill import distill
 from subnibble.pipeline.filled_in import absolute_text
 from subnibble.pipeline.plan import check_plain
-from subnibble.progress import Progress, silent
-from subnibble.recipe import Recipe
+from subnibble.progress import Progress, given_progress
+from subnibble.recipe import AnyRecipe, Recipe
 from subnibble.report import DistillReport
 from subnibble.tuning.distillation import learnable
 
 
 def distill_checkpoint(
-    folder: str | Path, original: str | Path | Source, recipe: Recipe, *, progress: Progress = silent
+    folder: str | Path, original: str | Path | Source, recipe: AnyRecipe, *, progress: Progress | None = None
 ) -> DistillReport:
     """Tune the packed checkpoint in `folder` as a whole towards `original`, the model that it was quantized from.
 
@@ -32,11 +32,12 @@ def distill_checkpoint(
     The folder's own recipe.toml stays as it is, report.json lists under `distilled_later` what was done. The folder is
     replaced in one step.
     """
+    recipe, told = Recipe.of(recipe), given_progress(progress)
     settings = recipe.distillation
     if settings is None:
         raise BadRecipe("distill_steps is 0; give a positive number")
     packed, config = open_packed(folder)
-    source = open_source(original)
+    source = open_source(original, "original")
     check_plain(source)
     check_original(source, packed)
     settings.check_learns(_learnable(config), packed.path.name)
@@ -49,7 +50,7 @@ def distill_checkpoint(
         calibration, packed.load_tokenizer, recipe.num_windows, recipe.window, recipe.seed, source.config.vocab_size
     )
     earlier = read_report(packed.path).get("distilled_later", [])
-    found = distill(source, packed, config, settings, windows, dtype, device, recipe.seed, progress)
+    found = distill(source, packed, config, settings, windows, dtype, device, recipe.seed, told)
     done = {
         **asdict(found.report), **settings.to_dict(), "original": str(source.path), "calibration": calibration,
         "num_windows": recipe.num_windows, "window": recipe.window, "seed": recipe.seed, "device": str(device),

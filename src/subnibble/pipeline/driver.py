@@ -44,6 +44,7 @@ from subnibble.checkpoint.source import Source
 from subnibble.checkpoint.writer import CheckpointWriter, check_output
 from subnibble.corrections.ranks import Gains, allocate, gains_of
 from subnibble.errors import OutputError
+from subnibble.given import given_path
 from subnibble.methods.method import Steps
 from subnibble.model.skeleton import Block, Skeleton
 from subnibble.model.transformers_api.blocks import BlockCall
@@ -58,9 +59,9 @@ from subnibble.pipeline.plan import Plan
 from subnibble.pipeline.planned_size import packed_bytes, table_bytes
 from subnibble.pipeline.resolve import resolve
 from subnibble.pipeline.streams import Streams
-from subnibble.progress import Progress, silent
+from subnibble.progress import Progress, given_progress
 from subnibble.prompt import AUTO, sink_prefix
-from subnibble.recipe import Recipe
+from subnibble.recipe import AnyRecipe, Recipe
 from subnibble.report import BlockReport, DistillReport, LinearReport, Report
 from subnibble.report.clock import Clock, peak_memory
 from subnibble.rounding.table import as_stored, pack_table
@@ -81,22 +82,24 @@ _WINDOWS_FOR_SINKS = 64
 def quantize(
     model: str | Path | Source,
     out: str | Path,
-    recipe: Recipe,
+    recipe: AnyRecipe,
     *,
     overwrite: bool = False,
-    progress: Progress = silent,
+    progress: Progress | None = None,
 ) -> Report:
-    """Quantize `model` (folder, hub id or .gguf file) into the folder `out` as `recipe` says.
+    """Quantize `model` (folder, hub id or .gguf file) into the folder `out` as `recipe` says: a `Recipe`, a table
+    of its keys or a TOML file.
 
     Raises a `SubnibbleError` that says what to do, before any weight is read where that can be known; `out` appears
     only when it is complete.
     """
-    final = expanded(out)
+    told, wanted = given_progress(progress), Recipe.of(recipe)
+    final = given_path(out, "out", "the folder to write")
     check_output(final, overwrite)
-    run = _Run.prepare(model, final, recipe)
+    run = _Run.prepare(model, final, wanted)
     with CheckpointWriter(final, run.skeleton.num_blocks + 1, overwrite) as writer:
         _check_disk(run, writer)
-        report = run.execute(writer, progress)
+        report = run.execute(writer, told)
         writer.commit()
     return report
 

@@ -1,0 +1,62 @@
+"""What Python callers give for an argument: what is meant, or what to give instead."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from subnibble.errors import BadArgument, BadRecipe
+from subnibble.paths import expanded
+
+
+def given_path(value: Any, name: str, wanted: str) -> Path:
+    """The path that an argument names, `~` expanded; `BadArgument` for anything else, a loaded model above all.
+
+    name: the argument's. wanted: what it should be, for people.
+    """
+    text = plain(value)
+    if not isinstance(text, str):
+        raise BadArgument(f"{name} is {described(value)}; give {wanted}{_where_from(value)}")
+    if not text or "\0" in text:
+        raise BadArgument(f"{name} is {text!r}; give {wanted}")
+    return expanded(text)
+
+
+def plain(value: Any) -> Any:
+    """Paths, devices and types by their names, as recipes hold them; anything else as it is."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, torch.device):
+        return str(value)
+    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
+
+
+def described(value: Any) -> str:
+    """A value that does not belong where it was given, in a few words."""
+    if value is None or isinstance(value, bool | int | float):
+        return repr(value)
+    kind = type(value).__name__
+    article = "an" if kind[0] in "AEIOUaeiou" else "a"
+    return f"a loaded {kind}" if isinstance(value, nn.Module) else f"{article} {kind}"
+
+
+def check_types(holder: object, wanted: Mapping[str, Any]) -> None:
+    """Raise `BadRecipe` for an attribute that is not of the types of its name; bool is no int."""
+    for key, kind in wanted.items():
+        value = getattr(holder, key)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            first = kind[0] if isinstance(kind, tuple) else kind
+            raise BadRecipe(f"{key} is {value!r}; expected {'a table' if first is Mapping else first.__name__}")
+
+
+def _where_from(value: Any) -> str:
+    if not isinstance(value, nn.Module):
+        return ""
+    origin = getattr(getattr(value, "config", None), "name_or_path", "")
+    came = f"the one that it was loaded from ({origin}), or " if origin else ""
+    return f": {came}one that model.save_pretrained writes"
