@@ -28,6 +28,7 @@ NAMES = {
     "hidden_states", "layer_idx", "_attn_implementation", "set_attn_implementation", "all_tied_weights_keys",
     "_tied_weights_keys", "_prepare_cache_for_generation", "checkpoint_files", "model_kwargs",
     "_process_model_before_weight_loading", "_process_model_after_weight_loading", "inv_freq",
+    "update_attn_implementation", "transformers_weights",
 }  # fmt: skip
 # What transformers documents, and has kept since its first releases.
 OFFERED = {"AutoConfig", "AutoModelForCausalLM", "AutoTokenizer"}

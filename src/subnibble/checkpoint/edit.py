@@ -19,6 +19,7 @@ from subnibble.checkpoint.weight_files import INDEX
 from subnibble.checkpoint.writer import CheckpointWriter, contents
 from subnibble.errors import CheckpointError, OutputError
 from subnibble.given import given_path
+from subnibble.model.transformers_api.marking import marked
 from subnibble.model.verify import check_written
 from subnibble.text_file import read_json_file
 
@@ -59,7 +60,7 @@ def change_checkpoint(
             writer.write_shard(new)
         config = read_json_file(source.path / CONFIG)
         config["quantization_config"] = packed.to_dict()
-        writer.write_json("config.json", config)
+        writer.write_json("config.json", marked(config))
         _copy_others(source, writer)
         writer.finish_weights()
         check_written(writer.folder)

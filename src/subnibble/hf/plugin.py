@@ -41,6 +41,10 @@ class SubnibbleConfig(QuantizationConfigMixin):
         """The same: there are no defaults to leave out."""
         return self.to_dict()
 
+    def get(self, key: str, default: Any = None) -> Any:
+        """A value of config.json's table: transformers asks a loaded model's config as it asks a file's."""
+        return self.to_dict().get(key, default)
+
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """Build from config.json's table."""

@@ -48,6 +48,7 @@ from subnibble.given import given_path
 from subnibble.methods.method import Steps
 from subnibble.model.skeleton import Block, Skeleton
 from subnibble.model.transformers_api.blocks import BlockCall
+from subnibble.model.transformers_api.marking import marked
 from subnibble.model.verify import check_written
 from subnibble.paths import expanded, is_file
 from subnibble.pipeline.after_blocks import AfterBlocks
@@ -358,7 +359,7 @@ class _Run:
         config["quantization_config"] = self._packed.to_dict()
         config["dtype"] = str(self.skeleton.source.config.dtype or self.skeleton.dtype).removeprefix("torch.")
         config.pop("_name_or_path", None)
-        writer.write_json("config.json", config)
+        writer.write_json("config.json", marked(config))
 
     def _report(self, writer: CheckpointWriter, distilled: DistillReport | None) -> Report:
         report = Report(

@@ -12,11 +12,16 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quanti
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from subnibble.model.transformers_api.marking import mark_saves, unmark_
 from subnibble.model.transformers_api.names import never_called, unknown
 
 __all__ = ["CheckpointQuantizer", "QuantizationConfigMixin", "register_quantization"]
 
-_LOADING = ("_process_model_before_weight_loading", "_process_model_after_weight_loading")
+_LOADING = (
+    "_process_model_before_weight_loading",
+    "_process_model_after_weight_loading",
+    "update_attn_implementation",
+)
 
 
 class CheckpointQuantizer(HfQuantizer):
@@ -35,6 +40,11 @@ class CheckpointQuantizer(HfQuantizer):
         """Check and complete a model whose weights are loaded."""
         raise NotImplementedError
 
+    def update_attn_implementation(self, config: Any) -> Any:
+        """The one hook that sees the config before transformers looks for files: takes the word out of it."""
+        unmark_(config)
+        return config
+
     def _process_model_before_weight_loading(self, model: Any, **named: Any) -> None:
         if "checkpoint_files" not in named:
             raise unknown("does not tell quantizers which files it loads")
@@ -46,6 +56,7 @@ class CheckpointQuantizer(HfQuantizer):
         if not self._prepared:
             raise never_called("the hook that puts packed modules into an empty model")
         self.finish_(model)
+        mark_saves(self.quantization_config.quant_method)
         return model
 
     def is_serializable(self) -> bool:
