@@ -17,6 +17,10 @@ class BadArgument(SubnibbleError, TypeError):
     """A Python argument of a kind that the call does not take; says what to give."""
 
 
+class NoWeight(SubnibbleError, AttributeError):
+    """A packed module was asked for the dense weight that it does not hold."""
+
+
 class UnsupportedModel(SubnibbleError):
     """The model's architecture has no site table, or its table does not describe this checkpoint."""
 

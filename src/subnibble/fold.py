@@ -33,6 +33,8 @@ def fold_norm_biases_(model: Any) -> None:
         raise BadArgument(
             f"model is {described(model)}; give a loaded model, as AutoModelForCausalLM.from_pretrained(folder) gives"
         )
+    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+        raise BadArgument("model has modules on disk or offloaded, which cannot be changed; give one that is in memory")
     packed = packed_config_of(model.config)
     if packed is None:
         raise CheckpointError("the model is not a packed one; load a folder that `subnibble quantize` wrote")

@@ -174,7 +174,7 @@ def set_prefix_(model: Any, states: list[tuple[Tensor, Tensor]]) -> None:
 def _prefix_states(model: Any) -> list[tuple[Tensor, Tensor]]:
     """What `set_prefix_` gave the model; empty if nothing."""
     held = [getattr(module, PREFIX, None) for module in _attentions(model)]
-    return [(states.keys, states.values) for states in held if states is not None]
+    return [states.pair() for states in held if states is not None]
 
 
 def _decoder(model: Any) -> Any:
@@ -325,7 +325,7 @@ def _announce(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tup
     if index == 0 and cache.scheme is not None and cache.scheme.rope == "before":
         cache.positions.append(*call.positions, call.hidden.shape[0])
     centered = cache.scheme is not None and cache.scheme.is_centered
-    layer.expect(call.places, module.get_submodule(KEY_CENTER).mean if centered else None)
+    layer.expect(call.places, module.get_submodule(KEY_CENTER).held() if centered else None)
     return args, with_layer(kwargs, layer)
 
 
@@ -343,9 +343,10 @@ def cached_attention(module: Any, inputs: AttentionInputs) -> Tensor:
         turned = hadamard.multiply(query, blocks) if blocks else query
         prefix = None
         if hasattr(module, PREFIX):
-            own = module.prefix.keys.to(query.dtype)
+            own, shared = module.prefix.pair()
+            own = own.to(query.dtype)
             shown = _prefix_visible(query, own.shape[1], layer.queries, inputs.window)
-            prefix = PrefixSeen(hadamard.multiply(own, blocks) if blocks else own, module.prefix.values, shown)
+            prefix = PrefixSeen(hadamard.multiply(own, blocks) if blocks else own, shared, shown)
         output = attend(turned, keys, values, inputs.mask, inputs.scaling, prefix)
     return output.transpose(1, 2).contiguous()
 

@@ -22,6 +22,7 @@ from subnibble.errors import CheckpointError, NotLoadable
 from subnibble.model.packed import pack_modules_
 from subnibble.model.transformers_api.empty import empty_causal_lm, tied_weights
 from subnibble.runtime.modules import PackedModule, StoredModule
+from subnibble.runtime.offloaded import resident
 from subnibble.scheme import E8M0
 from subnibble.tensor import range_key
 
@@ -70,11 +71,13 @@ def value_rules(model: Any, packed: PackedConfig) -> dict[str, list[Rule]]:
 
 def check_values(model: Any, packed: PackedConfig) -> None:
     """Raise `CheckpointError` if stored numbers of a filled model are none that a writer may write."""
-    held = dict((*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)))
     for name, rules in value_rules(model, packed).items():
-        for rule in rules:
-            if problem := rule(held[name]):
-                raise CheckpointError(f"{name} {problem}; fetch or quantize the model again")
+        path, _, own = name.rpartition(".")
+        module = model.get_submodule(path)
+        with resident(module):
+            problems = [problem for rule in rules if (problem := rule(getattr(module, own)))]
+        if problems:
+            raise CheckpointError(f"{name} {problems[0]}; fetch or quantize the model again")
 
 
 def check_written(folder: Path) -> None:

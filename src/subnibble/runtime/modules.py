@@ -8,7 +8,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from subnibble.errors import NoWeight
 from subnibble.runtime import ops
+from subnibble.runtime.offloaded import resident
 from subnibble.tensor import PackedLayout, PackedTensor
 
 # Where a head holds its `InputMix`.
@@ -44,6 +46,11 @@ class PrefixStates(StoredModule):
         self.register_buffer("keys", keys, persistent)
         self.register_buffer("values", values, persistent)
 
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """Keys and values."""
+        with resident(self):
+            return self.keys, self.values
+
     def extra_repr(self) -> str:
         """Shape, for printing."""
         return f"{self.keys.shape[1]} tokens"
@@ -61,6 +68,11 @@ class KeyCenter(StoredModule):
         super().__init__()
         self.register_buffer("mean", mean)
         self.rope, self.key_rotation = rope, key_rotation
+
+    def held(self) -> Tensor:
+        """The mean."""
+        with resident(self):
+            return self.mean
 
     def extra_repr(self) -> str:
         """Shape and kind, for printing."""
@@ -104,10 +116,21 @@ class PackedModule(StoredModule):
         for name, tensor in weight.state().items():
             self.register_buffer(name, tensor)
 
+    def __getattr__(self, name: str) -> Any:
+        """As of any module, but that a packed one says what became of its `weight`."""
+        if name == "weight":
+            raise _no_weight(self)
+        return super().__getattr__(name)
+
+    def dequantize(self) -> Tensor:
+        """The dense matrix, float32."""
+        return self.packed.dequantize()
+
     @property
     def packed(self) -> PackedTensor:
         """The packed matrix, sharing the buffers."""
-        return PackedTensor.from_state(dict(self.named_buffers(recurse=False)), self.layout)
+        with resident(self):
+            return PackedTensor.from_state(dict(self.named_buffers(recurse=False)), self.layout)
 
     def extra_repr(self) -> str:
         """Shape and schemes, for printing."""
@@ -136,17 +159,18 @@ class PackedLinear(PackedModule):
     @property
     def terms(self) -> ops.LinearTerms:
         """What the linear contains, sharing its buffers."""
-        return ops.LinearTerms(
-            weight=self.packed,
-            bias=self.bias,
-            column_scale=self.column_scale,
-            gather=self.gather,
-            blocks=self.blocks,
-            activation=self.activation,
-            salient=None if self.salient is None else self.salient.packed,
-            residual=self.residual,
-            low_rank=None if self.down is None or self.up is None else (self.down.packed, self.up.packed),
-        )
+        with resident(self):
+            return ops.LinearTerms(
+                weight=self.packed,
+                bias=self.bias,
+                column_scale=self.column_scale,
+                gather=self.gather,
+                blocks=self.blocks,
+                activation=self.activation,
+                salient=None if self.salient is None else self.salient.packed,
+                residual=self.residual,
+                low_rank=None if self.down is None or self.up is None else (self.down.packed, self.up.packed),
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., k) to (..., m)."""
@@ -193,10 +217,21 @@ class TiedHead(nn.Module):
         self._embedding = (embedding,)
         self.in_features, self.out_features = embedding.layout.columns, embedding.layout.rows
 
+    def __getattr__(self, name: str) -> Any:
+        """As `PackedModule`."""
+        if name == "weight":
+            raise _no_weight(self._embedding[0])
+        return super().__getattr__(name)
+
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., d) to (..., n)."""
         _ran_(self)
         return ops.linear(x, ops.LinearTerms(self._embedding[0].packed))
+
+
+def _no_weight(module: PackedModule) -> NoWeight:
+    kind = type(module).__name__
+    return NoWeight(f"this {kind} holds codes ({module.extra_repr()}) and no `weight`; its `dequantize()` is dense")
 
 
 def add_output_bias_(module: nn.Module, bias: Tensor) -> None:
@@ -230,7 +265,8 @@ def remove_output_bias_(module: nn.Module) -> None:
 
 def _add_bias(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
     _ran_(module)
-    bias = module.bias
+    with resident(module):
+        bias = module.bias
     assert isinstance(bias, Tensor)
     return output + bias
 

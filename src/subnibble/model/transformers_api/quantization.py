@@ -12,7 +12,9 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quanti
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from subnibble.model.transformers_api.marking import mark_saves, unmark_
+from subnibble.errors import BadArgument
+from subnibble.model.transformers_api.calls import wrap_calls
+from subnibble.model.transformers_api.marking import unmark_
 from subnibble.model.transformers_api.names import never_called, unknown
 
 __all__ = ["CheckpointQuantizer", "QuantizationConfigMixin", "register_quantization"]
@@ -56,8 +58,14 @@ class CheckpointQuantizer(HfQuantizer):
         if not self._prepared:
             raise never_called("the hook that puts packed modules into an empty model")
         self.finish_(model)
-        mark_saves(self.quantization_config.quant_method)
+        wrap_calls(self.quantization_config.quant_method)
         return model
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        raise BadArgument(
+            "a packed model has no dense form that runs alike; give the original model to work on dense weights, or "
+            "take one module's by its `dequantize()`"
+        )
 
     def is_serializable(self) -> bool:
         """`save_pretrained` writes the packed tensors back as they are."""

@@ -1,0 +1,62 @@
+"""Calls of transformers' models that mean something else for a packed one, wrapped in their class.
+
+`save_pretrained` leaves the word of `marking.py` out. `resize_token_embeddings` copies rows of `weight`, which packed
+tables do not have, and puts a new head in the place of one that meets a matrix first. Other models are not touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import wrapt
+from torch import nn
+
+from subnibble.errors import BadArgument
+from subnibble.model.transformers_api.marking import mark_file
+from subnibble.runtime.modules import MIX
+
+_Call = Callable[..., Any]
+
+
+def wrap_calls(method: str) -> None:
+    """Wrap the calls for models of `quant_method: method`, once.
+
+    Called when a model is loaded: while the plug-in is imported, the class of models may not be there yet.
+    """
+    from transformers import PreTrainedModel
+
+    for name, call in (("save_pretrained", _save), ("resize_token_embeddings", _resize)):
+        if not isinstance(getattr(PreTrainedModel, name), wrapt.FunctionWrapper):
+            wrapt.wrap_function_wrapper(PreTrainedModel, name, _for_packed(method, call))
+
+
+def _for_packed(method: str, call: _Call) -> _Call:
+    def chosen(wrapped: _Call, model: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        quantization = getattr(model.config, "quantization_config", None)
+        if getattr(quantization, "quant_method", None) != method:
+            return wrapped(*arguments, **named)
+        return call(wrapped, model, *arguments, **named)
+
+    return chosen
+
+
+def _save(wrapped: _Call, model: Any, save_directory: Any, *arguments: Any, **named: Any) -> None:
+    if named.get("push_to_hub"):
+        raise BadArgument("push_to_hub would send config.json too early; give the hub's id to model.push_to_hub")
+    wrapped(save_directory, *arguments, **named)
+    mark_file(Path(save_directory) / "config.json")
+
+
+def _resize(wrapped: _Call, model: Any, new_num_tokens: int | None = None, *arguments: Any, **named: Any) -> Any:
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if isinstance(table, nn.Embedding) and type(head) is nn.Linear and not hasattr(head, MIX):
+        return wrapped(new_num_tokens, *arguments, **named)
+    if new_num_tokens in (None, table.num_embeddings) and not arguments and not named.get("pad_to_multiple_of"):
+        return table
+    raise BadArgument(
+        f"new_num_tokens is {new_num_tokens} and the model has {table.num_embeddings}: its embedding or head is "
+        "quantized, and rows cannot be added to codes; give the tokens to the original model and quantize that again, "
+        "or quantize it with embedding_bits = 16"
+    )
