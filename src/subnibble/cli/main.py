@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import traceback
+import warnings
 from typing import Annotated
 
 import typer
@@ -56,8 +57,18 @@ def root(
     """Options of the command as a whole."""
 
 
+def run() -> None:
+    """Entry point of the installed command: as `main`, without other libraries' warnings.
+
+    They are about our calls, and our tests make errors of them. `-W` and PYTHONWARNINGS show them.
+    """
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+    main()
+
+
 def main() -> None:
-    """Entry point."""
+    """Run the command with this process's arguments."""
     prepare()
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
