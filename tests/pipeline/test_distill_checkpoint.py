@@ -38,7 +38,9 @@ def config_of(folder: Path) -> dict[str, Any]:
 def test_later_is_as_good_as_at_once(
     kind: str, name: str, folders: dict[str, Path], token_file: Path, tmp_path: Path
 ) -> None:
-    plain, whole = recipe_of(kind, token_file), recipe_of(kind, token_file, **DISTILLED)
+    # At this rate something better than the start is found by each.
+    gentle = DISTILLED | {"distill": DISTILLED["distill"] | {"rate": 0.002}}
+    plain, whole = recipe_of(kind, token_file), recipe_of(kind, token_file, **gentle)
     wanted = quantize(folders[name], tmp_path / "once", whole)
     before = quantize(folders[name], tmp_path / "later", plain)
     found = distill_checkpoint(tmp_path / "later", folders[name], whole)
