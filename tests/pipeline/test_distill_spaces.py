@@ -159,7 +159,7 @@ def test_what_the_model_does_not_run_is_an_error_that_names_it(
     monkeypatch.setattr(Student, "of", spoiled)
     with pytest.raises(SilentFailure, match=f"^{said} is to be learned and no gradient reaches it"):
         quantized(folders["llama"], tmp_path / "out", token_file, **METHODS["dualfit"], **SHORT)
-    assert [item.name for item in tmp_path.iterdir()] == []
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_packed_linear_that_would_stay_as_it_is_is_an_error(
