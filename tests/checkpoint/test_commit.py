@@ -10,7 +10,7 @@ import pytest
 import torch
 from writer_samples import SHARDS, Interrupted, content, everything, hidden, seen, write
 
-from subnibble.checkpoint.safetensors_source import INDEX
+from subnibble.checkpoint.weight_files import INDEX
 from subnibble.checkpoint.writer import CheckpointWriter, check_output
 from subnibble.errors import OutputError
 

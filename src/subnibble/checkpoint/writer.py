@@ -21,7 +21,7 @@ from torch import Tensor
 
 from subnibble.checkpoint.packed import QUANT_METHOD
 from subnibble.checkpoint.weight_files import INDEX, SINGLE
-from subnibble.errors import OutputError
+from subnibble.errors import NotLoadable, OutputError
 
 _CONFIG = "config.json"
 # In the names of hidden folders that writers make, and may leave behind when they are killed.
@@ -64,7 +64,8 @@ class CheckpointWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        is_kept = error is not None and self._whole
+        # What would not load is not worth keeping.
+        is_kept = error is not None and self._whole and not isinstance(error, NotLoadable)
         if not is_kept:
             shutil.rmtree(self.folder, ignore_errors=True)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):

@@ -22,9 +22,9 @@ def marked(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unmark_(config: Any) -> None:
-    """Take the word out of a config that transformers has read."""
-    if getattr(config, _KEY, None) is not None:
-        setattr(config, _KEY, None)
+    """Take the word out of a config that transformers has read; the name of a file stays."""
+    if getattr(config, _KEY, None) == WORD:
+        delattr(config, _KEY)
 
 
 def mark_file(file: Path) -> None:
