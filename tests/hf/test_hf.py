@@ -158,12 +158,16 @@ def test_load_model_takes_plain_and_packed(packed: dict[str, Path], folders: dic
     assert packed_modules(load_model(packed["llama"], "bfloat16", "cpu"))
 
 
-def test_plugin_registers_once_on_reload() -> None:
+def test_plugin_registers_once_on_reload(monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
     before = AUTO_QUANTIZER_MAPPING["subnibble"], AUTO_QUANTIZATION_CONFIG_MAPPING["subnibble"]
+    plugin = sys.modules["subnibble.hf.plugin"]
+    for name in ("SubnibbleConfig", "SubnibbleQuantizer"):
+        # To be there again for other tests: what is registered pickles by its name.
+        monkeypatch.setattr(plugin, name, getattr(plugin, name))
     importlib.reload(subnibble)
-    importlib.reload(sys.modules["subnibble.hf.plugin"])
+    importlib.reload(plugin)
     assert (AUTO_QUANTIZER_MAPPING["subnibble"], AUTO_QUANTIZATION_CONFIG_MAPPING["subnibble"]) == before
 
 
