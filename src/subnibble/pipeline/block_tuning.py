@@ -35,6 +35,8 @@ from subnibble.tuning.tuning import EFFORTS, Effort, Tuning
 
 # Windows over which inputs are looked at before factors start.
 _LOOKED_AT = 8
+# Of what a block adds to the energy of its outputs, lest errors are measured against nothing.
+_SMALLEST_SHARE = 1e-6
 
 
 @dataclass
@@ -181,8 +183,8 @@ class Tuner:
         plain = held_out_loss(tuned, samples)
         if not math.isfinite(plain):
             raise NumericalFailure(
-                f"{block.path}: its outputs on quantized inputs are not finite; use more bits, or check the "
-                "calibration text for empty or repeated windows"
+                f"{block.path}: its outputs on quantized inputs are not finite: activations leave the range of "
+                f"{str(self.dtype).removeprefix('torch.')}; use more bits, or dtype = \"float32\""
             )
         if self.tuning.smoothing != "none":
             few = slice(0, min(_LOOKED_AT, samples.trained))
@@ -220,8 +222,10 @@ def samples_of(
             "a calibration window holds no token to tune on, only its first one and attention sinks; use longer windows"
         )
     added = (after.float() - before.float()).square().sum(-1)
-    energy = float(added[usual].mean())
-    return Samples(inputs, after, usual, max(energy, torch.finfo(torch.float32).tiny), call)
+    # An idle block adds nothing, and its error is that of its inputs.
+    least = _SMALLEST_SHARE * float(after.float().square().sum(-1)[usual].mean())
+    energy = max(float(added[usual].mean()), least, torch.finfo(torch.float32).tiny)
+    return Samples(inputs, after, usual, energy, call)
 
 
 def _first(batches: list[Tensor], effort: Effort) -> Tensor:
