@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+import wrapt
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import subnibble
 from conftest import VOCABULARY
 from subnibble.errors import BadArgument, NoWeight, SubnibbleError
 from subnibble.hf import packed_modules
+from subnibble.model.transformers_api.calls import wrap_calls
 
 IDS = torch.tensor([[5, 9, 12, 40, 3]])
 RTN = {"method": "rtn", "bits": 4, "group_size": 16}
@@ -100,3 +103,12 @@ def test_tokens_that_are_none_are_refused_as_by_a_plain_table(
 def test_ids_of_a_type_that_a_plain_table_refuses_are_refused(dtype: torch.dtype, packed: dict[str, Path]) -> None:
     with pytest.raises(RuntimeError):
         load(packed["llama"]).get_input_embeddings()(torch.ones(1, 3, dtype=dtype))
+
+
+def test_calls_are_wrapped_once_however_many_models_are_loaded() -> None:
+    for _ in range(3):
+        wrap_calls("subnibble")
+    for name in ("save_pretrained", "resize_token_embeddings"):
+        wrapped = inspect.getattr_static(PreTrainedModel, name)
+        assert isinstance(wrapped, wrapt.FunctionWrapper)
+        assert not isinstance(wrapped.__wrapped__, wrapt.FunctionWrapper)

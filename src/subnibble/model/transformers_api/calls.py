@@ -6,6 +6,7 @@ tables do not have, and puts a new head in the place of one that meets a matrix 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,8 @@ def wrap_calls(method: str) -> None:
     from transformers import PreTrainedModel
 
     for name, call in (("save_pretrained", _save), ("resize_token_embeddings", _resize)):
-        if not isinstance(getattr(PreTrainedModel, name), wrapt.FunctionWrapper):
+        # As it stands in the class: what a class gives out is bound, of another kind, and new each time.
+        if not isinstance(inspect.getattr_static(PreTrainedModel, name), wrapt.FunctionWrapper):
             wrapt.wrap_function_wrapper(PreTrainedModel, name, _for_packed(method, call))
 
 
