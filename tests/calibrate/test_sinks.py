@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from subnibble import Recipe, quantize
 from subnibble.calibrate.sinks import ordinary_tokens, sink_tokens
 from subnibble.checkpoint.opening import open_source
 from subnibble.checkpoint.packed import packed_config_of
-from subnibble.errors import BadRecipe
+from subnibble.errors import BadRecipe, CalibrationError
 from subnibble.prompt import prefix_ids, sink_prefix
 
 SITE = SimpleNamespace(name="mlp_hidden")
@@ -108,6 +109,21 @@ def test_a_recipe_finds_its_prefix(
     with pytest.raises(BadRecipe, match="set calibration"):
         quantize(folders["llama"], tmp_path / "other", replace(recipe, calibration=None))
     assert not (tmp_path / "other").exists()
+
+
+def test_a_prefix_of_tokens_that_the_model_does_not_know_is_refused(
+    folders: dict[str, Path], token_file: Path, tmp_path: Path
+) -> None:
+    """A tokenizer whose BOS was added, and the embedding not resized."""
+    source = tmp_path / "model"
+    shutil.copytree(folders["llama"], source)
+    tokenizer = open_source(source).load_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    tokenizer.save_pretrained(source)
+    recipe = Recipe(method="none", system_prompt="auto", calibration=str(token_file), num_windows=2, window=16)
+    with pytest.raises(CalibrationError, match="the prefix of sink tokens: token ids run from 96"):
+        quantize(source, tmp_path / "out", recipe)
+    assert not (tmp_path / "out").exists()
 
 
 def test_windows_of_other_sizes_do_not_change_what_is_a_sink_in_one() -> None:

@@ -313,3 +313,19 @@ def test_drift_leaves_the_tokens_alone_and_keeps_no_view_of_them() -> None:
     wanted.zero_()
     drift.update(torch.empty(0, CHANNELS), torch.empty(0, CHANNELS))
     assert torch.equal(drift.value, before)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-20, 1.0, 1e20, 1e30])
+def test_sums_of_products_hold_numbers_whose_squares_leave_float32(size: float) -> None:
+    x = torch.randn(20, 7, generator=torch.Generator().manual_seed(0)) * size
+    gram, drift, other = Gram(7), Drift(7), Gram(7)
+    gram.update(torch.zeros(3, 7))
+    gram.update(x)
+    drift.update(x, 2 * x)
+    wanted = x.double().T @ x.double()
+    torch.testing.assert_close(gram.value.double(), wanted, rtol=1e-5, atol=1e-5 * size**2)
+    torch.testing.assert_close(drift.value.double(), wanted, rtol=1e-5, atol=1e-5 * size**2)
+    assert gram.value.dtype == drift.value.dtype == (torch.float32 if size == 1 else torch.float64)
+    other.update(torch.ones(1, 7))
+    other.merge(gram)
+    torch.testing.assert_close(other.value.double(), wanted + 1, rtol=1e-5, atol=1e-5 * size**2)

@@ -184,7 +184,7 @@ class Tuner:
         if not math.isfinite(plain):
             raise NumericalFailure(
                 f"{block.path}: its outputs on quantized inputs are not finite: activations leave the range of "
-                f"{str(self.dtype).removeprefix('torch.')}; use more bits, or dtype = \"float32\""
+                f'{str(self.dtype).removeprefix("torch.")}; use more bits, or dtype = "float32"'
             )
         if self.tuning.smoothing != "none":
             few = slice(0, min(_LOOKED_AT, samples.trained))

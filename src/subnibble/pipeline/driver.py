@@ -34,6 +34,7 @@ from subnibble.calibrate.prefix import PrefixStream
 from subnibble.calibrate.sinks import sink_tokens
 from subnibble.calibrate.stream import BlockStream
 from subnibble.calibrate.survey import full_precision_blocks
+from subnibble.calibrate.tokens import check_vocabulary
 from subnibble.calibrate.windows import calibration_windows, check_positions
 from subnibble.checkpoint.entries import Entry, PackedEmbeddingEntry, TiedHeadEntry
 from subnibble.checkpoint.opening import open_source
@@ -263,6 +264,7 @@ class _Run:
         """The prefix of the model's own sink tokens. table: the embedding's."""
         source, few = self.skeleton.source, windows[:_WINDOWS_FOR_SINKS]
         self.prefix = sink_prefix(sink_tokens(self._full_precision(table, few), few), source.load_tokenizer())
+        check_vocabulary(torch.tensor(self.prefix.ids), source.config.vocab_size, "the prefix of sink tokens")
         check_positions(self.recipe.window, source.config, self._past)
 
     def _embed_prefix(self, table: Tensor) -> PrefixStream | None:
