@@ -22,7 +22,8 @@ from subnibble import Recipe, quantize
 from subnibble.cache_scheme import KEY_AXES, KEY_CENTERS, KEY_ROTATIONS, ROPES, CacheScheme
 from subnibble.checkpoint.entries import PackedEmbeddingEntry
 from subnibble.checkpoint.packed import packed_config_of
-from subnibble.checkpoint.safetensors_source import STORED_TYPES, SafetensorsSource, read_headers
+from subnibble.checkpoint.safetensors_source import STORED_TYPES, SafetensorsSource
+from subnibble.checkpoint.weight_files import read_headers
 from subnibble.device import DTYPES
 from subnibble.errors import BadRecipe
 from subnibble.evaluation import Evaluation, evaluate

@@ -52,7 +52,7 @@ class Case:
         width = skeleton.config.hidden_size
         self.hidden = torch.randn(2, TOKENS, width, generator=generator)
         stream = PrefixStream(skeleton, torch.randn(1, PREFIX, width, generator=generator))
-        self.stream, self.states = stream, stream.states(self.block)
+        self.stream, self.states = stream, stream.run(self.block).states
         self.call = skeleton.block_calls(TOKENS, torch.float32, PREFIX)[1]
         names = self.block.arch.linears
         bases = {}
@@ -116,7 +116,7 @@ def test_factors_leave_the_function_and_settle_into_the_block(
     assert case.distance(case.output(tuned.prefix), wanted) < 1e-5
     assert case.distance(case.of(tuned), wanted) < 1e-5
     # The prefix is what the settled block makes of it; as it was, it would be wrong.
-    for found, made in zip(tuned.prefix, case.stream.states(case.block), strict=True):
+    for found, made in zip(tuned.prefix, case.stream.run(case.block).states, strict=True):
         assert torch.allclose(found, made, atol=1e-5)
     assert case.distance(case.output(case.states), wanted) > 1e-2
 
