@@ -105,7 +105,10 @@ CASES: dict[type, dict[str, list[Tried]]] = {
         "tokens": in_table("distill", "tokens", (8,), distill_steps=1),
         "rate": in_table("distill", "rate", (0.1,), distill_steps=1),
         "scales": in_table("distill", "scales", (True, False), distill_steps=1),
+        "zero_points": in_table("distill", "zero_points", (True, False), distill_steps=1, zero_point="real"),
+        "column_scales": in_table("distill", "column_scales", (True, False), distill_steps=1),
         "norms": in_table("distill", "norms", (True, False), distill_steps=1),
+        "norm_biases": in_table("distill", "norm_biases", (True, False), distill_steps=1),
         "clips": in_table("distill", "clips", (True, False), distill_steps=1, activation_bits=8),
     },
     Recipe: {
