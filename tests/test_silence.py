@@ -25,6 +25,7 @@ from subnibble.metrics.layer_error import layer_errors
 from subnibble.model.skeleton import Block, Skeleton
 from subnibble.model.transformers_api.quantization import CheckpointQuantizer
 from subnibble.pipeline import block_run
+from subnibble.pipeline.input_hook import InputHook
 from subnibble.prefix import compute_prefix
 from subnibble.runtime.kv_cache import Coding
 from subnibble.runtime.modules import TiedHead
@@ -213,7 +214,7 @@ def test_inputs_that_are_not_quantized_while_calibrating_are_noticed(
     folders: dict[str, Path], token_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     quantized(folders["llama"], token_file, tmp_path / "a", "atom", activation_bits=4, options={"outliers": 8})
-    monkeypatch.setattr(block_run._InputHook, "__call__", lambda self, linear, args: None)
+    monkeypatch.setattr(InputHook, "__call__", lambda self, linear, args: None)
     with pytest.raises(SilentFailure, match="quantized input of model"):
         quantized(folders["llama"], token_file, tmp_path / "b", "atom", activation_bits=4, options={"outliers": 8})
     assert not (tmp_path / "b").exists()

@@ -475,3 +475,11 @@ def test_a_text_behind_a_prefix_comes_in_one_piece() -> None:
     model = with_prefix(model_of("llama"), ids(PREFIX, 1, seed=3)[0], None)
     with pytest.raises(BadRecipe, match="leave prefill_chunk_size out"):
         model.generate(ids(8), max_new_tokens=2, prefill_chunk_size=4)
+
+
+def test_torch_compile_takes_a_model_on_a_coded_cache() -> None:
+    model, tokens = model_of("llama"), ids(9)
+    attach_cache_(model, CacheScheme(4))
+    wanted = logits(model, tokens, use_cache=False)
+    torch._dynamo.reset()
+    assert_close(logits(torch.compile(model, backend="eager"), tokens, use_cache=False), wanted)

@@ -220,17 +220,17 @@ def test_nothing_of_a_block_outlives_it(
     folders: dict[str, Path], token_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[weakref.ref[BlockRun]] = []
-    prepare = BlockRun.prepare
+    begin = BlockRun.begin
 
     def watched(*args: Any) -> BlockRun:
         gc.collect()
         # Those of the block before, tuned and not, are the pipeline's own until the next has come.
         assert all(run() is None for run in made[:-2])
-        run = prepare(*args)
+        run = begin(*args)
         made.append(weakref.ref(run))
         return run
 
-    monkeypatch.setattr(BlockRun, "prepare", watched)
+    monkeypatch.setattr(BlockRun, "begin", watched)
     recipe = Recipe(calibration=str(token_file), **DATA, **SETTING, **METHODS["atom"])
     quantize(folders["llama"], tmp_path / "out", recipe)
     assert len(made) == 6

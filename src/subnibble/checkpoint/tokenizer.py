@@ -21,7 +21,7 @@ _VOCABULARIES = ("*.model", "*.spm", "*.tiktoken", "tekken.json")
 _SENTENCEPIECE, _TIKTOKEN, _MISTRAL = ("sentencepiece", "protobuf"), ("tiktoken",), ("mistral-common",)
 _MODULES = {"protobuf": "google.protobuf", "mistral-common": "mistral_common"}
 _OR_IDS = "or pass token ids (.npy or .safetensors) instead of text"
-# Plain text, of which every reading of one tokenizer.json gives the same tokens.
+# Plain text: every correct reading of one tokenizer.json gives the same tokens.
 _PROBE = "The quick brown fox\nsays 42 times: over here, and there."
 
 

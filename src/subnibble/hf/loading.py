@@ -41,7 +41,7 @@ def load_model(
             return whole
     from transformers import AutoModelForCausalLM
 
-    # Its own copy of the config, since loading writes into it; read once, so that both readings are one.
+    # A copy, because loading writes into the config; the file itself is not read a second time.
     config = copy.deepcopy(source.config)
     loaded: Any = AutoModelForCausalLM.from_pretrained(source.path, config=config, dtype=kind, trust_remote_code=False)
     return loaded.to(place).eval()

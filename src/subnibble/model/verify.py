@@ -104,7 +104,7 @@ def check_written(folder: Path) -> None:
 
 
 def _value_problem(source: SafetensorsSource, rules: Mapping[str, list[Rule]]) -> str | None:
-    """What is wrong with the first tensor that breaks a rule. Those that are not packed must be finite, too."""
+    """The first tensor that breaks a rule, and how; None if all keep them. Unpacked tensors must be finite."""
     for names in source.shards().values():
         for name in names:
             tensor = source.load_raw(name)

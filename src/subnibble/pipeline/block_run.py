@@ -5,14 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor
 
 from subnibble.cache_scheme import CacheScheme
 from subnibble.calibrate.key_center import coding_of
@@ -37,9 +36,10 @@ from subnibble.model.site import Site
 from subnibble.model.skeleton import Block
 from subnibble.model.transformers_api.blocks import BlockCall, run_block
 from subnibble.model.transformers_api.names import never_called
-from subnibble.pipeline.block_transforms import prepare_block_
 from subnibble.pipeline.block_tuning import BlockTuning, Tuner
+from subnibble.pipeline.input_hook import InputHook
 from subnibble.pipeline.plan import Plan
+from subnibble.pipeline.prepared import Prepared
 from subnibble.pipeline.stack import (
     Observed,
     Stack,
@@ -90,7 +90,7 @@ class BlockRun:
     plan: Plan
     clock: Clock
     exact: dict[str, Tensor]
-    bases: dict[str, InputBasis]
+    bases: Mapping[str, InputBasis]
     call: BlockCall
     stream: BlockStream
     reference: BlockStream | None
@@ -102,15 +102,15 @@ class BlockRun:
     coding: Coding | None = None
     terms: dict[str, LinearTerms] = field(default_factory=dict)
     to_absorb: list[tuple[Site, Tensor]] = field(default_factory=list)
-    hooks: list[_InputHook] = field(default_factory=list)
+    hooks: list[InputHook] = field(default_factory=list)
     linears: dict[str, LinearReport] = field(default_factory=dict)
     unquantized_tail: list[Tensor] = field(default_factory=list)
     tuned: BlockReport | None = None
 
     @classmethod
-    def prepare(
+    def begin(
         cls,
-        block: Block,
+        prepared: Prepared,
         steps: Steps,
         plan: Plan,
         clock: Clock,
@@ -118,18 +118,8 @@ class BlockRun:
         dtype: torch.dtype,
         tuner: Tuner | None = None,
     ) -> BlockRun:
-        """Carry out the transforms on `block`, loaded in float32, tune it, and set its streams up."""
-        call, prefix = streams.calls[block.index], streams.prefix
-        found = None
-        if steps.needs_survey:
-            with clock.step("forward"):
-                own = plan.of_block(block)
-                before = behind(call, None if prefix is None else prefix.run(block).states)
-                found = BlockStream(block.twin(dtype), streams.hidden, before).statistics(*own)
-        with clock.step("transform"):
-            _, bases = prepare_block_(block, steps, found)
-        with clock.step("prefix"):
-            step = None if prefix is None else prefix.run(block)
+        """Tune a prepared block, if there is a tuner, and set its streams up. The block is used up."""
+        block, bases, call, step = prepared.block, prepared.bases, prepared.call, prepared.prefix
         states = None if step is None else step.states
         before = behind(call, states)
         reference = teacher = tuning = None
@@ -195,7 +185,7 @@ class BlockRun:
                 if terms.activation is not None and self.steps.inputs == "exact":
                     view = (terms.activation, _repeated(terms))
                     hooks.append(
-                        _InputHook(name, linear, partial(quantized_input, view=view, basis=self.bases[site.name]))
+                        InputHook(name, linear, partial(quantized_input, view=view, basis=self.bases[site.name]))
                     )
         try:
             yield
@@ -452,7 +442,7 @@ class BlockRun:
         if view is not None:
             basis = self.bases[site.name]
             path = f"the quantized input of {self.block.path}.{name}"
-            self.hooks.append(_InputHook(path, linear, partial(quantized_input, view=view, basis=basis)))
+            self.hooks.append(InputHook(path, linear, partial(quantized_input, view=view, basis=basis)))
 
     def _place(self, site: Site, stack: Stack, columns: Tensor) -> tuple[Tensor, Tensor | None]:
         """Decide where column scales (k,) go; give them as they will act, and as the linears store them, if they do."""
@@ -476,19 +466,6 @@ def better(tuned: BlockRun, base: BlockRun) -> BlockRun:
     other.drop_hooks()
     kept.tuned = tuning.report(tuned.block.path, *losses)
     return kept
-
-
-class _InputHook:
-    """A forward pre-hook that quantizes a linear's input, and counts how often it ran. path: names it in errors."""
-
-    def __init__(self, path: str, linear: nn.Linear, quantize: Callable[[Tensor], Tensor]) -> None:
-        self.path, self.runs, self._quantize = path, 0, quantize
-        self.handle: RemovableHandle = linear.register_forward_pre_hook(self)
-
-    def __call__(self, linear: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
-        """As torch calls it."""
-        self.runs += 1
-        return (self._quantize(args[0]),)
 
 
 def _check_promise(rounding: Rounding, rounder: Rounder, where: str) -> None:

@@ -59,6 +59,7 @@ from subnibble.pipeline.block_tuning import Tuner
 from subnibble.pipeline.distill import distill
 from subnibble.pipeline.plan import Plan
 from subnibble.pipeline.planned_size import packed_bytes, table_bytes
+from subnibble.pipeline.prepared import prepare
 from subnibble.pipeline.resolve import resolve
 from subnibble.pipeline.streams import Streams
 from subnibble.progress import Progress, given_progress
@@ -195,12 +196,13 @@ class _Run:
         """Round a loaded block. Where it is tuned, the method's own block without tuning is a candidate, too, and the
         one that has the smaller held-out loss as it runs is given.
         """
-        own = None if tuner is None else block.twin()
-        run = BlockRun.prepare(block, self.steps, self.plan, self.clock, streams, self.skeleton.dtype, tuner)
+        prepared = prepare(block, self.steps, self.plan, self.clock, streams, self.skeleton.dtype)
+        own = None if tuner is None else prepared.twin()
+        run = BlockRun.begin(prepared, self.steps, self.plan, self.clock, streams, self.skeleton.dtype, tuner)
         self._round_sites(run, on_site)
         if own is None or run.tuning is None:
             return run
-        base = BlockRun.prepare(own, self.steps, self.plan, self.clock, streams, self.skeleton.dtype)
+        base = BlockRun.begin(own, self.steps, self.plan, self.clock, streams, self.skeleton.dtype)
         self._round_sites(base, lambda number, site: None)
         return better(run, base)
 

@@ -41,7 +41,7 @@ def as_stored(tensor: Tensor) -> Tensor:
     if tensor.dim() < 2 or tensor.dtype in (torch.float16, torch.bfloat16):
         return tensor
     half = tensor.to(torch.float16)
-    # Where float16 overflows, or keeps fewer bits of the largest number than bfloat16, that has the range.
+    # Use bfloat16 where float16 overflows, or keeps fewer bits of the largest number.
     if bool(torch.isfinite(half).all()) and not 0 < float(tensor.abs().amax()) < _SMALLEST_HALF:
         return half
     wide = tensor.to(torch.bfloat16)

@@ -66,7 +66,7 @@ class LearnedMatrix(nn.Module):
         return torch.cat([part.dense() for part in self._parts], 1)
 
     def gradients(self, of_dense: Tensor) -> list[Tensor]:
-        """Of the parameters, in their order, where that of the dense matrix is (m, k)."""
+        """Gradients of the parameters, in their order. of_dense: (m, k), the gradient of the dense matrix."""
         ranges = of_dense.split([part.range.columns for part in self._parts], 1)
         return [one for part, own in zip(self._parts, ranges, strict=True) for one in part.gradients(own)]
 
@@ -133,7 +133,7 @@ class LearnedRange(nn.Module):
         return found.flatten(1)[:, : self.range.columns]
 
     def gradients(self, of_dense: Tensor) -> list[Tensor]:
-        """Of the parameters, in their order, where that of the dense matrix is (m, columns)."""
+        """Gradients of the parameters, in their order. of_dense: (m, columns), the gradient of the dense range."""
         width = self._numbers.shape[3]
         with torch.no_grad():
             grouped = nn.functional.pad(of_dense, (0, -self.range.columns % width)).unflatten(1, (-1, width))

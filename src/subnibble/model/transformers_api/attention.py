@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Self
@@ -13,7 +12,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.masking_utils import sdpa_mask
 
-from subnibble.model.transformers_api.names import CACHE_NAMES, cache_argument, unknown
+from subnibble.model.transformers_api.names import CACHE_NAMES, cache_argument, forward_arguments, unknown
 
 __all__ = ["Cache", "CacheLayerMixin"]
 
@@ -40,7 +39,7 @@ class DecoderCall:
     @classmethod
     def of(cls, decoder: nn.Module, args: tuple[Any, ...], named: Mapping[str, Any]) -> Self:
         """From what a hook sees. A cache may come under an old name, since hooks run before it is renamed."""
-        given = {**dict(zip(inspect.signature(decoder.forward).parameters, args, strict=False)), **named}
+        given = {**dict(zip(forward_arguments(type(decoder)), args, strict=False)), **named}
         caches = [given.pop(name) for name in CACHE_NAMES if name in given]
         ids, embedded, mask, places = (
             given.pop(name, None) for name in ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
@@ -85,7 +84,7 @@ class AttentionCall:
     @classmethod
     def of(cls, attention: nn.Module, args: tuple[Any, ...], named: Mapping[str, Any]) -> Self:
         """From what a hook sees."""
-        given = {**dict(zip(inspect.signature(attention.forward).parameters, args, strict=False)), **named}
+        given = {**dict(zip(forward_arguments(type(attention)), args, strict=False)), **named}
         missing = {"hidden_states", "position_embeddings"} - given.keys()
         if missing:
             raise unknown(f"calls {type(attention).__name__} without {min(missing)}")

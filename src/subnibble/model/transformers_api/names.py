@@ -11,6 +11,8 @@ from subnibble.errors import SilentFailure, UnsupportedTransformers
 
 # What the KV cache is called in arguments, in outputs and in what `generate` keeps: today's name first.
 CACHE_NAMES = ("cache", "past_key_values")
+# Each call of a layer asks; torch.compile warns of functools.cache.
+_ARGUMENTS: dict[type[nn.Module], tuple[str, ...]] = {}
 
 
 def release() -> str:
@@ -31,9 +33,16 @@ def never_called(what: str) -> SilentFailure:
     return SilentFailure(f"{what} was never called ({release()}); nothing that was computed without it is kept")
 
 
+def forward_arguments(kind: type[nn.Module]) -> tuple[str, ...]:
+    """Names of the arguments that the forward of a module of this class takes, in order."""
+    if kind not in _ARGUMENTS:
+        _ARGUMENTS[kind] = tuple(inspect.signature(kind.forward).parameters)[1:]
+    return _ARGUMENTS[kind]
+
+
 def cache_argument(module: nn.Module) -> str:
     """What the forward of a decoder, a block or an attention calls its KV cache."""
-    known = inspect.signature(module.forward).parameters
+    known = forward_arguments(type(module))
     for name in CACHE_NAMES:
         if name in known:
             return name
