@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from subnibble.checkpoint.checksums import CHECKSUMS, weight_checksums
+
 
 def spoiled_copy(source: Path, folder: Path, name: str, how: str) -> Path:
     """A copy of a checkpoint with one tensor missing, misshapen, of another type, not finite, or one too many."""
@@ -29,4 +31,14 @@ def spoiled_copy(source: Path, folder: Path, name: str, how: str) -> Path:
     else:
         tensors[name + "_more"] = torch.zeros(1)
     save_file(tensors, folder / shard, metadata={"format": "pt"})
+    renew_checksums(folder)
     return folder
+
+
+def renew_checksums(folder: Path) -> None:
+    """Make the checksums of a packed checkpoint those of its weight files, so that other checks find what is wrong."""
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    if CHECKSUMS in config.get("quantization_config", {}):
+        config["quantization_config"][CHECKSUMS] = weight_checksums(folder)
+        file.write_text(json.dumps(config))

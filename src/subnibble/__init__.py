@@ -13,6 +13,7 @@ import wrapt
 from subnibble.version import __version__
 
 if TYPE_CHECKING:
+    from subnibble.checkpoint.checksums import unverified
     from subnibble.comparison import compare
     from subnibble.estimation import estimate
     from subnibble.evaluation import Evaluation, evaluate
@@ -33,6 +34,7 @@ __all__ = [
     "evaluate",
     "fold_norm_biases_",
     "quantize",
+    "unverified",
 ]
 
 # Loaded on first use, so that `subnibble --help` need not import torch.
@@ -46,6 +48,7 @@ _HOMES = {
     "evaluate": "evaluation",
     "fold_norm_biases_": "fold",
     "quantize": "pipeline.driver",
+    "unverified": "checkpoint.checksums",
 }
 
 

@@ -1,4 +1,4 @@
-"""Entries and configs of each version of the format, and their way through JSON."""
+"""Entries and configs of the format, and their way through JSON."""
 
 import json
 
@@ -38,8 +38,9 @@ WHOLE = PackedLinearEntry(
     low_rank=(PackedLayout(8, ((192, W8),)), PackedLayout(64, ((8, W8),))),
 )
 COMPOSED = PackedConfig({**CONFIG.modules, DOWN: WHOLE})
-# Each is the plain linear with one term that version 2 does not know.
+# Each is the plain linear with one term.
 ONE_TERM = {
+    "column_scale": {"column_scale": True},
     "gather": {"gather": True},
     "hadamard": {"blocks": (128, 64)},
     "activation": {"activation": A8},

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from subnibble.checkpoint.entries import PackedLinearEntry, gather_type
-from subnibble.checkpoint.packed import FORMAT_VERSIONS, PackedConfig, stored_shapes
+from subnibble.checkpoint.packed import FORMAT_VERSION, PackedConfig, stored_shapes
 from subnibble.checkpoint.size import measure
 from subnibble.mxfp4 import E2M1
 from subnibble.runtime.activations import quantize
@@ -22,14 +22,14 @@ from subnibble.scheme import ActivationScheme, Scheme
 from subnibble.tensor import PackedLayout, PackedTensor, pack_codes, scale_dtype, unpack_codes
 
 DOC = (Path(__file__).parents[2] / "docs" / "format.md").read_text(encoding="utf-8")
-CONFIG, VECTORS, CONFIG_3, TOKENS, LINEAR, CONFIG_4, ROWS, CONFIG_5, CONFIG_6 = (
+CONFIG, VECTORS, WITH_TERMS, TOKENS, LINEAR, WITH_CACHE, ROWS, WITH_CENTER, WITH_MIX = (
     json.loads(block) for block in re.findall(r"```json\n(.*?)```", DOC, re.DOTALL)
 )
 DOWN = "model.layers.0.mlp.down_proj"
 STREAMS = re.findall(r"^bits (\d): codes ([\d ]+) -> bytes ([0-9a-f ]+)$", DOC, re.MULTILINE)
 TENSORS = re.findall(r"^\| `(model\.\S+)` \| (\w+) \| \((\d+), (\d+)\) \|$", DOC, re.MULTILINE)
-COMPOSED_TENSORS = re.findall(
-    r"^\| `([a-z_.]+)` \| (\w+) \| \(([\d, ]+)\) \|$", DOC.split("## Composed")[1], re.MULTILINE
+TERM_TENSORS = re.findall(
+    r"^\| `([a-z_.]+)` \| (\w+) \| \(([\d, ]+)\) \|$", DOC.split("## Terms of a linear")[1], re.MULTILINE
 )
 E2M1_ROWS = re.findall(r"^\| (?:code|E2M1) \| (.*) \|$", DOC, re.MULTILINE)
 KRONECKER = re.findall(r"^hadamard (\d+): (.*)$", DOC, re.MULTILINE)
@@ -43,8 +43,8 @@ def bytes_row(text: str) -> torch.Tensor:
     return torch.tensor([list(bytes.fromhex(text))], dtype=torch.uint8)
 
 
-def test_the_title_names_all_versions() -> None:
-    assert DOC.splitlines()[0] == f"# The packed checkpoint, versions {FORMAT_VERSIONS[0]} to {FORMAT_VERSIONS[-1]}"
+def test_the_title_names_the_version() -> None:
+    assert DOC.splitlines()[0] == f"# The packed checkpoint, version {FORMAT_VERSION}"
 
 
 def test_the_examples_are_found() -> None:
@@ -56,8 +56,8 @@ def test_the_examples_are_found() -> None:
     assert len(E2M1_ROWS) == 2
     assert {token["activation"].get("outliers", 0) > 0 for token in TOKENS} == {False, True}
     assert len(KRONECKER) == 6
-    assert stored_shapes(PackedConfig.from_dict(CONFIG_6))["lm_head.mix.matrix"] == (40, 16)
-    assert {entry["kind"] for entry in CONFIG_3["modules"].values()} == {"composed_linear", "linear"}
+    assert stored_shapes(PackedConfig.from_dict(WITH_MIX))["lm_head.mix.matrix"] == (40, 16)
+    assert {entry["kind"] for entry in WITH_TERMS["modules"].values()} == {"linear"}
     kinds = {entry["kind"] for entry in CONFIG["modules"].values()}
     assert kinds == {"linear", "embedding", "tied_head", "norm_bias"}
 
@@ -83,7 +83,9 @@ def test_stored_rows_have_the_documented_weights(vector) -> None:
 
 
 @pytest.mark.parametrize(
-    "config", [CONFIG, CONFIG_3, CONFIG_4, CONFIG_5, CONFIG_6], ids=lambda config: str(config["format_version"])
+    "config",
+    [CONFIG, WITH_TERMS, WITH_CACHE, WITH_CENTER, WITH_MIX],
+    ids=["linears", "terms", "cache", "center", "mix"],
 )
 def test_the_documented_config_is_read_and_written_back_the_same(config) -> None:
     assert PackedConfig.from_dict(config).to_dict() == config
@@ -97,11 +99,11 @@ def test_the_documented_numbers_of_mxfp4_are_those_of_the_code() -> None:
     assert scheme == Scheme(4, 32, "none", "e8m0", "mxfp4")
 
 
-def test_the_documented_keys_are_those_of_the_schemes_and_of_a_composed_linear() -> None:
+def test_the_documented_keys_are_those_of_the_schemes_and_of_a_linear() -> None:
     keys = set(re.findall(r"^\| `(\w+)` \| ", DOC.split("**`activations`** gives")[1], re.MULTILINE))
     assert set(ActivationScheme(4).to_dict()) < keys
-    assert set(CONFIG_3["modules"][DOWN]) - {"kind", "rows", "ranges", "bias"} < keys
-    for scheme in CONFIG_3["activations"].values():
+    assert set(WITH_TERMS["modules"][DOWN]) - {"kind", "rows", "ranges", "bias"} < keys
+    for scheme in WITH_TERMS["activations"].values():
         assert set(scheme) == set(ActivationScheme(4).to_dict())
 
 
@@ -170,7 +172,8 @@ def test_the_documented_small_matrices_are_those_of_the_code() -> None:
 
 def documented_linear() -> LinearTerms:
     """The linear of the page, of its stored tensors."""
-    config = {"quant_method": "subnibble", "format_version": 3, "modules": {"at": LINEAR["module"]}}
+    config = {"quant_method": "subnibble", "format_version": FORMAT_VERSION, "modules": {"at": LINEAR["module"]}}
+    config |= {"cache": None, "prefix": None}
     config |= {key: LINEAR[key] for key in ("schemes", "activations")}
     entry = PackedConfig.from_dict(config).modules["at"]
     stored = {"bias": torch.float32, "column_scale": torch.float16, "gather": torch.int16}
@@ -210,15 +213,15 @@ def test_the_documented_linear_gives_the_documented_output() -> None:
         assert not torch.equal(linear(x, replace(terms, residual=residual)), torch.tensor([LINEAR["y"]]))
 
 
-def test_the_documented_composed_linear_stores_the_documented_tensors() -> None:
-    entry = PackedConfig.from_dict(CONFIG_3).modules[DOWN]
+def test_the_documented_linear_with_terms_stores_the_documented_tensors() -> None:
+    entry = PackedConfig.from_dict(WITH_TERMS).modules[DOWN]
     stored = {
         prefix + name: (TYPES[tensor.dtype], tuple(tensor.shape))
         for prefix, layout in entry.matrices.items()
         for name, tensor in layout.empty().state().items()
     }
     stored |= {"column_scale": ("F16", (192,)), "gather": (TYPES[gather_type(192)], (192,))}
-    documented = {name: (kind, tuple(map(int, shape.split(", ")))) for name, kind, shape in COMPOSED_TENSORS}
+    documented = {name: (kind, tuple(map(int, shape.split(", ")))) for name, kind, shape in TERM_TENSORS}
     assert stored == documented
     assert {name: shape for name, (_, shape) in documented.items()} == {
         name.removeprefix(f"{DOWN}."): shape for name, shape in stored_shapes(PackedConfig({DOWN: entry})).items()
@@ -275,12 +278,12 @@ def test_the_documented_bits_are_those_that_are_measured() -> None:
     assert size.model_bits == 8 * 20000 / size.parameters
 
 
-def test_the_documented_bits_of_version_3_are_those_that_are_measured() -> None:
-    packed = PackedConfig.from_dict(CONFIG_3)
+def test_the_documented_bits_of_the_example_with_terms_are_those_that_are_measured() -> None:
+    packed = PackedConfig.from_dict(WITH_TERMS)
     names = stored_shapes(packed)
-    widths = {f"{DOWN}.{name}": WIDTHS[kind] for name, kind, _ in COMPOSED_TENSORS}
-    size = measure(ExampleSource(CONFIG_3, {name: (shape, widths.get(name, 8)) for name, shape in names.items()}))
-    text = " ".join(DOC.split("Those of version 3 take")[1].split("## Versions")[0].split())
+    widths = {f"{DOWN}.{name}": WIDTHS[kind] for name, kind, _ in TERM_TENSORS}
+    size = measure(ExampleSource(WITH_TERMS, {name: (shape, widths.get(name, 8)) for name, shape in names.items()}))
+    text = " ".join(DOC.split("Those of the example with terms take")[1].split("## Versions")[0].split())
     down, up = re.match(r"(.*) and (192 \* \([\d +]+\)) bits", text).groups()
     bits = [sum(math.prod(eval_sum(f) for f in term.split(" * ")) for term in split_sum(part)) for part in (down, up)]
     assert bits[0] == sum(math.prod(names[name]) * width for name, width in widths.items())
@@ -301,20 +304,20 @@ def test_groups_of_a_cache_become_the_documented_codes(row) -> None:
 
 
 def test_the_documented_centre_is_stored_under_its_name() -> None:
-    shapes = stored_shapes(PackedConfig.from_dict(CONFIG_5))
+    shapes = stored_shapes(PackedConfig.from_dict(WITH_CENTER))
     assert shapes == {"model.layers.0.self_attn.key_center.mean": (2, 16)}
 
 
 def test_the_documented_prefix_has_the_documented_tensors() -> None:
     path = "model.layers.0.self_attn"
-    shapes = stored_shapes(PackedConfig.from_dict(CONFIG_4))
+    shapes = stored_shapes(PackedConfig.from_dict(WITH_CACHE))
     assert shapes == {f"{path}.prefix.keys": (2, 3, 16), f"{path}.prefix.values": (2, 3, 16)}
     assert "`path.prefix.keys` and `path.prefix.values`, F16 (heads, tokens, width)" in DOC
 
 
 def test_the_documented_bytes_of_a_cache_are_those_that_are_measured() -> None:
-    prefix = {name: (shape, 16) for name, shape in stored_shapes(PackedConfig.from_dict(CONFIG_4)).items()}
-    source = ExampleSource(CONFIG_4, {"model.layers.0.self_attn.q_proj.weight": ((64, 64), 16)} | prefix)
+    prefix = {name: (shape, 16) for name, shape in stored_shapes(PackedConfig.from_dict(WITH_CACHE)).items()}
+    source = ExampleSource(WITH_CACHE, {"model.layers.0.self_attn.q_proj.weight": ((64, 64), 16)} | prefix)
     # Two key-value heads of 16 channels: keys in groups of 2 tokens, values in groups of 2 channels.
     assert measure(source).cache_bytes == 2 * (16 * (1 + 4) / 2 + (6 + 8 * 4))
     assert measure(source).effective_bits == 16

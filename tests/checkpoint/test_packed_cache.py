@@ -1,4 +1,4 @@
-"""What version 4 of the format adds: a KV cache, a prefix, outlier channels."""
+"""A KV cache, a prefix and outlier channels in the format."""
 
 from __future__ import annotations
 
@@ -22,23 +22,20 @@ CACHED = PackedConfig(
 )
 
 
-def test_a_cache_and_a_prefix_are_version_4_and_read_back_the_same() -> None:
+def test_a_cache_and_a_prefix_read_back_the_same() -> None:
     values = through_json(CACHED)
-    assert values["format_version"] == 4
     assert PackedConfig.from_dict(values) == CACHED
     assert through_json(PackedConfig({}, CACHED.cache))["prefix"] is None
     assert PackedConfig.from_dict(through_json(PackedConfig({}, CACHED.cache))) == PackedConfig({}, CACHED.cache)
 
 
-def test_activations_with_outliers_are_version_4() -> None:
+def test_outliers_are_a_key_only_where_there_are_any() -> None:
     layout = PackedLayout(8, ((24, Scheme(4, 8)), (8, Scheme(8, -1, "none"))))
     config = PackedConfig({"model.layers.0.mlp.up_proj": PackedLinearEntry(layout, False, activation=OUTLIERS)})
-    assert through_json(config)["format_version"] == 4
     assert PackedConfig.from_dict(through_json(config)) == config
     plain = PackedConfig(
         {"model.layers.0.mlp.up_proj": PackedLinearEntry(layout, False, activation=replace(OUTLIERS, outliers=0))}
     )
-    assert through_json(plain)["format_version"] == 3
     assert "outliers" not in json.dumps(through_json(plain))
 
 

@@ -1,6 +1,7 @@
-"""`quantization_config` round-trips through JSON, in the first version that can say it."""
+"""`quantization_config` round-trips through JSON."""
 
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -81,7 +82,7 @@ def composed(draw) -> PackedLinearEntry:
 
 
 entries = st.one_of(
-    st.builds(PackedLinearEntry, layout=layouts, bias=st.booleans(), column_scale=st.booleans()),
+    composed(),
     st.builds(PackedEmbeddingEntry, layout=layouts),
     st.builds(TiedHeadEntry, table=st.text(max_size=8)),
     st.builds(NormBiasEntry, rows=st.integers(1, 1000)),
@@ -99,21 +100,6 @@ def test_every_kind_of_entry_survives_json() -> None:
 def test_any_config_survives_json(modules) -> None:
     config = PackedConfig(modules)
     assert PackedConfig.from_dict(through_json(config)) == config
-    scaled = any(isinstance(entry, PackedLinearEntry) and entry.column_scale for entry in modules.values())
-    assert config.to_dict()["format_version"] == (2 if scaled else 1)
-
-
-@given(st.dictionaries(st.text(max_size=12), st.one_of(entries, composed()), max_size=4))
-@settings(deadline=None)
-def test_any_config_of_version_3_survives_json(modules) -> None:
-    config = PackedConfig(modules)
-    assert PackedConfig.from_dict(through_json(config)) == config
-    linears = [entry for entry in modules.values() if isinstance(entry, PackedLinearEntry)]
-    news = [(entry.gather, entry.blocks, entry.activation, entry.salient, entry.low_rank) for entry in linears]
-    if any(term not in (False, (), None) for new in news for term in new):
-        assert config.to_dict()["format_version"] == 3
-    else:
-        assert config.to_dict()["format_version"] == 1 + any(entry.column_scale for entry in linears)
 
 
 def test_the_dictionary_is_the_specified_one() -> None:
@@ -125,6 +111,9 @@ def test_the_dictionary_is_the_specified_one() -> None:
         "quant_method": "subnibble",
         "format_version": 1,
         "schemes": {"w3g128": w3, "w8channel-sym-bfloat16": w8},
+        "activations": {},
+        "cache": None,
+        "prefix": None,
         "modules": {
             Q: {"kind": "linear", "rows": 64, "ranges": two, "bias": True},
             HEAD: {"kind": "tied_head", "table": "model.embed_tokens"},
@@ -134,20 +123,11 @@ def test_the_dictionary_is_the_specified_one() -> None:
     }
 
 
-def test_a_column_scale_makes_a_scaled_linear_of_version_2_and_changes_nothing_else() -> None:
-    plain, scaled = through_json(CONFIG), through_json(SCALED)
-    assert (plain["format_version"], scaled["format_version"]) == (1, 2)
-    assert scaled["modules"][DOWN] == {"kind": "scaled_linear", "rows": 64, "ranges": [[192, "w3g128"]], "bias": False}
-    scaled["format_version"] = 1
-    scaled["modules"][DOWN]["kind"] = "linear"
-    assert scaled == plain
-    assert list(scaled["modules"]) == list(plain["modules"])
-
-
-def test_version_2_may_hold_no_column_scale_and_version_1_must_not() -> None:
-    assert PackedConfig.from_dict({**through_json(CONFIG), "format_version": 2}) == CONFIG
-    with pytest.raises(CheckpointError, match=r"^mine: what it describes came with version 2 and it says version 1$"):
-        PackedConfig.from_dict({**through_json(SCALED), "format_version": 1}, "mine")
+@pytest.mark.parametrize("version", [0, 2, 1.0, True, "1", None])
+def test_another_version_is_refused_by_its_name(version) -> None:
+    values = {**through_json(CONFIG), "format_version": version}
+    with pytest.raises(CheckpointError, match=re.escape(f"mine: format version {version!r}; this subnibble reads")):
+        PackedConfig.from_dict(values, "mine")
 
 
 def test_names_of_schemes_are_labels_without_meaning() -> None:
@@ -156,54 +136,38 @@ def test_names_of_schemes_are_labels_without_meaning() -> None:
 
 
 @pytest.mark.parametrize("term", ONE_TERM)
-def test_one_new_term_makes_a_composed_linear_of_version_3(term) -> None:
+def test_a_term_is_one_key_more_of_its_linear(term) -> None:
     plain = CONFIG.modules[DOWN]
     config = PackedConfig({**CONFIG.modules, DOWN: PackedLinearEntry(plain.layout, plain.bias, **ONE_TERM[term])})
     values = through_json(config)
-    assert values["format_version"] == 3
-    assert values["modules"][DOWN]["kind"] == "composed_linear"
-    assert set(values) == {"quant_method", "format_version", "schemes", "activations", "modules"}
     assert PackedConfig.from_dict(values) == config
-    for version in (1, 2):
-        # `activations` is a key of version 3.
-        with pytest.raises(CheckpointError, match="unknown key 'activations'"):
-            PackedConfig.from_dict({**values, "format_version": version})
-        older = {key: value for key, value in values.items() if key != "activations"}
-        if term != "activation":
-            with pytest.raises(CheckpointError, match=f"came with version 3 and it says version {version}"):
-                PackedConfig.from_dict({**older, "format_version": version})
-    # The other modules are written as they were.
-    others = {path: entry for path, entry in values["modules"].items() if path != DOWN}
-    assert others == {path: entry for path, entry in through_json(CONFIG)["modules"].items() if path != DOWN}
+    value = values["modules"][DOWN].pop(term)
+    assert values["modules"] == through_json(CONFIG)["modules"]
+    # To say that it is absent is no second way to write the same.
+    absent = {list: [], bool: False, str: None, dict: None}[type(value)] if term != "salient" else None
+    with pytest.raises(CheckpointError, match=f"{term} says {re.escape(repr(absent))}"):
+        PackedConfig.from_dict({**values, "modules": {DOWN: {**values["modules"][DOWN], term: absent}}})
 
 
-def test_an_mxfp4_grid_makes_version_3_of_a_plain_linear_and_of_a_table() -> None:
+def test_an_mxfp4_grid_has_a_plain_linear_and_a_table() -> None:
     for entry in (
         PackedLinearEntry(PackedLayout(64, ((192, MX),)), False),
         PackedEmbeddingEntry(PackedLayout(9, ((64, MX),))),
     ):
         values = through_json(PackedConfig({"at": entry}))
-        assert (values["format_version"], values["activations"]) == (3, {})
         assert values["modules"]["at"]["kind"] == ("linear" if isinstance(entry, PackedLinearEntry) else "embedding")
         assert values["schemes"] == {
             "mxfp4g32": {"bits": 4, "group_size": 32, "zero_point": "none", "scale_type": "e8m0", "grid": "mxfp4"}
         }
         assert PackedConfig.from_dict(values) == PackedConfig({"at": entry})
-        older = {key: value for key, value in values.items() if key != "activations"}
-        with pytest.raises(CheckpointError, match="came with version 3 and it says version 2"):
-            PackedConfig.from_dict({**older, "format_version": 2})
 
 
-def test_what_versions_1_and_2_can_say_is_read_as_version_3_and_written_as_1_and_2() -> None:
-    for config, version in ((CONFIG, 1), (SCALED, 2)):
-        values = through_json(config)
-        assert values["format_version"] == version
-        assert "activations" not in values
-        newer = {**values, "format_version": 3, "activations": {}}
-        assert PackedConfig.from_dict(newer) == config
-        assert through_json(PackedConfig.from_dict(newer)) == values
-        with pytest.raises(CheckpointError, match="activations"):
-            PackedConfig.from_dict({**values, "format_version": 3})
+@pytest.mark.parametrize("key", ["schemes", "activations", "cache", "prefix", "modules"])
+def test_no_key_may_be_left_out(key) -> None:
+    values = through_json(CONFIG)
+    del values[key]
+    with pytest.raises(CheckpointError, match=key):
+        PackedConfig.from_dict(values)
 
 
 def test_the_dictionary_of_a_composed_linear_is_the_specified_one() -> None:
@@ -213,7 +177,7 @@ def test_the_dictionary_of_a_composed_linear_is_the_specified_one() -> None:
     }
     w8 = "w8channel-sym-bfloat16"
     assert values["modules"][DOWN] == {
-        "kind": "composed_linear",
+        "kind": "linear",
         "rows": 64,
         "ranges": [[128, "w3g128"], [64, w8]],
         "bias": True,
@@ -267,11 +231,8 @@ def test_a_transformers_config_is_packed_only_if_it_says_so() -> None:
 
 
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=5).map(tuple))
-def test_a_matrix_in_front_of_the_head_is_of_version_6(widths) -> None:
+def test_a_matrix_in_front_of_the_head_survives_json(widths) -> None:
     config = PackedConfig({**CONFIG.modules, f"{HEAD}.mix": InputMixEntry(widths)})
     values = through_json(config)
-    assert values["format_version"] == 6
     assert PackedConfig.from_dict(values) == config
     assert stored_shapes(config)[f"{HEAD}.mix.matrix"] == (sum(widths), max(widths))
-    with pytest.raises(CheckpointError, match="came with version 6 and it says version 5"):
-        PackedConfig.from_dict({**values, "format_version": 5})

@@ -65,7 +65,6 @@ def test_quantized_inputs_reach_the_checkpoint_and_every_command(
     assert "activation bits" in out
     code, out, _ = run("inspect", tmp_path / "out")
     assert code == 0
-    assert "composed_linear" in out
     assert "a4g16" in out
     assert "salient 16 x w4g16" in out
     code, out, err = run("evaluate", tmp_path / "out", "--text", text_file, "--window", 32, "--json")

@@ -266,3 +266,16 @@ def test_a_path_may_look_like_markup(run: Run, folders: dict[str, Path], tmp_pat
         code, out, _ = run("inspect", tmp_path / name)
         assert code == 0
         assert name in out
+
+
+def test_a_damaged_weight_file_is_told_and_can_be_let_pass(run: Run, packed: dict[str, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "damaged"
+    shutil.copytree(packed["llama"], folder)
+    file = sorted(folder.glob("*.safetensors"))[0]
+    file.write_bytes(file.read_bytes()[:-1] + b"\x00")
+    for arguments in (("inspect", folder), ("generate", folder, "--prompt", "w1")):
+        code, _, err = run(*arguments)
+        assert code == 2
+        assert "SHA-256" in err
+    code, _, err = run("--skip-checksums", "inspect", folder)
+    assert code == 0, err

@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import subnibble
+from spoiled_checkpoint import renew_checksums
 from subnibble import Recipe
 from subnibble.hf import load_model, memory_bytes, packed_modules
 from test_conformance import dense_twin
@@ -107,6 +108,7 @@ def test_norm_bias_is_loaded_and_added(packed: dict[str, Path], tmp_path: Path) 
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     bias = torch.linspace(-1, 1, 48)
     save_file(load_file(folder / file) | {f"{path}.bias": bias}, folder / file, metadata={"format": "pt"})
+    renew_checksums(folder)
     plain = AutoModelForCausalLM.from_pretrained(packed["llama"], dtype=torch.float32)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     x = torch.randn(2, 48)

@@ -93,8 +93,7 @@ def test_generation_with_column_scales_is_that_of_the_dense_model(scaled: Path, 
 def test_column_scales_survive_save_pretrained_bit_for_bit(scaled: Path, tmp_path: Path) -> None:
     AutoModelForCausalLM.from_pretrained(scaled, dtype=torch.bfloat16).save_pretrained(tmp_path / "saved")
     config = json.loads((tmp_path / "saved" / "config.json").read_text())["quantization_config"]
-    assert config["format_version"] == 2
-    assert config["modules"][O_PROJ]["kind"] == "scaled_linear"
+    assert config["modules"][O_PROJ]["column_scale"] is True
     ids = torch.arange(12).view(1, 12)
     with torch.no_grad():
         before, after = (
@@ -112,26 +111,15 @@ def test_a_checkpoint_whose_column_scale_is_not_whole_is_refused(how: str, scale
         AutoModelForCausalLM.from_pretrained(folder)
 
 
-@pytest.mark.parametrize(
-    ("kind", "version", "message"),
-    [
-        ("linear", 2, f"tensor {O_PROJ}.column_scale has no place"),
-        ("linear", 1, "came with version 2 and it says version 1"),
-        ("scaled_linear", 1, "came with version 2 and it says version 1"),
-    ],
-)
-def test_a_column_scale_that_the_config_does_not_name_is_refused(
-    kind: str, version: int, message: str, scaled: Path, tmp_path: Path
-) -> None:
+def test_a_column_scale_that_the_config_does_not_name_is_refused(scaled: Path, tmp_path: Path) -> None:
     folder = tmp_path / "changed"
     folder.mkdir()
     for file in scaled.iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
     config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"]["format_version"] = version
-    config["quantization_config"]["modules"][O_PROJ]["kind"] = kind
+    del config["quantization_config"]["modules"][O_PROJ]["column_scale"]
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match=re.escape(message)):
+    with pytest.raises(CheckpointError, match=re.escape(f"tensor {O_PROJ}.column_scale has no place")):
         AutoModelForCausalLM.from_pretrained(folder)
 
 
@@ -216,8 +204,7 @@ def bits_of(state: dict[str, torch.Tensor]) -> dict[str, tuple[torch.dtype, byte
 
 def test_a_linear_with_every_term_survives_save_and_load_bit_for_bit(composed: Path, tmp_path: Path) -> None:
     config = json.loads((composed / "config.json").read_text())["quantization_config"]
-    assert config["format_version"] == 3
-    assert config["modules"][UP_PROJ]["kind"] == "composed_linear"
+    assert {"gather", "salient", "low_rank"} < config["modules"][UP_PROJ].keys()
     assert list(config["activations"]) == ["a4g24-clip0.95"]
     ids = torch.arange(24).view(2, 12)
     model = AutoModelForCausalLM.from_pretrained(composed, dtype=torch.float32)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import subnibble
+from spoiled_checkpoint import renew_checksums
 from subnibble.errors import BadArgument, CheckpointError
 from subnibble.hf import packed_modules
 
@@ -94,6 +95,7 @@ def test_damaged_numbers_on_disk_are_found_as_in_memory(made: dict[str, Path], t
     held = load_file(shard)
     held[name][0] = torch.inf
     save_file(held, shard, metadata={"format": "pt"})
+    renew_checksums(folder)
     with pytest.raises(CheckpointError, match=r"post_attention_layernorm\.bias is not finite"):
         load(folder, BLOCKS, tmp_path / "disk")
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from conftest import CONFIGS
+from spoiled_checkpoint import renew_checksums
 from subnibble import Recipe, quantize
 from subnibble.calibrate.stream import BlockStream
 from subnibble.checkpoint.packed import packed_config_of
@@ -276,6 +277,7 @@ def test_a_gather_that_is_no_permutation_is_refused_at_load(
             if name.endswith("gather"):
                 tensor[0] = tensor[1] if fault == "twice" else 99
         save_file(tensors, one, metadata={"format": "pt"})
+    renew_checksums(tmp_path / "out")
     with pytest.raises(CheckpointError, match="gather does not hold each channel once"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
 

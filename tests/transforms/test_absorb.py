@@ -405,14 +405,13 @@ def without_mix(folder: Path) -> dict[str, Any]:
     return PackedConfig(modules).to_dict()
 
 
-def test_explicit_column_scales_are_a_format_of_their_own(explicit: dict[str, Path], absorbed: dict[str, Path]) -> None:
+def test_column_scales_that_nothing_absorbs_are_stored(explicit: dict[str, Path], absorbed: dict[str, Path]) -> None:
     quantization = without_mix(explicit["llama-tied"])
-    assert quantization["format_version"] == 2
-    kinds = {path: entry["kind"] for path, entry in quantization["modules"].items() if "layers" in path}
-    assert {kind for path, kind in kinds.items() if not path.endswith("norm")} == {"scaled_linear"}
+    linears = {path: entry for path, entry in quantization["modules"].items() if entry["kind"] == "linear"}
+    assert {entry.get("column_scale") for path, entry in linears.items() if "layers" in path} == {True}
     quantization = without_mix(absorbed["llama-tied"])
-    assert quantization["format_version"] == 1
     assert {entry["kind"] for entry in quantization["modules"].values()} == {"linear", "norm_bias"}
+    assert not any("column_scale" in entry for entry in quantization["modules"].values())
 
 
 def nothing_absorbed(site: Site, c: Tensor, packed: Any, dense: Any) -> None:

@@ -9,11 +9,12 @@ from typing import Any
 
 from torch import Tensor
 
+from subnibble.checkpoint.checksums import CHECKSUMS, check_files, weights_checksum
 from subnibble.checkpoint.config import CONFIG
 from subnibble.checkpoint.opening import open_source
 from subnibble.checkpoint.packed import PackedConfig, packed_config_of, stored_shapes
 from subnibble.checkpoint.safetensors_source import SafetensorsSource
-from subnibble.checkpoint.size import measure, weights_hash
+from subnibble.checkpoint.size import measure
 from subnibble.checkpoint.source import expect_shapes
 from subnibble.checkpoint.weight_files import INDEX
 from subnibble.checkpoint.writer import CheckpointWriter, contents
@@ -37,6 +38,7 @@ def open_packed(folder: str | Path) -> tuple[SafetensorsSource, PackedConfig]:
             f"{source.path} is no subnibble checkpoint; quantize the model first (--method none rounds no weight)"
         )
     expect_shapes(source, iter(stored_shapes(packed).items()))
+    check_files(source.shards(), source.config.quantization_config)
     # Before the work that it is to tell of.
     read_report(source.path)
     return source, packed
@@ -59,7 +61,7 @@ def change_checkpoint(
         if new:
             writer.write_shard(new)
         config = read_json_file(source.path / CONFIG)
-        config["quantization_config"] = packed.to_dict()
+        config["quantization_config"] = packed.to_dict() | {CHECKSUMS: writer.checksums}
         writer.write_json("config.json", marked(config))
         _copy_others(source, writer)
         writer.finish_weights()
@@ -105,5 +107,5 @@ def _write_report(source: SafetensorsSource, writer: CheckpointWriter, told: Map
     report = read_report(source.path)
     if report:
         report["size"] = measure(open_source(writer.folder)).to_dict()
-        report["weights_sha256"] = weights_hash(writer.folder)
+        report["weights_sha256"] = weights_checksum(writer.checksums)
         writer.write_json(REPORT, report | dict(told))

@@ -63,11 +63,6 @@ class PackedLinearEntry:
         named = {"": self.layout, "salient.": self.salient, "down.": down, "up.": up}
         return {prefix: layout for prefix, layout in named.items() if layout is not None}
 
-    @property
-    def is_composed(self) -> bool:
-        """Whether it has a term that versions 1 and 2 do not know."""
-        return bool(self.gather or self.blocks or self.activation or self.salient or self.low_rank)
-
     def token_bits(self) -> int:
         """Bits of a token's quantized input, extra columns included; 16 a channel where it is not quantized."""
         if self.activation is None:

@@ -1,8 +1,8 @@
-"""The packed checkpoint format, versions 1 to 6 (docs/format.md): what `quantization_config` in config.json says.
+"""The packed checkpoint format, version 1 (docs/format.md): what `quantization_config` in config.json says.
 
 It names every module whose tensors are not what the plain model would have. The tensors themselves are ordinary
-safetensors: `<module path>.codes`, `.scales`, `.zeros`, and what else a kind of module has. What a lower version can
-say is written as that version.
+safetensors: `<module path>.codes`, `.scales`, `.zeros`, and what else a kind of module has. Until 0.2.0 the version may
+change its meaning; after that a change gets a new number.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from subnibble.cache_scheme import CacheScheme, PrefixIds
+from subnibble.checkpoint.checksums import CHECKSUMS
 from subnibble.checkpoint.entries import (
     PREFIX,
     PREFIX_NAMES,
@@ -33,15 +34,20 @@ T = TypeVar("T")
 _S = TypeVar("_S", Scheme, ActivationScheme, CacheScheme)
 
 QUANT_METHOD = "subnibble"
-FORMAT_VERSIONS = (1, 2, 3, 4, 5, 6)
-# The first versions that know centres of keys, and a matrix in front of the head.
-_CENTERED, _MIXED = 5, 6
-_LINEAR, _SCALED_LINEAR, _COMPOSED_LINEAR = "linear", "scaled_linear", "composed_linear"
+FORMAT_VERSION = 1
+_KEYS = {"quant_method", "format_version", "schemes", "activations", "cache", "prefix", "modules"}
+# Terms of a linear that it may lack, with what their absence means.
+_NO_TERMS: dict[str, Any] = {
+    "column_scale": False,
+    "gather": False,
+    "hadamard": [],
+    "activation": None,
+    "salient": None,
+    "residual": "none",
+    "low_rank": None,
+}
 _MODULE_KEYS = {
-    _LINEAR: {"kind", "rows", "ranges", "bias"},
-    _SCALED_LINEAR: {"kind", "rows", "ranges", "bias"},
-    _COMPOSED_LINEAR: {"kind", "rows", "ranges", "bias"}
-    | {"column_scale", "gather", "hadamard", "activation", "salient", "residual", "low_rank"},
+    "linear": {"kind", "rows", "ranges", "bias"},
     "embedding": {"kind", "rows", "ranges"},
     "tied_head": {"kind", "table"},
     "input_mix": {"kind", "widths"},
@@ -70,21 +76,16 @@ class PackedConfig:
             raise ValueError("the cache codes keys less a centre, and no attention holds one of its kind")
 
     def to_dict(self) -> dict[str, Any]:
-        """The `quantization_config` of config.json."""
+        """The `quantization_config` of config.json, but for the checksums (`checksums.py`)."""
         schemes = {scheme.name: scheme.to_dict() for layout in self._layouts for _, scheme in layout.ranges}
-        version = self._version
-        found = [entry.activation for entry in self.linears if entry.activation is not None]
-        activations = {"activations": {scheme.name: scheme.to_dict() for scheme in found}} if version > 2 else {}
-        cache = {
-            "cache": None if self.cache is None else self.cache.to_dict(),
-            "prefix": None if self.prefix is None else self.prefix.to_dict(),
-        }
+        activations = [entry.activation for entry in self.linears if entry.activation is not None]
         return {
             "quant_method": QUANT_METHOD,
-            "format_version": version,
+            "format_version": FORMAT_VERSION,
             "schemes": schemes,
-            **activations,
-            **(cache if version > 3 else {}),
+            "activations": {scheme.name: scheme.to_dict() for scheme in activations},
+            "cache": None if self.cache is None else self.cache.to_dict(),
+            "prefix": None if self.prefix is None else self.prefix.to_dict(),
             "modules": {path: _entry_to_dict(entry) for path, entry in self.modules.items()},
         }
 
@@ -103,59 +104,32 @@ class PackedConfig:
         tables = [entry.layout for entry in self.modules.values() if isinstance(entry, PackedEmbeddingEntry)]
         return [layout for entry in self.linears for layout in entry.matrices.values()] + tables
 
-    @property
-    def _version(self) -> int:
-        """The lowest version that can say this."""
-        if any(isinstance(entry, InputMixEntry) for entry in self.modules.values()):
-            return _MIXED
-        if self._centers:
-            return _CENTERED
-        if self.cache is not None or self.prefix is not None:
-            return 4
-        if any(entry.activation is not None and entry.activation.outliers for entry in self.linears):
-            return 4
-        grids = {scheme.grid for layout in self._layouts for _, scheme in layout.ranges}
-        if "mxfp4" in grids or any(entry.is_composed for entry in self.linears):
-            return 3
-        return 2 if any(entry.column_scale for entry in self.linears) else 1
-
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = "quantization_config") -> Self:
-        """Read a `quantization_config`; anything this version does not know is a `CheckpointError`."""
+        """Read a `quantization_config`; anything that version 1 does not know is a `CheckpointError`."""
         version = values.get("format_version")
         # 1 == True and 1 == 1.0, which JSON tells apart.
-        if type(version) is not int or version not in FORMAT_VERSIONS:
-            known = ", ".join(map(str, FORMAT_VERSIONS))
+        if type(version) is not int or version != FORMAT_VERSION:
             raise CheckpointError(
-                f"{where}: format version {version!r}; this subnibble reads versions {known}: "
+                f"{where}: format version {version!r}; this subnibble reads version {FORMAT_VERSION}: "
                 "upgrade subnibble, or quantize the model again"
             )
-        keys = {"quant_method", "format_version", "schemes", "modules"} | ({"activations"} if version > 2 else set())
-        keys |= {"cache", "prefix"} if version > 3 else set()
-        unknown = sorted(set(values) - keys)
+        unknown = sorted(set(values) - _KEYS - {CHECKSUMS})
         if unknown:
-            raise CheckpointError(f"{where}: unknown key {unknown[0]!r}; it was written by a newer subnibble")
+            raise CheckpointError(f"{where}: unknown key {unknown[0]!r}; it was written by another subnibble")
         try:
-            schemes = {name: _complete(Scheme, scheme) for name, scheme in values["schemes"].items()}
-            found = values["activations"] if version > 2 else {}
-            activations = {name: _complete(ActivationScheme, scheme) for name, scheme in found.items()}
-            labels = _Labels(schemes, activations)
-            modules = {path: _entry_from_dict(entry, labels) for path, entry in values["modules"].items()}
-            cache, prefix = (values[key] if version > 3 else None for key in ("cache", "prefix"))
-            if version < _CENTERED and "key_center" in (cache or {}):
-                raise ValueError("a cache with a key_center")
-            config = cls(
-                modules,
+            labels = _Labels(
+                {name: _complete(Scheme, scheme) for name, scheme in values["schemes"].items()},
+                {name: _complete(ActivationScheme, scheme) for name, scheme in values["activations"].items()},
+            )
+            cache, prefix = values["cache"], values["prefix"]
+            return cls(
+                {path: _entry_from_dict(entry, labels) for path, entry in values["modules"].items()},
                 None if cache is None else _complete(CacheScheme, cache),
                 None if prefix is None else PrefixIds.from_dict(prefix),
             )
         except (KeyError, TypeError, ValueError, AttributeError, BadRecipe) as error:
             raise CheckpointError(f"{where} is damaged ({error!r}); quantize the model again") from error
-        if config._version > version:
-            raise CheckpointError(
-                f"{where}: what it describes came with version {config._version} and it says version {version}"
-            )
-        return config
 
 
 def _complete(kind: type[_S], values: Mapping[str, Any]) -> _S:
@@ -216,11 +190,8 @@ def readable_config_of(config: Any, where: Path) -> PackedConfig | None:
 
 def _entry_to_dict(entry: Entry) -> dict[str, Any]:
     match entry:
-        case PackedLinearEntry() if entry.is_composed:
-            return _composed_to_dict(entry)
-        case PackedLinearEntry(layout, bias, column_scale):
-            kind = _SCALED_LINEAR if column_scale else _LINEAR
-            return {"kind": kind, **_layout_to_dict(layout), "bias": bias}
+        case PackedLinearEntry():
+            return _linear_to_dict(entry)
         case PackedEmbeddingEntry(layout):
             return {"kind": "embedding", **_layout_to_dict(layout)}
         case TiedHeadEntry(table):
@@ -235,15 +206,12 @@ def _entry_to_dict(entry: Entry) -> dict[str, Any]:
             return {"kind": "key_center", **entry.to_dict()}
 
 
-def _composed_to_dict(entry: PackedLinearEntry) -> dict[str, Any]:
+def _linear_to_dict(entry: PackedLinearEntry) -> dict[str, Any]:
     low_rank = None
     if entry.low_rank is not None:
         down, up = entry.low_rank
         low_rank = {"rank": down.rows, "down": _ranges_to_list(down), "up": _ranges_to_list(up)}
-    return {
-        "kind": _COMPOSED_LINEAR,
-        **_layout_to_dict(entry.layout),
-        "bias": entry.bias,
+    terms = {
         "column_scale": entry.column_scale,
         "gather": entry.gather,
         "hadamard": list(entry.blocks),
@@ -252,6 +220,8 @@ def _composed_to_dict(entry: PackedLinearEntry) -> dict[str, Any]:
         "residual": entry.residual,
         "low_rank": low_rank,
     }
+    said = {key: value for key, value in terms.items() if value != _NO_TERMS[key]}
+    return {"kind": "linear", **_layout_to_dict(entry.layout), "bias": entry.bias, **said}
 
 
 @dataclass(frozen=True)
@@ -270,8 +240,9 @@ class _Labels:
 
 def _entry_from_dict(values: Mapping[str, Any], labels: _Labels) -> Entry:
     kind = values["kind"]
-    if set(values) != _MODULE_KEYS.get(kind):
-        raise CheckpointError(f"module of kind {kind!r} has keys {sorted(values)}; written by a newer subnibble?")
+    terms = _NO_TERMS.keys() if kind == "linear" else set()
+    if set(values) - terms != _MODULE_KEYS.get(kind):
+        raise CheckpointError(f"module of kind {kind!r} has keys {sorted(values)}; written by another subnibble?")
     if kind == "tied_head":
         return TiedHeadEntry(_typed(values["table"], str))
     if kind == "input_mix":
@@ -289,32 +260,30 @@ def _entry_from_dict(values: Mapping[str, Any], labels: _Labels) -> Entry:
     layout = labels.layout(values["rows"], values["ranges"])
     if kind == "embedding":
         return PackedEmbeddingEntry(layout)
-    if kind == _COMPOSED_LINEAR:
-        return _composed_from_dict(values, layout, labels)
-    return PackedLinearEntry(layout, _typed(values["bias"], bool), kind == _SCALED_LINEAR)
+    return _linear_from_dict(values, layout, labels)
 
 
-def _composed_from_dict(values: Mapping[str, Any], layout: PackedLayout, labels: _Labels) -> PackedLinearEntry:
-    low_rank = None
-    if values["low_rank"] is not None:
-        branch = values["low_rank"]
+def _linear_from_dict(values: Mapping[str, Any], layout: PackedLayout, labels: _Labels) -> PackedLinearEntry:
+    for key, absent in _NO_TERMS.items():
+        if key in values and values[key] == absent and type(values[key]) is type(absent):
+            raise ValueError(f"{key} says {absent!r}, which a linear without it means")
+    terms = _NO_TERMS | dict(values)
+    low_rank, branch = None, terms["low_rank"]
+    if branch is not None:
         if set(branch) != {"rank", "down", "up"}:
             raise KeyError(f"low_rank has keys {sorted(branch)}")
         low_rank = (labels.layout(branch["rank"], branch["down"]), labels.layout(layout.rows, branch["up"]))
-    entry = PackedLinearEntry(
+    return PackedLinearEntry(
         layout,
-        _typed(values["bias"], bool),
-        _typed(values["column_scale"], bool),
-        _typed(values["gather"], bool),
-        tuple(_count(width) for width in values["hadamard"]),
-        None if values["activation"] is None else labels.activations[values["activation"]],
-        None if values["salient"] is None else labels.layout(layout.rows, values["salient"]),
-        _typed(values["residual"], str),
+        _typed(terms["bias"], bool),
+        _typed(terms["column_scale"], bool),
+        _typed(terms["gather"], bool),
+        tuple(_count(width) for width in terms["hadamard"]),
+        None if terms["activation"] is None else labels.activations[terms["activation"]],
+        None if terms["salient"] is None else labels.layout(layout.rows, terms["salient"]),
+        _typed(terms["residual"], str),
         low_rank,
     )
-    if not entry.is_composed:
-        raise ValueError(f"a {_COMPOSED_LINEAR} without a term of its own")
-    return entry
 
 
 def _typed(value: Any, kind: type[T]) -> T:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from subnibble.cache_scheme import CacheScheme
+from subnibble.checkpoint.checksums import file_checksum, weights_checksum
 from subnibble.checkpoint.entries import NormBiasEntry, PackedEmbeddingEntry, PackedLinearEntry
 from subnibble.checkpoint.packed import PackedConfig, readable_config_of, stored_shapes
 from subnibble.checkpoint.source import Source, expect_shapes, numel
@@ -65,12 +65,12 @@ def cache_bytes(config: Any, scheme: CacheScheme | None) -> float:
 
 def weights_hash(folder: Path) -> str:
     """SHA-256 over the names and contents of the folder's weight files, of those that are read."""
-    digest = hashlib.sha256()
-    for name in sorted({stored.file for stored in find_weights(folder, None).values()}):
-        digest.update(name.encode())
-        with (folder / name).open("rb") as handle:
-            digest.update(hashlib.file_digest(handle, "sha256").digest())
-    return digest.hexdigest()
+    return weights_checksum({file.name: file_checksum(file) for file in weight_files(folder)})
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The weight files of a packed checkpoint that are read."""
+    return [folder / name for name in sorted({stored.file for stored in find_weights(folder, None).values()})]
 
 
 def _plain(source: Source) -> tuple[int, int, int]:

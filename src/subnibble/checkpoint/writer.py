@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from subnibble.checkpoint.checksums import file_checksum
 from subnibble.checkpoint.packed import QUANT_METHOD
 from subnibble.checkpoint.weight_files import INDEX, SINGLE
 from subnibble.errors import NotLoadable, OutputError
@@ -36,7 +37,7 @@ class CheckpointWriter:
 
     An error after the last weight was written does not: what took hours is kept, and a note on the error says where.
     shards: how many will be written. replace: whether an existing checkpoint at `final` may be replaced, which
-    happens at the commit and not before.
+    happens at the commit and not before. checksums: SHA-256 of each weight file as it is now.
     """
 
     def __init__(self, final: Path, shards: int, replace: bool) -> None:
@@ -45,6 +46,7 @@ class CheckpointWriter:
         self.folder = self.final.with_name(f".{self.final.name}{_PARTIAL}{secrets.token_hex(4)}")
         self._shards, self._written = shards, 0
         self._weight_map: dict[str, str] = {}
+        self.checksums: dict[str, str] = {}
         self._bytes = 0
         self._replace = replace
         self._whole = False
@@ -105,6 +107,7 @@ class CheckpointWriter:
                 raise OSError(errno.ENOSPC, "No space left on device") from error
             raise OutputError(f"{self.final}: a shard could not be written ({error})") from error
         # safetensors makes its files private; the checkpoint is for whoever may read the folder.
+        self.checksums[name] = file_checksum(part)
         part.chmod(self.folder.stat().st_mode & 0o666)
         part.replace(self.folder / name)
 

@@ -17,9 +17,10 @@ if TYPE_CHECKING:
 
 def inspect(model: o.Model, json: o.Json = False) -> None:
     """Show what a checkpoint holds: sizes, bits, the scheme of every packed module."""
+    from subnibble.checkpoint.checksums import check_files
     from subnibble.checkpoint.opening import open_source
     from subnibble.checkpoint.packed import packed_config_of
-    from subnibble.checkpoint.size import measure, weights_hash
+    from subnibble.checkpoint.size import measure, weight_files, weights_hash
 
     source = open_source(model)
     packed = packed_config_of(source.config)
@@ -30,6 +31,7 @@ def inspect(model: o.Model, json: o.Json = False) -> None:
         **measure(source).to_dict(),
     }
     if packed is not None:
+        check_files(weight_files(source.path), source.config.quantization_config)
         found["weights_sha256"] = weights_hash(source.path)
         found["modules"] = packed.to_dict()["modules"]
         found["cache"] = None if packed.cache is None else packed.cache.to_dict()

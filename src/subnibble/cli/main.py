@@ -51,10 +51,18 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def root(
+    context: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks; goes anywhere on the line.")] = False,
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
+    skip_checksums: Annotated[
+        bool, typer.Option("--skip-checksums", help="Load packed files without comparing their SHA-256; goes first.")
+    ] = False,
 ) -> None:
     """Options of the command as a whole."""
+    if skip_checksums:
+        from subnibble.checkpoint.checksums import unverified
+
+        context.with_resource(unverified())
 
 
 def run() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from subnibble.checkpoint.checksums import CHECKSUMS, check_files
 from subnibble.checkpoint.packed import QUANT_METHOD, PackedConfig
 from subnibble.checkpoint.weight_files import read_headers
 from subnibble.errors import CheckpointError
@@ -32,10 +33,12 @@ class SubnibbleConfig(QuantizationConfigMixin):
     def __init__(self, **values: Any) -> None:
         self.quant_method: Any = QUANT_METHOD
         self.packed = PackedConfig.from_dict(values)
+        self.checksums = values.get(CHECKSUMS)
 
     def to_dict(self) -> dict[str, Any]:
         """What config.json holds."""
-        return self.packed.to_dict()
+        checksums = {} if self.checksums is None else {CHECKSUMS: self.checksums}
+        return self.packed.to_dict() | checksums
 
     def to_diff_dict(self) -> dict[str, Any]:
         """The same: there are no defaults to leave out."""
@@ -61,7 +64,9 @@ class SubnibbleQuantizer(CheckpointQuantizer):
         """See `CheckpointQuantizer`."""
         pack_modules_(model, self.quantization_config.packed, dtype)
         if files:
-            _verify(model, [Path(file) for file in files])
+            paths = [Path(file) for file in files]
+            _verify(model, paths)
+            check_files(paths, self.quantization_config.to_dict())
 
     def finish_(self, model: Any) -> None:
         """See `CheckpointQuantizer`."""

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from subnibble.checkpoint.checksums import check_files
 from subnibble.checkpoint.entries import NormBiasEntry
 from subnibble.checkpoint.packed import PackedConfig, packed_config_of
 from subnibble.checkpoint.safetensors_source import STORED_TYPES, SafetensorsSource
@@ -90,6 +91,7 @@ def check_written(folder: Path) -> None:
         packed = packed_config_of(source.config)
         if packed is None:
             raise CheckpointError("config.json describes no packed checkpoint")
+        check_files(source.shards(), source.config.quantization_config)
         config = copy.deepcopy(source.config)
         del config.quantization_config
         model = empty_causal_lm(config, torch.float32)

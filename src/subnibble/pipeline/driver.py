@@ -36,11 +36,12 @@ from subnibble.calibrate.stream import BlockStream
 from subnibble.calibrate.survey import full_precision_blocks
 from subnibble.calibrate.tokens import check_vocabulary
 from subnibble.calibrate.windows import calibration_windows, check_positions
+from subnibble.checkpoint.checksums import CHECKSUMS, weights_checksum
 from subnibble.checkpoint.entries import Entry, PackedEmbeddingEntry, TiedHeadEntry
 from subnibble.checkpoint.opening import open_source
 from subnibble.checkpoint.packed import PackedConfig
 from subnibble.checkpoint.safetensors_source import SafetensorsSource
-from subnibble.checkpoint.size import measure, weights_hash
+from subnibble.checkpoint.size import measure
 from subnibble.checkpoint.source import Source
 from subnibble.checkpoint.writer import CheckpointWriter, check_output
 from subnibble.corrections.ranks import Gains, allocate, gains_of
@@ -360,7 +361,7 @@ class _Run:
     def _write_model_config(self, writer: CheckpointWriter) -> None:
         config = self.skeleton.config.to_diff_dict()
         config["tie_word_embeddings"] = self.skeleton.tied
-        config["quantization_config"] = self._packed.to_dict()
+        config["quantization_config"] = self._packed.to_dict() | {CHECKSUMS: writer.checksums}
         config["dtype"] = str(self.skeleton.source.config.dtype or self.skeleton.dtype).removeprefix("torch.")
         config.pop("_name_or_path", None)
         writer.write_json("config.json", marked(config))
@@ -376,7 +377,7 @@ class _Run:
             prefix_tokens=0 if self.prefix is None else len(self.prefix.ids),
             seconds=self.clock.seconds(),
             peak_memory=peak_memory(),
-            weights_sha256=weights_hash(writer.folder),
+            weights_sha256=weights_checksum(writer.checksums),
             blocks=tuple(self.blocks),
             distilled=distilled,
         )

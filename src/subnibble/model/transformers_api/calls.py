@@ -14,8 +14,9 @@ from typing import Any
 import wrapt
 from torch import nn
 
+from subnibble.checkpoint.checksums import weight_checksums
 from subnibble.errors import BadArgument
-from subnibble.model.transformers_api.marking import mark_file
+from subnibble.model.transformers_api.marking import complete_file
 from subnibble.runtime.modules import MIX
 
 _Call = Callable[..., Any]
@@ -44,11 +45,15 @@ def _for_packed(method: str, call: _Call) -> _Call:
     return chosen
 
 
-def _save(wrapped: _Call, model: Any, save_directory: Any, *arguments: Any, **named: Any) -> None:
+def _save(
+    wrapped: _Call, model: Any, save_directory: Any, is_main_process: bool = True, *arguments: Any, **named: Any
+) -> None:
     if named.get("push_to_hub"):
         raise BadArgument("push_to_hub would send config.json too early; give the hub's id to model.push_to_hub")
-    wrapped(save_directory, *arguments, **named)
-    mark_file(Path(save_directory) / "config.json")
+    wrapped(save_directory, is_main_process, *arguments, **named)
+    if is_main_process:
+        folder = Path(save_directory)
+        complete_file(folder / "config.json", weight_checksums(folder))
 
 
 def _resize(wrapped: _Call, model: Any, new_num_tokens: int | None = None, *arguments: Any, **named: Any) -> Any:

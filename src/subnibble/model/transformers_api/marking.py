@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from subnibble.checkpoint.checksums import CHECKSUMS
+
 _KEY = "transformers_weights"
 WORD = "these weights are packed: `import subnibble` (pip install subnibble) before from_pretrained"
 
@@ -27,8 +29,8 @@ def unmark_(config: Any) -> None:
         delattr(config, _KEY)
 
 
-def mark_file(file: Path) -> None:
-    """Put the word into a config.json that transformers wrote; of several processes, one writes it."""
-    if file.is_file():
-        found = json.loads(file.read_text(encoding="utf-8"))
-        file.write_text(json.dumps(marked(found), indent=2) + "\n", encoding="utf-8")
+def complete_file(file: Path, checksums: Mapping[str, str]) -> None:
+    """Put the word, and checksums of the weight files, into a config.json that transformers wrote."""
+    found = json.loads(file.read_text(encoding="utf-8"))
+    found["quantization_config"][CHECKSUMS] = dict(checksums)
+    file.write_text(json.dumps(marked(found), indent=2) + "\n", encoding="utf-8")
