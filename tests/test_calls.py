@@ -24,6 +24,8 @@ CALLS: dict[str, Callable[..., Any]] = {
     "add_prefix": subnibble.add_prefix,
     "distill_checkpoint": subnibble.distill_checkpoint,
     "fold_norm_biases_": subnibble.fold_norm_biases_,
+    "preset": subnibble.preset,
+    "unverified": subnibble.unverified,
 }
 # What each argument has where another one is wrong.
 GOOD: dict[str, Any] = {
@@ -31,6 +33,7 @@ GOOD: dict[str, Any] = {
     "recipes": [Recipe(**RTN)],
     "evaluation": Evaluation("text.txt"),
     "prompt": "w1 w2",
+    "name": "w3",
 }
 MODELS = {"model", "original", "reference", "folder"}
 PATHS = {*MODELS, "out"}

@@ -15,7 +15,7 @@ RANK = {
     "runtime": 2,
     "checkpoint": 3, "model": 3, "calibrate": 3,
     "transforms": 4, "rounding": 4, "corrections": 4, "tuning": 4,
-    "recipe": 5, "methods": 5,
+    "recipe": 5, "methods": 5, "presets": 5,
     "pipeline": 6, "chat_template": 6, "prompt": 6, "metrics": 6, "report": 6,
     "cli": 7, "hf": 7, "prefix": 7, "comparison": 7, "evaluation": 7, "estimation": 7, "fold": 7, "speak": 7,
     "__main__": 8,

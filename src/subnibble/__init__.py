@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from subnibble.pipeline.distill_checkpoint import distill_checkpoint
     from subnibble.pipeline.driver import quantize
     from subnibble.prefix import add_prefix
+    from subnibble.presets import preset
     from subnibble.recipe import Recipe
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "estimate",
     "evaluate",
     "fold_norm_biases_",
+    "preset",
     "quantize",
     "unverified",
 ]
@@ -47,6 +49,7 @@ _HOMES = {
     "estimate": "estimation",
     "evaluate": "evaluation",
     "fold_norm_biases_": "fold",
+    "preset": "presets",
     "quantize": "pipeline.driver",
     "unverified": "checkpoint.checksums",
 }

@@ -215,7 +215,7 @@ class Recipe:
             return given
         if isinstance(given, Mapping):
             return cls.from_dict(given)
-        hint = 'a Recipe, as Recipe(method="gptq", bits=4), a table of its keys, or a TOML file'
+        hint = 'a Recipe, as Recipe(method="gptq", bits=4) or preset("w3"), a table of its keys, or a TOML file'
         file = given_path(given, "recipe", hint)
         if not file.is_file():
             raise BadRecipe(f"recipe is {str(given)!r}, which is no file; give {hint}")
@@ -240,11 +240,15 @@ class Recipe:
     def from_toml(cls, path: str | Path) -> Self:
         """Read a recipe file."""
         path = given_path(path, "a recipe's file", "the name of a TOML file")
-        text = read_text_file(path, BadRecipe)
+        return cls.from_text(read_text_file(path, BadRecipe), str(path))
+
+    @classmethod
+    def from_text(cls, text: str, where: str) -> Self:
+        """Read a recipe's TOML. where: what it is of, for errors."""
         try:
             values = tomllib.loads(text)
         except (ValueError, RecursionError) as error:
-            raise BadRecipe(f"{path} is no valid TOML: {error}") from error
+            raise BadRecipe(f"{where} is no valid TOML: {error}") from error
         return cls.from_dict(values)
 
 

@@ -131,6 +131,7 @@ def list_(json: o.Json = False) -> None:
     from subnibble.methods import METHODS
     from subnibble.methods.choices import DISTILL_CHOICES, KV_CHOICES, OPTION_CHOICES
     from subnibble.model.arch import ARCHITECTURES
+    from subnibble.presets import PRESETS
     from subnibble.scheme import ACTIVATION_BITS, BITS, GRIDS, SCALE_TYPES, ZERO_POINTS
 
     methods: list[dict[str, Any]] = [
@@ -140,6 +141,7 @@ def list_(json: o.Json = False) -> None:
     if json:
         print_json({
             "methods": methods,
+            "presets": list(PRESETS),
             "architectures": sorted(ARCHITECTURES),
             "bits": list(BITS),
             "activation_bits": list(ACTIVATION_BITS),
@@ -161,6 +163,7 @@ def list_(json: o.Json = False) -> None:
         [(key, OPTION_CHOICES.get(key, "a number"), _defaults(found)) for key, found in options.items()],
     )
     table(("what", "choices"), [
+        ("presets (--preset)", ", ".join(PRESETS)),
         ("architectures", ", ".join(sorted(ARCHITECTURES))),
         ("bits", ", ".join(map(str, BITS))),
         ("activation bits", ", ".join(map(str, (*ACTIVATION_BITS, 16)))),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from subnibble.cli.streams import tell
 from subnibble.errors import BadRecipe
 
 if TYPE_CHECKING:
@@ -66,6 +67,9 @@ Grid = Annotated[str | None, typer.Option(help="uniform, sign (a scale a bit) or
 ZeroPoint = Annotated[str | None, typer.Option(help="none, integer or real, of uniform grids. Default: the method's.")]
 Seed = Annotated[int | None, typer.Option(help="Draws the windows and a rotation's signs. Default 0.")]
 RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="TOML recipe; options given here go over it.")]
+Preset = Annotated[
+    str | None, typer.Option(help="w2, w3, w4, w4a8, w4a4, mxfp4, w4a4kv4, w3a3kv3 or kv4: our best recipe there.")
+]
 MethodOptions = Annotated[
     list[str] | None, typer.Option("--option", help="The method's own setting, KEY=VALUE; may be repeated.")
 ]
@@ -77,17 +81,38 @@ MaxWindows = Annotated[int | None, typer.Option(help="Score at most this many wi
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else to stdout.")]
 
 
+def starting_recipe(path: Path | None, name: str | None, method: str | None, **bits: Any) -> Recipe:
+    """What a command line starts from: a file, a preset, a method's defaults or, of bits alone, their preset.
+
+    bits: bits, activation_bits, kv_bits and grid as given. A preset that nobody named is told of.
+    """
+    from subnibble.presets import preset, preset_for
+    from subnibble.recipe import Recipe
+
+    if name is not None and (path is not None or method is not None):
+        raise BadRecipe(f"--preset {name} is a whole recipe; give it without {'--recipe' if path else '--method'}")
+    if path is not None:
+        return Recipe.from_toml(path)
+    if name is not None:
+        return preset(name)
+    if method is not None:
+        return Recipe()
+    found = preset_for(**bits)
+    tell(f"no method is given: this is --preset {found}, by {preset(found).method}")
+    return preset(found)
+
+
 def build_recipe(
-    path: Path | None,
+    recipe: Recipe | None,
     options: list[str] | None,
     kv_options: list[str] | None = None,
     distill_options: list[str] | None = None,
     **given: Any,
 ) -> Recipe:
-    """The recipe of a file, or the default one, with what the command line gives going over it."""
+    """A recipe, or the default one, with what the command line gives going over it."""
     from subnibble.recipe import Recipe
 
-    recipe = Recipe() if path is None else Recipe.from_toml(path)
+    recipe = Recipe() if recipe is None else recipe
     values = recipe.to_dict() | {key: value for key, value in given.items() if value is not None}
     changed = values["method"] != recipe.method
     kept = {} if changed else dict(recipe.options)

@@ -33,6 +33,7 @@ def quantize(
     distill_option: o.DistillOptions = None,
     seed: o.Seed = None,
     recipe: o.RecipeFile = None,
+    preset: o.Preset = None,
     option: o.MethodOptions = None,
     effort: o.Effort = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint that is in OUT.")] = False,
@@ -40,8 +41,11 @@ def quantize(
     dtype: o.Dtype = None,
 ) -> None:
     """Quantize MODEL into the folder OUT."""
+    start = o.starting_recipe(
+        recipe, preset, method, bits=bits, activation_bits=activation_bits, kv_bits=kv_bits, grid=grid
+    )
     wanted = o.build_recipe(
-        recipe, o.with_effort(option, effort), kv_option, distill_option, method=method, bits=bits,
+        start, o.with_effort(option, effort), kv_option, distill_option, method=method, bits=bits,
         group_size=group_size, grid=grid, zero_point=zero_point, embedding_bits=embedding_bits,
         activation_bits=activation_bits, activation_group_size=activation_group_size, kv_bits=kv_bits,
         system_prompt=system_prompt, calibration=calibration, num_windows=num_windows, window=window,
@@ -95,6 +99,7 @@ def estimate(
     distill_option: o.DistillOptions = None,
     seed: o.Seed = None,
     recipe: o.RecipeFile = None,
+    preset: o.Preset = None,
     option: o.MethodOptions = None,
     effort: o.Effort = None,
     device: o.Device = None,
@@ -102,8 +107,11 @@ def estimate(
     json: o.Json = False,
 ) -> None:
     """Estimate size, memory and time of a quantization before any weight is read."""
+    start = o.starting_recipe(
+        recipe, preset, method, bits=bits, activation_bits=activation_bits, kv_bits=kv_bits, grid=grid
+    )
     wanted = o.build_recipe(
-        recipe, o.with_effort(option, effort), kv_option, distill_option, method=method, bits=bits,
+        start, o.with_effort(option, effort), kv_option, distill_option, method=method, bits=bits,
         group_size=group_size, grid=grid, zero_point=zero_point, embedding_bits=embedding_bits,
         activation_bits=activation_bits, activation_group_size=activation_group_size, kv_bits=kv_bits,
         system_prompt=system_prompt, calibration=calibration, num_windows=num_windows, window=window,
