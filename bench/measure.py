@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import platform
 import subprocess
 import sys
 import tempfile
@@ -74,8 +75,6 @@ def measure_row(
     exact_inputs: score the same codes with inputs that are not quantized, too. change: of the loaded model, given with
     its tokenizer, before it is scored.
     """
-    import torch
-
     from subnibble import quantize
     from subnibble.calibrate.tokens import bos_token
     from subnibble.calibrate.windows import evaluation_windows
@@ -87,8 +86,7 @@ def measure_row(
     from subnibble.version import __version__
 
     model = find_model()
-    facts: dict[str, Any] = {"version": __version__, "window": WINDOW, "scored_in": "float32"}
-    facts["threads"] = torch.get_num_threads()
+    facts: dict[str, Any] = {"version": __version__, "window": WINDOW, "scored_in": "float32", **environment()}
     with tempfile.TemporaryDirectory() as folder:
         path = model
         if recipe is not None:
@@ -122,6 +120,22 @@ def measure_row(
         return [row | facts for row in rows]
 
 
+def environment() -> dict[str, Any]:
+    """What a row was made with: the commit of this tree, releases, the processor's instruction set and threads."""
+    import torch
+    import transformers
+
+    command = ["git", "-C", str(HERE), "describe", "--always", "--dirty"]
+    told = subprocess.run(command, check=False, capture_output=True, text=True)
+    return {
+        "commit": told.stdout.strip(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+        "threads": torch.get_num_threads(),
+    }
+
+
 def by_spec(rows: list[dict[str, Any]], spec: type[T]) -> dict[T, dict[str, dict[str, Any]]]:
     """Rows by what they are of, then by text. spec: a dataclass whose fields are fields of the rows."""
     found: dict[T, dict[str, dict[str, Any]]] = {}
@@ -142,8 +156,9 @@ def share_cell(of_spec: dict[str, dict[str, Any]], share: Callable[[str], float 
 
 
 def cost_cells(row: dict[str, Any]) -> list[str]:
-    """Seconds and peak memory of quantizing; empty for what was not quantized."""
-    return [f"{row['seconds']:.0f}", f"{row['peak_memory'] / 1e9:.1f}"] if "seconds" in row else ["", ""]
+    """Seconds and peak memory of quantizing, empty for what was not quantized; the commit of rows that know theirs."""
+    cost = [f"{row['seconds']:.0f}", f"{row['peak_memory'] / 1e9:.1f}"] if "seconds" in row else ["", ""]
+    return [*cost, row.get("commit", "")]
 
 
 def print_table(columns: tuple[str, ...], rows: Iterable[list[str]]) -> None:

@@ -133,7 +133,7 @@ def show(rows: list[dict[str, Any]]) -> None:
     order = sorted(found, key=lambda s: (-s.windows, s.setting, found[s]["news"]["perplexity"]))
     columns = (
         "arm", "setting", "windows", "weight bits", "activation bits", "news", "WikiText-2", "same codes, A16",
-        "gap left", "quantize, s", "peak, GB",
+        "gap left", "quantize, s", "peak, GB", "commit",
     )  # fmt: skip
     print_table(columns, (_cells(found, spec) for spec in order))
 

@@ -164,7 +164,7 @@ def show(rows: list[dict[str, Any]]) -> None:
     order = sorted(found, key=lambda s: (-s.windows, s.setting, s.prompt, found[s]["news"]["perplexity"]))
     columns = (
         "arm", "setting", "prompt", "windows", "weight bits", "activation bits", "KV, bytes a token", "news",
-        "WikiText-2", "over the original", "quantize, s", "peak, GB",
+        "WikiText-2", "over the original", "quantize, s", "peak, GB", "commit",
     )  # fmt: skip
     print_table(columns, (_cells(found, spec) for spec in order))
 

@@ -103,7 +103,7 @@ def show(rows: list[dict[str, Any]]) -> None:
     order = sorted(found, key=lambda s: (-s.windows, s.bits, s.group_size, found[s]["news"]["perplexity"]))
     columns = (
         "arm", "bits", "group", "windows", "effective bits", "file, MB", "news", "WikiText-2", "gap left",
-        "quantize, s", "peak, GB",
+        "quantize, s", "peak, GB", "commit",
     )  # fmt: skip
     print_table(columns, (_cells(found, spec) for spec in order))
 
