@@ -1,0 +1,59 @@
+"""One side of a comparison, in a process of its own: quantize every recipe, read what was written, keep the content.
+
+PYTHONPATH decides whose package is imported; --source says whose it must be.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from golden import content
+
+
+def main() -> None:
+    """Command of `__main__.py`."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--source", type=Path, required=True, help="the folder that subnibble must come from")
+    parser.add_argument("--reader", type=Path, required=True, help="the side's own read.py")
+    parser.add_argument("--jobs", type=Path, required=True, help='JSON: name -> {"model": folder, "recipe": keys}')
+    parser.add_argument("--out", type=Path, required=True, help="where contents go")
+    given = parser.parse_args()
+    import subnibble
+
+    found = Path(subnibble.__file__).resolve()
+    if not found.is_relative_to(given.source.resolve()):
+        raise SystemExit(f"subnibble came from {found}, not from {given.source}")
+    read = reader(given.reader)
+    times = {}
+    for name, job in json.loads(given.jobs.read_text()).items():
+        start, folder = time.perf_counter(), given.out / "packed"
+        try:
+            subnibble.quantize(job["model"], folder, job["recipe"])
+            content.save(content.ordered(read(folder)), given.out / name)
+        except Exception as error:
+            # A recipe that fails is one row of the table; the others still say something.
+            (given.out / f"{name}.error").write_text(f"{type(error).__name__}: {error}")
+        shutil.rmtree(folder, ignore_errors=True)
+        times[name] = time.perf_counter() - start
+    (given.out / "times.json").write_text(json.dumps(times))
+
+
+def reader(file: Path) -> Callable[[Path], content.Content]:
+    """`read` of a read.py, whichever tree it is in."""
+    spec = importlib.util.spec_from_file_location("golden_reader", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    read: Callable[[Path], content.Content] = module.read
+    return read
+
+
+if __name__ == "__main__":
+    main()
