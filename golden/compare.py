@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -147,7 +146,9 @@ def _first(old: Tensor, new: Tensor, differ: Tensor) -> str:
 
 def _text_difference(old: str, new: str) -> str:
     """From a little before where two texts part."""
-    start = max(len(os.path.commonprefix([old, new])) - 20, 0)
+    pairs = zip(old, new, strict=False)
+    parted = next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(old), len(new)))
+    start = max(parted - 20, 0)
     shown = [f"{'...' if start else ''}{text[start : start + 60]}" for text in (old, new)]
     return f": {shown[0]} -> {shown[1]}"
 

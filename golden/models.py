@@ -7,6 +7,7 @@ integer arithmetic, times a power of two. Channels, rows and groups are not all 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,12 @@ VOCABULARY = 96
 WORDS = 3000
 TEXT, TOKENS = "text.txt", "tokens.npy"
 _PRIME = 2**31 - 1
-_SIZES = {"vocab_size": VOCABULARY, "num_hidden_layers": 2, "max_position_embeddings": 128, "eos_token_id": None}
+_SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "num_hidden_layers": 2,
+    "max_position_embeddings": 128,
+    "eos_token_id": None,
+}
 
 # Groups of 32 do not divide 80, 88 and 72; every width has a Hadamard matrix.
 CONFIGS: dict[str, PreTrainedConfig] = {

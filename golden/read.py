@@ -31,7 +31,17 @@ class UnreadContentError(Exception):
 def read(folder: Path) -> Content:
     """The content of the packed checkpoint in `folder`, in no particular order of modules."""
     config = json.loads((folder / "config.json").read_text())
-    stored = {name: part for file in sorted(folder.glob("*.safetensors")) for name, part in load_file(file).items()}
+    return content_of(config, stored_in(folder))
+
+
+def stored_in(folder: Path) -> dict[str, Tensor]:
+    """All stored tensors by name."""
+    return {name: part for file in sorted(folder.glob("*.safetensors")) for name, part in load_file(file).items()}
+
+
+def content_of(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Content:
+    """The content of what config.json says and weight files hold."""
+    stored = dict(tensors)
     packed = config.get("quantization_config") or {"schemes": {}, "modules": {}}
     if unknown := set(packed) - _CONFIG_KEYS:
         raise UnreadContentError(f"quantization_config has keys {sorted(unknown)}")
@@ -45,8 +55,11 @@ def read(folder: Path) -> Content:
     labels = _Labels(packed["schemes"], packed.get("activations", {}))
     for path, entry in packed["modules"].items():
         content |= _module(path, dict(entry), stored, labels)
+    biased = {path for path, entry in packed["modules"].items() if entry["kind"] == "norm_bias"}
     for name in sorted(stored):
         path, _, part = name.rpartition(".")
+        if part == "bias" and path.endswith("norm") and path not in biased:
+            raise UnreadContentError(f"{path} has a bias that config.json does not name")
         if part not in ("weight", "bias"):
             raise UnreadContentError(f"tensor {name} belongs to nothing that config.json names")
         content[f"{path}/{part}"] = stored[name]

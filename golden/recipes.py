@@ -36,8 +36,8 @@ USUAL: dict[str, Any] = {
     "bits": 4, "group_size": 32, "embedding_bits": 8, "num_windows": 6, "window": 32, "seed": 1, "device": "cpu",
     "dtype": "float32",
 }  # fmt: skip
-_A4 = {"activation_bits": 4, "activation_clip": 0.9}
-_KV4 = {"kv_bits": 4, "kv": {"group_size": 8}}
+_A4: dict[str, Any] = {"activation_bits": 4, "activation_clip": 0.9}
+_KV4: dict[str, Any] = {"kv_bits": 4, "kv": {"group_size": 8}}
 
 
 def _case(model: str, method: str, options: Mapping[str, Any] | None = None, **keys: Any) -> Case:
@@ -106,9 +106,7 @@ RECIPES: dict[str, Case] = {
         },
     ),
     "distilled": _case("llama", "gptq", bits=2, zero_point="real", distill_steps=4, distill={"tokens": 32}),
-    "distilled-inputs": _case(
-        "qwen3", "dualfit", bits=2, activation_bits=4, distill_steps=3, distill={"tokens": 64, "rate": 0.05}
-    ),
+    "distilled-inputs": _case("qwen3", "dualfit", bits=2, activation_bits=4, distill_steps=6, distill={"tokens": 32}),
 }
 
 

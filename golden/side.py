@@ -10,8 +10,9 @@ import importlib.util
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from golden import content
 
@@ -29,19 +30,26 @@ def main() -> None:
     found = Path(subnibble.__file__).resolve()
     if not found.is_relative_to(given.source.resolve()):
         raise SystemExit(f"subnibble came from {found}, not from {given.source}")
-    read = reader(given.reader)
+    times = make(json.loads(given.jobs.read_text()), reader(given.reader), given.out)
+    (given.out / "times.json").write_text(json.dumps(times))
+
+
+def make(jobs: Mapping[str, Any], read: Callable[[Path], content.Content], out: Path) -> dict[str, float]:
+    """Write the content of every job into `out`, as `NAME`, or why there is none, as `NAME.error`; seconds of each."""
+    import subnibble
+
     times = {}
-    for name, job in json.loads(given.jobs.read_text()).items():
-        start, folder = time.perf_counter(), given.out / "packed"
+    for name, job in jobs.items():
+        start, folder = time.perf_counter(), out / "packed"
         try:
             subnibble.quantize(job["model"], folder, job["recipe"])
-            content.save(content.ordered(read(folder)), given.out / name)
+            content.save(content.ordered(read(folder)), out / name)
         except Exception as error:
             # A recipe that fails is one row of the table; the others still say something.
-            (given.out / f"{name}.error").write_text(f"{type(error).__name__}: {error}")
+            (out / f"{name}.error").write_text(f"{type(error).__name__}: {error}")
         shutil.rmtree(folder, ignore_errors=True)
         times[name] = time.perf_counter() - start
-    (given.out / "times.json").write_text(json.dumps(times))
+    return times
 
 
 def reader(file: Path) -> Callable[[Path], content.Content]:
