@@ -35,7 +35,7 @@ class Tolerance:
 @dataclass(frozen=True)
 class Comparison:
     """first: the first difference, in words; "" for none. parts: how many of `of` parts differ. codes, numbers: how
-    many codes and real numbers do. largest: difference between two real numbers. excused: real numbers that differ
+    many codes (zero-points and orders with them) and real numbers do. largest: difference between two real numbers. excused: real numbers that differ
     within the tolerance, in which case `ulps` and `relative` are the most that they do.
     """
 
