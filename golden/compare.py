@@ -34,9 +34,11 @@ class Tolerance:
 
 @dataclass(frozen=True)
 class Comparison:
-    """first: the first difference, in words; "" for none. parts: how many of `of` parts differ. codes, numbers: how
-    many codes (zero-points and orders with them) and real numbers do. largest: difference between two real numbers. excused: real numbers that differ
-    within the tolerance, in which case `ulps` and `relative` are the most that they do.
+    """What differs between two contents.
+
+    first: the first difference, in words; "" for none. parts: how many of `of` parts differ. codes: how many codes,
+    zero-points and places of orders do. numbers: how many real numbers do. largest: difference between two of them.
+    excused: real numbers that differ within the tolerance; `ulps` and `relative` are the most that these do.
     """
 
     first: str

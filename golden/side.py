@@ -9,7 +9,6 @@ import argparse
 import importlib.util
 import json
 import shutil
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,17 +29,15 @@ def main() -> None:
     found = Path(subnibble.__file__).resolve()
     if not found.is_relative_to(given.source.resolve()):
         raise SystemExit(f"subnibble came from {found}, not from {given.source}")
-    times = make(json.loads(given.jobs.read_text()), reader(given.reader), given.out)
-    (given.out / "times.json").write_text(json.dumps(times))
+    make(json.loads(given.jobs.read_text()), reader(given.reader), given.out)
 
 
-def make(jobs: Mapping[str, Any], read: Callable[[Path], content.Content], out: Path) -> dict[str, float]:
-    """Write the content of every job into `out`, as `NAME`, or why there is none, as `NAME.error`; seconds of each."""
+def make(jobs: Mapping[str, Any], read: Callable[[Path], content.Content], out: Path) -> None:
+    """Write the content of every job into `out`, as `NAME`, or why there is none, as `NAME.error`."""
     import subnibble
 
-    times = {}
     for name, job in jobs.items():
-        start, folder = time.perf_counter(), out / "packed"
+        folder = out / "packed"
         try:
             subnibble.quantize(job["model"], folder, job["recipe"])
             content.save(content.ordered(read(folder)), out / name)
@@ -48,8 +45,6 @@ def make(jobs: Mapping[str, Any], read: Callable[[Path], content.Content], out: 
             # A recipe that fails is one row of the table; the others still say something.
             (out / f"{name}.error").write_text(f"{type(error).__name__}: {error}")
         shutil.rmtree(folder, ignore_errors=True)
-        times[name] = time.perf_counter() - start
-    return times
 
 
 def reader(file: Path) -> Callable[[Path], content.Content]:
