@@ -4,7 +4,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN = $(VENV)/bin
 
-.PHONY: demo test test-oldest lint bench clean
+.PHONY: demo test test-oldest golden lint bench clean
 
 demo: $(VENV)/.ready
 	$(BIN)/subnibble demo
@@ -25,6 +25,11 @@ test-oldest:
 	$(OLDEST_VENV)/bin/python -m pip install --quiet 'transformers==$(OLDEST)'
 	OMP_NUM_THREADS=1 $(OLDEST_VENV)/bin/python -m pytest -n auto --maxprocesses=8 --dist=loadfile \
 	  --no-loadscope-reorder $(OLDEST_TESTS)
+
+# Whether this tree quantizes to the same codes as commit BASE; GOLDEN has further arguments (golden/README.md).
+BASE ?= HEAD
+golden: $(VENV)/.ready
+	$(BIN)/python -m golden --base $(BASE) $(GOLDEN)
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

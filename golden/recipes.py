@@ -1,0 +1,161 @@
+"""What is quantized: recipes by name, in this commit's words, and how older commits call what was renamed since."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from golden.models import TEXT, TOKENS
+
+# In a `Rename`: any value, which goes over as it is.
+ANY = "<any>"
+
+
+@dataclass(frozen=True)
+class Case:
+    """model: a toy's name in `models.py`. keys: the recipe's, but for those of `USUAL` that it does not change."""
+
+    model: str
+    keys: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Rename:
+    """A recipe that holds the keys `new` holds the keys `old` instead, before this rename; tables may be nested."""
+
+    new: Mapping[str, Any]
+    old: Mapping[str, Any]
+
+
+# The newest first. README.md says when to add one.
+RENAMES: tuple[Rename, ...] = ()
+
+USUAL: dict[str, Any] = {
+    "bits": 4, "group_size": 32, "embedding_bits": 8, "num_windows": 6, "window": 32, "seed": 1, "device": "cpu",
+    "dtype": "float32",
+}  # fmt: skip
+_A4: dict[str, Any] = {"activation_bits": 4, "activation_clip": 0.9}
+_KV4: dict[str, Any] = {"kv_bits": 4, "kv": {"group_size": 8}}
+
+
+def _case(model: str, method: str, options: Mapping[str, Any] | None = None, **keys: Any) -> Case:
+    return Case(model, {"method": method, **({"options": dict(options)} if options else {}), **keys})
+
+
+RECIPES: dict[str, Case] = {
+    # Grids.
+    "rtn": _case("llama", "rtn", bits=3),
+    "rtn-real": _case("llama", "rtn", bits=2, zero_point="real", scale_type="bfloat16"),
+    "rtn-symmetric": _case("llama-tied", "rtn", bits=4, zero_point="none", embedding_bits=4),
+    "rtn-sign": _case("llama", "rtn", bits=2, grid="sign"),
+    "rtn-mxfp4": _case("llama", "rtn", grid="mxfp4"),
+    "rtn-channel": _case("qwen2", "rtn", {"clip": "minmax"}, bits=8, group_size=-1, scale_type="float32"),
+    # Weights alone.
+    "awq": _case("qwen2", "awq", bits=3),
+    "gptq": _case("llama", "gptq", bits=3),
+    "gptq-natural": _case("qwen2", "gptq", {"order": "natural", "weighting": "hessian"}, bits=2, group_size=24),
+    "gptq-sweeps": _case("llama", "gptq", {"sweeps": 2}, bits=2),
+    "gptq-bfloat16": _case("llama-tied", "gptq", bits=3, dtype="bfloat16", embedding_bits=16),
+    "gptaq": _case("llama", "gptaq", bits=3),
+    "gptaq-corrected": _case("qwen3", "gptaq", {"asymmetry": "corrected"}, bits=2),
+    "gptaq-shifted": _case("llama", "gptaq", {"asymmetry": "shifted"}, bits=2),
+    "d2quant": _case("llama", "d2quant", bits=2),
+    "d2quant-4": _case("qwen2", "d2quant", bits=4),
+    "dualfit": _case("qwen3", "dualfit", bits=2),
+    "dualfit-tied": _case("llama-tied", "dualfit", bits=3, scale_type="bfloat16"),
+    # Weights and inputs.
+    "smoothquant": _case("llama", "smoothquant", bits=8, activation_bits=8, activation_zero_point="none"),
+    "l2qer": _case("llama", "l2qer", {"rank": 8}, activation_bits=8),
+    "qera": _case("qwen2", "qera", {"rank": 8, "factor_bits": 4}, **_A4),
+    "serq": _case("llama", "serq", {"rank": 32}, **_A4),
+    "serq-searched": _case("qwen2", "serq", {"rank": 16, "flattening": "search", "rounding": "rtn"}, **_A4),
+    "serq-offline": _case("llama", "serq", {"rank": 32, "residual_order": "global", "heads": "whole"}, **_A4),
+    "serq-mxfp4": _case("qwen3", "serq", {"rank": 32}, grid="mxfp4", activation_bits=4),
+    "twinfit": _case("llama", "twinfit", {"rank": 32}, **_A4),
+    # Weights, inputs and the cache.
+    "quarot": _case("llama", "quarot", **_A4, **_KV4),
+    "quarot-grouped": _case("qwen3", "quarot", bits=3, activation_bits=3, kv_bits=3),
+    "atom": _case("llama", "atom", {"outliers": 16}, **_A4, **_KV4),
+    "omniquant": _case("llama", "omniquant", {"effort": "fast"}, **_A4),
+    "bisup-atom": _case("llama", "bisup", {"over": "atom", "outliers": 16, "rank": 4, "effort": "fast"}, **_A4, **_KV4),
+    "bisup-quarot": _case("qwen2", "bisup", {"over": "quarot", "rank": 4, "effort": "fast"}, **_A4, **_KV4),
+    "none-cache": _case("qwen2", "none", kv_bits=4, kv={"rope": "before", "window": 8, "clip": 0.95}),
+    "none-cache-channel": _case(
+        "llama-tied", "none", kv_bits=2, kv={"key_axis": "channel", "group_size": 8, "window": 16}
+    ),
+    "none-cache-centered": _case("qwen3", "none", kv_bits=3, kv={"key_rotation": "hadamard", "key_center": "mean"}),
+    # Parts of a model beside its linears.
+    "prefix": _case("llama", "gptq", bits=3, system_prompt="w1 w2 w3"),
+    "prefix-quarot": _case("qwen3", "quarot", system_prompt="w5 w6", **_A4, **_KV4),
+    "prefix-centered": _case(
+        "llama-tied", "rtn", system_prompt="w4 w2", kv_bits=4, kv={"rope": "before", "key_center": "mean"}
+    ),
+    "tied-rotated": _case("llama-tied", "gptq", {"rotation": "full"}, bits=3),
+    "tied-rotated-groups": _case("qwen2", "rtn", {"rotation": "groups"}, embedding_bits=16),
+    "overrides": _case(
+        "llama",
+        "gptq",
+        bits=3,
+        activation_bits=8,
+        overrides={
+            "model.layers.0.mlp.down_proj": {"skip": True},
+            "re:.*k_proj": {"bits": 8, "group_size": -1, "zero_point": "none"},
+            "re:.*layers\\.1\\..*o_proj": {"grid": "sign", "bits": 2, "activation_bits": 16},
+        },
+    ),
+    "distilled": _case("llama", "gptq", bits=2, zero_point="real", distill_steps=4, distill={"tokens": 32}),
+    "distilled-inputs": _case("qwen3", "dualfit", bits=2, activation_bits=4, distill_steps=6, distill={"tokens": 32}),
+}
+
+
+def recipe_of(case: Case, model: Path) -> dict[str, Any]:
+    """The recipe of a case. model: its folder, which has the calibration, too."""
+    # transformers gives Qwen2 a tokenizer of its own, which does not know the toys' words.
+    return {**USUAL, **case.keys, "calibration": str(model / (TOKENS if case.model == "qwen2" else TEXT))}
+
+
+def translated(recipe: Mapping[str, Any], renames: Sequence[Rename]) -> dict[str, Any]:
+    """A recipe in the words of before `renames`, which come newest first."""
+    found = _copy(recipe)
+    for rename in renames:
+        if _holds(found, rename.new):
+            kept: dict[str, Any] = {}
+            _take_(found, rename.new, kept)
+            _put_(found, rename.old, kept)
+    return found
+
+
+def _copy(table: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: _copy(value) if isinstance(value, Mapping) else value for key, value in table.items()}
+
+
+def _holds(table: Any, wanted: Mapping[str, Any]) -> bool:
+    if not isinstance(table, Mapping):
+        return False
+    return all(
+        key in table and (_holds(table[key], value) if isinstance(value, Mapping) else value in (ANY, table[key]))
+        for key, value in wanted.items()
+    )
+
+
+def _take_(table: dict[str, Any], wanted: Mapping[str, Any], kept: dict[str, Any]) -> None:
+    """Take the keys `wanted` out of a table; the value that was any goes to `kept`."""
+    for key, value in wanted.items():
+        if isinstance(value, Mapping):
+            _take_(table[key], value, kept)
+            if not table[key]:
+                del table[key]
+            continue
+        found = table.pop(key)
+        if value == ANY:
+            kept[ANY] = found
+
+
+def _put_(table: dict[str, Any], given: Mapping[str, Any], kept: Mapping[str, Any]) -> None:
+    for key, value in given.items():
+        if isinstance(value, Mapping):
+            _put_(table.setdefault(key, {}), value, kept)
+        else:
+            table[key] = kept[ANY] if value == ANY else value
