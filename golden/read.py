@@ -1,4 +1,4 @@
-"""Read a packed checkpoint (docs/format.md, versions 1 to 6) as the canonical content of `content.py`.
+"""Read a packed checkpoint (docs/format.md, version 1) as the canonical content of `content.py`.
 
 It knows the written format alone and imports nothing of the package, so that what is renamed inside is no matter. A
 commit that changes the format changes this file with it: each side of a comparison is read by its own. Whatever it does
@@ -19,7 +19,7 @@ from torch import Tensor
 
 Content = dict[str, Tensor | str]
 
-_CONFIG_KEYS = {"quant_method", "format_version", "schemes", "activations", "cache", "prefix", "modules"}
+_CONFIG_KEYS = {"quant_method", "format_version", "schemes", "activations", "cache", "prefix", "modules", "sha256"}
 # Of config.json: names the writer, or is no part of the model.
 _NOT_COMPARED = {"quantization_config", "transformers_weights", "transformers_version", "_name_or_path"}
 
@@ -78,7 +78,7 @@ def _module(path: str, entry: dict[str, Any], stored: dict[str, Tensor], labels:
     kind = entry.pop("kind")
     found: Content = {}
     match kind:
-        case "linear" | "scaled_linear" | "composed_linear" | "embedding":
+        case "linear" | "embedding":
             rows = entry.pop("rows")
             found = _matrix(f"{path}/", f"{path}.", rows, entry.pop("ranges"), stored, labels)
             found |= _terms(path, kind, rows, entry, stored, labels)
@@ -114,21 +114,19 @@ def _terms(
     found: Content = {}
     if kind != "embedding" and entry.pop("bias") != (f"{path}.bias" in stored):
         raise UnreadContentError(f"{path} has a bias where it should not, or has none")
-    if kind == "scaled_linear" or entry.pop("column_scale", False):
+    if entry.pop("column_scale", False):
         found[f"{path}/column_scale"] = stored.pop(f"{path}.column_scale")
-    if kind != "composed_linear":
-        return found
-    if entry.pop("gather"):
+    if entry.pop("gather", False):
         found[f"{path}/gather"] = stored.pop(f"{path}.gather").long()
-    if widths := entry.pop("hadamard"):
+    if widths := entry.pop("hadamard", []):
         found[f"{path}/hadamard"] = _text(widths)
-    if (label := entry.pop("activation")) is not None:
+    if (label := entry.pop("activation", None)) is not None:
         found[f"{path}/activation"] = _text({"outliers": 0, **labels.activations[label]})
-    if (ranges := entry.pop("salient")) is not None:
+    if (ranges := entry.pop("salient", None)) is not None:
         found |= _matrix(f"{path}/salient/", f"{path}.salient.", rows, ranges, stored, labels)
-    if (residual := entry.pop("residual")) != "none":
+    if (residual := entry.pop("residual", "none")) != "none":
         found[f"{path}/residual"] = residual
-    if (branch := entry.pop("low_rank")) is not None:
+    if (branch := entry.pop("low_rank", None)) is not None:
         rank = branch["rank"]
         found |= _matrix(f"{path}/low_rank/down/", f"{path}.down.", rank, branch["down"], stored, labels)
         found |= _matrix(f"{path}/low_rank/up/", f"{path}.up.", rows, branch["up"], stored, labels)

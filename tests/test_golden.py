@@ -153,7 +153,8 @@ def test_nothing_that_config_json_says_can_change_unnoticed(
 def spoiled(packed: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Copies of a `quantization_config` with one value changed or left out; of modules, of one of each kind."""
     kinds: set[tuple[str, ...]] = set()
-    for table, entries in packed.items():
+    # Checksums are of files, of which contents say nothing.
+    for table, entries in {**packed, "sha256": None}.items():
         for label, entry in entries.items() if isinstance(entries, dict) else ():
             kind = (table, entry["kind"], *sorted(entry)) if table == "modules" else (table, label)
             if kind in kinds:
