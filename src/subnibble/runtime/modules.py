@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import chain
 from typing import Any, Self
 
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 
 from subnibble.errors import NoWeight
 from subnibble.runtime import ops
-from subnibble.runtime.offloaded import resident
+from subnibble.runtime.kept import Kept
+from subnibble.runtime.offloaded import has_hook, resident
 from subnibble.tensor import PackedLayout, PackedTensor
 
 # Where a head holds its `InputMix`.
@@ -112,6 +114,7 @@ class PackedModule(StoredModule):
 
     def __init__(self, weight: PackedTensor) -> None:
         super().__init__()
+        self._packed: Kept[PackedTensor] = Kept()
         self.layout: PackedLayout = weight.layout
         for name, tensor in weight.state().items():
             self.register_buffer(name, tensor)
@@ -129,8 +132,14 @@ class PackedModule(StoredModule):
     @property
     def packed(self) -> PackedTensor:
         """The packed matrix, sharing the buffers."""
-        with resident(self):
-            return PackedTensor.from_state(dict(self.named_buffers(recurse=False)), self.layout)
+        if has_hook(self):
+            # Where tensors come and go, a handle would hold on to them.
+            with resident(self):
+                return self._from_buffers()
+        return self._packed.of(tuple(self._buffers.values()), self._from_buffers)
+
+    def _from_buffers(self) -> PackedTensor:
+        return PackedTensor.from_state(dict(self.named_buffers(recurse=False)), self.layout)
 
     def extra_repr(self) -> str:
         """Shape and schemes, for printing."""
@@ -143,6 +152,7 @@ class PackedLinear(PackedModule):
 
     def __init__(self, terms: ops.LinearTerms) -> None:
         super().__init__(terms.weight)
+        self._terms: Kept[ops.LinearTerms] = Kept()
         self.in_features, self.out_features = self.layout.columns, self.layout.rows
         self.blocks, self.activation, self.residual = terms.blocks, terms.activation, terms.residual
         self.column_scale: Tensor | None
@@ -159,18 +169,20 @@ class PackedLinear(PackedModule):
     @property
     def terms(self) -> ops.LinearTerms:
         """What the linear contains, sharing its buffers."""
-        with resident(self):
-            return ops.LinearTerms(
-                weight=self.packed,
-                bias=self.bias,
-                column_scale=self.column_scale,
-                gather=self.gather,
-                blocks=self.blocks,
-                activation=self.activation,
-                salient=None if self.salient is None else self.salient.packed,
-                residual=self.residual,
-                low_rank=None if self.down is None or self.up is None else (self.down.packed, self.up.packed),
-            )
+        if has_hook(self):
+            with resident(self):
+                return self._made()
+        children = (child._buffers.values() for child in self._modules.values() if child is not None)
+        held = (*self._buffers.values(), *self._parameters.values(), *chain.from_iterable(children))
+        return self._terms.of((*held, self.blocks, self.activation, self.residual), self._made)
+
+    def _made(self) -> ops.LinearTerms:
+        low_rank = None if self.down is None or self.up is None else (self.down.packed, self.up.packed)
+        salient = None if self.salient is None else self.salient.packed
+        return ops.LinearTerms(
+            self.packed, self.bias, self.column_scale, self.gather, self.blocks, self.activation, salient,
+            self.residual, low_rank,
+        )  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., k) to (..., m)."""

@@ -13,9 +13,14 @@ from itertools import chain
 from torch import Tensor, nn
 
 
+def has_hook(module: nn.Module) -> bool:
+    """Whether accelerate brings the module's tensors and takes them away."""
+    return "_hf_hook" in module.__dict__
+
+
 def resident(module: nn.Module) -> AbstractContextManager[None]:
     """Within it the module's own tensors are there to be read; they stay readable for who holds them."""
-    if not hasattr(module, "_hf_hook") or not any(tensor.is_meta for tensor in own_tensors(module)):
+    if not has_hook(module) or not any(tensor.is_meta for tensor in own_tensors(module)):
         return nullcontext()
     from accelerate.utils import align_module_device
 
