@@ -63,7 +63,7 @@ class LowRank(Correction):
 
     def check_tuned(self) -> None:
         """See `Correction`."""
-        raise BadRecipe('tuning learns low-rank factors of its own; use low_rank = "side"')
+        raise BadRecipe("tuning does not go with low-rank factors of the rounding error; leave one of them out")
 
     def schemes(self, weight: Scheme) -> tuple[Scheme, ...]:
         """See `Correction`."""
