@@ -140,7 +140,7 @@ def test_corrections_that_cannot_be_tuned_say_so() -> None:
     with pytest.raises(BadRecipe, match='tuning with salient columns needs form = "before"'):
         Steps(RTN(), correction=SalientColumns(16, "after"), tuning=Tuning(), inputs="quantized")
     with pytest.raises(BadRecipe, match="tuning does not go with low-rank factors of the rounding error"):
-        Steps(RTN(), correction=LowRank(4, "svd", 8), tuning=Tuning(), inputs="quantized")
+        Steps(RTN(), correction=LowRank(4, "qera", 8), tuning=Tuning(), inputs="quantized")
     with pytest.raises(BadRecipe, match='tuning with salient columns needs ranks = "uniform"'):
         Steps(RTN(), correction=SalientColumns(16), ranks="gain", tuning=Tuning(), inputs="quantized")
 
