@@ -26,8 +26,6 @@ def small(file: Path) -> Recipe:
     method = find_method(values["method"])
     if hasattr(method.options(), "rank") and options.get("rank") != 0:
         options["rank"] = 16
-    if options.get("over") in ("serq", "twinfit"):
-        options["salient"] = 16
     if "atom" in (values["method"], options.get("over")):
         options["outliers"] = 16
     if values["kv"].get("window"):

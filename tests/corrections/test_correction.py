@@ -139,8 +139,8 @@ def test_corrections_that_cannot_be_tuned_say_so() -> None:
         Steps(RTN(), correction=correction, tuning=Tuning(), inputs="quantized")
     with pytest.raises(BadRecipe, match='tuning with salient columns needs form = "before"'):
         Steps(RTN(), correction=SalientColumns(16, "after"), tuning=Tuning(), inputs="quantized")
-    with pytest.raises(BadRecipe, match="tuning learns low-rank factors of its own"):
-        Steps(RTN(), correction=LowRank(4, "svd", 8), tuning=Tuning(), inputs="quantized")
+    with pytest.raises(BadRecipe, match="tuning does not go with low-rank factors of the rounding error"):
+        Steps(RTN(), correction=LowRank(4, "qera", 8), tuning=Tuning(), inputs="quantized")
     with pytest.raises(BadRecipe, match='tuning with salient columns needs ranks = "uniform"'):
         Steps(RTN(), correction=SalientColumns(16), ranks="gain", tuning=Tuning(), inputs="quantized")
 

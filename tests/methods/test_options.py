@@ -24,6 +24,7 @@ from subnibble.rounding.rtn import RTN
 from subnibble.transforms.awq import ActivationAwareScale
 from subnibble.transforms.flatten import Flatten, NormFlatten
 from subnibble.transforms.saliency import Saliency
+from subnibble.tuning.tuning import Tuning
 
 # What an option needs of others to say anything, beside the defaults.
 COMPANY: dict[str, dict[str, Any]] = {
@@ -32,19 +33,14 @@ COMPANY: dict[str, dict[str, Any]] = {
     "asymmetry": {"rounding": "gptq"},
     "alpha_drift": {"rounding": "gptq", "asymmetry": "shifted"},
     "outliers": {"over": "atom"},
-    "salient": {"over": "serq"},
-    "low_rank_start": {"low_rank": "side"},
     "ranks": {"rotation": "none"},
     "residual_order": {"rotation": "none"},
     "iterations": {"columns": "all"},
     "sweeps": {"asymmetry": "shifted"},
     "rows": {"columns": "none"},
 }
-# Drift is refused beside low-rank factors and outlier columns; "method" is another word for one of the others.
-SILENT = {
-    *((method, option) for method in ("l2qer", "qera", "atom") for option in ("asymmetry", "alpha_drift")),
-    ("bisup", "rotation"),
-}
+# Drift is refused beside low-rank factors and outlier columns.
+SILENT = {(method, option) for method in ("l2qer", "qera", "atom") for option in ("asymmetry", "alpha_drift")}
 OPTIONS = [(m, item.name) for m in METHODS.values() for item in fields(m.options) if (m.name, item.name) not in SILENT]
 
 
@@ -194,6 +190,36 @@ def test_salient_columns_need_an_order() -> None:
     with pytest.raises(BadRecipe, match="choose one of none, size, energy, gain"):
         METHODS["serq"].steps({"saliency": "loud"})
     assert METHODS["serq"].steps({"saliency": "none", "rank": 0}).saliency is None
+
+
+# What of each method's steps does not go with tuning; nothing of the others.
+UNTUNED = {
+    **dict.fromkeys(("awq", "smoothquant", "serq", "twinfit", "d2quant", "d2quant-uniform"), "transforms|a mean shift"),
+    **dict.fromkeys(("gptaq", "dualfit"), "a rounder without drift"),
+    **dict.fromkeys(("l2qer", "qera"), "low-rank factors of the rounding error"),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_blocks_of_any_method_can_be_tuned_unless_a_step_forbids_it(name: str) -> None:
+    steps = replace(METHODS[name].steps({}), tuning=None)
+    if steps.inputs == "exact" and name not in UNTUNED:
+        with pytest.raises(BadRecipe, match='use inputs = "quantized"'):
+            replace(steps, tuning=Tuning())
+    steps = replace(steps, inputs="quantized")
+    if name in UNTUNED:
+        with pytest.raises(BadRecipe, match=f"tuning .*({UNTUNED[name]})"):
+            replace(steps, tuning=Tuning())
+    else:
+        assert replace(replace(steps, tuning=Tuning()), tuning=None) == steps
+    if steps.transforms and not steps.needs_drift:
+        assert replace(steps, transforms=(), mean_shift=None, tuning=Tuning()).rounder == steps.rounder
+
+
+@pytest.mark.parametrize("over", ["atom", "quarot"])
+def test_bisup_is_its_base_on_quantized_inputs_and_tuned(over: str) -> None:
+    steps = METHODS["bisup"].steps({"over": over, "effort": "fast", "rank": 8})
+    assert steps == replace(METHODS[over].steps({}), inputs="quantized", tuning=Tuning(effort="fast", rank=8))
 
 
 def test_rows_and_columns_of_d2quant_choose_fitters() -> None:

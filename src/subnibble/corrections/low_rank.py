@@ -3,7 +3,6 @@
 For S with S Sᵀ the weight that the inputs give to directions, the truncated SVD of E S, U Σ Vᵀ, has the least
 ||(E - B A) S||: B = U_r, A = Σ_r V_rᵀ S⁻¹. Forms:
 
-    svd     S = 1                                                    (ZeroQuant-V2, arXiv 2303.08302)
     l2qer   S = diag(mean |x_j|)                                     (LQER's L²QER, arXiv 2402.02446)
     qera    S = (sum of x xᵀ)^(1/2), the least output error          (QERA, exact form, arXiv 2410.06040)
 
@@ -27,7 +26,7 @@ from subnibble.rounding import grid
 from subnibble.scheme import BITS, Scheme
 from subnibble.tensor import PackedLayout, PackedRange, PackedTensor
 
-FORMS = ("svd", "l2qer", "qera")
+FORMS = ("l2qer", "qera")
 # Of the largest eigenvalue or mean size: directions that calibration hardly saw must not be blown up.
 _FLOOR = 1e-6
 
@@ -63,7 +62,7 @@ class LowRank(Correction):
 
     def check_tuned(self) -> None:
         """See `Correction`."""
-        raise BadRecipe('tuning learns low-rank factors of its own; use low_rank = "side"')
+        raise BadRecipe("tuning does not go with low-rank factors of the rounding error; leave one of them out")
 
     def schemes(self, weight: Scheme) -> tuple[Scheme, ...]:
         """See `Correction`."""
@@ -80,15 +79,15 @@ class LowRank(Correction):
         self, errors: Sequence[Tensor], gram: Tensor | None, sizes: Tensor | None, scheme: Scheme
     ) -> list[Branch | None]:
         """Packed A (r, k) and B (m, r) for each error (m, k); see `Correction`."""
-        roots = roots_of(self.form, gram, sizes, errors[0].shape[1], errors[0].device)
+        roots = roots_of(self.form, gram, sizes)
         found: list[Branch | None] = []
         for error in errors:
             down, up = factorize(error, roots, min(self.rank, *error.shape))
-            found.append(self.packed(down.to(error.dtype), up.to(error.dtype), scheme))
+            found.append(self._packed(down.to(error.dtype), up.to(error.dtype), scheme))
         return found
 
-    def packed(self, down: Tensor, up: Tensor, weight: Scheme) -> Branch:
-        """Packed A (r, k) and B (m, r), however they were found, beside a weight coded by `weight`."""
+    def _packed(self, down: Tensor, up: Tensor, weight: Scheme) -> Branch:
+        """Packed A (r, k) and B (m, r), beside a weight coded by `weight`."""
         scheme = self.scheme(weight)
         clip = grid.Clip("minmax" if scheme.bits == 8 else "mse")
         pack = [PackedRange.pack(grid.coded(m, scheme, clip), scheme) for m in (down, up)]
@@ -102,13 +101,8 @@ def factorize(error: Tensor, roots: tuple[Tensor, Tensor], rank: int) -> tuple[T
     return s[:rank, None] * vh[:rank] @ inverse, u[:, :rank]
 
 
-def roots_of(
-    form: str, gram: Tensor | None, sizes: Tensor | None, columns: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """S and its inverse, (k, k) float64. gram: (k, k), sum of x xᵀ. sizes: (k,), mean |x|. columns: k."""
-    if form == "svd":
-        eye = torch.eye(columns, dtype=torch.float64, device=device)
-        return eye, eye
+def roots_of(form: str, gram: Tensor | None, sizes: Tensor | None) -> tuple[Tensor, Tensor]:
+    """S and its inverse, (k, k) float64. gram: (k, k), sum of x xᵀ. sizes: (k,), mean |x|."""
     if form == "l2qer":
         if sizes is None:
             raise ValueError("L2QER needs the mean sizes of the inputs")

@@ -28,8 +28,6 @@ OPTION_CHOICES = {
         "input_clipping": tuning.INPUT_CLIPPINGS,
         "smoothing": tuning.SMOOTHINGS,
         "low_rank": tuning.LOW_RANKS,
-        "low_rank_start": tuning.LOW_RANK_STARTS,
-        "learned_rotation": tuning.LEARNED_ROTATIONS,
         "effort": tuple(tuning.EFFORTS),
         "saliency": serq.SALIENCIES,
         "heads": saliency.HEAD_ORDERS,

@@ -136,15 +136,19 @@ class Steps:
 
 
 def _check_tuning(steps: Steps) -> None:
-    """Raise `BadRecipe` where a step does not go with tuning."""
-    if steps.mean_shift is not None or steps.transforms:
-        raise BadRecipe("tuning goes with neither a mean shift nor transforms of its own; leave one of them out")
+    """Raise `BadRecipe` where a step does not go with tuning, whatever the method."""
+    if steps.transforms:
+        raise BadRecipe("tuning learns factors of its own and goes without transforms; leave one of them out")
+    if steps.mean_shift is not None:
+        raise BadRecipe("tuning does not go with a mean shift; leave one of them out")
     steps.correction.check_tuned()
     if steps.ranks != "uniform":
         raise BadRecipe('tuning with salient columns needs ranks = "uniform"')
     for rounder in (steps.rounder, *steps.rounders.values()):
         if rounder.on(Clip()) is None:
             raise BadRecipe(f"tuning rounds on learned grids, which {type(rounder).__name__} does not take; use GPTQ")
+    if steps.needs_drift:
+        raise BadRecipe('tuning itself aims at full-precision outputs; use a rounder without drift, asymmetry = "none"')
     if steps.inputs != "quantized":
         raise BadRecipe('tuning sees inputs as they will run; use inputs = "quantized"')
 

@@ -383,8 +383,6 @@ class BlockRun:
             if salient is not None:
                 dense[:, : salient.columns] += salient.dequantize()
             branches = branches_of(stack, weight - dense, seen, correction)
-            if self.tuning is not None:
-                branches = self.tuning.branches(stack)
             rows = stack.rows(weight.device)
             for index, branch in zip(rows, branches, strict=True):
                 if branch is not None:

@@ -9,16 +9,16 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from subnibble.calibrate.prefix import States, behind
+from subnibble.calibrate.prefix import States
 from subnibble.calibrate.sinks import ordinary_tokens
 from subnibble.calibrate.stream import BlockStream
-from subnibble.corrections.correction import Branch, Correction, Rounded
+from subnibble.corrections.correction import Correction, Rounded
 from subnibble.errors import CalibrationError, NumericalFailure
 from subnibble.methods.method import Steps
 from subnibble.model.skeleton import Block
 from subnibble.model.transformers_api.blocks import BlockCall
 from subnibble.pipeline.plan import Plan
-from subnibble.pipeline.stack import Observed, Stack, less_branches, round_stack
+from subnibble.pipeline.stack import Observed, Stack, round_stack
 from subnibble.pipeline.streams import Streams
 from subnibble.report import BlockReport
 from subnibble.report.clock import Clock
@@ -43,9 +43,8 @@ _SMALLEST_SHARE = 1e-6
 class BlockTuning:
     """A block that was tuned, on its way through rounding.
 
-    reference: the full-precision block with the learned factors, on the full-precision chain, whose outputs are known.
-    packed_branches: of linears that have one. kept: linears whose rounding with compensation made the loss smaller than
-    rounding to nearest.
+    reference: the full-precision block on the full-precision chain, whose outputs are known. kept: linears whose
+    rounding with compensation made the loss smaller than rounding to nearest.
     """
 
     block: TunedBlock
@@ -53,21 +52,15 @@ class BlockTuning:
     trained: Trained
     reference: BlockStream
     outputs: list[Tensor]
-    packed_branches: Mapping[str, Branch]
     kept: list[str] = field(default_factory=list)
 
     def round(self, stack: Stack, weight: Tensor, seen: Observed, rounder: Rounder, correction: Correction) -> Rounded:
-        """As `round_stack`, on the learned grids: by `rounder` or to nearest, whichever leaves the lower loss.
-
-        With branches, error compensation aims at what they leave to the codes; they were learned for codes to nearest
-        of the whole.
-        """
+        """As `round_stack`, on the learned grids: by `rounder` or to nearest, whichever leaves the lower loss."""
         grids = self.block.grids(stack.names)
         tried = [round_stack(stack, weight, seen, RTN(grids), correction)]
         compensating = rounder.on(grids) if rounder.needs_gram else None
         if compensating is not None:
-            left = less_branches(stack, weight, self.branches(stack))
-            tried.append(round_stack(stack, left, seen, compensating, correction))
+            tried.append(round_stack(stack, weight, seen, compensating, correction))
         losses = []
         for _, whole, salient in tried:
             self._fix_(stack, whole, salient)
@@ -78,10 +71,6 @@ class BlockTuning:
         found = tried[best]
         self._fix_(stack, found[1], found[2])
         return found
-
-    def branches(self, stack: Stack) -> list[Branch | None]:
-        """The learned branch of each linear, packed."""
-        return [self.packed_branches.get(name) for name in stack.names]
 
     def plan(self, plan: Plan, path: str) -> Plan:
         """The plan, with clips of this block's inputs as learned. path: the block's."""
@@ -147,26 +136,9 @@ class Tuner:
             device = next(block.module.parameters()).device
             call = self.calls[block.index]
             samples = samples_of(effort, streams.hidden, exact, outputs, call, device)
-            untouched = block.twin() if self.steps.needs_drift else None
             tuned, trained = self._train(block, self._frame(block, bases, prefix, coding), samples)
-            if untouched is not None:
-                tuned.fold_(untouched)
             tuned.settle_(block)
-            if untouched is not None:
-                before = behind(streams.calls[block.index], tuned.prefix)
-                reference = BlockStream(untouched.twin(self.dtype), exact, before)
-        branches = self._packed_branches_(tuned, block)
-        return BlockTuning(tuned, samples, trained, reference, outputs, branches)
-
-    def _packed_branches_(self, tuned: TunedBlock, block: Block) -> dict[str, Branch]:
-        """Branches as they are stored; the tuned block runs on these from now on."""
-        found = {}
-        for name in block.arch.linears:
-            factors, scheme = tuned.branch(name), self.plan.schemes[f"{block.path}.{name}"]
-            if factors is not None and scheme is not None and self.tuning.branch is not None:
-                found[name] = self.tuning.branch.packed(*factors, scheme)
-                tuned.set_branch_(name, *(part.dequantize() for part in found[name]))
-        return found
+        return BlockTuning(tuned, samples, trained, reference, outputs)
 
     def _frame(
         self, block: Block, bases: Mapping[str, InputBasis], prefix: States | None, coding: Coding | None
@@ -192,7 +164,6 @@ class Tuner:
             tuned.smooth_(block, largest)
             if not held_out_loss(tuned, samples) <= plain:
                 tuned.forget_smoothing_start_()
-        tuned.start_branches_()
         effort = EFFORTS[self.tuning.effort]
         trained = train_(tuned, samples, effort, generator, lambda loss: self.told(block.index, loss))
         return tuned, replace(trained, before=plain)

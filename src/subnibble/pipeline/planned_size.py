@@ -93,9 +93,7 @@ def _entry(
 ) -> PackedLinearEntry:
     """A linear (rows, columns) as it will be stored, bias, gather and column scales aside."""
     entry = PackedLinearEntry(PackedLayout(rows, ((columns, scheme),)), bias=False, activation=activation)
-    entry = steps.correction.planned(entry, scheme)
-    branch = None if steps.tuning is None else steps.tuning.branch
-    return entry if branch is None else branch.planned(entry, scheme)
+    return steps.correction.planned(entry, scheme)
 
 
 def _extra_bits(steps: Steps, schemes: Mapping[str, Scheme | None], skeleton: Skeleton) -> dict[str, int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -107,17 +106,6 @@ def round_stack(stack: Stack, weight: Tensor, seen: Observed, rounder: Rounder, 
         weight, rounder = rounder.settled(weight, seen.gram, drift, stack.where)
         drift = None
     return own.round(weight, seen.gram, stack.scheme, RoundMain(rounder, stack.scheme, stack.where, drift))
-
-
-def less_branches(stack: Stack, weight: Tensor, branches: Sequence[Branch | None]) -> Tensor:
-    """A weight (m, k) less what the stack's branches add to it; the same tensor where there are none."""
-    if not any(branches):
-        return weight
-    left = weight.clone()
-    for index, branch in zip(stack.rows(weight.device), branches, strict=True):
-        if branch is not None:
-            left[index] -= branch[1].dequantize() @ branch[0].dequantize()
-    return left
 
 
 def branches_of(stack: Stack, error: Tensor, seen: Observed, correction: Correction) -> list[Branch | None]:

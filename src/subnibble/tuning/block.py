@@ -4,12 +4,17 @@ A twin of the block in float32 has its linears replaced: each enters its input i
 runtime's own operation (its gradient passes straight through) and multiplies it by a weight that is smoothed, given
 its low-rank part and rounded to nearest on learned ranges. Keys and values go through the codes of the cache. Factors
 of a site stand before its readers here; `settle_` folds them into what writes the site.
+
+A further learned transform that folds into weights, say a rotation of values within their heads, goes where `Smoothing`
+is: a module that a site's `TunedInput` holds. Its `inputs` is what readers meet and its `values` what is cached, its
+`fold_` edits a block; `TunedLinear` turns readers' weights by it, under the low-rank part, which `settle_` turns back;
+its parameters get a name in `parameters` and a step size in `train.py`.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +27,7 @@ from subnibble.rounding.fixed import FixedGrids
 from subnibble.runtime.coded_text import coded_keys, coded_values
 from subnibble.runtime.kv_cache import Coding
 from subnibble.scheme import ActivationScheme
-from subnibble.transforms.scale import scale_site_
 from subnibble.tuning.linear import Frame, TunedInput, TunedLinear
-from subnibble.tuning.rotation import HeadRotation
 from subnibble.tuning.smoothing import Smoothing
 from subnibble.tuning.tuning import Tuning
 
@@ -51,8 +54,6 @@ class TunedBlock:
                 linear = TunedLinear(block.linear(name), entrance, frame, name, tuning, generator)
                 self.module.set_submodule(name, linear)
                 self.linears[name] = linear
-            if site.per_head and tuning.learned_rotation == "values":
-                entrance.rotation = HeadRotation(block.heads, block.linear(site.readers[0]).weight.device)
         self.module.requires_grad_(False)
         for parameter in self.parameters().values():
             parameter.requires_grad_(True)
@@ -65,20 +66,13 @@ class TunedBlock:
             kept = self._kept(site)
             start = _start(block, site, largest[site.name])
             heads = block.heads if site.per_head else None
-            factors = Smoothing(start, kept, heads, self.tuning.smoothing == "soft")
-            self.sites[site.name].set_smoothing(factors, values=site.per_head)
+            self.sites[site.name].smoothing = Smoothing(start, kept, heads, self.tuning.smoothing == "soft")
 
     def forget_smoothing_start_(self) -> None:
         """Let all factors start at 1."""
         for entrance in self.sites.values():
             if entrance.smoothing is not None:
                 entrance.smoothing.start_at_one_()
-
-    def start_branches_(self) -> None:
-        """Let each branch begin as what rounding leaves of its weight, where the tuning says so."""
-        if self.tuning.low_rank_start == "error":
-            for linear in self.linears.values():
-                linear.start_branch_()
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """All that is learned, by name: what a name begins with says which space it belongs to."""
@@ -91,19 +85,15 @@ class TunedBlock:
         for name, entrance in self.sites.items():
             if entrance.clip is not None:
                 found[f"input_clipping.{name}"] = entrance.clip
-            if entrance.rotation is not None:
-                found[f"rotation.{name}"] = entrance.rotation.skew
             if entrance.smoothing is not None:
                 found |= {f"smoothing.{name}.{key}": value for key, value in entrance.smoothing.named_parameters()}
         return found
 
     def penalty(self) -> Tensor:
-        """λ mean(d²) + μ mean((a - a₀)²) over all channels of all sites."""
-        smoothings = [e.smoothing for e in self.sites.values() if e.smoothing is not None]
-        found = self.tuning.penalty * _mean_square([one.slack for one in smoothings if one.slack is not None])
-        if self.tuning.anchor:
-            found = found + self.tuning.anchor * _mean_square([one.moved() for one in smoothings])
-        return found
+        """λ mean(d²) over all channels of all sites."""
+        smoothings = [entrance.smoothing for entrance in self.sites.values()]
+        slacks = [one.slack for one in smoothings if one is not None and one.slack is not None]
+        return self.tuning.penalty * _mean_square(slacks)
 
     def __call__(self, hidden: Tensor, call: BlockCall) -> Tensor:
         """The block's output. hidden: (b, t, d) float32. call: of the block, for t tokens."""
@@ -128,18 +118,6 @@ class TunedBlock:
             handle.remove()
         return found
 
-    def fold_(self, block: Block) -> None:
-        """Divide a float32 `block`, untouched so far, by the learned factors, and turn its values; it keeps its
-        function.
-        """
-        with torch.no_grad():
-            for site in block.arch.sites:
-                entrance = self.sites[site.name]
-                if entrance.smoothing is not None:
-                    scale_site_(block, site, entrance.smoothing.narrow())
-                if entrance.rotation is not None:
-                    entrance.rotation.edit_block_(block, site)
-
     def settle_(self, block: Block) -> None:
         """Carry out on the float32 `block` what was learned: factors folded, slacks and low-rank parts merged. This
         block, too, is then one without factors, on the same weights and ranges, and `prefix` what the settled one makes
@@ -147,29 +125,23 @@ class TunedBlock:
         """
         with torch.no_grad():
             if self.prefix is not None:
-                self.prefix = self.prefix[0], self._turned(self.prefix[1])
+                self.prefix = self.prefix[0], self._values(self.prefix[1])
             for site in block.arch.sites:
-                smoothing, rotation = self.sites[site.name].smoothing, self.sites[site.name].rotation
+                smoothing = self.sites[site.name].smoothing
                 wide = torch.ones(()) if smoothing is None else smoothing.wide()
                 for name in site.readers:
                     weight, low_rank = block.linear(name).weight, self.linears[name].low_rank
                     if smoothing is not None:
                         weight.mul_(self.linears[name].factors(smoothing) / wide)
-                    if low_rank is not None and self.tuning.low_rank == "merge":
-                        # As it was learned, behind the factors and the rotation that come next.
-                        product = low_rank.product() if rotation is None else rotation.natural(low_rank.product())
-                        weight.add_(product / wide.to(weight.device))
+                    if low_rank is not None:
+                        # As it was learned, behind the factors that come next.
+                        weight.add_(low_rank.product() / wide.to(weight.device))
                         self.linears[name].low_rank = None
             for site in block.arch.sites:
                 entrance = self.sites[site.name]
-                for low_rank in (self.linears[name].low_rank for name in site.writers):
-                    if low_rank is not None and entrance.smoothing is not None:
-                        low_rank.up.div_(entrance.smoothing.narrow().unsqueeze(1))
-                    if low_rank is not None and entrance.rotation is not None:
-                        low_rank.up.copy_(entrance.rotation.rows(low_rank.up))
-        self.fold_(block)
-        for entrance in self.sites.values():
-            entrance.smoothing = entrance.rotation = None
+                if entrance.smoothing is not None:
+                    entrance.smoothing.fold_(block, site)
+                    entrance.smoothing = None
         own = dict(self.module.named_parameters()) | dict(self.module.named_buffers())
         for name, parameter in block.module.named_parameters():
             own[name].data.copy_(parameter.data)
@@ -191,17 +163,6 @@ class TunedBlock:
         """The learned ranges of linears on top of each other."""
         return FixedGrids.stacked([self.linears[name].fitted() for name in names])
 
-    def branch(self, name: str) -> tuple[Tensor, Tensor] | None:
-        """Factors down (r, k) and up (m, r) of a linear's branch, in its basis; None if it has none."""
-        low_rank = self.linears[name].low_rank
-        return None if low_rank is None or self.tuning.low_rank != "side" else low_rank.factors()
-
-    def set_branch_(self, name: str, down: Tensor, up: Tensor) -> None:
-        """Let a linear's branch have these factors, as they are stored."""
-        low_rank = self.linears[name].low_rank
-        assert low_rank is not None
-        low_rank.set_(down, up)
-
     def fix_(self, name: str, weight: Tensor, second: Tensor | None = None) -> None:
         """Let a linear run on a weight (m, k), in its basis, that was rounded elsewhere.
 
@@ -219,13 +180,11 @@ class TunedBlock:
         kept[order[-outliers:]] = True
         return kept
 
-    def _turned(self, values: Tensor) -> Tensor:
-        """Values (..., key-value heads, t, width) as they are cached: divided by their factors, rotated."""
+    def _values(self, values: Tensor) -> Tensor:
+        """Values (..., key-value heads, t, width) as they are cached: divided by their factors."""
         for entrance in self.sites.values():
-            if entrance.of_values and entrance.smoothing is not None:
-                values = values / entrance.smoothing.by_head()
-            if entrance.rotation is not None:
-                values = entrance.rotation.values(values)
+            if entrance.smoothing is not None:
+                values = entrance.smoothing.values(values)
         return values
 
     def use_coding(self, coding: Coding | None) -> None:
@@ -235,8 +194,8 @@ class TunedBlock:
     def seen(self, keys: Tensor, values: Tensor, positions: tuple[Tensor, Tensor]) -> States:
         """What attention sees of a text's keys and values (b, heads, t, width), the prefix before them."""
         coding, prefix = self._coding, self.prefix
-        values = self._turned(values)
-        prefix = None if prefix is None else (prefix[0], self._turned(prefix[1]))
+        values = self._values(values)
+        prefix = None if prefix is None else (prefix[0], self._values(prefix[1]))
         # Norms of queries and keys (Qwen3) give float32; attention takes one type.
         values = values.to(keys.dtype)
         if coding is not None:
@@ -256,7 +215,7 @@ class _Cache(BlockCache):
         return self._block.seen(keys, values, self._positions)
 
 
-def _mean_square(parts: list[Tensor]) -> Tensor:
+def _mean_square(parts: Sequence[Tensor]) -> Tensor:
     """Over all numbers of all parts, 0 of none."""
     return torch.cat([part.square().flatten() for part in parts]).mean() if parts else torch.zeros(())
 

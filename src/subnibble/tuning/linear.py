@@ -20,7 +20,6 @@ from subnibble.transforms.input_basis import InputBasis
 from subnibble.tuning.clipping import Clipping
 from subnibble.tuning.input_clip import bound_, can_clip, clipped, with_share
 from subnibble.tuning.low_rank import Compensation
-from subnibble.tuning.rotation import HeadRotation
 from subnibble.tuning.smoothing import Smoothing
 from subnibble.tuning.tuning import Tuning
 
@@ -52,24 +51,17 @@ class Frame:
 class TunedInput:
     """What readers of a site share: factors, basis, and the input as each activation scheme leaves it.
 
-    of_values: its factors act on attention's values, before they are cached. rotation: of these values, or None. clip:
-    by what share of it the inputs' clip is moved, None where it stays. repeated: of so many first channels the
-    remainder is quantized, too.
+    smoothing: its factors, None without. clip: by what share of it the inputs' clip is moved, None where it stays.
+    repeated: of so many first channels the remainder is quantized, too.
     """
 
     def __init__(self, basis: InputBasis, dtype: torch.dtype, repeated: int = 0) -> None:
         self.basis, self._dtype, self._repeated = basis, dtype, repeated
         self.smoothing: Smoothing | None = None
-        self.of_values = False
-        self.rotation: HeadRotation | None = None
         self.clip: nn.Parameter | None = None
         self._schemes: list[ActivationScheme] = []
         self._x: Tensor | None = None
         self._entered: dict[ActivationScheme | None, Tensor] = {}
-
-    def set_smoothing(self, smoothing: Smoothing, values: bool) -> None:
-        """Give the site its factors."""
-        self.smoothing, self.of_values = smoothing, values
 
     def learn_clip(self, schemes: set[ActivationScheme | None], device: torch.device) -> None:
         """Let the clip of inputs be learned, where one of the readers' schemes has one."""
@@ -102,8 +94,8 @@ class TunedInput:
             self._x, self._entered = x, {}
         if scheme not in self._entered:
             own = x.flatten(0, -2).float()
-            if self.smoothing is not None and not self.of_values:
-                own = own / self.smoothing.wide()
+            if self.smoothing is not None:
+                own = self.smoothing.inputs(own)
             own = self.basis.columns(own)
             if scheme is not None:
                 own = self._quantized(own, scheme)
@@ -142,7 +134,7 @@ class TunedLinear(nn.Module):
         super().__init__()
         self.register_buffer("weight", linear.weight.detach().clone())
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().clone())
-        self._entrance, self._tuning, self._frame = (entrance,), tuning, frame
+        self._entrance, self._frame = (entrance,), frame
         self._scheme, self._activation = frame.schemes[name], frame.activations[name]
         # Of which the remainder meets the second weight, as it runs (`ops.LinearTerms.residual`).
         self._repeated = 0 if None in (self._scheme, self._activation) else frame.repeated
@@ -163,24 +155,7 @@ class TunedLinear(nn.Module):
         entered = self._entrance[0].enter(x, self._activation)[..., : self.weight.shape[1] + self._repeated]
         dtype = self._frame.dtype
         bias = None if self.bias is None else self.bias.to(dtype)
-        y = nn.functional.linear(entered, self._rounded().to(dtype), bias)
-        if self.low_rank is not None and self._tuning.low_rank == "side":
-            inner = self._entrance[0].learned(self._activation)
-            whole = entered[..., : self.weight.shape[1]]
-            y = y + self.low_rank.branch(whole.float(), inner).to(dtype)
-        return y
-
-    def start_branch_(self) -> None:
-        """Let the branch begin as the best of its rank to what rounding leaves of the weight, ||W' - Q(W') - D||."""
-        if self.low_rank is None or self._scheme is None:
-            return
-        with torch.no_grad():
-            weight = self._exact()
-            error = weight - self._rounded()[:, : weight.shape[1]]
-            u, sizes, v = torch.linalg.svd(error, full_matrices=False)
-            rank = self.low_rank.down.shape[0]
-            half = sizes[:rank].sqrt()
-            self.low_rank.set_(half.unsqueeze(1) * v[:rank], u[:, :rank] * half)
+        return nn.functional.linear(entered, self._rounded().to(dtype), bias)
 
     def fitted(self) -> list[Fitted]:
         """The learned grids of its groups."""
@@ -198,10 +173,7 @@ class TunedLinear(nn.Module):
         weight, smoothing = self.weight, self._entrance[0].smoothing
         if smoothing is not None:
             weight = weight * self.factors(smoothing)
-        rotation = self._entrance[0].rotation
-        if rotation is not None:
-            weight = rotation.columns(weight)
-        if self.low_rank is not None and self._tuning.low_rank == "merge":
+        if self.low_rank is not None:
             weight = weight + self.low_rank.product()
         return self._entrance[0].basis.columns(weight)
 

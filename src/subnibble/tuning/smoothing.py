@@ -1,10 +1,9 @@
 """Soft-constrained smoothing: inputs are divided by learned factors, weights multiplied by factors that may differ.
 
-    X' = X exp(-a),   W' = W exp(a + d),   penalty λ mean(d²) + μ mean((a - a₀)²)
+    X' = X exp(-a),   W' = W exp(a + d),   penalty λ mean(d²)
 
 d = 0 is OmniQuant's learned equivalent transformation without shifts (arXiv 2308.13137, section 3.3), which keeps the
-function; a penalised d lets weights and inputs part a little, a penalised way from a₀, where a starts, holds on to it.
-exp(-a) is folded into what writes the site's tensor.
+function; a penalised d lets weights and inputs part a little. exp(-a) is folded into what writes the site's tensor.
 """
 
 from __future__ import annotations
@@ -12,7 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from subnibble.model.site import Heads
+from subnibble.model.site import Heads, Site
+from subnibble.model.skeleton import Block
+from subnibble.transforms.scale import scale_site_
 
 _SMALLEST, _LARGEST, _LARGEST_SLACK = 1e-2, 1e2, 0.5
 
@@ -21,17 +22,15 @@ class Smoothing(nn.Module):
     """Factors of one site's channels.
 
     start: a at first, (channels,); (key_value * width,) where query heads share a key-value head. kept: (channels,)
-    bool, channels that stay as they are (where heads share factors, that have no slack), or None. heads: None where no
-    heads share factors. soft: whether d is learned.
+    bool, channels that stay as they are (where heads share factors, that have no slack), or None. heads: of attention's
+    output, whose factors act on values before they are cached; None for another site. soft: whether d is learned.
     """
 
     _free: Tensor
-    _start: Tensor
 
     def __init__(self, start: Tensor, kept: Tensor | None, heads: Heads | None, soft: bool) -> None:
         super().__init__()
         self.log_factors = nn.Parameter(start.clone())
-        self.register_buffer("_start", start.clone())
         self._heads = heads
         wide = self._over_heads(start)
         self.slack = nn.Parameter(torch.zeros_like(wide)) if soft else None
@@ -40,12 +39,23 @@ class Smoothing(nn.Module):
     def start_at_one_(self) -> None:
         """Let all factors start at 1."""
         with torch.no_grad():
-            self._start.zero_()
             self.log_factors.zero_()
 
-    def moved(self) -> Tensor:
-        """How far a is from a₀, as many as `start`."""
-        return self.log_factors - self._start
+    def inputs(self, x: Tensor) -> Tensor:
+        """The site's tokens (t, channels) as readers meet them."""
+        return x if self._heads is not None else x / self.wide()
+
+    def values(self, values: Tensor) -> Tensor:
+        """Attention's values (..., key_value, t, width) as they are cached."""
+        if self._heads is None:
+            return values
+        return values / self.narrow().view(self._heads.key_value, 1, self._heads.width)
+
+    def fold_(self, block: Block, site: Site) -> None:
+        """Divide what writes the site of a float32 block by the factors, and multiply its readers; the block keeps its
+        function.
+        """
+        scale_site_(block, site, self.narrow())
 
     def narrow(self) -> Tensor:
         """Factors (channels,) by which writers are divided; as many as `start`."""
@@ -54,11 +64,6 @@ class Smoothing(nn.Module):
     def wide(self) -> Tensor:
         """Factors (channels,) by which inputs are divided."""
         return self._over_heads(self.narrow())
-
-    def by_head(self) -> Tensor:
-        """Factors of shared heads' channels, (key_value, 1, width)."""
-        assert self._heads is not None
-        return self.narrow().view(self._heads.key_value, 1, self._heads.width)
 
     def of_weights(self) -> Tensor:
         """Factors (channels,) by which readers' columns are multiplied."""

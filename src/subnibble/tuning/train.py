@@ -26,7 +26,7 @@ from subnibble.tuning.block import TunedBlock
 from subnibble.tuning.tuning import Effort
 
 # Of AdamW, by parameter space; that of low-rank parts is the tuning's own.
-_RATES = {"clipping": 3e-2, "input_clipping": 1e-2, "smoothing": 1e-2, "rotation": 1e-2}
+_RATES = {"clipping": 3e-2, "input_clipping": 1e-2, "smoothing": 1e-2}
 _LAST_RATE = 0.05
 _WARM_UP = 0.1
 _LARGEST_GRADIENT = 1.0
