@@ -138,7 +138,7 @@ def _seconds(steps: Steps, skeleton: Skeleton, tokens: int, tuned_tokens: int, d
     grams = sum(s[1] ** 2 for path, s in shapes.items() if path.endswith(tuple(read_once)))
     forward = 2 * weights * tokens / (speed * _FORWARD_EFFICIENCY)
     passes = (2 if steps.needs_reference else 1) + 0.4 * (steps.mean_shift is not None) + steps.needs_survey
-    passes += steps.orders_residual + (steps.ranks == "gain")
+    passes += steps.orders_residual
     statistics = steps.needs_drift + _GRAM_SHARE * (1 + steps.needs_survey)
     tuning = _STEP_OVERHEAD * 3 * 2 * weights * tuned_tokens / (speed * _FORWARD_EFFICIENCY)
     whole = sum(numel(shape) for shape in skeleton.parameter_shapes().values())

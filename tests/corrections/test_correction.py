@@ -54,7 +54,7 @@ def gram() -> Tensor:
 
 
 def stack(correction: Correction) -> Stack:
-    return Stack(("w",), (ROWS,), SCHEME, INPUTS, correction.salient, correction.coarse, "w")
+    return Stack(("w",), (ROWS,), SCHEME, INPUTS, correction.coarse, "w")
 
 
 @every_correction
@@ -95,9 +95,6 @@ def test_nothing_is_the_rounder_alone() -> None:
     assert salient is None
     assert rounding.notes == alone.notes
     assert NOTHING.inputs(INPUTS) == INPUTS
-    none_left = SalientColumns(16).of_rank(0)
-    assert none_left == NOTHING
-    assert SalientColumns(16).of_rank(4) == SalientColumns(4)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -125,8 +122,6 @@ class Foreign(Rounder):
 
 def test_what_a_rounder_of_ones_own_cannot_do_is_refused() -> None:
     Steps(Foreign(), correction=SalientColumns(16))
-    with pytest.raises(BadRecipe, match='ranks = "gain" needs a rank above 0'):
-        Steps(RTN(), correction=OutlierColumns(16), ranks="gain")
     Steps(Foreign(needs_drift=True))
     with pytest.raises(BadRecipe, match="Foreign needs drift, which does not go with salient columns"):
         Steps(Foreign(needs_drift=True), correction=SalientColumns(16))
@@ -141,8 +136,6 @@ def test_corrections_that_cannot_be_tuned_say_so() -> None:
         Steps(RTN(), correction=SalientColumns(16, "after"), tuning=Tuning(), inputs="quantized")
     with pytest.raises(BadRecipe, match="tuning learns low-rank factors of its own"):
         Steps(RTN(), correction=LowRank(4, "svd", 8), tuning=Tuning(), inputs="quantized")
-    with pytest.raises(BadRecipe, match='tuning with salient columns needs ranks = "uniform"'):
-        Steps(RTN(), correction=SalientColumns(16), ranks="gain", tuning=Tuning(), inputs="quantized")
 
 
 @pytest.mark.parametrize(

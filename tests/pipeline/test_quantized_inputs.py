@@ -55,7 +55,6 @@ STAGES: dict[str, dict[str, Any]] = {
     "residual": {"residual": "salient"},
     "residual after": {"residual": "salient", "form": "after", "rounding": "rtn"},
     "offline orders": {"heads": "whole", "residual_order": "global"},
-    "gain": {"saliency": "gain"},
     "no flattening": {"flattening": "none"},
     "searched": {"flattening": "search"},
     "quantized inputs": {"inputs": "quantized", "asymmetry": "shifted"},

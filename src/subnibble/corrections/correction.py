@@ -84,10 +84,6 @@ class Correction:
         """Which matrix holds the salient channels' coarse weight, in the words of `ops.LinearTerms.residual`."""
         return "none"
 
-    def of_rank(self, rank: int) -> Correction:
-        """The same with so many salient columns, of a correction that has some."""
-        return self
-
     def check(self, columns: int, scheme: Scheme, where: str) -> None:
         """Raise `BadRecipe` if it does not fit the linear `where` of `columns` inputs."""
 

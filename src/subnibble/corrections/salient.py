@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from subnibble.checkpoint.entries import PackedLinearEntry
-from subnibble.corrections.correction import NOTHING, Correction, Rounded, RoundMain
+from subnibble.corrections.correction import Correction, Rounded, RoundMain
 from subnibble.errors import BadRecipe
 from subnibble.rounding import grid
 from subnibble.rounding.levels import Fitter
@@ -69,10 +69,6 @@ class SalientColumns(Correction):
         if self.residual == "none":
             return "none"
         return "salient" if self.form == "before" else "weight"
-
-    def of_rank(self, rank: int) -> Correction:
-        """See `Correction`."""
-        return replace(self, rank=rank) if rank else NOTHING
 
     def check(self, columns: int, scheme: Scheme, where: str) -> None:
         """See `Correction`."""

@@ -20,7 +20,6 @@ from subnibble.tuning.tuning import Tuning
 
 # What the statistics of later linears, and their rounding, see of quantized inputs.
 INPUTS = ("exact", "quantized")
-RANKS = ("uniform", "gain")
 # The grid and zero-point that a method wants, by the keys of `Scheme`, for a site's readers at a bit width.
 Preference = Callable[[str, int], Mapping[str, str]]
 # The settings that a method wants, by the keys of `CacheScheme`, for a KV cache of so many bits.
@@ -49,7 +48,6 @@ class Steps:
     mean_shift: corrects the norms behind quantized linears, or None.
     saliency: gives sites their channel order, or None.
     correction: gives linears more terms against rounding error.
-    ranks: of salient columns, "uniform" or "gain", see `corrections/ranks.py`.
     online: roles of sites whose readers get an online Hadamard transform.
     inputs: "exact" calibrates on inputs, keys and values that are not quantized, "quantized" on what the running model
         will see.
@@ -67,7 +65,6 @@ class Steps:
     mean_shift: MeanShift | None = None
     saliency: Saliency | None = None
     correction: Correction = NOTHING
-    ranks: str = "uniform"
     online: tuple[str, ...] = ()
     inputs: str = "exact"
     value_rotation: str = "none"
@@ -84,14 +81,6 @@ class Steps:
             raise BadRecipe(
                 'one order of the residual stream and its rotation exclude each other; use residual_order = "gather"'
             )
-        if self.ranks not in RANKS:
-            raise BadRecipe(f"ranks is {self.ranks!r}; choose one of {', '.join(RANKS)}")
-        if self.ranks == "gain" and (self.rotation != "none" or self.orders_residual):
-            raise BadRecipe(
-                'ranks by gain go with neither rotation nor residual_order = "global"; use ranks = "uniform"'
-            )
-        if self.ranks == "gain" and self.correction.salient == 0:
-            raise BadRecipe('ranks = "gain" needs a rank above 0, which is their mean')
         if self.tuning is not None:
             _check_tuning(self)
         for rounder in (self.rounder, *self.rounders.values()):
@@ -140,8 +129,6 @@ def _check_tuning(steps: Steps) -> None:
     if steps.mean_shift is not None or steps.transforms:
         raise BadRecipe("tuning goes with neither a mean shift nor transforms of its own; leave one of them out")
     steps.correction.check_tuned()
-    if steps.ranks != "uniform":
-        raise BadRecipe('tuning with salient columns needs ranks = "uniform"')
     for rounder in (steps.rounder, *steps.rounders.values()):
         if rounder.on(Clip()) is None:
             raise BadRecipe(f"tuning rounds on learned grids, which {type(rounder).__name__} does not take; use GPTQ")

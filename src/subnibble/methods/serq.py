@@ -47,11 +47,10 @@ class Options(WeightOptions):
     form, residual: `corrections/salient.py`.
     flattening: "none"; "powers" for alpha and beta everywhere; "search" for each site's own, see
         `transforms/flatten.py`: the search rounds to nearest and takes channels in the order of their sizes, `rank` of
-        them salient, whatever rounding, saliency, heads and ranks say.
+        them salient, whatever rounding, saliency and heads say.
     column_scales: "down" for D2Quant's on down-projections, see `transforms/column_scale.py`, or "none".
     saliency: `transforms/saliency.py`; "none", too, where there are no salient channels.
     heads, residual_order: `transforms/saliency.py`.
-    ranks: "uniform", or "gain" for each linear's own with rank as their mean, see `corrections/ranks.py`.
     """
 
     rounding: str = "gptq"
@@ -66,7 +65,6 @@ class Options(WeightOptions):
     saliency: str = "size"
     heads: str = "gather"
     residual_order: str = "gather"
-    ranks: str = "uniform"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -98,7 +96,6 @@ def build(options: Options) -> Steps:
         rotation=options.rotation,
         saliency=_saliency(options),
         correction=correction,
-        ranks=options.ranks,
         inputs=options.inputs,
     )
 

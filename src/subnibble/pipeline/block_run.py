@@ -30,6 +30,7 @@ from subnibble.checkpoint.entries import (
     linear_state,
     prefix_state,
 )
+from subnibble.corrections.correction import Correction
 from subnibble.errors import NumericalFailure
 from subnibble.methods.method import Steps
 from subnibble.model.site import Site
@@ -344,27 +345,22 @@ class BlockRun:
         """How calibration sees the stack's input."""
         if self.steps.inputs == "exact" or stack.activation is None:
             return None
-        return stack.activation, stack.rank if stack.residual != "none" else 0
+        return stack.activation, self.steps.correction.salient if stack.residual != "none" else 0
 
     def _stacks(self, site: Site) -> list[Stack]:
-        """The readers to round, together where they share schemes and rank; skipped ones are left out."""
-        path, correction = self.block.path, self.steps.correction
-        groups: dict[tuple[Scheme, ActivationScheme | None, int], list[str]] = {}
+        """The readers to round, together where they share schemes; skipped ones are left out."""
+        path = self.block.path
+        groups: dict[tuple[Scheme, ActivationScheme | None], list[str]] = {}
         for name in site.readers:
             scheme = self.plan.schemes[f"{path}.{name}"]
             if scheme is not None:
-                key = (
-                    scheme,
-                    self.plan.activations[f"{path}.{name}"],
-                    self.plan.ranks.get(f"{path}.{name}", correction.salient),
-                )
-                groups.setdefault(key, []).append(name)
+                groups.setdefault((scheme, self.plan.activations[f"{path}.{name}"]), []).append(name)
         stacks = []
-        for (scheme, activation, rank), names in groups.items():
+        for (scheme, activation), names in groups.items():
             where = f"{path}.{{{', '.join(names)}}}" if len(names) > 1 else f"{path}.{names[0]}"
             heights = tuple(self.block.linear(name).out_features for name in names)
-            residual = correction.coarse if rank and activation is not None else "none"
-            stacks.append(Stack(tuple(names), heights, scheme, activation, rank, residual, where))
+            residual = "none" if activation is None else self.steps.correction.coarse
+            stacks.append(Stack(tuple(names), heights, scheme, activation, residual, where))
         return stacks
 
     def _round(self, site: Site, stack: Stack, observed: Observed) -> None:
@@ -422,7 +418,7 @@ class BlockRun:
                 output_error=error.output,
                 nearest_error=floor.output,
                 seconds=round(seconds, 3),
-                notes={**rounding.notes, **_notes(stack, basis)},
+                notes={**rounding.notes, **_notes(correction, basis)},
             )
 
     def _rounded(
@@ -480,7 +476,7 @@ def _repeated(terms: LinearTerms) -> int:
     return 0 if terms.salient is None or terms.residual == "none" else terms.salient.shape[1]
 
 
-def _notes(stack: Stack, basis: InputBasis) -> dict[str, float]:
+def _notes(correction: Correction, basis: InputBasis) -> dict[str, float]:
     """What the report says of a linear's terms: salient channels, and into how many blocks an online transform fell."""
-    found = {"rank": stack.rank, "hadamard_blocks": len(basis.blocks)}
+    found = {"rank": correction.salient, "hadamard_blocks": len(basis.blocks)}
     return {name: count for name, count in found.items() if count}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 from subnibble.cache_scheme import CacheScheme
@@ -26,13 +26,11 @@ from subnibble.tuning.input_clip import check_inputs
 class Plan:
     """Path of each linear -> how its weight and its input are quantized, None for not at all.
 
-    ranks: salient channels of linears that get another number than the correction's. cache: how keys and values are
-    coded, None for not at all.
+    cache: how keys and values are coded, None for not at all.
     """
 
     schemes: Mapping[str, Scheme | None]
     activations: Mapping[str, ActivationScheme | None]
-    ranks: Mapping[str, int] = field(default_factory=dict)
     cache: CacheScheme | None = None
 
     def of_block(self, block: Block) -> tuple[dict[str, Scheme | None], dict[str, ActivationScheme | None]]:
@@ -70,7 +68,7 @@ def make_plan(recipe: Recipe, steps: Steps, skeleton: Skeleton) -> Plan:
         columns = any(stores_column_scales(steps, schemes, skeleton, path) for path in schemes)
         there = learnable(coded, planned.values(), columns, norm_biases=steps.mean_shift is not None)
         recipe.distillation.check_learns(there, "the model")
-    return Plan(schemes, planned, cache=plan_cache(recipe, steps, skeleton))
+    return Plan(schemes, planned, plan_cache(recipe, steps, skeleton))
 
 
 def stores_column_scales(steps: Steps, schemes: Mapping[str, Scheme | None], skeleton: Skeleton, path: str) -> bool:

@@ -75,10 +75,7 @@ def effective_bits(steps: Steps, schemes: Mapping[str, Scheme | None], skeleton:
 
 
 def activation_bits(steps: Steps, plan: Plan, skeleton: Skeleton) -> float:
-    """Bits of the inputs of quantized linears as they will run, over their channels, see `Size`; 16 where none is.
-
-    Ranks by gain are not known yet, and count as their mean.
-    """
+    """Bits of the inputs of quantized linears as they will run, over their channels, see `Size`; 16 where none is."""
     bits = channels = 0
     for path, (rows, columns) in skeleton.linear_shapes().items():
         scheme = plan.schemes[path]

@@ -5,7 +5,6 @@ Scores of a channel, of the site's tensor before anything was scaled:
 
     size   its largest magnitude over the calibration tokens; with SERQ's flattening that is the scale itself (eq. 4)
     energy the sum of its squares, H_jj; Atom's
-    gain   the output error that its weights would get from rounding to nearest, H_jj ||E_j||², of the readers as scaled
 
 Orders of the MLP's hidden channels are carried out offline, in the rows of their writers. Behind a norm and behind
 attention, the linear gathers its channels as it quantizes them; `heads = "whole"` moves channels of attention's output
@@ -16,7 +15,6 @@ first channels are then all those of one or two heads, salient or not.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -26,9 +24,8 @@ from subnibble.calibrate.stream import SiteStatistics
 from subnibble.errors import BadRecipe
 from subnibble.model.site import Heads, Site
 from subnibble.model.skeleton import Block
-from subnibble.rounding import grid
 
-SCORES = ("size", "energy", "gain")
+SCORES = ("size", "energy")
 DIRECTIONS = ("falling", "rising")
 HEAD_ORDERS = ("gather", "whole")
 RESIDUAL_ORDERS = ("gather", "global")
@@ -58,18 +55,13 @@ class Saliency:
         if self.residual not in RESIDUAL_ORDERS:
             raise BadRecipe(f"residual_order is {self.residual!r}; choose one of {', '.join(RESIDUAL_ORDERS)}")
 
-    def __call__(self, block: Block, site: Site, found: SiteStatistics, factors: Mapping[str, Tensor]) -> Tensor | None:
-        """(channels,) int64: which channel comes at each place. factors: by which sites' channels were divided.
-
-        None where the residual stream has an order of its own.
-        """
+    def __call__(self, block: Block, site: Site, found: SiteStatistics) -> Tensor | None:
+        """(channels,) int64: which channel comes at each place; None where the residual stream has its own order."""
         if self.residual == "global" and site.norm is not None:
             return None
         scores = found.largest[site.name]
         if self.score == "energy":
             scores = found.grams[site.name].diagonal()
-        if self.score == "gain":
-            scores = _gain(block, site, found, factors.get(site.name))
         if site.per_head and self.heads == "whole":
             return _by_heads(scores, block.heads)
         return torch.sort(scores, descending=self.direction == "falling", stable=True).indices
@@ -95,20 +87,6 @@ def _by_heads(scores: Tensor, heads: Heads) -> Tensor:
 
 def _falling(scores: Tensor) -> Tensor:
     return torch.sort(scores, dim=-1, descending=True, stable=True).indices
-
-
-def _gain(block: Block, site: Site, found: SiteStatistics, factors: Tensor | None) -> Tensor:
-    diagonal = found.grams[site.name].diagonal()
-    if factors is not None:
-        diagonal = diagonal / factors.square()
-    total = torch.zeros_like(diagonal)
-    for name in site.readers:
-        scheme = found.schemes[name]
-        if scheme is not None:
-            weight = block.linear(name).weight
-            rounded = grid.nearest(weight, scheme)
-            total += (rounded - weight).square().sum(0)
-    return diagonal * total
 
 
 def offline_rows(site: Site, order: Tensor, heads: Heads) -> dict[str, Tensor] | None:
