@@ -38,7 +38,7 @@ from subnibble.tuning.tuning import Tuning
 SCHEME, INPUTS = Scheme(4, 16), ActivationScheme(4, 16)
 ROWS, COLUMNS = 12, 48
 CORRECTIONS = [
-    NOTHING, SalientColumns(16), SalientColumns(16, "after"), SalientColumns(16, residual="salient"), OutlierColumns(8),
+    NOTHING, SalientColumns(16), SalientColumns(16, residual="salient"), OutlierColumns(8),
     LowRank(4, "qera", 8),
 ]  # fmt: skip
 every_correction = pytest.mark.parametrize("correction", CORRECTIONS, ids=lambda c: type(c).__name__)
@@ -77,7 +77,7 @@ def test_what_tuning_rounds_is_what_rounding_to_nearest_makes(correction: Correc
     w = weight()
     _, packed, salient = round_stack(stack(correction), w, Observed(), RTN(), correction)
     second, last = correction.second(w, SCHEME), correction.last(w, SCHEME)
-    if salient is not None and getattr(correction, "form", "") == "before":
+    if salient is not None:
         assert second is not None
         assert torch.equal(second, salient.dequantize())
     if correction.outliers:
@@ -132,8 +132,6 @@ def test_what_a_rounder_of_ones_own_cannot_do_is_refused() -> None:
 def test_corrections_that_cannot_be_tuned_say_so() -> None:
     for correction in (SalientColumns(16), OutlierColumns(8), NOTHING):
         Steps(RTN(), correction=correction, tuning=Tuning(), inputs="quantized")
-    with pytest.raises(BadRecipe, match='tuning with salient columns needs form = "before"'):
-        Steps(RTN(), correction=SalientColumns(16, "after"), tuning=Tuning(), inputs="quantized")
     with pytest.raises(BadRecipe, match="tuning learns low-rank factors of its own"):
         Steps(RTN(), correction=LowRank(4, "svd", 8), tuning=Tuning(), inputs="quantized")
 

@@ -64,13 +64,6 @@ def test_the_loss_is_that_of_the_packed_linear(weighting: str, clip: str, rank: 
     assert found == pytest.approx(runs_with("serq", options), rel=1e-3)
 
 
-@pytest.mark.parametrize("form", ["after", "fitted"])
-def test_so_it_is_in_the_other_forms(form: str) -> None:
-    options = {"rank": 16, "form": form}
-    found = loss_of("serq", options)(NAME, weight(), tokens())
-    assert found == pytest.approx(runs_with("serq", options), rel=1e-3)
-
-
 @pytest.mark.parametrize("rank", [8, 16])
 def test_a_remainder_that_runs_again_is_nearly_that_of_the_packed_linear(rank: int) -> None:
     """It counts as if it met both weights, of which it meets the coarse one."""
@@ -90,7 +83,7 @@ def test_the_cases_differ() -> None:
 
 
 def test_a_rank_inside_a_group_is_not_taken_for_a_residual_of_the_whole() -> None:
-    """The fault of rounding all columns first, salient ones among them, whatever the form."""
+    """The fault of rounding all columns first, salient ones among them."""
     w, x, scheme = weight(), tokens(), SCHEMES["serq"]
     plain = RTN(Clip("minmax"))
     stack = Stack((NAME,), (ROWS,), scheme, INPUTS, "none", NAME)

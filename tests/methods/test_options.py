@@ -126,7 +126,7 @@ COMPOSED: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
         {
             "transforms": (Flatten(1.0, 0.0),),
             "saliency": Saliency("size", "gather", "gather", "falling"),
-            "correction": SalientColumns(128, "before", MINMAX, "none"),
+            "correction": SalientColumns(128, MINMAX, "none"),
         },
     ),
     "twinfit": (
@@ -135,7 +135,7 @@ COMPOSED: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
         {
             "transforms": (Flatten(1.0, 0.0),),
             "saliency": Saliency("size", "gather", "gather", "falling"),
-            "correction": SalientColumns(128, "before", SEARCHED, "salient"),
+            "correction": SalientColumns(128, SEARCHED, "salient"),
         },
     ),
     "atom": (

@@ -50,10 +50,7 @@ def departure(model: torch.nn.Module, folder: Path) -> float:
 STAGES: dict[str, dict[str, Any]] = {
     "published": {},
     "to nearest": {"rounding": "rtn"},
-    "after": {"form": "after", "rounding": "rtn"},
-    "fitted": {"form": "fitted", "rounding": "rtn"},
     "residual": {"residual": "salient"},
-    "residual after": {"residual": "salient", "form": "after", "rounding": "rtn"},
     "offline orders": {"heads": "whole", "residual_order": "global"},
     "no flattening": {"flattening": "none"},
     "searched": {"flattening": "search"},
@@ -173,14 +170,12 @@ def test_wider_inputs_come_closer_to_those_that_are_not_quantized(
 
 @pytest.mark.parametrize(("values", "message"), [
     ({"method": "serq", "options": {"rank": 200}}, "rank 200 is larger than the 48 inputs"),
-    ({"method": "serq", "options": {"rank": 24, "form": "after"}}, "no multiple of"),
     ({"method": "serq", "options": {"rotation": "groups", "residual_order": "global"}}, "exclude each other"),
     ({"method": "serq", "options": {"rank": 16, "asymmetry": "released"}}, 'use "shifted" or "none"'),
     ({"method": "serq", "options": {"flattening": "flat"}}, "choose one of none, powers, search"),
     ({"method": "rtn", "activation_bits": 5}, "activation bits are 5; choose one of 3, 4, 8"),
     ({"method": "rtn", "grid": "mxfp4"}, "an mxfp4 grid has 4 bits, groups of 32"),
     ({"method": "dualfit", "grid": "mxfp4", "group_size": 32}, "q_proj: column scales and refitted rows need"),
-    ({"method": "serq", "group_size": -1, "options": {"rank": 16, "form": "after"}}, "no multiple of"),
     ({"method": "qera", "options": {"rounding": "gptq", "asymmetry": "shifted"}}, "does not go with low-rank"),
     ({"method": "smoothquant", "options": {"asymmetry": "shifted"}}, 'needs rounding = "gptq"'),
     ({"method": "serq", "options": {"rank": 0, "residual": "salient"}}, "rank is 0 and residual"),

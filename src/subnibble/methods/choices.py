@@ -34,7 +34,6 @@ OPTION_CHOICES = {
         "saliency": serq.SALIENCIES,
         "heads": saliency.HEAD_ORDERS,
         "residual_order": saliency.RESIDUAL_ORDERS,
-        "form": salient.FORMS,
         "residual": salient.RESIDUALS,
     }.items()
 }

@@ -44,7 +44,7 @@ class Options(WeightOptions):
     are fitted without.
 
     rank: salient channels, 0 for none.
-    form, residual: `corrections/salient.py`.
+    residual: `corrections/salient.py`.
     flattening: "none"; "powers" for alpha and beta everywhere; "search" for each site's own, see
         `transforms/flatten.py`: the search rounds to nearest and takes channels in the order of their sizes, `rank` of
         them salient, whatever rounding, saliency and heads say.
@@ -56,7 +56,6 @@ class Options(WeightOptions):
     rounding: str = "gptq"
     clip: str = "minmax"
     rank: int = 128
-    form: str = "before"
     residual: str = "none"
     flattening: str = "powers"
     alpha: float = 1.0
@@ -88,7 +87,7 @@ class Options(WeightOptions):
 def build(options: Options) -> Steps:
     """Steps of SERQ."""
     fitter = Clip(options.clip, options.clip_power)
-    correction = SalientColumns(options.rank, options.form, fitter, options.residual) if options.rank else NOTHING
+    correction = SalientColumns(options.rank, fitter, options.residual) if options.rank else NOTHING
     return Steps(
         rounder=rounder_of(options),
         transforms=(*_flattening(options, correction), *_column_scales(options)),
