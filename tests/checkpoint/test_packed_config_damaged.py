@@ -133,7 +133,7 @@ COMPOSED_BROKEN = {
     "salient of no range": ("salient", [], "without column ranges"),
     "salient of an unknown scheme": ("salient", [[32, "w5"]], "w5"),
     "salient true": ("salient", True, "damaged"),
-    "residual without salient": ("salient", None, "residual is 'weight' without salient"),
+    "residual without salient": ("salient", None, "residual is 'salient' without salient"),
     "unknown residual": ("residual", "input", "residual is 'input'"),
     "residual null": ("residual", None, "where str is expected"),
     "unknown activation": ("activation", "a5", "a5"),

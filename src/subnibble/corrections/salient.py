@@ -22,11 +22,9 @@ from subnibble.corrections.correction import Correction, Rounded, RoundMain
 from subnibble.errors import BadRecipe
 from subnibble.rounding import grid
 from subnibble.rounding.levels import Fitter
+from subnibble.runtime.ops import RESIDUALS
 from subnibble.scheme import Scheme
 from subnibble.tensor import PackedLayout, PackedRange, PackedTensor
-
-# What the quantized input's remainder on the salient channels is multiplied with: nothing, or the coarse weight.
-RESIDUALS = ("none", "salient")
 
 
 @dataclass(frozen=True)

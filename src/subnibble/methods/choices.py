@@ -1,9 +1,10 @@
 """The words that options of methods may have, for people to choose from; each is checked where it is used."""
 
 from subnibble import cache_scheme
-from subnibble.corrections import mean_shift, salient
+from subnibble.corrections import mean_shift
 from subnibble.methods import bisup, d2quant, method, serq, weights
 from subnibble.rounding import gptaq, grid, levels, order
+from subnibble.runtime import ops
 from subnibble.transforms import rotate, rotate_values, saliency
 from subnibble.tuning import tuning
 
@@ -34,7 +35,7 @@ OPTION_CHOICES = {
         "saliency": serq.SALIENCIES,
         "heads": saliency.HEAD_ORDERS,
         "residual_order": saliency.RESIDUAL_ORDERS,
-        "residual": salient.RESIDUALS,
+        "residual": ops.RESIDUALS,
     }.items()
 }
 # Of the KV cache, see `CacheScheme`.
