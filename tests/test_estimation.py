@@ -53,11 +53,10 @@ COUNTED: dict[str, dict[str, Any]] = {
     "column scales of output projections": {"method": "dualfit"},
     "column scales of a reader left alone": {"method": "dualfit", "overrides": {"re:.*up_proj": {"skip": True}}},
     "gathers": {"method": "serq", "options": {"rank": 16}},
-    "fewer gathers": {"method": "serq", "options": {"rank": 16, "heads": "whole"}},
-    "none": {"method": "serq", "options": {"rank": 16, "heads": "whole", "residual_order": "global"}},
+    "none": {"method": "serq", "options": {"rank": 16, "permutation": "offline"}},
     "gathers where a reader was left alone": {
         "method": "serq",
-        "options": {"rank": 16, "heads": "whole", "residual_order": "global"},
+        "options": {"rank": 16, "permutation": "offline"},
         "overrides": {"re:.*down_proj": {"skip": True}},
     },
     "no order": {"method": "serq", "options": {"rank": 0, "saliency": "none"}},

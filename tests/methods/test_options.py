@@ -29,21 +29,15 @@ from subnibble.transforms.saliency import Saliency
 COMPANY: dict[str, dict[str, Any]] = {
     "damping": {"rounding": "gptq"},
     "order": {"rounding": "gptq"},
-    "asymmetry": {"rounding": "gptq"},
-    "alpha_drift": {"rounding": "gptq", "asymmetry": "shifted"},
     "outliers": {"over": "atom"},
     "salient": {"over": "serq"},
     "low_rank_start": {"low_rank": "side"},
-    "residual_order": {"rotation": "none"},
     "iterations": {"columns": "all"},
     "sweeps": {"asymmetry": "shifted"},
     "rows": {"columns": "none"},
 }
-# Drift is refused beside low-rank factors and outlier columns; "method" is another word for one of the others.
-SILENT = {
-    *((method, option) for method in ("l2qer", "qera", "atom") for option in ("asymmetry", "alpha_drift")),
-    ("bisup", "rotation"),
-}
+# "method" is another word for one of the others.
+SILENT = {("bisup", "rotation")}
 OPTIONS = [(m, item.name) for m in METHODS.values() for item in fields(m.options) if (m.name, item.name) not in SILENT]
 
 
@@ -96,7 +90,7 @@ def gptq(fitter: Any, form: str = "none", alpha: float = 0.25, weighting: str = 
 
 def natural(clip: Clip) -> GPTQ:
     """As the methods that treat activations, too, have it."""
-    return gptq(clip, alpha=0.5, order="natural")
+    return gptq(clip, order="natural")
 
 
 MINMAX = Clip("minmax", 2.0)
@@ -125,7 +119,7 @@ COMPOSED: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
         {},
         {
             "transforms": (Flatten(1.0, 0.0),),
-            "saliency": Saliency("size", "gather", "gather", "falling"),
+            "saliency": Saliency("size", "gather", "falling"),
             "correction": SalientColumns(128, MINMAX, "none"),
         },
     ),
@@ -134,7 +128,7 @@ COMPOSED: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
         {},
         {
             "transforms": (Flatten(1.0, 0.0),),
-            "saliency": Saliency("size", "gather", "gather", "falling"),
+            "saliency": Saliency("size", "gather", "falling"),
             "correction": SalientColumns(128, SEARCHED, "salient"),
         },
     ),
@@ -142,7 +136,7 @@ COMPOSED: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
         natural(SEARCHED),
         {},
         {
-            "saliency": Saliency("energy", "gather", "gather", "rising"),
+            "saliency": Saliency("energy", "gather", "rising"),
             "correction": OutlierColumns(128),
             "inputs": "quantized",
         },
@@ -177,9 +171,9 @@ def test_grids_that_methods_prefer(bits: int) -> None:
     {"correction": OutlierColumns(16)}, {"online": ("mlp_hidden",)},
 ], ids=str)  # fmt: skip
 def test_a_rounder_that_scales_columns_is_refused_where_they_would_meet_others(parts: dict[str, Any]) -> None:
-    with pytest.raises(BadRecipe, match="use the transform ColumnScales"):
+    with pytest.raises(BadRecipe, match="online transform of its input; leave one of them out"):
         Steps(GPTQ(DualScale()), **parts)
-    with pytest.raises(BadRecipe, match="use the transform ColumnScales"):
+    with pytest.raises(BadRecipe, match="online transform of its input; leave one of them out"):
         Steps(GPTQ(), rounders={"mlp_hidden": GPTQ(DualScale())}, **parts)
     Steps(GPTQ(RowScale()), **parts)
     Steps(GPTQ(), rounders={"mlp_hidden": GPTQ(DualScale())}, online=("attention_out",))
@@ -188,8 +182,8 @@ def test_a_rounder_that_scales_columns_is_refused_where_they_would_meet_others(p
 def test_salient_columns_need_an_order() -> None:
     with pytest.raises(BadRecipe, match='saliency is "none", rank 128'):
         METHODS["serq"].steps({"saliency": "none"})
-    with pytest.raises(BadRecipe, match="heads 'whole'"):
-        METHODS["serq"].steps({"saliency": "none", "rank": 0, "heads": "whole"})
+    with pytest.raises(BadRecipe, match="permutation 'offline'"):
+        METHODS["serq"].steps({"saliency": "none", "rank": 0, "permutation": "offline"})
     with pytest.raises(BadRecipe, match="choose one of none, size, energy"):
         METHODS["serq"].steps({"saliency": "loud"})
     assert METHODS["serq"].steps({"saliency": "none", "rank": 0}).saliency is None

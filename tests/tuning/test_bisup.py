@@ -39,7 +39,6 @@ SETTING = {"bits": 3, "group_size": 16, "activation_bits": 4, "kv_bits": 4, "zer
 METHODS: dict[str, dict[str, Any]] = {
     "quarot": {"method": "bisup", "options": {"over": "quarot", "effort": "fast", "rank": 4}},
     "quarot-side": {"method": "bisup", "options": {"effort": "fast", "rank": 4, "low_rank": "side"}},
-    "quarot-drift": {"method": "bisup", "options": {"effort": "fast", "rank": 4, "asymmetry": "shifted"}},
     "quarot-clips": {
         "method": "bisup",
         "options": {"effort": "fast", "rank": 4, "low_rank": "side", "input_clipping": "site"},
@@ -331,7 +330,7 @@ def test_estimates_count_branches(
         ("bisup", {"smoothing": "much"}, "smoothing is 'much'"),
         ("bisup", {"input_clipping": "group"}, "input_clipping is 'group'; choose one of site, none"),
         ("bisup", {"effort": "slow"}, "effort is 'slow'"),
-        ("bisup", {"alpha_drift": 7.0}, "the drift's alpha is 7.0; give a number from 0 to 1"),
+        ("bisup", {"over": "serq", "rotation": "groups"}, "rotation is 'groups' and over is 'serq'; it acts over atom"),
         ("bisup", {"rotation": "weird"}, "rotation is 'weird'; choose one of method, none, full, groups"),
         ("bisup", {"low_rank_start": "error"}, "a matrix that is merged begins at"),
         ("bisup", {"low_rank_start": "svd"}, "low_rank_start is 'svd'; choose one of zero, error"),

@@ -33,9 +33,6 @@ class SalientColumns(Correction):
     the coarse weight, too: twice r more columns of the product, no more weights.
     """
 
-    noun: ClassVar[str] = "salient columns"
-    # What a second weight takes must be known before; see `round_stack`.
-    asymmetries: ClassVar[tuple[str, ...]] = ("none", "shifted")
     needs_data: ClassVar[bool] = True
 
     rank: int

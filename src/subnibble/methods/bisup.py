@@ -38,8 +38,7 @@ class Options:
     over: the method below, a name in BASES.
     clipping, input_clipping, smoothing, low_rank, low_rank_start, low_rank_rate, rank, effort, penalty, anchor,
         learned_rotation: see `tuning/tuning.py`.
-    asymmetry, alpha_drift: of the rounding at the end, see `rounding/gptaq.py`.
-    rotation: of the residual stream, "method" for the base's own.
+    rotation: of the residual stream, "method" for the base's own; SERQ and twinfit have none.
     outliers: Atom's.
     salient: channels, SERQ's and twinfit's.
     """
@@ -56,8 +55,6 @@ class Options:
     penalty: float = 0.01
     anchor: float = 0.0
     learned_rotation: str = "none"
-    asymmetry: str = "none"
-    alpha_drift: float = 0.5
     rotation: str = "method"
     outliers: int = 128
     salient: int = 128
@@ -67,6 +64,10 @@ class Options:
             raise BadRecipe(f"over is {self.over!r}; choose one of {', '.join(BASES)}")
         if self.rotation not in ("method", *ROTATIONS):
             raise BadRecipe(f"rotation is {self.rotation!r}; choose one of method, {', '.join(ROTATIONS)}")
+        if self.rotation != "method" and self.over in _SALIENT:
+            raise BadRecipe(
+                f"rotation is {self.rotation!r} and over is {self.over!r}; it acts over atom or quarot alone"
+            )
         for name, (_, bases) in _COUNTS.items():
             count = getattr(self, name)
             if self.over not in bases and count != getattr(Options, name):
@@ -78,7 +79,7 @@ class Options:
 def build(options: Options) -> Steps:
     """Steps of the base, with tuning."""
     base = BASES[options.over]
-    own = {"inputs": "quantized", "asymmetry": options.asymmetry, "alpha_drift": options.alpha_drift}
+    own: dict[str, Any] = {"inputs": "quantized"}
     if options.rotation != "method":
         own["rotation"] = options.rotation
     own |= {there: getattr(options, name) for name, (there, bases) in _COUNTS.items() if options.over in bases}

@@ -23,7 +23,6 @@ OPTION_CHOICES = {
         "rounding": weights.ROUNDINGS,
         "inputs": method.INPUTS,
         "flattening": serq.FLATTENINGS,
-        "column_scales": serq.COLUMN_SCALES,
         "over": tuple(bisup.BASES),
         "clipping": tuning.CLIPPINGS,
         "input_clipping": tuning.INPUT_CLIPPINGS,
@@ -33,8 +32,7 @@ OPTION_CHOICES = {
         "learned_rotation": tuning.LEARNED_ROTATIONS,
         "effort": tuple(tuning.EFFORTS),
         "saliency": serq.SALIENCIES,
-        "heads": saliency.HEAD_ORDERS,
-        "residual_order": saliency.RESIDUAL_ORDERS,
+        "permutation": saliency.PERMUTATIONS,
         "residual": ops.RESIDUALS,
     }.items()
 }

@@ -9,7 +9,6 @@ from typing import Any
 from subnibble.corrections.correction import NOTHING, Correction
 from subnibble.corrections.mean_shift import MeanShift
 from subnibble.errors import BadRecipe
-from subnibble.rounding.gptaq import FORMS
 from subnibble.rounding.grid import Clip
 from subnibble.rounding.rounder import Rounder
 from subnibble.transforms.rotate import check_rotation
@@ -79,12 +78,15 @@ class Steps:
             raise BadRecipe(f"inputs is {self.inputs!r}; choose one of {', '.join(INPUTS)}")
         if self.orders_residual and self.rotation != "none":
             raise BadRecipe(
-                'one order of the residual stream and its rotation exclude each other; use residual_order = "gather"'
+                'one order of the residual stream and its rotation exclude each other; use permutation = "gather"'
             )
         if self.tuning is not None:
             _check_tuning(self)
-        for rounder in (self.rounder, *self.rounders.values()):
-            _check_drift(self.correction, rounder)
+        if self.needs_drift and (self.correction != NOTHING or self.tuning is not None):
+            raise BadRecipe(
+                "a rounder towards full-precision outputs goes with neither other terms of a linear nor tuning; leave "
+                "one of them out"
+            )
         _check_column_scales(self)
 
     def rounder_of(self, site: str) -> Rounder:
@@ -106,7 +108,7 @@ class Steps:
     @property
     def orders_residual(self) -> bool:
         """Whether the whole residual stream gets one channel order."""
-        return self.saliency is not None and self.saliency.residual == "global"
+        return self.saliency is not None and self.saliency.permutation == "offline"
 
     @property
     def needs_survey(self) -> bool:
@@ -144,19 +146,8 @@ def _check_column_scales(steps: Steps) -> None:
     if any(rounder.scales_columns for rounder in (rounders if others else map(steps.rounder_of, steps.online))):
         raise BadRecipe(
             "a rounder that scales columns goes with neither a channel order, nor other terms of a linear, nor an "
-            "online transform of its input; use the transform ColumnScales"
+            "online transform of its input; leave one of them out"
         )
-
-
-def _check_drift(correction: Correction, rounder: Rounder) -> None:
-    """Raise `BadRecipe` where a correction would undo what the rounder does towards full-precision outputs."""
-    if not rounder.needs_drift or correction.asymmetries == FORMS:
-        return
-    if rounder.drift_form not in FORMS:
-        raise BadRecipe(f"{type(rounder).__name__} needs drift, which does not go with {correction.noun}")
-    if rounder.drift_form not in correction.asymmetries:
-        known = " or ".join(f'"{form}"' for form in reversed(correction.asymmetries))
-        raise BadRecipe(f"asymmetry {rounder.drift_form!r} does not go with {correction.noun}; use {known}")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from subnibble.calibrate.prefix import States, behind
+from subnibble.calibrate.prefix import States
 from subnibble.calibrate.sinks import ordinary_tokens
 from subnibble.calibrate.stream import BlockStream
 from subnibble.corrections.correction import Branch, Correction, Rounded
@@ -43,7 +43,7 @@ _SMALLEST_SHARE = 1e-6
 class BlockTuning:
     """A block that was tuned, on its way through rounding.
 
-    reference: the full-precision block with the learned factors, on the full-precision chain, whose outputs are known.
+    reference: the full-precision block on the full-precision chain, whose outputs are known.
     packed_branches: of linears that have one. kept: linears whose rounding with compensation made the loss smaller than
     rounding to nearest.
     """
@@ -147,14 +147,8 @@ class Tuner:
             device = next(block.module.parameters()).device
             call = self.calls[block.index]
             samples = samples_of(effort, streams.hidden, exact, outputs, call, device)
-            untouched = block.twin() if self.steps.needs_drift else None
             tuned, trained = self._train(block, self._frame(block, bases, prefix, coding), samples)
-            if untouched is not None:
-                tuned.fold_(untouched)
             tuned.settle_(block)
-            if untouched is not None:
-                before = behind(streams.calls[block.index], tuned.prefix)
-                reference = BlockStream(untouched.twin(self.dtype), exact, before)
         branches = self._packed_branches_(tuned, block)
         return BlockTuning(tuned, samples, trained, reference, outputs, branches)
 

@@ -53,8 +53,6 @@ def make_plan(recipe: Recipe, steps: Steps, skeleton: Skeleton) -> Plan:
             continue
         site = skeleton.site_of(path)
         steps.rounder_of(site.name).check(scheme, path)
-        for transform in steps.transforms:
-            transform.check(site, scheme, path)
         if steps.tuning is not None:
             check_scheme(scheme, path)
         steps.correction.check(shapes[path][1], scheme, path)

@@ -100,12 +100,8 @@ def round_stack(stack: Stack, weight: Tensor, seen: Observed, rounder: Rounder, 
     """Round a stack of weights (m, k) float32, as inputs meet it, with what the correction adds."""
     for name, index in zip(stack.names, stack.rows(weight.device), strict=True):
         grid.check_range(weight[index], stack.scheme, f"{stack.where}: {name}" if len(stack.names) > 1 else stack.where)
-    drift = seen.drift
-    if correction.salient and seen.gram is not None and drift is not None:
-        # What the second weight takes must be part of the target, not of what rounding moves later.
-        weight, rounder = rounder.settled(weight, seen.gram, drift, stack.where)
-        drift = None
-    return correction.round(weight, seen.gram, stack.scheme, RoundMain(rounder, stack.scheme, stack.where, drift))
+    main = RoundMain(rounder, stack.scheme, stack.where, seen.drift)
+    return correction.round(weight, seen.gram, stack.scheme, main)
 
 
 def less_branches(stack: Stack, weight: Tensor, branches: Sequence[Branch | None]) -> Tensor:
