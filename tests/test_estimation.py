@@ -17,7 +17,6 @@ from subnibble.pipeline.block_run import BlockRun
 REFUSED: dict[str, dict[str, Any]] = {
     "nothing to do": {"method": "none"},
     "one window to tune on": {"method": "bisup", "num_windows": 1},
-    "half of one window": {"method": "d2quant", "num_windows": 1, "options": {"mean_shift": "gated"}},
     "a rank too large": {"method": "serq", "activation_bits": 4},
     "groups that no Hadamard matrix fits": {"method": "d2quant", "group_size": 13},
     "windows too long": {"window": 4096},

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from subnibble.corrections.low_rank import LowRank
-from subnibble.corrections.mean_shift import MeanShift
 from subnibble.corrections.outliers import OutlierColumns
 from subnibble.corrections.salient import SalientColumns
 from subnibble.errors import BadRecipe
@@ -103,8 +102,7 @@ COMPOSED: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
     "awq": (RTN(SEARCHED, "hessian"), {}, {"transforms": (ActivationAwareScale(),)}),
     "gptq": (gptq(SEARCHED), {}, {}),
     "gptaq": (gptq(SEARCHED, "released"), {}, {}),
-    "d2quant": (D2, D2_DOWN, {"rotation": "groups", "mean_shift": MeanShift("published")}),
-    "d2quant-uniform": (D2, D2_DOWN, {"rotation": "groups", "mean_shift": MeanShift("published")}),
+    "d2quant": (D2, D2_DOWN, {"rotation": "groups", "mean_shift": "published"}),
     "dualfit": (gptq(DualScale(SEARCHED, 10), "shifted", 0.5, "hessian"), {}, {"rotation": "groups"}),
     "smoothquant": (RTN(SEARCHED, "hessian"), {}, {"transforms": (NormFlatten(0.5, 0.5),)}),
     "l2qer": (RTN(SEARCHED), {}, {"correction": LowRank(64, "l2qer", 8)}),
@@ -158,7 +156,6 @@ def test_grids_that_methods_prefer(bits: int) -> None:
     assert dict(wishes["d2quant"]("mlp_hidden", bits)) == signs
     assert dict(wishes["d2quant"]("attention_in", bits)) == {}
     for site in ("mlp_hidden", "attention_in"):
-        assert dict(wishes["d2quant-uniform"](site, bits)) == {"grid": "uniform"}
         assert dict(wishes["dualfit"](site, bits)) == {"zero_point": "real"}
         for name in ("rtn", "awq", "gptq", "gptaq", "smoothquant", "l2qer", "qera", "quarot"):
             assert dict(wishes[name](site, bits)) == {}, name

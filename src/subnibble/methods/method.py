@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from subnibble.corrections.correction import NOTHING, Correction
-from subnibble.corrections.mean_shift import MeanShift
+from subnibble.corrections.mean_shift import check_mean_shift
 from subnibble.errors import BadRecipe
 from subnibble.rounding.grid import Clip
 from subnibble.rounding.rounder import Rounder
@@ -44,7 +44,7 @@ class Steps:
     rounders: rounders of some sites' readers, by role.
     prefers: the grid that the method wants, see `Preference`; what the recipe says goes first.
     rotation: of the residual stream, see `transforms/rotate.py`.
-    mean_shift: corrects the norms behind quantized linears, or None.
+    mean_shift: of the norms behind quantized linears, see `corrections/mean_shift.py`.
     saliency: gives sites their channel order, or None.
     correction: gives linears more terms against rounding error.
     online: roles of sites whose readers get an online Hadamard transform.
@@ -61,7 +61,7 @@ class Steps:
     rounders: Mapping[str, Rounder] = field(default_factory=dict)
     prefers: Preference = no_preference
     rotation: str = "none"
-    mean_shift: MeanShift | None = None
+    mean_shift: str = "none"
     saliency: Saliency | None = None
     correction: Correction = NOTHING
     online: tuple[str, ...] = ()
@@ -74,6 +74,7 @@ class Steps:
     def __post_init__(self) -> None:
         check_rotation(self.rotation)
         check_value_rotation(self.value_rotation)
+        check_mean_shift(self.mean_shift)
         if self.inputs not in INPUTS:
             raise BadRecipe(f"inputs is {self.inputs!r}; choose one of {', '.join(INPUTS)}")
         if self.orders_residual and self.rotation != "none":
@@ -97,13 +98,18 @@ class Steps:
     def needs_data(self) -> bool:
         """Whether calibration text is needed."""
         rounders = (self.rounder, *self.rounders.values())
-        parts = (self.transforms, self.mean_shift, self.saliency, self.correction.needs_data, self.tuning)
+        parts = (self.transforms, self.corrects_norms, self.saliency, self.correction.needs_data, self.tuning)
         return any(parts) or any(rounder.needs_gram for rounder in rounders)
 
     @property
     def sees_cache(self) -> bool:
         """Whether calibration and tuning see keys and values as the cache will quantize them."""
         return self.inputs == "quantized" or self.tuning is not None
+
+    @property
+    def corrects_norms(self) -> bool:
+        """Whether norms behind quantized linears get a bias against mean shift."""
+        return self.mean_shift != "none"
 
     @property
     def orders_residual(self) -> bool:
@@ -128,7 +134,7 @@ class Steps:
 
 def _check_tuning(steps: Steps) -> None:
     """Raise `BadRecipe` where a step does not go with tuning."""
-    if steps.mean_shift is not None or steps.transforms:
+    if steps.corrects_norms or steps.transforms:
         raise BadRecipe("tuning goes with neither a mean shift nor transforms of its own; leave one of them out")
     steps.correction.check_tuned()
     for rounder in (steps.rounder, *steps.rounders.values()):

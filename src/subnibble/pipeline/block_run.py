@@ -16,7 +16,6 @@ from torch import Tensor
 from subnibble.cache_scheme import CacheScheme
 from subnibble.calibrate.key_center import coding_of
 from subnibble.calibrate.prefix import PrefixStep, States, behind
-from subnibble.calibrate.sinks import ordinary_tokens
 from subnibble.calibrate.stats import AbsMean, Drift, Gram
 from subnibble.calibrate.stream import BlockStream
 from subnibble.checkpoint.entries import (
@@ -31,6 +30,7 @@ from subnibble.checkpoint.entries import (
     prefix_state,
 )
 from subnibble.corrections.correction import Correction
+from subnibble.corrections.mean_shift import mean_shift
 from subnibble.errors import NumericalFailure
 from subnibble.methods.method import Steps
 from subnibble.model.site import Site
@@ -131,10 +131,10 @@ class BlockRun:
             tuning = tuner(block, bases, states, coding, streams, before)
             reference, states = tuning.reference, tuning.block.prefix
             plan = tuning.plan(plan, block.path)
-        elif streams.hidden and (steps.needs_reference or steps.mean_shift is not None):
+        elif streams.hidden and (steps.needs_reference or steps.corrects_norms):
             twin = block.twin(dtype)
             reference = BlockStream(twin, streams.wanted, before) if steps.needs_reference else None
-            teacher = BlockStream(twin, streams.hidden, before) if steps.mean_shift is not None else None
+            teacher = BlockStream(twin, streams.hidden, before) if steps.corrects_norms else None
         exact = {name: parameter.data for name, parameter in block.module.named_parameters()}
         block.module.to(dtype)
         # Until keys are as they will run there is no cache to ask: `_use_cache` comes then.
@@ -310,11 +310,9 @@ class BlockRun:
             self.exact[f"{name}.bias"] = self.exact[f"{name}.bias"][index]
 
     def _shift(self, site: Site, norm_name: str, teacher: BlockStream) -> None:
-        assert self.steps.mean_shift is not None
         with self.clock.step("mean shift"):
-            ordinary = map(ordinary_tokens, self.hidden)
-            outputs = zip(teacher.at(site), self.stream.at(site), ordinary, strict=True)
-            bias = self.steps.mean_shift(outputs, self.hidden[0].shape[1]).to(torch.float16).float()
+            outputs = zip(teacher.at(site), self.stream.at(site), strict=True)
+            bias = mean_shift(outputs).to(torch.float16).float()
             norm = self.block.module.get_submodule(norm_name)
             add_output_bias_(norm, bias.to(self.block.gain(norm_name).dtype))
             self.exact[f"{norm_name}.bias"] = bias

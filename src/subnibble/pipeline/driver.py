@@ -208,7 +208,7 @@ class _Run:
         """Round the readers of a block's sites, in data-flow order. on_site: is told how many are done, and which."""
         arch, index = self.skeleton.arch, run.block.index
         last_norm = [site for site in arch.sites if site.norm is not None][-1]
-        corrects_final_norm = self.steps.mean_shift is not None and self.windows is not None
+        corrects_final_norm = self.steps.corrects_norms and self.windows is not None
         for number, site in enumerate(arch.sites, start=1):
             run.correct_norm(site)
             if corrects_final_norm and index == self.skeleton.num_blocks - 1 and site == last_norm:
@@ -301,7 +301,7 @@ class _Run:
     def _after_blocks(self, wanted: list[Tensor], hidden: list[Tensor]) -> dict[str, Tensor]:
         """What is behind the blocks; give the tensors to write. wanted, hidden: see `AfterBlocks`."""
         rest = AfterBlocks(self.skeleton, self.edit, self.clock)
-        norm, entries = rest.final_norm(self.steps.mean_shift, wanted, hidden, self.recipe.window)
+        norm, entries = rest.final_norm(wanted, hidden)
         head, packed = rest.head(self.recipe.embedding_scheme)
         self.modules |= {**entries, **packed}
         return norm | head | rest.others()

@@ -64,7 +64,7 @@ def make_plan(recipe: Recipe, steps: Steps, skeleton: Skeleton) -> Plan:
         coded = [scheme for scheme in schemes.values() if scheme is not None]
         coded += [added for scheme in coded for added in steps.correction.schemes(scheme)]
         columns = any(stores_column_scales(steps, schemes, skeleton, path) for path in schemes)
-        there = learnable(coded, planned.values(), columns, norm_biases=steps.mean_shift is not None)
+        there = learnable(coded, planned.values(), columns, norm_biases=steps.corrects_norms)
         recipe.distillation.check_learns(there, "the model")
     return Plan(schemes, planned, plan_cache(recipe, steps, skeleton))
 

@@ -114,7 +114,7 @@ def _extra_bits(steps: Steps, schemes: Mapping[str, Scheme | None], skeleton: Sk
 
 def _norm_bias_bits(steps: Steps, schemes: Mapping[str, Scheme | None], skeleton: Skeleton) -> int:
     """Bits of the biases that norms get against mean shift: behind quantized linears of their block, and the last."""
-    if steps.mean_shift is None:
+    if not steps.corrects_norms:
         return 0
     norms = 1
     for index in range(skeleton.num_blocks):
