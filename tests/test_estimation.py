@@ -17,7 +17,6 @@ from subnibble.pipeline.block_run import BlockRun
 REFUSED: dict[str, dict[str, Any]] = {
     "nothing to do": {"method": "none"},
     "one window to tune on": {"method": "bisup", "num_windows": 1},
-    "half of one window": {"method": "d2quant", "num_windows": 1, "options": {"mean_shift": "gated"}},
     "a rank too large": {"method": "serq", "activation_bits": 4},
     "groups that no Hadamard matrix fits": {"method": "d2quant", "group_size": 13},
     "windows too long": {"window": 4096},
@@ -53,11 +52,10 @@ COUNTED: dict[str, dict[str, Any]] = {
     "column scales of output projections": {"method": "dualfit"},
     "column scales of a reader left alone": {"method": "dualfit", "overrides": {"re:.*up_proj": {"skip": True}}},
     "gathers": {"method": "serq", "options": {"rank": 16}},
-    "fewer gathers": {"method": "serq", "options": {"rank": 16, "heads": "whole"}},
-    "none": {"method": "serq", "options": {"rank": 16, "heads": "whole", "residual_order": "global"}},
+    "none": {"method": "serq", "options": {"rank": 16, "permutation": "offline"}},
     "gathers where a reader was left alone": {
         "method": "serq",
-        "options": {"rank": 16, "heads": "whole", "residual_order": "global"},
+        "options": {"rank": 16, "permutation": "offline"},
         "overrides": {"re:.*down_proj": {"skip": True}},
     },
     "no order": {"method": "serq", "options": {"rank": 0, "saliency": "none"}},

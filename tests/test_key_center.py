@@ -34,7 +34,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "rotated": {"method": "rtn", "group_size": 16, "bits": 8, "options": {"rotation": "groups"}},
     "quarot": {"method": "quarot", "group_size": 16, "bits": 8, "activation_bits": 8},
     "atom": {"method": "atom", "group_size": 16, "bits": 8, "activation_bits": 8, "options": {"outliers": 8}},
-    "serq-heads": {"method": "serq", "group_size": 16, "bits": 8, "options": {"rank": 16, "heads": "whole"}},
+    "serq-heads": {"method": "serq", "group_size": 16, "bits": 8, "options": {"rank": 16, "permutation": "offline"}},
 }
 
 

@@ -37,7 +37,7 @@ METHODS = {
     "rotated": {"method": "rtn", "group_size": 16, "options": {"rotation": "groups"}},
     "quarot": {"method": "quarot", "group_size": 16, "activation_bits": 8},
     "atom": {"method": "atom", "group_size": 16, "activation_bits": 8, "options": {"outliers": 8}},
-    "serq-heads": {"method": "serq", "group_size": 16, "options": {"rank": 16, "heads": "whole"}},
+    "serq-heads": {"method": "serq", "group_size": 16, "options": {"rank": 16, "permutation": "offline"}},
     "dualfit": {"method": "dualfit", "group_size": 16},
 }
 

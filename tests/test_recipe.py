@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -428,13 +429,25 @@ def test_wishes_of_every_method_are_schemes_at_every_width(method) -> None:
 
 
 def test_d2quant_wishes_sign_bases_where_its_program_has_them() -> None:
-    published, uniform = (METHODS[name].build(METHODS[name].configure({})) for name in ("d2quant", "d2quant-uniform"))
+    steps = METHODS["d2quant"].steps({})
     for bits in BITS:
         for site in ("attention_in", "attention_out", "mlp_in", "mlp_hidden"):
             sign = bits in (2, 3) and site == "mlp_hidden"
-            scheme = Recipe(bits=bits).scheme_of(DOWN, partial(published.prefers, site))
+            scheme = Recipe(bits=bits).scheme_of(DOWN, partial(steps.prefers, site))
             assert scheme == Scheme(bits, 128, "none" if sign else "integer", grid="sign" if sign else "uniform")
-            assert Recipe(bits=bits).scheme_of(DOWN, partial(uniform.prefers, site)) == Scheme(bits)
+
+
+def test_d2quant_on_a_uniform_grid_is_version_p_everywhere() -> None:
+    """Uniform codes at all sites, with column scales where the method has them."""
+    steps = METHODS["d2quant"].steps({})
+    weight = torch.randn(6, 16, generator=torch.Generator().manual_seed(0))
+    for bits in BITS:
+        for site in ("attention_in", "attention_out", "mlp_in", "mlp_hidden"):
+            scheme = Recipe(bits=bits, group_size=16, grid="uniform").scheme_of(DOWN, partial(steps.prefers, site))
+            assert scheme == Scheme(bits, 16)
+            fitted = steps.rounder_of(site).fitter.fit(weight, scheme, None)
+            assert (fitted.columns is not None) == (site == "mlp_hidden")
+            assert fitted.levels.scales.shape == (6, 1)
 
 
 # Inputs follow the weights' groups unless they are told otherwise.

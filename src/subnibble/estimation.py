@@ -85,7 +85,7 @@ def _memory(steps: Steps, skeleton: Skeleton, tokens: int, distilled: Distillati
     tails = [site.readers[0] for site in skeleton.arch.sites if site.tail is not None]
     kept = sum(linears[first + reader][1] for reader in tails)
     hidden = skeleton.config.hidden_size
-    has_twin = steps.needs_reference or steps.mean_shift is not None or steps.needs_survey
+    has_twin = steps.needs_reference or steps.corrects_norms or steps.needs_survey
     streams = 2 if steps.needs_reference else 1
     parts = {
         "this process now": psutil.Process().memory_info().rss,
@@ -94,7 +94,7 @@ def _memory(steps: Steps, skeleton: Skeleton, tokens: int, distilled: Distillati
         + 3 * _FLOAT_BYTES * max(rows * columns for rows, columns in linears.values()),
         "statistics": (3 + streams) * _FLOAT_BYTES * widest**2 if tokens else 0,
         "embedding": numel(shapes[f"{skeleton.arch.embedding}.weight"]) * (_FLOAT_BYTES + 2),
-        "activation streams": (streams * (hidden + kept) + hidden * (steps.mean_shift is not None)) * tokens * item,
+        "activation streams": (streams * (hidden + kept) + hidden * steps.corrects_norms) * tokens * item,
         **_tuning_memory(steps, block, hidden * tokens * item),
     }
     most = sum(parts.values())
@@ -137,8 +137,8 @@ def _seconds(steps: Steps, skeleton: Skeleton, tokens: int, tuned_tokens: int, d
     read_once = {site.readers[0] for site in skeleton.arch.sites}
     grams = sum(s[1] ** 2 for path, s in shapes.items() if path.endswith(tuple(read_once)))
     forward = 2 * weights * tokens / (speed * _FORWARD_EFFICIENCY)
-    passes = (2 if steps.needs_reference else 1) + 0.4 * (steps.mean_shift is not None) + steps.needs_survey
-    passes += steps.orders_residual + (steps.ranks == "gain")
+    passes = (2 if steps.needs_reference else 1) + 0.4 * steps.corrects_norms + steps.needs_survey
+    passes += steps.orders_residual
     statistics = steps.needs_drift + _GRAM_SHARE * (1 + steps.needs_survey)
     tuning = _STEP_OVERHEAD * 3 * 2 * weights * tuned_tokens / (speed * _FORWARD_EFFICIENCY)
     whole = sum(numel(shape) for shape in skeleton.parameter_shapes().values())

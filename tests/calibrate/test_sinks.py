@@ -148,3 +148,18 @@ def test_sinks_are_the_same_for_every_batching(batch: int) -> None:
     windows[:, 3] = 7
     stream.at = lambda site: (part.flatten(0, 1) for part in stream._activations.split(batch))
     assert sink_tokens([(block, stream)], windows) == (7,)
+
+
+def test_first_tokens_and_huge_ones_are_no_ordinary_tokens() -> None:
+    hidden = torch.ones(3, 5, 4)
+    hidden[1, 2] = -9.9
+    hidden[1, 3] = 10.1
+    hidden[2, 4, 0] = 1000
+    hidden[0, 0] = 1000
+    expected = torch.ones(3, 5, dtype=torch.bool)
+    expected[:, 0] = False
+    expected[1, 3] = expected[2, 4] = False
+    assert torch.equal(ordinary_tokens(hidden), expected.flatten())
+    assert torch.equal(ordinary_tokens(hidden.bfloat16()), expected.flatten())
+    # It is the size beside the other tokens' that counts.
+    assert torch.equal(ordinary_tokens(hidden * 1e4), expected.flatten())

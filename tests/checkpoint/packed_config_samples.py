@@ -34,7 +34,7 @@ WHOLE = PackedLinearEntry(
     blocks=(128, 64),
     activation=A4,
     salient=PackedLayout(64, ((32, MX),)),
-    residual="weight",
+    residual="salient",
     low_rank=(PackedLayout(8, ((192, W8),)), PackedLayout(64, ((8, W8),))),
 )
 COMPOSED = PackedConfig({**CONFIG.modules, DOWN: WHOLE})

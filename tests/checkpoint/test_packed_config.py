@@ -186,7 +186,7 @@ def test_the_dictionary_of_a_composed_linear_is_the_specified_one() -> None:
         "hadamard": [128, 64],
         "activation": "a4g128-clip0.9",
         "salient": [[32, "mxfp4g32"]],
-        "residual": "weight",
+        "residual": "salient",
         "low_rank": {"rank": 8, "down": [[192, w8]], "up": [[8, w8]]},
     }
     assert set(values["schemes"]) == {"w3g128", w8, "mxfp4g32"}

@@ -115,7 +115,7 @@ COMPOSED_BROKEN = {
     "salient of no range": ("salient", [], "without column ranges"),
     "salient of an unknown scheme": ("salient", [[32, "w5"]], "w5"),
     "salient true": ("salient", True, "damaged"),
-    "residual without salient": ("salient", KeyError, "residual is 'weight' without salient"),
+    "residual without salient": ("salient", KeyError, "residual is 'salient' without salient"),
     "salient null": ("salient", None, "salient says None"),
     "no gather": ("gather", False, "gather says False"),
     "no blocks": ("hadamard", [], "hadamard says []"),

@@ -197,7 +197,7 @@ def test_list_names_methods_and_architectures(run: Run) -> None:
     code, out, _ = run("list", "--json")
     assert code == 0
     assert [method["name"] for method in json.loads(out)["methods"]] == [
-        "rtn", "awq", "gptq", "gptaq", "d2quant", "d2quant-uniform", "dualfit", "smoothquant", "l2qer", "qera",
+        "rtn", "awq", "gptq", "gptaq", "d2quant", "dualfit", "smoothquant", "l2qer", "qera",
             "quarot", "serq", "twinfit", "atom", "omniquant", "bisup", "none",
     ]  # fmt: skip
     code, out, _ = run("list")
@@ -208,7 +208,7 @@ def test_list_names_methods_and_architectures(run: Run) -> None:
         for key, value in asdict(method.options()).items():
             assert key in out
             assert str(value) in out
-    for word in ("groups", "gated", "shifted", "hessian", "natural", "refit"):
+    for word in ("groups", "published", "shifted", "hessian", "natural", "refit"):
         assert word in out
 
 

@@ -15,9 +15,7 @@ from subnibble.corrections.correction import RoundMain
 from subnibble.corrections.outliers import OutlierColumns
 from subnibble.errors import BadRecipe
 from subnibble.methods import find_method
-from subnibble.methods.method import Steps
 from subnibble.rounding import grid
-from subnibble.rounding.gptaq import Asymmetry
 from subnibble.rounding.gptq import GPTQ
 from subnibble.rounding.grid import Clip
 from subnibble.rounding.rtn import RTN
@@ -110,10 +108,8 @@ def test_what_cannot_be_is_refused() -> None:
         OutlierColumns(8).check(40, Scheme(4, 32, "none", "e8m0", "mxfp4"), "down_proj")
     with pytest.raises(BadRecipe, match="on a uniform grid"):
         ActivationScheme(4, 32, "none", "mxfp4", outliers=8)
-    with pytest.raises(BadRecipe, match="outlier columns"):
-        Steps(rounder=GPTQ(asymmetry=Asymmetry("released")), correction=OutlierColumns(8))
     with pytest.raises(BadRecipe, match="rising scores"):
-        Saliency("energy", heads="whole", direction="rising")
+        Saliency("energy", "offline", "rising")
     with pytest.raises(BadRecipe, match="choose one of falling, rising"):
         Saliency(direction="up")
 

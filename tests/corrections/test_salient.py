@@ -1,4 +1,4 @@
-"""SERQ's second weight of the salient channels: what each form computes, and what it refuses."""
+"""SERQ's second weight of the salient channels: what it computes, and what it refuses."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from subnibble.corrections.correction import NOTHING, Rounded, RoundMain
-from subnibble.corrections.salient import FORMS, SalientColumns, least_squares
+from subnibble.corrections.salient import SalientColumns
 from subnibble.errors import BadRecipe
 from subnibble.rounding import grid
 from subnibble.rounding.gptq import GPTQ
@@ -56,28 +56,38 @@ def output_error(w: Tensor, q: Tensor) -> float:
     return float(((delta @ gram()) * delta).sum())
 
 
-def test_before_and_after_are_the_same_numbers_when_rounding_TO_NEAREST() -> None:
+def before(w: Tensor, rounding: RoundMain, rank: int = RANK) -> Tensor:
+    return dense(SalientColumns(rank, MINMAX).round(w, gram(), SCHEME, rounding))
+
+
+def after(w: Tensor, rounding: RoundMain, rank: int = RANK) -> Tensor:
+    """Equations 5 to 7: the second weight is what rounding the whole left of its columns."""
+    _, main, _ = NOTHING.round(w, gram(), SCHEME, rounding)
+    total = main.dequantize()
+    total[:, :rank] += grid.nearest(w[:, :rank] - total[:, :rank], SCHEME, MINMAX)
+    return total
+
+
+def test_the_residual_of_the_rounded_weight_is_the_same_when_rounding_to_nearest() -> None:
     w = weight()
-    one = dense(SalientColumns(RANK, "before", MINMAX).round(w, None, SCHEME, TO_NEAREST))
-    other = dense(SalientColumns(RANK, "after", MINMAX).round(w, None, SCHEME, TO_NEAREST))
-    torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+    torch.testing.assert_close(before(w, TO_NEAREST), after(w, TO_NEAREST), rtol=0, atol=1e-6)
 
 
-def test_before_and_after_differ_where_the_identity_must_not_hold() -> None:
+@pytest.mark.parametrize(("rounding", "rank"), [(BY_GPTQ, RANK), (TO_NEAREST, 24)], ids=["compensated", "cut group"])
+def test_it_is_not_where_the_identity_must_not_hold(rounding: RoundMain, rank: int) -> None:
     w = weight()
-    one = dense(SalientColumns(RANK, "before", MINMAX).round(w, gram(), SCHEME, BY_GPTQ))
-    other = dense(SalientColumns(RANK, "after", MINMAX).round(w, gram(), SCHEME, BY_GPTQ))
-    assert float((one - other).abs().max()) > 1e-2
+    assert float((before(w, rounding, rank) - after(w, rounding, rank)).abs().max()) > 1e-2
 
 
-@pytest.mark.parametrize(
-    ("form", "rounding"),
-    # What GPTQ moved from salient columns to others is undone by a plain residual: `after` is for rounding to nearest.
-    [*((form, TO_NEAREST) for form in FORMS), ("before", BY_GPTQ), ("fitted", BY_GPTQ)],
-)
-def test_a_second_weight_takes_most_of_the_output_error(form: str, rounding: RoundMain) -> None:
+def test_a_residual_behind_error_compensation_takes_back_what_that_moved() -> None:
     w = weight()
-    made = SalientColumns(RANK, form, MINMAX).round(w, gram(), SCHEME, rounding)
+    assert output_error(w, before(w, BY_GPTQ)) < output_error(w, after(w, BY_GPTQ))
+
+
+@pytest.mark.parametrize("rounding", [TO_NEAREST, BY_GPTQ])
+def test_a_second_weight_takes_most_of_the_output_error(rounding: RoundMain) -> None:
+    w = weight()
+    made = SalientColumns(RANK, MINMAX).round(w, gram(), SCHEME, rounding)
     alone = dense(NOTHING.round(w, None, SCHEME, TO_NEAREST))
     assert made[2].columns == RANK
     assert output_error(w, dense(made)) < 0.5 * output_error(w, alone)
@@ -88,43 +98,9 @@ def test_output_error_falls_with_the_rank(rounding: RoundMain) -> None:
     w = weight()
     errors = [output_error(w, dense(NOTHING.round(w, gram(), SCHEME, rounding)))]
     for rank in (16, 32, 48, 64, 88):
-        errors.append(output_error(w, dense(SalientColumns(rank, "before", MINMAX).round(w, gram(), SCHEME, rounding))))
+        errors.append(output_error(w, before(w, rounding, rank)))
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 0.05 * errors[0]
-
-
-def test_fitted_beats_the_plain_residual_on_the_inputs_it_saw() -> None:
-    w = weight()
-    plain = dense(SalientColumns(RANK, "after", MINMAX).round(w, gram(), SCHEME, TO_NEAREST))
-    fitted = dense(SalientColumns(RANK, "fitted", MINMAX).round(w, gram(), SCHEME, TO_NEAREST))
-    assert output_error(w, fitted) < output_error(w, plain)
-
-
-def test_least_squares_is_what_lstsq_finds() -> None:
-    x, error = tokens(), weight(5) * 0.1
-    mean = x[:, :RANK].square().sum(0).mean()
-    # Damping is as many more rows of inputs, whose target is the plain residual.
-    rows = (0.01 * mean).sqrt() * torch.eye(RANK)
-    stacked = torch.cat([x[:, :RANK], rows]).double()
-    target = torch.cat([x @ error.T, rows @ error[:, :RANK].T]).double()
-    wanted = torch.linalg.lstsq(stacked, target).solution.T
-    torch.testing.assert_close(least_squares(error, x.T @ x, RANK).double(), wanted, rtol=1e-3, atol=1e-5)
-    assert float((least_squares(error, 2 * torch.eye(COLUMNS), RANK) - error[:, :RANK]).abs().max()) < 1e-6
-
-
-def test_channels_that_calibration_never_fed_keep_the_plain_residual() -> None:
-    error = weight(2)
-    assert torch.equal(least_squares(error, torch.zeros(COLUMNS, COLUMNS), RANK), error[:, :RANK])
-
-
-@pytest.mark.parametrize("form", ["after", "fitted"])
-def test_a_group_that_mixes_salient_and_other_columns_is_refused(form: str) -> None:
-    with pytest.raises(BadRecipe, match="no multiple of q's group size 16"):
-        SalientColumns(24, form).check(COLUMNS, SCHEME, "q")
-    SalientColumns(24, "before").check(COLUMNS, SCHEME, "q")
-    SalientColumns(COLUMNS, form).check(COLUMNS, SCHEME, "q")
-    with pytest.raises(BadRecipe, match="group size 88"):
-        SalientColumns(16, form).check(COLUMNS, Scheme(4, -1, "none"), "q")
 
 
 def test_a_rank_beyond_the_inputs_is_refused() -> None:
@@ -134,7 +110,6 @@ def test_a_rank_beyond_the_inputs_is_refused() -> None:
 
 @pytest.mark.parametrize(("values", "message"), [
     ({"rank": 0}, "rank is 0"),
-    ({"rank": 8, "form": "during"}, "choose one of before, after, fitted"),
     ({"rank": 8, "residual": "all"}, "choose one of none, salient"),
 ])  # fmt: skip
 def test_bad_values_name_the_choices(values: dict[str, object], message: str) -> None:
@@ -142,6 +117,5 @@ def test_bad_values_name_the_choices(values: dict[str, object], message: str) ->
         SalientColumns(**values)
 
 
-def test_the_coarse_weight_is_where_the_form_puts_it() -> None:
-    assert [SalientColumns(8, form).coarse for form in FORMS] == ["none"] * 3
-    assert [SalientColumns(8, form, residual="salient").coarse for form in FORMS] == ["salient", "weight", "weight"]
+def test_the_remainder_runs_through_the_coarse_weight_where_it_is_asked_for() -> None:
+    assert [SalientColumns(8, residual=word).coarse for word in ("none", "salient")] == ["none", "salient"]

@@ -48,7 +48,7 @@ def runs_with(method: str, options: dict[str, Any]) -> float:
     steps = METHODS[method].steps({"rounding": "rtn", **options})
     correction, x, scheme = steps.correction, tokens(), SCHEMES[method]
     residual = correction.coarse if correction != NOTHING else "none"
-    stack = Stack((NAME,), (ROWS,), scheme, INPUTS, correction.salient, residual, NAME)
+    stack = Stack((NAME,), (ROWS,), scheme, INPUTS, residual, NAME)
     _, main, salient = round_stack(stack, weight(), Observed(x.T @ x), steps.rounder, correction)
     second = None if salient is None else PackedTensor((salient,))
     terms = LinearTerms(main, activation=INPUTS, salient=second, residual=residual)
@@ -60,13 +60,6 @@ def runs_with(method: str, options: dict[str, Any]) -> float:
 @pytest.mark.parametrize("weighting", ["none", "hessian"])
 def test_the_loss_is_that_of_the_packed_linear(weighting: str, clip: str, rank: int) -> None:
     options = {"rank": rank, "clip": clip, "weighting": weighting}
-    found = loss_of("serq", options)(NAME, weight(), tokens())
-    assert found == pytest.approx(runs_with("serq", options), rel=1e-3)
-
-
-@pytest.mark.parametrize("form", ["after", "fitted"])
-def test_so_it_is_in_the_other_forms(form: str) -> None:
-    options = {"rank": 16, "form": form}
     found = loss_of("serq", options)(NAME, weight(), tokens())
     assert found == pytest.approx(runs_with("serq", options), rel=1e-3)
 
@@ -90,10 +83,10 @@ def test_the_cases_differ() -> None:
 
 
 def test_a_rank_inside_a_group_is_not_taken_for_a_residual_of_the_whole() -> None:
-    """The fault of rounding all columns first, salient ones among them, whatever the form."""
+    """The fault of rounding all columns first, salient ones among them."""
     w, x, scheme = weight(), tokens(), SCHEMES["serq"]
     plain = RTN(Clip("minmax"))
-    stack = Stack((NAME,), (ROWS,), scheme, INPUTS, 0, "none", NAME)
+    stack = Stack((NAME,), (ROWS,), scheme, INPUTS, "none", NAME)
     _, main, _ = round_stack(stack, w, Observed(x.T @ x), plain, NOTHING)
     rest = (w - main.dequantize())[:, :8]
     _, second, _ = round_stack(stack, rest, Observed(x[:, :8].T @ x[:, :8]), plain, NOTHING)

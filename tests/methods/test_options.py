@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from subnibble.corrections.low_rank import LowRank
-from subnibble.corrections.mean_shift import MeanShift
 from subnibble.corrections.outliers import OutlierColumns
 from subnibble.corrections.salient import SalientColumns
 from subnibble.errors import BadRecipe
@@ -30,18 +29,12 @@ from subnibble.tuning.tuning import Tuning
 COMPANY: dict[str, dict[str, Any]] = {
     "damping": {"rounding": "gptq"},
     "order": {"rounding": "gptq"},
-    "asymmetry": {"rounding": "gptq"},
-    "alpha_drift": {"rounding": "gptq", "asymmetry": "shifted"},
     "outliers": {"over": "atom"},
-    "ranks": {"rotation": "none"},
-    "residual_order": {"rotation": "none"},
     "iterations": {"columns": "all"},
     "sweeps": {"asymmetry": "shifted"},
     "rows": {"columns": "none"},
 }
-# Drift is refused beside low-rank factors and outlier columns.
-SILENT = {(method, option) for method in ("l2qer", "qera", "atom") for option in ("asymmetry", "alpha_drift")}
-OPTIONS = [(m, item.name) for m in METHODS.values() for item in fields(m.options) if (m.name, item.name) not in SILENT]
+OPTIONS = [(m, item.name) for m in METHODS.values() for item in fields(m.options)]
 
 
 def company(method: Method, option: str) -> dict[str, Any]:
@@ -93,7 +86,7 @@ def gptq(fitter: Any, form: str = "none", alpha: float = 0.25, weighting: str = 
 
 def natural(clip: Clip) -> GPTQ:
     """As the methods that treat activations, too, have it."""
-    return gptq(clip, alpha=0.5, order="natural")
+    return gptq(clip, order="natural")
 
 
 MINMAX = Clip("minmax", 2.0)
@@ -106,8 +99,7 @@ COMPOSED: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
     "awq": (RTN(SEARCHED, "hessian"), {}, {"transforms": (ActivationAwareScale(),)}),
     "gptq": (gptq(SEARCHED), {}, {}),
     "gptaq": (gptq(SEARCHED, "released"), {}, {}),
-    "d2quant": (D2, D2_DOWN, {"rotation": "groups", "mean_shift": MeanShift("published")}),
-    "d2quant-uniform": (D2, D2_DOWN, {"rotation": "groups", "mean_shift": MeanShift("published")}),
+    "d2quant": (D2, D2_DOWN, {"rotation": "groups", "mean_shift": "published"}),
     "dualfit": (gptq(DualScale(SEARCHED, 10), "shifted", 0.5, "hessian"), {}, {"rotation": "groups"}),
     "smoothquant": (RTN(SEARCHED, "hessian"), {}, {"transforms": (NormFlatten(0.5, 0.5),)}),
     "l2qer": (RTN(SEARCHED), {}, {"correction": LowRank(64, "l2qer", 8)}),
@@ -122,8 +114,8 @@ COMPOSED: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
         {},
         {
             "transforms": (Flatten(1.0, 0.0),),
-            "saliency": Saliency("size", "gather", "gather", "falling"),
-            "correction": SalientColumns(128, "before", MINMAX, "none"),
+            "saliency": Saliency("size", "gather", "falling"),
+            "correction": SalientColumns(128, MINMAX, "none"),
         },
     ),
     "twinfit": (
@@ -131,15 +123,15 @@ COMPOSED: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
         {},
         {
             "transforms": (Flatten(1.0, 0.0),),
-            "saliency": Saliency("size", "gather", "gather", "falling"),
-            "correction": SalientColumns(128, "before", SEARCHED, "salient"),
+            "saliency": Saliency("size", "gather", "falling"),
+            "correction": SalientColumns(128, SEARCHED, "salient"),
         },
     ),
     "atom": (
         natural(SEARCHED),
         {},
         {
-            "saliency": Saliency("energy", "gather", "gather", "rising"),
+            "saliency": Saliency("energy", "gather", "rising"),
             "correction": OutlierColumns(128),
             "inputs": "quantized",
         },
@@ -161,7 +153,6 @@ def test_grids_that_methods_prefer(bits: int) -> None:
     assert dict(wishes["d2quant"]("mlp_hidden", bits)) == signs
     assert dict(wishes["d2quant"]("attention_in", bits)) == {}
     for site in ("mlp_hidden", "attention_in"):
-        assert dict(wishes["d2quant-uniform"](site, bits)) == {"grid": "uniform"}
         assert dict(wishes["dualfit"](site, bits)) == {"zero_point": "real"}
         for name in ("rtn", "awq", "gptq", "gptaq", "smoothquant", "l2qer", "qera", "quarot"):
             assert dict(wishes[name](site, bits)) == {}, name
@@ -174,9 +165,9 @@ def test_grids_that_methods_prefer(bits: int) -> None:
     {"correction": OutlierColumns(16)}, {"online": ("mlp_hidden",)},
 ], ids=str)  # fmt: skip
 def test_a_rounder_that_scales_columns_is_refused_where_they_would_meet_others(parts: dict[str, Any]) -> None:
-    with pytest.raises(BadRecipe, match="use the transform ColumnScales"):
+    with pytest.raises(BadRecipe, match="online transform of its input; leave one of them out"):
         Steps(GPTQ(DualScale()), **parts)
-    with pytest.raises(BadRecipe, match="use the transform ColumnScales"):
+    with pytest.raises(BadRecipe, match="online transform of its input; leave one of them out"):
         Steps(GPTQ(), rounders={"mlp_hidden": GPTQ(DualScale())}, **parts)
     Steps(GPTQ(RowScale()), **parts)
     Steps(GPTQ(), rounders={"mlp_hidden": GPTQ(DualScale())}, online=("attention_out",))
@@ -185,9 +176,9 @@ def test_a_rounder_that_scales_columns_is_refused_where_they_would_meet_others(p
 def test_salient_columns_need_an_order() -> None:
     with pytest.raises(BadRecipe, match='saliency is "none", rank 128'):
         METHODS["serq"].steps({"saliency": "none"})
-    with pytest.raises(BadRecipe, match="heads 'whole'"):
-        METHODS["serq"].steps({"saliency": "none", "rank": 0, "heads": "whole"})
-    with pytest.raises(BadRecipe, match="choose one of none, size, energy, gain"):
+    with pytest.raises(BadRecipe, match="permutation 'offline'"):
+        METHODS["serq"].steps({"saliency": "none", "rank": 0, "permutation": "offline"})
+    with pytest.raises(BadRecipe, match="choose one of none, size, energy"):
         METHODS["serq"].steps({"saliency": "loud"})
     assert METHODS["serq"].steps({"saliency": "none", "rank": 0}).saliency is None
 

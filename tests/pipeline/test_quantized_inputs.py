@@ -51,16 +51,11 @@ def departure(model: torch.nn.Module, folder: Path) -> float:
 STAGES: dict[str, dict[str, Any]] = {
     "published": {},
     "to nearest": {"rounding": "rtn"},
-    "after": {"form": "after", "rounding": "rtn"},
-    "fitted": {"form": "fitted", "rounding": "rtn"},
     "residual": {"residual": "salient"},
-    "residual after": {"residual": "salient", "form": "after", "rounding": "rtn"},
-    "offline orders": {"heads": "whole", "residual_order": "global"},
-    "gain": {"saliency": "gain"},
+    "offline orders": {"permutation": "offline"},
     "no flattening": {"flattening": "none"},
     "searched": {"flattening": "search"},
-    "quantized inputs": {"inputs": "quantized", "asymmetry": "shifted"},
-    "rotated": {"rotation": "groups"},
+    "quantized inputs": {"inputs": "quantized"},
 }
 
 
@@ -119,12 +114,11 @@ def test_offline_orders_store_no_gather(folders: dict[str, Path], token_file: Pa
         return {path.split(".")[-1] for path, module in linears.items() if module.gather is not None}
 
     assert gathers() == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"}
-    assert gathers(heads="whole") == {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"}
-    assert gathers(heads="whole", residual_order="global") == set()
+    assert gathers(permutation="offline") == set()
 
 
 def test_a_global_order_keeps_a_tied_head_tied(folders: dict[str, Path], token_file: Path, tmp_path: Path) -> None:
-    options = {"rank": RANK, "residual_order": "global"}
+    options = {"rank": RANK, "permutation": "offline"}
     _, model = make(folders["llama-tied"], token_file, tmp_path / "out", **SERQ, options=options)
     assert model.config.tie_word_embeddings
     assert "lm_head" not in packed_config_of(model.config).modules
@@ -175,16 +169,12 @@ def test_wider_inputs_come_closer_to_those_that_are_not_quantized(
 
 @pytest.mark.parametrize(("values", "message"), [
     ({"method": "serq", "options": {"rank": 200}}, "rank 200 is larger than the 48 inputs"),
-    ({"method": "serq", "options": {"rank": 24, "form": "after"}}, "no multiple of"),
-    ({"method": "serq", "options": {"rotation": "groups", "residual_order": "global"}}, "exclude each other"),
-    ({"method": "serq", "options": {"rank": 16, "asymmetry": "released"}}, 'use "shifted" or "none"'),
+    ({"method": "serq", "options": {"rotation": "groups"}}, "has no option 'rotation'"),
+    ({"method": "twinfit", "options": {"order": "gar"}}, "has no option 'order'"),
     ({"method": "serq", "options": {"flattening": "flat"}}, "choose one of none, powers, search"),
     ({"method": "rtn", "activation_bits": 5}, "activation bits are 5; choose one of 3, 4, 8"),
     ({"method": "rtn", "grid": "mxfp4"}, "an mxfp4 grid has 4 bits, groups of 32"),
     ({"method": "dualfit", "grid": "mxfp4", "group_size": 32}, "q_proj: column scales and refitted rows need"),
-    ({"method": "serq", "group_size": -1, "options": {"rank": 16, "form": "after"}}, "no multiple of"),
-    ({"method": "qera", "options": {"rounding": "gptq", "asymmetry": "shifted"}}, "does not go with low-rank"),
-    ({"method": "smoothquant", "options": {"asymmetry": "shifted"}}, 'needs rounding = "gptq"'),
     ({"method": "serq", "options": {"rank": 0, "residual": "salient"}}, "rank is 0 and residual"),
 ])  # fmt: skip
 def test_what_does_not_fit_is_refused_before_anything_is_written(
@@ -285,7 +275,7 @@ def test_a_gather_that_is_no_permutation_is_refused_at_load(
 def test_layers_in_another_order_are_not_compared_with_the_original(
     folders: dict[str, Path], token_file: Path, tmp_path: Path
 ) -> None:
-    options = {"rank": RANK, "flattening": "none", "residual_order": "global"}
+    options = {"rank": RANK, "flattening": "none", "permutation": "offline"}
     report, _ = make(folders["llama"], token_file, tmp_path / "out", **SERQ, options=options)
     assert all(linear.moved for linear in report.linears)
     bits = [linear.effective_bits * linear.shape[0] * linear.shape[1] for linear in report.linears]

@@ -93,7 +93,7 @@ def test_propagation_is_the_drift_through_the_inverse_of_what_lies_behind(order:
             near &= bool(((found[q, q + 1 :] - expected).abs() <= 1e-11 * size).all())
         return near
 
-    asymmetry = Asymmetry("original", alpha)
+    asymmetry = Asymmetry("corrected", alpha)
     assert agrees(Push(r, asymmetry).propagation(u))
     faults = {
         "drift transposed": Push(r.T.contiguous(), asymmetry).propagation(u),
@@ -221,7 +221,7 @@ def test_a_missing_drift_is_an_error_that_names_the_linear(form: str) -> None:
 
 
 def test_bad_settings_are_bad_recipes() -> None:
-    with pytest.raises(BadRecipe, match="'gptaq'; choose one of none, released, corrected, original, shifted"):
+    with pytest.raises(BadRecipe, match="'gptaq'; choose one of none, released, corrected, shifted"):
         Asymmetry("gptaq")
     for alpha in (-0.1, 1.1, float("nan")):
         with pytest.raises(BadRecipe, match="alpha"):

@@ -171,8 +171,7 @@ def oracle(x: Tensor, terms: LinearTerms, scheme: ActivationScheme) -> Tensor:
         if terms.residual != "none":
             rank = terms.salient.shape[1]
             rest = quantize(x[:, :rank].float() - entered.values()[:, :rank], scheme)
-            target = terms.weight if terms.residual == "weight" else terms.salient
-            y = oracle_product(codes_of(rest, scheme), target, y)
+            y = oracle_product(codes_of(rest, scheme), terms.salient, y)
     if terms.low_rank is not None:
         down, up = terms.low_rank
         inner = torch.from_numpy(oracle_product(codes, down, np.zeros((len(x), down.shape[0]), np.float32)))

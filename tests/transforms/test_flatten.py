@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-import subnibble
 from conftest import CONFIGS
-from subnibble import Recipe
 from subnibble.calibrate.stream import BlockStream, SiteStatistics
 from subnibble.checkpoint.safetensors_source import SafetensorsSource
 from subnibble.errors import BadRecipe
 from subnibble.model.skeleton import Block, Skeleton
 from subnibble.model.transformers_api.blocks import run_block
-from subnibble.rounding import grid
-from subnibble.rounding.dual_scale import DualScale
 from subnibble.scheme import ActivationScheme, Scheme
 from subnibble.transforms import flatten
-from subnibble.transforms.column_scale import ColumnScales
 from subnibble.transforms.flatten import Flatten, NormFlatten, SearchedFlatten, factors
 
 SAME = 1e-5
@@ -188,79 +182,3 @@ def test_the_search_sees_columns_in_falling_order_and_a_function_that_stays(stre
 def test_powers_outside_their_range_are_refused(values: tuple[float, float]) -> None:
     with pytest.raises(BadRecipe, match="give a number from 0 to 1"):
         Flatten(*values)
-
-
-# Column scales, which are folded in the same way.
-
-
-def test_column_scales_leave_the_function(streamed: Streamed) -> None:
-    assert streamed.moved_by(ColumnScales()) < SAME
-
-
-def test_column_scales_are_those_of_the_dual_scale_quantizer_group_by_group(streamed: Streamed) -> None:
-    weight, found = streamed.block.linear(DOWN).weight.detach().clone(), streamed.statistics()
-    scheme = found.schemes[DOWN]
-    assert scheme is not None
-    made = ColumnScales()(streamed.block, found)
-    assert set(made) == {"mlp_hidden"}
-    for index, (start, stop) in enumerate(scheme.group_bounds(weight.shape[1])):
-        columns = DualScale().fit(weight[:, start:stop], scheme, None, index).columns
-        assert columns is not None
-        torch.testing.assert_close(made["mlp_hidden"][start:stop], 1 / columns)
-    torch.testing.assert_close(streamed.block.linear(DOWN).weight.detach(), weight * made["mlp_hidden"])
-
-
-def test_columns_of_unequal_size_round_better_behind_column_scales(streamed: Streamed) -> None:
-    linear, found = streamed.block.linear(DOWN), streamed.statistics()
-    scheme = found.schemes[DOWN]
-    assert scheme is not None
-    linear.weight.data *= torch.exp(torch.randn(linear.in_features, generator=torch.Generator().manual_seed(1)))
-    weight = linear.weight.detach().clone()
-    plain = (grid.nearest(weight, scheme) - weight).norm()
-    factors = ColumnScales()(streamed.block, found)["mlp_hidden"]
-    scaled = (grid.nearest(linear.weight.detach(), scheme) / factors - weight).norm()
-    assert float(scaled) < 0.8 * float(plain)
-
-
-def test_column_scales_leave_skipped_linears(streamed: Streamed) -> None:
-    found = streamed.statistics()
-    found.schemes[DOWN] = None
-    assert ColumnScales()(streamed.block, found) == {}
-
-
-def test_column_scales_behind_flattening_leave_the_function(streamed: Streamed) -> None:
-    made = {}
-
-    def both(block: Block, found: SiteStatistics) -> None:
-        flattened = Flatten()(block, found)
-        made.update(flattened=flattened, scaled=ColumnScales()(block, found))
-
-    assert streamed.moved_by(both) < SAME
-    assert not torch.equal(made["flattened"]["mlp_hidden"], made["scaled"]["mlp_hidden"])
-
-
-def test_column_scales_on_grids_that_take_none_are_refused_before_weights_are_read(
-    folders: dict[str, Path], token_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    recipe = Recipe(
-        method="serq", grid="mxfp4", bits=4, group_size=32, activation_bits=4, calibration=str(token_file),
-        num_windows=2, window=16, device="cpu", options={"column_scales": "down", "rank": 32},
-    )  # fmt: skip
-    monkeypatch.setattr(SafetensorsSource, "load", lambda *a: pytest.fail("a weight was read"))
-    with pytest.raises(BadRecipe, match=r"model.layers.0.mlp.down_proj: column scales .* need a uniform or sign grid"):
-        subnibble.quantize(folders["llama"], tmp_path / "out", recipe)
-
-
-def test_serq_quantizes_with_column_scales(folders: dict[str, Path], token_file: Path, tmp_path: Path) -> None:
-    settings = {
-        "method": "serq", "bits": 4, "group_size": 16, "activation_bits": 4, "calibration": str(token_file),
-        "num_windows": 2, "window": 16, "device": "cpu", "dtype": "float32",
-    }  # fmt: skip
-    errors = {}
-    for name in ("none", "down"):
-        options = {"rank": 16, "column_scales": name}
-        report = subnibble.quantize(folders["llama"], tmp_path / name, Recipe(**settings, options=options))  # type: ignore[arg-type]
-        errors[name] = {linear.path: linear.output_error for linear in report.linears}
-    assert errors["none"].keys() == errors["down"].keys()
-    assert all(error < 0.5 for error in errors["down"].values())
-    assert errors["none"] != errors["down"]

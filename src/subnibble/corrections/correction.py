@@ -19,7 +19,6 @@ from torch import Tensor
 
 from subnibble.checkpoint.entries import PackedLinearEntry
 from subnibble.errors import NumericalFailure
-from subnibble.rounding.gptaq import FORMS
 from subnibble.rounding.rounder import Rounder, Rounding
 from subnibble.scheme import ActivationScheme, Scheme
 from subnibble.tensor import PackedRange, PackedTensor
@@ -59,13 +58,8 @@ class RoundMain:
 
 @dataclass(frozen=True)
 class Correction:
-    """noun: what it adds, for messages. asymmetries: forms of `rounding/gptaq.py` that it goes with.
+    """needs_data, needs_sizes: whether it needs calibration text, and of it the mean magnitudes of inputs."""
 
-    needs_data, needs_sizes: whether it needs calibration text, and of it the mean magnitudes of inputs.
-    """
-
-    noun: ClassVar[str] = "codes alone"
-    asymmetries: ClassVar[tuple[str, ...]] = FORMS
     needs_data: ClassVar[bool] = False
     needs_sizes: ClassVar[bool] = False
 
@@ -83,10 +77,6 @@ class Correction:
     def coarse(self) -> str:
         """Which matrix holds the salient channels' coarse weight, in the words of `ops.LinearTerms.residual`."""
         return "none"
-
-    def of_rank(self, rank: int) -> Correction:
-        """The same with so many salient columns, of a correction that has some."""
-        return self
 
     def check(self, columns: int, scheme: Scheme, where: str) -> None:
         """Raise `BadRecipe` if it does not fit the linear `where` of `columns` inputs."""

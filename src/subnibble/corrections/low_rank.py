@@ -35,8 +35,6 @@ _FLOOR = 1e-6
 class LowRank(Correction):
     """rank: r, at most the smaller side of a weight. form: see the module. bits: of both factors."""
 
-    noun: ClassVar[str] = "low-rank factors"
-    asymmetries: ClassVar[tuple[str, ...]] = ("none",)
     needs_data: ClassVar[bool] = True
     needs_sizes: ClassVar[bool] = True
 

@@ -29,8 +29,6 @@ _DAMPING = 0.01
 class OutlierColumns(Correction):
     """count: columns at 8 bits, symmetric, one scale a row; of inputs, one scale a token."""
 
-    noun: ClassVar[str] = "outlier columns"
-    asymmetries: ClassVar[tuple[str, ...]] = ("none",)
     needs_data: ClassVar[bool] = True
 
     count: int = 128

@@ -4,7 +4,7 @@ from subnibble.errors import BadRecipe
 from subnibble.methods.atom import ATOM
 from subnibble.methods.awq import AWQ
 from subnibble.methods.bisup import BISUP
-from subnibble.methods.d2quant import D2QUANT, D2QUANT_UNIFORM
+from subnibble.methods.d2quant import D2QUANT
 from subnibble.methods.dualfit import DUALFIT
 from subnibble.methods.gptaq import GPTAQ
 from subnibble.methods.gptq import GPTQ
@@ -26,7 +26,6 @@ METHODS: dict[str, Method] = {
         GPTQ,
         GPTAQ,
         D2QUANT,
-        D2QUANT_UNIFORM,
         DUALFIT,
         SMOOTHQUANT,
         L2QER,

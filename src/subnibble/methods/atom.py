@@ -32,7 +32,7 @@ class Options(WeightOptions):
 def build(options: Options) -> Steps:
     """Steps of Atom."""
     return Steps(
-        rounder=rounder_of(options),
+        rounder=rounder_of(options, options.order),
         prefers=symmetric,
         rotation=options.rotation,
         saliency=Saliency("energy", direction="rising"),

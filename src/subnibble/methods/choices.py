@@ -1,9 +1,10 @@
 """The words that options of methods may have, for people to choose from; each is checked where it is used."""
 
 from subnibble import cache_scheme
-from subnibble.corrections import mean_shift, salient
+from subnibble.corrections import mean_shift
 from subnibble.methods import bisup, d2quant, method, serq, weights
 from subnibble.rounding import gptaq, grid, levels, order
+from subnibble.runtime import ops
 from subnibble.transforms import rotate, rotate_values, saliency
 from subnibble.tuning import tuning
 
@@ -22,7 +23,6 @@ OPTION_CHOICES = {
         "rounding": weights.ROUNDINGS,
         "inputs": method.INPUTS,
         "flattening": serq.FLATTENINGS,
-        "column_scales": serq.COLUMN_SCALES,
         "over": tuple(bisup.BASES),
         "clipping": tuning.CLIPPINGS,
         "input_clipping": tuning.INPUT_CLIPPINGS,
@@ -30,11 +30,8 @@ OPTION_CHOICES = {
         "low_rank": tuning.LOW_RANKS,
         "effort": tuple(tuning.EFFORTS),
         "saliency": serq.SALIENCIES,
-        "heads": saliency.HEAD_ORDERS,
-        "residual_order": saliency.RESIDUAL_ORDERS,
-        "ranks": method.RANKS,
-        "form": salient.FORMS,
-        "residual": salient.RESIDUALS,
+        "permutation": saliency.PERMUTATIONS,
+        "residual": ops.RESIDUALS,
     }.items()
 }
 # Of the KV cache, see `CacheScheme`.

@@ -3,10 +3,10 @@
 `d2quant` is what the authors' program does by default: residual stream rotated by groups, GPTAQ (alpha 0.25) in
 group-aware order, `DualScale` version R (sign bases, unweighted) at 2 and 3 bits on the linears that read the MLP's
 hidden channels, a clipped grid with integer zero-points elsewhere, DAC on all channels. At 4 bits, where version R does
-not go, it is version P. `d2quant-uniform` is version P at any bits, as the paper's text has it: every code lies on a
-uniform grid. Deviations: the column scale is absorbed by the up-projection's stored scales, which the paper draws and
-the program leaves out; group sizes other than 128 index columns inside their own group; embeddings keep their mean;
-each group's rotation draws its own signs, where the program uses one block for all.
+not go, it is version P; with `grid = "uniform"` it is version P at any bits, as the paper's text has it. Deviations:
+the column scale is absorbed by the up-projection's stored scales, which the paper draws and the program leaves out;
+group sizes other than 128 index columns inside their own group; embeddings keep their mean; each group's rotation draws
+its own signs, where the program uses one block for all.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
-from subnibble.corrections.mean_shift import MeanShift
 from subnibble.errors import BadRecipe
 from subnibble.methods.method import Method, Steps
 from subnibble.model.site import Role
@@ -67,11 +66,6 @@ def released_grid(site: str, bits: int) -> Mapping[str, str]:
     return {"grid": "sign"} if site == _DOWN and bits in (2, 3) else {}
 
 
-def uniform_grid(site: str, bits: int) -> Mapping[str, str]:
-    """Uniform everywhere."""
-    return {"grid": "uniform"}
-
-
 def build(options: Options, prefers: Callable[[str, int], Mapping[str, str]]) -> Steps:
     """Steps of D2Quant."""
     clip = Clip(options.clip, options.clip_power)
@@ -93,7 +87,7 @@ def build(options: Options, prefers: Callable[[str, int], Mapping[str, str]]) ->
         rounders={_DOWN: rounder(dual)} if options.columns == "down" else {},
         prefers=prefers,
         rotation=options.rotation,
-        mean_shift=None if options.mean_shift == "none" else MeanShift(options.mean_shift),
+        mean_shift=options.mean_shift,
     )
 
 
@@ -103,11 +97,4 @@ D2QUANT = Method(
     "arXiv 2602.02546",
     Options,
     partial(build, prefers=released_grid),
-)
-D2QUANT_UNIFORM = Method(
-    "d2quant-uniform",
-    "the same on uniform grids, which every runtime has",
-    "arXiv 2602.02546",
-    Options,
-    partial(build, prefers=uniform_grid),
 )

@@ -27,7 +27,7 @@ class Options(WeightOptions):
 def build(options: Options, form: str) -> Steps:
     """Steps of either method."""
     return Steps(
-        rounder=rounder_of(options),
+        rounder=rounder_of(options, options.order),
         rotation=options.rotation,
         correction=LowRank(options.rank, form, options.factor_bits),
         inputs=options.inputs,

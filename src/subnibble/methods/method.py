@@ -7,9 +7,8 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from subnibble.corrections.correction import NOTHING, Correction
-from subnibble.corrections.mean_shift import MeanShift
+from subnibble.corrections.mean_shift import check_mean_shift
 from subnibble.errors import BadRecipe
-from subnibble.rounding.gptaq import FORMS
 from subnibble.rounding.grid import Clip
 from subnibble.rounding.rounder import Rounder
 from subnibble.transforms.rotate import check_rotation
@@ -20,7 +19,6 @@ from subnibble.tuning.tuning import Tuning
 
 # What the statistics of later linears, and their rounding, see of quantized inputs.
 INPUTS = ("exact", "quantized")
-RANKS = ("uniform", "gain")
 # The grid and zero-point that a method wants, by the keys of `Scheme`, for a site's readers at a bit width.
 Preference = Callable[[str, int], Mapping[str, str]]
 # The settings that a method wants, by the keys of `CacheScheme`, for a KV cache of so many bits.
@@ -46,10 +44,9 @@ class Steps:
     rounders: rounders of some sites' readers, by role.
     prefers: the grid that the method wants, see `Preference`; what the recipe says goes first.
     rotation: of the residual stream, see `transforms/rotate.py`.
-    mean_shift: corrects the norms behind quantized linears, or None.
+    mean_shift: of the norms behind quantized linears, see `corrections/mean_shift.py`.
     saliency: gives sites their channel order, or None.
     correction: gives linears more terms against rounding error.
-    ranks: of salient columns, "uniform" or "gain", see `corrections/ranks.py`.
     online: roles of sites whose readers get an online Hadamard transform.
     inputs: "exact" calibrates on inputs, keys and values that are not quantized, "quantized" on what the running model
         will see.
@@ -64,10 +61,9 @@ class Steps:
     rounders: Mapping[str, Rounder] = field(default_factory=dict)
     prefers: Preference = no_preference
     rotation: str = "none"
-    mean_shift: MeanShift | None = None
+    mean_shift: str = "none"
     saliency: Saliency | None = None
     correction: Correction = NOTHING
-    ranks: str = "uniform"
     online: tuple[str, ...] = ()
     inputs: str = "exact"
     value_rotation: str = "none"
@@ -78,24 +74,20 @@ class Steps:
     def __post_init__(self) -> None:
         check_rotation(self.rotation)
         check_value_rotation(self.value_rotation)
+        check_mean_shift(self.mean_shift)
         if self.inputs not in INPUTS:
             raise BadRecipe(f"inputs is {self.inputs!r}; choose one of {', '.join(INPUTS)}")
         if self.orders_residual and self.rotation != "none":
             raise BadRecipe(
-                'one order of the residual stream and its rotation exclude each other; use residual_order = "gather"'
+                'one order of the residual stream and its rotation exclude each other; use permutation = "gather"'
             )
-        if self.ranks not in RANKS:
-            raise BadRecipe(f"ranks is {self.ranks!r}; choose one of {', '.join(RANKS)}")
-        if self.ranks == "gain" and (self.rotation != "none" or self.orders_residual):
-            raise BadRecipe(
-                'ranks by gain go with neither rotation nor residual_order = "global"; use ranks = "uniform"'
-            )
-        if self.ranks == "gain" and self.correction.salient == 0:
-            raise BadRecipe('ranks = "gain" needs a rank above 0, which is their mean')
         if self.tuning is not None:
             _check_tuning(self)
-        for rounder in (self.rounder, *self.rounders.values()):
-            _check_drift(self.correction, rounder)
+        if self.needs_drift and (self.correction != NOTHING or self.tuning is not None):
+            raise BadRecipe(
+                "a rounder towards full-precision outputs goes with neither other terms of a linear nor tuning; leave "
+                "one of them out"
+            )
         _check_column_scales(self)
 
     def rounder_of(self, site: str) -> Rounder:
@@ -106,7 +98,7 @@ class Steps:
     def needs_data(self) -> bool:
         """Whether calibration text is needed."""
         rounders = (self.rounder, *self.rounders.values())
-        parts = (self.transforms, self.mean_shift, self.saliency, self.correction.needs_data, self.tuning)
+        parts = (self.transforms, self.corrects_norms, self.saliency, self.correction.needs_data, self.tuning)
         return any(parts) or any(rounder.needs_gram for rounder in rounders)
 
     @property
@@ -115,9 +107,14 @@ class Steps:
         return self.inputs == "quantized" or self.tuning is not None
 
     @property
+    def corrects_norms(self) -> bool:
+        """Whether norms behind quantized linears get a bias against mean shift."""
+        return self.mean_shift != "none"
+
+    @property
     def orders_residual(self) -> bool:
         """Whether the whole residual stream gets one channel order."""
-        return self.saliency is not None and self.saliency.residual == "global"
+        return self.saliency is not None and self.saliency.permutation == "offline"
 
     @property
     def needs_survey(self) -> bool:
@@ -139,11 +136,9 @@ def _check_tuning(steps: Steps) -> None:
     """Raise `BadRecipe` where a step does not go with tuning, whatever the method."""
     if steps.transforms:
         raise BadRecipe("tuning learns factors of its own and goes without transforms; leave one of them out")
-    if steps.mean_shift is not None:
+    if steps.corrects_norms:
         raise BadRecipe("tuning does not go with a mean shift; leave one of them out")
     steps.correction.check_tuned()
-    if steps.ranks != "uniform":
-        raise BadRecipe('tuning with salient columns needs ranks = "uniform"')
     for rounder in (steps.rounder, *steps.rounders.values()):
         if rounder.on(Clip()) is None:
             raise BadRecipe(f"tuning rounds on learned grids, which {type(rounder).__name__} does not take; use GPTQ")
@@ -161,19 +156,8 @@ def _check_column_scales(steps: Steps) -> None:
     if any(rounder.scales_columns for rounder in (rounders if others else map(steps.rounder_of, steps.online))):
         raise BadRecipe(
             "a rounder that scales columns goes with neither a channel order, nor other terms of a linear, nor an "
-            "online transform of its input; use the transform ColumnScales"
+            "online transform of its input; leave one of them out"
         )
-
-
-def _check_drift(correction: Correction, rounder: Rounder) -> None:
-    """Raise `BadRecipe` where a correction would undo what the rounder does towards full-precision outputs."""
-    if not rounder.needs_drift or correction.asymmetries == FORMS:
-        return
-    if rounder.drift_form not in FORMS:
-        raise BadRecipe(f"{type(rounder).__name__} needs drift, which does not go with {correction.noun}")
-    if rounder.drift_form not in correction.asymmetries:
-        known = " or ".join(f'"{form}"' for form in reversed(correction.asymmetries))
-        raise BadRecipe(f"asymmetry {rounder.drift_form!r} does not go with {correction.noun}; use {known}")
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ class Options(WeightOptions):
 def build(options: Options) -> Steps:
     """Steps of QuaRot."""
     return Steps(
-        rounder=rounder_of(options),
+        rounder=rounder_of(options, options.order),
         rotation=options.rotation,
         online=(Role.ATTENTION_OUT, Role.MLP_HIDDEN),
         inputs=options.inputs,

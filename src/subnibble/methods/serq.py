@@ -23,50 +23,42 @@ from subnibble.corrections.correction import NOTHING, Correction, RoundMain
 from subnibble.corrections.salient import SalientColumns
 from subnibble.errors import BadRecipe
 from subnibble.methods.method import Method, Steps
-from subnibble.methods.weights import WeightOptions, rounder_of, symmetric
-from subnibble.rounding.dual_scale import DualScale
+from subnibble.methods.weights import RoundingOptions, rounder_of, symmetric
 from subnibble.rounding.grid import Clip
 from subnibble.rounding.rtn import RTN
 from subnibble.runtime import activations
-from subnibble.transforms.column_scale import ColumnScales
 from subnibble.transforms.flatten import Flatten, Loss, SearchedFlatten
 from subnibble.transforms.saliency import SCORES, Saliency
 from subnibble.transforms.transform import Transform
 
 FLATTENINGS = ("none", "powers", "search")
-COLUMN_SCALES = ("none", "down")
 SALIENCIES = ("none", *SCORES)
 
 
 @dataclass(frozen=True)
-class Options(WeightOptions):
+class Options(RoundingOptions):
     """SERQ's own settings; the others as in `methods/weights.py`. weighting: of the main matrix, the second one's grids
     are fitted without.
 
     rank: salient channels, 0 for none.
-    form, residual: `corrections/salient.py`.
+    residual: `corrections/salient.py`.
     flattening: "none"; "powers" for alpha and beta everywhere; "search" for each site's own, see
         `transforms/flatten.py`: the search rounds to nearest and takes channels in the order of their sizes, `rank` of
-        them salient, whatever rounding, saliency, heads and ranks say.
-    column_scales: "down" for D2Quant's on down-projections, see `transforms/column_scale.py`, or "none".
+        them salient, whatever rounding, saliency and permutation say.
     saliency: `transforms/saliency.py`; "none", too, where there are no salient channels.
-    heads, residual_order: `transforms/saliency.py`.
-    ranks: "uniform", or "gain" for each linear's own with rank as their mean, see `corrections/ranks.py`.
+    permutation: "gather" lets linears gather their channels, "offline" moves all channels in the weights, see
+        `transforms/saliency.py`.
     """
 
     rounding: str = "gptq"
     clip: str = "minmax"
     rank: int = 128
-    form: str = "before"
     residual: str = "none"
     flattening: str = "powers"
     alpha: float = 1.0
     beta: float = 0.0
-    column_scales: str = "none"
     saliency: str = "size"
-    heads: str = "gather"
-    residual_order: str = "gather"
-    ranks: str = "uniform"
+    permutation: str = "gather"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -76,37 +68,27 @@ class Options(WeightOptions):
             raise BadRecipe(f'rank is 0 and residual {self.residual!r}; give salient channels, or residual = "none"')
         if self.flattening not in FLATTENINGS:
             raise BadRecipe(f"flattening is {self.flattening!r}; choose one of {', '.join(FLATTENINGS)}")
-        if self.column_scales not in COLUMN_SCALES:
-            raise BadRecipe(f"column_scales is {self.column_scales!r}; choose one of {', '.join(COLUMN_SCALES)}")
         if self.saliency not in SALIENCIES:
             raise BadRecipe(f"saliency is {self.saliency!r}; choose one of {', '.join(SALIENCIES)}")
-        if self.saliency == "none" and (self.rank, self.heads, self.residual_order) != (0, "gather", "gather"):
+        if self.saliency == "none" and (self.rank, self.permutation) != (0, "gather"):
             raise BadRecipe(
-                f'saliency is "none", rank {self.rank}, heads {self.heads!r} and residual_order '
-                f"{self.residual_order!r}; without an order use rank = 0 and leave heads and residual_order out"
+                f'saliency is "none", rank {self.rank} and permutation {self.permutation!r}; without an order use '
+                "rank = 0 and leave permutation out"
             )
 
 
 def build(options: Options) -> Steps:
     """Steps of SERQ."""
     fitter = Clip(options.clip, options.clip_power)
-    correction = SalientColumns(options.rank, options.form, fitter, options.residual) if options.rank else NOTHING
+    correction = SalientColumns(options.rank, fitter, options.residual) if options.rank else NOTHING
     return Steps(
         rounder=rounder_of(options),
-        transforms=(*_flattening(options, correction), *_column_scales(options)),
+        transforms=_flattening(options, correction),
         prefers=symmetric,
-        rotation=options.rotation,
-        saliency=_saliency(options),
+        saliency=None if options.saliency == "none" else Saliency(options.saliency, options.permutation),
         correction=correction,
-        ranks=options.ranks,
         inputs=options.inputs,
     )
-
-
-def _saliency(options: Options) -> Saliency | None:
-    if options.saliency == "none":
-        return None
-    return Saliency(options.saliency, options.heads, options.residual_order)
 
 
 def _flattening(options: Options, correction: Correction) -> tuple[Transform, ...]:
@@ -117,10 +99,6 @@ def _flattening(options: Options, correction: Correction) -> tuple[Transform, ..
             return (Flatten(options.alpha, options.beta),)
     nearest = RTN(Clip(options.clip, options.clip_power), options.weighting)
     return (SearchedFlatten(_QuantizedError(nearest, correction)),)
-
-
-def _column_scales(options: Options) -> tuple[Transform, ...]:
-    return () if options.column_scales == "none" else (ColumnScales(DualScale(Clip("mse", options.clip_power))),)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ class Options(WeightOptions):
 def build(options: Options) -> Steps:
     """Steps of SmoothQuant."""
     return Steps(
-        rounder=rounder_of(options),
+        rounder=rounder_of(options, options.order),
         transforms=(NormFlatten(options.alpha, 1 - options.alpha),),
         rotation=options.rotation,
         inputs=options.inputs,

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from subnibble.errors import BadRecipe
-from subnibble.rounding.gptaq import Asymmetry
 from subnibble.rounding.gptq import GPTQ
 from subnibble.rounding.grid import Clip
 from subnibble.rounding.rounder import Rounder
@@ -16,28 +15,29 @@ ROUNDINGS = ("rtn", "gptq")
 
 
 @dataclass(frozen=True)
-class WeightOptions:
-    """rounding: "rtn" or "gptq". clip, clip_power: `rounding/grid.py`; damping, order, weighting: `rounding/gptq.py`,
-    `rounding/rtn.py`; asymmetry, alpha_drift: form and alpha of `rounding/gptaq.py`; rotation: `transforms/rotate.py`;
-    inputs: `methods/method.py`.
+class RoundingOptions:
+    """rounding: "rtn" or "gptq". clip, clip_power: `rounding/grid.py`; damping, weighting: `rounding/gptq.py`,
+    `rounding/rtn.py`; inputs: `methods/method.py`.
     """
 
     rounding: str = "rtn"
     clip: str = "mse"
     clip_power: float = 2.0
     damping: float = 0.01
-    order: str = "natural"
     weighting: str = "none"
-    asymmetry: str = "none"
-    alpha_drift: float = 0.5
-    rotation: str = "none"
     inputs: str = "exact"
 
     def __post_init__(self) -> None:
         if self.rounding not in ROUNDINGS:
             raise BadRecipe(f"rounding is {self.rounding!r}; choose one of {', '.join(ROUNDINGS)}")
-        if self.rounding == "rtn" and self.asymmetry != "none":
-            raise BadRecipe(f'asymmetry {self.asymmetry!r} needs rounding = "gptq"; found "rtn"')
+
+
+@dataclass(frozen=True)
+class WeightOptions(RoundingOptions):
+    """order: of columns, `rounding/order.py`; rotation: `transforms/rotate.py`. The others as above."""
+
+    order: str = "natural"
+    rotation: str = "none"
 
 
 def symmetric(site: str, bits: int) -> Mapping[str, str]:
@@ -45,10 +45,9 @@ def symmetric(site: str, bits: int) -> Mapping[str, str]:
     return {"zero_point": "none"}
 
 
-def rounder_of(options: WeightOptions) -> Rounder:
-    """The rounder that options ask for."""
+def rounder_of(options: RoundingOptions, order: str = "natural") -> Rounder:
+    """The rounder that options ask for. order: in which GPTQ visits columns."""
     clip = Clip(options.clip, options.clip_power)
     if options.rounding == "rtn":
         return RTN(clip, options.weighting)
-    asymmetry = Asymmetry(options.asymmetry, options.alpha_drift)
-    return GPTQ(clip, damping=options.damping, order=options.order, weighting=options.weighting, asymmetry=asymmetry)
+    return GPTQ(clip, damping=options.damping, order=order, weighting=options.weighting)

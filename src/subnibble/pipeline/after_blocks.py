@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from subnibble.calibrate.sinks import ordinary_tokens
 from subnibble.checkpoint.entries import Entry, NormBiasEntry, PackedLinearEntry, input_mix_state
-from subnibble.corrections.mean_shift import MeanShift
+from subnibble.corrections.mean_shift import mean_shift
 from subnibble.model.skeleton import Skeleton
 from subnibble.report.clock import Clock
 from subnibble.rounding.table import as_stored, pack_table
@@ -26,30 +25,28 @@ class AfterBlocks:
     edit: ResidualEdit | None
     clock: Clock
 
-    def final_norm(
-        self, mean_shift: MeanShift | None, wanted: list[Tensor], hidden: list[Tensor], window: int
-    ) -> tuple[dict[str, Tensor], dict[str, Entry]]:
+    def final_norm(self, wanted: list[Tensor], hidden: list[Tensor]) -> tuple[dict[str, Tensor], dict[str, Entry]]:
         """The final norm, its mean shift corrected if the method asks.
 
         wanted: the last block's outputs before its last two sites were quantized, none for no correction; hidden:
-        after. window: tokens of a calibration window.
+        after.
         """
         skeleton, path = self.skeleton, self.skeleton.arch.final_norm
         gain = self._final_gain()
         if self.edit is not None:
             gain = self.edit.final_gain(gain)
         tensors, entries = {f"{path}.weight": gain}, dict[str, Entry]()
-        if wanted and mean_shift is not None:
+        if wanted:
             norm = skeleton.load(path, skeleton.dtype)
             norm.weight.data = gain.to(skeleton.dtype)
 
-            def outputs() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-                for before, after in zip(wanted, hidden, strict=True):
-                    pair = (norm(part.to(skeleton.device)).flatten(0, -2) for part in (before, after))
-                    yield (*pair, ordinary_tokens(before))
+            def outputs() -> Iterator[tuple[Tensor, Tensor]]:
+                for pair in zip(wanted, hidden, strict=True):
+                    before, after = (norm(part.to(skeleton.device)).flatten(0, -2) for part in pair)
+                    yield before, after
 
             with self.clock.step("mean shift"), torch.no_grad():
-                bias = mean_shift(outputs(), window).to(torch.float16)
+                bias = mean_shift(outputs()).to(torch.float16)
             tensors[f"{path}.bias"] = bias
             entries[path] = NormBiasEntry(bias.shape[0])
             skeleton.release(path)

@@ -16,7 +16,6 @@ from torch import Tensor
 from subnibble.cache_scheme import CacheScheme
 from subnibble.calibrate.key_center import coding_of
 from subnibble.calibrate.prefix import PrefixStep, States, behind
-from subnibble.calibrate.sinks import ordinary_tokens
 from subnibble.calibrate.stats import AbsMean, Drift, Gram
 from subnibble.calibrate.stream import BlockStream
 from subnibble.checkpoint.entries import (
@@ -30,6 +29,8 @@ from subnibble.checkpoint.entries import (
     linear_state,
     prefix_state,
 )
+from subnibble.corrections.correction import Correction
+from subnibble.corrections.mean_shift import mean_shift
 from subnibble.errors import NumericalFailure
 from subnibble.methods.method import Steps
 from subnibble.model.site import Site
@@ -130,10 +131,10 @@ class BlockRun:
             tuning = tuner(block, bases, states, coding, streams, before)
             reference, states = tuning.reference, tuning.block.prefix
             plan = tuning.plan(plan, block.path)
-        elif streams.hidden and (steps.needs_reference or steps.mean_shift is not None):
+        elif streams.hidden and (steps.needs_reference or steps.corrects_norms):
             twin = block.twin(dtype)
             reference = BlockStream(twin, streams.wanted, before) if steps.needs_reference else None
-            teacher = BlockStream(twin, streams.hidden, before) if steps.mean_shift is not None else None
+            teacher = BlockStream(twin, streams.hidden, before) if steps.corrects_norms else None
         exact = {name: parameter.data for name, parameter in block.module.named_parameters()}
         block.module.to(dtype)
         # Until keys are as they will run there is no cache to ask: `_use_cache` comes then.
@@ -309,11 +310,9 @@ class BlockRun:
             self.exact[f"{name}.bias"] = self.exact[f"{name}.bias"][index]
 
     def _shift(self, site: Site, norm_name: str, teacher: BlockStream) -> None:
-        assert self.steps.mean_shift is not None
         with self.clock.step("mean shift"):
-            ordinary = map(ordinary_tokens, self.hidden)
-            outputs = zip(teacher.at(site), self.stream.at(site), ordinary, strict=True)
-            bias = self.steps.mean_shift(outputs, self.hidden[0].shape[1]).to(torch.float16).float()
+            outputs = zip(teacher.at(site), self.stream.at(site), strict=True)
+            bias = mean_shift(outputs).to(torch.float16).float()
             norm = self.block.module.get_submodule(norm_name)
             add_output_bias_(norm, bias.to(self.block.gain(norm_name).dtype))
             self.exact[f"{norm_name}.bias"] = bias
@@ -344,27 +343,22 @@ class BlockRun:
         """How calibration sees the stack's input."""
         if self.steps.inputs == "exact" or stack.activation is None:
             return None
-        return stack.activation, stack.rank if stack.residual != "none" else 0
+        return stack.activation, self.steps.correction.salient if stack.residual != "none" else 0
 
     def _stacks(self, site: Site) -> list[Stack]:
-        """The readers to round, together where they share schemes and rank; skipped ones are left out."""
-        path, correction = self.block.path, self.steps.correction
-        groups: dict[tuple[Scheme, ActivationScheme | None, int], list[str]] = {}
+        """The readers to round, together where they share schemes; skipped ones are left out."""
+        path = self.block.path
+        groups: dict[tuple[Scheme, ActivationScheme | None], list[str]] = {}
         for name in site.readers:
             scheme = self.plan.schemes[f"{path}.{name}"]
             if scheme is not None:
-                key = (
-                    scheme,
-                    self.plan.activations[f"{path}.{name}"],
-                    self.plan.ranks.get(f"{path}.{name}", correction.salient),
-                )
-                groups.setdefault(key, []).append(name)
+                groups.setdefault((scheme, self.plan.activations[f"{path}.{name}"]), []).append(name)
         stacks = []
-        for (scheme, activation, rank), names in groups.items():
+        for (scheme, activation), names in groups.items():
             where = f"{path}.{{{', '.join(names)}}}" if len(names) > 1 else f"{path}.{names[0]}"
             heights = tuple(self.block.linear(name).out_features for name in names)
-            residual = correction.coarse if rank and activation is not None else "none"
-            stacks.append(Stack(tuple(names), heights, scheme, activation, rank, residual, where))
+            residual = "none" if activation is None else self.steps.correction.coarse
+            stacks.append(Stack(tuple(names), heights, scheme, activation, residual, where))
         return stacks
 
     def _round(self, site: Site, stack: Stack, observed: Observed) -> None:
@@ -420,7 +414,7 @@ class BlockRun:
                 output_error=error.output,
                 nearest_error=floor.output,
                 seconds=round(seconds, 3),
-                notes={**rounding.notes, **_notes(stack, basis)},
+                notes={**rounding.notes, **_notes(correction, basis)},
             )
 
     def _rounded(
@@ -478,7 +472,7 @@ def _repeated(terms: LinearTerms) -> int:
     return 0 if terms.salient is None or terms.residual == "none" else terms.salient.shape[1]
 
 
-def _notes(stack: Stack, basis: InputBasis) -> dict[str, float]:
+def _notes(correction: Correction, basis: InputBasis) -> dict[str, float]:
     """What the report says of a linear's terms: salient channels, and into how many blocks an online transform fell."""
-    found = {"rank": stack.rank, "hadamard_blocks": len(basis.blocks)}
+    found = {"rank": correction.salient, "hadamard_blocks": len(basis.blocks)}
     return {name: count for name, count in found.items() if count}

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
-from torch import Tensor
-
 from subnibble.calibrate.stream import SiteStatistics
 from subnibble.errors import NumericalFailure
 from subnibble.methods.method import Steps
@@ -16,29 +13,25 @@ from subnibble.runtime.hadamard import hadamard_blocks
 from subnibble.transforms.input_basis import InputBasis
 
 
-def prepare_block_(
-    block: Block, steps: Steps, found: SiteStatistics | None
-) -> tuple[dict[str, Tensor], dict[str, InputBasis]]:
-    """Carry out the method's transforms on a block in float32; the factors by which sites were divided, and the bases
-    in which their readers meet them. found: statistics before, None where no step needs them.
+def prepare_block_(block: Block, steps: Steps, found: SiteStatistics | None) -> dict[str, InputBasis]:
+    """Carry out the method's transforms on a block in float32; the bases in which readers meet their sites' tensors.
+
+    found: statistics before, None where no step needs them.
     """
-    factors: dict[str, Tensor] = {}
     bases = {site.name: _online(block, site, steps) for site in block.arch.sites}
     if found is None:
-        return factors, bases
+        return bases
     for transform in steps.transforms:
         try:
-            edited = transform(block, found)
+            transform(block, found)
         except NumericalFailure as error:
             # What rounds for a transform's search knows of no block.
             raise NumericalFailure(f"{block.path}: {str(error).removeprefix(block.path).lstrip()}") from error
-        for name, made in edited.items():
-            factors[name] = factors.get(name, torch.ones_like(made)) * made
     if steps.saliency is not None:
         for site in block.arch.sites:
-            order = steps.saliency(block, site, found, factors)
+            order = steps.saliency(block, site, found)
             bases[site.name] = replace(bases[site.name], order=order)
-    return factors, bases
+    return bases
 
 
 def _online(block: Block, site: Site, steps: Steps) -> InputBasis:

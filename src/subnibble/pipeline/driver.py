@@ -1,6 +1,6 @@
 """The driver: stream a checkpoint through a method, one block at a time, into a packed checkpoint.
 
-    survey the full-precision model     for its sink tokens, one channel order, ranks by gain, if they are asked for
+    survey the full-precision model     for its sink tokens, one channel order, if they are asked for
     rotate                              norms fused, the residual stream in another basis, if the method asks
     embed text and system prompt        the prompt's keys and values are the full-precision model's, block by block
     for block in checkpoint:            one block resident
@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -44,7 +44,6 @@ from subnibble.checkpoint.safetensors_source import SafetensorsSource
 from subnibble.checkpoint.size import measure
 from subnibble.checkpoint.source import Source
 from subnibble.checkpoint.writer import CheckpointWriter, check_output
-from subnibble.corrections.ranks import Gains, allocate, gains_of
 from subnibble.errors import OutputError
 from subnibble.given import given_path
 from subnibble.methods.method import Steps
@@ -55,7 +54,6 @@ from subnibble.model.verify import check_written
 from subnibble.paths import expanded, is_file
 from subnibble.pipeline.after_blocks import AfterBlocks
 from subnibble.pipeline.block_run import BlockRun, better
-from subnibble.pipeline.block_transforms import prepare_block_
 from subnibble.pipeline.block_tuning import Tuner
 from subnibble.pipeline.distill import distill
 from subnibble.pipeline.plan import Plan
@@ -211,7 +209,7 @@ class _Run:
         """Round the readers of a block's sites, in data-flow order. on_site: is told how many are done, and which."""
         arch, index = self.skeleton.arch, run.block.index
         last_norm = [site for site in arch.sites if site.norm is not None][-1]
-        corrects_final_norm = self.steps.mean_shift is not None and self.windows is not None
+        corrects_final_norm = self.steps.corrects_norms and self.windows is not None
         for number, site in enumerate(arch.sites, start=1):
             run.correct_norm(site)
             if corrects_final_norm and index == self.skeleton.num_blocks - 1 and site == last_norm:
@@ -234,8 +232,6 @@ class _Run:
             self._find_prefix(table, windows)
         if self.steps.orders_residual:
             self.edit = residual_order(self._full_precision(table, windows))
-        if self.steps.ranks == "gain":
-            self._allocate_ranks(self._full_precision(table, windows))
 
     def _embed(self, weight: Tensor) -> tuple[Streams, dict[str, Tensor]]:
         """Pack the embedding; give the hidden states of all windows, and the tensors to write. weight: edited."""
@@ -303,21 +299,10 @@ class _Run:
         seed, clock = self.recipe.seed, self.clock
         return Tuner(self.steps, self.plan, calls, seed, skeleton.dtype, clock, told)
 
-    def _allocate_ranks(self, blocks: Iterator[tuple[Block, BlockStream]]) -> None:
-        """Decide how many salient channels each linear gets."""
-        correction = self.steps.correction
-        found: dict[str, Gains] = {}
-        for block, stream in blocks:
-            statistics = stream.statistics(*self.plan.of_block(block))
-            factors, bases = prepare_block_(block, self.steps, statistics)
-            orders = {name: basis.order for name, basis in bases.items()}
-            found |= gains_of(block, statistics, factors, orders, correction)
-        self.plan = replace(self.plan, ranks=allocate(found, correction.salient))
-
     def _after_blocks(self, wanted: list[Tensor], hidden: list[Tensor]) -> dict[str, Tensor]:
         """What is behind the blocks; give the tensors to write. wanted, hidden: see `AfterBlocks`."""
         rest = AfterBlocks(self.skeleton, self.edit, self.clock)
-        norm, entries = rest.final_norm(self.steps.mean_shift, wanted, hidden, self.recipe.window)
+        norm, entries = rest.final_norm(wanted, hidden)
         head, packed = rest.head(self.recipe.embedding_scheme)
         self.modules |= {**entries, **packed}
         return norm | head | rest.others()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 from subnibble.cache_scheme import CacheScheme
@@ -26,13 +26,11 @@ from subnibble.tuning.input_clip import check_inputs
 class Plan:
     """Path of each linear -> how its weight and its input are quantized, None for not at all.
 
-    ranks: salient channels of linears that get another number than the correction's. cache: how keys and values are
-    coded, None for not at all.
+    cache: how keys and values are coded, None for not at all.
     """
 
     schemes: Mapping[str, Scheme | None]
     activations: Mapping[str, ActivationScheme | None]
-    ranks: Mapping[str, int] = field(default_factory=dict)
     cache: CacheScheme | None = None
 
     def of_block(self, block: Block) -> tuple[dict[str, Scheme | None], dict[str, ActivationScheme | None]]:
@@ -55,8 +53,6 @@ def make_plan(recipe: Recipe, steps: Steps, skeleton: Skeleton) -> Plan:
             continue
         site = skeleton.site_of(path)
         steps.rounder_of(site.name).check(scheme, path)
-        for transform in steps.transforms:
-            transform.check(site, scheme, path)
         if steps.tuning is not None:
             check_scheme(scheme, path)
         steps.correction.check(shapes[path][1], scheme, path)
@@ -68,9 +64,9 @@ def make_plan(recipe: Recipe, steps: Steps, skeleton: Skeleton) -> Plan:
         coded = [scheme for scheme in schemes.values() if scheme is not None]
         coded += [added for scheme in coded for added in steps.correction.schemes(scheme)]
         columns = any(stores_column_scales(steps, schemes, skeleton, path) for path in schemes)
-        there = learnable(coded, planned.values(), columns, norm_biases=steps.mean_shift is not None)
+        there = learnable(coded, planned.values(), columns, norm_biases=steps.corrects_norms)
         recipe.distillation.check_learns(there, "the model")
-    return Plan(schemes, planned, cache=plan_cache(recipe, steps, skeleton))
+    return Plan(schemes, planned, plan_cache(recipe, steps, skeleton))
 
 
 def stores_column_scales(steps: Steps, schemes: Mapping[str, Scheme | None], skeleton: Skeleton, path: str) -> bool:

@@ -75,10 +75,7 @@ def effective_bits(steps: Steps, schemes: Mapping[str, Scheme | None], skeleton:
 
 
 def activation_bits(steps: Steps, plan: Plan, skeleton: Skeleton) -> float:
-    """Bits of the inputs of quantized linears as they will run, over their channels, see `Size`; 16 where none is.
-
-    Ranks by gain are not known yet, and count as their mean.
-    """
+    """Bits of the inputs of quantized linears as they will run, over their channels, see `Size`; 16 where none is."""
     bits = channels = 0
     for path, (rows, columns) in skeleton.linear_shapes().items():
         scheme = plan.schemes[path]
@@ -115,7 +112,7 @@ def _extra_bits(steps: Steps, schemes: Mapping[str, Scheme | None], skeleton: Sk
 
 def _norm_bias_bits(steps: Steps, schemes: Mapping[str, Scheme | None], skeleton: Skeleton) -> int:
     """Bits of the biases that norms get against mean shift: behind quantized linears of their block, and the last."""
-    if steps.mean_shift is None:
+    if not steps.corrects_norms:
         return 0
     norms = 1
     for index in range(skeleton.num_blocks):

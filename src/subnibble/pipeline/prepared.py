@@ -49,6 +49,6 @@ def prepare(block: Block, steps: Steps, plan: Plan, clock: Clock, streams: Strea
             before = behind(call, None if prefix is None else prefix.run(block).states)
             found = BlockStream(block.twin(dtype), streams.hidden, before).statistics(*own)
     with clock.step("transform"):
-        _, bases = prepare_block_(block, steps, found)
+        bases = prepare_block_(block, steps, found)
     with clock.step("prefix"):
         return Prepared(block, bases, call, None if prefix is None else prefix.run(block))

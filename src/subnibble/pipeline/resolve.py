@@ -83,5 +83,3 @@ def _check(recipe: Recipe, steps: Steps) -> None:
         raise BadRecipe('system_prompt = "auto" is found in calibration text; set calibration')
     if steps.tuning is not None and recipe.num_windows < _FEWEST_TUNED_WINDOWS:
         raise BadRecipe(f"tuning holds some windows out and num_windows is {recipe.num_windows}; use 2 or more")
-    if steps.mean_shift is not None:
-        steps.mean_shift.check(recipe.num_windows)

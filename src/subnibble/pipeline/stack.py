@@ -79,14 +79,13 @@ class Watch:
 class Stack:
     """names: of the linears in their block. heights: rows of each. scheme, activation: of weights and inputs.
 
-    rank: salient channels, 0 for none. residual: see `ops.LinearTerms`. where: names them in errors.
+    residual: see `ops.LinearTerms`. where: names them in errors.
     """
 
     names: tuple[str, ...]
     heights: tuple[int, ...]
     scheme: Scheme
     activation: ActivationScheme | None
-    rank: int
     residual: str
     where: str
 
@@ -100,12 +99,8 @@ def round_stack(stack: Stack, weight: Tensor, seen: Observed, rounder: Rounder, 
     """Round a stack of weights (m, k) float32, as inputs meet it, with what the correction adds."""
     for name, index in zip(stack.names, stack.rows(weight.device), strict=True):
         grid.check_range(weight[index], stack.scheme, f"{stack.where}: {name}" if len(stack.names) > 1 else stack.where)
-    own, drift = correction.of_rank(stack.rank), seen.drift
-    if own.salient and seen.gram is not None and drift is not None:
-        # What the second weight takes must be part of the target, not of what rounding moves later.
-        weight, rounder = rounder.settled(weight, seen.gram, drift, stack.where)
-        drift = None
-    return own.round(weight, seen.gram, stack.scheme, RoundMain(rounder, stack.scheme, stack.where, drift))
+    main = RoundMain(rounder, stack.scheme, stack.where, seen.drift)
+    return correction.round(weight, seen.gram, stack.scheme, main)
 
 
 def branches_of(stack: Stack, error: Tensor, seen: Observed, correction: Correction) -> list[Branch | None]:

@@ -1,4 +1,4 @@
-"""GPTAQ (Li et al., arXiv 2504.02692): round towards the output on full-precision inputs, in four forms.
+"""GPTAQ (Li et al., arXiv 2504.02692): round towards the output on full-precision inputs, in three forms.
 
 With x the inputs of the quantized model, x~ those of the full-precision one, H = sum x xᵀ and R = sum (x~ - x) xᵀ,
 the loss ||W x~ - Q x||² asks for more than GPTQ's ||W x - Q x||². As column j is rounded, its share of the input
@@ -6,14 +6,14 @@ difference is handed to the columns behind it,
 
     W_k += alpha w_j P_jk,   P = triu(R Uᵀ, 1) U          (GPTAQ, their equation for P; H⁻¹ = Uᵀ U)
 
-    `released`   inside a block w_j is the compensated weight before rounding; across blocks it is the rounded one,
-                 since the released program reads its buffer after it was overwritten.
-    `corrected`  the compensated weight, everywhere.
-    `original`   the weight as it was before any compensation, which is what the loss's own derivative has.
-    `shifted`    exact: ||W x~ - Q x||² = tr[(W* - Q) H (W* - Q)ᵀ] + const with W* = W (H + R) H⁻¹. The weights are
-                 moved to W + alpha W R H⁻¹ once, then plain GPTQ rounds them.
+    `released`   their program: w_j is the compensated weight inside a block, across blocks the rounded one.
+    `corrected`  their paper's algorithm: w_j is the compensated weight everywhere.
+    `shifted`    the loss exactly: the weights are moved to W* below once, then plain GPTQ rounds them.
 
-alpha = 0 makes all of them GPTQ. With damping, H is damped in U and in the inverse, so R = 0 changes nothing.
+    ||W x~ - Q x||² = tr[(W* - Q) H (W* - Q)ᵀ] + const     W* = W (H + R) H⁻¹, with alpha W + alpha W R H⁻¹
+
+The released program reads its buffer after it was overwritten; hence its form. alpha = 0 makes all of them GPTQ. With
+damping, H is damped in U and in the inverse, so R = 0 changes nothing.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from subnibble.errors import BadRecipe
 
-FORMS = ("none", "released", "corrected", "original", "shifted")
+FORMS = ("none", "released", "corrected", "shifted")
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Asymmetry:
         if self.form not in FORMS:
             raise BadRecipe(f"asymmetry is {self.form!r}; choose one of {', '.join(FORMS)}")
         if not 0 <= self.alpha <= 1:
-            raise BadRecipe(f"the drift's alpha is {self.alpha!r}; give a number from 0 to 1")
+            raise BadRecipe(f"alpha is {self.alpha!r}; give a number from 0 to 1")
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Spread:
 
     def take_(self, w: Tensor, j: int) -> None:
         """Note column j as it is before it is rounded."""
-        if self.form != "original" and not self.dead[j]:
+        if not self.dead[j]:
             self.source[j] = w[j]
 
     def inside_(self, w: Tensor, j: int, end: int) -> None:

@@ -25,7 +25,7 @@ from subnibble.rounding.descent import Home, sweep_
 from subnibble.rounding.gptaq import Asymmetry, Push, Spread
 from subnibble.rounding.levels import WEIGHTINGS
 from subnibble.rounding.order import ORDERS, ColumnPlan, plan_columns
-from subnibble.rounding.rounder import OnGrids, Rounder, Rounding
+from subnibble.rounding.rounder import OnGrids, Rounding
 from subnibble.scheme import Scheme
 from subnibble.tensor import CodedMatrix
 
@@ -92,11 +92,6 @@ class GPTQ(OnGrids):
         """See `Rounder`."""
         return self.asymmetry.form != "none"
 
-    @property
-    def drift_form(self) -> str:
-        """See `Rounder`."""
-        return self.asymmetry.form
-
     def __call__(
         self, weight: Tensor, gram: Tensor | None, scheme: Scheme, where: str, drift: Tensor | None = None
     ) -> Rounding:
@@ -115,14 +110,6 @@ class GPTQ(OnGrids):
             push = Push(ordered, self.asymmetry)
         coded = round_columns(weight, factor, plan, scheme, self, push)
         return Rounding(coded, {"damping": factor.damping, "damping_retries": factor.retries})
-
-    def settled(self, weight: Tensor, gram: Tensor, drift: Tensor, where: str) -> tuple[Tensor, Rounder]:
-        """See `Rounder`; for asymmetry "shifted" alone."""
-        order = torch.arange(weight.shape[1], device=weight.device)
-        factor = factorize(gram, order, self.damping, where)
-        push = Push(drift.to(factor.u.dtype), self.asymmetry)
-        target = push.shifted(weight.T.to(factor.u.dtype), factor.u).T.to(weight.dtype)
-        return target, replace(self, asymmetry=Asymmetry())
 
 
 def factorize(gram: Tensor, order: Tensor, damping: float, where: str) -> Factor:

@@ -38,11 +38,6 @@ class Rounder:
         return False
 
     @property
-    def drift_form(self) -> str:
-        """How it uses drift: a form of `gptaq.py`, or "own"."""
-        return "own" if self.needs_drift else "none"
-
-    @property
     def scales_columns(self) -> bool:
         """Whether what it codes is to be multiplied by column scales."""
         return False
@@ -53,13 +48,6 @@ class Rounder:
     def on(self, fitter: Fitter) -> Rounder | None:
         """The same with grids by another fitter; None where it fits them in a way of its own."""
         return None
-
-    def settled(self, weight: Tensor, gram: Tensor, drift: Tensor, where: str) -> tuple[Tensor, Rounder]:
-        """Weights (m, k) and a rounder that needs no drift, to the same end.
-
-        For what must know the target before it is rounded, such as a second weight that takes part of it.
-        """
-        return weight, self
 
     def __call__(
         self, weight: Tensor, gram: Tensor | None, scheme: Scheme, where: str, drift: Tensor | None = None

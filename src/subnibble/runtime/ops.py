@@ -17,7 +17,8 @@ from subnibble.runtime.integer import multiply_add_
 from subnibble.scheme import ActivationScheme
 from subnibble.tensor import PackedTensor
 
-RESIDUALS = ("none", "weight", "salient")
+# What meets the remainder of the salient channels' quantized inputs: nothing, or their second weight.
+RESIDUALS = ("none", "salient")
 
 
 @dataclass(frozen=True)
@@ -28,9 +29,9 @@ class LinearTerms:
     integers, input channel gather[j] becomes channel j, or None. blocks: widths of an online block-diagonal Hadamard
     transform, () for none. activation: how the input is quantized, None for not at all. salient: packed (m, r), a
     second weight of the first r channels as they are after the steps above (SERQ's extra K columns), or None.
-    residual: "weight" or "salient" quantizes what is left of these r channels once more and multiplies it with that
-    matrix's first r columns; "none" does not. low_rank: packed down (q, k) and up (m, q), or None: a branch
-    `up · Q(down · x)` on the quantized input.
+    residual: "salient" quantizes what is left of these r channels once more and multiplies it with `salient`, too;
+    "none" does not. low_rank: packed down (q, k) and up (m, q), or None: a branch `up · Q(down · x)` on the quantized
+    input.
     """
 
     weight: PackedTensor
@@ -156,7 +157,7 @@ def _integer(tokens: Tensor, terms: LinearTerms, scheme: ActivationScheme) -> Te
         if terms.residual != "none":
             rank = terms.salient.shape[1]
             rest = activations.quantize(tokens[:, :rank].float() - x.values()[:, :rank], scheme)
-            multiply_add_(y, rest, terms.salient if terms.residual == "salient" else terms.weight)
+            multiply_add_(y, rest, terms.salient)
     if terms.low_rank is not None:
         down, up = terms.low_rank
         inner = torch.zeros(tokens.shape[0], down.shape[0], dtype=torch.float32, device=tokens.device)

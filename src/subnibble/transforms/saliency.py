@@ -5,18 +5,19 @@ Scores of a channel, of the site's tensor before anything was scaled:
 
     size   its largest magnitude over the calibration tokens; with SERQ's flattening that is the scale itself (eq. 4)
     energy the sum of its squares, H_jj; Atom's
-    gain   the output error that its weights would get from rounding to nearest, H_jj ||E_j||², of the readers as scaled
 
-Orders of the MLP's hidden channels are carried out offline, in the rows of their writers. Behind a norm and behind
-attention, the linear gathers its channels as it quantizes them; `heads = "whole"` moves channels of attention's output
-inside their head only (alike in all heads that share a key-value head), and heads as wholes, which is offline, too: the
-first channels are then all those of one or two heads, salient or not.
-`offline_rows` says which orders can be. `residual = "global"` gives the residual stream one order.
+Orders of the MLP's hidden channels are carried out offline, in the rows of their writers. Of others there are two ways:
+
+    gather   behind a norm and behind attention, linears gather their channels as they quantize them
+    offline  the residual stream has one order (`residual_order.py`); channels of attention's output are moved inside
+             their head only, alike in all heads that share a key-value head, and heads as wholes: the first channels
+             are then all those of one or two heads, salient or not
+
+`offline_rows` says which orders can be carried out offline.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -26,51 +27,40 @@ from subnibble.calibrate.stream import SiteStatistics
 from subnibble.errors import BadRecipe
 from subnibble.model.site import Heads, Site
 from subnibble.model.skeleton import Block
-from subnibble.rounding import grid
 
-SCORES = ("size", "energy", "gain")
+SCORES = ("size", "energy")
 DIRECTIONS = ("falling", "rising")
-HEAD_ORDERS = ("gather", "whole")
-RESIDUAL_ORDERS = ("gather", "global")
+PERMUTATIONS = ("gather", "offline")
 
 
 @dataclass(frozen=True)
 class Saliency:
-    """Gives each site's channel order. score, heads: see the module. residual: "gather" gives every site behind a norm
-    its own order, "global" one order to the whole residual stream (`residual_order.py`), which needs no gather.
-    direction: of the scores; "rising" goes with gathers alone.
+    """Gives each site's channel order. score, permutation: see the module. direction: of the scores; "rising" goes with
+    gathers alone.
     """
 
     score: str = "size"
-    heads: str = "gather"
-    residual: str = "gather"
+    permutation: str = "gather"
     direction: str = "falling"
 
     def __post_init__(self) -> None:
         if self.direction not in DIRECTIONS:
             raise BadRecipe(f"direction is {self.direction!r}; choose one of {', '.join(DIRECTIONS)}")
-        if self.direction == "rising" and (self.heads, self.residual) != ("gather", "gather"):
-            raise BadRecipe('rising scores go with heads = "gather" and residual_order = "gather"')
+        if self.direction == "rising" and self.permutation != "gather":
+            raise BadRecipe('rising scores go with permutation = "gather"')
         if self.score not in SCORES:
             raise BadRecipe(f"saliency is {self.score!r}; choose one of {', '.join(SCORES)}")
-        if self.heads not in HEAD_ORDERS:
-            raise BadRecipe(f"heads is {self.heads!r}; choose one of {', '.join(HEAD_ORDERS)}")
-        if self.residual not in RESIDUAL_ORDERS:
-            raise BadRecipe(f"residual_order is {self.residual!r}; choose one of {', '.join(RESIDUAL_ORDERS)}")
+        if self.permutation not in PERMUTATIONS:
+            raise BadRecipe(f"permutation is {self.permutation!r}; choose one of {', '.join(PERMUTATIONS)}")
 
-    def __call__(self, block: Block, site: Site, found: SiteStatistics, factors: Mapping[str, Tensor]) -> Tensor | None:
-        """(channels,) int64: which channel comes at each place. factors: by which sites' channels were divided.
-
-        None where the residual stream has an order of its own.
-        """
-        if self.residual == "global" and site.norm is not None:
+    def __call__(self, block: Block, site: Site, found: SiteStatistics) -> Tensor | None:
+        """(channels,) int64: which channel comes at each place; None where the residual stream has its own order."""
+        if self.permutation == "offline" and site.norm is not None:
             return None
         scores = found.largest[site.name]
         if self.score == "energy":
             scores = found.grams[site.name].diagonal()
-        if self.score == "gain":
-            scores = _gain(block, site, found, factors.get(site.name))
-        if site.per_head and self.heads == "whole":
+        if site.per_head and self.permutation == "offline":
             return _by_heads(scores, block.heads)
         return torch.sort(scores, descending=self.direction == "falling", stable=True).indices
 
@@ -79,8 +69,8 @@ class Saliency:
         whole aside. mixed: whether an online transform follows, behind which no order is offline.
         """
         if site.norm is not None:
-            return self.residual == "gather"
-        return mixed or "permute" not in site.edits or (site.per_head and self.heads == "gather")
+            return self.permutation == "gather"
+        return mixed or "permute" not in site.edits or (site.per_head and self.permutation == "gather")
 
 
 def _by_heads(scores: Tensor, heads: Heads) -> Tensor:
@@ -95,20 +85,6 @@ def _by_heads(scores: Tensor, heads: Heads) -> Tensor:
 
 def _falling(scores: Tensor) -> Tensor:
     return torch.sort(scores, dim=-1, descending=True, stable=True).indices
-
-
-def _gain(block: Block, site: Site, found: SiteStatistics, factors: Tensor | None) -> Tensor:
-    diagonal = found.grams[site.name].diagonal()
-    if factors is not None:
-        diagonal = diagonal / factors.square()
-    total = torch.zeros_like(diagonal)
-    for name in site.readers:
-        scheme = found.schemes[name]
-        if scheme is not None:
-            weight = block.linear(name).weight
-            rounded = grid.nearest(weight, scheme)
-            total += (rounded - weight).square().sum(0)
-    return diagonal * total
 
 
 def offline_rows(site: Site, order: Tensor, heads: Heads) -> dict[str, Tensor] | None:

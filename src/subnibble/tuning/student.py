@@ -134,19 +134,13 @@ class StudentLinear(nn.Module):
             y = y + self._times("salient", entered[:, :rank])
             if terms.residual != "none":
                 rest = entrance.quantized(exact[:, :rank] - entered[:, :rank].float())
-                y = y + self._residual(rest)
+                y = y + self._times("salient", rest)
         if terms.low_rank is not None:
             inner = entrance.between(self._times("down", entered))
             y = y + self._times("up", inner.to(entered.dtype))
         if terms.bias is not None:
             y = y + terms.bias.float()
         return y.to(x.dtype).view(*x.shape[:-1], y.shape[1])
-
-    def _residual(self, rest: Tensor) -> Tensor:
-        """What is left of the first channels, by the matrix that meets it."""
-        if self._terms.residual == "salient":
-            return self._times("salient", rest)
-        return self._times("weight", nn.functional.pad(rest, (0, self.in_features - rest.shape[1])))
 
     def _times(self, matrix: str, x: Tensor) -> Tensor:
         """The product with one of the matrices, float32."""
