@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 WINDOW = 2048
 HERE = Path(__file__).parent
-RECIPES = HERE.parent / "recipes"
 
 
 def parts_of(text: str, form: str, numbers: int) -> tuple[list[str], list[int]]:

@@ -3,7 +3,7 @@
     python bench/rank_error.py [--row ARM ...]
     python bench/rank_error.py --print
 
-ARM is a recipe in `recipes/weight_activation/`: SERQ with rounding to nearest or GPTQ, at ranks from 0 to 256. Each is
+ARM is one of SERQ's in `arms.py`, with rounding to nearest or GPTQ, at ranks from 0 to 256. Each is
 quantized to 4 bits, inputs at 4 bits, in groups of 128, on 4 windows of 2048 tokens of news. Finished rows are appended
 to the results file and skipped when they are there.
 """
@@ -18,7 +18,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from measure import HERE, RECIPES, print_table, with_data
+import arms
+from measure import HERE, print_table, with_data
 from rows import Rows
 
 WINDOWS = 4
@@ -28,10 +29,10 @@ ARMS = {f"{method}{'' if rank == 128 else f'-rank-{rank}'}": rank for method in 
 
 def measured(arm: str) -> dict[str, Any]:
     """The row of one arm; output_errors: of every linear, in the model's order, over the output's energy."""
-    from subnibble import Recipe, quantize
+    from subnibble import quantize
     from subnibble.cli.demo import find_model
 
-    recipe = with_data(Recipe.from_toml(RECIPES / "weight_activation" / f"{arm}.toml"), WINDOWS)
+    recipe = with_data(arms.recipe_of("weight_activation", arm), WINDOWS)
     with tempfile.TemporaryDirectory() as folder:
         report = quantize(find_model(), Path(folder) / "model", recipe)
     errors = [float(f"{linear.output_error:.5g}") for linear in report.linears if linear.output_error is not None]

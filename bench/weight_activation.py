@@ -3,8 +3,8 @@
     python bench/weight_activation.py [--wikitext DIR] [--only NAME] [--row ARM:SETTING:WINDOWS[:CALIBRATED_ON] ...]
     python bench/weight_activation.py --print
 
-Finished rows are appended to the results file and skipped when they are there. Arms are the recipes in
-`recipes/weight_activation/`; settings are W4A4 and W4A8 in groups of 128 or 64 (activations alike, per token), and
+Finished rows are appended to the results file and skipped when they are there. Arms are those of
+`arms.py`; settings are W4A4 and W4A8 in groups of 128 or 64 (activations alike, per token), and
 MXFP4; in groups of 24 (W4A4), or with 4-bit factors (W4A8g128f4), baselines have about as many bits as SERQ with 128
 salient channels in groups of 128. WINDOWS of 2048 tokens are scored; CALIBRATED_ON, by default as many, calibrate.
 Headline rows have 64, others 16. Calibration: the first 2000 news articles, computed in bfloat16; scored in float32,
@@ -18,9 +18,9 @@ import argparse
 from dataclasses import dataclass, replace
 from typing import Any
 
+import arms
 from measure import (
     HERE,
-    RECIPES,
     by_spec,
     cost_cells,
     gap_left,
@@ -35,8 +35,8 @@ from measure import (
 
 FORM = "ARM:SETTING:WINDOWS[:CALIBRATED_ON]"
 KEY = ("arm", "setting", "windows", "calibrated_on", "text")
-FOLDER = RECIPES / "weight_activation"
-ARMS = sorted(file.stem for file in FOLDER.glob("*.toml"))
+BENCH = "weight_activation"
+ARMS = sorted(arms.ARMS[BENCH])
 SETTINGS: dict[str, dict[str, Any]] = {
     "W4A4g128": {"activation_bits": 4, "group_size": 128},
     "W4A8g128": {"activation_bits": 8, "group_size": 128},
@@ -113,10 +113,8 @@ def measured(spec: Spec, names: dict[str, str]) -> list[dict[str, Any]]:
     """Rows of `spec` on each text."""
     if spec.arm == "original":
         return measure_row(None, spec.windows, names)
-    from subnibble import Recipe
-
     setting = SETTINGS[spec.setting]
-    recipe = replace(Recipe.from_toml(FOLDER / f"{spec.arm}.toml"), **setting)
+    recipe = arms.recipe_of(BENCH, spec.arm, **setting)
     if "factor_bits" in recipe.options:
         factor_bits = FACTOR_BITS.get(spec.setting, setting["activation_bits"])
         recipe = replace(recipe, options={**recipe.options, "factor_bits": factor_bits})

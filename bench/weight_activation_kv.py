@@ -3,8 +3,8 @@
     python bench/weight_activation_kv.py [--wikitext DIR] [--only NAME] [--row ARM:SETTING:PROMPT:WINDOWS ...]
     python bench/weight_activation_kv.py --print
 
-Finished rows are appended to the results file and skipped when they are there. Arms are the recipes in
-`recipes/weight_activation_kv/`, and `original`. Those named kv leave weights and inputs at 16 bits: their settings are
+Finished rows are appended to the results file and skipped when they are there. Arms are those of
+`arms.py`, and `original`. Those named kv leave weights and inputs at 16 bits: their settings are
 KV2, KV3, KV4 and KV8. The others have W4A4KV4 and W3A3KV3, in groups of 128, 64 or of whole channels and tokens
 (`channel`); cached keys and values share a scale a head and token. PROMPT is none, bos, default (the chat template's
 system turn) or auto (the model's sink tokens): its keys and values stay at 16 bits, it stands before each window and is
@@ -20,9 +20,9 @@ import argparse
 from dataclasses import dataclass, replace
 from typing import Any
 
+import arms
 from measure import (
     HERE,
-    RECIPES,
     by_spec,
     cost_cells,
     measure_row,
@@ -36,8 +36,8 @@ from measure import (
 
 FORM = "ARM:SETTING:PROMPT:WINDOWS"
 KEY = ("arm", "setting", "prompt", "windows", "text")
-FOLDER = RECIPES / "weight_activation_kv"
-ARMS = sorted(file.stem for file in FOLDER.glob("*.toml"))
+BENCH = "weight_activation_kv"
+ARMS = sorted(arms.ARMS[BENCH])
 CACHE_ALONE = tuple(arm for arm in ARMS if arm.startswith("kv"))
 ALL = tuple(arm for arm in ARMS if arm not in CACHE_ALONE)
 CACHES = {f"KV{bits}": {"kv_bits": bits} for bits in (8, 4, 3, 2)}
@@ -114,8 +114,8 @@ def measured(spec: Spec, names: dict[str, str]) -> list[dict[str, Any]]:
         plain = Recipe(method="none", system_prompt=prompt, num_windows=64, window=512)
         plain = replace(plain, calibration="news") if prompt == "auto" else plain
         return measure_row(plain if prompt else None, spec.windows, names)
-    recipe = Recipe.from_toml(FOLDER / f"{spec.arm}.toml")
-    recipe = replace(recipe, **{**CACHES, **SETTINGS}[spec.setting], system_prompt=prompt)
+    prompted = {} if prompt is None else {"system_prompt": prompt}
+    recipe = arms.recipe_of(BENCH, spec.arm, **{**CACHES, **SETTINGS}[spec.setting], **prompted)
     change = {"": None, "late": put_behind_, "coded": put_behind_coded_}[kind]
     return measure_row(with_data(recipe, spec.windows), spec.windows, names, change=change)
 

@@ -4,7 +4,7 @@
     python bench/weight_only.py --print
 
 Finished rows are appended to the results file and skipped when they are there, so the table grows over several runs.
-Every row runs in a process of its own, so that its peak memory is its own. Arms are the recipes in `recipes/`. Headline
+Every row runs in a process of its own, so that its peak memory is its own. Arms are those of `arms.py`. Headline
 rows calibrate on 64 windows of 2048 tokens and score 64; table and ablation rows 16 and 16, the ablation at 2 bits.
 Calibration: the first 2000 news articles, computed in bfloat16; scored in float32 on the last 400 news articles and,
 with --wikitext, on WikiText-2 raw test.
@@ -16,9 +16,9 @@ import argparse
 from dataclasses import dataclass, replace
 from typing import Any
 
+import arms
 from measure import (
     HERE,
-    RECIPES,
     by_spec,
     cost_cells,
     gap_left,
@@ -33,8 +33,9 @@ from measure import (
 
 FORM = "ARM:BITS:GROUP:WINDOWS"
 KEY = ("arm", "bits", "group_size", "windows", "text")
-# An arm is a shipped recipe; bits, group size and windows come from the row.
-ARMS = sorted(file.stem for file in RECIPES.glob("*.toml"))
+BENCH = "weight_only"
+# Bits, group size and windows come from the row.
+ARMS = sorted(arms.ARMS[BENCH])
 BASELINES = (
     "rtn", "rtn-rotated", "awq", "awq-rotated", "gptq-natural", "gptq-gar", "gptq-rotated", "gptq-rotated-full",
     "gptaq", "gptaq-corrected", "gptaq-shifted", "gptaq-rotated", "gptaq-rotated-full", "gptaq-shifted-rotated",
@@ -87,9 +88,7 @@ def measured(spec: Spec, names: dict[str, str]) -> list[dict[str, Any]]:
     """Rows of `spec` on each text."""
     if spec.arm == "original":
         return measure_row(None, spec.windows, names)
-    from subnibble import Recipe
-
-    recipe = replace(Recipe.from_toml(RECIPES / f"{spec.arm}.toml"), bits=spec.bits, group_size=spec.group_size)
+    recipe = arms.recipe_of(BENCH, spec.arm, bits=spec.bits, group_size=spec.group_size)
     return measure_row(with_data(recipe, spec.windows), spec.windows, names)
 
 

@@ -30,7 +30,9 @@ class Rename:
 
 
 # The newest first. README.md says when to add one.
-RENAMES: tuple[Rename, ...] = ()
+RENAMES: tuple[Rename, ...] = (
+    Rename({"options": {"permutation": "offline"}}, {"options": {"residual_order": "global", "heads": "whole"}}),
+)
 
 USUAL: dict[str, Any] = {
     "bits": 4, "group_size": 32, "embedding_bits": 8, "num_windows": 6, "window": 32, "seed": 1, "device": "cpu",
@@ -71,7 +73,7 @@ RECIPES: dict[str, Case] = {
     "qera": _case("qwen2", "qera", {"rank": 8, "factor_bits": 4}, **_A4),
     "serq": _case("llama", "serq", {"rank": 32}, **_A4),
     "serq-searched": _case("qwen2", "serq", {"rank": 16, "flattening": "search", "rounding": "rtn"}, **_A4),
-    "serq-offline": _case("llama", "serq", {"rank": 32, "residual_order": "global", "heads": "whole"}, **_A4),
+    "serq-offline": _case("llama", "serq", {"rank": 32, "permutation": "offline"}, **_A4),
     "serq-mxfp4": _case("qwen3", "serq", {"rank": 32}, grid="mxfp4", activation_bits=4),
     "twinfit": _case("llama", "twinfit", {"rank": 32}, **_A4),
     # Weights, inputs and the cache.

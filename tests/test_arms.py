@@ -1,4 +1,4 @@
-"""The recipes in `recipes/`: each says what it is, resolves on every architecture, and is what the bench measures."""
+"""Arms of the benches: each resolves on every architecture, and no two are the same."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from arms import ARMS, recipe_of
 from conftest import CONFIGS
 from subnibble import Recipe, quantize
 from subnibble.checkpoint.safetensors_source import SafetensorsSource
@@ -15,13 +16,13 @@ from subnibble.methods import find_method
 from subnibble.model.skeleton import Skeleton
 from subnibble.pipeline.plan import make_plan, plan_cache, plan_rotation
 
-FILES = sorted((Path(__file__).parent.parent / "recipes").rglob("*.toml"))
+NAMED = [(bench, arm) for bench, arms in ARMS.items() for arm in arms]
 BASE = {"group_size": 16, "num_windows": 4, "window": 32}
 
 
-def small(file: Path) -> Recipe:
+def small(bench: str, arm: str) -> Recipe:
     """The recipe for tiny models: small groups and ranks."""
-    values = Recipe.from_toml(file).to_dict()
+    values = recipe_of(bench, arm).to_dict()
     options = {**values["options"]}
     method = find_method(values["method"])
     if hasattr(method.options(), "rank") and options.get("rank") != 0:
@@ -33,10 +34,9 @@ def small(file: Path) -> Recipe:
     return Recipe.from_dict(values | BASE | {"options": options})
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}-{file.stem}")
-def test_recipe_resolves_on_every_architecture(file: Path, folders: dict[str, Path]) -> None:
-    assert file.read_text().startswith("# ")
-    recipe = small(file)
+@pytest.mark.parametrize(("bench", "arm"), NAMED)
+def test_an_arm_resolves_on_every_architecture(bench: str, arm: str, folders: dict[str, Path]) -> None:
+    recipe = small(bench, arm)
     method = find_method(recipe.method)
     steps = method.build(method.configure(recipe.options))
     for name in CONFIGS:
@@ -44,44 +44,54 @@ def test_recipe_resolves_on_every_architecture(file: Path, folders: dict[str, Pa
         plan = make_plan(recipe, steps, skeleton)
         assert all((scheme is None) == (recipe.method == "none") for scheme in plan.schemes.values())
         bits = {None if scheme is None else scheme.bits for scheme in plan.activations.values()}
-        assert bits == ({None} if file.parent.name == "recipes" or recipe.method == "none" else {4})
+        assert bits == ({None} if bench == "weight_only" or recipe.method == "none" else {4})
         cached = plan_cache(recipe, steps, skeleton)
-        assert (cached is not None) == (file.parent.name == "weight_activation_kv")
+        assert (cached is not None) == (bench == "weight_activation_kv")
         assert (plan_rotation(recipe, steps, skeleton) is None) == (steps.rotation == "none")
 
 
-def test_no_two_recipes_are_the_same() -> None:
+def test_no_two_arms_are_the_same() -> None:
     resolved = []
-    for file in FILES:
-        recipe = Recipe.from_toml(file)
+    for bench, arm in NAMED:
+        recipe = recipe_of(bench, arm)
         method = find_method(recipe.method)
         resolved.append(recipe.to_dict() | {"options": asdict(method.configure(recipe.options))})
     for i, one in enumerate(resolved):
-        assert one not in resolved[:i], FILES[i].name
+        assert one not in resolved[:i], NAMED[i]
+
+
+def test_an_arm_is_its_base_with_what_differs() -> None:
+    base, arm = (recipe_of("weight_activation_kv", name) for name in ("atom-centered", "atom-centered-distilled"))
+    assert arm == replace(base, distill_steps=112)
+    assert recipe_of("weight_activation_kv", "kv-by-channel").kv == {
+        "window": 32, "key_axis": "channel", "group_size": 32,
+    }  # fmt: skip
+    # Options of another method do not come along.
+    assert recipe_of("weight_activation_kv", "bisup-atom-fast").options == {"over": "atom", "effort": "fast"}
+    assert recipe_of("weight_only", "gptq-gar-sign", bits=3).bits == 3
 
 
 @pytest.mark.parametrize(
-    "name",
+    ("bench", "arm"),
     [
-        "recipes/d2quant",
-        "recipes/d2quant-uniform",
-        "recipes/dualfit",
-        "recipes/dualfit-sign",
-        "recipes/gptaq-rotated",
-        "weight_activation/serq",
-        "weight_activation/quarot",
-        "weight_activation/qera",
-        "weight_activation_kv/atom",
-        "weight_activation_kv/quarot",
-        "weight_activation_kv/bisup-atom-fast",
-        "weight_activation_kv/kv-by-channel",
+        ("weight_only", "d2quant"),
+        ("weight_only", "d2quant-uniform"),
+        ("weight_only", "dualfit"),
+        ("weight_only", "dualfit-sign"),
+        ("weight_only", "gptaq-rotated"),
+        ("weight_activation", "serq"),
+        ("weight_activation", "quarot"),
+        ("weight_activation", "qera"),
+        ("weight_activation_kv", "atom"),
+        ("weight_activation_kv", "quarot"),
+        ("weight_activation_kv", "bisup-atom-fast"),
+        ("weight_activation_kv", "kv-by-channel"),
     ],
 )
 def test_recipe_written_beside_the_checkpoint_makes_the_same_bytes_again(
-    name: str, folders: dict[str, Path], token_file: Path, tmp_path: Path
+    bench: str, arm: str, folders: dict[str, Path], token_file: Path, tmp_path: Path
 ) -> None:
-    file = next(file for file in FILES if f"{file.parent.name}/{file.stem}" == name)
-    recipe = replace(small(file), calibration=str(token_file))
+    recipe = replace(small(bench, arm), calibration=str(token_file))
     first = quantize(folders["qwen3"], tmp_path / "first", recipe)
     again = quantize(folders["qwen3"], tmp_path / "again", Recipe.from_toml(tmp_path / "first" / "recipe.toml"))
     assert again.weights_sha256 == first.weights_sha256
