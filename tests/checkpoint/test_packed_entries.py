@@ -6,7 +6,7 @@ import pytest
 import torch
 from packed_config_samples import A4, A8, AMX, CONFIG, DOWN, HEAD, NORM, ONE_TERM, SCALED, W3, W8, WHOLE, Q
 
-from subnibble.checkpoint.entries import PackedLinearEntry, gather_type
+from subnibble.checkpoint.entries import PackedLinearEntry, gather_type, linear_entry, linear_state, linear_terms
 from subnibble.checkpoint.packed import PackedConfig, stored_shapes
 from subnibble.tensor import PackedLayout
 
@@ -71,3 +71,19 @@ def test_a_gather_is_stored_in_16_bits_where_that_holds_its_channels(columns, st
 def test_bits_of_a_token_count_extra_columns_and_the_low_rank_input(change, bits) -> None:
     plain = CONFIG.modules[DOWN]
     assert PackedLinearEntry(plain.layout, False, **change).token_bits() == bits
+
+
+@pytest.mark.parametrize(
+    "entry", [WHOLE, CONFIG.modules[DOWN], CONFIG.modules[Q]], ids=["whole", "plain", "two ranges"]
+)
+def test_a_linear_is_stored_and_rebuilt_by_the_same_table(entry: PackedLinearEntry) -> None:
+    parts = entry.parts
+    terms = linear_terms(entry, parts)
+    assert linear_entry(terms) == entry
+    stored = linear_state(terms)
+    if entry.bias:
+        stored["bias"] = terms.bias
+    assert {name: (part.dtype, part.shape) for name, part in stored.items()} == {
+        name: (part.dtype, part.shape) for name, part in parts.items()
+    }
+    assert entry.stored_bits == 8 * sum(part.nbytes for name, part in parts.items() if name != "bias")

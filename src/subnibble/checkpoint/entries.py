@@ -1,7 +1,12 @@
-"""What a packed checkpoint stores for a module: its entry in `quantization_config`, and its tensors by name."""
+"""What a packed checkpoint stores for a module: its entry in `quantization_config`, and its tensors by name.
+
+`parts` of an entry is the one table of stored names, types and shapes: tensors on the meta device, by name relative to
+the module. Biases, which any float type may have, are float32 there.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
@@ -13,7 +18,7 @@ from subnibble.runtime.hadamard import hadamard_factors
 from subnibble.runtime.modules import MIX
 from subnibble.runtime.ops import RESIDUALS, LinearTerms
 from subnibble.scheme import ActivationScheme
-from subnibble.tensor import PackedLayout
+from subnibble.tensor import PackedLayout, PackedTensor
 
 # Where an attention holds a prefix's states, and under which names there.
 PREFIX, PREFIX_NAMES = "prefix", ("keys", "values")
@@ -63,6 +68,27 @@ class PackedLinearEntry:
         named = {"": self.layout, "salient.": self.salient, "down.": down, "up.": up}
         return {prefix: layout for prefix, layout in named.items() if layout is not None}
 
+    @property
+    def parts(self) -> dict[str, Tensor]:
+        """See the module."""
+        found = {
+            f"{prefix}{name}": part
+            for prefix, layout in self.matrices.items()
+            for name, part in layout.empty().state().items()
+        }
+        columns = self.layout.columns
+        vectors = {
+            "bias": _empty(torch.float32, self.layout.rows) if self.bias else None,
+            "column_scale": _empty(torch.float16, columns) if self.column_scale else None,
+            "gather": _empty(gather_type(columns), columns) if self.gather else None,
+        }
+        return found | {name: part for name, part in vectors.items() if part is not None}
+
+    @property
+    def stored_bits(self) -> int:
+        """Bits of all that is stored, its own bias aside."""
+        return 8 * sum(part.nbytes for name, part in self.parts.items() if name != "bias")
+
     def token_bits(self) -> int:
         """Bits of a token's quantized input, extra columns included; 16 a channel where it is not quantized."""
         if self.activation is None:
@@ -94,13 +120,38 @@ def linear_entry(terms: LinearTerms) -> PackedLinearEntry:
 
 def linear_state(terms: LinearTerms) -> dict[str, Tensor]:
     """What is stored for a linear that contains `terms`, but for its bias, by name relative to it."""
-    tensors = {
+    found = {
         f"{prefix}{name}": tensor
         for prefix, matrix in terms.matrices.items()
         for name, tensor in matrix.state().items()
     }
     vectors = {"column_scale": terms.column_scale, "gather": terms.gather}
-    return tensors | {name: tensor for name, tensor in vectors.items() if tensor is not None}
+    return found | {name: tensor for name, tensor in vectors.items() if tensor is not None}
+
+
+def linear_terms(entry: PackedLinearEntry, parts: Mapping[str, Tensor]) -> LinearTerms:
+    """The linear of an entry and what is stored for it, by name relative to it; inverse of the two above."""
+    matrices = {
+        prefix: PackedTensor.from_state(
+            {name.removeprefix(prefix): part for name, part in parts.items() if name.startswith(prefix)}, layout
+        )
+        for prefix, layout in entry.matrices.items()
+    }
+    return LinearTerms(
+        weight=matrices[""],
+        bias=parts.get("bias"),
+        column_scale=parts.get("column_scale"),
+        gather=parts.get("gather"),
+        blocks=entry.blocks,
+        activation=entry.activation,
+        salient=matrices.get("salient."),
+        residual=entry.residual,
+        low_rank=None if entry.low_rank is None else (matrices["down."], matrices["up."]),
+    )
+
+
+def _empty(dtype: torch.dtype, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def gather_type(columns: int) -> torch.dtype:
@@ -114,12 +165,22 @@ class PackedEmbeddingEntry:
 
     layout: PackedLayout
 
+    @property
+    def parts(self) -> dict[str, Tensor]:
+        """See the module."""
+        return self.layout.empty().state()
+
 
 @dataclass(frozen=True)
 class TiedHeadEntry:
     """An output projection without tensors of its own: it uses the packed table of the embedding at `table`."""
 
     table: str
+
+    @property
+    def parts(self) -> dict[str, Tensor]:
+        """See the module."""
+        return {}
 
 
 @dataclass(frozen=True)
@@ -130,6 +191,11 @@ class InputMixEntry:
     """
 
     widths: tuple[int, ...]
+
+    @property
+    def parts(self) -> dict[str, Tensor]:
+        """See the module."""
+        return {"matrix": _empty(torch.float32, sum(self.widths), max(self.widths))}
 
 
 def input_mix_state(path: str, blocks: tuple[Tensor, ...]) -> tuple[dict[str, Tensor], dict[str, Entry]]:
@@ -145,6 +211,11 @@ class NormBiasEntry:
 
     rows: int
 
+    @property
+    def parts(self) -> dict[str, Tensor]:
+        """See the module."""
+        return {"bias": _empty(torch.float32, self.rows)}
+
 
 @dataclass(frozen=True)
 class PrefixEntry:
@@ -153,6 +224,11 @@ class PrefixEntry:
     heads: int
     tokens: int
     width: int
+
+    @property
+    def parts(self) -> dict[str, Tensor]:
+        """See the module."""
+        return {f"{PREFIX}.{name}": _empty(torch.float16, self.heads, self.tokens, self.width) for name in PREFIX_NAMES}
 
 
 def prefix_state(path: str, states: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
@@ -174,6 +250,11 @@ class KeyCenterEntry:
 
     def __post_init__(self) -> None:
         CacheScheme(4, rope=self.rope, key_rotation=self.key_rotation)
+
+    @property
+    def parts(self) -> dict[str, Tensor]:
+        """See the module."""
+        return {"mean": _empty(torch.float16, self.heads, self.width)}
 
     @property
     def key_basis(self) -> tuple[str, str]:

@@ -15,8 +15,6 @@ from typing import Any, Self, TypeVar
 from subnibble.cache_scheme import CacheScheme, PrefixIds
 from subnibble.checkpoint.checksums import CHECKSUMS
 from subnibble.checkpoint.entries import (
-    PREFIX,
-    PREFIX_NAMES,
     Entry,
     InputMixEntry,
     KeyCenterEntry,
@@ -142,30 +140,11 @@ def _complete(kind: type[_S], values: Mapping[str, Any]) -> _S:
 
 def stored_shapes(packed: PackedConfig) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every tensor that the packed modules need in the checkpoint."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for path, entry in packed.modules.items():
-        match entry:
-            case PackedLinearEntry(layout, bias, column_scale, gather):
-                for prefix, matrix in entry.matrices.items():
-                    shapes |= _matrix_shapes(f"{path}.{prefix}", matrix)
-                shapes |= {f"{path}.bias": (layout.rows,)} if bias else {}
-                shapes |= {f"{path}.column_scale": (layout.columns,)} if column_scale else {}
-                shapes |= {f"{path}.gather": (layout.columns,)} if gather else {}
-            case PackedEmbeddingEntry(layout):
-                shapes |= _matrix_shapes(f"{path}.", layout)
-            case InputMixEntry(widths):
-                shapes[f"{path}.matrix"] = (sum(widths), max(widths))
-            case NormBiasEntry(rows):
-                shapes[f"{path}.bias"] = (rows,)
-            case PrefixEntry(heads, tokens, width):
-                shapes |= dict.fromkeys((f"{path}.{PREFIX}.{name}" for name in PREFIX_NAMES), (heads, tokens, width))
-            case KeyCenterEntry(heads, width):
-                shapes[f"{path}.mean"] = (heads, width)
-    return shapes
-
-
-def _matrix_shapes(prefix: str, layout: PackedLayout) -> dict[str, tuple[int, ...]]:
-    return {f"{prefix}{name}": tuple(part.shape) for name, part in layout.empty().state().items()}
+    return {
+        f"{path}.{name}": tuple(part.shape)
+        for path, entry in packed.modules.items()
+        for name, part in entry.parts.items()
+    }
 
 
 def packed_config_of(config: Any) -> PackedConfig | None:

@@ -91,9 +91,7 @@ def _packed(source: Source, packed: PackedConfig) -> tuple[int, int, int]:
         if isinstance(entry, NormBiasEntry):
             bits += source.stored_bits(f"{path}.bias")
         elif isinstance(entry, PackedLinearEntry) and path.startswith(f"{blocks}."):
-            bits += sum(layout.stored_bits for layout in entry.matrices.values())
-            bits += source.stored_bits(f"{path}.column_scale") if entry.column_scale else 0
-            bits += source.stored_bits(f"{path}.gather") if entry.gather else 0
+            bits += entry.stored_bits
             weights += entry.layout.rows * entry.layout.columns
     for entry in packed.modules.values():
         if isinstance(entry, PackedLinearEntry | PackedEmbeddingEntry):

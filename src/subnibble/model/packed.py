@@ -17,7 +17,7 @@ from subnibble.checkpoint.entries import (
     PackedLinearEntry,
     PrefixEntry,
     TiedHeadEntry,
-    gather_type,
+    linear_terms,
 )
 from subnibble.checkpoint.packed import PackedConfig
 from subnibble.checkpoint.safetensors_source import SafetensorsSource
@@ -35,7 +35,6 @@ from subnibble.runtime.modules import (
     add_input_mix_,
     add_output_bias_,
 )
-from subnibble.runtime.ops import LinearTerms
 
 # A tied head needs its table's module, a matrix in front of a head the head's, whatever the order of the JSON.
 _LATER = {TiedHeadEntry: 1, InputMixEntry: 2}
@@ -104,7 +103,8 @@ def replace_module(model: Any, path: str, module: nn.Module, entry: Any, dtype: 
             )
     match entry:
         case PackedLinearEntry():
-            model.set_submodule(path, PackedLinear(_empty_terms(entry, dtype)))
+            own = {name: part.to(dtype) if name == "bias" else part for name, part in entry.parts.items()}
+            model.set_submodule(path, PackedLinear(linear_terms(entry, own)))
         case PackedEmbeddingEntry(layout):
             model.set_submodule(path, PackedEmbedding(layout.empty(), dtype))
         case TiedHeadEntry(table):
@@ -119,29 +119,11 @@ def replace_module(model: Any, path: str, module: nn.Module, entry: Any, dtype: 
                     f"{path} is of {sum(widths)} channels, which is not what the model's head has; config.json does "
                     "not belong to these weights"
                 )
-            matrix = torch.empty(sum(widths), max(widths), dtype=torch.float32, device="meta")
-            add_input_mix_(module, InputMix(matrix, widths))
-        case NormBiasEntry(rows):
-            add_output_bias_(module, torch.empty(rows, dtype=dtype, device="meta"))
-        case PrefixEntry(heads, tokens, width):
-            empty = torch.empty(heads, tokens, width, dtype=torch.float16, device="meta")
-            module.add_module(PREFIX, PrefixStates(empty, torch.empty_like(empty), persistent=True))
-        case KeyCenterEntry(heads, width, rope, key_rotation):
-            empty = torch.empty(heads, width, dtype=torch.float16, device="meta")
-            module.add_module(KEY_CENTER, KeyCenter(empty, rope, key_rotation))
-
-
-def _empty_terms(entry: PackedLinearEntry, dtype: torch.dtype) -> LinearTerms:
-    """Storage of the right shapes and types, on the meta device. dtype: of the bias."""
-    columns = entry.layout.columns
-    return LinearTerms(
-        weight=entry.layout.empty(),
-        bias=torch.empty(entry.layout.rows, dtype=dtype, device="meta") if entry.bias else None,
-        column_scale=torch.empty(columns, dtype=torch.float16, device="meta") if entry.column_scale else None,
-        gather=torch.empty(columns, dtype=gather_type(columns), device="meta") if entry.gather else None,
-        blocks=entry.blocks,
-        activation=entry.activation,
-        salient=None if entry.salient is None else entry.salient.empty(),
-        residual=entry.residual,
-        low_rank=None if entry.low_rank is None else (entry.low_rank[0].empty(), entry.low_rank[1].empty()),
-    )
+            add_input_mix_(module, InputMix(entry.parts["matrix"], widths))
+        case NormBiasEntry():
+            add_output_bias_(module, entry.parts["bias"].to(dtype))
+        case PrefixEntry():
+            keys, values = entry.parts.values()
+            module.add_module(PREFIX, PrefixStates(keys, values, persistent=True))
+        case KeyCenterEntry():
+            module.add_module(KEY_CENTER, KeyCenter(entry.parts["mean"], *entry.key_basis))

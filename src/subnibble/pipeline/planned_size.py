@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 
 from subnibble.cache_scheme import PrefixIds
-from subnibble.checkpoint.entries import PackedLinearEntry, gather_type
+from subnibble.checkpoint.entries import PackedLinearEntry
 from subnibble.checkpoint.size import cache_bytes
 from subnibble.methods.method import Steps
 from subnibble.model.skeleton import Skeleton
@@ -17,7 +18,7 @@ from subnibble.scheme import ActivationScheme, Scheme
 from subnibble.tensor import PackedLayout
 from subnibble.transforms.rotate import block_widths
 
-# Of float16, in which norm biases and column scales are stored.
+# Of float16, in which norm biases are stored.
 _HALF_BITS = 16
 
 
@@ -99,13 +100,11 @@ def _extra_bits(steps: Steps, schemes: Mapping[str, Scheme | None], skeleton: Sk
     for path, (rows, columns) in skeleton.linear_shapes().items():
         scheme, bits = schemes[path], 0
         if scheme is not None:
-            matrices = _entry(steps, rows, columns, scheme).matrices.values()
-            bits = sum(layout.stored_bits for layout in matrices) - rows * scheme.row_bits(columns)
             site = skeleton.site_of(path)
-            if steps.saliency is not None and steps.saliency.gathers(site, site.name in steps.online):
-                bits += 8 * columns * gather_type(columns).itemsize
-            if stores_column_scales(steps, schemes, skeleton, path):
-                bits += _HALF_BITS * columns
+            gathers = steps.saliency is not None and steps.saliency.gathers(site, site.name in steps.online)
+            scales = stores_column_scales(steps, schemes, skeleton, path)
+            entry = replace(_entry(steps, rows, columns, scheme), gather=gathers, column_scale=scales)
+            bits = entry.stored_bits - rows * scheme.row_bits(columns)
         found[path] = bits
     return found
 
