@@ -24,6 +24,10 @@ _CONFIG_KEYS = {"quant_method", "format_version", "schemes", "activations", "cac
 _NOT_COMPARED = {"quantization_config", "transformers_weights", "transformers_version", "_name_or_path"}
 
 
+# What a linear does to its input, which another reader may store for it.
+_OF_INPUT = {"column_scale", "gather", "hadamard", "activation", "residual"}
+
+
 class UnreadContentError(Exception):
     """Something in a checkpoint that this reader does not know."""
 
@@ -53,7 +57,8 @@ def content_of(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Cont
     if packed.get("prefix") is not None:
         content["prefix/ids"] = _text(packed["prefix"])
     labels = _Labels(packed["schemes"], packed.get("activations", {}))
-    for path, entry in packed["modules"].items():
+    modules = _with_inputs(packed["modules"], stored)
+    for path, entry in modules.items():
         content |= _module(path, dict(entry), stored, labels)
     biased = {path for path, entry in packed["modules"].items() if entry["kind"] == "norm_bias"}
     for name in sorted(stored):
@@ -64,6 +69,20 @@ def content_of(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Cont
             raise UnreadContentError(f"tensor {name} belongs to nothing that config.json names")
         content[f"{path}/{part}"] = stored[name]
     return content
+
+
+def _with_inputs(modules: Mapping[str, Any], stored: dict[str, Tensor]) -> dict[str, Any]:
+    """Modules, those that enter as another does with its keys; `stored` gets copies of its tensors for them."""
+    found = {path: dict(entry) for path, entry in modules.items()}
+    for path, entry in found.items():
+        source = entry.pop("input", None)
+        if source is None:
+            continue
+        if own := _OF_INPUT & entry.keys():
+            raise UnreadContentError(f"{path} enters as {source} and has {sorted(own)}")
+        entry |= {key: modules[source][key] for key in _OF_INPUT & modules[source].keys()}
+        stored |= {f"{path}.{key}": stored[f"{source}.{key}"] for key in ("gather", "column_scale") if key in entry}
+    return found
 
 
 class _Labels:

@@ -109,8 +109,9 @@ def test_what_is_read_gives_the_dense_weights_of_the_package(
         assert torch.equal(dense(found, prefix), module.packed.dequantize()), prefix
         if isinstance(module, PackedLinear):
             gather, scale = found.get(f"{path}/gather"), found.get(f"{path}/column_scale")
-            assert same(gather, None if module.gather is None else module.gather.long())
-            assert same(scale, module.column_scale)
+            terms = module.terms
+            assert same(gather, None if terms.gather is None else terms.gather.long())
+            assert same(scale, terms.column_scale)
             assert json.loads(str(found.get(f"{path}/hadamard", "[]"))) == list(module.blocks)
             assert found.get(f"{path}/residual", "none") == module.residual
             known = None if module.activation is None else {"outliers": 0, **module.activation.to_dict()}
@@ -132,7 +133,9 @@ def test_no_stored_tensor_can_change_unnoticed(
         # The first bit of the first code or zero-point, the last place of the first number.
         other.view(-1).view(torch.uint8)[0] ^= 1
         found = compare(contents[name], content_of(config, {**stored, key: other}))
-        assert (found.parts, found.codes + found.numbers) == (1, 1), key
+        # An input is of all its readers.
+        readers = 3 if key.endswith(("gather", "column_scale")) else 1
+        assert 1 <= found.parts == found.codes + found.numbers <= readers, key
 
 
 @every_kind

@@ -65,8 +65,8 @@ def estimate(model: str | Path | Source, recipe: AnyRecipe) -> Estimate:
     tokens = recipe.num_windows * recipe.window if recipe.calibration is not None else 0
     return Estimate(
         parameters=sum(numel(shape) for shape in skeleton.parameter_shapes().values()),
-        file_bytes=packed_bytes(recipe, steps, plan.schemes, skeleton, found.prefix),
-        effective_bits=effective_bits(steps, plan.schemes, skeleton),
+        file_bytes=packed_bytes(recipe, steps, plan, skeleton, found.prefix),
+        effective_bits=effective_bits(steps, plan, skeleton),
         activation_bits=activation_bits(steps, plan, skeleton),
         memory_bytes=_memory(steps, skeleton, tokens, recipe.distillation),
         seconds=_seconds(steps, skeleton, tokens, _tuned_tokens(recipe, steps), recipe.distillation),

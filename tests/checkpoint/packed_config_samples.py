@@ -1,6 +1,7 @@
 """Entries and configs of the format, and their way through JSON."""
 
 import json
+from dataclasses import replace
 
 from subnibble.checkpoint.entries import NormBiasEntry, PackedEmbeddingEntry, PackedLinearEntry, TiedHeadEntry
 from subnibble.checkpoint.packed import PackedConfig
@@ -38,6 +39,10 @@ WHOLE = PackedLinearEntry(
     low_rank=(PackedLayout(8, ((192, W8),)), PackedLayout(64, ((8, W8),))),
 )
 COMPOSED = PackedConfig({**CONFIG.modules, DOWN: WHOLE})
+# Two readers of one tensor, of which the second stores nothing of what becomes of it.
+K = "model.layers.0.self_attn.k_proj"
+FIRST = PackedLinearEntry(PackedLayout(64, ((64, W3),)), False, True, True, (64,), A4)
+SHARED = PackedConfig({Q: FIRST, K: replace(FIRST, layout=PackedLayout(32, ((64, W8),)), input=Q)})
 # Each is the plain linear with one term.
 ONE_TERM = {
     "column_scale": {"column_scale": True},

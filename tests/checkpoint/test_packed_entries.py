@@ -4,10 +4,28 @@ from dataclasses import replace
 
 import pytest
 import torch
-from packed_config_samples import A4, A8, AMX, CONFIG, DOWN, HEAD, NORM, ONE_TERM, SCALED, W3, W8, WHOLE, Q
+from packed_config_samples import (
+    A4,
+    A8,
+    AMX,
+    CONFIG,
+    DOWN,
+    HEAD,
+    NORM,
+    ONE_TERM,
+    SCALED,
+    SHARED,
+    W3,
+    W8,
+    WHOLE,
+    K,
+    Q,
+    through_json,
+)
 
 from subnibble.checkpoint.entries import PackedLinearEntry, gather_type, linear_entry, linear_state, linear_terms
 from subnibble.checkpoint.packed import PackedConfig, stored_shapes
+from subnibble.errors import CheckpointError
 from subnibble.tensor import PackedLayout
 
 
@@ -87,3 +105,34 @@ def test_a_linear_is_stored_and_rebuilt_by_the_same_table(entry: PackedLinearEnt
         name: (part.dtype, part.shape) for name, part in parts.items()
     }
     assert entry.stored_bits == 8 * sum(part.nbytes for name, part in parts.items() if name != "bias")
+
+
+def test_a_linear_that_enters_as_another_stores_nothing_of_its_input() -> None:
+    values = through_json(SHARED)["modules"]
+    assert values[K] == {"kind": "linear", "rows": 32, "ranges": [[64, W8.name]], "bias": False, "input": Q}
+    assert {"column_scale", "gather", "hadamard", "activation"} < values[Q].keys()
+    assert {f"{Q}.gather", f"{Q}.column_scale"} < stored_shapes(SHARED).keys()
+    assert set(stored_shapes(SHARED)) & {f"{K}.gather", f"{K}.column_scale"} == set()
+    read = PackedConfig.from_dict(through_json(SHARED))
+    assert read == SHARED
+    assert read.modules[K].token_bits() == read.modules[Q].token_bits()
+
+
+@pytest.mark.parametrize(
+    ("path", "changes"),
+    [
+        (K, {"input": "model.layers.0.self_attn.v_proj"}),
+        (K, {"input": K}),
+        (K, {"input": 3}),
+        (K, {"ranges": [[32, W8.name]]}),
+        (K, {"gather": True}),
+        (K, {"activation": A4.name}),
+        (Q, {"input": K}),
+        (K, {"input": None}),
+    ],
+)
+def test_an_input_of_no_linear_that_enters_alike_is_refused(path: str, changes: dict) -> None:
+    values = through_json(SHARED)
+    values["modules"][path] |= changes
+    with pytest.raises(CheckpointError, match="damaged"):
+        PackedConfig.from_dict(values)

@@ -24,13 +24,16 @@ from subnibble.tensor import PackedLayout, PackedTensor
 PREFIX, PREFIX_NAMES = "prefix", ("keys", "values")
 # Where it holds the centre of its keys.
 KEY_CENTER = "key_center"
+# What a linear does to its input, of the fields of its entry.
+INPUT_TERMS = ("column_scale", "gather", "blocks", "activation", "residual")
 
 
 @dataclass(frozen=True)
 class PackedLinearEntry:
-    """A linear with a packed weight. bias, column_scale, gather: whether `<path>.bias` and so on is stored.
+    """A linear with a packed weight. bias, column_scale, gather: whether it has them.
 
-    blocks, activation, residual: see `ops.LinearTerms`; salient, low_rank: the layouts of its matrices.
+    blocks, activation, residual: see `ops.LinearTerms`; salient, low_rank: the layouts of its matrices. input: path of
+    the linear that reads the same tensor alike and stores column scale and gather for both, None for itself.
     """
 
     layout: PackedLayout
@@ -42,6 +45,7 @@ class PackedLinearEntry:
     salient: PackedLayout | None = None
     residual: str = "none"
     low_rank: tuple[PackedLayout, PackedLayout] | None = None
+    input: str | None = None
 
     def __post_init__(self) -> None:
         columns, rows = self.layout.columns, self.layout.rows
@@ -79,10 +83,19 @@ class PackedLinearEntry:
         columns = self.layout.columns
         vectors = {
             "bias": _empty(torch.float32, self.layout.rows) if self.bias else None,
-            "column_scale": _empty(torch.float16, columns) if self.column_scale else None,
-            "gather": _empty(gather_type(columns), columns) if self.gather else None,
+            "column_scale": _empty(torch.float16, columns) if self.column_scale and self.input is None else None,
+            "gather": _empty(gather_type(columns), columns) if self.gather and self.input is None else None,
         }
         return found | {name: part for name, part in vectors.items() if part is not None}
+
+    def enters_as(self, other: PackedLinearEntry) -> bool:
+        """Whether both may store what they do to their input once."""
+        ranks = [entry.salient.columns if entry.salient is not None else 0 for entry in (self, other)]
+        return (
+            self.layout.columns == other.layout.columns
+            and (self.residual == "none" or ranks[0] == ranks[1])
+            and all(getattr(self, name) == getattr(other, name) for name in INPUT_TERMS)
+        )
 
     @property
     def stored_bits(self) -> int:
@@ -102,8 +115,8 @@ class PackedLinearEntry:
         return bits
 
 
-def linear_entry(terms: LinearTerms) -> PackedLinearEntry:
-    """The entry of a linear that contains `terms`."""
+def linear_entry(terms: LinearTerms, source: str | None = None) -> PackedLinearEntry:
+    """The entry of a linear that contains `terms`. source: see `PackedLinearEntry.input`."""
     low_rank = None if terms.low_rank is None else (terms.low_rank[0].layout, terms.low_rank[1].layout)
     return PackedLinearEntry(
         layout=terms.weight.layout,
@@ -115,6 +128,7 @@ def linear_entry(terms: LinearTerms) -> PackedLinearEntry:
         salient=None if terms.salient is None else terms.salient.layout,
         residual=terms.residual,
         low_rank=low_rank,
+        input=source,
     )
 
 
@@ -130,7 +144,10 @@ def linear_state(terms: LinearTerms) -> dict[str, Tensor]:
 
 
 def linear_terms(entry: PackedLinearEntry, parts: Mapping[str, Tensor]) -> LinearTerms:
-    """The linear of an entry and what is stored for it, by name relative to it; inverse of the two above."""
+    """The linear of an entry and what is stored for it, by name relative to it; inverse of the two above.
+
+    Of one that enters as another does, column scale and gather are missing.
+    """
     matrices = {
         prefix: PackedTensor.from_state(
             {name.removeprefix(prefix): part for name, part in parts.items() if name.startswith(prefix)}, layout

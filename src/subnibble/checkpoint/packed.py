@@ -36,6 +36,7 @@ FORMAT_VERSION = 1
 _KEYS = {"quant_method", "format_version", "schemes", "activations", "cache", "prefix", "modules"}
 # Terms of a linear that it may lack, with what their absence means.
 _NO_TERMS: dict[str, Any] = {
+    "input": None,
     "column_scale": False,
     "gather": False,
     "hadamard": [],
@@ -44,6 +45,7 @@ _NO_TERMS: dict[str, Any] = {
     "residual": "none",
     "low_rank": None,
 }
+_OF_INPUT = {"column_scale", "gather", "hadamard", "activation", "residual"}
 _MODULE_KEYS = {
     "linear": {"kind", "rows", "ranges", "bias"},
     "embedding": {"kind", "rows", "ranges"},
@@ -69,6 +71,11 @@ class PackedConfig:
         held = {entry.tokens for entry in self.modules.values() if isinstance(entry, PrefixEntry)}
         if held != (set() if self.prefix is None else {len(self.prefix.ids)}):
             raise ValueError("a prefix's ids and what attentions hold of it do not belong together")
+        for path, entry in self.modules.items():
+            if isinstance(entry, PackedLinearEntry) and entry.input is not None:
+                other = self.modules.get(entry.input)
+                if not isinstance(other, PackedLinearEntry) or other.input is not None or not entry.enters_as(other):
+                    raise ValueError(f"{path} enters as {entry.input}, which is no packed linear that enters alike")
         cache = self.cache
         if cache is not None and cache.is_centered and cache.key_basis not in self._centers:
             raise ValueError("the cache codes keys less a centre, and no attention holds one of its kind")
@@ -120,9 +127,9 @@ class PackedConfig:
                 {name: _complete(Scheme, scheme) for name, scheme in values["schemes"].items()},
                 {name: _complete(ActivationScheme, scheme) for name, scheme in values["activations"].items()},
             )
-            cache, prefix = values["cache"], values["prefix"]
+            cache, prefix, modules = values["cache"], values["prefix"], values["modules"]
             return cls(
-                {path: _entry_from_dict(entry, labels) for path, entry in values["modules"].items()},
+                {path: _entry_from_dict(_with_input(entry, modules), labels) for path, entry in modules.items()},
                 None if cache is None else _complete(CacheScheme, cache),
                 None if prefix is None else PrefixIds.from_dict(prefix),
             )
@@ -190,13 +197,17 @@ def _linear_to_dict(entry: PackedLinearEntry) -> dict[str, Any]:
     if entry.low_rank is not None:
         down, up = entry.low_rank
         low_rank = {"rank": down.rows, "down": _ranges_to_list(down), "up": _ranges_to_list(up)}
-    terms = {
+    own = {
         "column_scale": entry.column_scale,
         "gather": entry.gather,
         "hadamard": list(entry.blocks),
         "activation": None if entry.activation is None else entry.activation.name,
-        "salient": None if entry.salient is None else _ranges_to_list(entry.salient),
         "residual": entry.residual,
+    }
+    terms = {
+        "input": entry.input,
+        **(own if entry.input is None else {}),
+        "salient": None if entry.salient is None else _ranges_to_list(entry.salient),
         "low_rank": low_rank,
     }
     said = {key: value for key, value in terms.items() if value != _NO_TERMS[key]}
@@ -242,6 +253,16 @@ def _entry_from_dict(values: Mapping[str, Any], labels: _Labels) -> Entry:
     return _linear_from_dict(values, layout, labels)
 
 
+def _with_input(values: Mapping[str, Any], modules: Mapping[str, Any]) -> Mapping[str, Any]:
+    """An entry that enters as another does, with what that does to its input."""
+    source = values.get("input")
+    if source is None:
+        return values
+    if own := sorted(_OF_INPUT & values.keys()):
+        raise ValueError(f"it enters as {source}, and has {own[0]} of its own")
+    return {**values, **{key: modules[source][key] for key in _OF_INPUT & modules[source].keys()}}
+
+
 def _linear_from_dict(values: Mapping[str, Any], layout: PackedLayout, labels: _Labels) -> PackedLinearEntry:
     for key, absent in _NO_TERMS.items():
         if key in values and values[key] == absent and type(values[key]) is type(absent):
@@ -262,6 +283,7 @@ def _linear_from_dict(values: Mapping[str, Any], layout: PackedLayout, labels: _
         None if terms["salient"] is None else labels.layout(layout.rows, terms["salient"]),
         _typed(terms["residual"], str),
         low_rank,
+        None if terms["input"] is None else _typed(terms["input"], str),
     )
 
 

@@ -110,9 +110,13 @@ def _ranges(entry: dict[str, Any]) -> str:
     parts += [f"salient {columns} x {scheme}" for columns, scheme in entry.get("salient") or []]
     if entry.get("low_rank"):
         parts.append(f"low rank {entry['low_rank']['rank']} x {entry['low_rank']['down'][0][1]}")
-    steps = ("gather", "column_scale", "activation", "residual")
+    steps = ("input", "gather", "column_scale", "activation", "residual")
     found = {step: entry.get(step) for step in steps} | {"hadamard": bool(entry.get("hadamard"))}
-    named = {"activation": found["activation"], "residual": f"residual on {found['residual']}"}
+    named = {
+        "input": f"enters as {found['input']}",
+        "activation": found["activation"],
+        "residual": f"residual on {found['residual']}",
+    }
     parts += [str(named.get(step, step)) for step, value in found.items() if value and value != "none"]
     return ", ".join(parts) or "-"
 

@@ -53,6 +53,9 @@ def pack_modules_(model: Any, packed: PackedConfig, dtype: torch.dtype) -> None:
                 "AutoModelForCausalLM"
             ) from error
         replace_module(model, path, module, entry, dtype)
+    for path, entry in packed.modules.items():
+        if isinstance(entry, PackedLinearEntry) and entry.input is not None:
+            model.get_submodule(path).enter_as_(model.get_submodule(entry.input))
     _check_centers(model, packed)
 
 

@@ -59,7 +59,7 @@ from subnibble.rounding.error import relative_errors
 from subnibble.rounding.rounder import Rounder, Rounding
 from subnibble.runtime.kv_cache import Coding
 from subnibble.runtime.modules import add_output_bias_, never_ran
-from subnibble.runtime.ops import LinearTerms
+from subnibble.runtime.ops import LinearTerms, enter_alike, enters_plainly
 from subnibble.scheme import ActivationScheme, Scheme
 from subnibble.tensor import PackedRange, PackedTensor
 from subnibble.transforms.absorb import absorb_, can_absorb
@@ -241,12 +241,7 @@ class BlockRun:
             moved |= {*site.readers, *rows} if rows else set()
             if site.per_head and steps.value_rotation != "none":
                 moved |= {*site.readers, *site.writers}
-        found = []
-        for name, linear in self.linears.items():
-            gather = self.terms[name].gather
-            share = 0 if gather is None else 8 * gather.nbytes / (linear.shape[0] * linear.shape[1])
-            found.append(replace(linear, moved=name in moved, effective_bits=linear.effective_bits + share))
-        return found
+        return [replace(linear, moved=name in moved) for name, linear in self.linears.items()]
 
     def tensors(self) -> tuple[dict[str, Tensor], dict[str, Entry]]:
         """What to store of the block, column scales absorbed, and the entries of its modules. To be called last.
@@ -266,15 +261,20 @@ class BlockRun:
             if order is not None and rows is None:
                 kind = gather_type(order.shape[0])
                 for name in self.terms.keys() & set(site.readers):
-                    # A copy each: the file holds one for each linear.
-                    self.terms[name] = replace(self.terms[name], gather=order.to(kind, copy=True))
+                    self.terms[name] = replace(self.terms[name], gather=order.to(kind))
         path = self.block.path
         tensors: dict[str, Tensor] = {}
         entries: dict[str, Entry] = {}
+        inputs = {name: other for site in self.block.arch.sites for name, other in self._inputs(site).items()}
         for name, own in self.terms.items():
             terms = replace(own, bias=self.exact.get(f"{name}.bias"))
-            entries[f"{path}.{name}"] = linear_entry(terms)
-            tensors |= {f"{path}.{name}.{key}": part for key, part in linear_state(terms).items()}
+            other = inputs.get(name)
+            entry = linear_entry(terms, None if other is None else f"{path}.{other}")
+            bits = entry.stored_bits / (entry.layout.rows * entry.layout.columns)
+            self.linears[name] = replace(self.linears[name], effective_bits=bits)
+            entries[f"{path}.{name}"] = entry
+            stored = {key: part for key, part in linear_state(terms).items() if key in entry.parts}
+            tensors |= {f"{path}.{name}.{key}": part for key, part in stored.items()}
         for name, parameter in self.exact.items():
             if name.removesuffix(".weight") not in self.terms:
                 tensors[f"{path}.{name}"] = parameter
@@ -293,6 +293,20 @@ class BlockRun:
             where = f"{path}.{self.block.arch.attention}.{KEY_CENTER}"
             tensors[f"{where}.mean"], entries[where] = center, KeyCenterEntry.of(center, self.coding.scheme)
         return tensors, entries
+
+    def _inputs(self, site: Site) -> dict[str, str]:
+        """Readers that do to the site's tensor what an earlier one does, which stores it for them; and which."""
+        firsts, found = list[str](), dict[str, str]()
+        for name in site.readers:
+            own = self.terms.get(name)
+            if own is None or enters_plainly(own):
+                continue
+            other = next((first for first in firsts if enter_alike(self.terms[first], own)), None)
+            if other is None:
+                firsts.append(name)
+            else:
+                found[name] = other
+        return found
 
     def _offline_rows(self, site: Site) -> dict[str, Tensor] | None:
         """See `offline_rows`; None, too, where a site's readers have no order of their own."""
@@ -395,8 +409,7 @@ class BlockRun:
             second = None if salient is None else PackedTensor((salient.rows(index),))
             self.terms[name] = own = LinearTerms(
                 whole.rows(index),
-                # A copy each: the file holds one for each linear.
-                column_scale=None if stored is None else stored.clone(),
+                column_scale=stored,
                 blocks=basis.blocks,
                 activation=stack.activation,
                 salient=second,
@@ -404,12 +417,12 @@ class BlockRun:
                 low_rank=branch,
             )
             self._put_back(site, name, stack, dense[index])
-            bits = own.stored_bits + (0 if stored is None else 8 * stored.nbytes)
             self.linears[name] = LinearReport(
                 path=f"{self.block.path}.{name}",
                 shape=own.weight.shape,
                 scheme=stack.scheme.name,
-                effective_bits=bits / natural[index].numel(),
+                # Known once it is stored: see `tensors`.
+                effective_bits=math.nan,
                 weight_error=error.weight,
                 output_error=error.output,
                 nearest_error=floor.output,

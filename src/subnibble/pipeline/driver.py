@@ -389,7 +389,7 @@ def _check_apart(out: Path, model: Path, recipe: Recipe) -> None:
 
 
 def _check_disk(run: _Run, writer: CheckpointWriter) -> None:
-    needed = packed_bytes(run.recipe, run.steps, run.plan.schemes, run.skeleton, run.prefix) + 64 * 2**20
+    needed = packed_bytes(run.recipe, run.steps, run.plan, run.skeleton, run.prefix) + 64 * 2**20
     if run.recipe.distillation is not None:
         # It writes the last shard, which holds a norm that it tunes, once more before the first goes.
         needed += table_bytes(run.recipe, run.skeleton)

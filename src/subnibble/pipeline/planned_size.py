@@ -25,14 +25,15 @@ _HALF_BITS = 16
 def packed_bytes(
     recipe: Recipe,
     steps: Steps,
-    schemes: Mapping[str, Scheme | None],
+    plan: Plan,
     skeleton: Skeleton,
     prefix: PrefixIds | None,
 ) -> int:
-    """Bytes of the weight files that a recipe will give, headers aside. schemes: see `plan_schemes`."""
+    """Bytes of the weight files that a recipe will give, headers aside."""
+    schemes = plan.schemes
     states = 0 if prefix is None else round(len(prefix.ids) * cache_bytes(skeleton.config, None))
     bits = 8 * (states + table_bytes(recipe, skeleton))
-    bits += sum(_extra_bits(steps, schemes, skeleton).values()) + _norm_bias_bits(steps, schemes, skeleton)
+    bits += sum(_extra_bits(steps, plan, skeleton).values()) + _norm_bias_bits(steps, schemes, skeleton)
     if steps.rotation != "none" and skeleton.tied:
         # In front of the tied head, float32.
         width = skeleton.config.hidden_size
@@ -60,12 +61,12 @@ def _stored_bits(shape: tuple[int, ...], scheme: Scheme | None) -> int:
     return torch.Size(shape).numel() * (16 if len(shape) > 1 else 32)
 
 
-def effective_bits(steps: Steps, schemes: Mapping[str, Scheme | None], skeleton: Skeleton) -> float:
+def effective_bits(steps: Steps, plan: Plan, skeleton: Skeleton) -> float:
     """Stored bits over weights of all quantized linears; 16 where none is: that is how they are stored.
 
     Without column scales that what writes them cannot take for their size.
     """
-    extra = _extra_bits(steps, schemes, skeleton)
+    extra, schemes = _extra_bits(steps, plan, skeleton), plan.schemes
     bits, weights = _norm_bias_bits(steps, schemes, skeleton), 0
     for path, (rows, columns) in skeleton.linear_shapes().items():
         scheme = schemes[path]
@@ -94,18 +95,28 @@ def _entry(
     return steps.correction.planned(entry, scheme)
 
 
-def _extra_bits(steps: Steps, schemes: Mapping[str, Scheme | None], skeleton: Skeleton) -> dict[str, int]:
+def _extra_bits(steps: Steps, plan: Plan, skeleton: Skeleton) -> dict[str, int]:
     """Bits of each linear beyond a plain weight's; 0 where it is not quantized."""
-    found = {}
+    found: dict[str, int] = {}
+    # By block and site, of which readers enter otherwise than those before.
+    firsts: dict[tuple[str, str], list[PackedLinearEntry]] = {}
     for path, (rows, columns) in skeleton.linear_shapes().items():
-        scheme, bits = schemes[path], 0
-        if scheme is not None:
-            site = skeleton.site_of(path)
-            gathers = steps.saliency is not None and steps.saliency.gathers(site, site.name in steps.online)
-            scales = stores_column_scales(steps, schemes, skeleton, path)
-            entry = replace(_entry(steps, rows, columns, scheme), gather=gathers, column_scale=scales)
-            bits = entry.stored_bits - rows * scheme.row_bits(columns)
-        found[path] = bits
+        scheme, found[path] = plan.schemes[path], 0
+        if scheme is None:
+            continue
+        site = skeleton.site_of(path)
+        gathers = steps.saliency is not None and steps.saliency.gathers(site, site.name in steps.online)
+        scales = stores_column_scales(steps, plan.schemes, skeleton, path)
+        entry = _entry(steps, rows, columns, scheme, plan.activations[path])
+        entry = replace(entry, gather=gathers, column_scale=scales)
+        # Of readers that enter alike the first stores what they do to their input.
+        block = next(path.removesuffix(name) for name in site.readers if path.endswith(f".{name}"))
+        others = firsts.setdefault((block, site.name), [])
+        if any(entry.enters_as(other) for other in others):
+            entry = replace(entry, input=block)
+        else:
+            others.append(entry)
+        found[path] = entry.stored_bits - rows * scheme.row_bits(columns)
     return found
 
 

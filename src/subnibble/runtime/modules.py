@@ -13,6 +13,7 @@ from subnibble.errors import NoWeight
 from subnibble.runtime import ops
 from subnibble.runtime.kept import Kept
 from subnibble.runtime.offloaded import has_hook, resident
+from subnibble.runtime.site_memo import SiteMemo
 from subnibble.tensor import PackedLayout, PackedTensor
 
 # Where a head holds its `InputMix`.
@@ -153,6 +154,9 @@ class PackedLinear(PackedModule):
     def __init__(self, terms: ops.LinearTerms) -> None:
         super().__init__(terms.weight)
         self._terms: Kept[ops.LinearTerms] = Kept()
+        self._memo: SiteMemo[ops.Entered] = SiteMemo()
+        # Of another's, in a tuple, so that it is not registered, saved and counted twice.
+        self._input: tuple[PackedLinear, ...] = ()
         self.in_features, self.out_features = self.layout.columns, self.layout.rows
         self.blocks, self.activation, self.residual = terms.blocks, terms.activation, terms.residual
         self.column_scale: Tensor | None
@@ -169,24 +173,40 @@ class PackedLinear(PackedModule):
     @property
     def terms(self) -> ops.LinearTerms:
         """What the linear contains, sharing its buffers."""
-        if has_hook(self):
-            with resident(self):
+        source = self.input
+        if has_hook(self) or has_hook(source):
+            with resident(self), resident(source):
                 return self._made()
         children = (child._buffers.values() for child in self._modules.values() if child is not None)
         held = (*self._buffers.values(), *self._parameters.values(), *chain.from_iterable(children))
-        return self._terms.of((*held, self.blocks, self.activation, self.residual), self._made)
+        vectors = (source._buffers["column_scale"], source._buffers["gather"])
+        return self._terms.of((*held, *vectors, source.blocks, source.activation, source.residual), self._made)
+
+    @property
+    def input(self) -> PackedLinear:
+        """The linear that says what becomes of the input: another reader of the same tensor, or itself."""
+        return self._input[0] if self._input else self
+
+    def enter_as_(self, other: PackedLinear) -> None:
+        """From now on do to the input what `other` does, which stores it for both."""
+        self._input = (other,)
+        other._memo.readers += 1
 
     def _made(self) -> ops.LinearTerms:
+        source = self.input
         low_rank = None if self.down is None or self.up is None else (self.down.packed, self.up.packed)
         salient = None if self.salient is None else self.salient.packed
         return ops.LinearTerms(
-            self.packed, self.bias, self.column_scale, self.gather, self.blocks, self.activation, salient,
-            self.residual, low_rank,
+            self.packed, self.bias, source.column_scale, source.gather, source.blocks, source.activation, salient,
+            source.residual, low_rank,
         )  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., k) to (..., m)."""
-        return ops.linear(x, self.terms)
+        terms = self.terms
+        if ops.enters_plainly(terms):
+            return ops.linear(x, terms)
+        return ops.product(x, self.input._memo.of(x, lambda: ops.entered(x, terms)), terms)
 
     def dequantize(self) -> Tensor:
         """The dense weight (m, k) float32 that inputs meet as they come, all terms included."""

@@ -67,22 +67,67 @@ class LinearTerms:
         )
 
 
+@dataclass(frozen=True)
+class Entered:
+    """A tensor as the linears that read it multiply it. tokens: (t, k) in the input's type where it is not quantized,
+    else None. quantized: as whole numbers, or None. rest: what is left of the first channels, where they are quantized
+    twice, or None.
+    """
+
+    tokens: Tensor | None
+    quantized: activations.Quantized | None = None
+    rest: activations.Quantized | None = None
+
+
 def linear(x: Tensor, terms: LinearTerms) -> Tensor:
     """Apply a linear. x: (..., k). Result (..., m), x's dtype; see `LinearTerms`."""
-    entered = enter(x, terms)
-    if terms.activation is None:
-        y = torch.nn.functional.linear(entered, dense(terms).to(x.dtype), terms.bias)
+    return product(x, entered(x, terms), terms)
+
+
+def entered(x: Tensor, terms: LinearTerms) -> Entered:
+    """What a linear makes of its input before it multiplies: column scale, gather, transform, whole numbers."""
+    tokens, scheme = enter(x, terms).reshape(-1, x.shape[-1]), terms.activation
+    if scheme is None:
+        return Entered(tokens)
+    with as_written(x.device):
+        quantized, rest = activations.quantize(tokens, scheme), None
+        if terms.salient is not None and terms.residual != "none":
+            rank = terms.salient.shape[1]
+            rest = activations.quantize(tokens[:, :rank].float() - quantized.values()[:, :rank], scheme)
+    return Entered(None, quantized, rest)
+
+
+def product(x: Tensor, made: Entered, terms: LinearTerms) -> Tensor:
+    """The product with what was made of x (..., k). Result (..., m), x's dtype."""
+    if made.quantized is None:
+        assert made.tokens is not None
+        y = torch.nn.functional.linear(made.tokens, dense(terms).to(x.dtype), terms.bias)
         if terms.low_rank is not None:
             down, up = terms.low_rank
-            inner = torch.nn.functional.linear(entered, down.dequantize(x.dtype))
+            inner = torch.nn.functional.linear(made.tokens, down.dequantize(x.dtype))
             y = y + torch.nn.functional.linear(inner, up.dequantize(x.dtype))
-        return y
-    tokens = entered.reshape(-1, entered.shape[-1])
+        return y.view(*x.shape[:-1], y.shape[1])
     with as_written(x.device):
-        y = _integer(tokens, terms, terms.activation)
+        y = _integer(made.quantized, made.rest, terms)
     if terms.bias is not None:
         y += terms.bias.float()
     return y.to(x.dtype).view(*x.shape[:-1], y.shape[1])
+
+
+def enter_alike(one: LinearTerms, other: LinearTerms) -> bool:
+    """Whether two linears make the same of their input."""
+    ranks = [0 if terms.salient is None else terms.salient.shape[1] for terms in (one, other)]
+    if (one.blocks, one.activation, one.residual) != (other.blocks, other.activation, other.residual):
+        return False
+    if one.weight.shape[1] != other.weight.shape[1] or (one.residual != "none" and ranks[0] != ranks[1]):
+        return False
+    pairs = ((one.gather, other.gather), (one.column_scale, other.column_scale))
+    return all(a is b is None or (a is not None and b is not None and torch.equal(a, b)) for a, b in pairs)
+
+
+def enters_plainly(terms: LinearTerms) -> bool:
+    """Whether a linear multiplies its input as it comes."""
+    return terms.column_scale is None and terms.gather is None and not terms.blocks and terms.activation is None
 
 
 def embedding(ids: Tensor, weight: PackedTensor, dtype: torch.dtype) -> Tensor:
@@ -147,21 +192,20 @@ def as_written(device: torch.device) -> AbstractContextManager[object]:
     return nullcontext()
 
 
-def _integer(tokens: Tensor, terms: LinearTerms, scheme: ActivationScheme) -> Tensor:
-    """(t, k) to (t, m) float32, on quantized inputs."""
-    x = activations.quantize(tokens, scheme)
-    y = torch.zeros(tokens.shape[0], terms.weight.shape[0], dtype=torch.float32, device=tokens.device)
+def _integer(x: activations.Quantized, rest: activations.Quantized | None, terms: LinearTerms) -> Tensor:
+    """Whole numbers (t, k) to (t, m) float32. rest: of the salient channels, or None."""
+    tokens, device = x.numbers.shape[0], x.numbers.device
+    y = torch.zeros(tokens, terms.weight.shape[0], dtype=torch.float32, device=device)
     multiply_add_(y, x, terms.weight)
     if terms.salient is not None:
         multiply_add_(y, x, terms.salient)
-        if terms.residual != "none":
-            rank = terms.salient.shape[1]
-            rest = activations.quantize(tokens[:, :rank].float() - x.values()[:, :rank], scheme)
+        if rest is not None:
             multiply_add_(y, rest, terms.salient)
     if terms.low_rank is not None:
         down, up = terms.low_rank
-        inner = torch.zeros(tokens.shape[0], down.shape[0], dtype=torch.float32, device=tokens.device)
+        inner = torch.zeros(tokens, down.shape[0], dtype=torch.float32, device=device)
         multiply_add_(inner, x, down)
+        assert terms.activation is not None
         # Between the factors there are no outlier channels.
-        multiply_add_(y, activations.quantize(inner, scheme.without_outliers), up)
+        multiply_add_(y, activations.quantize(inner, terms.activation.without_outliers), up)
     return y

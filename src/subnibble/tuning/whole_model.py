@@ -30,6 +30,7 @@ from subnibble.model.transformers_api.blocks import BlockCall, run_block
 from subnibble.model.verify import check_values
 from subnibble.runtime.kv_cache import Coding
 from subnibble.runtime.modules import KeyCenter, PackedLinear
+from subnibble.runtime.ops import enter_alike
 from subnibble.tuning.distillation import SPACES, Distillation
 from subnibble.tuning.learned_matrix import Learned
 from subnibble.tuning.student import Entrance, StudentLinear
@@ -206,7 +207,9 @@ class Student:
         """What was learned, by its name in the checkpoint; of norms in float32."""
         found = {name: parameter.detach().clone() for name, parameter in self._norms.items()}
         for path, linear in self._linears.items():
-            found |= {f"{path}.{name}": tensor for name, tensor in linear.stored().items()}
+            entry = self._config.modules[path]
+            assert isinstance(entry, PackedLinearEntry)
+            found |= {f"{path}.{name}": tensor for name, tensor in linear.stored().items() if name in entry.parts}
         return found
 
     def config(self) -> PackedConfig:
@@ -248,18 +251,11 @@ def _learn_(block: nn.Module, arch: Arch, settings: Distillation, dtype: torch.d
             linear = block.get_submodule(name)
             if not isinstance(linear, PackedLinear):
                 continue
-            entrance = next((own for other, own in shared if _enter_alike(linear, other)), None)
+            entrance = next((own for other, own in shared if enter_alike(linear.terms, other.terms)), None)
             if entrance is None:
                 entrance = Entrance(linear.terms, settings.learned, dtype)
                 shared.append((linear, entrance))
             block.set_submodule(name, StudentLinear(linear.terms, entrance, settings.learned))
-
-
-def _enter_alike(one: PackedLinear, other: PackedLinear) -> bool:
-    if one.activation != other.activation or one.blocks != other.blocks:
-        return False
-    pairs = ((one.gather, other.gather), (one.column_scale, other.column_scale))
-    return all(a is b is None or (a is not None and b is not None and torch.equal(a, b)) for a, b in pairs)
 
 
 def _held(block: nn.Module, arch: Arch) -> States | None:

@@ -1,0 +1,85 @@
+"""Readers of one tensor make the same of it once, and nothing is kept longer than they need it."""
+
+from __future__ import annotations
+
+import copy
+import gc
+from dataclasses import replace
+
+import pytest
+import torch
+from test_linear_terms import every_term
+
+from subnibble.runtime import ops
+from subnibble.runtime.modules import PackedLinear
+from subnibble.runtime.site_memo import SiteMemo
+from subnibble.scheme import ActivationScheme
+
+
+def readers() -> list[PackedLinear]:
+    """Three linears that do the same to their input, the first of which holds what that takes."""
+    terms = every_term(ActivationScheme(4, 16), residual="salient")
+    first = PackedLinear(terms)
+    others = [PackedLinear(replace(terms.rows(torch.arange(n)), gather=None, column_scale=None)) for n in (5, 3)]
+    for other in others:
+        other.enter_as_(first)
+    return [first, *others]
+
+
+def test_what_shares_an_input_gives_what_each_gives_alone() -> None:
+    whole, x = readers(), torch.randn(4, 139, generator=torch.Generator().manual_seed(1))
+    found = [module(x) for module in whole]
+    for module, y in zip(whole, found, strict=True):
+        assert torch.equal(y, ops.linear(x, module.terms))
+    assert torch.equal(found[1], found[0][:, :5])
+    assert torch.equal(found[2], found[0][:, :3])
+
+
+def test_an_input_is_made_once_for_all_readers_and_then_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, made = readers(), []
+    usual = ops.entered
+    monkeypatch.setattr(ops, "entered", lambda x, terms: made.append(x) or usual(x, terms))
+    for _ in range(2):
+        x = torch.randn(4, 139)
+        for module in whole:
+            module(x)
+        assert whole[0]._memo._kept is None
+    assert len(made) == 2
+
+
+def test_another_tensor_or_other_numbers_in_it_are_made_anew() -> None:
+    whole, x = readers(), torch.randn(4, 139)
+    whole[0](x)
+    y = torch.randn(4, 139)
+    assert torch.equal(whole[1](y), ops.linear(y, whole[1].terms))
+    whole[0](x)
+    x.mul_(-3)
+    assert torch.equal(whole[1](x), ops.linear(x, whole[1].terms))
+
+
+def test_nothing_is_kept_of_a_tensor_that_is_gone() -> None:
+    whole, x = readers(), torch.randn(4, 139)
+    whole[0](x)
+    assert whole[0]._memo._kept is not None
+    del x
+    gc.collect()
+    assert whole[0]._memo._kept is None
+
+
+def test_gradients_of_one_reader_do_not_meet_anothers() -> None:
+    memo, x = SiteMemo(), torch.randn(2, requires_grad=True)
+    memo.readers = 2
+    assert memo.of(x, lambda: [1]) is not memo.of(x, lambda: [1])
+    with torch.no_grad():
+        assert memo.of(x, lambda: [1]) is memo.of(x, lambda: [2])
+
+
+def test_a_copied_model_shares_within_the_copy() -> None:
+    whole = readers()
+    copied = copy.deepcopy(torch.nn.ModuleList(whole))
+    assert copied[1].input is copied[0]
+    assert copied[0]._memo.readers == 3
+    x = torch.randn(4, 139)
+    assert all(torch.equal(new(x), old(x)) for new, old in zip(copied, whole, strict=True))
+    # One state dict entry for all.
+    assert [name for name in copied.state_dict() if name.endswith("gather")] == ["0.gather"]
