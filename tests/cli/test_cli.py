@@ -180,7 +180,7 @@ def test_estimate_reads_no_weight_and_knows_the_size(
 
     monkeypatch.setattr(SafetensorsSource, "load", lambda *a: pytest.fail("a weight was read"))
     sizes = ("--bits", 3, "--group-size", 32, "--embedding-bits", 8)
-    code, out, _ = run("estimate", folders["llama"], *sizes, "--window", 32, "--json")
+    code, out, _ = run("estimate", folders["llama"], "--method", "gptq", *sizes, "--window", 32, "--json")
     found = json.loads(out)
     assert code == 0
     assert found["effective_bits"] == pytest.approx(report["size"]["effective_bits"], rel=1e-12)
@@ -188,7 +188,7 @@ def test_estimate_reads_no_weight_and_knows_the_size(
     assert found["file_bytes"] + headers == report["size"]["file_bytes"]
     assert found["memory_bytes"]["peak"] == sum(v for k, v in found["memory_bytes"].items() if k != "peak")
     # What quantize would refuse, estimate refuses.
-    code, _, err = run("estimate", folders["llama"], *sizes)
+    code, _, err = run("estimate", folders["llama"], "--method", "gptq", *sizes)
     assert code == 2
     assert "2048" in err
 
