@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM
 from subnibble import Recipe, quantize
 from subnibble.errors import BadRecipe, SilentFailure
 from subnibble.pipeline.distill_checkpoint import distill_checkpoint
-from subnibble.runtime import ops
 from subnibble.runtime.modules import PackedLinear, remove_output_bias_
 from subnibble.tuning.distillation import SPACES
 from subnibble.tuning.whole_model import Student
@@ -66,7 +65,7 @@ def test_the_loaded_checkpoint_is_the_student_bit_for_bit(
             terms, x = linear.terms, torch.randn(5, linear.in_features, generator=torch.Generator().manual_seed(3))
             parts = zip(terms.matrices.values(), own._learned_matrices.values(), strict=True)
             assert all(torch.equal(matrix.dequantize(), part.dense()) for matrix, part in parts)
-            assert torch.equal(ops.enter(x, terms), own.entrance(x)[0])
+            assert torch.equal(terms.input.enter(x), own.entrance(x)[0])
             assert terms.activation == own.entrance.scheme
             exact = exact and terms.activation is None
         student.forget()

@@ -12,6 +12,7 @@ from test_linear_terms import every_term
 
 from subnibble.runtime import ops
 from subnibble.runtime.modules import PackedLinear
+from subnibble.runtime.site_input import SiteInput
 from subnibble.runtime.site_memo import SiteMemo
 from subnibble.scheme import ActivationScheme
 
@@ -37,8 +38,8 @@ def test_what_shares_an_input_gives_what_each_gives_alone() -> None:
 
 def test_an_input_is_made_once_for_all_readers_and_then_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     whole, made = readers(), []
-    usual = ops.entered
-    monkeypatch.setattr(ops, "entered", lambda x, terms: made.append(x) or usual(x, terms))
+    usual = SiteInput.apply
+    monkeypatch.setattr(SiteInput, "apply", lambda own, x: made.append(x) or usual(own, x))
     for _ in range(2):
         x = torch.randn(4, 139)
         for module in whole:

@@ -174,7 +174,7 @@ def test_what_is_learned_runs_as_it_is_stored(name: str) -> None:
     # Bit for bit: what meets an input first, and every matrix.
     parts = zip(changed.matrices.values(), linear._learned_matrices.values(), strict=True)
     assert all(torch.equal(matrix.dequantize(), part.dense()) for matrix, part in parts)
-    assert torch.equal(ops.enter(x, changed), linear.entrance(x)[0])
+    assert torch.equal(changed.input.enter(x), linear.entrance(x)[0])
     # float16 keeps three digits; a branch's inner codes may flip by one.
     wanted, found = ops.linear(x, changed), linear(x).detach()
     assert float((found - wanted).norm() / wanted.norm()) < 5e-3

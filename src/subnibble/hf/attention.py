@@ -51,7 +51,7 @@ from subnibble.runtime import hadamard
 from subnibble.runtime.attention import PrefixSeen, attend
 from subnibble.runtime.kv_cache import changed
 from subnibble.runtime.modules import PrefixStates
-from subnibble.runtime.ops import as_written
+from subnibble.runtime.precision import as_written
 
 ATTENTION = "subnibble"
 _RECORD = "_subnibble_cache"

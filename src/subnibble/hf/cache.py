@@ -14,7 +14,7 @@ from subnibble.model.transformers_api.attention import Cache, CacheLayerMixin
 from subnibble.model.transformers_api.names import never_called
 from subnibble.runtime import hadamard
 from subnibble.runtime.kv_cache import LayerStore, Seen, changed
-from subnibble.runtime.ops import as_written
+from subnibble.runtime.precision import as_written
 from subnibble.runtime.rotary import rotate, unrotate
 
 

@@ -26,7 +26,7 @@ from subnibble.methods.method import Method, Steps
 from subnibble.methods.weights import RoundingOptions, rounder_of, symmetric
 from subnibble.rounding.grid import Clip
 from subnibble.rounding.rtn import RTN
-from subnibble.runtime import activations
+from subnibble.runtime.site_input import SiteInput
 from subnibble.transforms.flatten import Flatten, Loss, SearchedFlatten
 from subnibble.transforms.saliency import SCORES, Saliency
 from subnibble.transforms.transform import Transform
@@ -121,7 +121,7 @@ class _QuantizedError:
         if salient is not None:
             dense[:, : salient.columns] += salient.dequantize()
         repeated = self.correction.salient if self.correction.coarse != "none" else 0
-        seen = tokens if activation is None else activations.quantize_values(tokens, activation, repeated)
+        seen = SiteInput(activation=activation, repeated=repeated).apply(tokens).values()
         return float((seen @ dense.T - tokens @ weight.T).square().sum())
 
 

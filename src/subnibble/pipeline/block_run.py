@@ -59,7 +59,7 @@ from subnibble.rounding.error import relative_errors
 from subnibble.rounding.rounder import Rounder, Rounding
 from subnibble.runtime.kv_cache import Coding
 from subnibble.runtime.modules import add_output_bias_, never_ran
-from subnibble.runtime.ops import LinearTerms, enter_alike, enters_plainly
+from subnibble.runtime.ops import LinearTerms
 from subnibble.scheme import ActivationScheme, Scheme
 from subnibble.tensor import PackedRange, PackedTensor
 from subnibble.transforms.absorb import absorb_, can_absorb
@@ -184,7 +184,7 @@ class BlockRun:
             for name in self._key_linears & set(site.readers) & self.terms.keys():
                 terms, linear = self.terms[name], self.block.linear(name)
                 if terms.activation is not None and self.steps.inputs == "exact":
-                    view = (terms.activation, _repeated(terms))
+                    view = (terms.activation, terms.input.repeated)
                     hooks.append(
                         InputHook(name, linear, partial(quantized_input, view=view, basis=self.bases[site.name]))
                     )
@@ -299,9 +299,9 @@ class BlockRun:
         firsts, found = list[str](), dict[str, str]()
         for name in site.readers:
             own = self.terms.get(name)
-            if own is None or enters_plainly(own):
+            if own is None or own.input.is_plain:
                 continue
-            other = next((first for first in firsts if enter_alike(self.terms[first], own)), None)
+            other = next((first for first in firsts if self.terms[first].input.same_as(own.input)), None)
             if other is None:
                 firsts.append(name)
             else:
@@ -478,11 +478,6 @@ def _check_promise(rounding: Rounding, rounder: Rounder, where: str) -> None:
     if rounding.coded.columns is not None and not rounder.scales_columns:
         name = type(rounder).__name__
         raise TypeError(f"{where}: {name} scales columns, and its scales_columns says that it does not")
-
-
-def _repeated(terms: LinearTerms) -> int:
-    """First channels whose inputs a linear quantizes twice."""
-    return 0 if terms.salient is None or terms.residual == "none" else terms.salient.shape[1]
 
 
 def _notes(correction: Correction, basis: InputBasis) -> dict[str, float]:

@@ -11,7 +11,8 @@ from subnibble.calibrate.stats import AbsMean, Drift, Gram
 from subnibble.corrections.correction import Branch, Correction, Rounded, RoundMain
 from subnibble.rounding import grid
 from subnibble.rounding.rounder import Rounder
-from subnibble.runtime import activations, ops
+from subnibble.runtime.precision import narrowed
+from subnibble.runtime.site_input import SiteInput
 from subnibble.scheme import ActivationScheme, Scheme
 from subnibble.transforms.input_basis import InputBasis
 
@@ -28,14 +29,13 @@ def quantized_tokens(x: Tensor, view: Quantization, basis: InputBasis) -> Tensor
     counts as if it met both their weights, of which it meets the coarse one.
     """
     scheme, repeated = view
-    # Rounded between transform and codes, as where the model runs.
-    tokens = ops.narrowed(basis.columns(x.flatten(0, -2).float()), x.dtype)
-    return basis.natural(activations.quantize_values(tokens, scheme, repeated))
+    own = SiteInput(None, basis.order, basis.blocks, scheme, repeated)
+    return basis.natural(own.apply(x).values())
 
 
 def quantized_input(x: Tensor, view: Quantization, basis: InputBasis) -> Tensor:
     """The same in x's type and shape, for a block that runs in that type."""
-    return ops.narrowed(quantized_tokens(x, view, basis), x.dtype).view(x.shape)
+    return narrowed(quantized_tokens(x, view, basis), x.dtype).view(x.shape)
 
 
 @dataclass(frozen=True)

@@ -54,15 +54,9 @@ def quantize(x: Tensor, scheme: ActivationScheme) -> Quantized:
     return Quantized(numbers, scales, bounds, [_largest(scheme)] * len(bounds))
 
 
-def quantize_values(x: Tensor, scheme: ActivationScheme, repeated: int = 0) -> Tensor:
-    """What tokens (t, k) become when they are quantized: float32.
-
-    repeated: of so many first channels, what is left is quantized once more and added (`ops.LinearTerms.residual`).
-    """
-    values = quantize(x, scheme).values()
-    if repeated:
-        values[:, :repeated] += quantize(x[:, :repeated].float() - values[:, :repeated], scheme).values()
-    return values
+def quantize_values(x: Tensor, scheme: ActivationScheme) -> Tensor:
+    """What tokens (t, k) become when they are quantized: float32."""
+    return quantize(x, scheme).values()
 
 
 def _largest(scheme: ActivationScheme) -> int:

@@ -13,6 +13,8 @@ from subnibble.errors import NoWeight
 from subnibble.runtime import ops
 from subnibble.runtime.kept import Kept
 from subnibble.runtime.offloaded import has_hook, resident
+from subnibble.runtime.precision import as_written
+from subnibble.runtime.site_input import Entered
 from subnibble.runtime.site_memo import SiteMemo
 from subnibble.tensor import PackedLayout, PackedTensor
 
@@ -102,7 +104,7 @@ class InputMix(StoredModule):
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         rows = self.matrix.to(wide.dtype).split(self.widths)
         parts = zip(wide.split(self.widths, -1), rows, strict=True)
-        with ops.as_written(x.device):
+        with as_written(x.device):
             return torch.cat([part @ block[:, : block.shape[0]] for part, block in parts], -1).to(x.dtype)
 
     def extra_repr(self) -> str:
@@ -154,7 +156,7 @@ class PackedLinear(PackedModule):
     def __init__(self, terms: ops.LinearTerms) -> None:
         super().__init__(terms.weight)
         self._terms: Kept[ops.LinearTerms] = Kept()
-        self._memo: SiteMemo[ops.Entered] = SiteMemo()
+        self._memo: SiteMemo[Entered] = SiteMemo()
         # Of another's, in a tuple, so that it is not registered, saved and counted twice.
         self._input: tuple[PackedLinear, ...] = ()
         self.in_features, self.out_features = self.layout.columns, self.layout.rows
@@ -204,9 +206,10 @@ class PackedLinear(PackedModule):
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., k) to (..., m)."""
         terms = self.terms
-        if ops.enters_plainly(terms):
+        own = terms.input
+        if own.is_plain:
             return ops.linear(x, terms)
-        return ops.product(x, self.input._memo.of(x, lambda: ops.entered(x, terms)), terms)
+        return ops.product(x, self.input._memo.of(x, lambda: own.apply(x)), terms)
 
     def dequantize(self) -> Tensor:
         """The dense weight (m, k) float32 that inputs meet as they come, all terms included."""

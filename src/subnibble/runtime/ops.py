@@ -6,7 +6,6 @@ beyond the call.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,6 +13,8 @@ from torch import Tensor
 
 from subnibble.runtime import activations, hadamard
 from subnibble.runtime.integer import multiply_add_
+from subnibble.runtime.precision import as_written
+from subnibble.runtime.site_input import Entered, SiteInput
 from subnibble.scheme import ActivationScheme
 from subnibble.tensor import PackedTensor
 
@@ -45,6 +46,12 @@ class LinearTerms:
     low_rank: tuple[PackedTensor, PackedTensor] | None = None
 
     @property
+    def input(self) -> SiteInput:
+        """What becomes of the input before it is multiplied."""
+        repeated = 0 if self.salient is None or self.residual == "none" else self.salient.shape[1]
+        return SiteInput(self.column_scale, self.gather, self.blocks, self.activation, repeated)
+
+    @property
     def matrices(self) -> dict[str, PackedTensor]:
         """Every packed matrix by the prefix of its stored names."""
         down, up = self.low_rank or (None, None)
@@ -67,34 +74,9 @@ class LinearTerms:
         )
 
 
-@dataclass(frozen=True)
-class Entered:
-    """A tensor as the linears that read it multiply it. tokens: (t, k) in the input's type where it is not quantized,
-    else None. quantized: as whole numbers, or None. rest: what is left of the first channels, where they are quantized
-    twice, or None.
-    """
-
-    tokens: Tensor | None
-    quantized: activations.Quantized | None = None
-    rest: activations.Quantized | None = None
-
-
 def linear(x: Tensor, terms: LinearTerms) -> Tensor:
     """Apply a linear. x: (..., k). Result (..., m), x's dtype; see `LinearTerms`."""
-    return product(x, entered(x, terms), terms)
-
-
-def entered(x: Tensor, terms: LinearTerms) -> Entered:
-    """What a linear makes of its input before it multiplies: column scale, gather, transform, whole numbers."""
-    tokens, scheme = enter(x, terms).reshape(-1, x.shape[-1]), terms.activation
-    if scheme is None:
-        return Entered(tokens)
-    with as_written(x.device):
-        quantized, rest = activations.quantize(tokens, scheme), None
-        if terms.salient is not None and terms.residual != "none":
-            rank = terms.salient.shape[1]
-            rest = activations.quantize(tokens[:, :rank].float() - quantized.values()[:, :rank], scheme)
-    return Entered(None, quantized, rest)
+    return product(x, terms.input.apply(x), terms)
 
 
 def product(x: Tensor, made: Entered, terms: LinearTerms) -> Tensor:
@@ -114,54 +96,12 @@ def product(x: Tensor, made: Entered, terms: LinearTerms) -> Tensor:
     return y.to(x.dtype).view(*x.shape[:-1], y.shape[1])
 
 
-def enter_alike(one: LinearTerms, other: LinearTerms) -> bool:
-    """Whether two linears make the same of their input."""
-    ranks = [0 if terms.salient is None else terms.salient.shape[1] for terms in (one, other)]
-    if (one.blocks, one.activation, one.residual) != (other.blocks, other.activation, other.residual):
-        return False
-    if one.weight.shape[1] != other.weight.shape[1] or (one.residual != "none" and ranks[0] != ranks[1]):
-        return False
-    pairs = ((one.gather, other.gather), (one.column_scale, other.column_scale))
-    return all(a is b is None or (a is not None and b is not None and torch.equal(a, b)) for a, b in pairs)
-
-
-def enters_plainly(terms: LinearTerms) -> bool:
-    """Whether a linear multiplies its input as it comes."""
-    return terms.column_scale is None and terms.gather is None and not terms.blocks and terms.activation is None
-
-
 def embedding(ids: Tensor, weight: PackedTensor, dtype: torch.dtype) -> Tensor:
     """Rows of a packed table; `IndexError` for an id it does not have, negative ones included, as `nn.Embedding`.
 
     ids: any shape, integer. weight: packed (n, d). Result (*ids.shape, d) in `dtype`.
     """
     return weight.rows(ids.reshape(-1)).dequantize(dtype).view(*ids.shape, weight.shape[1])
-
-
-def enter(x: Tensor, terms: LinearTerms) -> Tensor:
-    """Column scale, gather, Hadamard transform; computed in float32 or better and rounded to x's type once."""
-    if terms.column_scale is None and terms.gather is None and not terms.blocks:
-        return x
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    if terms.column_scale is not None:
-        wide = wide * terms.column_scale.to(wide.dtype)
-    if terms.gather is not None:
-        wide = wide[..., terms.gather.long()]
-    if terms.blocks:
-        with as_written(x.device):
-            wide = hadamard.multiply(wide, terms.blocks)
-    return narrowed(wide, x.dtype)
-
-
-def narrowed(wide: Tensor, dtype: torch.dtype) -> Tensor:
-    """Float32 or better in `dtype`; what float16 does not hold becomes its largest number.
-
-    Column scales, transforms and rounded-up scales of inputs may lead beyond it.
-    """
-    if dtype == torch.float16:
-        largest = torch.finfo(dtype).max
-        wide = wide.clamp(-largest, largest)
-    return wide.to(dtype)
 
 
 def dense(terms: LinearTerms) -> Tensor:
@@ -183,13 +123,6 @@ def dense_from_input(terms: LinearTerms) -> Tensor:
     if terms.gather is not None:
         weight = torch.empty_like(weight).index_copy_(1, terms.gather.long(), weight)
     return weight if terms.column_scale is None else weight * terms.column_scale.float()
-
-
-def as_written(device: torch.device) -> AbstractContextManager[object]:
-    """Products in the types that are written here, under autocast, too."""
-    if torch.amp.is_autocast_available(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
 
 
 def _integer(x: activations.Quantized, rest: activations.Quantized | None, terms: LinearTerms) -> Tensor:

@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from subnibble.runtime import activations, ops
+from subnibble.runtime import activations
 from subnibble.runtime.ops import LinearTerms
 from subnibble.runtime.straight_through import straight_through
 from subnibble.scheme import ActivationScheme
@@ -56,8 +56,8 @@ class Entrance(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """X (..., k) in the readers' basis, (t, k) float32, and the same quantized. Made once for all of them."""
         if self._x is not x or self._seen is None:
-            terms = replace(self._terms, column_scale=self.column_scale)
-            tokens = ops.enter(x, terms).flatten(0, -2).float()
+            own = replace(self._terms.input, column_scale=self.column_scale)
+            tokens = own.enter(x).flatten(0, -2).float()
             self._x, self._seen = x, (tokens, self.quantized(tokens))
         return self._seen
 

@@ -30,7 +30,6 @@ from subnibble.model.transformers_api.blocks import BlockCall, run_block
 from subnibble.model.verify import check_values
 from subnibble.runtime.kv_cache import Coding
 from subnibble.runtime.modules import KeyCenter, PackedLinear
-from subnibble.runtime.ops import enter_alike
 from subnibble.tuning.distillation import SPACES, Distillation
 from subnibble.tuning.learned_matrix import Learned
 from subnibble.tuning.student import Entrance, StudentLinear
@@ -251,7 +250,7 @@ def _learn_(block: nn.Module, arch: Arch, settings: Distillation, dtype: torch.d
             linear = block.get_submodule(name)
             if not isinstance(linear, PackedLinear):
                 continue
-            entrance = next((own for other, own in shared if enter_alike(linear.terms, other.terms)), None)
+            entrance = next((own for other, own in shared if linear.terms.input.same_as(other.terms.input)), None)
             if entrance is None:
                 entrance = Entrance(linear.terms, settings.learned, dtype)
                 shared.append((linear, entrance))
