@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,10 @@ from subnibble.metrics.layer_error import layer_errors
 from subnibble.model.skeleton import Block, Skeleton
 from subnibble.model.transformers_api.quantization import CheckpointQuantizer
 from subnibble.pipeline import block_run
+from subnibble.pipeline.distill_checkpoint import distill_checkpoint
 from subnibble.pipeline.input_hook import InputHook
 from subnibble.prefix import compute_prefix
+from subnibble.runtime import modules
 from subnibble.runtime.kv_cache import Coding
 from subnibble.runtime.modules import TiedHead
 from subnibble.tuning.block import TunedBlock
@@ -244,6 +247,27 @@ def test_a_tuned_copy_that_learns_nothing_is_noticed(
     monkeypatch.setattr(TunedBlock, "parameters", more)
     with pytest.raises(SilentFailure, match="lost"):
         quantized(folders["llama"], token_file, tmp_path / "out", "omniquant", activation_bits=4)
+
+
+@pytest.mark.parametrize(("hook", "part"), [("_add_bias", "norm"), ("_mix_input", r"lm_head\.mix")])
+def test_what_is_not_learned_and_never_runs_while_distilling_is_noticed(
+    hook: str,
+    part: str,
+    shifted: Path,
+    folders: dict[str, Path],
+    token_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(shifted, out)
+    own = {"distill_steps": 2, "distill": {"tokens": 32, "norm_biases": False}}
+    recipe = Recipe(calibration=str(token_file), num_windows=8, window=32, **own)
+    distill_checkpoint(out, folders["llama-tied"], recipe)
+    # A hook that does nothing.
+    monkeypatch.setattr(modules, hook, lambda module, args, *rest: None)
+    with pytest.raises(SilentFailure, match=f"adds to .*({part})"):
+        distill_checkpoint(out, folders["llama-tied"], recipe)
 
 
 def test_layer_errors_of_a_linear_that_is_passed_by_are_noticed(

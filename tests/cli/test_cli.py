@@ -179,8 +179,8 @@ def test_estimate_reads_no_weight_and_knows_the_size(
     from subnibble.checkpoint.safetensors_source import SafetensorsSource
 
     monkeypatch.setattr(SafetensorsSource, "load", lambda *a: pytest.fail("a weight was read"))
-    sizes = ("--bits", 3, "--group-size", 32, "--embedding-bits", 8)
-    code, out, _ = run("estimate", folders["llama"], "--method", "gptq", *sizes, "--window", 32, "--json")
+    sizes = ("--method", "gptq", "--bits", 3, "--group-size", 32, "--embedding-bits", 8)
+    code, out, _ = run("estimate", folders["llama"], *sizes, "--window", 32, "--json")
     found = json.loads(out)
     assert code == 0
     assert found["effective_bits"] == pytest.approx(report["size"]["effective_bits"], rel=1e-12)
@@ -188,7 +188,7 @@ def test_estimate_reads_no_weight_and_knows_the_size(
     assert found["file_bytes"] + headers == report["size"]["file_bytes"]
     assert found["memory_bytes"]["peak"] == sum(v for k, v in found["memory_bytes"].items() if k != "peak")
     # What quantize would refuse, estimate refuses.
-    code, _, err = run("estimate", folders["llama"], "--method", "gptq", *sizes)
+    code, _, err = run("estimate", folders["llama"], *sizes)
     assert code == 2
     assert "2048" in err
 
@@ -267,4 +267,17 @@ def test_progress_is_plain_lines_away_from_a_terminal(capsys: pytest.CaptureFixt
         told(2, 2, "all")
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
-    assert lines[0].startswith("work: 2/2 (all)")
+    assert lines[0] == "work: 2/2 (all), 0 s"
+
+
+def test_the_time_left_is_told_once_there_is_something_to_tell_it_from(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = iter([0.0, 20.0, 40.0, 60.0])
+    monkeypatch.setattr(console.time, "monotonic", lambda: next(now))
+    with console.progress("work") as told:
+        for done in (1, 5, 100):
+            told(done, 100, "part")
+    assert capsys.readouterr().err.splitlines() == [
+        "work: 1/100 (part), 20 s", "work: 5/100 (part), 40 s, about 13 min left", "work: 100/100 (part), 60 s",
+    ]  # fmt: skip

@@ -71,7 +71,6 @@ CASES = {
     "gptq mxfp4": Case(GPTQ(MSE), MX, 18),
     "gptaq released": Case(drifting("released"), W3, 18),
     "gptaq corrected": Case(drifting("corrected"), W3, 18),
-    "gptaq original": Case(drifting("original"), W3, 18),
     "gptaq shifted": Case(drifting("shifted", 0.5), W3, 18),
     "row scale": Case(GPTQ(RowScale(MSE, 4), weighting="hessian"), REAL, 19),
     "dual scale": Case(GPTQ(DualScale(MSE, 4), weighting="hessian"), REAL, 20),

@@ -67,12 +67,13 @@ def check_files(files: Iterable[Path], quantization: Mapping[str, Any]) -> None:
     for file in files:
         if file.name not in checksums:
             raise CheckpointError(
-                f"{file}: config.json has no checksum of it, so it belongs to another checkpoint; fetch both again"
+                f"{file}: config.json has no checksum of it, so it belongs to another checkpoint; fetch both again, or "
+                "quantize the model again"
             )
         if (found := _read(file)) != checksums[file.name]:
             raise CheckpointError(
                 f"{file}: its SHA-256 is {found} and config.json has {checksums[file.name]}: the file is damaged or "
-                "of another checkpoint; fetch it again"
+                "of another checkpoint; fetch it again, or quantize the model again"
             )
 
 

@@ -122,10 +122,11 @@ def _ranges(entry: dict[str, Any]) -> str:
 
 
 def _defaults(found: dict[str, Any]) -> str:
-    """Defaults of one option, method -> value: the commonest, then those of the methods that differ."""
+    """Defaults of one option, method -> value: the commonest, then each other one with the methods that have it."""
     values = [str(value) for value in found.values()]
     usual = max(values, key=values.count)
-    return ", ".join([usual, *(f"{value} ({name})" for name, value in found.items() if str(value) != usual)])
+    others = {value: [name for name, own in found.items() if str(own) == value] for value in values if value != usual}
+    return "; ".join([usual, *(f"{value} ({', '.join(names)})" for value, names in others.items())])
 
 
 def list_(json: o.Json = False) -> None:

@@ -20,6 +20,8 @@ from subnibble.progress import Progress
 from subnibble.report import BlockReport, DistillReport
 
 _SECONDS_BETWEEN_LINES = 15.0
+# As a share of all: before these are done nothing is said of the time that is left.
+_FIRST_STEPS = 0.05
 
 
 @contextmanager
@@ -63,8 +65,10 @@ class _PlainLines:
             return
         self._last = now
         spent = now - self._stage
-        left = spent * (total - done) / max(done, 1)
-        tell(f"{self._title}: {done}/{total} ({doing}), {spent:.0f} s, about {left:.0f} s left")
+        # The first steps are of another kind than the rest.
+        known = done >= _FIRST_STEPS * total
+        left = f", about {duration(spent * (total - done) / done)} left" if known and done < total else ""
+        tell(f"{self._title}: {done}/{total} ({doing}), {duration(spent)}{left}")
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -55,7 +55,8 @@ def root(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks; goes anywhere on the line.")] = False,
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
     skip_checksums: Annotated[
-        bool, typer.Option("--skip-checksums", help="Load packed files without comparing their SHA-256; goes first.")
+        bool,
+        typer.Option("--skip-checksums", help="Load packed files without comparing their SHA-256; goes anywhere, too."),
     ] = False,
 ) -> None:
     """Options of the command as a whole."""
@@ -78,8 +79,11 @@ def run() -> None:
 def main() -> None:
     """Run the command with this process's arguments."""
     prepare()
-    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
-    debug = len(arguments) < len(sys.argv) - 1
+    given = sys.argv[1:]
+    debug = "--debug" in given
+    # Options of the command as a whole may stand anywhere, and come first where they are parsed.
+    first = [argument for argument in ("--skip-checksums",) if argument in given]
+    arguments = [*first, *(argument for argument in given if argument not in ("--debug", "--skip-checksums"))]
     # transformers and huggingface_hub draw bars and advice of their own between ours.
     for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "TRANSFORMERS_NO_ADVISORY_WARNINGS"):
         os.environ.setdefault(name, "1")

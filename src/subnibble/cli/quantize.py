@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -51,9 +52,10 @@ def quantize(
         system_prompt=system_prompt, calibration=calibration, num_windows=num_windows, window=window,
         distill_steps=distill_steps, seed=seed, device=device, dtype=dtype,
     )  # fmt: skip
+    from subnibble.comparison import recipe_name
     from subnibble.pipeline.driver import quantize as run
 
-    with progress(f"{wanted.method} {wanted.bits} bits") as told:
+    with progress(recipe_name(replace(wanted, options={}))) as told:
         report = run(model, out, wanted, overwrite=overwrite, progress=told)
     size = report.size
     schemes = "+".join(sorted({linear.scheme for linear in report.linears}))

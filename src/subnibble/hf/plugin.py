@@ -17,14 +17,12 @@ from subnibble.checkpoint.packed import QUANT_METHOD, PackedConfig
 from subnibble.checkpoint.weight_files import read_headers
 from subnibble.errors import CheckpointError
 from subnibble.model.packed import pack_modules_
-from subnibble.model.transformers_api.names import never_called
 from subnibble.model.transformers_api.quantization import (
     CheckpointQuantizer,
     QuantizationConfigMixin,
     register_quantization,
 )
-from subnibble.model.verify import check_values, header_problem
-from subnibble.runtime.modules import never_ran
+from subnibble.model.verify import check_ran, check_values, header_problem
 
 
 class SubnibbleConfig(QuantizationConfigMixin):
@@ -81,10 +79,7 @@ class SubnibbleQuantizer(CheckpointQuantizer):
 
 
 class FirstPass:
-    """A forward hook: after a model's first pass, checks that all ran that was hooked or put into the model.
-
-    A norm whose bias is not added, or a head that does not meet its matrix, makes a worse model, not an error.
-    """
+    """A forward hook: after a model's first pass, checks that all ran that was hooked or put into the model."""
 
     def __init__(self) -> None:
         self._done = False
@@ -93,8 +88,7 @@ class FirstPass:
         """As torch calls it."""
         if self._done:
             return
-        for path in never_ran(model):
-            raise never_called(f"what the packed checkpoint adds to {path}")
+        check_ran(model)
         self._done = True
 
 

@@ -22,7 +22,8 @@ from subnibble.checkpoint.weight_files import Header, read_headers
 from subnibble.errors import CheckpointError, NotLoadable
 from subnibble.model.packed import pack_modules_
 from subnibble.model.transformers_api.empty import empty_causal_lm, tied_weights
-from subnibble.runtime.modules import PackedModule, StoredModule
+from subnibble.model.transformers_api.names import never_called
+from subnibble.runtime.modules import PackedModule, StoredModule, never_ran
 from subnibble.runtime.offloaded import resident
 from subnibble.scheme import E8M0
 from subnibble.tensor import range_key
@@ -79,6 +80,14 @@ def check_values(model: Any, packed: PackedConfig) -> None:
             problems = [problem for rule in rules if (problem := rule(getattr(module, own)))]
         if problems:
             raise CheckpointError(f"{name} {problems[0]}; fetch or quantize the model again")
+
+
+def check_ran(model: Any) -> None:
+    """Raise `SilentFailure` if something that a packed checkpoint puts into a model, or adds to its modules, took part
+    in no pass so far. A norm whose bias is not added makes a worse model, not an error.
+    """
+    for path in never_ran(model):
+        raise never_called(f"what the packed checkpoint adds to {path}")
 
 
 def check_written(folder: Path) -> None:

@@ -27,7 +27,7 @@ from subnibble.model.packed import fill_, pack_modules_
 from subnibble.model.site import Arch, Heads
 from subnibble.model.skeleton import Block, Skeleton
 from subnibble.model.transformers_api.blocks import BlockCall, run_block
-from subnibble.model.verify import check_values
+from subnibble.model.verify import check_ran, check_values
 from subnibble.runtime.kv_cache import Coding
 from subnibble.runtime.modules import KeyCenter, PackedLinear
 from subnibble.tuning.distillation import SPACES, Distillation
@@ -170,7 +170,10 @@ class Student:
         """(b, t, vocabulary) float32."""
         if self._keeps is None:
             self._keeps = self._model.keeps_states(ids.numel(), self._device)
-        return self._model.logits(ids.to(self._device), self._keeps or not torch.is_grad_enabled())
+        found = self._model.logits(ids.to(self._device), self._keeps or not torch.is_grad_enabled())
+        # Gradients tell of what is learned alone, not of biases that stay and of the matrix in front of the head.
+        check_ran(self._model.model)
+        return found
 
     def bound_(self) -> None:
         """Bring what was learned back into its range."""
