@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -18,17 +18,6 @@ from subnibble.calibrate.key_center import coding_of
 from subnibble.calibrate.prefix import PrefixStep, States, behind
 from subnibble.calibrate.stats import AbsMean, Drift, Gram
 from subnibble.calibrate.stream import BlockStream
-from subnibble.checkpoint.entries import (
-    KEY_CENTER,
-    Entry,
-    KeyCenterEntry,
-    NormBiasEntry,
-    PrefixEntry,
-    gather_type,
-    linear_entry,
-    linear_state,
-    prefix_state,
-)
 from subnibble.corrections.correction import Correction
 from subnibble.corrections.mean_shift import mean_shift
 from subnibble.errors import NumericalFailure
@@ -51,6 +40,7 @@ from subnibble.pipeline.stack import (
     quantized_tokens,
     round_stack,
 )
+from subnibble.pipeline.store import RoundedBlock
 from subnibble.pipeline.streams import Streams
 from subnibble.report import BlockReport, LinearReport
 from subnibble.report.clock import Clock
@@ -62,10 +52,8 @@ from subnibble.runtime.modules import add_output_bias_, never_ran
 from subnibble.runtime.ops import LinearTerms
 from subnibble.scheme import ActivationScheme, Scheme
 from subnibble.tensor import PackedRange, PackedTensor
-from subnibble.transforms.absorb import absorb_, can_absorb
+from subnibble.transforms.absorb import can_absorb
 from subnibble.transforms.input_basis import InputBasis
-from subnibble.transforms.prefix_basis import stored_center, stored_states
-from subnibble.transforms.saliency import offline_rows
 from subnibble.tuning.train import Samples, held_out_loss
 
 
@@ -228,100 +216,12 @@ class BlockRun:
         for hook in self.hooks:
             hook.handle.remove()
 
-    def reports(self) -> list[LinearReport]:
-        """What the report says of each linear, once its tensors are known."""
-        steps = self.steps
-        everything = bool(steps.transforms) or steps.rotation != "none" or steps.orders_residual
-        everything = everything or steps.tuning is not None
-        moved = set(self.block.arch.linears) if everything else set()
-        for site, _ in self.to_absorb:
-            moved |= {*site.readers, *site.writers}
-        for site in self.block.arch.sites:
-            rows = self._offline_rows(site)
-            moved |= {*site.readers, *rows} if rows else set()
-            if site.per_head and steps.value_rotation != "none":
-                moved |= {*site.readers, *site.writers}
-        return [replace(linear, moved=name in moved) for name, linear in self.linears.items()]
-
-    def tensors(self) -> tuple[dict[str, Tensor], dict[str, Entry]]:
-        """What to store of the block, column scales absorbed, and the entries of its modules. To be called last.
-
-        Of parameters that are not quantized: their float32 values, edited or not.
-        """
-        weights = {name: own.weight for name, own in self.terms.items()}
-        for site, c in self.to_absorb:
-            absorb_(site, c, weights, self.exact)
-        self.terms = {name: replace(own, weight=weights[name]) for name, own in self.terms.items()}
-        moved: dict[str, Tensor] = {}
-        for site in self.block.arch.sites:
-            rows, order = self._offline_rows(site), self.bases[site.name].order
-            moved |= rows or {}
-            for name, index in (rows or {}).items():
-                self._permute_rows_(name, index)
-            if order is not None and rows is None:
-                kind = gather_type(order.shape[0])
-                for name in self.terms.keys() & set(site.readers):
-                    self.terms[name] = replace(self.terms[name], gather=order.to(kind))
-        path = self.block.path
-        tensors: dict[str, Tensor] = {}
-        entries: dict[str, Entry] = {}
-        inputs = {name: other for site in self.block.arch.sites for name, other in self._inputs(site).items()}
-        for name, own in self.terms.items():
-            terms = replace(own, bias=self.exact.get(f"{name}.bias"))
-            other = inputs.get(name)
-            entry = linear_entry(terms, None if other is None else f"{path}.{other}")
-            bits = entry.stored_bits / (entry.layout.rows * entry.layout.columns)
-            self.linears[name] = replace(self.linears[name], effective_bits=bits)
-            entries[f"{path}.{name}"] = entry
-            stored = {key: part for key, part in linear_state(terms).items() if key in entry.parts}
-            tensors |= {f"{path}.{name}.{key}": part for key, part in stored.items()}
-        for name, parameter in self.exact.items():
-            if name.removesuffix(".weight") not in self.terms:
-                tensors[f"{path}.{name}"] = parameter
-        for site in self.block.arch.sites:
-            if site.norm is not None and f"{site.norm}.bias" in self.exact:
-                bias = self.exact[f"{site.norm}.bias"].to(torch.float16)
-                tensors[f"{path}.{site.norm}.bias"] = bias
-                entries[f"{path}.{site.norm}"] = NormBiasEntry(bias.shape[0])
-        if self.prefix is not None:
-            states = stored_states(self.prefix, self.block, self.to_absorb, moved)
-            attention = f"{path}.{self.block.arch.attention}"
-            tensors |= prefix_state(attention, states)
-            entries[attention] = PrefixEntry(*states[0].shape)
-        if self.coding is not None and self.coding.center is not None:
-            center = stored_center(self.coding.center, self.block, moved)
-            where = f"{path}.{self.block.arch.attention}.{KEY_CENTER}"
-            tensors[f"{where}.mean"], entries[where] = center, KeyCenterEntry.of(center, self.coding.scheme)
-        return tensors, entries
-
-    def _inputs(self, site: Site) -> dict[str, str]:
-        """Readers that do to the site's tensor what an earlier one does, which stores it for them; and which."""
-        firsts, found = list[str](), dict[str, str]()
-        for name in site.readers:
-            own = self.terms.get(name)
-            if own is None or own.input.is_plain:
-                continue
-            other = next((first for first in firsts if self.terms[first].input.same_as(own.input)), None)
-            if other is None:
-                firsts.append(name)
-            else:
-                found[name] = other
-        return found
-
-    def _offline_rows(self, site: Site) -> dict[str, Tensor] | None:
-        """See `offline_rows`; None, too, where a site's readers have no order of their own."""
-        order = self.bases[site.name].order
-        if order is None or self.bases[site.name].blocks or not all(name in self.terms for name in site.readers):
-            return None
-        return offline_rows(site, order, self.block.heads)
-
-    def _permute_rows_(self, name: str, index: Tensor) -> None:
-        if name in self.terms:
-            self.terms[name] = self.terms[name].rows(index)
-        else:
-            self.exact[f"{name}.weight"] = self.exact[f"{name}.weight"][index]
-        if f"{name}.bias" in self.exact:
-            self.exact[f"{name}.bias"] = self.exact[f"{name}.bias"][index]
+    def rounded(self) -> RoundedBlock:
+        """The block with all of its linears rounded."""
+        return RoundedBlock(
+            self.block, self.steps, self.terms, self.exact, self.bases, tuple(self.to_absorb), self.prefix,
+            self.coding, self.linears,
+        )  # fmt: skip
 
     def _shift(self, site: Site, norm_name: str, teacher: BlockStream) -> None:
         with self.clock.step("mean shift"):
@@ -421,7 +321,7 @@ class BlockRun:
                 path=f"{self.block.path}.{name}",
                 shape=own.weight.shape,
                 scheme=stack.scheme.name,
-                # Known once it is stored: see `tensors`.
+                # Known once it is stored: see `store.py`.
                 effective_bits=math.nan,
                 weight_error=error.weight,
                 output_error=error.output,

@@ -60,6 +60,7 @@ from subnibble.pipeline.plan import Plan
 from subnibble.pipeline.planned_size import packed_bytes, table_bytes
 from subnibble.pipeline.prepared import prepare
 from subnibble.pipeline.resolve import resolve
+from subnibble.pipeline.store import store
 from subnibble.pipeline.streams import Streams
 from subnibble.progress import Progress, given_progress
 from subnibble.prompt import AUTO, sink_prefix
@@ -169,15 +170,15 @@ class _Run:
             run = self._round(block, streams, tuner, partial(_on_site, progress, done, total))
             unquantized_tail = run.unquantized_tail
             run.advance()
-            tensors, entries = run.tensors()
+            stored = store(run.rounded())
             with clock.step("write"):
-                writer.write_shard({name: self._as_stored(name, tensor) for name, tensor in tensors.items()})
-            self.modules |= entries
-            self.linears += run.reports()
+                writer.write_shard({name: self._as_stored(name, tensor) for name, tensor in stored.tensors.items()})
+            self.modules |= stored.entries
+            self.linears += stored.linears
             self.blocks += [] if run.tuned is None else [run.tuned]
             skeleton.release(block.path)
             # Before the next block comes: what was tuned, and streams, are as large as it.
-            del run, block
+            del run, block, stored
             progress(done + sites + 1, total, f"block {index}")
         outer |= self._after_blocks(unquantized_tail, streams.hidden)
         with clock.step("write"):

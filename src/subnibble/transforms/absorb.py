@@ -39,7 +39,7 @@ def has_source(site: Site, heads: Heads) -> bool:
 
 
 def absorb_(site: Site, c: Tensor, packed: dict[str, PackedTensor], dense: dict[str, Tensor]) -> None:
-    """Multiply the site's channels by `c` (k,), in place.
+    """Multiply the site's channels by `c` (k,): what is scaled takes its place in `packed` and `dense`.
 
     packed: the block's packed linears by name. dense: every parameter by name (`<module>.weight`, `.bias`), float32.
     """
@@ -49,9 +49,9 @@ def absorb_(site: Site, c: Tensor, packed: dict[str, PackedTensor], dense: dict[
             packed[name] = _scaled(packed[name], c)
         else:
             weight = dense[f"{name}.weight"]
-            weight.mul_(c if weight.dim() == 1 else c.unsqueeze(1))
+            dense[f"{name}.weight"] = weight * (c if weight.dim() == 1 else c.unsqueeze(1))
         if f"{name}.bias" in dense:
-            dense[f"{name}.bias"].mul_(c)
+            dense[f"{name}.bias"] = dense[f"{name}.bias"] * c
 
 
 def _scaled(tensor: PackedTensor, c: Tensor) -> PackedTensor:

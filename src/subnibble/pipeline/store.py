@@ -1,0 +1,175 @@
+"""A rounded block as it is stored: column scales absorbed, orders of inputs folded into rows or gathered."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from subnibble.calibrate.prefix import States
+from subnibble.checkpoint.entries import (
+    KEY_CENTER,
+    Entry,
+    KeyCenterEntry,
+    NormBiasEntry,
+    PrefixEntry,
+    gather_type,
+    linear_entry,
+    linear_state,
+    prefix_state,
+)
+from subnibble.methods.method import Steps
+from subnibble.model.site import Site
+from subnibble.model.skeleton import Block
+from subnibble.report import LinearReport
+from subnibble.runtime.kv_cache import Coding
+from subnibble.runtime.ops import LinearTerms
+from subnibble.transforms.absorb import absorb_
+from subnibble.transforms.input_basis import InputBasis
+from subnibble.transforms.prefix_basis import stored_center, stored_states
+from subnibble.transforms.saliency import offline_rows
+
+
+@dataclass(frozen=True)
+class RoundedBlock:
+    """A block whose linears are rounded.
+
+    terms: of what was rounded, by name in the block; biases, gathers aside. exact: every parameter in float32, edited
+    or not, by name. bases: in which readers meet their inputs, by name of the site. absorbed: column scales (channels,)
+    that the writers of a site are to take. prefix: keys and values of the system prompt, (heads, tokens, width), or
+    None. coding: how its cache quantizes, or None. linears: what the report says of each, its bits aside.
+    """
+
+    block: Block
+    steps: Steps
+    terms: Mapping[str, LinearTerms]
+    exact: Mapping[str, Tensor]
+    bases: Mapping[str, InputBasis]
+    absorbed: tuple[tuple[Site, Tensor], ...]
+    prefix: States | None
+    coding: Coding | None
+    linears: Mapping[str, LinearReport]
+
+
+@dataclass(frozen=True)
+class StoredBlock:
+    """tensors: by name in the checkpoint; of parameters that are not quantized, float32. entries: of its modules.
+    linears: what the report says of each.
+    """
+
+    tensors: Mapping[str, Tensor]
+    entries: Mapping[str, Entry]
+    linears: tuple[LinearReport, ...]
+
+
+def store(rounded: RoundedBlock) -> StoredBlock:
+    """What the checkpoint gets of a block."""
+    block, path = rounded.block, rounded.block.path
+    terms, exact = _absorbed(rounded)
+    terms, exact, moved = _ordered(rounded, terms, exact)
+    inputs = {name: first for site in block.arch.sites for name, first in _inputs(site, terms).items()}
+    tensors: dict[str, Tensor] = {}
+    entries: dict[str, Entry] = {}
+    linears = []
+    edited = _edited(rounded)
+    for name, own in terms.items():
+        first = inputs.get(name)
+        whole = replace(own, bias=exact.get(f"{name}.bias"))
+        entry = linear_entry(whole, None if first is None else f"{path}.{first}")
+        stored = {key: part for key, part in linear_state(whole).items() if key in entry.parts}
+        entries[f"{path}.{name}"] = entry
+        tensors |= {f"{path}.{name}.{key}": part for key, part in stored.items()}
+        bits = entry.stored_bits / (entry.layout.rows * entry.layout.columns)
+        linears.append(replace(rounded.linears[name], effective_bits=bits, moved=name in edited))
+    tensors |= {f"{path}.{name}": part for name, part in exact.items() if name.removesuffix(".weight") not in terms}
+    for site in block.arch.sites:
+        if site.norm is not None and f"{site.norm}.bias" in exact:
+            bias = exact[f"{site.norm}.bias"].to(torch.float16)
+            tensors[f"{path}.{site.norm}.bias"] = bias
+            entries[f"{path}.{site.norm}"] = NormBiasEntry(bias.shape[0])
+    held = _attention(rounded, moved)
+    return StoredBlock(tensors | held[0], entries | held[1], tuple(linears))
+
+
+def _absorbed(rounded: RoundedBlock) -> tuple[dict[str, LinearTerms], dict[str, Tensor]]:
+    """Linears and parameters after their writers took the column scales that are theirs to take."""
+    weights, exact = {name: own.weight for name, own in rounded.terms.items()}, dict(rounded.exact)
+    for site, c in rounded.absorbed:
+        absorb_(site, c, weights, exact)
+    return {name: replace(own, weight=weights[name]) for name, own in rounded.terms.items()}, exact
+
+
+def _ordered(
+    rounded: RoundedBlock, terms: dict[str, LinearTerms], exact: dict[str, Tensor]
+) -> tuple[dict[str, LinearTerms], dict[str, Tensor], dict[str, Tensor]]:
+    """Both with the orders of inputs in them, and where rows of a linear came from, by its name: (rows,) each."""
+    moved: dict[str, Tensor] = {}
+    for site in rounded.block.arch.sites:
+        rows, order = _offline_rows(rounded, site), rounded.bases[site.name].order
+        moved |= rows or {}
+        for name, index in (rows or {}).items():
+            if name in terms:
+                terms[name] = terms[name].rows(index)
+            else:
+                exact[f"{name}.weight"] = exact[f"{name}.weight"][index]
+            if f"{name}.bias" in exact:
+                exact[f"{name}.bias"] = exact[f"{name}.bias"][index]
+        if order is not None and rows is None:
+            gather = order.to(gather_type(order.shape[0]))
+            terms |= {name: replace(terms[name], gather=gather) for name in terms.keys() & set(site.readers)}
+    return terms, exact, moved
+
+
+def _offline_rows(rounded: RoundedBlock, site: Site) -> dict[str, Tensor] | None:
+    """See `offline_rows`; None, too, where a site's readers have no order of their own."""
+    basis = rounded.bases[site.name]
+    if basis.order is None or basis.blocks or not all(name in rounded.terms for name in site.readers):
+        return None
+    return offline_rows(site, basis.order, rounded.block.heads)
+
+
+def _inputs(site: Site, terms: Mapping[str, LinearTerms]) -> dict[str, str]:
+    """Readers that do to the site's tensor what an earlier one does, which stores it for them; and which."""
+    firsts, found = list[str](), dict[str, str]()
+    for name in site.readers:
+        own = terms.get(name)
+        if own is None or own.input.is_plain:
+            continue
+        first = next((first for first in firsts if terms[first].input.same_as(own.input)), None)
+        if first is None:
+            firsts.append(name)
+        else:
+            found[name] = first
+    return found
+
+
+def _edited(rounded: RoundedBlock) -> set[str]:
+    """Linears whose stored weight is in another basis than the original's."""
+    steps, arch = rounded.steps, rounded.block.arch
+    if steps.transforms or steps.rotation != "none" or steps.orders_residual or steps.tuning is not None:
+        return set(arch.linears)
+    found = {name for site, _ in rounded.absorbed for name in (*site.readers, *site.writers)}
+    for site in arch.sites:
+        rows = _offline_rows(rounded, site)
+        found |= {*site.readers, *rows} if rows else set()
+        if site.per_head and steps.value_rotation != "none":
+            found |= {*site.readers, *site.writers}
+    return found
+
+
+def _attention(rounded: RoundedBlock, moved: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Entry]]:
+    """What the attention holds: the prefix's states, the centre of its keys."""
+    block, attention = rounded.block, f"{rounded.block.path}.{rounded.block.arch.attention}"
+    tensors: dict[str, Tensor] = {}
+    entries: dict[str, Entry] = {}
+    if rounded.prefix is not None:
+        states = stored_states(rounded.prefix, block, rounded.absorbed, moved)
+        tensors |= prefix_state(attention, states)
+        entries[attention] = PrefixEntry(*states[0].shape)
+    coding = rounded.coding
+    if coding is not None and coding.center is not None:
+        center, where = stored_center(coding.center, block, moved), f"{attention}.{KEY_CENTER}"
+        tensors[f"{where}.mean"], entries[where] = center, KeyCenterEntry.of(center, coding.scheme)
+    return tensors, entries
