@@ -63,18 +63,20 @@ def test_a_preset_resolves_on_every_architecture(name: str, folders: dict[str, P
         assert all((scheme is None) == (recipe.method == "none") for scheme in plan.schemes.values())
 
 
-@pytest.mark.parametrize("name", [name for name in PRESETS if name != "kv4"])
+@pytest.mark.parametrize("name", PRESETS)
 def test_bits_alone_ask_for_their_preset(name: str) -> None:
     recipe = preset(name)
     grid = None if recipe.grid == "auto" else recipe.grid
-    assert preset_for(recipe.bits, recipe.activation_bits, recipe.kv_bits, grid) == name
+    weights = (None, None) if recipe.method == "none" else (recipe.bits, recipe.activation_bits)
+    assert preset_for(*weights, recipe.kv_bits, grid) == name
 
 
 @pytest.mark.parametrize(
-    "bits", [(5, None, None, None), (3, 4, None, None), (3, None, 4, None), (3, None, None, "sign")]
+    "bits",
+    [(5, None, None, None), (3, 4, None, None), (3, None, 4, None), (3, None, None, "sign"), (None, None, 5, None)],
 )
 def test_bits_without_a_preset_are_refused_by_name(bits: tuple) -> None:
-    with pytest.raises(BadRecipe, match=r"no preset is made for w.*; name a method with --method"):
+    with pytest.raises(BadRecipe, match=r"no preset is made for (w|kv).*; name a method with --method"):
         preset_for(*bits)
 
 

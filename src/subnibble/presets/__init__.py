@@ -31,7 +31,8 @@ def preset_for(bits: int | None, activation_bits: int | None, kv_bits: int | Non
     default = Recipe()
     inputs = default.activation_bits if activation_bits is None else activation_bits
     cache = default.kv_bits if kv_bits is None else kv_bits
-    name = f"w{default.bits if bits is None else bits}"
+    alone = bits is None and activation_bits is None and cache != PLAIN_CACHE
+    name = "" if alone else f"w{default.bits if bits is None else bits}"
     name += f"a{inputs}" if inputs != PLAIN_ACTIVATIONS else ""
     name += f"kv{cache}" if cache != PLAIN_CACHE else ""
     if grid == "mxfp4" and name == "w4a4":
