@@ -22,8 +22,9 @@ from subnibble.methods.method import Method, Steps
 from subnibble.methods.none import Options
 from subnibble.model.site import Role
 from subnibble.model.skeleton import Skeleton
+from subnibble.pipeline.observe import Observed
 from subnibble.pipeline.plan import make_plan
-from subnibble.pipeline.stack import Observed, Stack, round_stack
+from subnibble.pipeline.stack import Stack, round_stack
 from subnibble.rounding.dual_scale import DualScale
 from subnibble.rounding.gptaq import FORMS, Asymmetry
 from subnibble.rounding.gptq import GPTQ
@@ -54,7 +55,7 @@ def gram() -> Tensor:
 
 
 def stack(correction: Correction) -> Stack:
-    return Stack(("w",), (ROWS,), SCHEME, INPUTS, correction.coarse, "w")
+    return Stack("block", ("w",), (ROWS,), SCHEME, INPUTS, correction.coarse, "w")
 
 
 @every_correction

@@ -11,7 +11,8 @@ from torch import Tensor
 from subnibble.calibrate.stream import SiteStatistics
 from subnibble.corrections.correction import NOTHING
 from subnibble.methods import METHODS
-from subnibble.pipeline.stack import Observed, Stack, round_stack
+from subnibble.pipeline.observe import Observed
+from subnibble.pipeline.stack import Stack, round_stack
 from subnibble.rounding.grid import Clip
 from subnibble.rounding.rtn import RTN
 from subnibble.runtime import ops
@@ -48,7 +49,7 @@ def runs_with(method: str, options: dict[str, Any]) -> float:
     steps = METHODS[method].steps({"rounding": "rtn", **options})
     correction, x, scheme = steps.correction, tokens(), SCHEMES[method]
     residual = correction.coarse if correction != NOTHING else "none"
-    stack = Stack((NAME,), (ROWS,), scheme, INPUTS, residual, NAME)
+    stack = Stack("block", (NAME,), (ROWS,), scheme, INPUTS, residual, NAME)
     _, main, salient = round_stack(stack, weight(), Observed(x.T @ x), steps.rounder, correction)
     second = None if salient is None else PackedTensor((salient,))
     terms = LinearTerms(main, activation=INPUTS, salient=second, residual=residual)
@@ -86,7 +87,7 @@ def test_a_rank_inside_a_group_is_not_taken_for_a_residual_of_the_whole() -> Non
     """The fault of rounding all columns first, salient ones among them."""
     w, x, scheme = weight(), tokens(), SCHEMES["serq"]
     plain = RTN(Clip("minmax"))
-    stack = Stack((NAME,), (ROWS,), scheme, INPUTS, "none", NAME)
+    stack = Stack("block", (NAME,), (ROWS,), scheme, INPUTS, "none", NAME)
     _, main, _ = round_stack(stack, w, Observed(x.T @ x), plain, NOTHING)
     rest = (w - main.dequantize())[:, :8]
     _, second, _ = round_stack(stack, rest, Observed(x[:, :8].T @ x[:, :8]), plain, NOTHING)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,11 +15,9 @@ from torch import Tensor
 from subnibble.cache_scheme import CacheScheme
 from subnibble.calibrate.key_center import coding_of
 from subnibble.calibrate.prefix import PrefixStep, States, behind
-from subnibble.calibrate.stats import AbsMean, Drift, Gram
 from subnibble.calibrate.stream import BlockStream
-from subnibble.corrections.correction import Correction
+from subnibble.corrections.correction import Rounded
 from subnibble.corrections.mean_shift import mean_shift
-from subnibble.errors import NumericalFailure
 from subnibble.methods.method import Steps
 from subnibble.model.site import Site
 from subnibble.model.skeleton import Block
@@ -28,30 +25,20 @@ from subnibble.model.transformers_api.blocks import BlockCall, run_block
 from subnibble.model.transformers_api.names import never_called
 from subnibble.pipeline.block_tuning import BlockTuning, Tuner
 from subnibble.pipeline.input_hook import InputHook
+from subnibble.pipeline.observe import Observed, View, Watch, observe, quantized_input
 from subnibble.pipeline.plan import Plan
 from subnibble.pipeline.prepared import Prepared
-from subnibble.pipeline.stack import (
-    Observed,
-    Stack,
-    View,
-    Watch,
-    branches_of,
-    quantized_input,
-    quantized_tokens,
-    round_stack,
-)
+from subnibble.pipeline.round import round_readers
+from subnibble.pipeline.stack import Stack, round_stack
 from subnibble.pipeline.store import RoundedBlock
 from subnibble.pipeline.streams import Streams
 from subnibble.report import BlockReport, LinearReport
 from subnibble.report.clock import Clock
-from subnibble.rounding import grid
-from subnibble.rounding.error import relative_errors
 from subnibble.rounding.rounder import Rounder, Rounding
 from subnibble.runtime.kv_cache import Coding
 from subnibble.runtime.modules import add_output_bias_, never_ran
 from subnibble.runtime.ops import LinearTerms
 from subnibble.scheme import ActivationScheme, Scheme
-from subnibble.tensor import PackedRange, PackedTensor
 from subnibble.transforms.absorb import can_absorb
 from subnibble.transforms.input_basis import InputBasis
 from subnibble.tuning.train import Samples, held_out_loss
@@ -232,26 +219,15 @@ class BlockRun:
             self.exact[f"{norm_name}.bias"] = bias
 
     def _observe(self, site: Site, stacks: list[Stack]) -> dict[View, Observed]:
-        """Statistics of the site's tensor as each of the stacks sees it, in one passage, before any is rounded."""
+        """Statistics of the site's tensor as each of the stacks sees it, before any is rounded."""
+        reference = self.reference if self.steps.rounder_of(site.name).needs_drift else None
         channels = self.block.linear(site.readers[0]).in_features
         device = next(iter(self.exact.values())).device
-        reference = self.reference if self.steps.rounder_of(site.name).needs_drift else None
-        needs_sizes = self.steps.correction.needs_sizes
-        watches = {
-            view: Watch(
-                Gram(channels, device),
-                None if reference is None else Drift(channels, device),
-                AbsMean(channels, device) if needs_sizes else None,
-            )
-            for view in map(self._view, stacks)
-        }
+        sizes = self.steps.correction.needs_sizes
         wanted = itertools.repeat(None) if reference is None else reference.at(site)
-        with self.clock.step("forward"):
-            for x, target in zip(self.stream.at(site), wanted, strict=reference is not None):
-                with self.clock.step("gram"):
-                    for view, watch in watches.items():
-                        watch.update(x if view is None else quantized_tokens(x, view, self.bases[site.name]), target)
-        return {view: watch.value for view, watch in watches.items()}
+        tensors = zip(self.stream.at(site), wanted, strict=reference is not None)
+        watch = partial(Watch.of, channels, device, drift=reference is not None, sizes=sizes)
+        return observe(tensors, {self._view(stack) for stack in stacks}, self.bases[site.name], watch, self.clock)
 
     def _view(self, stack: Stack) -> View:
         """How calibration sees the stack's input."""
@@ -272,72 +248,35 @@ class BlockRun:
             where = f"{path}.{{{', '.join(names)}}}" if len(names) > 1 else f"{path}.{names[0]}"
             heights = tuple(self.block.linear(name).out_features for name in names)
             residual = "none" if activation is None else self.steps.correction.coarse
-            stacks.append(Stack(tuple(names), heights, scheme, activation, residual, where))
+            stacks.append(Stack(path, tuple(names), heights, scheme, activation, residual, where))
         return stacks
 
     def _round(self, site: Site, stack: Stack, observed: Observed) -> None:
         """Round a stack of the site's readers, and put them back dequantized."""
-        basis, seen, correction = self.bases[site.name], observed.seen_in(self.bases[site.name]), self.steps.correction
-        start = time.perf_counter()
-        with self.clock.step("round"):
-            natural = torch.cat([self.exact[f"{name}.weight"] for name in stack.names])
-            weight = basis.columns(natural)
-            rounding, whole, salient = self._rounded(site, stack, weight, seen)
-            _check_promise(rounding, self.steps.rounder_of(site.name), stack.where)
-            dense, stored = whole.dequantize(), None
-            if rounding.coded.columns is not None:
-                columns, stored = self._place(site, stack, rounding.coded.columns)
-                dense = dense * columns
-            if salient is not None:
-                dense[:, : salient.columns] += salient.dequantize()
-            branches = branches_of(stack, weight - dense, seen, correction)
-            rows = stack.rows(weight.device)
-            for index, branch in zip(rows, branches, strict=True):
-                if branch is not None:
-                    dense[index] += branch[1].dequantize() @ branch[0].dequantize()
-        if not bool(torch.isfinite(dense).all()):
-            raise NumericalFailure(
-                f"{stack.where}: the rounded weight is not finite: numbers leave the types they are stored in; "
-                "use another method or grid there, by an override"
-            )
-        seconds = time.perf_counter() - start
-        with self.clock.step("measure error"):
-            errors = relative_errors(weight, dense, seen.gram, stack.heights)
-            floors = relative_errors(natural, grid.nearest(natural, stack.scheme), observed.gram, stack.heights)
-            dense = basis.natural(dense)
-        for name, index, branch, error, floor in zip(stack.names, rows, branches, errors, floors, strict=True):
-            second = None if salient is None else PackedTensor((salient.rows(index),))
-            self.terms[name] = own = LinearTerms(
-                whole.rows(index),
-                column_scale=stored,
-                blocks=basis.blocks,
-                activation=stack.activation,
-                salient=second,
-                residual=stack.residual,
-                low_rank=branch,
-            )
-            self._put_back(site, name, stack, dense[index])
-            self.linears[name] = LinearReport(
-                path=f"{self.block.path}.{name}",
-                shape=own.weight.shape,
-                scheme=stack.scheme.name,
-                # Known once it is stored: see `store.py`.
-                effective_bits=math.nan,
-                weight_error=error.weight,
-                output_error=error.output,
-                nearest_error=floor.output,
-                seconds=round(seconds, 3),
-                notes={**rounding.notes, **_notes(correction, basis)},
-            )
+        natural = torch.cat([self.exact[f"{name}.weight"] for name in stack.names])
+        found = round_readers(
+            stack, natural, self.bases[site.name], observed, self.steps.correction,
+            partial(self._rounded, site, stack), partial(self._absorbs, site, stack), self.clock,
+        )  # fmt: skip
+        self.terms |= found.terms
+        self.linears |= found.linears
+        if found.absorbed is not None:
+            self.to_absorb.append((site, found.absorbed))
+        for name, dense in found.dense.items():
+            self._put_back(site, name, stack, dense)
 
-    def _rounded(
-        self, site: Site, stack: Stack, weight: Tensor, seen: Observed
-    ) -> tuple[Rounding, PackedTensor, PackedRange | None]:
+    def _rounded(self, site: Site, stack: Stack, weight: Tensor, seen: Observed) -> Rounded:
         """See `round_stack`; on learned grids if there are any."""
         rounder, correction = self.steps.rounder_of(site.name), self.steps.correction
-        if self.tuning is not None:
-            return self.tuning.round(stack, weight, seen, rounder, correction)
-        return round_stack(stack, weight, seen, rounder, correction)
+        how = round_stack if self.tuning is None else self.tuning.round
+        found = how(stack, weight, seen, rounder, correction)
+        _check_promise(found[0], rounder, stack.where)
+        return found
+
+    def _absorbs(self, site: Site, stack: Stack, columns: Tensor) -> bool:
+        """Whether what writes the site's tensor can take column scales (k,) of the stack."""
+        weights = {name: own.weight for name, own in self.terms.items()}
+        return can_absorb(site, self.block.heads, stack.names, weights, columns)
 
     def _put_back(self, site: Site, name: str, stack: Stack, dense: Tensor) -> None:
         """Let the block run on the rounded weight (m, k), and on quantized inputs if the method asks."""
@@ -348,15 +287,6 @@ class BlockRun:
             basis = self.bases[site.name]
             path = f"the quantized input of {self.block.path}.{name}"
             self.hooks.append(InputHook(path, linear, partial(quantized_input, view=view, basis=basis)))
-
-    def _place(self, site: Site, stack: Stack, columns: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Decide where column scales (k,) go; give them as they will act, and as the linears store them, if they do."""
-        weights = {name: own.weight for name, own in self.terms.items()}
-        if can_absorb(site, self.block.heads, stack.names, weights, columns):
-            self.to_absorb.append((site, columns))
-            return columns, None
-        stored = columns.to(torch.float16)
-        return stored.float(), stored
 
 
 def better(tuned: BlockRun, base: BlockRun) -> BlockRun:
@@ -378,9 +308,3 @@ def _check_promise(rounding: Rounding, rounder: Rounder, where: str) -> None:
     if rounding.coded.columns is not None and not rounder.scales_columns:
         name = type(rounder).__name__
         raise TypeError(f"{where}: {name} scales columns, and its scales_columns says that it does not")
-
-
-def _notes(correction: Correction, basis: InputBasis) -> dict[str, float]:
-    """What the report says of a linear's terms: salient channels, and into how many blocks an online transform fell."""
-    found = {"rank": correction.salient, "hadamard_blocks": len(basis.blocks)}
-    return {name: count for name, count in found.items() if count}

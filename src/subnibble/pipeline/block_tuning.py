@@ -17,8 +17,9 @@ from subnibble.errors import CalibrationError, NumericalFailure
 from subnibble.methods.method import Steps
 from subnibble.model.skeleton import Block
 from subnibble.model.transformers_api.blocks import BlockCall
+from subnibble.pipeline.observe import Observed
 from subnibble.pipeline.plan import Plan
-from subnibble.pipeline.stack import Observed, Stack, round_stack
+from subnibble.pipeline.stack import Stack, round_stack
 from subnibble.pipeline.streams import Streams
 from subnibble.report import BlockReport
 from subnibble.report.clock import Clock

@@ -7,81 +7,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from subnibble.calibrate.stats import AbsMean, Drift, Gram
 from subnibble.corrections.correction import Branch, Correction, Rounded, RoundMain
+from subnibble.pipeline.observe import Observed
 from subnibble.rounding import grid
 from subnibble.rounding.rounder import Rounder
-from subnibble.runtime.precision import narrowed
-from subnibble.runtime.site_input import SiteInput
 from subnibble.scheme import ActivationScheme, Scheme
-from subnibble.transforms.input_basis import InputBasis
-
-# How an input is quantized: by a scheme, so many salient channels twice.
-Quantization = tuple[ActivationScheme, int]
-# How calibration sees an input; None for as it is.
-View = Quantization | None
-
-
-def quantized_tokens(x: Tensor, view: Quantization, basis: InputBasis) -> Tensor:
-    """What an input (..., k) stands for once it is quantized, exactly: (t, k) float32, in its own basis.
-
-    bfloat16 would round 8-bit numbers times their scales by up to half of their step. The remainder of salient channels
-    counts as if it met both their weights, of which it meets the coarse one.
-    """
-    scheme, repeated = view
-    own = SiteInput(None, basis.order, basis.blocks, scheme, repeated)
-    return basis.natural(own.apply(x).values())
-
-
-def quantized_input(x: Tensor, view: Quantization, basis: InputBasis) -> Tensor:
-    """The same in x's type and shape, for a block that runs in that type."""
-    return narrowed(quantized_tokens(x, view, basis), x.dtype).view(x.shape)
-
-
-@dataclass(frozen=True)
-class Observed:
-    """Statistics of a site's tensor, each None if it is not needed; see `Rounder`. sizes: (k,), mean magnitudes."""
-
-    gram: Tensor | None = None
-    drift: Tensor | None = None
-    sizes: Tensor | None = None
-
-    def seen_in(self, basis: InputBasis) -> Observed:
-        """The same in another basis of the input."""
-        gram, drift = (None if matrix is None else basis.both(matrix) for matrix in (self.gram, self.drift))
-        return Observed(gram, drift, None if self.sizes is None else basis.columns(self.sizes.unsqueeze(0))[0])
-
-
-@dataclass(frozen=True)
-class Watch:
-    """Gathers what `Observed` holds; drift, sizes: None where it is not needed."""
-
-    gram: Gram
-    drift: Drift | None
-    sizes: AbsMean | None
-
-    def update(self, seen: Tensor, target: Tensor | None) -> None:
-        """Add tokens (t, k), and the same in the full-precision model."""
-        self.gram.update(seen)
-        if self.sizes is not None:
-            self.sizes.update(seen)
-        if self.drift is not None and target is not None:
-            self.drift.update(seen, target)
-
-    @property
-    def value(self) -> Observed:
-        """The statistics over all tokens seen."""
-        drift, sizes = (None if part is None else part.value for part in (self.drift, self.sizes))
-        return Observed(self.gram.value, drift, sizes)
 
 
 @dataclass(frozen=True)
 class Stack:
-    """names: of the linears in their block. heights: rows of each. scheme, activation: of weights and inputs.
+    """block: path of the block. names: of the linears in it. heights: rows of each. scheme, activation: of weights and
+    inputs.
 
     residual: see `ops.LinearTerms`. where: names them in errors.
     """
 
+    block: str
     names: tuple[str, ...]
     heights: tuple[int, ...]
     scheme: Scheme
