@@ -24,7 +24,7 @@ from subnibble.model.site import Role
 from subnibble.model.skeleton import Skeleton
 from subnibble.pipeline.observe import Observed
 from subnibble.pipeline.plan import make_plan
-from subnibble.pipeline.stack import Stack, round_stack
+from subnibble.pipeline.round import Stack, round_stack
 from subnibble.rounding.dual_scale import DualScale
 from subnibble.rounding.gptaq import FORMS, Asymmetry
 from subnibble.rounding.gptq import GPTQ

@@ -12,7 +12,7 @@ from subnibble.calibrate.stream import SiteStatistics
 from subnibble.corrections.correction import NOTHING
 from subnibble.methods import METHODS
 from subnibble.pipeline.observe import Observed
-from subnibble.pipeline.stack import Stack, round_stack
+from subnibble.pipeline.round import Stack, round_stack
 from subnibble.rounding.grid import Clip
 from subnibble.rounding.rtn import RTN
 from subnibble.runtime import ops

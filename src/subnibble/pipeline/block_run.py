@@ -28,8 +28,7 @@ from subnibble.pipeline.input_hook import InputHook
 from subnibble.pipeline.observe import Observed, View, Watch, observe, quantized_input
 from subnibble.pipeline.plan import Plan
 from subnibble.pipeline.prepared import Prepared
-from subnibble.pipeline.round import round_readers
-from subnibble.pipeline.stack import Stack, round_stack
+from subnibble.pipeline.round import Stack, round_readers, round_stack
 from subnibble.pipeline.store import RoundedBlock
 from subnibble.pipeline.streams import Streams
 from subnibble.report import BlockReport, LinearReport

@@ -19,7 +19,7 @@ from subnibble.model.skeleton import Block
 from subnibble.model.transformers_api.blocks import BlockCall
 from subnibble.pipeline.observe import Observed
 from subnibble.pipeline.plan import Plan
-from subnibble.pipeline.stack import Stack, round_stack
+from subnibble.pipeline.round import Stack, round_stack
 from subnibble.pipeline.streams import Streams
 from subnibble.report import BlockReport
 from subnibble.report.clock import Clock

@@ -1,4 +1,4 @@
-"""Readers of one input, rounded: their terms, the dense weight they stand for, what the report says of them."""
+"""Linears that read one input by one scheme are rounded on top of each other: their rows are independent."""
 
 from __future__ import annotations
 
@@ -10,17 +10,40 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from subnibble.corrections.correction import Branch, Correction, Rounded
+from subnibble.corrections.correction import Branch, Correction, Rounded, RoundMain
 from subnibble.errors import NumericalFailure
 from subnibble.pipeline.observe import Observed
-from subnibble.pipeline.stack import Stack, branches_of
 from subnibble.report import LinearReport
 from subnibble.report.clock import Clock
 from subnibble.rounding import grid
 from subnibble.rounding.error import relative_errors
+from subnibble.rounding.rounder import Rounder
 from subnibble.runtime.ops import LinearTerms
+from subnibble.scheme import ActivationScheme, Scheme
 from subnibble.tensor import PackedTensor
 from subnibble.transforms.input_basis import InputBasis
+
+
+@dataclass(frozen=True)
+class Stack:
+    """block: path of the block. names: of the linears in it. heights: rows of each. scheme, activation: of weights and
+    inputs.
+
+    residual: see `ops.LinearTerms`. where: names them in errors.
+    """
+
+    block: str
+    names: tuple[str, ...]
+    heights: tuple[int, ...]
+    scheme: Scheme
+    activation: ActivationScheme | None
+    residual: str
+    where: str
+
+    def rows(self, device: torch.device) -> tuple[Tensor, ...]:
+        """Rows of each linear in the stack, (height,) each."""
+        rows: tuple[Tensor, ...] = torch.arange(sum(self.heights), device=device).split(list(self.heights))
+        return rows
 
 
 @dataclass(frozen=True)
@@ -112,6 +135,19 @@ def round_readers(
     return RoundedStack(
         terms, linears, {name: dense[index] for name, index in zip(stack.names, rows, strict=True)}, absorbed
     )
+
+
+def round_stack(stack: Stack, weight: Tensor, seen: Observed, rounder: Rounder, correction: Correction) -> Rounded:
+    """Round a stack of weights (m, k) float32, as inputs meet it, with what the correction adds."""
+    for name, index in zip(stack.names, stack.rows(weight.device), strict=True):
+        grid.check_range(weight[index], stack.scheme, f"{stack.where}: {name}" if len(stack.names) > 1 else stack.where)
+    main = RoundMain(rounder, stack.scheme, stack.where, seen.drift)
+    return correction.round(weight, seen.gram, stack.scheme, main)
+
+
+def branches_of(stack: Stack, error: Tensor, seen: Observed, correction: Correction) -> list[Branch | None]:
+    """The low-rank branch of each linear. error: (m, k), what rounding left."""
+    return correction.branches(error.split(list(stack.heights)), seen.gram, seen.sizes, stack.scheme)
 
 
 def _add_branches_(dense: Tensor, rows: tuple[Tensor, ...], branches: list[Branch | None]) -> None:
