@@ -83,10 +83,9 @@ class Steps:
             )
         if self.tuning is not None:
             _check_tuning(self)
-        if self.needs_drift and (self.correction != NOTHING or self.tuning is not None):
+        if self.needs_drift and self.correction != NOTHING:
             raise BadRecipe(
-                "a rounder towards full-precision outputs goes with neither other terms of a linear nor tuning; leave "
-                "one of them out"
+                "a rounder towards full-precision outputs does not go with other terms of a linear; leave one of them out"
             )
         _check_column_scales(self)
 
