@@ -204,7 +204,7 @@ def test_blocks_of_any_method_can_be_tuned_unless_a_step_forbids_it(name: str) -
     else:
         assert replace(replace(steps, tuning=Tuning()), tuning=None) == steps
     if steps.transforms and not steps.needs_drift:
-        assert replace(steps, transforms=(), mean_shift=None, tuning=Tuning()).rounder == steps.rounder
+        assert replace(steps, transforms=(), mean_shift="none", tuning=Tuning()).rounder == steps.rounder
 
 
 @pytest.mark.parametrize("over", ["atom", "quarot"])

@@ -85,7 +85,8 @@ class Steps:
             _check_tuning(self)
         if self.needs_drift and self.correction != NOTHING:
             raise BadRecipe(
-                "a rounder towards full-precision outputs does not go with other terms of a linear; leave one of them out"
+                "a rounder towards full-precision outputs does not go with other terms of a linear; leave one of them "
+                "out"
             )
         _check_column_scales(self)
 
