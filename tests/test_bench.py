@@ -112,7 +112,7 @@ def test_readme_shows_what_was_measured() -> None:
     readme = (ROOT / "README.md").read_text()
     wrong, shown = misquoted(readme)
     assert wrong == []
-    assert shown > 40
+    assert shown > 30
     line = next(line for line in readme.splitlines() if line.endswith("`gptq-rotated:2:128:16` |"))
     for figure in re.findall(r"\d+\.\d+", line):
         changed = line.replace(figure, f"{float(figure) + 0.01:.{len(figure.partition('.')[2])}f}")
