@@ -20,7 +20,7 @@ from subnibble.checkpoint.entries import InputMixEntry
 from subnibble.checkpoint.packed import PackedConfig
 from subnibble.model.arch.llama import ATTENTION_IN, ATTENTION_OUT, MLP_HIDDEN, MLP_IN
 from subnibble.model.site import Heads, Site
-from subnibble.pipeline import block_run
+from subnibble.pipeline import block_run, store
 from subnibble.rounding.dual_scale import DualScale
 from subnibble.rounding.levels import Fitted
 from subnibble.scheme import Scheme
@@ -355,7 +355,7 @@ def run(source: Path, tokens: Path, out: Path, absorb: Any = absorb_, allowed: A
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(DualScale, "fit", rounded)
-        patch.setattr(block_run, "absorb_", absorb)
+        patch.setattr(store, "absorb_", absorb)
         patch.setattr(block_run, "can_absorb", allowed)
         subnibble.quantize(source, out, recipe)
     return out
