@@ -19,8 +19,8 @@ T = TypeVar("T")
 class SiteMemo(Generic[T]):
     """Holds what was made of the last tensor. readers: how many linears use it."""
 
-    def __init__(self) -> None:
-        self.readers = 1
+    def __init__(self, readers: int = 1) -> None:
+        self.readers = readers
         # The tensor, its version, what was made of it, and how many have used it.
         self._kept: tuple[weakref.ref[Tensor], int, T, int] | None = None
 
@@ -44,20 +44,11 @@ class SiteMemo(Generic[T]):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SiteMemo[T]:
         """A copy holds nothing yet."""
-        return self._empty()
+        return SiteMemo(self.readers)
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[type[SiteMemo[T]], tuple[int]]:
         """What is pickled with a module holds nothing."""
-        return _empty, (self.readers,)
-
-    def _empty(self) -> SiteMemo[T]:
-        return _empty(self.readers)
-
-
-def _empty(readers: int) -> SiteMemo[Any]:
-    found: SiteMemo[Any] = SiteMemo()
-    found.readers = readers
-    return found
+        return SiteMemo, (self.readers,)
 
 
 def _version(x: Tensor) -> int:
