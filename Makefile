@@ -17,11 +17,10 @@ test: $(VENV)/.ready
 OLDEST_VENV ?= .venv-oldest
 OLDEST = $(shell sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml)
 # Left out are tests of numerics and of tools, which know nothing of transformers.
-OLDEST_TESTS = tests/hf tests/calibrate tests/checkpoint tests/cli tests/metrics tests/model tests/pipeline \
-  tests/transforms tests/tuning tests/test_calls.py tests/test_comparison.py tests/test_conformance.py \
-  tests/test_estimation.py tests/test_extreme_weights.py tests/test_field_conformance.py tests/test_fold.py \
-  tests/test_key_center.py tests/test_prefix.py tests/test_presets.py tests/test_prompt.py tests/test_real_model.py \
-  tests/test_silence.py tests/test_speak.py tests/test_transformers_api.py
+OLDEST_TESTS = tests/hf tests/calibrate tests/checkpoint tests/cli tests/distill tests/evaluation tests/export \
+  tests/generate tests/model tests/pipeline tests/transforms tests/tuning tests/test_calls.py \
+  tests/test_conformance.py tests/test_extreme_weights.py tests/test_field_conformance.py \
+  tests/test_presets.py tests/test_real_model.py tests/test_silence.py tests/test_transformers_api.py
 
 test-oldest:
 	$(MAKE) $(OLDEST_VENV)/.ready VENV=$(OLDEST_VENV)

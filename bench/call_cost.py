@@ -28,8 +28,9 @@ def main() -> None:
     from subnibble.rounding.grid import Clip, coded
     from subnibble.runtime.modules import PackedLinear
     from subnibble.runtime.ops import LinearTerms
-    from subnibble.scheme import ActivationScheme, Scheme
-    from subnibble.tensor import PackedRange, PackedTensor
+    from subnibble.tensor.activation_scheme import ActivationScheme
+    from subnibble.tensor.packed import PackedRange, PackedTensor
+    from subnibble.tensor.scheme import Scheme
 
     torch.set_num_threads(1)
     scheme = Scheme(4, 128)

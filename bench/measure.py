@@ -79,9 +79,9 @@ def measure_row(
     from subnibble.calibrate.windows import evaluation_windows
     from subnibble.checkpoint.opening import open_source
     from subnibble.checkpoint.size import measure
-    from subnibble.cli.demo import find_model
+    from subnibble.evaluation.perplexity import score
     from subnibble.hf import load_model, packed_modules
-    from subnibble.metrics.perplexity import score
+    from subnibble.packaged.model import find_model
     from subnibble.version import __version__
 
     model = find_model()

@@ -31,7 +31,7 @@ def main() -> None:
     arguments = parser.parse_args()
     from subnibble import Recipe, quantize
     from subnibble.checkpoint.opening import open_source
-    from subnibble.cli.demo import find_model
+    from subnibble.packaged.model import find_model
 
     recipe = Recipe(
         method="gptq", bits=3, embedding_bits=8, calibration="news", num_windows=arguments.num_windows,

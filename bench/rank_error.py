@@ -30,7 +30,7 @@ ARMS = {f"{method}{'' if rank == 128 else f'-rank-{rank}'}": rank for method in 
 def measured(arm: str) -> dict[str, Any]:
     """The row of one arm; output_errors: of every linear, in the model's order, over the output's energy."""
     from subnibble import quantize
-    from subnibble.cli.demo import find_model
+    from subnibble.packaged.model import find_model
 
     recipe = with_data(arms.recipe_of("weight_activation", arm), WINDOWS)
     with tempfile.TemporaryDirectory() as folder:

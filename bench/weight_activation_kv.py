@@ -122,9 +122,9 @@ def measured(spec: Spec, names: dict[str, str]) -> list[dict[str, Any]]:
 
 def put_behind_(model: Any, tokenizer: Any) -> None:
     """Put a model that was quantized without a prompt behind the chat template's."""
+    from subnibble.calibrate.prompt import prefix_ids
+    from subnibble.generate.prefix import attach_prefix_
     from subnibble.hf.attention import attached_cache
-    from subnibble.prefix import attach_prefix_
-    from subnibble.prompt import prefix_ids
 
     attached = attached_cache(model)
     attach_prefix_(model, None if attached is None else attached.scheme, prefix_ids("default", tokenizer))
@@ -134,9 +134,9 @@ def put_behind_coded_(model: Any, tokenizer: Any) -> None:
     """The same, the prompt's keys and values coded as a text's."""
     import torch
 
+    from subnibble.calibrate.prompt import prefix_ids
+    from subnibble.generate.prefix import compute_prefix
     from subnibble.hf.attention import attach_cache_, attached_cache, set_prefix_
-    from subnibble.prefix import compute_prefix
-    from subnibble.prompt import prefix_ids
     from subnibble.runtime.coded_text import coded_keys, coded_values
     from subnibble.runtime.kv_cache import Coding
 

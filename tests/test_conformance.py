@@ -14,7 +14,7 @@ from conftest import CONFIGS
 from subnibble import Recipe
 from subnibble.calibrate.stream import BlockStream
 from subnibble.checkpoint.entries import NormBiasEntry
-from subnibble.checkpoint.packed import packed_config_of
+from subnibble.checkpoint.manifest import packed_config_of
 from subnibble.checkpoint.safetensors_source import SafetensorsSource
 from subnibble.checkpoint.writer import CheckpointWriter
 from subnibble.hf import packed_modules
@@ -24,11 +24,13 @@ from subnibble.model.transformers_api.blocks import run_block
 from subnibble.pipeline.plan import plan_rotation
 from subnibble.report import Report
 from subnibble.rounding.error import relative_errors
-from subnibble.runtime import activations, hadamard
+from subnibble.runtime import activations
 from subnibble.runtime.integer import multiply_add_
 from subnibble.runtime.modules import InputMix, PackedEmbedding, PackedLinear, TiedHead, add_output_bias_
-from subnibble.scheme import ActivationScheme, Scheme
-from subnibble.tensor import CodedMatrix, PackedRange
+from subnibble.tensor import hadamard
+from subnibble.tensor.activation_scheme import ActivationScheme
+from subnibble.tensor.packed import CodedMatrix, PackedRange
+from subnibble.tensor.scheme import Scheme
 from subnibble.transforms.rotate_values import make_value_rotation
 
 SETTINGS = {

@@ -19,29 +19,21 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from pairs import Row, pairs_of, pairwise
 from subnibble import Recipe, quantize
-from subnibble.cache_scheme import KEY_AXES, KEY_CENTERS, KEY_ROTATIONS, ROPES, CacheScheme
 from subnibble.checkpoint.entries import PackedEmbeddingEntry
-from subnibble.checkpoint.packed import packed_config_of
+from subnibble.checkpoint.manifest import packed_config_of
 from subnibble.checkpoint.safetensors_source import STORED_TYPES, SafetensorsSource
 from subnibble.checkpoint.weight_files import read_headers
 from subnibble.device import DTYPES
+from subnibble.distill.settings import Distillation
 from subnibble.errors import BadRecipe
-from subnibble.evaluation import Evaluation, evaluate
+from subnibble.evaluation.evaluate import Evaluation, evaluate
 from subnibble.methods import METHODS
 from subnibble.pipeline.resolve import resolve
 from subnibble.recipe import _OVERRIDE_KEYS, EMBEDDING_BITS
-from subnibble.scheme import (
-    ACTIVATION_BITS,
-    BITS,
-    E8M0,
-    GRIDS,
-    SCALE_TYPES,
-    ZERO_POINTS,
-    ActivationScheme,
-    Scheme,
-)
-from subnibble.tensor import range_key, scale_dtype
-from subnibble.tuning.distillation import Distillation
+from subnibble.tensor.activation_scheme import ACTIVATION_BITS, ActivationScheme
+from subnibble.tensor.cache_scheme import KEY_AXES, KEY_CENTERS, KEY_ROTATIONS, ROPES, CacheScheme
+from subnibble.tensor.packed import range_key, scale_dtype
+from subnibble.tensor.scheme import BITS, E8M0, GRIDS, SCALE_TYPES, ZERO_POINTS, Scheme
 
 BASE: dict[str, Any] = {
     "method": "rtn", "bits": 4, "group_size": 16, "num_windows": 3, "window": 16, "device": "cpu", "dtype": "float32",

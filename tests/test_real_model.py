@@ -15,10 +15,11 @@ from subnibble import Recipe, quantize
 from subnibble.calibrate.windows import evaluation_windows
 from subnibble.checkpoint.gguf_source import GgufSource
 from subnibble.checkpoint.size import measure
-from subnibble.cli.demo import demo, find_model
+from subnibble.cli.demo import demo
+from subnibble.evaluation.perplexity import score
+from subnibble.generate.speak import chat_prompt, speak
 from subnibble.hf import load_model, memory_bytes, packed_modules
-from subnibble.metrics.perplexity import score
-from subnibble.speak import chat_prompt, speak
+from subnibble.packaged.model import find_model
 
 
 @pytest.fixture(scope="module")

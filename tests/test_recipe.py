@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from subnibble.errors import BadRecipe
 from subnibble.methods import METHODS
 from subnibble.recipe import EMBEDDING_BITS, Recipe, matches
-from subnibble.scheme import ACTIVATION_BITS, BITS, SCALE_TYPES, ZERO_POINTS, ActivationScheme, Scheme
+from subnibble.tensor.activation_scheme import ACTIVATION_BITS, ActivationScheme
+from subnibble.tensor.scheme import BITS, SCALE_TYPES, ZERO_POINTS, Scheme
 
 Q = "model.layers.0.self_attn.q_proj"
 DOWN = "model.layers.11.mlp.down_proj"

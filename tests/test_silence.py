@@ -15,23 +15,23 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from conftest import random_model
 from subnibble import Recipe, quantize
-from subnibble.cache_scheme import CacheScheme, PrefixIds
 from subnibble.calibrate.prefix import behind
 from subnibble.calibrate.stream import BlockStream
 from subnibble.checkpoint.safetensors_source import SafetensorsSource
+from subnibble.distill.checkpoint import distill_checkpoint
 from subnibble.errors import BadRecipe, SilentFailure, UnsupportedTransformers
+from subnibble.evaluation.layer_error import layer_errors
+from subnibble.generate.prefix import compute_prefix
 from subnibble.hf import attention
 from subnibble.hf.attention import attach_cache_
-from subnibble.metrics.layer_error import layer_errors
 from subnibble.model.skeleton import Block, Skeleton
 from subnibble.model.transformers_api.quantization import CheckpointQuantizer
 from subnibble.pipeline import block_run
-from subnibble.pipeline.distill_checkpoint import distill_checkpoint
 from subnibble.pipeline.input_hook import InputHook
-from subnibble.prefix import compute_prefix
 from subnibble.runtime import modules
 from subnibble.runtime.kv_cache import Coding
 from subnibble.runtime.modules import TiedHead
+from subnibble.tensor.cache_scheme import CacheScheme, PrefixIds
 from subnibble.tuning.block import TunedBlock
 
 IDS = torch.arange(1, 9).unsqueeze(0)

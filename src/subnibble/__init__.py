@@ -14,13 +14,13 @@ from subnibble.version import __version__
 
 if TYPE_CHECKING:
     from subnibble.checkpoint.checksums import unverified
-    from subnibble.comparison import compare
-    from subnibble.estimation import estimate
-    from subnibble.evaluation import Evaluation, evaluate
-    from subnibble.fold import fold_norm_biases_
-    from subnibble.pipeline.distill_checkpoint import distill_checkpoint
+    from subnibble.distill.checkpoint import distill_checkpoint
+    from subnibble.evaluation.compare import compare
+    from subnibble.evaluation.evaluate import Evaluation, evaluate
+    from subnibble.export.fold import fold_norm_biases_
+    from subnibble.generate.prefix import add_prefix
     from subnibble.pipeline.driver import quantize
-    from subnibble.prefix import add_prefix
+    from subnibble.pipeline.estimate import estimate
     from subnibble.presets import preset
     from subnibble.recipe import Recipe
 
@@ -41,14 +41,14 @@ __all__ = [
 
 # Loaded on first use, so that `subnibble --help` need not import torch.
 _HOMES = {
-    "Evaluation": "evaluation",
+    "Evaluation": "evaluation.evaluate",
     "Recipe": "recipe",
-    "add_prefix": "prefix",
-    "compare": "comparison",
-    "distill_checkpoint": "pipeline.distill_checkpoint",
-    "estimate": "estimation",
-    "evaluate": "evaluation",
-    "fold_norm_biases_": "fold",
+    "add_prefix": "generate.prefix",
+    "compare": "evaluation.compare",
+    "distill_checkpoint": "distill.checkpoint",
+    "estimate": "pipeline.estimate",
+    "evaluate": "evaluation.evaluate",
+    "fold_norm_biases_": "export.fold",
     "preset": "presets",
     "quantize": "pipeline.driver",
     "unverified": "checkpoint.checksums",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 
@@ -19,3 +20,8 @@ def is_file(text: str) -> bool:
         return bool(text) and expanded(text).is_file()
     except (OSError, ValueError):
         return False
+
+
+def absolute_path(name: str, words: Collection[str]) -> str:
+    """The full path of the file `name`; unchanged if it is one of `words`, or no file."""
+    return str(expanded(name).resolve()) if name not in words and is_file(name) else name

@@ -11,13 +11,14 @@ from typing import Any, Self
 
 import tomli_w
 
-from subnibble.cache_scheme import PLAIN_CACHE, CacheScheme
 from subnibble.device import AUTO, DTYPES
+from subnibble.distill.settings import Distillation
 from subnibble.errors import BadArgument, BadRecipe
 from subnibble.given import check_types, described, given_path, plain
-from subnibble.scheme import E8M0, WHOLE_CHANNEL, ActivationScheme, Scheme
+from subnibble.tensor.activation_scheme import ActivationScheme
+from subnibble.tensor.cache_scheme import PLAIN_CACHE, CacheScheme
+from subnibble.tensor.scheme import E8M0, WHOLE_CHANNEL, Scheme
 from subnibble.text_file import check_characters, read_text_file
-from subnibble.tuning.distillation import Distillation
 
 EMBEDDING_BITS = (16, 8, 4)
 _OVERRIDE_KEYS = ("bits", "group_size", "grid", "zero_point", "activation_bits", "skip")
@@ -51,7 +52,7 @@ class Recipe:
     kv: the other settings of `CacheScheme`.
     system_prompt: text or a file of text that everything stands behind: its keys and values are computed by the
         unquantized model and stay at 16 bits. "default" is the chat template's system turn, "bos" BOS alone, "auto" the
-        model's own sink tokens; see `prompt.py`.
+        model's own sink tokens; see `calibrate/prompt.py`.
     calibration: a text file or a named set; None takes "c4" if the method needs data.
     num_windows, window: how many windows of how many tokens calibrate.
     distill_steps: for how many steps the packed model is tuned as a whole, towards the original's predictions.

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from subnibble import Recipe, quantize
+from subnibble.calibrate.prompt import prefix_ids, sink_prefix
 from subnibble.calibrate.sinks import ordinary_tokens, sink_tokens
+from subnibble.checkpoint.manifest import packed_config_of
 from subnibble.checkpoint.opening import open_source
-from subnibble.checkpoint.packed import packed_config_of
 from subnibble.errors import BadRecipe, CalibrationError
-from subnibble.prompt import prefix_ids, sink_prefix
 
 SITE = SimpleNamespace(name="mlp_hidden")
 

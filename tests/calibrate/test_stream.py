@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from subnibble.arch.llama import ATTENTION_IN, ATTENTION_OUT, LLAMA, MLP_HIDDEN, MLP_IN
+from subnibble.arch.site import Heads, Site
 from subnibble.calibrate.stream import BlockStream
-from subnibble.model.arch.llama import ATTENTION_IN, ATTENTION_OUT, LLAMA, MLP_HIDDEN, MLP_IN
-from subnibble.model.site import Heads, Site
 from subnibble.model.skeleton import Block
 from subnibble.model.transformers_api.blocks import BlockCall, run_block
 from subnibble.model.transformers_api.names import CACHE_NAMES
-from subnibble.scheme import Scheme
+from subnibble.tensor.scheme import Scheme
 
 LENGTH = 11
 BATCHES = (3, 1, 2)

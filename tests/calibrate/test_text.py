@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from subnibble.calibrate import news
 from subnibble.calibrate.text import NAMED, read_text
 from subnibble.errors import CalibrationError, MissingExtra
+from subnibble.packaged import news
 
 HUB_SETS = ("c4", "wikitext2")
 SPLITS = ("calibration", "test")

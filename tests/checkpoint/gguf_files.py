@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from conftest import VOCABULARY, random_model
-from subnibble.model.site import Heads
+from subnibble.arch.site import Heads
 
 Extra = Callable[[gguf.GGUFWriter], object]
 

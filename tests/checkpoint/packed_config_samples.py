@@ -4,9 +4,10 @@ import json
 from dataclasses import replace
 
 from subnibble.checkpoint.entries import NormBiasEntry, PackedEmbeddingEntry, PackedLinearEntry, TiedHeadEntry
-from subnibble.checkpoint.packed import PackedConfig
-from subnibble.scheme import ActivationScheme, Scheme
-from subnibble.tensor import PackedLayout
+from subnibble.checkpoint.manifest import PackedConfig
+from subnibble.tensor.activation_scheme import ActivationScheme
+from subnibble.tensor.packed import PackedLayout
+from subnibble.tensor.scheme import Scheme
 
 W3, W8 = Scheme(3, 128), Scheme(8, -1, "none", "bfloat16")
 TABLE, HEAD = "model.embed_tokens", "lm_head"

@@ -11,15 +11,16 @@ import pytest
 import torch
 
 from subnibble.checkpoint.entries import PackedLinearEntry, gather_type
-from subnibble.checkpoint.packed import FORMAT_VERSION, PackedConfig, stored_shapes
+from subnibble.checkpoint.manifest import FORMAT_VERSION, PackedConfig, stored_shapes
 from subnibble.checkpoint.size import measure
-from subnibble.mxfp4 import E2M1
 from subnibble.runtime.activations import quantize
-from subnibble.runtime.hadamard import hadamard
 from subnibble.runtime.kv_cache import quantize_rows
 from subnibble.runtime.ops import LinearTerms, linear
-from subnibble.scheme import ActivationScheme, Scheme
-from subnibble.tensor import PackedLayout, PackedTensor, pack_codes, scale_dtype, unpack_codes
+from subnibble.tensor.activation_scheme import ActivationScheme
+from subnibble.tensor.hadamard import hadamard
+from subnibble.tensor.mxfp4 import E2M1
+from subnibble.tensor.packed import PackedLayout, PackedTensor, pack_codes, scale_dtype, unpack_codes
+from subnibble.tensor.scheme import Scheme
 
 DOC = (Path(__file__).parents[2] / "docs" / "format.md").read_text(encoding="utf-8")
 CONFIG, VECTORS, WITH_TERMS, TOKENS, LINEAR, WITH_CACHE, ROWS, WITH_CENTER, WITH_MIX = (

@@ -12,12 +12,12 @@ from safetensors.torch import load_file, save_file
 
 from conftest import CONFIGS, random_model
 from subnibble import Recipe, quantize
+from subnibble.arch import find_arch
 from subnibble.checkpoint.names import model_names
 from subnibble.checkpoint.opening import open_source
 from subnibble.checkpoint.weight_files import SINGLE
 from subnibble.errors import CheckpointError
 from subnibble.hf import load_model
-from subnibble.model.arch import find_arch
 from subnibble.model.skeleton import Skeleton
 
 Rename = Callable[[str], str]

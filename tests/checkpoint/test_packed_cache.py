@@ -7,12 +7,13 @@ from dataclasses import replace
 
 import pytest
 
-from subnibble.cache_scheme import CacheScheme, PrefixIds
 from subnibble.checkpoint.entries import PackedLinearEntry, PrefixEntry
-from subnibble.checkpoint.packed import PackedConfig
+from subnibble.checkpoint.manifest import PackedConfig
 from subnibble.errors import CheckpointError
-from subnibble.scheme import ActivationScheme, Scheme
-from subnibble.tensor import PackedLayout
+from subnibble.tensor.activation_scheme import ActivationScheme
+from subnibble.tensor.cache_scheme import CacheScheme, PrefixIds
+from subnibble.tensor.packed import PackedLayout
+from subnibble.tensor.scheme import Scheme
 
 OUTLIERS = ActivationScheme(4, 8, "none", outliers=8)
 CACHED = PackedConfig(

@@ -30,12 +30,13 @@ from subnibble.checkpoint.entries import (
     PackedLinearEntry,
     TiedHeadEntry,
 )
-from subnibble.checkpoint.packed import PackedConfig, packed_config_of, stored_shapes
+from subnibble.checkpoint.manifest import PackedConfig, packed_config_of, stored_shapes
 from subnibble.errors import CheckpointError
-from subnibble.runtime.hadamard import hadamard_blocks
 from subnibble.runtime.ops import RESIDUALS
-from subnibble.scheme import ACTIVATION_BITS, BITS, SCALE_TYPES, ZERO_POINTS, ActivationScheme, Scheme
-from subnibble.tensor import PackedLayout
+from subnibble.tensor.activation_scheme import ACTIVATION_BITS, ActivationScheme
+from subnibble.tensor.hadamard import hadamard_blocks
+from subnibble.tensor.packed import PackedLayout
+from subnibble.tensor.scheme import BITS, SCALE_TYPES, ZERO_POINTS, Scheme
 
 schemes = st.builds(
     Scheme,

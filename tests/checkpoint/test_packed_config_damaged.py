@@ -7,7 +7,7 @@ import pytest
 from packed_config_samples import COMPOSED, CONFIG, DOWN, HEAD, NORM, SCALED, TABLE, Q, through_json
 
 from subnibble.checkpoint.entries import InputMixEntry
-from subnibble.checkpoint.packed import PackedConfig
+from subnibble.checkpoint.manifest import PackedConfig
 from subnibble.errors import CheckpointError
 
 

@@ -24,9 +24,9 @@ from packed_config_samples import (
 )
 
 from subnibble.checkpoint.entries import PackedLinearEntry, gather_type, linear_entry, linear_state, linear_terms
-from subnibble.checkpoint.packed import PackedConfig, stored_shapes
+from subnibble.checkpoint.manifest import PackedConfig, stored_shapes
 from subnibble.errors import CheckpointError
-from subnibble.tensor import PackedLayout
+from subnibble.tensor.packed import PackedLayout
 
 
 def test_a_scaled_linear_stores_one_float16_number_an_input_column() -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from subnibble import Recipe, quantize
+from subnibble.arch.site import Role
 from subnibble.checkpoint.entries import PackedLinearEntry, linear_entry
 from subnibble.checkpoint.opening import open_source
 from subnibble.corrections.correction import NOTHING, Correction
@@ -20,7 +21,6 @@ from subnibble.errors import BadRecipe
 from subnibble.methods import METHODS
 from subnibble.methods.method import Method, Steps
 from subnibble.methods.none import Options
-from subnibble.model.site import Role
 from subnibble.model.skeleton import Skeleton
 from subnibble.pipeline.observe import Observed
 from subnibble.pipeline.plan import make_plan
@@ -31,8 +31,9 @@ from subnibble.rounding.gptq import GPTQ
 from subnibble.rounding.rounder import Rounder, Rounding
 from subnibble.rounding.rtn import RTN
 from subnibble.runtime.ops import LinearTerms
-from subnibble.scheme import ActivationScheme, Scheme
-from subnibble.tensor import PackedLayout, PackedRange, PackedTensor
+from subnibble.tensor.activation_scheme import ActivationScheme
+from subnibble.tensor.packed import PackedLayout, PackedRange, PackedTensor
+from subnibble.tensor.scheme import Scheme
 from subnibble.transforms.saliency import Saliency
 from subnibble.tuning.tuning import Tuning
 

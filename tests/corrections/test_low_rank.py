@@ -10,8 +10,8 @@ from subnibble.checkpoint.entries import PackedLinearEntry
 from subnibble.corrections.low_rank import FORMS, LowRank, factorize, roots_of
 from subnibble.errors import BadRecipe
 from subnibble.rounding import grid
-from subnibble.scheme import Scheme
-from subnibble.tensor import PackedLayout, PackedRange
+from subnibble.tensor.packed import PackedLayout, PackedRange
+from subnibble.tensor.scheme import Scheme
 
 ROWS, COLUMNS, RANK = 40, 56, 6
 

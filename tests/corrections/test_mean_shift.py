@@ -13,14 +13,14 @@ from transformers import AutoModelForCausalLM
 
 import subnibble
 from subnibble import Recipe
+from subnibble.arch import find_arch
+from subnibble.arch.site import Heads
 from subnibble.calibrate.windows import calibration_windows
 from subnibble.checkpoint.entries import NormBiasEntry
-from subnibble.checkpoint.packed import packed_config_of
+from subnibble.checkpoint.manifest import packed_config_of
 from subnibble.corrections.mean_shift import mean_shift
 from subnibble.errors import BadRecipe, NumericalFailure
 from subnibble.methods import METHODS
-from subnibble.model.arch import find_arch
-from subnibble.model.site import Heads
 from subnibble.model.skeleton import Block
 from subnibble.transforms.rotate import make_rotation, rotate_block_
 

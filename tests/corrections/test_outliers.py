@@ -20,7 +20,8 @@ from subnibble.rounding.gptq import GPTQ
 from subnibble.rounding.grid import Clip
 from subnibble.rounding.rtn import RTN
 from subnibble.runtime.activations import quantize, quantize_values
-from subnibble.scheme import ActivationScheme, Scheme
+from subnibble.tensor.activation_scheme import ActivationScheme
+from subnibble.tensor.scheme import Scheme
 from subnibble.transforms.saliency import Saliency
 
 SCHEME = Scheme(3, 8, "none")

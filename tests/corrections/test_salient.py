@@ -12,7 +12,7 @@ from subnibble.errors import BadRecipe
 from subnibble.rounding import grid
 from subnibble.rounding.gptq import GPTQ
 from subnibble.rounding.rtn import RTN
-from subnibble.scheme import Scheme
+from subnibble.tensor.scheme import Scheme
 
 ROWS, COLUMNS, RANK = 24, 88, 32
 SCHEME = Scheme(4, 16, "none")

@@ -11,10 +11,10 @@ from transformers import DynamicCache, StaticCache
 
 from conftest import CONFIGS, VOCABULARY, random_model
 from kv_calls import cache_of, passing
-from subnibble.cache_scheme import CacheScheme, PrefixIds
 from subnibble.errors import BadRecipe
 from subnibble.hf.attention import attach_cache_, attached_cache, detach_cache_, repeated_prefix, set_prefix_
 from subnibble.hf.cache import KVCache
+from subnibble.tensor.cache_scheme import CacheScheme, PrefixIds
 
 SCHEMES = {
     "token": CacheScheme(4),

@@ -16,16 +16,17 @@ import subnibble
 from spoiled_checkpoint import spoiled_copy
 from subnibble import Recipe
 from subnibble.checkpoint.entries import PackedLinearEntry
+from subnibble.checkpoint.manifest import PackedConfig
 from subnibble.checkpoint.opening import open_source
-from subnibble.checkpoint.packed import PackedConfig
 from subnibble.checkpoint.size import measure
 from subnibble.errors import CheckpointError
 from subnibble.hf import packed_modules
 from subnibble.rounding.grid import Clip, coded
 from subnibble.runtime.modules import PackedLinear
 from subnibble.runtime.ops import LinearTerms
-from subnibble.scheme import ActivationScheme, Scheme
-from subnibble.tensor import PackedRange, PackedTensor
+from subnibble.tensor.activation_scheme import ActivationScheme
+from subnibble.tensor.packed import PackedRange, PackedTensor
+from subnibble.tensor.scheme import Scheme
 from test_conformance import dense_twin
 
 O_PROJ = "model.layers.1.self_attn.o_proj"

@@ -17,8 +17,9 @@ from subnibble.rounding.grid import Clip
 from subnibble.rounding.rtn import RTN
 from subnibble.runtime import ops
 from subnibble.runtime.ops import LinearTerms
-from subnibble.scheme import ActivationScheme, Scheme
-from subnibble.tensor import PackedTensor
+from subnibble.tensor.activation_scheme import ActivationScheme
+from subnibble.tensor.packed import PackedTensor
+from subnibble.tensor.scheme import Scheme
 from subnibble.transforms.flatten import Loss, SearchedFlatten
 
 ROWS, COLUMNS = 20, 72

@@ -15,9 +15,9 @@ from subnibble import Recipe, distill_checkpoint, quantize
 from subnibble.checkpoint.safetensors_source import SafetensorsSource
 from subnibble.checkpoint.writer import CheckpointWriter
 from subnibble.errors import NotLoadable
+from subnibble.generate.prefix import add_prefix
 from subnibble.hf import load_model
 from subnibble.model.verify import check_written
-from subnibble.prefix import add_prefix
 
 NAME = "model.layers.1.mlp.up_proj.scales"
 Fault = Callable[[dict[str, Tensor]], None]

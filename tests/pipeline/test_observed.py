@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 import subnibble
 from subnibble import Recipe
+from subnibble.arch.site import Role
 from subnibble.calibrate.windows import calibration_windows
 from subnibble.corrections.correction import Branch, Correction
 from subnibble.corrections.salient import SalientColumns
@@ -24,11 +25,11 @@ from subnibble.device import DTYPES
 from subnibble.methods import METHODS
 from subnibble.methods.method import Method, Steps
 from subnibble.methods.none import Options
-from subnibble.model.site import Role
 from subnibble.rounding.rounder import Rounder, Rounding
 from subnibble.rounding.rtn import RTN
 from subnibble.runtime import activations
-from subnibble.scheme import ActivationScheme, Scheme
+from subnibble.tensor.activation_scheme import ActivationScheme
+from subnibble.tensor.scheme import Scheme
 from subnibble.transforms.saliency import Saliency
 
 READERS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")

@@ -17,12 +17,12 @@ from transformers import AutoModelForCausalLM
 from conftest import CONFIGS
 from spoiled_checkpoint import renew_checksums
 from subnibble import Recipe, quantize
+from subnibble.arch.site import Site
 from subnibble.calibrate.stream import BlockStream
-from subnibble.checkpoint.packed import packed_config_of
+from subnibble.checkpoint.manifest import packed_config_of
 from subnibble.errors import BadRecipe, CheckpointError
-from subnibble.fold import fold_norm_biases_
+from subnibble.export.fold import fold_norm_biases_
 from subnibble.hf import packed_modules
-from subnibble.model.site import Site
 from subnibble.pipeline.block_run import BlockRun
 from subnibble.report import Report
 from subnibble.runtime.modules import PackedLinear

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from subnibble.rounding.levels import Fitted
-from subnibble.scheme import Scheme
+from subnibble.tensor.scheme import Scheme
 
 KINDS = ("sign", "integer", "real", "none")
 every_kind = pytest.mark.parametrize("kind", KINDS)

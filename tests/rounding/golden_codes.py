@@ -22,7 +22,7 @@ from subnibble.rounding.gptq import GPTQ
 from subnibble.rounding.grid import Clip
 from subnibble.rounding.rounder import Rounder
 from subnibble.rounding.rtn import RTN
-from subnibble.scheme import Scheme
+from subnibble.tensor.scheme import Scheme
 
 FILE = Path(__file__).with_suffix(".json")
 # Groups of 16 and 32 do not divide it.

@@ -10,8 +10,8 @@ from subnibble.rounding import grid
 from subnibble.rounding.gptaq import Asymmetry
 from subnibble.rounding.gptq import GPTQ
 from subnibble.rounding.order import ORDERS
-from subnibble.scheme import Scheme
-from subnibble.tensor import CodedMatrix, PackedRange
+from subnibble.tensor.packed import CodedMatrix, PackedRange
+from subnibble.tensor.scheme import Scheme
 
 K = 53
 DAMPING = 0.01

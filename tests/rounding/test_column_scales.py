@@ -22,7 +22,7 @@ from torch import Tensor
 
 from subnibble.rounding import sign_basis
 from subnibble.rounding.dual_scale import DualScale, RowScale
-from subnibble.tensor import scale_dtype
+from subnibble.tensor.packed import scale_dtype
 
 
 def groups() -> dict[str, Tensor]:

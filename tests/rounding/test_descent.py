@@ -13,8 +13,8 @@ from subnibble.rounding import grid
 from subnibble.rounding.dual_scale import DualScale
 from subnibble.rounding.gptaq import Asymmetry
 from subnibble.rounding.gptq import GPTQ
-from subnibble.scheme import Scheme
-from subnibble.tensor import CodedMatrix, PackedRange
+from subnibble.tensor.packed import CodedMatrix, PackedRange
+from subnibble.tensor.scheme import Scheme
 
 SCHEMES = [Scheme(2, 16), Scheme(3, 7, "real"), Scheme(2, 16, "none", grid="sign")]
 DAMPING = 0.01

@@ -24,7 +24,7 @@ from subnibble.errors import BadRecipe, NumericalFailure
 from subnibble.rounding import dual_scale, grid
 from subnibble.rounding.dual_scale import DualScale, RowScale
 from subnibble.rounding.levels import Fitted
-from subnibble.scheme import Scheme
+from subnibble.tensor.scheme import Scheme
 
 
 def loss(fitted: Fitted, w: Tensor, h: Tensor | None = None) -> float:

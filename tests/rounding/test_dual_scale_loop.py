@@ -13,8 +13,8 @@ from subnibble.rounding import grid
 from subnibble.rounding.dual_scale import DualScale
 from subnibble.rounding.gptq import GPTQ
 from subnibble.rounding.order import ORDERS, ColumnPlan, plan_columns
-from subnibble.scheme import Scheme
-from subnibble.tensor import CodedMatrix, PackedRange
+from subnibble.tensor.packed import CodedMatrix, PackedRange
+from subnibble.tensor.scheme import Scheme
 
 every_order = pytest.mark.parametrize("order", ORDERS)
 

@@ -35,7 +35,7 @@ from subnibble.rounding import grid
 from subnibble.rounding.gptaq import Asymmetry, Push
 from subnibble.rounding.gptq import GPTQ, factorize
 from subnibble.rounding.order import plan_columns
-from subnibble.scheme import Scheme
+from subnibble.tensor.scheme import Scheme
 
 
 def output_error(w: Tensor, q: Tensor, x: Tensor, full: Tensor) -> float:

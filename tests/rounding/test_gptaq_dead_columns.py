@@ -23,7 +23,7 @@ from gptaq_samples import (
 )
 
 from subnibble.rounding.gptq import GPTQ
-from subnibble.scheme import Scheme
+from subnibble.tensor.scheme import Scheme
 
 
 @every_form

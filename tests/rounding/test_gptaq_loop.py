@@ -26,7 +26,7 @@ from torch import Tensor
 
 from subnibble.rounding.gptaq import FORMS
 from subnibble.rounding.order import ColumnPlan, plan_columns
-from subnibble.scheme import Scheme
+from subnibble.tensor.scheme import Scheme
 
 
 def eliminated(

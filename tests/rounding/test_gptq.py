@@ -14,8 +14,8 @@ from subnibble.errors import BadRecipe, NumericalFailure
 from subnibble.rounding import grid
 from subnibble.rounding.gptq import GPTQ, block_bounds, factorize, round_columns
 from subnibble.rounding.order import ORDERS, ColumnPlan, plan_columns
-from subnibble.scheme import BITS, ZERO_POINTS, Scheme
-from subnibble.tensor import CodedMatrix
+from subnibble.tensor.packed import CodedMatrix
+from subnibble.tensor.scheme import BITS, ZERO_POINTS, Scheme
 
 WHERE = "model.layers.3.mlp.down_proj"
 MINMAX, MSE = grid.Clip("minmax"), grid.Clip("mse")

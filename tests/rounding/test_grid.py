@@ -10,8 +10,8 @@ from torch import Tensor
 
 from subnibble.errors import BadRecipe, NumericalFailure
 from subnibble.rounding import grid
-from subnibble.scheme import BITS, SCALE_TYPES, ZERO_POINTS, Scheme
-from subnibble.tensor import scale_dtype
+from subnibble.tensor.packed import scale_dtype
+from subnibble.tensor.scheme import BITS, SCALE_TYPES, ZERO_POINTS, Scheme
 
 MINMAX = grid.Clip("minmax")
 CLIPS = (MINMAX, grid.Clip("mse", 2.4))

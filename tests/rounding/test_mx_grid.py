@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from subnibble.errors import NumericalFailure
-from subnibble.mxfp4 import E2M1, LARGEST_SCALE, SMALLEST_SCALE
 from subnibble.rounding import grid, mx_grid
 from subnibble.rounding.gptq import GPTQ
 from subnibble.rounding.mx_grid import MxLevels
 from subnibble.rounding.order import ORDERS
 from subnibble.rounding.rtn import RTN
-from subnibble.scheme import Scheme
-from subnibble.tensor import CodedMatrix, PackedRange, PackedTensor
+from subnibble.tensor.mxfp4 import E2M1, LARGEST_SCALE, SMALLEST_SCALE
+from subnibble.tensor.packed import CodedMatrix, PackedRange, PackedTensor
+from subnibble.tensor.scheme import Scheme
 
 MX = Scheme(4, 32, "none", "e8m0", "mxfp4")
 MINMAX, MSE = grid.Clip("minmax"), grid.Clip("mse")

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from subnibble.errors import BadRecipe
 from subnibble.rounding.order import ORDERS, plan_columns
-from subnibble.scheme import Scheme
+from subnibble.tensor.scheme import Scheme
 
 sizes = st.tuples(st.integers(1, 70), st.sampled_from((-1, 1, 2, 5, 16, 64)), st.integers(0, 999))
 

@@ -16,7 +16,7 @@ from subnibble.rounding.gptaq import Asymmetry
 from subnibble.rounding.gptq import GPTQ
 from subnibble.rounding.rtn import RTN
 from subnibble.rounding.table import as_stored, pack_table
-from subnibble.scheme import Scheme
+from subnibble.tensor.scheme import Scheme
 
 WHERE = "model.layers.3.mlp.down_proj"
 

@@ -10,8 +10,8 @@ from subnibble.rounding import grid
 from subnibble.rounding.dual_scale import RowScale
 from subnibble.rounding.levels import Fitter
 from subnibble.rounding.rtn import RTN
-from subnibble.scheme import Scheme
-from subnibble.tensor import PackedRange
+from subnibble.tensor.packed import PackedRange
+from subnibble.tensor.scheme import Scheme
 
 CLIP = grid.Clip("mse")
 SCHEMES = [Scheme(3, 16), Scheme(2, 19, "real"), Scheme(4, -1, "none"), Scheme(2, 16, "none", grid="sign")]

@@ -12,8 +12,8 @@ from subnibble.errors import BadRecipe, NumericalFailure
 from subnibble.rounding import grid, sign_basis
 from subnibble.rounding.gptq import GPTQ
 from subnibble.rounding.sign_basis import SignLevels
-from subnibble.scheme import Scheme
-from subnibble.tensor import PackedRange
+from subnibble.tensor.packed import PackedRange
+from subnibble.tensor.scheme import Scheme
 
 CLIP = grid.Clip("minmax")
 

@@ -18,8 +18,9 @@ from torch import Tensor
 from subnibble.runtime.activations import Quantized, quantize
 from subnibble.runtime.integer import multiply_add_
 from subnibble.runtime.ops import LinearTerms
-from subnibble.scheme import ActivationScheme, Scheme
-from subnibble.tensor import CodedMatrix, PackedRange, PackedTensor, scale_dtype
+from subnibble.tensor.activation_scheme import ActivationScheme
+from subnibble.tensor.packed import CodedMatrix, PackedRange, PackedTensor, scale_dtype
+from subnibble.tensor.scheme import Scheme
 
 ROWS, COLUMNS = 9, 139
 MX, AMX = Scheme(4, 32, "none", "e8m0", "mxfp4"), ActivationScheme(4, 32, "none", "mxfp4")

@@ -5,8 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from subnibble.scheme import Scheme
-from subnibble.tensor import CodedMatrix, PackedRange, PackedTensor, scale_dtype
+from subnibble.tensor.packed import CodedMatrix, PackedRange, PackedTensor, scale_dtype
+from subnibble.tensor.scheme import Scheme
 
 ROWS = 9
 LAYOUTS = {

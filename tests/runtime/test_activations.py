@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from subnibble.runtime.activations import Quantized, quantize
-from subnibble.scheme import ActivationScheme
+from subnibble.tensor.activation_scheme import ActivationScheme
 
 Float32 = NDArray[np.float32]
 MX = ActivationScheme(4, 32, "none", "mxfp4")

@@ -30,8 +30,8 @@ from subnibble.runtime import integer, ops
 from subnibble.runtime.activations import Quantized, quantize
 from subnibble.runtime.integer import multiply_add_
 from subnibble.runtime.ops import LinearTerms
-from subnibble.scheme import Scheme
-from subnibble.tensor import CodedMatrix, PackedRange, PackedTensor
+from subnibble.tensor.packed import CodedMatrix, PackedRange, PackedTensor
+from subnibble.tensor.scheme import Scheme
 
 
 @pytest.mark.parametrize("activation", INPUTS)

@@ -28,8 +28,8 @@ from integer_oracle import (
 from subnibble.runtime import integer, ops
 from subnibble.runtime.activations import quantize
 from subnibble.runtime.ops import LinearTerms
-from subnibble.scheme import Scheme
-from subnibble.tensor import PackedTensor
+from subnibble.tensor.packed import PackedTensor
+from subnibble.tensor.scheme import Scheme
 
 
 def salient_terms(residual: str = "none") -> LinearTerms:

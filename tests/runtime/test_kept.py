@@ -12,7 +12,7 @@ from test_linear_terms import every_term
 
 from subnibble.runtime import ops
 from subnibble.runtime.modules import PackedLinear
-from subnibble.scheme import ActivationScheme
+from subnibble.tensor.activation_scheme import ActivationScheme
 
 
 def linear() -> PackedLinear:

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from subnibble.cache_scheme import CacheScheme
 from subnibble.runtime.kv_cache import LayerStore, TensorStore, changed, dequantize_rows, quantize_rows
+from subnibble.tensor.cache_scheme import CacheScheme
 
 SCHEMES = [
     CacheScheme(4),

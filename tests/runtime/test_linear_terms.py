@@ -9,11 +9,12 @@ from packed_samples import CAST, ROWS, bias_of, column_scale_of, inputs, packed_
 from torch import Tensor, nn
 
 from subnibble.runtime import ops
-from subnibble.runtime.hadamard import hadamard, multiply
 from subnibble.runtime.modules import PackedLinear
 from subnibble.runtime.ops import LinearTerms
-from subnibble.scheme import ActivationScheme, Scheme
-from subnibble.tensor import CodedMatrix, PackedRange, PackedTensor
+from subnibble.tensor.activation_scheme import ActivationScheme
+from subnibble.tensor.hadamard import hadamard, multiply
+from subnibble.tensor.packed import CodedMatrix, PackedRange, PackedTensor
+from subnibble.tensor.scheme import Scheme
 
 BLOCKS = (96, 40, 1, 1, 1)
 

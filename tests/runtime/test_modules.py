@@ -27,8 +27,8 @@ from subnibble.runtime.modules import (
     add_output_bias_,
 )
 from subnibble.runtime.ops import LinearTerms
-from subnibble.scheme import Scheme
-from subnibble.tensor import CodedMatrix, PackedRange, PackedTensor
+from subnibble.tensor.packed import CodedMatrix, PackedRange, PackedTensor
+from subnibble.tensor.scheme import Scheme
 
 
 @pytest.mark.parametrize("has_bias", [False, True])

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from subnibble.runtime import ops
 from subnibble.runtime.modules import PackedLinear
 from subnibble.runtime.ops import LinearTerms
-from subnibble.tensor import PackedTensor
+from subnibble.tensor.packed import PackedTensor
 
 
 def scaled_linear(name: str, bias: Tensor | None = None) -> PackedLinear:

@@ -14,7 +14,7 @@ from subnibble.runtime import ops
 from subnibble.runtime.modules import PackedLinear
 from subnibble.runtime.site_input import SiteInput
 from subnibble.runtime.site_memo import SiteMemo
-from subnibble.scheme import ActivationScheme
+from subnibble.tensor.activation_scheme import ActivationScheme
 
 
 def readers() -> list[PackedLinear]:

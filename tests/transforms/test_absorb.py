@@ -16,15 +16,15 @@ from transformers import AutoModelForCausalLM
 
 import subnibble
 from subnibble import Recipe
+from subnibble.arch.llama import ATTENTION_IN, ATTENTION_OUT, MLP_HIDDEN, MLP_IN
+from subnibble.arch.site import Heads, Site
 from subnibble.checkpoint.entries import InputMixEntry
-from subnibble.checkpoint.packed import PackedConfig
-from subnibble.model.arch.llama import ATTENTION_IN, ATTENTION_OUT, MLP_HIDDEN, MLP_IN
-from subnibble.model.site import Heads, Site
+from subnibble.checkpoint.manifest import PackedConfig
 from subnibble.pipeline import block_run, store
 from subnibble.rounding.dual_scale import DualScale
 from subnibble.rounding.levels import Fitted
-from subnibble.scheme import Scheme
-from subnibble.tensor import CodedMatrix, PackedRange, PackedTensor, scale_dtype
+from subnibble.tensor.packed import CodedMatrix, PackedRange, PackedTensor, scale_dtype
+from subnibble.tensor.scheme import Scheme
 from subnibble.transforms.absorb import absorb_, can_absorb
 
 UP, GATE, DOWN = "mlp.up_proj", "mlp.gate_proj", "mlp.down_proj"

@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from conftest import CONFIGS
+from subnibble.arch.site import Site
 from subnibble.calibrate.stream import BlockStream, SiteStatistics
 from subnibble.checkpoint.safetensors_source import SafetensorsSource
 from subnibble.errors import NumericalFailure
-from subnibble.model.site import Site
 from subnibble.model.skeleton import Block, Skeleton
 from subnibble.model.transformers_api.blocks import BlockCall
 from subnibble.rounding import grid
-from subnibble.scheme import Scheme
-from subnibble.tensor import PackedRange
+from subnibble.tensor.packed import PackedRange
+from subnibble.tensor.scheme import Scheme
 from subnibble.transforms import awq
 from subnibble.transforms.awq import ActivationAwareScale
 from subnibble.transforms.scale import scale_site_

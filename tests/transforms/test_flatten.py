@@ -14,7 +14,8 @@ from subnibble.checkpoint.safetensors_source import SafetensorsSource
 from subnibble.errors import BadRecipe
 from subnibble.model.skeleton import Block, Skeleton
 from subnibble.model.transformers_api.blocks import run_block
-from subnibble.scheme import ActivationScheme, Scheme
+from subnibble.tensor.activation_scheme import ActivationScheme
+from subnibble.tensor.scheme import Scheme
 from subnibble.transforms import flatten
 from subnibble.transforms.flatten import Flatten, NormFlatten, SearchedFlatten, factors
 

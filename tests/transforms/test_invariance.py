@@ -14,10 +14,10 @@ from transformers import Gemma2Config
 from transformers.models.gemma2.modeling_gemma2 import Gemma2DecoderLayer
 
 from conftest import CONFIGS
+from subnibble.arch.llama import LLAMA
+from subnibble.arch.site import Arch, Heads, Site
 from subnibble.checkpoint.safetensors_source import SafetensorsSource
 from subnibble.errors import BadRecipe, UnsupportedModel
-from subnibble.model.arch.llama import LLAMA
-from subnibble.model.site import Arch, Heads, Site
 from subnibble.model.skeleton import Block, Skeleton
 from subnibble.model.transformers_api.blocks import BlockCall
 from subnibble.transforms import invariance, permute, scale

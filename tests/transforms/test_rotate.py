@@ -16,16 +16,16 @@ from transformers import AutoModelForCausalLM
 import subnibble
 from conftest import CONFIGS, random_model
 from subnibble import Recipe
+from subnibble.arch import ARCHITECTURES
+from subnibble.arch.llama import LLAMA
+from subnibble.arch.site import Arch, Heads
 from subnibble.checkpoint.safetensors_source import SafetensorsSource
 from subnibble.errors import BadRecipe, UnsupportedModel
-from subnibble.estimation import estimate
 from subnibble.methods import METHODS
-from subnibble.model.arch import ARCHITECTURES
-from subnibble.model.arch.llama import LLAMA
-from subnibble.model.site import Arch, Heads
 from subnibble.model.skeleton import Block, Skeleton
+from subnibble.pipeline.estimate import estimate
 from subnibble.pipeline.plan import plan_rotation
-from subnibble.scheme import Scheme
+from subnibble.tensor.scheme import Scheme
 from subnibble.transforms import rotate
 from subnibble.transforms.rotate import (
     ROTATIONS,

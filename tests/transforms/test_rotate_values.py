@@ -12,7 +12,7 @@ from subnibble.checkpoint.safetensors_source import SafetensorsSource
 from subnibble.errors import BadRecipe
 from subnibble.model.skeleton import Skeleton
 from subnibble.model.transformers_api.blocks import run_block
-from subnibble.runtime import hadamard
+from subnibble.tensor import hadamard
 from subnibble.transforms.rotate_values import ValueRotation, make_value_rotation
 
 

@@ -17,7 +17,7 @@ from subnibble.checkpoint.safetensors_source import SafetensorsSource
 from subnibble.errors import BadRecipe
 from subnibble.model.skeleton import Block, Skeleton
 from subnibble.model.transformers_api.blocks import run_block
-from subnibble.scheme import Scheme
+from subnibble.tensor.scheme import Scheme
 from subnibble.transforms.input_basis import InputBasis
 from subnibble.transforms.residual_order import residual_order
 from subnibble.transforms.saliency import PERMUTATIONS, Saliency, offline_rows

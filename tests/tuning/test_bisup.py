@@ -17,18 +17,18 @@ from transformers import AutoModelForCausalLM
 
 from conftest import CONFIGS
 from subnibble import Recipe, methods, quantize
-from subnibble.cache_scheme import PrefixIds
 from subnibble.checkpoint.opening import open_source
 from subnibble.checkpoint.size import cache_bytes
 from subnibble.errors import BadRecipe, SubnibbleError
-from subnibble.estimation import estimate
 from subnibble.hf.attention import attach_cache_, attached_cache, change_scheme_
 from subnibble.methods.method import Method
 from subnibble.pipeline import block_tuning, driver
 from subnibble.pipeline.block_run import BlockRun
 from subnibble.pipeline.block_tuning import BlockTuning
+from subnibble.pipeline.estimate import estimate
 from subnibble.rounding import grid
 from subnibble.runtime.modules import PackedLinear
+from subnibble.tensor.cache_scheme import PrefixIds
 from subnibble.tuning.train import held_out_loss
 from subnibble.tuning.tuning import Tuning
 

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from conftest import CONFIGS
-from subnibble.cache_scheme import CacheScheme
 from subnibble.calibrate.prefix import PrefixStream, States, behind
 from subnibble.checkpoint.safetensors_source import SafetensorsSource
 from subnibble.corrections.correction import NOTHING, Correction
@@ -22,10 +21,12 @@ from subnibble.model.transformers_api.blocks import run_block
 from subnibble.rounding import grid
 from subnibble.rounding.rtn import RTN
 from subnibble.runtime import activations
-from subnibble.runtime.hadamard import hadamard_blocks
 from subnibble.runtime.kv_cache import Coding
-from subnibble.scheme import ActivationScheme, Scheme
-from subnibble.tensor import PackedRange
+from subnibble.tensor.activation_scheme import ActivationScheme
+from subnibble.tensor.cache_scheme import CacheScheme
+from subnibble.tensor.hadamard import hadamard_blocks
+from subnibble.tensor.packed import PackedRange
+from subnibble.tensor.scheme import Scheme
 from subnibble.transforms.input_basis import InputBasis
 from subnibble.tuning.block import TunedBlock
 from subnibble.tuning.linear import Frame

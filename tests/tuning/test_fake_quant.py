@@ -11,8 +11,8 @@ from subnibble.rounding import grid
 from subnibble.rounding.fixed import FixedGrids
 from subnibble.rounding.gptq import GPTQ
 from subnibble.rounding.rtn import RTN
-from subnibble.scheme import Scheme
-from subnibble.tensor import PackedRange
+from subnibble.tensor.packed import PackedRange
+from subnibble.tensor.scheme import Scheme
 from subnibble.tuning.clipping import Clipping, check_scheme
 from subnibble.tuning.fake_quant import fake_quantize, rounded, straight_through
 

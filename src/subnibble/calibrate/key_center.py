@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from subnibble.cache_scheme import CacheScheme
 from subnibble.calibrate.sinks import ordinary_tokens
 from subnibble.errors import NumericalFailure
 from subnibble.model.skeleton import Block
@@ -17,6 +16,7 @@ from subnibble.model.transformers_api.blocks import BlockCache, BlockCall, run_b
 from subnibble.model.transformers_api.names import never_called
 from subnibble.runtime.coded_text import as_coded
 from subnibble.runtime.kv_cache import Coding
+from subnibble.tensor.cache_scheme import CacheScheme
 
 # More tokens would move a mean by next to nothing.
 _TOKENS = 8192

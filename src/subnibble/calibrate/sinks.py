@@ -14,8 +14,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from subnibble.arch.site import Role
 from subnibble.calibrate.stream import BlockStream
-from subnibble.model.site import Role
 from subnibble.model.skeleton import Block
 
 _FACTOR = 64.0

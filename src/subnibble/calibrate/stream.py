@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from subnibble.arch.site import Site, Tail
 from subnibble.calibrate.stats import AbsMax, AbsMean, Gram
 from subnibble.errors import NumericalFailure
-from subnibble.model.site import Site, Tail
 from subnibble.model.skeleton import Block
 from subnibble.model.transformers_api.blocks import BlockCall, run_block
 from subnibble.model.transformers_api.names import never_called
-from subnibble.scheme import ActivationScheme, Scheme
+from subnibble.tensor.activation_scheme import ActivationScheme
+from subnibble.tensor.scheme import Scheme
 
 # Tokens of a site that are kept for searches.
 _SAMPLES = 1024

@@ -2,7 +2,7 @@
 
 - a `.jsonl` file: the `text` of every line, joined by blank lines; a `.json` file: the same, or a list of such objects
 - any other text file, whatever its name ends in: its content (`text_file.py` says in which encodings)
-- `news`: articles that ship in a PyPI package (`news.py`)
+- `news`: articles that ship in a PyPI package (`packaged/news.py`)
 - `wikitext2`, `c4`: from the hub, when online and the `hub` extra is installed
 """
 
@@ -14,9 +14,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from subnibble.calibrate import news
 from subnibble.errors import CalibrationError, MissingExtra
-from subnibble.paths import expanded, is_file
+from subnibble.packaged import news
+from subnibble.paths import absolute_path, expanded, is_file
 from subnibble.text_file import check_characters, read_text_file
 
 _C4_DOCUMENTS = 8_000
@@ -132,3 +132,8 @@ def _hub_rows(name: str, *source: str, **arguments: Any) -> Iterator[dict[str, s
 
 
 NAMED: dict[str, Callable[[str], str]] = {"c4": _c4, "wikitext2": _wikitext2, "news": _news}
+
+
+def absolute_text(name: str) -> str:
+    """A text's full path, so that the recipe means the same from any folder; the name of a known set as it is."""
+    return absolute_path(name, NAMED)

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from subnibble.checkpoint.checksums import CHECKSUMS, check_files, weights_checksum
 from subnibble.checkpoint.config import CONFIG
+from subnibble.checkpoint.manifest import PackedConfig, packed_config_of, stored_shapes
 from subnibble.checkpoint.opening import open_source
-from subnibble.checkpoint.packed import PackedConfig, packed_config_of, stored_shapes
 from subnibble.checkpoint.safetensors_source import SafetensorsSource
 from subnibble.checkpoint.size import measure
 from subnibble.checkpoint.source import expect_shapes

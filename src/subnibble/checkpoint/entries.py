@@ -13,12 +13,12 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from subnibble.cache_scheme import CacheScheme
-from subnibble.runtime.hadamard import hadamard_factors
 from subnibble.runtime.modules import MIX
 from subnibble.runtime.ops import RESIDUALS, LinearTerms
-from subnibble.scheme import ActivationScheme
-from subnibble.tensor import PackedLayout, PackedTensor
+from subnibble.tensor.activation_scheme import ActivationScheme
+from subnibble.tensor.cache_scheme import CacheScheme
+from subnibble.tensor.hadamard import hadamard_factors
+from subnibble.tensor.packed import PackedLayout, PackedTensor
 
 # Where an attention holds a prefix's states, and under which names there.
 PREFIX, PREFIX_NAMES = "prefix", ("keys", "values")

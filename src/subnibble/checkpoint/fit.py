@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from subnibble.arch.site import Arch
 from subnibble.checkpoint.source import Source
 from subnibble.errors import CheckpointError
-from subnibble.model.site import Arch
 from subnibble.model.transformers_api.empty import stray_buffers
 
 # Parts of the names that peft gives to what it adds, and to what it wraps.

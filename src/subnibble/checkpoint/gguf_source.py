@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from subnibble.arch import find_arch
+from subnibble.arch.site import Arch
 from subnibble.checkpoint.gguf_config import Metadata, config_of
 from subnibble.checkpoint.gguf_parts import find_parts, read_parts
 from subnibble.checkpoint.source import checked
 from subnibble.checkpoint.tokenizer import load_gguf_tokenizer
 from subnibble.errors import CheckpointError, UnsupportedModel
-from subnibble.model.arch import find_arch
-from subnibble.model.site import Arch
 
 # Architectures whose converter interleaves q and k rows; the others store them as transformers does.
 _INTERLEAVED = {"llama": True, "qwen2": False}

@@ -12,8 +12,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from subnibble.arch.site import Arch
 from subnibble.errors import CheckpointError
-from subnibble.model.site import Arch
 
 # What torch.compile, FSDP, activation checkpointing and DDP put into paths.
 _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module"})

@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from subnibble.arch import ARCHITECTURES
 from subnibble.checkpoint.config import read_config
 from subnibble.checkpoint.names import model_names
 from subnibble.checkpoint.side_files import copy_side_files
@@ -16,7 +17,6 @@ from subnibble.checkpoint.source import checked, numel
 from subnibble.checkpoint.tokenizer import load_tokenizer
 from subnibble.checkpoint.weight_files import Stored, check_adapter, find_weights
 from subnibble.errors import CheckpointError
-from subnibble.model.arch import ARCHITECTURES
 from subnibble.model.transformers_api.empty import take_named_weights_
 
 # Bits of a number of each type that a checkpoint may have, packed or plain.

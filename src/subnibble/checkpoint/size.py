@@ -6,14 +6,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from subnibble.cache_scheme import CacheScheme
+from subnibble.arch import find_arch
+from subnibble.arch.site import Heads
 from subnibble.checkpoint.checksums import file_checksum, weights_checksum
 from subnibble.checkpoint.entries import NormBiasEntry, PackedEmbeddingEntry, PackedLinearEntry
-from subnibble.checkpoint.packed import PackedConfig, readable_config_of, stored_shapes
+from subnibble.checkpoint.manifest import PackedConfig, readable_config_of, stored_shapes
 from subnibble.checkpoint.source import Source, expect_shapes, numel
 from subnibble.checkpoint.weight_files import find_weights
-from subnibble.model.arch import find_arch
-from subnibble.model.site import Heads
+from subnibble.tensor.cache_scheme import CacheScheme
 
 
 @dataclass(frozen=True)

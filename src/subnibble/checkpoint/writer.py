@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from subnibble.checkpoint.checksums import file_checksum
-from subnibble.checkpoint.packed import QUANT_METHOD
+from subnibble.checkpoint.manifest import QUANT_METHOD
 from subnibble.checkpoint.weight_files import INDEX, SINGLE
 from subnibble.errors import NotLoadable, OutputError
 

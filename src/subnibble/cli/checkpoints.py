@@ -12,14 +12,14 @@ from subnibble.cli.console import distilled, megabytes, print_json, progress, ta
 from subnibble.cli.streams import say
 
 if TYPE_CHECKING:
-    from subnibble.checkpoint.packed import PackedConfig
+    from subnibble.checkpoint.manifest import PackedConfig
 
 
 def inspect(model: o.Model, json: o.Json = False) -> None:
     """Show what a checkpoint holds: sizes, bits, the scheme of every packed module."""
     from subnibble.checkpoint.checksums import check_files
+    from subnibble.checkpoint.manifest import packed_config_of
     from subnibble.checkpoint.opening import open_source
-    from subnibble.checkpoint.packed import packed_config_of
     from subnibble.checkpoint.size import measure, weight_files, weights_hash
 
     source = open_source(model)
@@ -69,7 +69,7 @@ def prefix(
     dtype: o.Dtype = None,
 ) -> None:
     """Give the checkpoint in OUT a system prompt, its keys and values at 16 bits."""
-    from subnibble.prefix import add_prefix
+    from subnibble.generate.prefix import add_prefix
 
     found = add_prefix(out, system_prompt, dtype=dtype or "float32", device=device or "auto")
     say(f"{out}: system prompt of {len(found.ids)} tokens at 16 bits")
@@ -94,7 +94,7 @@ def distill(
         None, None, None, distill_option, distill_steps=steps, calibration=calibration, num_windows=num_windows,
         window=window, seed=seed, device=device, dtype=dtype,
     )  # fmt: skip
-    from subnibble.pipeline.distill_checkpoint import distill_checkpoint
+    from subnibble.distill.checkpoint import distill_checkpoint
 
     with progress("distill") as told:
         found = distill_checkpoint(out, original, wanted, progress=told)
@@ -133,11 +133,12 @@ def list_(json: o.Json = False) -> None:
     """List methods with their options, architectures, bit widths and zero-points."""
     from dataclasses import asdict
 
+    from subnibble.arch import ARCHITECTURES
     from subnibble.methods import METHODS
     from subnibble.methods.choices import DISTILL_CHOICES, KV_CHOICES, OPTION_CHOICES
-    from subnibble.model.arch import ARCHITECTURES
     from subnibble.presets import PRESETS
-    from subnibble.scheme import ACTIVATION_BITS, BITS, GRIDS, SCALE_TYPES, ZERO_POINTS
+    from subnibble.tensor.activation_scheme import ACTIVATION_BITS
+    from subnibble.tensor.scheme import BITS, GRIDS, SCALE_TYPES, ZERO_POINTS
 
     methods: list[dict[str, Any]] = [
         {"name": m.name, "summary": m.summary, "source": m.source, "options": asdict(m.options())}

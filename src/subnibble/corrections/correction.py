@@ -20,8 +20,9 @@ from torch import Tensor
 from subnibble.checkpoint.entries import PackedLinearEntry
 from subnibble.errors import NumericalFailure
 from subnibble.rounding.rounder import Rounder, Rounding
-from subnibble.scheme import ActivationScheme, Scheme
-from subnibble.tensor import PackedRange, PackedTensor
+from subnibble.tensor.activation_scheme import ActivationScheme
+from subnibble.tensor.packed import PackedRange, PackedTensor
+from subnibble.tensor.scheme import Scheme
 
 # The packed factors of a low-rank branch, down (r, k) and up (m, r).
 Branch = tuple[PackedTensor, PackedTensor]

@@ -23,8 +23,8 @@ from subnibble.checkpoint.entries import PackedLinearEntry
 from subnibble.corrections.correction import Branch, Correction
 from subnibble.errors import BadRecipe
 from subnibble.rounding import grid
-from subnibble.scheme import BITS, Scheme
-from subnibble.tensor import PackedLayout, PackedRange, PackedTensor
+from subnibble.tensor.packed import PackedLayout, PackedRange, PackedTensor
+from subnibble.tensor.scheme import BITS, Scheme
 
 FORMS = ("l2qer", "qera")
 # Of the largest eigenvalue or mean size: directions that calibration hardly saw must not be blown up.

@@ -19,8 +19,9 @@ from subnibble.corrections.correction import Correction, Rounded, RoundMain
 from subnibble.errors import BadRecipe
 from subnibble.rounding import grid
 from subnibble.rounding.grid import Clip
-from subnibble.scheme import WHOLE_CHANNEL, ActivationScheme, Scheme
-from subnibble.tensor import PackedLayout, PackedRange, PackedTensor
+from subnibble.tensor.activation_scheme import ActivationScheme
+from subnibble.tensor.packed import PackedLayout, PackedRange, PackedTensor
+from subnibble.tensor.scheme import WHOLE_CHANNEL, Scheme
 
 _DAMPING = 0.01
 

@@ -23,8 +23,8 @@ from subnibble.errors import BadRecipe
 from subnibble.rounding import grid
 from subnibble.rounding.levels import Fitter
 from subnibble.runtime.ops import RESIDUALS
-from subnibble.scheme import Scheme
-from subnibble.tensor import PackedLayout, PackedRange, PackedTensor
+from subnibble.tensor.packed import PackedLayout, PackedRange, PackedTensor
+from subnibble.tensor.scheme import Scheme
 
 
 @dataclass(frozen=True)

@@ -26,13 +26,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from subnibble.cache_scheme import CacheScheme, PrefixIds
+from subnibble.arch import find_arch
+from subnibble.arch.site import Heads
 from subnibble.checkpoint.entries import KEY_CENTER, PREFIX, Entry, PrefixEntry
-from subnibble.checkpoint.packed import PackedConfig
+from subnibble.checkpoint.manifest import PackedConfig
 from subnibble.errors import BadRecipe
 from subnibble.hf.cache import KVCache
-from subnibble.model.arch import find_arch
-from subnibble.model.site import Heads
 from subnibble.model.transformers_api.attention import (
     AttentionCall,
     AttentionInputs,
@@ -47,11 +46,12 @@ from subnibble.model.transformers_api.attention import (
 )
 from subnibble.model.transformers_api.generation import forget_generation_cache_, set_generation_cache_
 from subnibble.model.transformers_api.names import never_called
-from subnibble.runtime import hadamard
 from subnibble.runtime.attention import PrefixSeen, attend
 from subnibble.runtime.kv_cache import changed
 from subnibble.runtime.modules import PrefixStates
 from subnibble.runtime.precision import as_written
+from subnibble.tensor import hadamard
+from subnibble.tensor.cache_scheme import CacheScheme, PrefixIds
 
 ATTENTION = "subnibble"
 _RECORD = "_subnibble_cache"

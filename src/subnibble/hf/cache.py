@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from subnibble.cache_scheme import CacheScheme, PrefixIds
 from subnibble.errors import BadRecipe
 from subnibble.model.transformers_api.attention import Cache, CacheLayerMixin
 from subnibble.model.transformers_api.names import never_called
-from subnibble.runtime import hadamard
 from subnibble.runtime.kv_cache import LayerStore, Seen, changed
 from subnibble.runtime.precision import as_written
 from subnibble.runtime.rotary import rotate, unrotate
+from subnibble.tensor import hadamard
+from subnibble.tensor.cache_scheme import CacheScheme, PrefixIds
 
 
 class Positions:

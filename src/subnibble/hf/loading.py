@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from subnibble.arch import ARCHITECTURES
+from subnibble.checkpoint.manifest import readable_config_of
 from subnibble.checkpoint.opening import open_source
-from subnibble.checkpoint.packed import readable_config_of
 from subnibble.checkpoint.source import Source
 from subnibble.device import resolve_device, resolve_dtype
-from subnibble.model.arch import ARCHITECTURES
 from subnibble.model.skeleton import Skeleton
 from subnibble.model.transformers_api.generation import read_generation_config_
 

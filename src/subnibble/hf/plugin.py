@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from subnibble.checkpoint.checksums import CHECKSUMS, check_files
-from subnibble.checkpoint.packed import QUANT_METHOD, PackedConfig
+from subnibble.checkpoint.manifest import QUANT_METHOD, PackedConfig
 from subnibble.checkpoint.weight_files import read_headers
 from subnibble.errors import CheckpointError
-from subnibble.model.packed import pack_modules_
+from subnibble.model.load_packed import pack_modules_
 from subnibble.model.transformers_api.quantization import (
     CheckpointQuantizer,
     QuantizationConfigMixin,

@@ -1,10 +1,10 @@
 """The words that options of methods may have, for people to choose from; each is checked where it is used."""
 
-from subnibble import cache_scheme
 from subnibble.corrections import mean_shift
 from subnibble.methods import bisup, d2quant, method, serq, weights
 from subnibble.rounding import gptaq, grid, levels, order
 from subnibble.runtime import ops
+from subnibble.tensor import cache_scheme
 from subnibble.transforms import rotate, rotate_values, saliency
 from subnibble.tuning import tuning
 

@@ -15,9 +15,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
+from subnibble.arch.site import Role
 from subnibble.errors import BadRecipe
 from subnibble.methods.method import Method, Steps
-from subnibble.model.site import Role
 from subnibble.rounding.dual_scale import DualScale, RowScale
 from subnibble.rounding.gptaq import Asymmetry
 from subnibble.rounding.gptq import GPTQ as Rounder

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from subnibble.arch.site import Role
 from subnibble.methods.method import Method, Steps
-from subnibble.model.site import Role
 from subnibble.rounding.rtn import RTN
 from subnibble.tuning.tuning import Tuning
 

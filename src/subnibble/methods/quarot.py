@@ -14,9 +14,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from subnibble.arch.site import Role
 from subnibble.methods.method import Method, Steps
 from subnibble.methods.weights import WeightOptions, rounder_of
-from subnibble.model.site import Role
 
 # At 8 bits what a clip cuts off is more than what finer steps save.
 _FEW_BITS = 4

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from subnibble.arch import find_arch
+from subnibble.arch.site import Arch, Heads, Site
 from subnibble.checkpoint.fit import check_fit
 from subnibble.checkpoint.source import Source
 from subnibble.errors import CheckpointError, UnsupportedTransformers
-from subnibble.model.arch import find_arch
-from subnibble.model.site import Arch, Heads, Site
 from subnibble.model.transformers_api.blocks import BlockCall, record_block_calls
 from subnibble.model.transformers_api.empty import empty_causal_lm
 

@@ -16,17 +16,17 @@ from torch import Tensor
 
 from subnibble.checkpoint.checksums import check_files
 from subnibble.checkpoint.entries import NormBiasEntry
-from subnibble.checkpoint.packed import PackedConfig, packed_config_of
+from subnibble.checkpoint.manifest import PackedConfig, packed_config_of
 from subnibble.checkpoint.safetensors_source import STORED_TYPES, SafetensorsSource
 from subnibble.checkpoint.weight_files import Header, read_headers
 from subnibble.errors import CheckpointError, NotLoadable
-from subnibble.model.packed import pack_modules_
+from subnibble.model.load_packed import pack_modules_
 from subnibble.model.transformers_api.empty import empty_causal_lm, tied_weights
 from subnibble.model.transformers_api.names import never_called
 from subnibble.runtime.modules import PackedModule, StoredModule, never_ran
 from subnibble.runtime.offloaded import resident
-from subnibble.scheme import E8M0
-from subnibble.tensor import range_key
+from subnibble.tensor.packed import range_key
+from subnibble.tensor.scheme import E8M0
 
 # What is wrong with a tensor's numbers, None for nothing.
 Rule = Callable[[Tensor], str | None]

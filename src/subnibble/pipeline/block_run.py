@@ -12,14 +12,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from subnibble.cache_scheme import CacheScheme
+from subnibble.arch.site import Site
 from subnibble.calibrate.key_center import coding_of
 from subnibble.calibrate.prefix import PrefixStep, States, behind
 from subnibble.calibrate.stream import BlockStream
 from subnibble.corrections.correction import Rounded
 from subnibble.corrections.mean_shift import mean_shift
 from subnibble.methods.method import Steps
-from subnibble.model.site import Site
 from subnibble.model.skeleton import Block
 from subnibble.model.transformers_api.blocks import BlockCall, run_block
 from subnibble.model.transformers_api.names import never_called
@@ -37,7 +36,9 @@ from subnibble.rounding.rounder import Rounder, Rounding
 from subnibble.runtime.kv_cache import Coding
 from subnibble.runtime.modules import add_output_bias_, never_ran
 from subnibble.runtime.ops import LinearTerms
-from subnibble.scheme import ActivationScheme, Scheme
+from subnibble.tensor.activation_scheme import ActivationScheme
+from subnibble.tensor.cache_scheme import CacheScheme
+from subnibble.tensor.scheme import Scheme
 from subnibble.transforms.absorb import can_absorb
 from subnibble.transforms.input_basis import InputBasis
 from subnibble.tuning.train import Samples, held_out_loss

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from subnibble.arch.site import Site
 from subnibble.calibrate.stream import SiteStatistics
 from subnibble.errors import NumericalFailure
 from subnibble.methods.method import Steps
-from subnibble.model.site import Site
 from subnibble.model.skeleton import Block
-from subnibble.runtime.hadamard import hadamard_blocks
+from subnibble.tensor.hadamard import hadamard_blocks
 from subnibble.transforms.input_basis import InputBasis
 
 

@@ -27,7 +27,7 @@ from subnibble.rounding import grid
 from subnibble.rounding.rounder import OnGrids, Rounder
 from subnibble.rounding.rtn import RTN
 from subnibble.runtime.kv_cache import Coding
-from subnibble.tensor import PackedRange, PackedTensor
+from subnibble.tensor.packed import PackedRange, PackedTensor
 from subnibble.transforms.input_basis import InputBasis
 from subnibble.tuning.block import TunedBlock
 from subnibble.tuning.linear import Frame

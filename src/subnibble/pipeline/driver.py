@@ -29,8 +29,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from subnibble.cache_scheme import PrefixIds
 from subnibble.calibrate.prefix import PrefixStream
+from subnibble.calibrate.prompt import AUTO, sink_prefix
 from subnibble.calibrate.sinks import sink_tokens
 from subnibble.calibrate.stream import BlockStream
 from subnibble.calibrate.survey import full_precision_blocks
@@ -38,12 +38,13 @@ from subnibble.calibrate.tokens import check_vocabulary
 from subnibble.calibrate.windows import calibration_windows, check_positions
 from subnibble.checkpoint.checksums import CHECKSUMS, weights_checksum
 from subnibble.checkpoint.entries import Entry, PackedEmbeddingEntry, TiedHeadEntry
+from subnibble.checkpoint.manifest import PackedConfig
 from subnibble.checkpoint.opening import open_source
-from subnibble.checkpoint.packed import PackedConfig
 from subnibble.checkpoint.safetensors_source import SafetensorsSource
 from subnibble.checkpoint.size import measure
 from subnibble.checkpoint.source import Source
 from subnibble.checkpoint.writer import CheckpointWriter, check_output
+from subnibble.distill.train import distill
 from subnibble.errors import OutputError
 from subnibble.given import given_path
 from subnibble.methods.method import Steps
@@ -52,23 +53,22 @@ from subnibble.model.transformers_api.blocks import BlockCall
 from subnibble.model.transformers_api.marking import marked
 from subnibble.model.verify import check_written
 from subnibble.paths import expanded, is_file
-from subnibble.pipeline.after_blocks import AfterBlocks
 from subnibble.pipeline.block_run import BlockRun, better
 from subnibble.pipeline.block_tuning import Tuner
-from subnibble.pipeline.distill import distill
+from subnibble.pipeline.final_layers import AfterBlocks
 from subnibble.pipeline.plan import Plan
-from subnibble.pipeline.planned_size import packed_bytes, table_bytes
 from subnibble.pipeline.prepared import prepare
 from subnibble.pipeline.resolve import resolve
+from subnibble.pipeline.size import packed_bytes, table_bytes
 from subnibble.pipeline.store import store
 from subnibble.pipeline.streams import Streams
 from subnibble.progress import Progress, given_progress
-from subnibble.prompt import AUTO, sink_prefix
 from subnibble.recipe import AnyRecipe, Recipe
 from subnibble.report import BlockReport, DistillReport, LinearReport, Report
 from subnibble.report.clock import Clock, peak_memory
 from subnibble.rounding.table import as_stored, pack_table
 from subnibble.runtime import ops
+from subnibble.tensor.cache_scheme import PrefixIds
 from subnibble.transforms.invariance import check_sites
 from subnibble.transforms.residual_order import residual_order
 from subnibble.transforms.rotate import ResidualEdit

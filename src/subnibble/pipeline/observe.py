@@ -13,7 +13,7 @@ from subnibble.calibrate.stats import AbsMean, Drift, Gram
 from subnibble.report.clock import Clock
 from subnibble.runtime.precision import narrowed
 from subnibble.runtime.site_input import SiteInput
-from subnibble.scheme import ActivationScheme
+from subnibble.tensor.activation_scheme import ActivationScheme
 from subnibble.transforms.input_basis import InputBasis
 
 # How an input is quantized: by a scheme, so many salient channels twice.

@@ -6,19 +6,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
-from subnibble.cache_scheme import CacheScheme
-from subnibble.checkpoint.packed import packed_config_of
-from subnibble.checkpoint.source import Source
-from subnibble.errors import BadRecipe, CheckpointError, UnsupportedModel
+from subnibble.arch.site import Arch, Heads
+from subnibble.distill.settings import learnable
+from subnibble.errors import BadRecipe, UnsupportedModel
 from subnibble.methods.method import Steps
-from subnibble.model.site import Arch, Heads
 from subnibble.model.skeleton import Block, Skeleton
 from subnibble.recipe import PLAIN_ACTIVATIONS, Recipe
-from subnibble.scheme import ActivationScheme, Scheme
+from subnibble.tensor.activation_scheme import ActivationScheme
+from subnibble.tensor.cache_scheme import CacheScheme
+from subnibble.tensor.scheme import Scheme
 from subnibble.transforms.absorb import has_source
 from subnibble.transforms.rotate import Rotation, can_rotate, make_rotation
 from subnibble.tuning.clipping import check_scheme
-from subnibble.tuning.distillation import learnable
 from subnibble.tuning.input_clip import check_inputs
 
 
@@ -105,12 +104,6 @@ def plan_cache(recipe: Recipe, steps: Steps, skeleton: Skeleton) -> CacheScheme 
     if scheme is not None:
         scheme.check_width(Heads.of(skeleton.config).width)
     return scheme
-
-
-def check_plain(source: Source) -> None:
-    """Raise `CheckpointError` if the source is quantized already. GGUF files count as plain: they are dequantized."""
-    if packed_config_of(source.config) is not None or getattr(source.config, "quantization_config", None):
-        raise CheckpointError(f"{source.path} is quantized already; give the original model")
 
 
 def plan_schemes(recipe: Recipe, steps: Steps, skeleton: Skeleton) -> dict[str, Scheme | None]:

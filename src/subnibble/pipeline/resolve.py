@@ -7,21 +7,22 @@ from pathlib import Path
 
 import torch
 
-from subnibble.cache_scheme import PrefixIds
+from subnibble.arch.site import Heads
+from subnibble.calibrate.prompt import AUTO, given_prefix
 from subnibble.calibrate.tokens import check_vocabulary
 from subnibble.calibrate.windows import check_positions
+from subnibble.checkpoint.manifest import check_plain
 from subnibble.checkpoint.opening import open_source
 from subnibble.checkpoint.source import Source
 from subnibble.device import resolve_device, resolve_dtype
 from subnibble.errors import BadRecipe
 from subnibble.methods import find_method
 from subnibble.methods.method import Steps
-from subnibble.model.site import Heads
 from subnibble.model.skeleton import Skeleton
-from subnibble.pipeline.filled_in import filled_in
-from subnibble.pipeline.plan import Plan, check_plain, make_plan, needs_data, plan_rotation
-from subnibble.prompt import AUTO, given_prefix
+from subnibble.pipeline.plan import Plan, make_plan, needs_data, plan_rotation
+from subnibble.pipeline.resolved_recipe import filled_in
 from subnibble.recipe import Recipe
+from subnibble.tensor.cache_scheme import PrefixIds
 from subnibble.transforms.rotate import Rotation
 from subnibble.transforms.rotate_values import ValueRotation, make_value_rotation
 

@@ -19,8 +19,9 @@ from subnibble.rounding import grid
 from subnibble.rounding.error import relative_errors
 from subnibble.rounding.rounder import Rounder
 from subnibble.runtime.ops import LinearTerms
-from subnibble.scheme import ActivationScheme, Scheme
-from subnibble.tensor import PackedTensor
+from subnibble.tensor.activation_scheme import ActivationScheme
+from subnibble.tensor.packed import PackedTensor
+from subnibble.tensor.scheme import Scheme
 from subnibble.transforms.input_basis import InputBasis
 
 

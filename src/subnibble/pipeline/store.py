@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from subnibble.arch.site import Site
 from subnibble.calibrate.prefix import States
 from subnibble.checkpoint.entries import (
     KEY_CENTER,
@@ -21,7 +22,6 @@ from subnibble.checkpoint.entries import (
     prefix_state,
 )
 from subnibble.methods.method import Steps
-from subnibble.model.site import Site
 from subnibble.model.skeleton import Block
 from subnibble.report import LinearReport
 from subnibble.runtime.kv_cache import Coding

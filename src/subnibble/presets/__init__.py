@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from importlib.resources import files
 
-from subnibble.cache_scheme import PLAIN_CACHE
 from subnibble.errors import BadArgument, BadRecipe
 from subnibble.given import described
 from subnibble.recipe import PLAIN_ACTIVATIONS, Recipe
+from subnibble.tensor.cache_scheme import PLAIN_CACHE
 
 PRESETS = ("w2", "w3", "w4", "w4a8", "w4a4", "mxfp4", "w4a4kv4", "w3a3kv3", "kv4")
 

@@ -36,8 +36,8 @@ from subnibble.errors import BadRecipe
 from subnibble.rounding import grid, sign_basis
 from subnibble.rounding.levels import Fitted, Fitter
 from subnibble.rounding.sign_basis import SignLevels
-from subnibble.scheme import Scheme
-from subnibble.tensor import scale_dtype
+from subnibble.tensor.packed import scale_dtype
+from subnibble.tensor.scheme import Scheme
 
 # Steps of version P at which the clip search is done again, for the column scales found by then.
 _SEARCHES = (2, 5, 8)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from subnibble.rounding.grid import UniformLevels
 from subnibble.rounding.levels import Fitted, Fitter
-from subnibble.scheme import Scheme
+from subnibble.tensor.scheme import Scheme
 
 
 @dataclass(frozen=True)

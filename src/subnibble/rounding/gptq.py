@@ -26,8 +26,8 @@ from subnibble.rounding.gptaq import Asymmetry, Push, Spread
 from subnibble.rounding.levels import WEIGHTINGS
 from subnibble.rounding.order import ORDERS, ColumnPlan, plan_columns
 from subnibble.rounding.rounder import OnGrids, Rounding
-from subnibble.scheme import Scheme
-from subnibble.tensor import CodedMatrix
+from subnibble.tensor.packed import CodedMatrix
+from subnibble.tensor.scheme import Scheme
 
 _LARGEST_DAMPING = 1.0
 

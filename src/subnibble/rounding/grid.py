@@ -25,8 +25,8 @@ from torch import Tensor
 from subnibble.errors import BadRecipe, NumericalFailure
 from subnibble.rounding import mx_grid, sign_basis
 from subnibble.rounding.levels import Fitted, Fitter, Levels
-from subnibble.scheme import E8M0, Scheme
-from subnibble.tensor import CodedMatrix, PackedRange, scale_dtype
+from subnibble.tensor.packed import CodedMatrix, PackedRange, scale_dtype
+from subnibble.tensor.scheme import E8M0, Scheme
 
 CLIPS = ("minmax", "mse")
 _SHRINK_STEPS = 80

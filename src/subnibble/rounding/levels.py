@@ -7,7 +7,7 @@ from typing import ClassVar, Protocol
 
 from torch import Tensor
 
-from subnibble.scheme import Scheme
+from subnibble.tensor.scheme import Scheme
 
 # Of columns' errors in the fit of a grid: none, or the diagonal of the inputs' Gram matrix.
 WEIGHTINGS = ("none", "hessian")

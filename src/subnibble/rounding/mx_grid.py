@@ -1,4 +1,4 @@
-"""Fit the scales of MXFP4 grids: powers of two (`mxfp4.py` has the number format).
+"""Fit the scales of MXFP4 grids: powers of two (`tensor/mxfp4.py` has the number format).
 
 `minmax` is the specification's scale, `2^(floor(log2 max|w|) - 2)`: what lies beyond 6 scales saturates. `mse` tries
 twice and half that besides and keeps, per row, the one with the least sum of `|error| ** power`.
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from subnibble.errors import NumericalFailure
-from subnibble.mxfp4 import LARGEST_SCALE, SMALLEST_SCALE, decode_e2m1, encode_e2m1, shared_scale
+from subnibble.tensor.mxfp4 import LARGEST_SCALE, SMALLEST_SCALE, decode_e2m1, encode_e2m1, shared_scale
 
 
 @dataclass(frozen=True)

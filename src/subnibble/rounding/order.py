@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from subnibble.errors import BadRecipe
-from subnibble.scheme import Scheme
+from subnibble.tensor.scheme import Scheme
 
 ORDERS = ("natural", "gar")
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from subnibble.rounding.grid import Clip
 from subnibble.rounding.levels import Fitter
-from subnibble.scheme import Scheme
-from subnibble.tensor import CodedMatrix
+from subnibble.tensor.packed import CodedMatrix
+from subnibble.tensor.scheme import Scheme
 
 
 @dataclass(frozen=True)

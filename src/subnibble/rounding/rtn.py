@@ -10,7 +10,7 @@ from subnibble.errors import BadRecipe
 from subnibble.rounding import grid
 from subnibble.rounding.levels import WEIGHTINGS
 from subnibble.rounding.rounder import OnGrids, Rounding
-from subnibble.scheme import Scheme
+from subnibble.tensor.scheme import Scheme
 
 
 @dataclass(frozen=True)

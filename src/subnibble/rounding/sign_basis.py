@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from subnibble.errors import NumericalFailure
-from subnibble.scheme import Scheme
-from subnibble.tensor import scale_dtype
+from subnibble.tensor.packed import scale_dtype
+from subnibble.tensor.scheme import Scheme
 
 ITERATIONS = 15
 # Ridge on G relative to its diagonal: two signs that coincide in a row make it singular.

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from subnibble.rounding import grid
-from subnibble.scheme import Scheme
-from subnibble.tensor import PackedRange, PackedTensor
+from subnibble.tensor.packed import PackedRange, PackedTensor
+from subnibble.tensor.scheme import Scheme
 
 # Rows rounded together, to bound the memory of the clip search.
 _ROWS = 8192

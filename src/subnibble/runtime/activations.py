@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from subnibble import mxfp4
-from subnibble.scheme import ActivationScheme
-from subnibble.tensor import grouped_views
+from subnibble.tensor import mxfp4
+from subnibble.tensor.activation_scheme import ActivationScheme
+from subnibble.tensor.packed import grouped_views
 
 # Below this a scale is raised, so that a group of zeros has one; bfloat16 holds it as a normal number.
 _SMALLEST_SCALE = 2.0**-120

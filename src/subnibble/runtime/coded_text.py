@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from subnibble.cache_scheme import CacheScheme
-from subnibble.runtime import hadamard
 from subnibble.runtime.kv_cache import Coding, TensorStore
 from subnibble.runtime.rotary import rotate, unrotate
 from subnibble.runtime.straight_through import straight_through
+from subnibble.tensor import hadamard
+from subnibble.tensor.cache_scheme import CacheScheme
 
 
 def coded_keys(keys: Tensor, coding: Coding, positions: tuple[Tensor, Tensor]) -> Tensor:

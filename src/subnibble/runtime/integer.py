@@ -17,9 +17,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from subnibble import mxfp4
 from subnibble.runtime.activations import Quantized
-from subnibble.tensor import PackedRange, PackedTensor, float_scales, unpack_codes
+from subnibble.tensor import mxfp4
+from subnibble.tensor.packed import PackedRange, PackedTensor, float_scales, unpack_codes
 
 # Whole numbers up to here are exact in float32.
 _EXACT = 2**24

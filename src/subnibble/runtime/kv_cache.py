@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from subnibble.cache_scheme import CacheScheme
-from subnibble.tensor import pack_codes, unpack_codes
+from subnibble.tensor.cache_scheme import CacheScheme
+from subnibble.tensor.packed import pack_codes, unpack_codes
 
 _LARGEST_STORED = torch.finfo(torch.float16).max
 # A scale below this is raised to it, so that a constant group has one.

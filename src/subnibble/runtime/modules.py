@@ -16,7 +16,7 @@ from subnibble.runtime.offloaded import has_hook, resident
 from subnibble.runtime.precision import as_written
 from subnibble.runtime.site_input import Entered
 from subnibble.runtime.site_memo import SiteMemo
-from subnibble.tensor import PackedLayout, PackedTensor
+from subnibble.tensor.packed import PackedLayout, PackedTensor
 
 # Where a head holds its `InputMix`.
 MIX = "mix"

@@ -11,12 +11,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from subnibble.runtime import activations, hadamard
+from subnibble.runtime import activations
 from subnibble.runtime.integer import multiply_add_
 from subnibble.runtime.precision import as_written
 from subnibble.runtime.site_input import Entered, SiteInput
-from subnibble.scheme import ActivationScheme
-from subnibble.tensor import PackedTensor
+from subnibble.tensor import hadamard
+from subnibble.tensor.activation_scheme import ActivationScheme
+from subnibble.tensor.packed import PackedTensor
 
 # What meets the remainder of the salient channels' quantized inputs: nothing, or their second weight.
 RESIDUALS = ("none", "salient")

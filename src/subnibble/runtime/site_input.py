@@ -10,10 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from subnibble.runtime import activations, hadamard
+from subnibble.runtime import activations
 from subnibble.runtime.activations import Quantized
 from subnibble.runtime.precision import as_written, narrowed
-from subnibble.scheme import ActivationScheme
+from subnibble.tensor import hadamard
+from subnibble.tensor.activation_scheme import ActivationScheme
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from subnibble.model.site import Heads, Site
-from subnibble.scheme import E8M0
-from subnibble.tensor import PackedTensor
+from subnibble.arch.site import Heads, Site
+from subnibble.tensor.packed import PackedTensor
+from subnibble.tensor.scheme import E8M0
 
 # Of a group's largest weight: well above the rounding of normal float16 and bfloat16 scales, below that of subnormal
 # ones that lost most of their digits.

@@ -20,9 +20,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from subnibble.arch.site import Site
 from subnibble.calibrate.stream import SiteStatistics
 from subnibble.errors import NumericalFailure
-from subnibble.model.site import Site
 from subnibble.model.skeleton import Block
 from subnibble.rounding import grid
 from subnibble.rounding.error import output_energy

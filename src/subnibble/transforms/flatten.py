@@ -19,9 +19,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from subnibble.arch.site import Site
 from subnibble.calibrate.stream import SiteStatistics
 from subnibble.errors import BadRecipe
-from subnibble.model.site import Site
 from subnibble.model.skeleton import Block
 from subnibble.transforms.scale import repeat_over_heads, scale_site_
 from subnibble.transforms.transform import Transform

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from subnibble.runtime import hadamard
+from subnibble.tensor import hadamard
 
 
 @dataclass(frozen=True)

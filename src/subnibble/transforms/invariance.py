@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
+from subnibble.arch.site import Heads, Site
 from subnibble.calibrate.stream import check_finite
 from subnibble.errors import UnsupportedModel
-from subnibble.model.site import Heads, Site
 from subnibble.model.skeleton import Block, Skeleton
 from subnibble.model.transformers_api.blocks import BlockCall, run_block
 from subnibble.transforms.permute import permute_residual_, permute_site_

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from subnibble.arch.site import Heads, Residual, Site
 from subnibble.errors import BadRecipe
-from subnibble.model.site import Heads, Residual, Site
 from subnibble.model.skeleton import Block
 
 

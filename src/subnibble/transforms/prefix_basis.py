@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
+from subnibble.arch.site import Site
 from subnibble.calibrate.prefix import States, half_states
-from subnibble.model.site import Site
 from subnibble.model.skeleton import Block
 
 

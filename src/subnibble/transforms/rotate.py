@@ -19,11 +19,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from subnibble.arch.site import Arch
 from subnibble.errors import BadRecipe
-from subnibble.model.site import Arch
 from subnibble.model.skeleton import Block
-from subnibble.runtime.hadamard import has_paley, kronecker
-from subnibble.scheme import Scheme
+from subnibble.tensor.hadamard import has_paley, kronecker
+from subnibble.tensor.scheme import Scheme
 
 _USUAL_GROUPS = (16, 32, 64, 128, 256)
 ROTATIONS = ("none", "full", "groups")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from subnibble.errors import BadRecipe
 from subnibble.model.skeleton import Block
-from subnibble.runtime import hadamard
+from subnibble.tensor import hadamard
 
 VALUE_ROTATIONS = ("none", "hadamard")
 

@@ -23,9 +23,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from subnibble.arch.site import Heads, Site
 from subnibble.calibrate.stream import SiteStatistics
 from subnibble.errors import BadRecipe
-from subnibble.model.site import Heads, Site
 from subnibble.model.skeleton import Block
 
 SCORES = ("size", "energy")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from subnibble.arch.site import Site
 from subnibble.errors import BadRecipe
-from subnibble.model.site import Site
 from subnibble.model.skeleton import Block
 
 

@@ -19,14 +19,14 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from subnibble.arch.site import Site
 from subnibble.calibrate.prefix import States, with_past
-from subnibble.model.site import Site
 from subnibble.model.skeleton import Block
 from subnibble.model.transformers_api.blocks import BlockCache, BlockCall, run_block
 from subnibble.rounding.fixed import FixedGrids
 from subnibble.runtime.coded_text import coded_keys, coded_values
 from subnibble.runtime.kv_cache import Coding
-from subnibble.scheme import ActivationScheme
+from subnibble.tensor.activation_scheme import ActivationScheme
 from subnibble.tuning.linear import Frame, TunedInput, TunedLinear
 from subnibble.tuning.smoothing import Smoothing
 from subnibble.tuning.tuning import Tuning

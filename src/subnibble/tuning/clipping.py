@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from subnibble.errors import BadRecipe
 from subnibble.rounding import grid
 from subnibble.rounding.levels import Fitted
-from subnibble.scheme import Scheme
-from subnibble.tensor import scale_dtype
+from subnibble.tensor.packed import scale_dtype
+from subnibble.tensor.scheme import Scheme
 from subnibble.tuning.fake_quant import fake_quantize, rounded
 
 # Shares a little below 1: at 1 itself the sigmoid has no inverse.

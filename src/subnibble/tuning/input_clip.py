@@ -20,7 +20,7 @@ from torch import Tensor
 
 from subnibble.errors import BadRecipe
 from subnibble.runtime import activations
-from subnibble.scheme import ActivationScheme
+from subnibble.tensor.activation_scheme import ActivationScheme
 
 _SMALLEST_CLIP = 0.05
 # Over half a step an input was clipped; scales are rounded to bfloat16.

@@ -15,7 +15,8 @@ from subnibble.rounding.levels import Fitted
 from subnibble.runtime import activations
 from subnibble.runtime.kv_cache import Coding
 from subnibble.runtime.straight_through import straight_through
-from subnibble.scheme import ActivationScheme, Scheme
+from subnibble.tensor.activation_scheme import ActivationScheme
+from subnibble.tensor.scheme import Scheme
 from subnibble.transforms.input_basis import InputBasis
 from subnibble.tuning.clipping import Clipping
 from subnibble.tuning.input_clip import bound_, can_clip, clipped, with_share

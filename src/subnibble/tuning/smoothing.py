@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from subnibble.model.site import Heads, Site
+from subnibble.arch.site import Heads, Site
 from subnibble.model.skeleton import Block
 from subnibble.transforms.scale import scale_site_
 

@@ -1,0 +1,6 @@
+"""Qwen2 and Qwen2.5: Llama's block with biases on q, k and v, which edits of their rows carry along."""
+
+from subnibble.arch.llama import LLAMA
+from subnibble.arch.site import Arch
+
+QWEN2 = Arch("qwen2", sites=LLAMA.sites, residual=LLAMA.residual)

@@ -1,0 +1,70 @@
+"""Distillation of a packed checkpoint that is there already (`train.py`), as often as one likes."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+from subnibble.calibrate.text import absolute_text
+from subnibble.calibrate.windows import calibration_windows, check_positions
+from subnibble.checkpoint.edit import change_checkpoint, check_space, open_packed, read_report
+from subnibble.checkpoint.entries import NormBiasEntry
+from subnibble.checkpoint.manifest import PackedConfig, check_plain
+from subnibble.checkpoint.opening import open_source
+from subnibble.checkpoint.original import check_original
+from subnibble.checkpoint.source import Source
+from subnibble.device import resolve_device, resolve_dtype
+from subnibble.distill.settings import learnable
+from subnibble.distill.train import distill
+from subnibble.errors import BadRecipe
+from subnibble.progress import Progress, given_progress
+from subnibble.recipe import AnyRecipe, Recipe
+from subnibble.report import DistillReport
+
+
+def distill_checkpoint(
+    folder: str | Path, original: str | Path | Source, recipe: AnyRecipe, *, progress: Progress | None = None
+) -> DistillReport:
+    """Tune the packed checkpoint in `folder` as a whole towards `original`, the model that it was quantized from.
+
+    recipe: of it calibration (None: "c4"), num_windows, window, seed, device, dtype, distill_steps and distill count.
+    The folder's own recipe.toml stays as it is, report.json lists under `distilled_later` what was done. The folder is
+    replaced in one step.
+    """
+    recipe, told = Recipe.of(recipe), given_progress(progress)
+    settings = recipe.distillation
+    if settings is None:
+        raise BadRecipe("distill_steps is 0; give a positive number")
+    packed, config = open_packed(folder)
+    source = open_source(original, "original")
+    check_plain(source)
+    check_original(source, packed)
+    settings.check_learns(_learnable(config), packed.path.name)
+    check_space(packed)
+    device = resolve_device(recipe.device)
+    dtype = resolve_dtype(recipe.dtype, source.config.dtype, device)
+    check_positions(recipe.window, source.config, 0 if config.prefix is None else len(config.prefix.ids))
+    calibration = absolute_text(recipe.calibration or "c4")
+    windows = calibration_windows(
+        calibration, packed.load_tokenizer, recipe.num_windows, recipe.window, recipe.seed, source.config.vocab_size
+    )
+    earlier = read_report(packed.path).get("distilled_later", [])
+    found = distill(source, packed, config, settings, windows, dtype, device, recipe.seed, told)
+    done = {
+        **asdict(found.report), **settings.to_dict(), "original": str(source.path), "calibration": calibration,
+        "num_windows": recipe.num_windows, "window": recipe.window, "seed": recipe.seed, "device": str(device),
+        "dtype": str(dtype).removeprefix("torch."),
+    }  # fmt: skip
+    change_checkpoint(packed, found.config, found.tensors, {"distilled_later": [*earlier, done]})
+    return found.report
+
+
+def _learnable(config: PackedConfig) -> frozenset[str]:
+    """What of a checkpoint can be learned; see `learnable`."""
+    linears = config.linears
+    return learnable(
+        [scheme for entry in linears for part in entry.matrices.values() for _, scheme in part.ranges],
+        [entry.activation for entry in linears],
+        column_scales=any(entry.column_scale for entry in linears),
+        norm_biases=any(isinstance(entry, NormBiasEntry) for entry in config.modules.values()),
+    )

@@ -1,6 +1,0 @@
-"""Mistral: Llama's block without biases; sliding-window attention changes masks, not sites."""
-
-from subnibble.model.arch.llama import LLAMA
-from subnibble.model.site import Arch
-
-MISTRAL = Arch("mistral", sites=LLAMA.sites, residual=LLAMA.residual)

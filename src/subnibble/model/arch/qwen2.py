@@ -1,6 +1,0 @@
-"""Qwen2 and Qwen2.5: Llama's block with biases on q, k and v, which edits of their rows carry along."""
-
-from subnibble.model.arch.llama import LLAMA
-from subnibble.model.site import Arch
-
-QWEN2 = Arch("qwen2", sites=LLAMA.sites, residual=LLAMA.residual)

@@ -1,0 +1,78 @@
+"""What a model has behind its blocks: the final norm, the head, and whatever else there is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from subnibble.checkpoint.entries import Entry, NormBiasEntry, PackedLinearEntry, input_mix_state
+from subnibble.corrections.mean_shift import mean_shift
+from subnibble.model.skeleton import Skeleton
+from subnibble.report.clock import Clock
+from subnibble.rounding.table import as_stored, pack_table
+from subnibble.tensor.scheme import Scheme
+from subnibble.transforms.rotate import ResidualEdit
+
+
+@dataclass(frozen=True)
+class AfterBlocks:
+    """Each part as the tensors to write and the entries of what is packed. edit: of the residual stream, or None."""
+
+    skeleton: Skeleton
+    edit: ResidualEdit | None
+    clock: Clock
+
+    def final_norm(self, wanted: list[Tensor], hidden: list[Tensor]) -> tuple[dict[str, Tensor], dict[str, Entry]]:
+        """The final norm, its mean shift corrected if the method asks.
+
+        wanted: the last block's outputs before its last two sites were quantized, none for no correction; hidden:
+        after.
+        """
+        skeleton, path = self.skeleton, self.skeleton.arch.final_norm
+        gain = self._final_gain()
+        if self.edit is not None:
+            gain = self.edit.final_gain(gain)
+        tensors, entries = {f"{path}.weight": gain}, dict[str, Entry]()
+        if wanted:
+            norm = skeleton.load(path, skeleton.dtype)
+            norm.weight.data = gain.to(skeleton.dtype)
+
+            def outputs() -> Iterator[tuple[Tensor, Tensor]]:
+                for pair in zip(wanted, hidden, strict=True):
+                    before, after = (norm(part.to(skeleton.device)).flatten(0, -2) for part in pair)
+                    yield before, after
+
+            with self.clock.step("mean shift"), torch.no_grad():
+                bias = mean_shift(outputs()).to(torch.float16)
+            tensors[f"{path}.bias"] = bias
+            entries[path] = NormBiasEntry(bias.shape[0])
+            skeleton.release(path)
+        return tensors, entries
+
+    def head(self, scheme: Scheme | None) -> tuple[dict[str, Tensor], dict[str, Entry]]:
+        """The head; if it is tied, what its input meets first, if anything. scheme: None leaves it at 16 bits."""
+        skeleton, head = self.skeleton, self.skeleton.arch.head
+        if skeleton.tied:
+            mix = () if self.edit is None else self.edit.head_mix(self._final_gain())
+            return input_mix_state(head, mix) if mix else ({}, {})
+        with self.clock.step("read"):
+            weight = skeleton.source.load(f"{head}.weight").to(skeleton.device)
+            if self.edit is not None:
+                weight = self.edit.head(weight, self._final_gain())
+        with self.clock.step("embedding"):
+            tensors, packed = pack_table(head, weight, scheme)
+        return tensors, {} if packed is None else {head: PackedLinearEntry(packed.layout, bias=False)}
+
+    def _final_gain(self) -> Tensor:
+        """The final norm's gain, before any edit."""
+        return self.skeleton.source.load(f"{self.skeleton.arch.final_norm}.weight").to(self.skeleton.device)
+
+    def others(self) -> dict[str, Tensor]:
+        """What is in neither embedding, blocks, final norm nor head."""
+        arch = self.skeleton.arch
+        done = tuple(f"{path}." for path in (arch.embedding, arch.blocks, arch.final_norm, arch.head))
+        names = (name for name in self.skeleton.parameter_shapes() if not name.startswith(done))
+        return {name: as_stored(self.skeleton.source.load(name)) for name in names}

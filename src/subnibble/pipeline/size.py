@@ -1,0 +1,135 @@
+"""How large a packed checkpoint will be, from shapes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+
+from subnibble.checkpoint.entries import PackedLinearEntry
+from subnibble.checkpoint.size import cache_bytes
+from subnibble.methods.method import Steps
+from subnibble.model.skeleton import Skeleton
+from subnibble.pipeline.plan import Plan, stores_column_scales
+from subnibble.recipe import Recipe
+from subnibble.tensor.activation_scheme import ActivationScheme
+from subnibble.tensor.cache_scheme import PrefixIds
+from subnibble.tensor.packed import PackedLayout
+from subnibble.tensor.scheme import Scheme
+from subnibble.transforms.rotate import block_widths
+
+# Of float16, in which norm biases are stored.
+_HALF_BITS = 16
+
+
+def packed_bytes(
+    recipe: Recipe,
+    steps: Steps,
+    plan: Plan,
+    skeleton: Skeleton,
+    prefix: PrefixIds | None,
+) -> int:
+    """Bytes of the weight files that a recipe will give, headers aside."""
+    schemes = plan.schemes
+    states = 0 if prefix is None else round(len(prefix.ids) * cache_bytes(skeleton.config, None))
+    bits = 8 * (states + table_bytes(recipe, skeleton))
+    bits += sum(_extra_bits(steps, plan, skeleton).values()) + _norm_bias_bits(steps, schemes, skeleton)
+    if steps.rotation != "none" and skeleton.tied:
+        # In front of the tied head, float32.
+        width = skeleton.config.hidden_size
+        bits += 32 * width * max(block_widths(steps.rotation, width, recipe.scheme))
+    tables = _tables(skeleton)
+    for name, shape in skeleton.parameter_shapes().items():
+        if name not in tables:
+            bits += _stored_bits(shape, schemes.get(name.removesuffix(".weight")))
+    return bits // 8
+
+
+def table_bytes(recipe: Recipe, skeleton: Skeleton) -> int:
+    """Bytes of embedding and head, which are in the last shard."""
+    shapes = skeleton.parameter_shapes()
+    return sum(_stored_bits(shapes[name], recipe.embedding_scheme) for name in _tables(skeleton) & shapes.keys()) // 8
+
+
+def _tables(skeleton: Skeleton) -> set[str]:
+    return {f"{skeleton.arch.embedding}.weight", f"{skeleton.arch.head}.weight"}
+
+
+def _stored_bits(shape: tuple[int, ...], scheme: Scheme | None) -> int:
+    if scheme is not None:
+        return shape[0] * scheme.row_bits(shape[1])
+    return torch.Size(shape).numel() * (16 if len(shape) > 1 else 32)
+
+
+def effective_bits(steps: Steps, plan: Plan, skeleton: Skeleton) -> float:
+    """Stored bits over weights of all quantized linears; 16 where none is: that is how they are stored.
+
+    Without column scales that what writes them cannot take for their size.
+    """
+    extra, schemes = _extra_bits(steps, plan, skeleton), plan.schemes
+    bits, weights = _norm_bias_bits(steps, schemes, skeleton), 0
+    for path, (rows, columns) in skeleton.linear_shapes().items():
+        scheme = schemes[path]
+        if scheme is not None:
+            bits += rows * scheme.row_bits(columns) + extra[path]
+            weights += rows * columns
+    return bits / weights if weights else 16.0
+
+
+def activation_bits(steps: Steps, plan: Plan, skeleton: Skeleton) -> float:
+    """Bits of the inputs of quantized linears as they will run, over their channels, see `Size`; 16 where none is."""
+    bits = channels = 0
+    for path, (rows, columns) in skeleton.linear_shapes().items():
+        scheme = plan.schemes[path]
+        if scheme is not None:
+            bits += _entry(steps, rows, columns, scheme, plan.activations[path]).token_bits()
+            channels += columns
+    return bits / channels if channels else 16.0
+
+
+def _entry(
+    steps: Steps, rows: int, columns: int, scheme: Scheme, activation: ActivationScheme | None = None
+) -> PackedLinearEntry:
+    """A linear (rows, columns) as it will be stored, bias, gather and column scales aside."""
+    entry = PackedLinearEntry(PackedLayout(rows, ((columns, scheme),)), bias=False, activation=activation)
+    return steps.correction.planned(entry, scheme)
+
+
+def _extra_bits(steps: Steps, plan: Plan, skeleton: Skeleton) -> dict[str, int]:
+    """Bits of each linear beyond a plain weight's; 0 where it is not quantized."""
+    found: dict[str, int] = {}
+    # By block and site, of which readers enter otherwise than those before.
+    firsts: dict[tuple[str, str], list[PackedLinearEntry]] = {}
+    for path, (rows, columns) in skeleton.linear_shapes().items():
+        scheme, found[path] = plan.schemes[path], 0
+        if scheme is None:
+            continue
+        site = skeleton.site_of(path)
+        gathers = steps.saliency is not None and steps.saliency.gathers(site, site.name in steps.online)
+        scales = stores_column_scales(steps, plan.schemes, skeleton, path)
+        entry = _entry(steps, rows, columns, scheme, plan.activations[path])
+        entry = replace(entry, gather=gathers, column_scale=scales)
+        # Of readers that enter alike the first stores what they do to their input.
+        block = next(path.removesuffix(name) for name in site.readers if path.endswith(f".{name}"))
+        others = firsts.setdefault((block, site.name), [])
+        if any(entry.enters_as(other) for other in others):
+            entry = replace(entry, input=block)
+        else:
+            others.append(entry)
+        found[path] = entry.stored_bits - rows * scheme.row_bits(columns)
+    return found
+
+
+def _norm_bias_bits(steps: Steps, schemes: Mapping[str, Scheme | None], skeleton: Skeleton) -> int:
+    """Bits of the biases that norms get against mean shift: behind quantized linears of their block, and the last."""
+    if not steps.corrects_norms:
+        return 0
+    norms = 1
+    for index in range(skeleton.num_blocks):
+        block = skeleton.arch.block_path(index)
+        seen = False
+        for site in skeleton.arch.sites:
+            norms += seen and site.norm is not None
+            seen = seen or any(schemes[f"{block}.{name}"] is not None for name in site.readers)
+    return norms * _HALF_BITS * int(skeleton.config.hidden_size)

@@ -1,0 +1,301 @@
+"""A quantized matrix: packed codes, scales and zero-points, and the dense matrix they stand for.
+
+Codes of a row form one bit stream, least significant bit first: code `j` of a row occupies bits
+`j*bits .. (j+1)*bits - 1`, bit `i` of the stream being bit `i % 8` of byte `i // 8`. A row starts on a byte.
+Integer zero-points are packed along the groups in the same way. docs/format.md specifies it with examples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from subnibble.errors import CheckpointError
+from subnibble.tensor import mxfp4
+from subnibble.tensor.activation_scheme import ActivationScheme
+from subnibble.tensor.scheme import Scheme
+
+# Codes of one word fill whole bytes: (codes, bytes) of a word by bit width.
+_WORD = {2: (4, 1), 3: (8, 3), 4: (2, 1), 8: (1, 1)}
+_SCALE_DTYPE = {
+    "float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "e8m0": torch.uint8,
+}  # fmt: skip
+
+
+def scale_dtype(scheme: Scheme) -> torch.dtype:
+    """The torch dtype in which `scheme` stores scales and real zero-points."""
+    return _SCALE_DTYPE[scheme.scale_type]
+
+
+def stored_scales(scales: Tensor, scheme: Scheme) -> Tensor:
+    """Scales (m, n) float32, exact in the scheme's type, as they are stored."""
+    if scheme.scale_type == "e8m0":
+        return mxfp4.encode_e8m0(scales)
+    return scales.to(scale_dtype(scheme))
+
+
+def float_scales(stored: Tensor, scheme: Scheme) -> Tensor:
+    """Stored scales as float32; inverse of `stored_scales`."""
+    if scheme.scale_type == "e8m0":
+        return mxfp4.decode_e8m0(stored)
+    return stored.float()
+
+
+def pack_codes(codes: Tensor, bits: int) -> Tensor:
+    """Pack codes (m, n), integers in `0 .. 2**bits - 1`, to uint8 (m, ceil(n * bits / 8))."""
+    per_word, word_bytes = _WORD[bits]
+    rows, columns = codes.shape
+    words = -(-columns // per_word)
+    padded = torch.zeros(rows, words * per_word, dtype=torch.int32, device=codes.device)
+    padded[:, :columns] = codes
+    shifts = torch.arange(per_word, dtype=torch.int32, device=codes.device) * bits
+    word = (padded.view(rows, words, per_word) << shifts).sum(-1, dtype=torch.int32)
+    byte_shifts = torch.arange(word_bytes, dtype=torch.int32, device=codes.device) * 8
+    stream = ((word.unsqueeze(-1) >> byte_shifts) & 255).to(torch.uint8).view(rows, words * word_bytes)
+    return stream[:, : (columns * bits + 7) // 8].contiguous()
+
+
+def unpack_codes(packed: Tensor, bits: int, columns: int) -> Tensor:
+    """Unpack uint8 (m, ceil(columns * bits / 8)) to codes (m, columns), uint8."""
+    if bits == 8:
+        return packed
+    per_word, word_bytes = _WORD[bits]
+    rows = packed.shape[0]
+    if word_bytes == 1:
+        shifts = torch.arange(per_word, dtype=torch.uint8, device=packed.device) * bits
+        codes: Tensor = (packed.unsqueeze(-1) >> shifts) & (2**bits - 1)
+        return codes.flatten(1)[:, :columns]
+    words = -(-columns // per_word)
+    short = words * word_bytes - packed.shape[1]
+    padded = torch.nn.functional.pad(packed, (0, short)) if short else packed
+    b = padded.view(rows, words, word_bytes).to(torch.int32)
+    word = b[..., 0] | (b[..., 1] << 8) | (b[..., 2] << 16)
+    shifts = torch.arange(per_word, dtype=torch.int32, device=packed.device) * bits
+    codes = ((word.unsqueeze(-1) >> shifts) & (2**bits - 1)).to(torch.uint8)
+    return codes.flatten(1)[:, :columns]
+
+
+def grouped_views(matrix: Tensor, scheme: Scheme | ActivationScheme) -> list[tuple[Tensor, slice]]:
+    """View (m, k) as (m, groups, width), with the slice of groups it covers: full groups, then a ragged last one.
+
+    scheme: without outliers.
+    """
+    columns = matrix.shape[1]
+    bounds = scheme.group_bounds(columns)
+    width = bounds[0][1] - bounds[0][0]
+    full = sum(stop - start == width for start, stop in bounds)
+    views = [(matrix[:, : full * width].unflatten(1, (full, width)), slice(0, full))]
+    if full < len(bounds):
+        views.append((matrix[:, full * width :].unsqueeze(1), slice(full, full + 1)))
+    return views
+
+
+@dataclass(frozen=True)
+class CodedMatrix:
+    """What a rounder makes, before packing. Scales and zeros are exact in the scheme's storage type.
+
+    codes: (m, k) uint8. scales: (m, groups * scales_per_group) float32, a group's scales side by side.
+    zeros: (m, groups) float32, or None if the scheme has none. columns: (k,) float32 by which the columns are
+    multiplied besides, or None for 1; packing leaves them out: something else has to take them.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    columns: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class PackedRange:
+    """Consecutive input columns coded by one scheme.
+
+    codes: (m, scheme.row_bytes(columns)) uint8. scales: (m, groups * scales_per_group) in the scheme's type.
+    zeros: integer zero-points packed like codes (uint8), real ones in the scheme's type, or None.
+    """
+
+    scheme: Scheme
+    columns: int
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+
+    @classmethod
+    def pack(cls, coded: CodedMatrix, scheme: Scheme) -> PackedRange:
+        """Pack a coded matrix; exact, since scales and zeros are representable already."""
+        zeros = coded.zeros
+        if scheme.zero_point == "none":
+            stored_zeros = None
+        else:
+            if zeros is None:
+                raise ValueError(f"scheme {scheme.name} needs zero-points and the coded matrix has none")
+            integer = scheme.zero_point == "integer"
+            stored_zeros = pack_codes(zeros, scheme.bits) if integer else zeros.to(scale_dtype(scheme))
+        return cls(
+            scheme,
+            coded.codes.shape[1],
+            pack_codes(coded.codes, scheme.bits),
+            stored_scales(coded.scales, scheme),
+            stored_zeros,
+        )
+
+    @classmethod
+    def empty(cls, rows: int, columns: int, scheme: Scheme, device: str = "meta") -> PackedRange:
+        """Storage of the right shapes and types, unfilled."""
+        groups = scheme.groups(columns)
+        scale = scale_dtype(scheme)
+        shapes = {"none": None, "integer": scheme.row_bytes(groups), "real": groups}
+        width = shapes[scheme.zero_point]
+        zero_type = torch.uint8 if scheme.zero_point == "integer" else scale
+        return cls(
+            scheme,
+            columns,
+            torch.empty(rows, scheme.row_bytes(columns), dtype=torch.uint8, device=device),
+            torch.empty(rows, groups * scheme.scales_per_group, dtype=scale, device=device),
+            None if width is None else torch.empty(rows, width, dtype=zero_type, device=device),
+        )
+
+    def unpack(self) -> CodedMatrix:
+        """The codes, scales and zero-points, unpacked; inverse of `pack`."""
+        codes = unpack_codes(self.codes, self.scheme.bits, self.columns)
+        return CodedMatrix(codes, float_scales(self.scales, self.scheme), self.float_zeros())
+
+    def dequantize(self) -> Tensor:
+        """Dense float32 (m, columns), by the scheme's grid."""
+        codes = unpack_codes(self.codes, self.scheme.bits, self.columns)
+        if self.scheme.grid == "sign":
+            return self._on_sign_grid(codes)
+        return self._on_mx_grid(codes) if self.scheme.grid == "mxfp4" else self._on_uniform_grid(codes)
+
+    def _on_uniform_grid(self, codes: Tensor) -> Tensor:
+        values = codes.float()
+        scales, zeros = self.scales.float().unsqueeze(-1), self.float_zeros()
+        centre = torch.full_like(scales, self.scheme.levels // 2) if zeros is None else zeros.unsqueeze(-1)
+        for view, groups in grouped_views(values, self.scheme):
+            view.sub_(centre[:, groups]).mul_(scales[:, groups])
+        return values
+
+    def _on_mx_grid(self, codes: Tensor) -> Tensor:
+        values = mxfp4.decode_e2m1(codes)
+        scales = float_scales(self.scales, self.scheme).unsqueeze(-1)
+        for view, groups in grouped_views(values, self.scheme):
+            view.mul_(scales[:, groups])
+        return values
+
+    def _on_sign_grid(self, codes: Tensor) -> Tensor:
+        values = torch.zeros(codes.shape, dtype=torch.float32, device=codes.device)
+        scales = self.scales.float().unflatten(1, (-1, 1, self.scheme.bits))
+        # Summed from the first bit to the last, as the fit sums its levels, so that both round alike.
+        for bit in range(self.scheme.bits):
+            signs = ((codes >> bit) & 1).float().mul_(2).sub_(1)
+            for view, groups in grouped_views(signs, self.scheme):
+                view.mul_(scales[:, groups, :, bit])
+            values += signs
+        return values
+
+    def rows(self, index: Tensor) -> PackedRange:
+        """The rows at `index` (1-D, int32 or int64), still packed; a negative index is no row."""
+        # Indexing would count negative ones from the end.
+        codes, scales = self.codes.index_select(0, index), self.scales.index_select(0, index)
+        zeros = None if self.zeros is None else self.zeros.index_select(0, index)
+        return PackedRange(self.scheme, self.columns, codes, scales, zeros)
+
+    def float_zeros(self) -> Tensor | None:
+        """Zero-points (m, groups) float32, or None if the scheme has none."""
+        if self.zeros is None:
+            return None
+        if self.scheme.zero_point == "real":
+            return self.zeros.float()
+        return unpack_codes(self.zeros, self.scheme.bits, self.scheme.groups(self.columns)).float()
+
+
+@dataclass(frozen=True)
+class PackedTensor:
+    """A quantized matrix (m, k): ranges of input columns side by side, each with a scheme of its own."""
+
+    ranges: tuple[PackedRange, ...]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(m, k), the shape of the dense matrix."""
+        return self.ranges[0].codes.shape[0], sum(part.columns for part in self.ranges)
+
+    @property
+    def stored_bits(self) -> int:
+        """All bits that this tensor stores, padding included."""
+        return 8 * sum(tensor.nbytes for tensor in self.state().values())
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Dense (m, k), computed in float32 and cast once to `dtype`."""
+        return torch.cat([part.dequantize() for part in self.ranges], dim=1).to(dtype)
+
+    def rows(self, index: Tensor) -> PackedTensor:
+        """The rows at `index` (1-D, int32 or int64), still packed; a negative index is no row."""
+        return PackedTensor(tuple(part.rows(index) for part in self.ranges))
+
+    def state(self) -> dict[str, Tensor]:
+        """Stored tensors by name: `codes`, `scales`, `zeros`; from the second range on `codes_1` and so on."""
+        tensors: dict[str, Tensor] = {}
+        for i, part in enumerate(self.ranges):
+            for name in ("codes", "scales", "zeros"):
+                tensor = getattr(part, name)
+                if tensor is not None:
+                    tensors[range_key(name, i)] = tensor
+        return tensors
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Tensor], layout: PackedLayout, where: str = "tensor") -> PackedTensor:
+        """Rebuild from stored tensors; a wrong shape or type is a `CheckpointError` naming `where`."""
+        ranges = []
+        for i, expected in enumerate(layout.empty().ranges):
+            found: dict[str, Tensor | None] = {}
+            for name in ("codes", "scales", "zeros"):
+                want, have = getattr(expected, name), state.get(range_key(name, i))
+                if (want is None) != (have is None) or (
+                    want is not None and have is not None and (want.shape, want.dtype) != (have.shape, have.dtype)
+                ):
+                    wanted = "nothing" if want is None else f"{want.dtype} of shape {tuple(want.shape)}"
+                    got = "nothing" if have is None else f"{have.dtype} of shape {tuple(have.shape)}"
+                    raise CheckpointError(
+                        f"{where}.{range_key(name, i)}: expected {wanted}, found {got}; quantize the model again"
+                    )
+                found[name] = have
+            codes, scales = found["codes"], found["scales"]
+            assert codes is not None
+            assert scales is not None
+            ranges.append(PackedRange(expected.scheme, expected.columns, codes, scales, found["zeros"]))
+        return cls(tuple(ranges))
+
+    @property
+    def layout(self) -> PackedLayout:
+        """Shape and schemes without the data."""
+        return PackedLayout(self.shape[0], tuple((part.columns, part.scheme) for part in self.ranges))
+
+
+@dataclass(frozen=True)
+class PackedLayout:
+    """Shape and schemes of a packed matrix: `rows`, and (columns, scheme) of every range."""
+
+    rows: int
+    ranges: tuple[tuple[int, Scheme], ...]
+
+    @property
+    def columns(self) -> int:
+        """Input columns over all ranges."""
+        return sum(columns for columns, _ in self.ranges)
+
+    @property
+    def stored_bits(self) -> int:
+        """All bits that a tensor of this layout stores."""
+        return self.rows * sum(scheme.row_bits(columns) for columns, scheme in self.ranges)
+
+    def empty(self, device: str = "meta") -> PackedTensor:
+        """Storage of the right shapes and types, unfilled."""
+        return PackedTensor(tuple(PackedRange.empty(self.rows, n, scheme, device) for n, scheme in self.ranges))
+
+
+def range_key(name: str, index: int) -> str:
+    """Stored name of a range's part: plain for the first range, numbered from the second on."""
+    return name if index == 0 else f"{name}_{index}"

@@ -1,0 +1,161 @@
+"""How one range of a weight's input columns is coded: grid, bit width, groups, zero-point, scale type."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Self
+
+from subnibble.errors import BadRecipe
+
+BITS = (2, 3, 4, 8)
+GRIDS = ("uniform", "sign", "mxfp4")
+ZERO_POINTS = ("none", "integer", "real")
+# A sign-basis grid stores a scale a bit and searches all its levels for each weight.
+_LARGEST_SIGN_BITS = 4
+SCALE_TYPES = {"float16": 16, "bfloat16": 16, "float32": 32}
+# A biased exponent, of powers of two.
+E8M0 = "e8m0"
+SCALE_BITS = {**SCALE_TYPES, E8M0: 8}
+WHOLE_CHANNEL = -1
+# Of the OCP Microscaling specification 1.0.
+MX_GROUP = 32
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """A grid of `2**bits` levels for each row and group; a code says which.
+
+    grid: "uniform", `w = scale * (code - zero)` with one scale; "sign", `w = sum_k scale_k * (+1 if bit k of the
+        code is set else -1)` with a scale a bit: symmetric about 0, no level at 0, not evenly spaced; or "mxfp4",
+        `w = scale * E2M1(code)` in groups of 32 with scales that are powers of two (OCP Microscaling 1.0).
+    bits: width of a code: 2, 3, 4 or 8.
+    group_size: consecutive input columns that share a scale; -1 is the whole row. A width that it does not
+        divide ends in a shorter group.
+    zero_point: of a uniform grid; a sign grid has "none". "none" puts code `2**(bits-1)` at 0, "integer" stores a
+        code-wide integer per group, "real" stores a number of `scale_type` per group.
+    scale_type: how scales and real zero-points are stored; "e8m0", a biased exponent, on an mxfp4 grid and only there.
+    """
+
+    bits: int
+    group_size: int = 128
+    zero_point: str = "integer"
+    scale_type: str = "float16"
+    grid: str = "uniform"
+
+    def __post_init__(self) -> None:
+        if type(self.bits) is not int or self.bits not in BITS:
+            raise BadRecipe(f"bits is {self.bits!r}; choose one of {', '.join(map(str, BITS))}")
+        if isinstance(self.group_size, bool) or not isinstance(self.group_size, int):
+            raise BadRecipe(f"group_size is {self.group_size!r}; give a whole number, or -1 for the whole row")
+        if self.group_size != WHOLE_CHANNEL and self.group_size < 1:
+            raise BadRecipe(f"group_size is {self.group_size}; give a positive number, or -1 for the whole row")
+        if self.zero_point not in ZERO_POINTS:
+            raise BadRecipe(f"zero_point is {self.zero_point!r}; choose one of {', '.join(ZERO_POINTS)}")
+        if self.scale_type not in SCALE_TYPES and (self.grid, self.scale_type) != ("mxfp4", E8M0):
+            raise BadRecipe(f"scale_type is {self.scale_type!r}; choose one of {', '.join(SCALE_TYPES)}")
+        if self.grid not in GRIDS:
+            raise BadRecipe(f"grid is {self.grid!r}; choose one of {', '.join(GRIDS)}")
+        if self.grid == "sign" and (self.bits > _LARGEST_SIGN_BITS or self.zero_point != "none"):
+            raise BadRecipe(
+                f"a sign grid has at most {_LARGEST_SIGN_BITS} bits and no zero-point; found {self.bits} bits and "
+                f"zero_point {self.zero_point!r}: use 2, 3 or 4 bits, or a uniform grid"
+            )
+        found = (self.bits, self.group_size, self.zero_point, self.scale_type)
+        if self.grid == "mxfp4" and found != (4, MX_GROUP, "none", E8M0):
+            raise BadRecipe(
+                f"an mxfp4 grid has 4 bits, groups of {MX_GROUP}, no zero-point and e8m0 scales; found {found[0]} "
+                f"bits, groups of {found[1]}, zero_point {found[2]!r}, {found[3]}; set bits = 4, group_size = 32"
+            )
+
+    @property
+    def scales_per_group(self) -> int:
+        """How many scales a row stores for each group."""
+        return self.bits if self.grid == "sign" else 1
+
+    @property
+    def levels(self) -> int:
+        """Number of codes."""
+        return int(2**self.bits)
+
+    @property
+    def has_zero(self) -> bool:
+        """Whether 0 is a level of every grid."""
+        return self.grid != "sign" and self.zero_point != "real"
+
+    @property
+    def name(self) -> str:
+        """Short name for tables, for example `w3g128`."""
+        group = "channel" if self.group_size == WHOLE_CHANNEL else f"g{self.group_size}"
+        zero = {"none": "-sym", "integer": "", "real": "-real"}[self.zero_point]
+        kind = "-sign" if self.grid == "sign" else zero
+        if self.grid == "mxfp4":
+            return f"mxfp4g{self.group_size}"
+        scale = "" if self.scale_type == "float16" else f"-{self.scale_type}"
+        return f"w{self.bits}{group}{kind}{scale}"
+
+    def group_bounds(self, columns: int) -> list[tuple[int, int]]:
+        """Start and stop column of every group of a row of `columns`; the last may be shorter."""
+        return group_bounds(self.group_size, columns)
+
+    def groups(self, columns: int) -> int:
+        """Number of groups in a row of `columns`."""
+        return len(self.group_bounds(columns))
+
+    def check_width(self, columns: int, where: str) -> None:
+        """Raise `BadRecipe` if a group is larger than `where`'s row of `columns`."""
+        if self.group_size > columns:
+            raise BadRecipe(
+                f"group {self.group_size} is larger than the {columns} inputs of {where}; "
+                f"use a group size of at most {columns}, or -1 for the whole row"
+            )
+
+    def row_bytes(self, columns: int) -> int:
+        """Bytes of one row's packed codes."""
+        return (columns * self.bits + 7) // 8
+
+    def row_bits(self, columns: int) -> int:
+        """All bits stored for one row: codes with padding, scales and zero-points."""
+        groups = self.groups(columns)
+        scale = SCALE_BITS[self.scale_type]
+        zeros = {"none": 0, "integer": 8 * self.row_bytes(groups), "real": groups * scale}[self.zero_point]
+        return 8 * self.row_bytes(columns) + groups * self.scales_per_group * scale + zeros
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dictionary, the inverse of `from_dict`."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Build from a dictionary; an unknown key is an error."""
+        return cls(**known_fields(cls, values, "unknown scheme key {}"))
+
+
+def group_bounds(group_size: int, columns: int) -> list[tuple[int, int]]:
+    """Start and stop of every group of `columns` columns; the last may be shorter. group_size: -1 for one group."""
+    width = columns if group_size == WHOLE_CHANNEL else group_size
+    return [(start, min(start + width, columns)) for start in range(0, columns, width)]
+
+
+def check_group_size(size: Any, whose: str, whole: str) -> None:
+    """Raise `BadRecipe` unless `size` is a positive whole number, or -1. whose: possessive; whole: what -1 takes in."""
+    if type(size) is not int or (size != WHOLE_CHANNEL and size < 1):
+        raise BadRecipe(f"the {whose} group_size is {size!r}; give a positive number, or -1 for the whole {whole}")
+
+
+def check_clip(clip: Any, whose: str) -> None:
+    """Raise `BadRecipe` unless `clip` is a share of a range. whose: possessive."""
+    if isinstance(clip, bool) or not isinstance(clip, int | float) or not 0 < clip <= 1:
+        raise BadRecipe(f"the {whose} clip is {clip!r}; give a number above 0 and at most 1")
+
+
+def known_fields(kind: type[Any], values: Mapping[str, Any], said: str, but: tuple[str, ...] = ()) -> Mapping[str, Any]:
+    """The values, if all their keys are fields of the dataclass `kind`, and none of `but`.
+
+    `BadRecipe` names the first that is none, in the {} of `said`.
+    """
+    known = {field.name for field in fields(kind)} - {*but}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise BadRecipe(f"{said.format(repr(unknown[0]))}; known: {', '.join(sorted(known))}")
+    return values

@@ -1,0 +1,150 @@
+"""Estimates refuse what quantizing refuses, and follow what it holds and does."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from subnibble import Recipe, quantize
+from subnibble.errors import SubnibbleError
+from subnibble.pipeline import estimate as estimation
+from subnibble.pipeline.block_run import BlockRun
+
+REFUSED: dict[str, dict[str, Any]] = {
+    "nothing to do": {"method": "none"},
+    "one window to tune on": {"method": "bisup", "num_windows": 1},
+    "a rank too large": {"method": "serq", "activation_bits": 4},
+    "groups that no Hadamard matrix fits": {"method": "d2quant", "group_size": 13},
+    "windows too long": {"window": 4096},
+    "a prompt found nowhere": {"method": "rtn", "system_prompt": "auto", "calibration": None},
+    "factors of no width": {"method": "l2qer", "activation_bits": 4, "options": {"factor_bits": 16}},
+}
+
+
+@pytest.fixture
+def recipe(token_file: Path) -> Recipe:
+    return Recipe(
+        method="gptq", bits=3, group_size=16, calibration=str(token_file), num_windows=4, window=32, device="cpu",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_quantize_refuses_estimate_refuses_in_the_same_words(
+    case: str, recipe: Recipe, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    wrong = replace(recipe, **REFUSED[case])
+    with pytest.raises(SubnibbleError) as said:
+        estimation.estimate(folders["llama"], wrong)
+    with pytest.raises(SubnibbleError) as refused:
+        quantize(folders["llama"], tmp_path / "out", wrong)
+    assert str(said.value) == str(refused.value)
+    assert not (tmp_path / "out").exists()
+
+
+# With which methods, and what of them, a checkpoint holds more than codes.
+COUNTED: dict[str, dict[str, Any]] = {
+    "norm biases": {"method": "d2quant"},
+    "norm biases of some blocks": {"method": "d2quant", "overrides": {r"re:model\.layers\.1\.": {"skip": True}}},
+    "column scales of output projections": {"method": "dualfit"},
+    "column scales of a reader left alone": {"method": "dualfit", "overrides": {"re:.*up_proj": {"skip": True}}},
+    "gathers": {"method": "serq", "options": {"rank": 16}},
+    "none": {"method": "serq", "options": {"rank": 16, "permutation": "offline"}},
+    "gathers where a reader was left alone": {
+        "method": "serq",
+        "options": {"rank": 16, "permutation": "offline"},
+        "overrides": {"re:.*down_proj": {"skip": True}},
+    },
+    "no order": {"method": "serq", "options": {"rank": 0, "saliency": "none"}},
+    "outliers": {"method": "atom", "options": {"outliers": 16}},
+    "factors": {"method": "qera", "options": {"rank": 8}},
+    "remainders that run again": {"method": "twinfit", "options": {"rank": 16}},
+    "inputs of some linears": {"method": "rtn", "overrides": {"re:.*mlp": {"activation_bits": 8}}},
+    "online transforms": {"method": "quarot", "options": {"rotation": "groups"}},
+}
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "qwen2-untied"])
+@pytest.mark.parametrize("case", COUNTED)
+def test_sizes_are_those_of_what_is_written(
+    case: str, name: str, recipe: Recipe, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    own = replace(recipe, activation_bits=16 if case.startswith(("norm", "column")) else 4, **COUNTED[case])
+    report, found = quantize(folders[name], tmp_path / "out", own), estimation.estimate(folders[name], own)
+    assert report.size["effective_bits"] == pytest.approx(found.effective_bits, rel=1e-12)
+    assert report.size["activation_bits"] == pytest.approx(found.activation_bits, rel=1e-12)
+    tensors = [tensor for file in (tmp_path / "out").glob("*.safetensors") for tensor in load_file(file).values()]
+    assert sum(tensor.nbytes for tensor in tensors) == found.file_bytes
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"method": "nope"}, {"options": {"bogus": 1}}, REFUSED["one window to tune on"]], ids=str
+)
+def test_what_no_model_would_change_is_known_before_one_is_fetched(
+    wrong: dict[str, Any], recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("subnibble.checkpoint.opening.download", lambda name: pytest.fail(f"{name} was fetched"))
+    with pytest.raises(SubnibbleError):
+        estimation.estimate("owner/name", replace(recipe, **wrong))
+    with pytest.raises(SubnibbleError):
+        quantize("owner/name", tmp_path / "out", replace(recipe, **wrong))
+
+
+@pytest.mark.parametrize(("method", "streams"), [("gptq", 1), ("gptaq", 2)])
+def test_activation_streams_are_what_a_run_holds(
+    method: str, streams: int, recipe: Recipe, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[int] = []
+    advance = BlockRun.advance
+
+    def record(run: BlockRun) -> None:
+        found = [run.hidden] + ([] if run.reference is None else [list(run.reference.outputs())])
+        held.append(sum(batch.nbytes for stream in found for batch in stream))
+        assert len(found) == streams
+        advance(run)
+
+    monkeypatch.setattr(BlockRun, "advance", record)
+    for windows in (4, 8):
+        own = replace(recipe, method=method, num_windows=windows)
+        quantize(folders["llama"], tmp_path / f"{windows}", own)
+        found = estimation.estimate(folders["llama"], own).memory_bytes
+        # Between a block's sites the inputs of its output and down projections are kept, too, beside 48 channels.
+        assert found["activation streams"] == max(held) * (48 + 96 + 80) // 48
+        assert found["peak"] == sum(size for part, size in found.items() if part != "peak")
+    assert held[-1] == 2 * held[0]
+
+
+def test_time_grows_with_tokens_steps_and_slowness(
+    recipe: Recipe, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    speed = 1e6
+
+    def seconds(**changes: Any) -> float:
+        monkeypatch.setattr(estimation, "_product_speed", lambda *_: speed)
+        return estimation.estimate(folders["llama"], replace(recipe, **changes)).seconds
+
+    one, two, three = (seconds(num_windows=n) for n in (4, 8, 12))
+    assert one > 0
+    assert two - one == pytest.approx(three - two)
+    # Rounding does not depend on tokens, all else does.
+    assert two - one > 0.9 * one
+    assert seconds(method="gptaq") > 1.3 * one
+    assert seconds(distill_steps=20) - one == pytest.approx((seconds(distill_steps=40) - one) / 2, rel=0.2)
+    speed /= 2
+    assert seconds() == pytest.approx(2 * one, rel=0.1)
+
+
+def test_statistics_are_as_large_as_the_widest_input(recipe: Recipe, folders: dict[str, Path]) -> None:
+    def statistics(method: str) -> int:
+        return estimation.estimate(folders["llama"], replace(recipe, method=method)).memory_bytes["statistics"]
+
+    # The Gram matrix of 96 channels (6 heads of 16), at least, and with it a drift of the same size.
+    matrix = 96 * 96 * torch.float32.itemsize
+    assert statistics("gptq") >= matrix
+    assert statistics("gptaq") - statistics("gptq") == matrix
+    without = estimation.estimate(folders["llama"], replace(recipe, method="rtn", calibration=None))
+    assert without.memory_bytes["statistics"] == 0

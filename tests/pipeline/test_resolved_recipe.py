@@ -1,0 +1,26 @@
+"""The recipe as it is kept: files by their full names, words as they are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from subnibble import Recipe
+from subnibble.methods.rtn import Options
+from subnibble.pipeline.resolved_recipe import filled_in
+
+
+@pytest.mark.parametrize("calibration", ["news", "c4", "wikitext2"])
+@pytest.mark.parametrize("prompt", ["auto", "default", "bos"])
+def test_words_are_no_files_even_if_there_are_files_of_their_names(
+    calibration: str, prompt: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in (calibration, prompt, "mine"):
+        Path(name).write_text("text")
+    kept = filled_in(Recipe(calibration=calibration, system_prompt=prompt), Options(), torch.device("cpu"), torch.half)
+    assert (kept.calibration, kept.system_prompt) == (calibration, prompt)
+    kept = filled_in(Recipe(calibration="mine", system_prompt="mine"), Options(), torch.device("cpu"), torch.half)
+    assert kept.calibration == kept.system_prompt == str(tmp_path / "mine")
