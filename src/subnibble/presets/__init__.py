@@ -8,6 +8,7 @@ cache beside 16-bit weights.
 from __future__ import annotations
 
 from importlib.resources import files
+from typing import Any
 
 from subnibble.errors import BadArgument, BadRecipe
 from subnibble.given import described
@@ -17,13 +18,20 @@ from subnibble.tensor.cache_scheme import PLAIN_CACHE
 PRESETS = ("w2", "w3", "w4", "w4a8", "w4a4", "mxfp4", "w4a4kv4", "w3a3kv3", "kv4")
 
 
-def preset(name: str) -> Recipe:
-    """The recipe of a preset; `BadRecipe` names those there are."""
+def preset(name: str, **changes: Any) -> Recipe:
+    """The recipe of a preset, with some of its fields changed.
+
+    name: one of `PRESETS`.
+    changes: fields of `Recipe`, for example calibration="my-text.txt".
+    Raises `BadRecipe` for an unknown preset (the message lists all), field or value.
+    """
     if not isinstance(name, str):
         raise BadArgument(f"a preset's name is {described(name)}; give one of {', '.join(PRESETS)}")
     if name not in PRESETS:
         raise BadRecipe(f"preset is {name!r}; choose one of {', '.join(PRESETS)}")
-    return Recipe.from_text((files("subnibble.presets") / f"{name}.toml").read_text(encoding="utf-8"), f"preset {name}")
+    text = (files("subnibble.presets") / f"{name}.toml").read_text(encoding="utf-8")
+    recipe = Recipe.from_text(text, f"preset {name}")
+    return Recipe.of({**recipe.to_dict(), **changes}) if changes else recipe
 
 
 def preset_for(bits: int | None, activation_bits: int | None, kv_bits: int | None, grid: str | None) -> str:
