@@ -50,6 +50,7 @@ def main() -> None:
 def measured(preset: str) -> dict[str, Any]:
     """The row of a preset."""
     import torch
+
     from subnibble import preset as preset_recipe
     from subnibble import quantize
     from subnibble.checkpoint.opening import open_source
@@ -88,12 +89,12 @@ def show(rows: list[dict[str, Any]]) -> None:
     )
 
 
-def _speeds(row: dict[str, Any]) -> list[str]:
-    cells = []
+def _cells(row: dict[str, Any]) -> list[str]:
+    cells = [row["preset"], f"{row['file_bytes'] / 1e6:.1f}"]
     for what in ("prompt", "decode"):
         packed, original = row[f"packed_{what}"], row[f"original_{what}"]
         cells += [f"{packed:.2f}", f"{packed / original:.2f}"]
-    return cells
+    return [*cells, row["commit"]]
 
 
 if __name__ == "__main__":

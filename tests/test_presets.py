@@ -44,7 +44,7 @@ def test_every_file_is_a_preset_and_says_what_it_is() -> None:
 
 def test_a_preset_takes_changes_of_its_fields() -> None:
     assert preset("w3", calibration="a.txt", seed=3) == replace(preset("w3"), calibration="a.txt", seed=3)
-    with pytest.raises(BadRecipe, match="num_window'.*num_windows"):
+    with pytest.raises(BadRecipe, match=r"num_window'.*num_windows"):
         preset("w3", num_window=3)
     with pytest.raises(BadRecipe, match="bits is 5"):
         preset("w3", bits=5)
