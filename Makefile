@@ -4,7 +4,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN = $(VENV)/bin
 
-.PHONY: demo test test-oldest golden lint bench clean
+.PHONY: demo test test-all test-oldest golden lint bench clean
 
 demo: $(VENV)/.ready
 	$(BIN)/subnibble demo
@@ -12,6 +12,10 @@ demo: $(VENV)/.ready
 # Tiny models: a process a core is faster than threads, which would wait for each other.
 test: $(VENV)/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses=8 --dist=loadfile --no-loadscope-reorder
+
+# With all cases of what `make test` runs pairwise, and with slow tests.
+test-all: $(VENV)/.ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --all -n auto --maxprocesses=8 --dist=loadfile --no-loadscope-reorder
 
 # What touches transformers, against the oldest release that pyproject.toml admits; `make test` has the newest.
 OLDEST_VENV ?= .venv-oldest

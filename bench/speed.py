@@ -84,9 +84,7 @@ def measured(preset: str) -> dict[str, Any]:
 def show(rows: list[dict[str, Any]]) -> None:
     """Print the table as Markdown."""
     columns = ("preset", "file, MB", "prompt, t/s", "of float32's", "decoding, t/s", "of float32's", "commit")
-    print_table(
-        columns, ([row["preset"], f"{row['file_bytes'] / 1e6:.1f}", *_speeds(row), row["commit"]] for row in rows)
-    )
+    print_table(columns, map(_cells, rows))
 
 
 def _cells(row: dict[str, Any]) -> list[str]:

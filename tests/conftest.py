@@ -21,6 +21,7 @@ from transformers import (
 )
 
 import subnibble
+from pairs import cover
 from subnibble import Recipe
 from subnibble.cli.main import main
 
@@ -82,6 +83,26 @@ def save_model(name: str, folder: Path, shard_size: str = "1GB") -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="w0").save_pretrained(folder)
     return folder
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all", action="store_true", help="also run cases that are left out to be quick (make test-all)")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Without --all, leave out tests marked `slow`, and cases of tests marked `pairwise` whose pairs others have."""
+    if config.getoption("--all"):
+        return
+    crossed: dict[str, list[pytest.Function]] = {}
+    for item in items:
+        if isinstance(item, pytest.Function) and item.get_closest_marker("pairwise"):
+            crossed.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    left_out = {item for item in items if item.get_closest_marker("slow")}
+    for cases in crossed.values():
+        kept = cover([{name: repr(value) for name, value in case.callspec.params.items()} for case in cases])
+        left_out |= set(cases) - {cases[index] for index in kept}
+    items[:] = [item for item in items if item not in left_out]
+    config.hook.pytest_deselected(items=list(left_out))
 
 
 class _Deprecations(logging.Handler):

@@ -54,3 +54,18 @@ def pairwise(
 def pairs_of(row: Row) -> set[Pair]:
     """The pairs that a row holds."""
     return set(itertools.combinations(row.items(), 2))
+
+
+def cover(cases: Sequence[Mapping[str, object]]) -> list[int]:
+    """Indices of few of the cases (argument -> value's name) that hold every pair of values which any case holds.
+
+    Greedy: each round takes the case with the most pairs that are still missing, the first of those that tie.
+    """
+    held = [set(itertools.combinations(sorted(case.items()), 2 if len(case) > 1 else 1)) for case in cases]
+    left = set().union(*held)
+    chosen = []
+    while left:
+        best = max(range(len(cases)), key=lambda index: len(held[index] & left))
+        chosen.append(best)
+        left -= held[best]
+    return sorted(chosen)

@@ -233,6 +233,7 @@ def check_method(method: str, source: Path, tokens: Path, out: Path, settings: d
     assert torch.equal(logits(reloaded), logits(model))
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 @pytest.mark.parametrize("model", CONFIGS)
 @pytest.mark.parametrize("method", WEIGHT_ONLY)
@@ -242,6 +243,7 @@ def test_method_conforms(
     check_method(method, folders[model], token_file, tmp_path, settings)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("model", CONFIGS)
 @pytest.mark.parametrize(("method", "settings"), COMBINATIONS)
 def test_method_conforms_with_quantized_inputs(

@@ -1,7 +1,8 @@
-"""The embedded real model, end to end: what `make demo` does, in small."""
+"""The embedded real model: its GGUF file, its first blocks quantized and measured; the demo."""
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import warnings
@@ -21,6 +22,10 @@ from subnibble.generate.speak import chat_prompt, speak
 from subnibble.hf import load_model, memory_bytes, packed_modules
 from subnibble.packaged.model import find_model
 
+# Each is nearer to the original than the one before.
+METHODS = ("rtn", "gptq", "dualfit")
+BLOCKS = 8
+
 
 @pytest.fixture(scope="module")
 def source() -> GgufSource:
@@ -33,10 +38,27 @@ def original(source: GgufSource) -> torch.nn.Module:
 
 
 @pytest.fixture(scope="module")
-def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("demo")
-    demo(bits="3", num_windows=8, window=512, max_windows=2, out=folder)
+def shallow(source: GgufSource, original: torch.nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first blocks of the real model, as a folder."""
+    folder = tmp_path_factory.mktemp("shallow")
+    config = copy.deepcopy(original.config)
+    config.num_hidden_layers = BLOCKS
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    state = original.state_dict()
+    model.load_state_dict({name: state[name] for name in model.state_dict()})
+    model.save_pretrained(folder)
+    source.load_tokenizer().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def packed_folders(shallow: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Method -> its packed folder, worst first."""
+    root = tmp_path_factory.mktemp("packed")
+    for method in METHODS:
+        settings = {} if method == "rtn" else {"calibration": "news", "num_windows": 4, "window": 512}
+        quantize(shallow, root / method, Recipe(method=method, bits=3, embedding_bits=8, **settings))
+    return {method: root / method for method in METHODS}
 
 
 def test_gguf_gives_the_weights_that_transformers_gives(source: GgufSource, original: torch.nn.Module) -> None:
@@ -53,34 +75,44 @@ def test_gguf_gives_the_weights_that_transformers_gives(source: GgufSource, orig
     assert size.parameters == 134_515_008
 
 
-def test_each_method_is_nearer_to_the_original_than_the_one_before(demo_folder: Path, source: GgufSource) -> None:
-    quantize(source, demo_folder / "rtn-w3g128", Recipe(method="rtn", bits=3, embedding_bits=8))
-    names = ("rtn", "gptq", "dualfit")
-    windows = evaluation_windows("news", source.load_tokenizer(), 512, 2)
-    models = {name: load_model(demo_folder / f"{name}-w3g128") for name in names}
-    scores = score(models, windows, None, load_model(source))
-    for worse, better in itertools.pairwise(names):
-        assert scores[better].perplexity < 0.8 * scores[worse].perplexity
+def test_each_method_is_nearer_to_the_original_than_the_one_before(
+    packed_folders: dict[str, Path], shallow: Path, source: GgufSource
+) -> None:
+    windows = evaluation_windows("news", source.load_tokenizer(), 512, 4)
+    models = {name: load_model(folder) for name, folder in packed_folders.items()}
+    scores = score(models, windows, None, load_model(shallow))
+    for worse, better in itertools.pairwise(METHODS):
         assert scores[better].kl_divergence < 0.8 * scores[worse].kl_divergence
-    reports = [json.loads((demo_folder / f"{name}-w3g128" / "report.json").read_text()) for name in names]
+    reports = [json.loads((folder / "report.json").read_text()) for folder in packed_folders.values()]
     bits = [report["size"]["effective_bits"] for report in reports]
     assert bits[0] == bits[1]
     assert 3.0 < bits[0] < 3.2
     assert bits[2] - bits[1] <= 0.12
 
 
-def test_packed_real_model_is_small_and_equal_to_its_dense_form(demo_folder: Path, original: torch.nn.Module) -> None:
-    packed = load_model(demo_folder / "gptq-w3g128")
-    assert memory_bytes(packed) < 0.14 * memory_bytes(original)
+def test_packed_real_model_is_small_and_equal_to_its_dense_form(packed_folders: dict[str, Path], shallow: Path) -> None:
+    packed, dense = load_model(packed_folders["gptq"]), load_model(shallow)
+    assert memory_bytes(packed) < 0.2 * memory_bytes(dense)
     for path, module in packed_modules(packed).items():
-        original.get_submodule(path).weight.data = module.packed.dequantize()
+        dense.get_submodule(path).weight.data = module.packed.dequantize()
     ids = torch.arange(100, 164).unsqueeze(0)
     with torch.no_grad():
-        assert torch.equal(packed(ids).logits, original(ids).logits)
+        assert torch.equal(packed(ids).logits, dense(ids).logits)
 
 
-def test_packed_real_model_speaks(demo_folder: Path, source: GgufSource) -> None:
-    packed = load_model(demo_folder / "gptq-w3g128")
+@pytest.mark.slow
+def test_the_demo_speaks_and_its_best_model_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    demo(num_windows=2, window=256, max_windows=1, out=tmp_path)
+    table, *said = capsys.readouterr().out.split("says to")
+    assert len(said) == 2
+    assert all(len(text.split()) > 8 for text in said)
+    perplexity = {line.split()[0]: float(line.split()[1]) for line in table.splitlines() if "w3" in line}
+    gptq, best = perplexity.values()
+    assert best < 0.9 * gptq
+
+
+def test_packed_real_model_continues_a_prompt(packed_folders: dict[str, Path], source: GgufSource) -> None:
+    packed = load_model(packed_folders["gptq"])
     words = speak(packed, source.load_tokenizer(), "The capital of France is", 8)
     assert len(words.split()) >= 3
     prompt = chat_prompt(source.load_tokenizer(), "Say hello.")

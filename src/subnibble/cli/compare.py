@@ -74,7 +74,7 @@ def compare(
 
 
 def show(rows: Sequence[Row]) -> None:
-    """Print a comparison."""
+    """Print a comparison; columns that say the same of every model are left out."""
     columns = (
         "model", "perplexity", "KL", "top-1", "effective bits", "activation bits", "KV bytes a token", "model bits",
         "on disk", "in memory", "time",
@@ -95,7 +95,8 @@ def show(rows: Sequence[Row]) -> None:
         )
         for row in rows
     ]
-    table(columns, cells)
+    told = [index for index, column in enumerate(zip(*cells, strict=True)) if index == 0 or len(set(column)) > 1]
+    table([columns[index] for index in told], [[row[index] for index in told] for row in cells])
 
 
 def _asked(methods: list[str], widths: list[int]) -> list[tuple[int, str]]:

@@ -18,19 +18,20 @@ if TYPE_CHECKING:
     from subnibble.checkpoint.source import Source
 
 _METHODS = ("gptq", "dualfit")
-_PROMPTS = ("The capital of France is", "Water boils when", "In the morning, the children")
+_QUESTION = "Why is the sky blue?"
+_ANSWER_TOKENS = 32
 
 
 def demo(
-    bits: Annotated[str, typer.Option(help="Bits of a code; widths separated by commas.")] = "2,3",
-    num_windows: Annotated[int, typer.Option(help="Calibration windows.", min=1)] = 8,
+    bits: Annotated[str, typer.Option(help="Bits of a code; widths separated by commas.")] = "3",
+    num_windows: Annotated[int, typer.Option(help="Calibration windows.", min=1)] = 4,
     window: Annotated[int, typer.Option(help="Tokens of a window.", min=2)] = 1024,
-    max_windows: Annotated[int, typer.Option(help="Windows to score.", min=1)] = 8,
+    max_windows: Annotated[int, typer.Option(help="Windows to score.", min=1)] = 4,
     dtype: o.Dtype = None,
     out: Annotated[Path | None, typer.Option(help="Keep the checkpoints in this folder.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace checkpoints in --out.")] = False,
 ) -> None:
-    """Quantize SmolLM2-135M by GPTQ and by dualfit, compare both with the original, and let them speak."""
+    """Quantize SmolLM2-135M by GPTQ and by dualfit, compare both with the original, and let the best one speak."""
     file = find_model()
     from subnibble.checkpoint.opening import open_source
     from subnibble.evaluation.compare import compare, recipe_name
@@ -62,12 +63,10 @@ def demo(
 
 
 def _speak(original: Source, models: dict[str, Source | Path]) -> None:
-    from subnibble.generate.speak import speak
+    from subnibble.generate.speak import chat_prompt, speak
     from subnibble.hf import load_model
 
     tokenizer = original.load_tokenizer()
+    prompt = chat_prompt(tokenizer, _QUESTION)
     for name, path in models.items():
-        say(f"\n{name} says:")
-        loaded = load_model(path)
-        for prompt in _PROMPTS:
-            say(f"  {prompt} >{speak(loaded, tokenizer, prompt, 24)!r}")
+        say(f"\n{name} says to {_QUESTION!r}:\n  {speak(load_model(path), tokenizer, prompt, _ANSWER_TOKENS)!r}")
