@@ -42,7 +42,8 @@ from subnibble.tensor.cache_scheme import CacheScheme
 from subnibble.tensor.scheme import Scheme
 from subnibble.transforms.absorb import can_absorb
 from subnibble.transforms.input_basis import InputBasis
-from subnibble.tuning.train import Samples, held_out_loss
+from subnibble.tuning.samples import Samples
+from subnibble.tuning.train import held_out_loss
 
 
 @dataclass
