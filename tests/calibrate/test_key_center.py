@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from conftest import random_model
 from kv_calls import cache_of, passing
 from subnibble import Recipe, quantize
+from subnibble.calibrate.key_center import KeyMean
 from subnibble.checkpoint.manifest import packed_config_of, stored_shapes
 from subnibble.checkpoint.safetensors_source import SafetensorsSource
 from subnibble.errors import BadRecipe, CheckpointError
@@ -81,6 +82,18 @@ def keys_to_code(model: Any, ids: Tensor, monkeypatch: pytest.MonkeyPatch) -> li
         patch.setattr(TensorStore, "append", noted)
         logits(model, ids)
     return found
+
+
+@pytest.mark.parametrize(("enough", "windows_taken"), [(1, 1), (3, 1), (4, 2), (6, 2), (7, 3), (99, 5)])
+def test_the_mean_is_over_whole_windows_until_there_are_enough_tokens(enough: int, windows_taken: int) -> None:
+    keys = torch.randn(5, 2, 4, 3, generator=torch.Generator().manual_seed(0))
+    ordinary = torch.ones(5, 4, dtype=torch.bool)
+    ordinary[:, 0] = False
+    found = KeyMean(enough)
+    found.update(keys, ordinary)
+    assert found.is_full == (enough <= 15)
+    wanted = keys[:windows_taken, :, 1:].double().mean((0, 2))
+    torch.testing.assert_close(found.value, wanted, rtol=1e-14, atol=1e-14)
 
 
 @pytest.mark.parametrize("method", METHODS)

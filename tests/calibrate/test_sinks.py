@@ -131,8 +131,8 @@ def test_windows_of_other_sizes_do_not_change_what_is_a_sink_in_one() -> None:
     hidden = torch.ones(2, 6, 4)
     hidden[1] *= 1000
     hidden[0, 3] *= 50
-    together = ordinary_tokens(hidden).view(2, 6)
-    alone = torch.cat([ordinary_tokens(window.unsqueeze(0)) for window in hidden]).view(2, 6)
+    together = ordinary_tokens(hidden)
+    alone = torch.cat([ordinary_tokens(window.unsqueeze(0)) for window in hidden])
     assert torch.equal(together, alone)
     assert together[0].tolist() == [False, True, True, False, True, True]
     assert together[1].tolist() == [False, True, True, True, True, True]
@@ -159,7 +159,7 @@ def test_first_tokens_and_huge_ones_are_no_ordinary_tokens() -> None:
     expected = torch.ones(3, 5, dtype=torch.bool)
     expected[:, 0] = False
     expected[1, 3] = expected[2, 4] = False
-    assert torch.equal(ordinary_tokens(hidden), expected.flatten())
-    assert torch.equal(ordinary_tokens(hidden.bfloat16()), expected.flatten())
+    assert torch.equal(ordinary_tokens(hidden), expected)
+    assert torch.equal(ordinary_tokens(hidden.bfloat16()), expected)
     # It is the size beside the other tokens' that counts.
-    assert torch.equal(ordinary_tokens(hidden * 1e4), expected.flatten())
+    assert torch.equal(ordinary_tokens(hidden * 1e4), expected)

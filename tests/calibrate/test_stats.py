@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from subnibble.calibrate.stats import AbsMax, AbsMean, Drift, Gram, Mean
+from subnibble.calibrate.stats import AbsMax, AbsMean, Drift, Gram, Mean, Sample, WeightedMean
 
 CHANNELS = 37
 SPLITS = ((0, 1), (1, 64), (64, 64), (64, 203), (203, 260))
@@ -109,36 +109,6 @@ def test_oracle_rejects_planted_faults(kind: str) -> None:
 
 
 @every_kind
-def test_merge_of_parts_equals_update_with_all(kind: str) -> None:
-    x = whole_numbers()
-    merged = KINDS[kind]()
-    for a, b in SPLITS:
-        merged.merge(gathered(kind, x[a:b]))
-    assert torch.equal(merged.value, gathered(kind, x).value)
-    assert getattr(merged, "tokens", 260) == 260
-
-
-@every_kind
-def test_merge_of_parts_stays_within_rounding_on_any_input(kind: str) -> None:
-    x = tokens()
-    merged = gathered(kind, x[:101])
-    merged.merge(gathered(kind, x[101:]))
-    assert agrees(kind, merged.value, x)
-
-
-@every_kind
-def test_merge_is_symmetric_and_leaves_the_other_alone(kind: str) -> None:
-    x = tokens()
-    a, b = gathered(kind, x[:101]), gathered(kind, x[101:])
-    before = b.value.clone()
-    a.merge(b)  # type: ignore[arg-type]
-    assert torch.equal(b.value, before)
-    c = gathered(kind, x[:101])
-    b.merge(c)  # type: ignore[arg-type]
-    assert torch.equal(a.value, b.value)
-
-
-@every_kind
 def test_updates_and_merges_without_tokens_change_nothing(kind: str) -> None:
     nothing = torch.empty(0, CHANNELS)
     fresh = gathered(kind, nothing)
@@ -211,11 +181,6 @@ def pair(count: int = 260) -> tuple[Tensor, Tensor]:
     return x, wanted
 
 
-def whole_pair() -> tuple[Tensor, Tensor]:
-    x = whole_numbers()
-    return x, (x * 3).roll(1, 0)
-
-
 def drift_of(x: Tensor, wanted: Tensor, *cuts: int) -> Drift:
     drift = Drift(CHANNELS)
     for a, b in zip((0, *cuts), (*cuts, x.shape[0]), strict=True):
@@ -286,22 +251,6 @@ def test_drift_of_double_inputs_is_their_gram_matrix() -> None:
     assert torch.equal(drift_of(x, 2 * x).value, gathered("gram", x).value)
 
 
-def test_merge_of_drifts_equals_update_with_all_either_way_round() -> None:
-    x, wanted = whole_pair()
-    parts = [drift_of(x[a:b], wanted[a:b]) for a, b in SPLITS]
-    before = [part.value.clone() for part in parts]
-    merged = Drift(CHANNELS)
-    for part in parts:
-        merged.merge(part)
-    backwards = Drift(CHANNELS)
-    for part in reversed(parts):
-        backwards.merge(part)
-    assert torch.equal(merged.value, drift_of(x, wanted).value)
-    assert torch.equal(backwards.value, merged.value)
-    assert merged.tokens == drift_of(x, wanted).tokens == 260
-    assert all(torch.equal(part.value, old) for part, old in zip(parts, before, strict=True))
-
-
 def test_drift_leaves_the_tokens_alone_and_keeps_no_view_of_them() -> None:
     x, wanted = pair()
     kept = x.clone(), wanted.clone()
@@ -329,3 +278,25 @@ def test_sums_of_products_hold_numbers_whose_squares_leave_float32(size: float) 
     other.update(torch.ones(1, 7))
     other.merge(gram)
     torch.testing.assert_close(other.value.double(), wanted + 1, rtol=1e-5, atol=1e-5 * size**2)
+
+
+@pytest.mark.parametrize("every", [1, 7])
+def test_a_sample_is_every_so_many_th_token_and_a_copy(every: int) -> None:
+    x, sample = tokens(), Sample(CHANNELS, every=every)
+    assert sample.value.shape == (0, CHANNELS)
+    for a, b in SPLITS:
+        sample.update(x[a:b])
+    before = x[::every].clone()
+    assert torch.equal(sample.value, before)
+    x.zero_()
+    assert torch.equal(sample.value, before)
+    sample.update(x.bfloat16())
+    assert sample.value.dtype == torch.float32
+
+
+def test_a_weighted_mean_is_rounded_once() -> None:
+    assert WeightedMean().value == 0
+    mean = WeightedMean()
+    for number, weight in ((1e16, 1), (2.0, 3), (-1e16, 1)):
+        mean.update(number, weight)
+    assert mean.value == 6 / 5

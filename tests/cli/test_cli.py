@@ -7,13 +7,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from torch import Tensor
 
 from conftest import Run
 from subnibble.cli import console
 from subnibble.methods import METHODS
-from subnibble.pipeline import block_tuning
-from subnibble.tuning.train import Samples
+from subnibble.tuning.samples import Samples, TrainingWindows
 
 
 def test_quantize_evaluate_and_inspect_work_together(
@@ -147,14 +145,14 @@ def test_effort_reaches_the_method_that_tunes(run: Run, arguments: list[object],
 def test_steps_that_were_not_finite_are_told(
     run: Run, arguments: list[object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    samples_of = block_tuning.samples_of
+    value = TrainingWindows.value.fget
 
-    def spoiled(effort: object, hidden: object, exact: object, wanted: list[Tensor], *rest: object) -> Samples:
-        found = samples_of(effort, hidden, exact, wanted, *rest)
+    def spoiled(windows: TrainingWindows) -> Samples:
+        found = value(windows)
         found.wanted[0] = float("nan")
         return found
 
-    monkeypatch.setattr(block_tuning, "samples_of", spoiled)
+    monkeypatch.setattr(TrainingWindows, "value", property(spoiled))
     code, _, err = run(*arguments, "--method", "bisup", "--activation-bits", 4, "--effort", "fast")
     assert code == 0, err
     assert "tuning left out steps that were not finite in 3 of 3 blocks, model.layers.0 the first" in err

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,11 @@ import subnibble
 from subnibble import Recipe
 from subnibble.arch import find_arch
 from subnibble.arch.site import Heads
+from subnibble.calibrate.stats import value_over
 from subnibble.calibrate.windows import calibration_windows
 from subnibble.checkpoint.entries import NormBiasEntry
 from subnibble.checkpoint.manifest import packed_config_of
-from subnibble.corrections.mean_shift import mean_shift
+from subnibble.corrections.mean_shift import MeanShift
 from subnibble.errors import BadRecipe, NumericalFailure
 from subnibble.methods import METHODS
 from subnibble.model.skeleton import Block
@@ -39,6 +40,10 @@ def tokens(seed: int) -> Tensor:
 def batches(wanted: Tensor, found: Tensor, size: int = 3) -> Batches:
     """As the pipeline hands them over: a few windows at a time, flattened to tokens."""
     return [(a.flatten(0, 1), b.flatten(0, 1)) for a, b in zip(wanted.split(size), found.split(size), strict=True)]
+
+
+def mean_shift(outputs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    return value_over(MeanShift(CHANNELS), outputs)
 
 
 def squared_error(wanted: Tensor, found: Tensor, bias: Tensor) -> Tensor:
@@ -100,7 +105,7 @@ def test_batches_of_any_size_and_type_give_the_same_bias() -> None:
 def test_the_bias_is_kept_within_ten() -> None:
     shift = torch.tensor([25.0, -25.0, 9.5, -9.5, 10.0])
     found = tokens(0)[..., 10:15]
-    bias = mean_shift(batches(found + shift, found))
+    bias = value_over(MeanShift(5), batches(found + shift, found))
     assert torch.equal(bias[:2], torch.tensor([10.0, -10.0]))
     assert torch.allclose(bias[2:], torch.tensor([9.5, -9.5, 10.0]), atol=1e-5)
 

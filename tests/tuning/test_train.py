@@ -13,7 +13,8 @@ from test_block import TOKENS, Case
 from subnibble.errors import BadRecipe
 from subnibble.tuning import train
 from subnibble.tuning.block import TunedBlock
-from subnibble.tuning.train import Samples, held_out_loss, train_
+from subnibble.tuning.samples import Samples
+from subnibble.tuning.train import held_out_loss, train_
 from subnibble.tuning.tuning import Effort, Tuning
 
 EFFORT = Effort(windows=16, tokens=TOKENS, first=2, second=2, batch=2 * TOKENS)

@@ -22,6 +22,45 @@ from subnibble.tensor.cache_scheme import CacheScheme
 _TOKENS = 8192
 
 
+class KeyMean:
+    """Mean of ordinary tokens' keys over the first windows that hold `enough` of them: a `Statistic`, merged in order.
+
+    The window in which the last of them comes counts whole, and none after it. Sums are kept by window: where parts
+    were cut leaves no trace, not even in rounding.
+    """
+
+    def __init__(self, enough: int = _TOKENS) -> None:
+        self._enough = enough
+        # Of each window: the sum of its keys (heads, width) float64, and how many they are.
+        self._windows: list[tuple[Tensor, int]] = []
+
+    @property
+    def is_full(self) -> bool:
+        """Whether no window that comes would count."""
+        return sum(count for _, count in self._windows) >= self._enough
+
+    def update(self, keys: Tensor, ordinary: Tensor) -> None:
+        """Add windows. keys: (windows, heads, tokens, width). ordinary: (windows, tokens) bool, tokens that count."""
+        for window, mask in zip(keys, ordinary.to(keys.device), strict=True):
+            if self.is_full:
+                return
+            self._windows.append((window[:, mask].double().sum(1), int(mask.sum())))
+
+    def merge(self, other: KeyMean) -> None:
+        """See `Statistic`."""
+        for total, count in other._windows:
+            if self.is_full:
+                return
+            self._windows.append((total, count))
+
+    @property
+    def value(self) -> Tensor:
+        """See `Statistic`: (heads, width) float64, of one window at least."""
+        (first, _), *others = self._windows
+        total = sum((own.to(first.device) for own, _ in others), first)
+        return total / max(sum(count for _, count in self._windows), 1)
+
+
 def coding_of(block: Block, scheme: CacheScheme | None, hidden: list[Tensor], call: BlockCall) -> Coding | None:
     """How the block's cache quantizes by `scheme`, None for not at all.
 
@@ -36,17 +75,13 @@ def coding_of(block: Block, scheme: CacheScheme | None, hidden: list[Tensor], ca
 def _mean(block: Block, scheme: CacheScheme, hidden: list[Tensor], call: BlockCall) -> Tensor:
     """(heads, width) float16: of ordinary tokens' keys in the basis in which they are quantized."""
     device = next(block.module.parameters()).device
-    sums: list[Tensor] = []
-    count = 0
+    found = KeyMean()
     for batch in hidden:
-        keys = _keys(block, batch.to(device), call)
-        coded = as_coded(keys, scheme, call.positions).transpose(0, 1).flatten(1, 2)
-        ordinary = ordinary_tokens(batch)
-        sums.append(coded[:, ordinary.to(device)].double().sum(1))
-        count += int(ordinary.sum())
-        if count >= _TOKENS:
+        if found.is_full:
             break
-    mean = (sum(sums[1:], sums[0]) / max(count, 1)).to(torch.float16)
+        keys = _keys(block, batch.to(device), call)
+        found.update(as_coded(keys, scheme, call.positions), ordinary_tokens(batch))
+    mean = found.value.to(torch.float16)
     if not bool(mean.isfinite().all()):
         raise NumericalFailure(f'{block.path}: the mean of its keys does not fit float16; use key_center = "none"')
     return mean

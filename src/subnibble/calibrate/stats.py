@@ -1,13 +1,18 @@
-"""Statistics of a site's tensor, gathered while activations stream through.
+"""Statistics: all that is learned from calibration windows while they stream through, as accumulators.
 
-Each is an accumulator: `update` with tokens, `merge` another one of its kind (from another process), read `value`.
-The order of updates and merges changes a value by rounding alone.
+`update` with a batch, `merge` another one of the same kind (from another process), read `value`. The law, which
+`tests/test_statistics.py` holds every one of them to: however windows are split into parts and batches, parts updated
+on their own and merged have the value of one pass over all. Statistics that take windows in order (`KeyMean`,
+`MassivePlaces`, `TrainingWindows`) are merged in the order of the windows, all others in any order.
+
+Here are those of a site's tensor; the others lie beside what they serve.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Protocol, Self
+import math
+from collections.abc import Iterable, Iterator
+from typing import Protocol, Self, TypeVar, TypeVarTuple
 
 import torch
 from torch import Tensor
@@ -18,18 +23,29 @@ _PANEL = 256
 _LEAST, _MOST = 2.0**-50, 2.0**50
 
 
-class Statistic(Protocol):
-    """Accumulates over tokens."""
+Batch = TypeVarTuple("Batch")
+Value_co = TypeVar("Value_co", covariant=True)
 
-    def update(self, x: Tensor) -> None:
-        """Add tokens. x: (tokens, channels)."""
+
+class Statistic(Protocol[*Batch, Value_co]):
+    """Accumulates over batches."""
+
+    def update(self, *batch: *Batch) -> None:
+        """Add a batch. Of one tensor: (tokens, channels)."""
 
     def merge(self, other: Self) -> None:
-        """Add everything that `other` has seen."""
+        """Add everything that `other` has seen, and leave `other` as it is."""
 
     @property
-    def value(self) -> Tensor:
-        """The statistic over all tokens seen."""
+    def value(self) -> Value_co:
+        """The statistic over all that was seen."""
+
+
+def value_over(statistic: Statistic[*Batch, Value_co], batches: Iterable[tuple[*Batch]]) -> Value_co:
+    """The value once `statistic` has seen all batches."""
+    for batch in batches:
+        statistic.update(*batch)
+    return statistic.value
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
@@ -80,7 +96,6 @@ class Drift:
 
     def __init__(self, channels: int, device: torch.device | str = "cpu") -> None:
         self._sum = torch.zeros(channels, channels, dtype=torch.float32, device=device)
-        self.tokens = 0
 
     def update(self, x: Tensor, wanted: Tensor) -> None:
         """Add tokens. x: (tokens, channels), as fed now; wanted: x~, the same tokens' in the full-precision model."""
@@ -88,12 +103,10 @@ class Drift:
         dtype = torch.promote_types(dtype, product_dtype(wanted))
         self._sum, now = self._sum.to(dtype), x.to(dtype)
         self._sum.addmm_((wanted.to(dtype) - now).T, now)
-        self.tokens += x.shape[0]
 
     def merge(self, other: Drift) -> None:
         """See `Statistic`."""
         self._sum = self._sum + other._sum.to(self._sum.device)
-        self.tokens += other.tokens
 
     @property
     def value(self) -> Tensor:
@@ -151,3 +164,58 @@ class AbsMean(Mean):
     def update(self, x: Tensor) -> None:
         """See `Statistic`."""
         super().update(x.abs())
+
+
+class Sample:
+    """Every so-many-th token: (tokens, channels) float32, in the order of the text.
+
+    every: 1 takes all. first: the number, in the whole text, of the first token that comes; tokens are counted over the
+    whole text, so that batches and parts take the same ones.
+    """
+
+    def __init__(self, channels: int, device: torch.device | str = "cpu", every: int = 1, first: int = 0) -> None:
+        self._every, self._next = every, first
+        # By the number of the first token of the batch that they come from.
+        self._taken = {first: torch.empty(0, channels, device=device)}
+        self._device = device
+
+    def update(self, x: Tensor) -> None:
+        """See `Statistic`."""
+        # A copy, lest a view keep all of x.
+        self._taken[self._next] = x[-self._next % self._every :: self._every].to(torch.float32, copy=True)
+        self._next += x.shape[0]
+
+    def merge(self, other: Sample) -> None:
+        """See `Statistic`."""
+        for first, taken in other._taken.items():
+            if taken.shape[0]:
+                self._taken[first] = taken.to(self._device)
+        self._next = max(self._next, other._next)
+
+    @property
+    def value(self) -> Tensor:
+        """See `Statistic`: (tokens, channels)."""
+        return torch.cat([self._taken[first] for first in sorted(self._taken)])
+
+
+class WeightedMean:
+    """Mean of numbers, of batches with so many parts each, say losses; rounded once, so that no order matters."""
+
+    def __init__(self) -> None:
+        self._products: list[float] = []
+        self._weight = 0
+
+    def update(self, number: float, weight: int) -> None:
+        """Add the mean over `weight` parts."""
+        self._products.append(number * weight)
+        self._weight += weight
+
+    def merge(self, other: WeightedMean) -> None:
+        """See `Statistic`."""
+        self._products += other._products
+        self._weight += other._weight
+
+    @property
+    def value(self) -> float:
+        """See `Statistic`; 0 of nothing."""
+        return math.fsum(self._products) / max(self._weight, 1)

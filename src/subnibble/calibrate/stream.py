@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from subnibble.arch.site import Site, Tail
-from subnibble.calibrate.stats import AbsMax, AbsMean, Gram
+from subnibble.calibrate.stats import AbsMax, AbsMean, Gram, Sample
 from subnibble.errors import NumericalFailure
 from subnibble.model.skeleton import Block
 from subnibble.model.transformers_api.blocks import BlockCall, run_block
@@ -33,7 +33,7 @@ class SiteStatistics:
     """What transforms may know of a block that is not quantized yet, by name of the site; see `stats.py`.
 
     grams: (channels, channels). mean_sizes, largest: (channels,), of magnitudes. samples: (tokens, channels) float32,
-    spread evenly over the windows. schemes, activations: of each linear's weight and input, None if it stays as it is.
+    spread evenly over the text. schemes, activations: of each linear's weight and input, None if it stays as it is.
     """
 
     grams: Mapping[str, Tensor]
@@ -88,17 +88,18 @@ class BlockStream:
         sizes: dict[str, Tensor] = {}
         largest: dict[str, Tensor] = {}
         samples: dict[str, Tensor] = {}
+        every = max(1, sum(batch.shape[0] * batch.shape[1] for batch in self._hidden) // _SAMPLES)
         for site in self._block.arch.sites:
             channels = self._block.linear(site.readers[0]).in_features
             gram, size, top = (kind(channels, self._device) for kind in (Gram, AbsMean, AbsMax))
-            kept = []
+            sample = Sample(channels, self._device, every)
             for x in self.at(site):
                 gram.update(x)
                 size.update(x)
                 top.update(x)
-                kept.append(x[:: max(1, x.shape[0] * len(self._hidden) // _SAMPLES)].float())
+                sample.update(x)
             grams[site.name], sizes[site.name], largest[site.name] = gram.value, size.value, top.value
-            samples[site.name] = torch.cat(kept)
+            samples[site.name] = sample.value
         inputs = dict.fromkeys(schemes) if activations is None else activations
         return SiteStatistics(grams, sizes, largest, samples, schemes, inputs)
 

@@ -7,8 +7,6 @@ With y_t the norm's output before the linears in front of it were quantized and 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 
@@ -25,20 +23,27 @@ def check_mean_shift(form: str) -> None:
         raise BadRecipe(f"mean_shift is {form!r}; choose one of {', '.join(FORMS)}")
 
 
-def mean_shift(outputs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-    """The bias (channels,) float32, kept within -10 .. 10, as in the released program.
+class MeanShift:
+    """The bias (channels,) float32, kept within -10 .. 10, as in the released program: a `Statistic`."""
 
-    outputs: batches of (wanted, found): the norm's outputs (tokens, channels) before and after quantization. Raises
-    `NumericalFailure` where they are not finite.
-    """
-    mean: Mean | None = None
-    for wanted, found in outputs:
-        mean = mean or Mean(wanted.shape[1], wanted.device)
-        mean.update(wanted.float() - found.float())
-    assert mean is not None
-    if not bool(torch.isfinite(mean.value).all()):
-        raise NumericalFailure(
-            "the mean shift of a norm is not finite: hidden states left the range of the type they are computed "
-            'in; use dtype = "bfloat16" or "float32"'
-        )
-    return mean.value.clamp(-_LARGEST, _LARGEST)
+    def __init__(self, channels: int, device: torch.device | str = "cpu") -> None:
+        self._mean = Mean(channels, device)
+
+    def update(self, wanted: Tensor, found: Tensor) -> None:
+        """Add tokens: the norm's outputs (tokens, channels) before and after quantization."""
+        self._mean.update(wanted.float() - found.float())
+
+    def merge(self, other: MeanShift) -> None:
+        """See `Statistic`."""
+        self._mean.merge(other._mean)
+
+    @property
+    def value(self) -> Tensor:
+        """See `Statistic`: (channels,). Raises `NumericalFailure` where outputs were not finite."""
+        mean = self._mean.value
+        if not bool(torch.isfinite(mean).all()):
+            raise NumericalFailure(
+                "the mean shift of a norm is not finite: hidden states left the range of the type they are computed "
+                'in; use dtype = "bfloat16" or "float32"'
+            )
+        return mean.clamp(-_LARGEST, _LARGEST)

@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from subnibble.calibrate.stats import WeightedMean
 from subnibble.checkpoint.manifest import PackedConfig
 from subnibble.checkpoint.safetensors_source import SafetensorsSource
 from subnibble.checkpoint.source import Source
@@ -152,12 +153,11 @@ class _Training:
         """The loss on held-out windows, of the model as it would be stored."""
         # What the original says of all of them would be large to keep: a number for each token and word.
         with torch.no_grad(), self.student.as_stored():
-            losses = [
-                float(_divergence(self.teacher.log_shares(ids), self.student.logits(ids))) * ids.shape[0]
-                for ids in self.samples.held_out.split(self.samples.together)
-            ]
+            loss = WeightedMean()
+            for ids in self.samples.held_out.split(self.samples.together):
+                loss.update(float(_divergence(self.teacher.log_shares(ids), self.student.logits(ids))), ids.shape[0])
         self.student.forget()
-        return math.fsum(losses) / len(self.samples.held_out)
+        return loss.value
 
     def _step(self, ids: Tensor, optimizer: torch.optim.Optimizer) -> float:
         """One step; its loss, or nan, and no step, where it is not finite."""

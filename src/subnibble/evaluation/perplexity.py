@@ -57,7 +57,7 @@ def score(
     """
     if windows.shape[1] < 2:
         raise CalibrationError("a window of 1 token leaves nothing to score; use --window 2 or more")
-    totals = {name: _Totals() for name in models}
+    totals = {name: Totals() for name in models}
     for number, window in enumerate(windows):
         target = None if reference is None else _log_probabilities(reference, window, bos)
         if target is not None and math.isnan(float(target.amax())):
@@ -65,47 +65,59 @@ def score(
         for name, model in models.items():
             known = target if model is reference else None
             predicted = _log_probabilities(model, window, bos) if known is None else known
-            totals[name].add(predicted, window, target)
-            if not math.isfinite(totals[name].loss) or math.isnan(totals[name].divergence):
+            totals[name].update(predicted, window, target)
+            if not totals[name].is_finite:
                 raise NumericalFailure(f"{name}: the loss on window {number} is not finite{_REMEDY}")
         progress(number + 1, len(windows), "windows")
-    return {
-        name: Scores(
-            total.perplexity(),
-            windows.shape[0],
-            windows.shape[1],
-            bos is not None,
-            None if reference is None else total.divergence / total.tokens,
-            None if reference is None else total.agreed / total.tokens,
-        )
-        for name, total in totals.items()
-    }
+    (count, length), found = windows.shape, {}
+    for name, total in totals.items():
+        perplexity, divergence, agreement = total.value
+        found[name] = Scores(perplexity, count, length, bos is not None, divergence, agreement)
+    return found
 
 
-class _Totals:
-    """Sums over tokens, in float64."""
+class Totals:
+    """Sums over tokens, in float64: a `Statistic` of perplexity, mean divergence and agreement."""
 
     def __init__(self) -> None:
-        self.loss = self.divergence = 0.0
-        self.agreed = self.tokens = 0
+        self._loss = self._divergence = 0.0
+        self._tokens = self._compared = self._agreed = 0
 
-    def add(self, predicted: Tensor, window: Tensor, target: Tensor | None) -> None:
-        """predicted, target: log probabilities (length - 1, vocabulary) of the tokens 1.. of the window."""
+    def update(self, predicted: Tensor, window: Tensor, target: Tensor | None = None) -> None:
+        """Add a window. predicted, target: log probabilities (length - 1, vocabulary) of its tokens 1.. ."""
         truth = window[1:].to(predicted.device)
-        self.loss -= float(predicted.gather(1, truth.unsqueeze(1)).sum(dtype=torch.float64))
-        self.tokens += truth.shape[0]
+        self._loss -= float(predicted.gather(1, truth.unsqueeze(1)).sum(dtype=torch.float64))
+        self._tokens += truth.shape[0]
         if target is None:
             return
+        self._compared += truth.shape[0]
         for p, q in zip(target.split(_POSITIONS), predicted.split(_POSITIONS), strict=True):
             # A token that the reference rules out (-inf) adds nothing.
             distance = torch.where(p == -torch.inf, 0.0, p.exp() * (p - q))
-            self.divergence += float(distance.sum(dtype=torch.float64))
-            self.agreed += int((p.argmax(1) == q.argmax(1)).sum())
+            self._divergence += float(distance.sum(dtype=torch.float64))
+            self._agreed += int((p.argmax(1) == q.argmax(1)).sum())
 
-    def perplexity(self) -> float:
-        """Exp of the mean loss; infinite where that overflows."""
-        mean = self.loss / self.tokens
-        return math.exp(mean) if mean < 700 else math.inf
+    def merge(self, other: Totals) -> None:
+        """See `Statistic`."""
+        self._loss += other._loss
+        self._divergence += other._divergence
+        self._tokens += other._tokens
+        self._compared += other._compared
+        self._agreed += other._agreed
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether all that was seen predicted numbers. A divergence may be infinite."""
+        return math.isfinite(self._loss) and not math.isnan(self._divergence)
+
+    @property
+    def value(self) -> tuple[float, float | None, float | None]:
+        """Perplexity, infinite where it overflows; mean divergence and agreement, None without targets."""
+        mean = self._loss / self._tokens
+        perplexity = math.exp(mean) if mean < 700 else math.inf
+        if not self._compared:
+            return perplexity, None, None
+        return perplexity, self._divergence / self._compared, self._agreed / self._compared
 
 
 def _log_probabilities(model: nn.Module, window: Tensor, bos: int | None) -> Tensor:

@@ -15,9 +15,10 @@ from torch import Tensor
 from subnibble.arch.site import Site
 from subnibble.calibrate.key_center import coding_of
 from subnibble.calibrate.prefix import PrefixStep, States, behind
+from subnibble.calibrate.stats import value_over
 from subnibble.calibrate.stream import BlockStream
 from subnibble.corrections.correction import Rounded
-from subnibble.corrections.mean_shift import mean_shift
+from subnibble.corrections.mean_shift import MeanShift
 from subnibble.methods.method import Steps
 from subnibble.model.skeleton import Block
 from subnibble.model.transformers_api.blocks import BlockCall, run_block
@@ -41,7 +42,8 @@ from subnibble.tensor.cache_scheme import CacheScheme
 from subnibble.tensor.scheme import Scheme
 from subnibble.transforms.absorb import can_absorb
 from subnibble.transforms.input_basis import InputBasis
-from subnibble.tuning.train import Samples, held_out_loss
+from subnibble.tuning.samples import Samples
+from subnibble.tuning.train import held_out_loss
 
 
 @dataclass
@@ -213,9 +215,9 @@ class BlockRun:
     def _shift(self, site: Site, norm_name: str, teacher: BlockStream) -> None:
         with self.clock.step("mean shift"):
             outputs = zip(teacher.at(site), self.stream.at(site), strict=True)
-            bias = mean_shift(outputs).to(torch.float16).float()
-            norm = self.block.module.get_submodule(norm_name)
-            add_output_bias_(norm, bias.to(self.block.gain(norm_name).dtype))
+            gain = self.block.gain(norm_name)
+            bias = value_over(MeanShift(gain.shape[0], gain.device), outputs).to(torch.float16).float()
+            add_output_bias_(self.block.module.get_submodule(norm_name), bias.to(gain.dtype))
             self.exact[f"{norm_name}.bias"] = bias
 
     def _observe(self, site: Site, stacks: list[Stack]) -> dict[View, Observed]:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from subnibble.calibrate.prefix import States
-from subnibble.calibrate.sinks import ordinary_tokens
+from subnibble.calibrate.stats import value_over
 from subnibble.calibrate.stream import BlockStream
 from subnibble.corrections.correction import Correction, Rounded
-from subnibble.errors import CalibrationError, NumericalFailure
+from subnibble.errors import NumericalFailure
 from subnibble.methods.method import Steps
 from subnibble.model.skeleton import Block
 from subnibble.model.transformers_api.blocks import BlockCall
@@ -31,13 +31,12 @@ from subnibble.tensor.packed import PackedRange, PackedTensor
 from subnibble.transforms.input_basis import InputBasis
 from subnibble.tuning.block import TunedBlock
 from subnibble.tuning.linear import Frame
-from subnibble.tuning.train import Samples, Trained, held_out_loss, train_
-from subnibble.tuning.tuning import EFFORTS, Effort, Tuning
+from subnibble.tuning.samples import Samples, TrainingWindows
+from subnibble.tuning.train import Trained, held_out_loss, train_
+from subnibble.tuning.tuning import EFFORTS, Tuning
 
 # Windows over which inputs are looked at before factors start.
 _LOOKED_AT = 8
-# Of what a block adds to the energy of its outputs, lest errors are measured against nothing.
-_SMALLEST_SHARE = 1e-6
 
 
 @dataclass
@@ -136,7 +135,8 @@ class Tuner:
             effort = EFFORTS[self.tuning.effort]
             device = next(block.module.parameters()).device
             call = self.calls[block.index]
-            samples = samples_of(effort, streams.hidden, exact, outputs, call, device)
+            windows = TrainingWindows(effort, call, device)
+            samples = value_over(windows, zip(streams.hidden, exact, outputs, strict=True))
             tuned, trained = self._train(block, self._frame(block, bases, prefix, coding), samples)
             tuned.settle_(block)
         return BlockTuning(tuned, samples, trained, reference, outputs)
@@ -168,44 +168,3 @@ class Tuner:
         effort = EFFORTS[self.tuning.effort]
         trained = train_(tuned, samples, effort, generator, lambda loss: self.told(block.index, loss))
         return tuned, replace(trained, before=plain)
-
-
-def samples_of(
-    effort: Effort,
-    hidden: list[Tensor],
-    exact: list[Tensor],
-    wanted: list[Tensor],
-    call: BlockCall,
-    device: torch.device,
-) -> Samples:
-    """What to train on: the first tokens of the first windows.
-
-    hidden, exact: the block's inputs in the quantized and the full-precision chain, batches (windows, tokens,
-    channels); wanted: its outputs in the latter. call: of the block, for as many tokens.
-    """
-    # A token may become a sink in this very block.
-    ordinary = [
-        (ordinary_tokens(before) & ordinary_tokens(after)).view(before.shape[:2])
-        for before, after in zip(exact, wanted, strict=True)
-    ]
-    inputs, before, after, usual = (_first(parts, effort).to(device) for parts in (hidden, exact, wanted, ordinary))
-    if not bool(usual[:, 1:].any(1).all()):
-        raise CalibrationError(
-            "a calibration window holds no token to tune on, only its first one and attention sinks; use longer windows"
-        )
-    added = (after.float() - before.float()).square().sum(-1)
-    # An idle block adds nothing, and its error is that of its inputs.
-    least = _SMALLEST_SHARE * float(after.float().square().sum(-1)[usual].mean())
-    energy = max(float(added[usual].mean()), least, torch.finfo(torch.float32).tiny)
-    return Samples(inputs, after, usual, energy, call)
-
-
-def _first(batches: list[Tensor], effort: Effort) -> Tensor:
-    """The first tokens of the first windows, as a tensor of their own."""
-    found, missing = [], effort.windows
-    for batch in batches:
-        found.append(batch[:missing, : effort.tokens])
-        missing -= found[-1].shape[0]
-        if not missing:
-            break
-    return torch.cat(found)

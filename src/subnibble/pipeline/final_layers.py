@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from subnibble.calibrate.stats import value_over
 from subnibble.checkpoint.entries import Entry, NormBiasEntry, PackedLinearEntry, input_mix_state
-from subnibble.corrections.mean_shift import mean_shift
+from subnibble.corrections.mean_shift import MeanShift
 from subnibble.model.skeleton import Skeleton
 from subnibble.report.clock import Clock
 from subnibble.rounding.table import as_stored, pack_table
@@ -46,7 +47,8 @@ class AfterBlocks:
                     yield before, after
 
             with self.clock.step("mean shift"), torch.no_grad():
-                bias = mean_shift(outputs()).to(torch.float16)
+                shift = MeanShift(gain.shape[0], skeleton.device)
+                bias = value_over(shift, outputs()).to(torch.float16)
             tensors[f"{path}.bias"] = bias
             entries[path] = NormBiasEntry(bias.shape[0])
             skeleton.release(path)

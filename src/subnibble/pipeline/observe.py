@@ -54,7 +54,7 @@ class Observed:
 
 @dataclass(frozen=True)
 class Watch:
-    """Gathers what `Observed` holds, of k channels; drift, sizes: None where it is not needed."""
+    """Gathers what `Observed` holds, of k channels: a `Statistic`. drift, sizes: None where it is not needed."""
 
     gram: Gram
     drift: Drift | None
@@ -76,6 +76,14 @@ class Watch:
             self.sizes.update(seen)
         if self.drift is not None and target is not None:
             self.drift.update(seen, target)
+
+    def merge(self, other: Watch) -> None:
+        """See `Statistic`. other: one that needs the same."""
+        self.gram.merge(other.gram)
+        if self.sizes is not None and other.sizes is not None:
+            self.sizes.merge(other.sizes)
+        if self.drift is not None and other.drift is not None:
+            self.drift.merge(other.drift)
 
     @property
     def value(self) -> Observed:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from subnibble.calibrate.stats import AbsMax
+from subnibble.calibrate.stats import AbsMax, value_over
 from subnibble.calibrate.stream import BlockStream
 from subnibble.model.skeleton import Block
 from subnibble.transforms.permute import permute_residual_
@@ -57,10 +57,8 @@ def residual_order(blocks: Iterable[tuple[Block, BlockStream]]) -> ResidualOrder
         for site in block.arch.sites:
             if site.norm is not None:
                 gain = block.gain(site.norm)
-                largest = AbsMax(gain.shape[0], gain.device)
-                for x in stream.at(site):
-                    largest.update(x)
-                scores.append(_relative(largest.value))
+                largest = value_over(AbsMax(gain.shape[0], gain.device), zip(stream.at(site), strict=True))
+                scores.append(_relative(largest))
     return ResidualOrder(torch.sort(torch.stack(scores).mean(0), descending=True, stable=True).indices)
 
 

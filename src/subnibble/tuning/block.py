@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from subnibble.arch.site import Site
 from subnibble.calibrate.prefix import States, with_past
+from subnibble.calibrate.stats import AbsMax
 from subnibble.model.skeleton import Block
 from subnibble.model.transformers_api.blocks import BlockCache, BlockCall, run_block
 from subnibble.rounding.fixed import FixedGrids
@@ -103,10 +104,10 @@ class TunedBlock:
 
     def largest(self, hidden: Tensor, call: BlockCall, ordinary: Tensor) -> dict[str, Tensor]:
         """Largest magnitudes (channels,) of each site's tensor over the ordinary tokens, (b, t) bool."""
-        found: dict[str, Tensor] = {}
+        found: dict[str, AbsMax] = {}
 
         def note(name: str, x: Tensor) -> None:
-            found[name] = x.detach()[ordinary].abs().amax(0).float()
+            found.setdefault(name, AbsMax(x.shape[-1], x.device)).update(x.detach()[ordinary])
 
         handles = [
             self.linears[site.readers[0]].register_forward_pre_hook(lambda _, args, name=site.name: note(name, args[0]))
@@ -116,7 +117,7 @@ class TunedBlock:
             self(hidden, call)
         for handle in handles:
             handle.remove()
-        return found
+        return {name: largest.value for name, largest in found.items()}
 
     def settle_(self, block: Block) -> None:
         """Carry out on the float32 `block` what was learned: factors folded, slacks and low-rank parts merged. This

@@ -20,9 +20,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from subnibble.calibrate.stats import WeightedMean
 from subnibble.model.transformers_api.blocks import BlockCall
 from subnibble.model.transformers_api.names import never_called
 from subnibble.tuning.block import TunedBlock
+from subnibble.tuning.samples import Samples
 from subnibble.tuning.tuning import Effort
 
 # Of AdamW, by parameter space; that of low-rank parts is the tuning's own.
@@ -30,39 +32,12 @@ _RATES = {"clipping": 3e-2, "input_clipping": 1e-2, "smoothing": 1e-2}
 _LAST_RATE = 0.05
 _WARM_UP = 0.1
 _LARGEST_GRADIENT = 1.0
-# One window in so many is held out.
-_HELD_OUT = 8
 # Tokens of held-out windows that are run together: weights are rounded anew each time.
 _LOOKED_AT_TOGETHER = 2048
 # Epochs without a better state after which a stage ends.
 _PATIENCE = 5
 # Steps on end that are not finite after which what is learned must be at fault, not a window.
 _LOST = 4
-
-
-@dataclass(frozen=True)
-class Samples:
-    """What a block is trained on. inputs, wanted: (n, t, d), of the quantized chain and the block's outputs in the
-    full-precision chain. ordinary: (n, t) bool, tokens that count. energy: of what the full-precision block adds to a
-    token. call: of the block, for t tokens.
-    """
-
-    inputs: Tensor
-    wanted: Tensor
-    ordinary: Tensor
-    energy: float
-    call: BlockCall
-
-    @property
-    def held_out(self) -> range:
-        """Windows that are only looked at."""
-        count = self.inputs.shape[0]
-        return range(count - max(1, count // _HELD_OUT), count)
-
-    @property
-    def trained(self) -> int:
-        """How many first windows are trained on."""
-        return self.held_out.start
 
 
 @dataclass(frozen=True)
@@ -126,12 +101,11 @@ def train_(
 def held_out_loss(block: Callable[[Tensor, BlockCall], Tensor], samples: Samples) -> float:
     """The loss on held-out windows, without penalty. block: hidden states (b, t, d) and a call, to the output."""
     together = max(1, _LOOKED_AT_TOGETHER // samples.inputs.shape[1])
-    errors, tokens = 0.0, 0
+    loss = WeightedMean()
     with torch.no_grad():
         for batch in torch.tensor(samples.held_out).split(together):
-            count = int(samples.ordinary[batch].sum())
-            errors, tokens = errors + float(_loss(block, samples, batch)) * count, tokens + count
-    return errors / max(tokens, 1)
+            loss.update(float(_loss(block, samples, batch)), int(samples.ordinary[batch].sum()))
+    return loss.value
 
 
 def _step_(
