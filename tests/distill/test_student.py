@@ -194,7 +194,7 @@ def test_one_setting_lets_its_own_move_and_nothing_else(name: str, space: str) -
 @pytest.mark.parametrize("activation", INPUTS)
 def test_gradients_of_column_scales_are_those_of_the_inputs_that_they_multiply(activation: str) -> None:
     # Of y = f(x c (1 + δ)): (1 + δ_j) dL/dδ_j = Σ_t x_tj dL/dx_tj.
-    terms = replace(TERMS["scaled"], activation=INPUTS[activation], column_scale=1 + drawn(COLUMNS, seed=6) / 8)
+    terms = changed(TERMS["scaled"], activation=INPUTS[activation], column_scale=1 + drawn(COLUMNS, seed=6) / 8)
     linear, x = moved(student(terms)), drawn(TOKENS, COLUMNS, seed=4).requires_grad_(True)
     columns = linear.entrance.columns
     assert columns is not None
@@ -206,7 +206,7 @@ def test_gradients_of_column_scales_are_those_of_the_inputs_that_they_multiply(a
 
 
 def test_gradients_of_column_scales_are_finite_differences() -> None:
-    terms = replace(TERMS["scaled"], activation=None, column_scale=1 + drawn(COLUMNS, seed=6) / 8)
+    terms = changed(TERMS["scaled"], activation=None, column_scale=1 + drawn(COLUMNS, seed=6) / 8)
     linear, x, upstream = student(terms), drawn(TOKENS, COLUMNS, seed=4), drawn(TOKENS, ROWS, seed=5)
     columns, scales = linear.entrance.columns, terms.input.column_scale
     assert columns is not None
@@ -242,7 +242,7 @@ def test_readers_of_one_entrance_store_the_column_scales_that_they_share() -> No
 
 
 def test_factors_keep_their_signs_and_stay_finite() -> None:
-    terms = replace(TERMS["scaled"], column_scale=torch.tensor([-1.0, 40000.0, 1e-3, 1.0] * 10).half())
+    terms = changed(TERMS["scaled"], column_scale=torch.tensor([-1.0, 40000.0, 1e-3, 1.0] * 10).half())
     linear = student(terms)
     for far in (-5.0, 5.0):
         with torch.no_grad():
