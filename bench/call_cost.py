@@ -27,8 +27,8 @@ ROUNDS = {192: 1000, 4096: 30}
 def main() -> None:
     from subnibble.rounding.grid import Clip, coded
     from subnibble.runtime.modules import PackedLinear
-    from subnibble.runtime.ops import LinearTerms
     from subnibble.tensor.activation_scheme import ActivationScheme
+    from subnibble.tensor.linear import Linear, PackedWeight, SiteInput
     from subnibble.tensor.packed import PackedRange, PackedTensor
     from subnibble.tensor.scheme import Scheme
 
@@ -48,7 +48,7 @@ def main() -> None:
                 "column_scale": torch.ones(width, dtype=torch.float16),
             },
         }.items():
-            call, product, plain = timed(PackedLinear(LinearTerms(weight, **more)).eval())
+            call, product, plain = timed(PackedLinear(Linear(PackedWeight(weight), SiteInput(**more))).eval())
             figures = [f"{1e6 * value:.0f}" for value in (call, product, call - product, plain)]
             cells.append([f"{rows} x {width}", name, *figures])
     print_table(columns, cells)
@@ -58,8 +58,8 @@ def timed(module: PackedLinear) -> list[float]:
     """Seconds of a call, of its product alone and of a dense float32 product of its shape."""
     from subnibble.runtime import ops
 
-    x, terms, dense = torch.randn(1, module.in_features), module.terms, module.packed.dequantize()
-    calls = (lambda: module(x), lambda: ops.linear(x, terms), lambda: torch.nn.functional.linear(x, dense))
+    x, own, dense = torch.randn(1, module.in_features), module.linear, module.packed.dequantize()
+    calls = (lambda: module(x), lambda: ops.linear(x, own), lambda: torch.nn.functional.linear(x, dense))
     return least(ROUNDS[module.out_features], *calls)
 
 

@@ -13,8 +13,8 @@ import subnibble
 from conftest import CONFIGS
 from subnibble import Recipe
 from subnibble.calibrate.stream import BlockStream
-from subnibble.checkpoint.entries import NormBiasEntry
 from subnibble.checkpoint.manifest import packed_config_of
+from subnibble.checkpoint.module_specs import NormBiasSpec
 from subnibble.checkpoint.safetensors_source import SafetensorsSource
 from subnibble.checkpoint.writer import CheckpointWriter
 from subnibble.hf import packed_modules
@@ -94,9 +94,9 @@ def dense_twin(source: Path, packed: torch.nn.Module) -> torch.nn.Module:
         elif isinstance(module, InputMix):
             head = twin.get_submodule(path.rpartition(".")[0])
             head.register_forward_pre_hook(lambda _, args, mix=module: (mix(args[0]),))
-    for path, entry in packed_config_of(packed.config).modules.items():
-        if isinstance(entry, NormBiasEntry):
-            add_output_bias_(twin.get_submodule(path), torch.empty(entry.rows))
+    for path, spec in packed_config_of(packed.config).modules.items():
+        if isinstance(spec, NormBiasSpec):
+            add_output_bias_(twin.get_submodule(path), torch.empty(spec.rows))
     assert set(stored) == set(dict(twin.named_parameters()))
     for name, parameter in twin.named_parameters():
         parameter.data = stored[name].data
@@ -117,28 +117,28 @@ def check_quantized_linears(model: torch.nn.Module) -> None:
     for handle in handles:
         handle.remove()
     for linear, (x, y) in met.items():
-        terms = linear.terms
-        inner = x if terms.gather is None else x[:, terms.gather.long()]
-        inner = hadamard.multiply(inner, terms.blocks) if terms.blocks else inner
-        coded = activations.quantize(inner, terms.activation)
+        terms = linear.linear
+        inner = x if terms.input.gather is None else x[:, terms.input.gather.long()]
+        inner = hadamard.multiply(inner, terms.input.blocks) if terms.input.blocks else inner
+        coded = activations.quantize(inner, terms.input.activation)
         seen, branches = coded.values(), []
-        if terms.low_rank is not None:
+        if terms.weight.low_rank is not None:
             # Exact (`test_integer.py`): one that is not may lie on the other side of a code's edge.
-            down, up = terms.low_rank
+            down, up = terms.weight.low_rank
             between = torch.zeros(x.shape[0], down.shape[0])
             multiply_add_(between, coded, down)
-            branches.append((activations.quantize(between, terms.activation).values(), up.dequantize()))
-        if terms.salient is not None:
-            branches.append((seen[:, : terms.salient.shape[1]], terms.salient.dequantize()))
-        if terms.residual != "none":
-            rank = terms.salient.shape[1]
-            rest = activations.quantize(inner[:, :rank] - seen[:, :rank], terms.activation).values()
-            branches.append((rest, terms.salient.dequantize()))
-        branches.append((seen, terms.weight.dequantize()))
+            branches.append((activations.quantize(between, terms.input.activation).values(), up.dequantize()))
+        if terms.weight.salient is not None:
+            branches.append((seen[:, : terms.weight.salient.shape[1]], terms.weight.salient.dequantize()))
+        if terms.input.repeated:
+            rank = terms.weight.salient.shape[1]
+            rest = activations.quantize(inner[:, :rank] - seen[:, :rank], terms.input.activation).values()
+            branches.append((rest, terms.weight.salient.dequantize()))
+        branches.append((seen, terms.weight.main.dequantize()))
         wanted = sum(a.double() @ w.double().T for a, w in branches)
         size = sum(a.abs() @ w.abs().T for a, w in branches)
-        if terms.bias is not None:
-            wanted, size = wanted + terms.bias, size + terms.bias.abs()
+        if terms.weight.bias is not None:
+            wanted, size = wanted + terms.weight.bias, size + terms.weight.bias.abs()
         assert bool(((y - wanted).abs() <= 1e-5 * size + 1e-6).all())
 
 

@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from pairs import Row, pairs_of, pairwise
 from subnibble import Recipe, quantize
-from subnibble.checkpoint.entries import PackedEmbeddingEntry
 from subnibble.checkpoint.manifest import packed_config_of
+from subnibble.checkpoint.module_specs import PackedEmbeddingSpec
 from subnibble.checkpoint.safetensors_source import STORED_TYPES, SafetensorsSource
 from subnibble.checkpoint.weight_files import read_headers
 from subnibble.device import DTYPES
@@ -169,8 +169,8 @@ def go_through(small: Path, out: Path, text: Path, recipe: Recipe) -> None:
     quantize(small, out, recipe)
     packed, headers = packed_config_of(SafetensorsSource(out).config), read_headers(out.glob("*.safetensors"))
     assert packed is not None
-    for path, entry in packed.modules.items():
-        tables = {"": entry.layout} if isinstance(entry, PackedEmbeddingEntry) else getattr(entry, "matrices", {})
+    for path, spec in packed.modules.items():
+        tables = {"": spec.layout} if isinstance(spec, PackedEmbeddingSpec) else getattr(spec, "matrices", {})
         for prefix, layout in tables.items():
             for index, (_, scheme) in enumerate(layout.ranges):
                 _, kind = headers[f"{path}.{prefix}{range_key('scales', index)}"]
@@ -183,10 +183,10 @@ def written(kind: type, name: str, out: Path) -> list[Any]:
     """What a field is in a checkpoint: in the schemes that config.json has, or in recipe.toml."""
     packed, recipe = packed_config_of(SafetensorsSource(out).config), Recipe.from_toml(out / "recipe.toml")
     assert packed is not None
-    layouts = [layout for entry in packed.linears for layout in entry.matrices.values()]
+    layouts = [layout for spec in packed.linears for layout in spec.matrices.values()]
     held: dict[type, list[Any]] = {
         Scheme: [scheme for layout in layouts for _, scheme in layout.ranges],
-        ActivationScheme: [entry.activation for entry in packed.linears],
+        ActivationScheme: [spec.activation for spec in packed.linears],
         CacheScheme: [packed.cache],
         Recipe: [recipe],
         Distillation: [recipe.distillation],

@@ -109,11 +109,11 @@ def test_what_is_read_gives_the_dense_weights_of_the_package(
         assert torch.equal(dense(found, prefix), module.packed.dequantize()), prefix
         if isinstance(module, PackedLinear):
             gather, scale = found.get(f"{path}/gather"), found.get(f"{path}/column_scale")
-            terms = module.terms
-            assert same(gather, None if terms.gather is None else terms.gather.long())
-            assert same(scale, terms.column_scale)
+            terms = module.linear
+            assert same(gather, None if terms.input.gather is None else terms.input.gather.long())
+            assert same(scale, terms.input.column_scale)
             assert json.loads(str(found.get(f"{path}/hadamard", "[]"))) == list(module.blocks)
-            assert found.get(f"{path}/residual", "none") == module.residual
+            assert found.get(f"{path}/residual", "none") == ("salient" if module.repeated else "none")
             known = None if module.activation is None else {"outliers": 0, **module.activation.to_dict()}
             assert json.loads(str(found.get(f"{path}/activation", "null"))) == known
 

@@ -3,21 +3,22 @@
 import json
 import math
 import re
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from subnibble.checkpoint.entries import PackedLinearEntry, gather_type
+from linears import changed
 from subnibble.checkpoint.manifest import FORMAT_VERSION, PackedConfig, stored_shapes
+from subnibble.checkpoint.module_specs import PackedLinearSpec, linear_of
 from subnibble.checkpoint.size import measure
 from subnibble.runtime.activations import quantize
 from subnibble.runtime.kv_cache import quantize_rows
-from subnibble.runtime.ops import LinearTerms, linear
+from subnibble.runtime.ops import linear
 from subnibble.tensor.activation_scheme import ActivationScheme
 from subnibble.tensor.hadamard import hadamard
+from subnibble.tensor.linear import Linear
 from subnibble.tensor.mxfp4 import E2M1
 from subnibble.tensor.packed import PackedLayout, PackedTensor, pack_codes, scale_dtype, unpack_codes
 from subnibble.tensor.scheme import Scheme
@@ -58,8 +59,8 @@ def test_the_examples_are_found() -> None:
     assert {token["activation"].get("outliers", 0) > 0 for token in TOKENS} == {False, True}
     assert len(KRONECKER) == 6
     assert stored_shapes(PackedConfig.from_dict(WITH_MIX))["lm_head.mix.matrix"] == (40, 16)
-    assert {entry["kind"] for entry in WITH_TERMS["modules"].values()} == {"linear"}
-    kinds = {entry["kind"] for entry in CONFIG["modules"].values()}
+    assert {spec["kind"] for spec in WITH_TERMS["modules"].values()} == {"linear"}
+    kinds = {spec["kind"] for spec in CONFIG["modules"].values()}
     assert kinds == {"linear", "embedding", "tied_head", "norm_bias"}
 
 
@@ -171,68 +172,51 @@ def test_the_documented_small_matrices_are_those_of_the_code() -> None:
         assert [[int(sign) for sign in row.split()] for row in rows] == hadamard(order)[: len(rows)].tolist()
 
 
-def documented_linear() -> LinearTerms:
+def documented_linear() -> Linear:
     """The linear of the page, of its stored tensors."""
     config = {"quant_method": "subnibble", "format_version": FORMAT_VERSION, "modules": {"at": LINEAR["module"]}}
     config |= {"cache": None, "prefix": None}
     config |= {key: LINEAR[key] for key in ("schemes", "activations")}
-    entry = PackedConfig.from_dict(config).modules["at"]
-    stored = {"bias": torch.float32, "column_scale": torch.float16, "gather": torch.int16}
-    plain = {name: torch.tensor(LINEAR["tensors"][name], dtype=kind) for name, kind in stored.items()}
-    matrices = {}
-    for prefix, layout in entry.matrices.items():
-        state = {}
-        for name, tensor in layout.empty().state().items():
-            rows = LINEAR["tensors"][prefix + name]
-            is_bytes = tensor.dtype == torch.uint8
-            state[name] = (
-                torch.cat([bytes_row(row) for row in rows]) if is_bytes else torch.tensor(rows, dtype=tensor.dtype)
-            )
-        matrices[prefix] = PackedTensor.from_state(state, layout)
-    assert set(LINEAR["tensors"]) == {p + n for p, m in matrices.items() for n in m.state()} | set(plain)
-    return LinearTerms(
-        matrices[""], plain["bias"], plain["column_scale"], plain["gather"], entry.blocks, entry.activation,
-        matrices["salient."], entry.residual, (matrices["down."], matrices["up."]),
-    )  # fmt: skip
+    spec = PackedConfig.from_dict(config).modules["at"]
+    stored = {}
+    for name, part in spec.parts.items():
+        rows, is_bytes = LINEAR["tensors"][name], part.dtype == torch.uint8
+        stored[name] = torch.cat([bytes_row(row) for row in rows]) if is_bytes else torch.tensor(rows, dtype=part.dtype)
+    assert LINEAR["tensors"].keys() == stored.keys()
+    return linear_of(spec, stored)
 
 
 def test_the_documented_linear_gives_the_documented_output() -> None:
     terms, x = documented_linear(), torch.tensor([LINEAR["x"]])
     assert torch.equal(linear(x, terms), torch.tensor([LINEAR["y"]]))
-    c, g = terms.column_scale.float(), terms.gather.long()
+    c, g = terms.input.column_scale.float(), terms.input.gather.long()
     entered = (x * c)[:, g] @ as_documented(4)[0].float() / 2
     assert entered.tolist() == [LINEAR["after step 3"]]
-    found = quantize(entered, terms.activation)
+    found = quantize(entered, terms.input.activation)
     assert found.numbers.tolist() == [LINEAR["numbers"]]
     assert found.scales.tolist() == [LINEAR["scales"]]
     # The example tells the terms apart.
     nothing = {"bias": None, "column_scale": None, "gather": None, "blocks": (), "activation": None, "low_rank": None,
-               "residual": "none"}  # fmt: skip
+               "repeated": 0}  # fmt: skip
     for name, value in nothing.items():
-        assert not torch.equal(linear(x, replace(terms, **{name: value})), torch.tensor([LINEAR["y"]])), name
+        assert not torch.equal(linear(x, changed(terms, **{name: value})), torch.tensor([LINEAR["y"]])), name
 
 
 def test_the_documented_linear_with_terms_stores_the_documented_tensors() -> None:
-    entry = PackedConfig.from_dict(WITH_TERMS).modules[DOWN]
-    stored = {
-        prefix + name: (TYPES[tensor.dtype], tuple(tensor.shape))
-        for prefix, layout in entry.matrices.items()
-        for name, tensor in layout.empty().state().items()
-    }
-    stored |= {"column_scale": ("F16", (192,)), "gather": (TYPES[gather_type(192)], (192,))}
+    spec = PackedConfig.from_dict(WITH_TERMS).modules[DOWN]
+    stored = {name: (TYPES[part.dtype], tuple(part.shape)) for name, part in spec.parts.items()}
     documented = {name: (kind, tuple(map(int, shape.split(", ")))) for name, kind, shape in TERM_TENSORS}
     assert stored == documented
     assert {name: shape for name, (_, shape) in documented.items()} == {
-        name.removeprefix(f"{DOWN}."): shape for name, shape in stored_shapes(PackedConfig({DOWN: entry})).items()
+        name.removeprefix(f"{DOWN}."): shape for name, shape in stored_shapes(PackedConfig({DOWN: spec})).items()
     }
 
 
 def test_the_documented_config_stores_the_documented_tensors() -> None:
     stored = []
-    for path, entry in PackedConfig.from_dict(CONFIG).modules.items():
-        layout = getattr(entry, "layout", None)
-        for name, tensor in ({} if layout is None else layout.empty().state()).items():
-            stored.append((f"{path}.{name}", TYPES[tensor.dtype], *map(str, tensor.shape)))
+    for path, spec in PackedConfig.from_dict(CONFIG).modules.items():
+        parts = {name: part for name, part in spec.parts.items() if name != "bias"}
+        stored += [(f"{path}.{name}", TYPES[part.dtype], *map(str, part.shape)) for name, part in parts.items()]
     assert stored == TENSORS
 
 
@@ -262,8 +246,8 @@ class ExampleSource:
 
 
 def test_the_documented_bits_are_those_that_are_measured() -> None:
-    entries = PackedConfig.from_dict(CONFIG).modules.values()
-    linears = [entry.layout for entry in entries if isinstance(entry, PackedLinearEntry)]
+    specs = PackedConfig.from_dict(CONFIG).modules.values()
+    linears = [spec.layout for spec in specs if isinstance(spec, PackedLinearSpec)]
     terms = re.search(r"take 64 \* \(([\d +]+)\) and 64 \* \(([\d +]+)\) bits", DOC).groups()
     documented = [64 * sum(map(int, term.split("+"))) for term in terms]
     assert documented == [layout.stored_bits for layout in linears]

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from subnibble.checkpoint.entries import PackedLinearEntry, PrefixEntry
 from subnibble.checkpoint.manifest import PackedConfig
+from subnibble.checkpoint.module_specs import PackedLinearSpec, PrefixSpec
 from subnibble.errors import CheckpointError
 from subnibble.tensor.activation_scheme import ActivationScheme
 from subnibble.tensor.cache_scheme import CacheScheme, PrefixIds
@@ -17,7 +17,7 @@ from subnibble.tensor.scheme import Scheme
 
 OUTLIERS = ActivationScheme(4, 8, "none", outliers=8)
 CACHED = PackedConfig(
-    {"model.layers.0.self_attn": PrefixEntry(2, 3, 16)},
+    {"model.layers.0.self_attn": PrefixSpec(2, 3, 16)},
     CacheScheme(3, 8, "channel", window=16),
     PrefixIds((1, 5, 2), 1),
 )
@@ -32,10 +32,10 @@ def test_a_cache_and_a_prefix_read_back_the_same() -> None:
 
 def test_outliers_are_a_key_only_where_there_are_any() -> None:
     layout = PackedLayout(8, ((24, Scheme(4, 8)), (8, Scheme(8, -1, "none"))))
-    config = PackedConfig({"model.layers.0.mlp.up_proj": PackedLinearEntry(layout, False, activation=OUTLIERS)})
+    config = PackedConfig({"model.layers.0.mlp.up_proj": PackedLinearSpec(layout, False, activation=OUTLIERS)})
     assert PackedConfig.from_dict(through_json(config)) == config
     plain = PackedConfig(
-        {"model.layers.0.mlp.up_proj": PackedLinearEntry(layout, False, activation=replace(OUTLIERS, outliers=0))}
+        {"model.layers.0.mlp.up_proj": PackedLinearSpec(layout, False, activation=replace(OUTLIERS, outliers=0))}
     )
     assert "outliers" not in json.dumps(through_json(plain))
 

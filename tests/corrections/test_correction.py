@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from linears import built
 from subnibble import Recipe, quantize
 from subnibble.arch.site import Role
-from subnibble.checkpoint.entries import PackedLinearEntry, linear_entry
+from subnibble.checkpoint.module_specs import PackedLinearSpec, linear_spec
 from subnibble.checkpoint.opening import open_source
 from subnibble.corrections.correction import NOTHING, Correction
 from subnibble.corrections.low_rank import LowRank
@@ -30,7 +31,6 @@ from subnibble.rounding.gptaq import FORMS, Asymmetry
 from subnibble.rounding.gptq import GPTQ
 from subnibble.rounding.rounder import Rounder, Rounding
 from subnibble.rounding.rtn import RTN
-from subnibble.runtime.ops import LinearTerms
 from subnibble.tensor.activation_scheme import ActivationScheme
 from subnibble.tensor.packed import PackedLayout, PackedRange, PackedTensor
 from subnibble.tensor.scheme import Scheme
@@ -56,7 +56,7 @@ def gram() -> Tensor:
 
 
 def stack(correction: Correction) -> Stack:
-    return Stack("block", ("w",), (ROWS,), SCHEME, INPUTS, correction.coarse, "w")
+    return Stack("block", ("w",), (ROWS,), SCHEME, INPUTS, correction.repeated, "w")
 
 
 @every_correction
@@ -65,9 +65,9 @@ def test_what_is_planned_is_what_is_made(correction: Correction) -> None:
     _, packed, salient = found
     (branch,) = correction.branches([weight() - packed.dequantize()], gram(), torch.ones(COLUMNS), SCHEME)
     inputs, second = correction.inputs(INPUTS), None if salient is None else PackedTensor((salient,))
-    made = LinearTerms(packed, activation=inputs, salient=second, residual=correction.coarse, low_rank=branch)
-    plain = PackedLinearEntry(PackedLayout(ROWS, ((COLUMNS, SCHEME),)), bias=False, activation=inputs)
-    assert correction.planned(plain, SCHEME) == linear_entry(made)
+    made = built(packed, activation=inputs, salient=second, repeated=correction.repeated, low_rank=branch)
+    plain = PackedLinearSpec(PackedLayout(ROWS, ((COLUMNS, SCHEME),)), bias=False, activation=inputs)
+    assert correction.planned(plain, SCHEME) == linear_spec(made)
     schemes = {part.scheme for part in packed.ranges} | ({SCHEME} if salient is None else {salient.scheme})
     schemes |= set() if branch is None else {part.ranges[0].scheme for part in branch}
     assert schemes == {SCHEME, *correction.schemes(SCHEME)}

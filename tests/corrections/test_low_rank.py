@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from subnibble.checkpoint.entries import PackedLinearEntry
+from subnibble.checkpoint.module_specs import PackedLinearSpec
 from subnibble.corrections.low_rank import FORMS, LowRank, factorize, roots_of
 from subnibble.errors import BadRecipe
 from subnibble.rounding import grid
@@ -87,8 +87,8 @@ def test_packed_factors_take_the_bits_that_were_planned(bits: int, weight: Schem
     correction = LowRank(RANK, "qera", bits)
     ((down, up),) = correction.branches([e], x.T @ x, None, weight)
     assert (down.shape, up.shape) == ((RANK, COLUMNS), (ROWS, RANK))
-    entry = PackedLinearEntry(PackedLayout(ROWS, ((COLUMNS, weight),)), bias=False)
-    assert correction.planned(entry, weight).low_rank == (down.layout, up.layout)
+    spec = PackedLinearSpec(PackedLayout(ROWS, ((COLUMNS, weight),)), bias=False)
+    assert correction.planned(spec, weight).low_rank == (down.layout, up.layout)
     exact = factors("qera", e)
     assert loss(e, down.dequantize(), up.dequantize()) < (1.02 if bits == 8 else 1.6) * loss(e, *exact)
 

@@ -17,8 +17,8 @@ from subnibble.arch import find_arch
 from subnibble.arch.site import Heads
 from subnibble.calibrate.stats import value_over
 from subnibble.calibrate.windows import calibration_windows
-from subnibble.checkpoint.entries import NormBiasEntry
 from subnibble.checkpoint.manifest import packed_config_of
+from subnibble.checkpoint.module_specs import NormBiasSpec
 from subnibble.corrections.mean_shift import MeanShift
 from subnibble.errors import BadRecipe, NumericalFailure
 from subnibble.methods import METHODS
@@ -193,8 +193,8 @@ def test_norms_behind_quantized_linears_store_the_mean_shift_of_their_own_block(
     name: str, rotation: str, runs: Runs
 ) -> None:
     original, stored, windows = runs(name, "published", rotation)
-    entries = packed_config_of(stored.config).modules
-    assert [path for path, entry in entries.items() if isinstance(entry, NormBiasEntry)] == NORMS
+    specs = packed_config_of(stored.config).modules
+    assert [path for path, spec in specs.items() if isinstance(spec, NormBiasSpec)] == NORMS
     for path in NORMS:
         bias = stored.get_submodule(path).bias.detach()
         assert torch.equal(bias, bias.half().float())
@@ -215,5 +215,5 @@ def test_a_method_without_mean_shift_stores_no_norm_bias(
     runs: Runs,
 ) -> None:
     _, stored, _ = runs("qwen2", "none")
-    assert not any(isinstance(entry, NormBiasEntry) for entry in packed_config_of(stored.config).modules.values())
+    assert not any(isinstance(spec, NormBiasSpec) for spec in packed_config_of(stored.config).modules.values())
     assert not any("norm.bias" in name for name in stored.state_dict())

@@ -141,7 +141,7 @@ def test_atom_stores_what_its_rules_say(folders: dict[str, Path], token_file: Pa
     order = inputs.double().square().sum(0).argsort()
     for name in ("q_proj", "k_proj", "v_proj"):
         linear = packed.model.layers[0].self_attn.get_submodule(name)
-        assert torch.equal(linear.terms.gather.long(), order)
+        assert torch.equal(linear.linear.input.gather.long(), order)
         weight = original.model.layers[0].self_attn.get_submodule(name).weight.detach()[:, order]
         main = grid.nearest(weight[:, :40], Scheme(4, 16, "none"))
         last = grid.nearest(weight[:, 40:], Scheme(8, -1, "none"))

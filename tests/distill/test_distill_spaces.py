@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from subnibble import Recipe, quantize
+from subnibble.checkpoint.module_specs import matrices_of
 from subnibble.distill.checkpoint import distill_checkpoint
 from subnibble.distill.models import Student
 from subnibble.distill.settings import SPACES
@@ -62,12 +63,12 @@ def test_the_loaded_checkpoint_is_the_student_bit_for_bit(
         for path, own in student._linears.items():
             linear = model.get_submodule(path)
             assert isinstance(linear, PackedLinear)
-            terms, x = linear.terms, torch.randn(5, linear.in_features, generator=torch.Generator().manual_seed(3))
-            parts = zip(terms.matrices.values(), own._learned_matrices.values(), strict=True)
+            terms, x = linear.linear, torch.randn(5, linear.in_features, generator=torch.Generator().manual_seed(3))
+            parts = zip(matrices_of(terms.weight).values(), own._learned_matrices.values(), strict=True)
             assert all(torch.equal(matrix.dequantize(), part.dense()) for matrix, part in parts)
             assert torch.equal(terms.input.enter(x), own.entrance(x)[0])
-            assert terms.activation == own.entrance.scheme
-            exact = exact and terms.activation is None
+            assert terms.input.activation == own.entrance.scheme
+            exact = exact and terms.input.activation is None
         student.forget()
         for name_, parameter in student._norms.items():
             assert torch.equal(parameter, model.get_parameter(name_))

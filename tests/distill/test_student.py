@@ -9,16 +9,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from subnibble.checkpoint.entries import linear_state
+from linears import built, changed
+from subnibble.checkpoint.module_specs import linear_of, linear_spec, linear_state, matrices_of
 from subnibble.distill.linear import Entrance, StudentLinear
 from subnibble.distill.settings import SPACES
-from subnibble.runtime import activations, ops
-from subnibble.runtime.ops import LinearTerms
+from subnibble.runtime import activations, ops, site_input
 from subnibble.tensor.activation_scheme import ActivationScheme
+from subnibble.tensor.linear import Linear, SiteInput
 from subnibble.tensor.packed import CodedMatrix, PackedRange, PackedTensor, float_scales, stored_scales
 from subnibble.tensor.scheme import Scheme
 
 ROWS, COLUMNS, TOKENS = 6, 40, 7
+CPU = torch.device("cpu")
 SCHEMES = {
     "symmetric": Scheme(3, 16, "none"),
     "integer": Scheme(4, 16, "integer"),
@@ -65,16 +67,16 @@ def two_ranges() -> PackedTensor:
     return PackedTensor(parts)
 
 
-def student(terms: LinearTerms, learned: Collection[str] = SPACES) -> StudentLinear:
-    return StudentLinear(terms, Entrance(terms, learned, torch.float32), learned)
+def student(terms: Linear, learned: Collection[str] = SPACES) -> StudentLinear:
+    return StudentLinear(terms, Entrance(terms.input, learned, torch.float32, CPU), learned)
 
 
-def rank_terms(residual: str) -> LinearTerms:
-    return LinearTerms(
+def rank_terms(repeated: int) -> Linear:
+    return built(
         packed(ROWS, COLUMNS, SCHEMES["integer"]),
         activation=INPUTS["integer"],
         salient=packed(ROWS, 16, SCHEMES["integer"], 2),
-        residual=residual,
+        repeated=repeated,
     )
 
 
@@ -95,41 +97,31 @@ def is_learned(key: str, part: Tensor) -> bool:
     return part.is_floating_point() and key.rpartition(".")[2].partition("_")[0] in ("scales", "zeros", "column")
 
 
-def stored_terms(terms: LinearTerms, linear: StudentLinear) -> LinearTerms:
+def stored_terms(terms: Linear, linear: StudentLinear) -> Linear:
     """The terms with what a linear learned, as a checkpoint holds it."""
-    state, found = linear_state(terms) | dict(linear.stored()), {}
-    for prefix, matrix in terms.matrices.items():
-        own = {key.removeprefix(prefix): part for key, part in state.items() if key.startswith(prefix)}
-        found[prefix] = PackedTensor.from_state(own, matrix.layout)
-    return replace(
-        terms,
-        weight=found[""],
-        column_scale=state.get("column_scale"),
-        activation=linear.entrance.scheme,
-        salient=found.get("salient."),
-        low_rank=(found["down."], found["up."]) if terms.low_rank else None,
-    )
+    spec = replace(linear_spec(terms), activation=linear.entrance.scheme)
+    return linear_of(spec, linear_state(terms) | dict(linear.stored()))
 
 
 TERMS = {
     **{
-        f"{w} on {a}": LinearTerms(packed(ROWS, COLUMNS, SCHEMES[w]), activation=INPUTS[a])
+        f"{w} on {a}": built(packed(ROWS, COLUMNS, SCHEMES[w]), activation=INPUTS[a])
         for w in SCHEMES
         for a in INPUTS
     },
-    **{f"salient, residual {kind}": rank_terms(kind) for kind in ops.RESIDUALS},
-    "salient on exact": LinearTerms(
+    **{f"salient, {repeated} of them twice": rank_terms(repeated) for repeated in (0, 16)},
+    "salient on exact": built(
         packed(ROWS, COLUMNS, SCHEMES["integer"]), salient=packed(ROWS, 16, SCHEMES["real"], 2)
     ),
     **{
-        f"branch on {a}": LinearTerms(
+        f"branch on {a}": built(
             packed(ROWS, COLUMNS, SCHEMES["symmetric"]),
             activation=INPUTS[a],
             low_rank=(packed(4, COLUMNS, SCHEMES["8 bits"], 3), packed(ROWS, 4, Scheme(8, -1, "integer"), 4)),
         )
         for a in ("exact", "symmetric")
     },
-    "everything before": LinearTerms(
+    "everything before": built(
         packed(ROWS, COLUMNS, SCHEMES["sign"]),
         bias=drawn(ROWS, seed=5),
         column_scale=(1 + drawn(COLUMNS, seed=6) / 8).half(),
@@ -137,12 +129,12 @@ TERMS = {
         blocks=(32, 8),
         activation=INPUTS["integer"],
     ),
-    "scaled": LinearTerms(
+    "scaled": built(
         packed(ROWS, COLUMNS, SCHEMES["real"]),
         column_scale=(1 + drawn(COLUMNS, seed=6) / 8).half(),
         activation=INPUTS["symmetric"],
     ),
-    "outliers": LinearTerms(two_ranges(), activation=ActivationScheme(3, 16, "none", clip=0.9, outliers=8)),
+    "outliers": built(two_ranges(), activation=ActivationScheme(3, 16, "none", clip=0.9, outliers=8)),
 }  # fmt: skip
 
 
@@ -170,14 +162,14 @@ def test_what_is_learned_runs_as_it_is_stored(name: str) -> None:
     terms, x = TERMS[name], drawn(3, COLUMNS, seed=9)
     linear = moved(student(terms))
 
-    changed = stored_terms(terms, linear)
+    now = stored_terms(terms, linear)
 
     # Bit for bit: what meets an input first, and every matrix.
-    parts = zip(changed.matrices.values(), linear._learned_matrices.values(), strict=True)
+    parts = zip(matrices_of(now.weight).values(), linear._learned_matrices.values(), strict=True)
     assert all(torch.equal(matrix.dequantize(), part.dense()) for matrix, part in parts)
-    assert torch.equal(changed.input.enter(x), linear.entrance(x)[0])
+    assert torch.equal(site_input.enter(x, now.input), linear.entrance(x)[0])
     # float16 keeps three digits; a branch's inner codes may flip by one.
-    wanted, found = ops.linear(x, changed), linear(x).detach()
+    wanted, found = ops.linear(x, now), linear(x).detach()
     assert float((found - wanted).norm() / wanted.norm()) < 5e-3
     assert float((ops.linear(x, terms) - wanted).norm() / wanted.norm()) > 0.02
 
@@ -191,10 +183,10 @@ def test_one_setting_lets_its_own_move_and_nothing_else(name: str, space: str) -
     found = linear.learned("l") | linear.entrance.learned("l")
     assert all(one.name.endswith(ends[space]) for own in found.values() for one in own)
     assert {key: len(own) for key, own in found.items() if own} == {
-        "scales": {"scales": len(terms.matrices)},
+        "scales": {"scales": len(matrices_of(terms.weight))},
         "zero_points": {"zero_points": 1},
-        "column_scales": {"column_scales": 1} if terms.column_scale is not None else {},
-        "clips": {"clips": 1} if terms.activation is not None else {},
+        "column_scales": {"column_scales": 1} if terms.input.column_scale is not None else {},
+        "clips": {"clips": 1} if terms.input.activation is not None else {},
     }[space]
     assert all(f".{key}".endswith(ends[space]) for key in linear.stored())
 
@@ -202,7 +194,7 @@ def test_one_setting_lets_its_own_move_and_nothing_else(name: str, space: str) -
 @pytest.mark.parametrize("activation", INPUTS)
 def test_gradients_of_column_scales_are_those_of_the_inputs_that_they_multiply(activation: str) -> None:
     # Of y = f(x c (1 + δ)): (1 + δ_j) dL/dδ_j = Σ_t x_tj dL/dx_tj.
-    terms = replace(TERMS["scaled"], activation=INPUTS[activation], column_scale=1 + drawn(COLUMNS, seed=6) / 8)
+    terms = changed(TERMS["scaled"], activation=INPUTS[activation], column_scale=1 + drawn(COLUMNS, seed=6) / 8)
     linear, x = moved(student(terms)), drawn(TOKENS, COLUMNS, seed=4).requires_grad_(True)
     columns = linear.entrance.columns
     assert columns is not None
@@ -214,16 +206,16 @@ def test_gradients_of_column_scales_are_those_of_the_inputs_that_they_multiply(a
 
 
 def test_gradients_of_column_scales_are_finite_differences() -> None:
-    terms = replace(TERMS["scaled"], activation=None, column_scale=1 + drawn(COLUMNS, seed=6) / 8)
+    terms = changed(TERMS["scaled"], activation=None, column_scale=1 + drawn(COLUMNS, seed=6) / 8)
     linear, x, upstream = student(terms), drawn(TOKENS, COLUMNS, seed=4), drawn(TOKENS, ROWS, seed=5)
-    columns, scales = linear.entrance.columns, terms.column_scale
+    columns, scales = linear.entrance.columns, terms.input.column_scale
     assert columns is not None
     assert scales is not None
 
     (found,) = torch.autograd.grad(linear(x), [columns], upstream)
 
     def loss(step: Tensor) -> Tensor:
-        return (ops.linear(x, replace(terms, column_scale=scales * (1 + step))).double() * upstream).sum()
+        return (ops.linear(x, changed(terms, column_scale=scales * (1 + step))).double() * upstream).sum()
 
     # The product is linear in them: a difference is exact however large its step.
     steps = torch.eye(COLUMNS) / 2
@@ -233,7 +225,7 @@ def test_gradients_of_column_scales_are_finite_differences() -> None:
 
 def test_readers_of_one_entrance_store_the_column_scales_that_they_share() -> None:
     terms = TERMS["scaled"]
-    entrance = Entrance(terms, SPACES, torch.float32)
+    entrance = Entrance(terms.input, SPACES, torch.float32, CPU)
     readers, x = [StudentLinear(terms, entrance, SPACES) for _ in range(2)], drawn(TOKENS, COLUMNS)
     columns = entrance.columns
     assert columns is not None
@@ -250,7 +242,7 @@ def test_readers_of_one_entrance_store_the_column_scales_that_they_share() -> No
 
 
 def test_factors_keep_their_signs_and_stay_finite() -> None:
-    terms = replace(TERMS["scaled"], column_scale=torch.tensor([-1.0, 40000.0, 1e-3, 1.0] * 10).half())
+    terms = changed(TERMS["scaled"], column_scale=torch.tensor([-1.0, 40000.0, 1e-3, 1.0] * 10).half())
     linear = student(terms)
     for far in (-5.0, 5.0):
         with torch.no_grad():
@@ -275,9 +267,9 @@ def test_scales_that_are_powers_of_two_stay() -> None:
 def test_an_inputs_gradient_stops_where_it_was_clipped(name: str) -> None:
     scheme = INPUTS[name]
     assert scheme is not None
-    terms = LinearTerms(packed(ROWS, COLUMNS, SCHEMES["integer"]), activation=scheme)
+    terms = built(packed(ROWS, COLUMNS, SCHEMES["integer"]), activation=scheme)
     x = drawn(TOKENS, COLUMNS, seed=4).requires_grad_(True)
-    entrance = Entrance(terms, SPACES, torch.float32)
+    entrance = Entrance(terms.input, SPACES, torch.float32, CPU)
     upstream = drawn(TOKENS, COLUMNS, seed=5)
 
     _, seen = entrance(x)
@@ -310,7 +302,7 @@ def test_an_inputs_gradient_stops_where_it_was_clipped(name: str) -> None:
 
 def test_outliers_gradients_pass_and_move_no_clip() -> None:
     scheme = ActivationScheme(3, 16, "none", clip=0.7, outliers=8)
-    entrance = Entrance(LinearTerms(two_ranges(), activation=scheme), SPACES, torch.float32)
+    entrance = Entrance(SiteInput(activation=scheme), SPACES, torch.float32, CPU)
     x = drawn(TOKENS, COLUMNS, seed=4).requires_grad_(True)
     upstream = torch.zeros(TOKENS, COLUMNS)
     upstream[:, -8:] = 1
@@ -331,7 +323,7 @@ def test_a_learned_clip_is_the_one_that_runs() -> None:
     scheme = linear.entrance.scheme
 
     assert scheme == ActivationScheme(3, 16, "none", clip=0.6)
-    wanted = activations.quantize_values(x, scheme) @ terms.weight.dequantize().T
+    wanted = activations.quantize_values(x, scheme) @ terms.weight.main.dequantize().T
     torch.testing.assert_close(linear(x), wanted, rtol=1e-5, atol=1e-4)
 
 
@@ -351,7 +343,7 @@ def test_a_site_is_quantized_once_for_all_its_readers(monkeypatch: pytest.Monkey
     calls, usual = [], activations.quantize
     monkeypatch.setattr(activations, "quantize", lambda *args: calls.append(1) or usual(*args))
     terms = TERMS["symmetric on symmetric"]
-    entrance = Entrance(terms, SPACES, torch.float32)
+    entrance = Entrance(terms.input, SPACES, torch.float32, CPU)
     readers, x = [StudentLinear(terms, entrance, SPACES) for _ in range(3)], drawn(TOKENS, COLUMNS)
 
     outputs = [reader(x) for reader in readers]

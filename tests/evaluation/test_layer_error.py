@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from linears import built
 from subnibble.arch.llama import LLAMA
 from subnibble.evaluation.layer_error import layer_errors
 from subnibble.rounding import grid
 from subnibble.runtime.modules import PackedLinear
-from subnibble.runtime.ops import LinearTerms
 from subnibble.tensor.packed import PackedRange, PackedTensor
 from subnibble.tensor.scheme import Scheme
 
@@ -41,7 +41,7 @@ def packed(reference: Any, paths: tuple[str, ...]) -> Any:
     for path in paths:
         coded = grid.coded(model.get_submodule(path).weight.detach(), SCHEME, grid.Clip())
         weight = PackedTensor((PackedRange.pack(coded, SCHEME),))
-        model.set_submodule(path, PackedLinear(LinearTerms(weight, None)))
+        model.set_submodule(path, PackedLinear(built(weight, None)))
     return model
 
 
@@ -95,7 +95,7 @@ def test_layer_error_of_a_linear_that_lost_nothing_is_zero_and_of_zeros_is_one()
     model = packed(reference, (path, zeros))
     reference.get_submodule(path).weight.data.copy_(model.get_submodule(path).packed.dequantize())
     blank = grid.coded(torch.zeros(48, 80), SCHEME, grid.Clip())
-    model.set_submodule(zeros, PackedLinear(LinearTerms(PackedTensor((PackedRange.pack(blank, SCHEME),)), None)))
+    model.set_submodule(zeros, PackedLinear(built(PackedTensor((PackedRange.pack(blank, SCHEME),)), None)))
     assert layer_errors(model, reference, windows()) == {path: 0.0, zeros: 1.0}
 
 

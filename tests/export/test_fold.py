@@ -9,8 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from subnibble import Recipe, quantize
-from subnibble.checkpoint.entries import NormBiasEntry
 from subnibble.checkpoint.manifest import packed_config_of
+from subnibble.checkpoint.module_specs import NormBiasSpec
 from subnibble.errors import CheckpointError
 from subnibble.export.fold import fold_norm_biases_
 from subnibble.runtime.modules import InputMix, add_input_mix_
@@ -35,7 +35,7 @@ def packed(
 
 
 def biased(model: torch.nn.Module) -> set[str]:
-    return {path for path, e in packed_config_of(model.config).modules.items() if isinstance(e, NormBiasEntry)}
+    return {path for path, e in packed_config_of(model.config).modules.items() if isinstance(e, NormBiasSpec)}
 
 
 @pytest.mark.parametrize("columns", ["down", "all"])

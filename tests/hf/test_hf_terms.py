@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,18 +12,19 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import subnibble
+from linears import built, changed
 from spoiled_checkpoint import spoiled_copy
 from subnibble import Recipe
-from subnibble.checkpoint.entries import PackedLinearEntry
 from subnibble.checkpoint.manifest import PackedConfig
+from subnibble.checkpoint.module_specs import linear_spec
 from subnibble.checkpoint.opening import open_source
 from subnibble.checkpoint.size import measure
 from subnibble.errors import CheckpointError
 from subnibble.hf import packed_modules
 from subnibble.rounding.grid import Clip, coded
 from subnibble.runtime.modules import PackedLinear
-from subnibble.runtime.ops import LinearTerms
 from subnibble.tensor.activation_scheme import ActivationScheme
+from subnibble.tensor.linear import Linear
 from subnibble.tensor.packed import PackedRange, PackedTensor
 from subnibble.tensor.scheme import Scheme
 from test_conformance import dense_twin
@@ -157,29 +157,20 @@ def rounded(rows: int, columns: int, scheme: Scheme, seed: int) -> PackedTensor:
     return PackedTensor((PackedRange.pack(coded(weight, scheme, Clip("minmax")), scheme),))
 
 
-def every_term(bias: torch.Tensor) -> LinearTerms:
+def every_term(bias: torch.Tensor) -> Linear:
     """A linear of 48 inputs, 80 outputs and every term."""
     generator = torch.Generator().manual_seed(7)
-    return LinearTerms(
-        weight=rounded(80, 48, Scheme(3, 16), 0),
+    return built(
+        rounded(80, 48, Scheme(3, 16), 0),
         bias=bias,
         column_scale=(0.5 + torch.rand(48, generator=generator)).half(),
         gather=torch.randperm(48, generator=generator).to(torch.int16),
         blocks=(32, 16),
         activation=ActivationScheme(4, 24, clip=0.95),
         salient=rounded(80, 33, Scheme(4, 32, "none", "e8m0", "mxfp4"), 1),
-        residual="salient",
+        repeated=33,
         low_rank=(rounded(5, 48, Scheme(8, -1, "none"), 2), rounded(80, 5, Scheme(8, -1, "none", "bfloat16"), 3)),
     )
-
-
-def entry_of(linear: PackedLinear) -> PackedLinearEntry:
-    terms = linear.terms
-    return PackedLinearEntry(
-        terms.weight.layout, terms.bias is not None, terms.column_scale is not None, terms.gather is not None,
-        terms.blocks, terms.activation, None if terms.salient is None else terms.salient.layout, terms.residual,
-        None if terms.low_rank is None else (terms.low_rank[0].layout, terms.low_rank[1].layout),
-    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +182,7 @@ def composed(packed: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
     linear = PackedLinear(every_term(bias.detach().clone()))
     model.set_submodule(UP_PROJ, linear)
     before = model.config.quantization_config.packed
-    model.config.quantization_config.packed = PackedConfig({**before.modules, UP_PROJ: entry_of(linear)})
+    model.config.quantization_config.packed = PackedConfig({**before.modules, UP_PROJ: linear_spec(linear.linear)})
     folder = tmp_path_factory.mktemp("composed") / "llama"
     model.save_pretrained(folder)
     with torch.no_grad():
@@ -216,10 +207,10 @@ def test_a_linear_with_every_term_survives_save_and_load_bit_for_bit(composed: P
         logits = model(ids).logits
         assert torch.equal(logits, torch.load(composed.parent / "logits.pt"))
         # Every term matters: a model without one is another.
-        for change in ({"activation": None}, {"blocks": ()}, {"gather": None}, {"salient": None, "residual": "none"},
-                       {"residual": "none"}, {"low_rank": None}, {"column_scale": None}):  # fmt: skip
+        for change in ({"activation": None}, {"blocks": ()}, {"gather": None}, {"salient": None, "repeated": 0},
+                       {"repeated": 0}, {"low_rank": None}, {"column_scale": None}):  # fmt: skip
             other = copy.deepcopy(model)
-            other.set_submodule(UP_PROJ, PackedLinear(replace(linear.terms, **change)))
+            other.set_submodule(UP_PROJ, PackedLinear(changed(linear.linear, **change)))
             assert not torch.equal(other(ids).logits, logits), change
     model.save_pretrained(tmp_path / "again")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float32)
@@ -230,7 +221,7 @@ def test_a_linear_with_every_term_survives_save_and_load_bit_for_bit(composed: P
 def test_a_type_of_loading_leaves_every_term_alone(dtype: torch.dtype, composed: Path, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(composed, dtype=dtype)
     linear = model.get_submodule(UP_PROJ)
-    stored = bits_of(every_term(linear.bias).weight.state())
+    stored = bits_of(every_term(linear.bias).weight.main.state())
     assert {name: value for name, value in bits_of(linear.state_dict()).items() if name in stored} == stored
     types = {name: buffer.dtype for name, buffer in linear.named_buffers()}
     assert types["gather"] == torch.int16

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from linears import built
 from subnibble.calibrate.stream import SiteStatistics
 from subnibble.corrections.correction import NOTHING
 from subnibble.methods import METHODS
@@ -16,7 +17,6 @@ from subnibble.pipeline.round import Stack, round_stack
 from subnibble.rounding.grid import Clip
 from subnibble.rounding.rtn import RTN
 from subnibble.runtime import ops
-from subnibble.runtime.ops import LinearTerms
 from subnibble.tensor.activation_scheme import ActivationScheme
 from subnibble.tensor.packed import PackedTensor
 from subnibble.tensor.scheme import Scheme
@@ -49,11 +49,10 @@ def runs_with(method: str, options: dict[str, Any]) -> float:
     """Squared error of the packed linear that the method makes of the same, through the runtime."""
     steps = METHODS[method].steps({"rounding": "rtn", **options})
     correction, x, scheme = steps.correction, tokens(), SCHEMES[method]
-    residual = correction.coarse if correction != NOTHING else "none"
-    stack = Stack("block", (NAME,), (ROWS,), scheme, INPUTS, residual, NAME)
+    stack = Stack("block", (NAME,), (ROWS,), scheme, INPUTS, correction.repeated, NAME)
     _, main, salient = round_stack(stack, weight(), Observed(x.T @ x), steps.rounder, correction)
     second = None if salient is None else PackedTensor((salient,))
-    terms = LinearTerms(main, activation=INPUTS, salient=second, residual=residual)
+    terms = built(main, activation=INPUTS, salient=second, repeated=correction.repeated)
     return float((ops.linear(x, terms) - x @ weight().T).square().sum())
 
 
@@ -88,10 +87,10 @@ def test_a_rank_inside_a_group_is_not_taken_for_a_residual_of_the_whole() -> Non
     """The fault of rounding all columns first, salient ones among them."""
     w, x, scheme = weight(), tokens(), SCHEMES["serq"]
     plain = RTN(Clip("minmax"))
-    stack = Stack("block", (NAME,), (ROWS,), scheme, INPUTS, "none", NAME)
+    stack = Stack("block", (NAME,), (ROWS,), scheme, INPUTS, 0, NAME)
     _, main, _ = round_stack(stack, w, Observed(x.T @ x), plain, NOTHING)
     rest = (w - main.dequantize())[:, :8]
     _, second, _ = round_stack(stack, rest, Observed(x[:, :8].T @ x[:, :8]), plain, NOTHING)
-    terms = LinearTerms(main, activation=INPUTS, salient=second)
+    terms = built(main, activation=INPUTS, salient=second)
     wrong = float((ops.linear(x, terms) - x @ w.T).square().sum())
     assert wrong > 1.2 * loss_of("serq", {"rank": 8})(NAME, w, x)

@@ -240,7 +240,7 @@ def test_codes_of_inputs_are_not_rounded_to_the_streams_type_before_the_gram_mat
     with torch.no_grad():
         stored(windows)
     assert seen[0].dtype == DTYPES[dtype]
-    coded = activations.quantize(linear.terms.input.enter(seen[0]), scheme)
+    coded = activations.quantize(linear.linear.input.enter(seen[0]), scheme)
     widths = [stop - start for start, stop in coded.bounds]
     exact = coded.numbers.double() * coded.scales.double().repeat_interleave(torch.tensor(widths), 1)
     coarse = exact.to(DTYPES[dtype]).double()

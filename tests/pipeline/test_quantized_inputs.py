@@ -111,7 +111,7 @@ def test_offline_orders_store_no_gather(folders: dict[str, Path], token_file: Pa
     def gathers(**options: Any) -> set[str]:
         _, model = make(folders["llama"], token_file, tmp_path / "out", **SERQ, options={"rank": RANK, **options})
         linears = {path: m for path, m in packed_modules(model).items() if isinstance(m, PackedLinear)}
-        assert all(m.terms.gather is m.input.gather for m in linears.values())
+        assert all(m.linear.input.gather is m.input.gather for m in linears.values())
         return {path.split(".")[-1] for path, module in linears.items() if module.gather is not None}
 
     # The first reader of a tensor holds it for all.

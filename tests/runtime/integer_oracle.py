@@ -17,8 +17,8 @@ from torch import Tensor
 
 from subnibble.runtime.activations import Quantized, quantize
 from subnibble.runtime.integer import multiply_add_
-from subnibble.runtime.ops import LinearTerms
 from subnibble.tensor.activation_scheme import ActivationScheme
+from subnibble.tensor.linear import Linear
 from subnibble.tensor.packed import CodedMatrix, PackedRange, PackedTensor, scale_dtype
 from subnibble.tensor.scheme import Scheme
 
@@ -162,23 +162,23 @@ def oracle_product(x: Codes, weight: PackedTensor, y: NDArray[np.float32]) -> ND
     return y
 
 
-def oracle(x: Tensor, terms: LinearTerms, scheme: ActivationScheme) -> Tensor:
+def oracle(x: Tensor, terms: Linear, scheme: ActivationScheme) -> Tensor:
     """What a linear gives for tokens (t, k) as they enter the product: float32 (t, m)."""
     entered = quantize(x, scheme)
     codes = codes_of(entered, scheme)
-    y = oracle_product(codes, terms.weight, np.zeros((len(x), terms.weight.shape[0]), np.float32))
-    if terms.salient is not None:
-        y = oracle_product(codes, terms.salient, y)
-        if terms.residual != "none":
-            rank = terms.salient.shape[1]
+    y = oracle_product(codes, terms.weight.main, np.zeros((len(x), terms.weight.main.shape[0]), np.float32))
+    if terms.weight.salient is not None:
+        y = oracle_product(codes, terms.weight.salient, y)
+        if terms.input.repeated:
+            rank = terms.weight.salient.shape[1]
             rest = quantize(x[:, :rank].float() - entered.values()[:, :rank], scheme)
-            y = oracle_product(codes_of(rest, scheme), terms.salient, y)
-    if terms.low_rank is not None:
-        down, up = terms.low_rank
+            y = oracle_product(codes_of(rest, scheme), terms.weight.salient, y)
+    if terms.weight.low_rank is not None:
+        down, up = terms.weight.low_rank
         inner = torch.from_numpy(oracle_product(codes, down, np.zeros((len(x), down.shape[0]), np.float32)))
         y = oracle_product(codes_of(quantize(inner, scheme), scheme), up, y)
     result = torch.from_numpy(y)
-    return result if terms.bias is None else result + terms.bias.float()
+    return result if terms.weight.bias is None else result + terms.weight.bias.float()
 
 
 def product(x: Quantized, weight: PackedTensor) -> Tensor:

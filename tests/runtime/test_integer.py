@@ -26,10 +26,10 @@ from integer_oracle import (
 )
 from torch import Tensor
 
+from linears import built
 from subnibble.runtime import integer, ops
 from subnibble.runtime.activations import Quantized, quantize
 from subnibble.runtime.integer import multiply_add_
-from subnibble.runtime.ops import LinearTerms
 from subnibble.tensor.packed import CodedMatrix, PackedRange, PackedTensor
 from subnibble.tensor.scheme import Scheme
 
@@ -39,8 +39,8 @@ from subnibble.tensor.scheme import Scheme
 def test_a_product_is_that_of_the_oracle_bit_for_bit(name, activation) -> None:
     weight, scheme = weight_of(WEIGHTS[name]), INPUTS[activation]
     x = tokens()
-    y = ops.linear(x, LinearTerms(weight, activation=scheme))
-    assert torch.equal(y, oracle(x, LinearTerms(weight), scheme))
+    y = ops.linear(x, built(weight, activation=scheme))
+    assert torch.equal(y, oracle(x, built(weight), scheme))
     assert bool(y.any())
 
 
@@ -114,8 +114,8 @@ WEIGHT_FAULTS = [
 @pytest.mark.parametrize("zero_point", ["integer", "real"])
 def test_the_oracle_rejects_a_planted_fault_of_the_weight(zero_point, activation, fault) -> None:
     weight, scheme, x = weight_of([(COLUMNS, Scheme(3, 32, zero_point, "float32"))]), INPUTS[activation], tokens()
-    wrong = ops.linear(x, LinearTerms(recoded(weight, fault), activation=scheme))
-    assert not torch.equal(wrong, oracle(x, LinearTerms(weight), scheme))
+    wrong = ops.linear(x, built(recoded(weight, fault), activation=scheme))
+    assert not torch.equal(wrong, oracle(x, built(weight), scheme))
 
 
 def one_number_off_by_one(x: Quantized) -> Quantized:
@@ -159,7 +159,7 @@ INPUT_FAULTS = [
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_the_oracle_rejects_a_planted_fault_of_the_input(name, fault) -> None:
     weight, scheme, x = weight_of(WEIGHTS[name]), INPUTS["4 bits, groups of 16"], tokens()
-    right = oracle(x, LinearTerms(weight), scheme)
+    right = oracle(x, built(weight), scheme)
     assert torch.equal(product(quantize(x, scheme), weight), right)
     assert not torch.equal(product(fault(quantize(x, scheme)), weight), right)
 

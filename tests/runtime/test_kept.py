@@ -37,20 +37,20 @@ CHANGES: dict[str, Callable[[PackedLinear], object]] = {
 
 def test_a_handle_is_made_once() -> None:
     module, x = linear(), torch.randn(3, linear().in_features)
-    first = module.terms
+    first = module.linear
     module(x)
-    assert module.terms is first
-    assert first.weight is module.packed
+    assert module.linear is first
+    assert first.weight.main is module.packed
 
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_handle_is_renewed_when_a_part_is_replaced(change: str) -> None:
     module = linear()
-    first, x = module.terms, torch.randn(3, module.in_features)
+    first, x = module.linear, torch.randn(3, module.in_features)
     before = module(x)
     CHANGES[change](module)
-    assert module.terms is not first
-    assert torch.equal(module(x), ops.linear(x, module.terms))
+    assert module.linear is not first
+    assert torch.equal(module(x), ops.linear(x, module.linear))
     assert torch.equal(module(x), before) == (change != "activation")
 
 
@@ -59,22 +59,22 @@ def test_other_numbers_in_place_are_seen() -> None:
     before = module(x)
     module.scales.mul_(2)
     assert not torch.equal(module(x), before)
-    assert torch.equal(module(x), ops.linear(x, module.terms))
+    assert torch.equal(module(x), ops.linear(x, module.linear))
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
 def test_a_copy_has_a_handle_of_its_own(copied: Callable[[PackedLinear], PackedLinear]) -> None:
     module = linear()
-    first = module.terms
+    first = module.linear
     other = copied(module)
-    assert other.terms is not first
-    assert other.terms.weight.ranges[0].codes.data_ptr() != first.weight.ranges[0].codes.data_ptr()
-    assert module.terms is first
+    assert other.linear is not first
+    assert other.linear.weight.main.ranges[0].codes.data_ptr() != first.weight.main.ranges[0].codes.data_ptr()
+    assert module.linear is first
 
 
 def test_a_handle_holds_nothing_of_modules_whose_tensors_come_and_go() -> None:
     module = linear()
     module._hf_hook = object()
-    assert module.terms is not module.terms
-    assert module._terms._handle is None
+    assert module.linear is not module.linear
+    assert module._linear._handle is None
     assert module._packed._handle is None

@@ -18,6 +18,7 @@ from packed_samples import (
 )
 from torch import Tensor, nn
 
+from linears import built
 from subnibble.runtime.modules import (
     InputMix,
     PackedEmbedding,
@@ -26,7 +27,6 @@ from subnibble.runtime.modules import (
     add_input_mix_,
     add_output_bias_,
 )
-from subnibble.runtime.ops import LinearTerms
 from subnibble.tensor.packed import CodedMatrix, PackedRange, PackedTensor
 from subnibble.tensor.scheme import Scheme
 
@@ -37,7 +37,7 @@ from subnibble.tensor.scheme import Scheme
 def test_packed_linear_equals_the_dense_linear(name, dtype, has_bias) -> None:
     weight = packed_tensor(name)
     bias = bias_of(ROWS).to(dtype) if has_bias else None
-    linear = PackedLinear(LinearTerms(weight, bias))
+    linear = PackedLinear(built(weight, bias))
     x = inputs(linear.in_features, dtype)
     y = linear(x)
     assert y.dtype == dtype
@@ -99,8 +99,8 @@ def test_the_linear_oracle_rejects_a_planted_fault_of_the_weight(fault) -> None:
     fault(coded)
     wrong = PackedTensor((PackedRange.pack(coded, scheme),))
     w, x, bias = dense(PackedTensor((right,))), inputs(139), bias_of(ROWS)
-    assert within_bound(PackedLinear(LinearTerms(PackedTensor((right,)), bias))(x), x, w, bias)
-    assert not within_bound(PackedLinear(LinearTerms(wrong, bias))(x), x, w, bias)
+    assert within_bound(PackedLinear(built(PackedTensor((right,)), bias))(x), x, w, bias)
+    assert not within_bound(PackedLinear(built(wrong, bias))(x), x, w, bias)
 
 
 def one_output_off_by_five_percent(y: Tensor) -> Tensor:
@@ -143,7 +143,7 @@ OUTPUT_FAULTS = [
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_the_linear_oracle_rejects_a_planted_fault_of_the_output(name, fault) -> None:
     weight, bias = packed_tensor(name), bias_of(ROWS)
-    linear = PackedLinear(LinearTerms(weight, bias))
+    linear = PackedLinear(built(weight, bias))
     x = inputs(linear.in_features)
     assert not within_bound(fault(linear(x).detach()), x, dense(weight), bias)
 
@@ -151,7 +151,7 @@ def test_the_linear_oracle_rejects_a_planted_fault_of_the_output(name, fault) ->
 @pytest.mark.parametrize("dtype", CAST)
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_cast_leaves_codes_scales_and_zeros_bit_identical(name, dtype) -> None:
-    linear = PackedLinear(LinearTerms(packed_tensor(name), bias_of(ROWS)))
+    linear = PackedLinear(built(packed_tensor(name), bias_of(ROWS)))
     embedding = PackedEmbedding(packed_tensor(name), torch.float32)
     model = nn.ModuleList([linear, embedding, TiedHead(embedding)])
     before, layout = state_bytes(model), linear.layout
@@ -164,7 +164,7 @@ def test_a_cast_leaves_codes_scales_and_zeros_bit_identical(name, dtype) -> None
 
 @pytest.mark.parametrize("dtype", CAST)
 def test_a_cast_there_and_back_changes_no_output(dtype) -> None:
-    linear = PackedLinear(LinearTerms(packed_tensor("3 bits, ragged"), None))
+    linear = PackedLinear(built(packed_tensor("3 bits, ragged"), None))
     x = inputs(linear.in_features)
     before = linear(x)
     assert torch.equal(CAST[dtype](linear)(x), before)
@@ -174,12 +174,12 @@ def test_a_cast_there_and_back_changes_no_output(dtype) -> None:
 @pytest.mark.parametrize("dtype", CAST)
 def test_a_cast_model_runs_in_its_new_type(dtype) -> None:
     embedding = PackedEmbedding(packed_tensor("3 bits, ragged"), torch.float32)
-    model = nn.Sequential(embedding, PackedLinear(LinearTerms(packed_tensor("3 bits, ragged"), bias_of(ROWS))))
+    model = nn.Sequential(embedding, PackedLinear(built(packed_tensor("3 bits, ragged"), bias_of(ROWS))))
     assert CAST[dtype](model)(torch.tensor([0, 3])).dtype == dtype
 
 
 def test_moving_to_another_device_moves_everything() -> None:
-    linear = PackedLinear(LinearTerms(packed_tensor("two ranges"), bias_of(ROWS))).to("meta", torch.bfloat16)
+    linear = PackedLinear(built(packed_tensor("two ranges"), bias_of(ROWS))).to("meta", torch.bfloat16)
     assert {buffer.device.type for buffer in linear.buffers()} == {"meta"}
     types = {name: tensor.dtype for name, tensor in packed_tensor("two ranges").state().items()}
     assert {name: buffer.dtype for name, buffer in linear.named_buffers()} == types
@@ -188,16 +188,16 @@ def test_moving_to_another_device_moves_everything() -> None:
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_stored_names_are_those_of_the_format(name) -> None:
     weight = packed_tensor(name)
-    linear = PackedLinear(LinearTerms(weight, bias_of(ROWS)))
+    linear = PackedLinear(built(weight, bias_of(ROWS)))
     assert set(linear.state_dict()) == {*weight.state(), "bias"}
-    assert set(PackedLinear(LinearTerms(weight, None)).state_dict()) == set(weight.state())
+    assert set(PackedLinear(built(weight, None)).state_dict()) == set(weight.state())
     assert set(PackedEmbedding(weight, torch.float32).state_dict()) == set(weight.state())
 
 
 def test_a_state_dict_loads_into_empty_storage() -> None:
     weight = packed_tensor("two ranges")
-    source = PackedLinear(LinearTerms(weight, bias_of(ROWS)))
-    target = PackedLinear(LinearTerms(weight.layout.empty("cpu"), torch.full((ROWS,), torch.nan)))
+    source = PackedLinear(built(weight, bias_of(ROWS)))
+    target = PackedLinear(built(weight.layout.empty("cpu"), torch.full((ROWS,), torch.nan)))
     target.load_state_dict(source.state_dict())
     x = inputs(source.in_features)
     assert torch.equal(target(x), source(x))
@@ -299,7 +299,7 @@ def test_an_output_bias_follows_casts_copies_and_loaded_weights() -> None:
 
 
 def test_printing_shows_shape_and_schemes() -> None:
-    assert "139 -> 9, w2g32+w8channel-sym" in repr(PackedLinear(LinearTerms(packed_tensor("two ranges"), None)))
+    assert "139 -> 9, w2g32+w8channel-sym" in repr(PackedLinear(built(packed_tensor("two ranges"), None)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -18,15 +18,15 @@ from packed_samples import (
 )
 from torch import Tensor, nn
 
+from linears import built
 from subnibble.runtime import ops
 from subnibble.runtime.modules import PackedLinear
-from subnibble.runtime.ops import LinearTerms
 from subnibble.tensor.packed import PackedTensor
 
 
 def scaled_linear(name: str, bias: Tensor | None = None) -> PackedLinear:
     weight = packed_tensor(name)
-    return PackedLinear(LinearTerms(weight, bias, column_scale_of(weight.shape[1])))
+    return PackedLinear(built(weight, bias, column_scale_of(weight.shape[1])))
 
 
 def within_scaled_bound(y: Tensor, x: Tensor, w: Tensor, bias: Tensor | None, column_scale: Tensor) -> bool:
@@ -50,7 +50,7 @@ def test_a_scaled_linear_equals_the_dense_linear_of_scaled_inputs(name, dtype, h
     wide = torch.promote_types(dtype, torch.float32)
     scaled = (x.to(wide) * linear.column_scale.to(wide)).to(dtype)
     assert torch.equal(y, nn.functional.linear(scaled, linear.packed.dequantize().to(dtype), bias))
-    assert torch.equal(y, ops.linear(x, LinearTerms(linear.packed, bias, linear.column_scale)))
+    assert torch.equal(y, ops.linear(x, built(linear.packed, bias, linear.column_scale)))
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -58,7 +58,7 @@ def test_dequantize_is_the_weight_that_plain_inputs_meet(name) -> None:
     linear = scaled_linear(name)
     assert linear.dequantize().dtype == torch.float32
     assert torch.equal(linear.dequantize(), linear.packed.dequantize() * linear.column_scale.float())
-    plain = PackedLinear(LinearTerms(packed_tensor(name), None))
+    plain = PackedLinear(built(packed_tensor(name), None))
     assert torch.equal(plain.dequantize(), packed_tensor(name).dequantize())
     x = inputs(linear.in_features)
     assert within_bound(linear(x), x, linear.dequantize().double(), None, c=4.0)
@@ -70,44 +70,44 @@ def test_column_scales_of_one_change_no_bit(name) -> None:
     ones = torch.ones(weight.shape[1], dtype=torch.float16)
     x = inputs(weight.shape[1])
     assert torch.equal(
-        PackedLinear(LinearTerms(weight, bias_of(ROWS), ones))(x), PackedLinear(LinearTerms(weight, bias_of(ROWS)))(x)
+        PackedLinear(built(weight, bias_of(ROWS), ones))(x), PackedLinear(built(weight, bias_of(ROWS)))(x)
     )
 
 
 def c_ignored(x: Tensor, weight: PackedTensor, c: Tensor) -> Tensor:
-    return ops.linear(x, LinearTerms(weight, None))
+    return ops.linear(x, built(weight, None))
 
 
 def c_on_rows(x: Tensor, weight: PackedTensor, c: Tensor) -> Tensor:
-    return ops.linear(x, LinearTerms(weight, None)) * c[: weight.shape[0]].float()
+    return ops.linear(x, built(weight, None)) * c[: weight.shape[0]].float()
 
 
 def c_divides(x: Tensor, weight: PackedTensor, c: Tensor) -> Tensor:
-    return ops.linear(x, LinearTerms(weight, None, 1 / c))
+    return ops.linear(x, built(weight, None, 1 / c))
 
 
 def c_twice(x: Tensor, weight: PackedTensor, c: Tensor) -> Tensor:
-    return ops.linear(x * c, LinearTerms(weight, None, c))
+    return ops.linear(x * c, built(weight, None, c))
 
 
 def c_shifted_by_one_column(x: Tensor, weight: PackedTensor, c: Tensor) -> Tensor:
-    return ops.linear(x, LinearTerms(weight, None, c.roll(1)))
+    return ops.linear(x, built(weight, None, c.roll(1)))
 
 
 def c_of_the_first_range_only(x: Tensor, weight: PackedTensor, c: Tensor) -> Tensor:
     c = c.clone()
     c[120:] = 1
-    return ops.linear(x, LinearTerms(weight, None, c))
+    return ops.linear(x, built(weight, None, c))
 
 
 def one_c_off_by_five_percent(x: Tensor, weight: PackedTensor, c: Tensor) -> Tensor:
     c = c.clone()
     c[int(c.argmax())] *= 1.05
-    return ops.linear(x, LinearTerms(weight, None, c))
+    return ops.linear(x, built(weight, None, c))
 
 
 def c_rounded_to_bfloat16(x: Tensor, weight: PackedTensor, c: Tensor) -> Tensor:
-    return ops.linear(x, LinearTerms(weight, None, c.bfloat16()))
+    return ops.linear(x, built(weight, None, c.bfloat16()))
 
 
 SCALE_FAULTS = [
@@ -126,7 +126,7 @@ SCALE_FAULTS = [
 def test_the_scaled_oracle_rejects_a_planted_fault(fault) -> None:
     weight, x = packed_tensor("two ranges"), inputs(139)
     c = column_scale_of(139)
-    assert within_scaled_bound(ops.linear(x, LinearTerms(weight, None, c)), x, dense(weight), None, c)
+    assert within_scaled_bound(ops.linear(x, built(weight, None, c)), x, dense(weight), None, c)
     assert not within_scaled_bound(fault(x, weight, c), x, dense(weight), None, c)
 
 
@@ -155,13 +155,13 @@ def test_a_scaled_state_dict_loads_into_empty_storage_and_not_into_a_plain_linea
     source = scaled_linear("two ranges", bias_of(ROWS))
     empty = source.layout.empty("cpu")
     target = PackedLinear(
-        LinearTerms(empty, torch.full((ROWS,), torch.nan), torch.full((139,), torch.nan, dtype=torch.float16))
+        built(empty, torch.full((ROWS,), torch.nan), torch.full((139,), torch.nan, dtype=torch.float16))
     )
     target.load_state_dict(source.state_dict())
     x = inputs(139)
     assert torch.equal(target(x), source(x))
     assert torch.equal(copy.deepcopy(target)(x), source(x))
     with pytest.raises(RuntimeError, match="column_scale"):
-        PackedLinear(LinearTerms(empty, bias_of(ROWS))).load_state_dict(source.state_dict())
+        PackedLinear(built(empty, bias_of(ROWS))).load_state_dict(source.state_dict())
     with pytest.raises(RuntimeError, match="column_scale"):
-        target.load_state_dict(PackedLinear(LinearTerms(packed_tensor("two ranges"), bias_of(ROWS))).state_dict())
+        target.load_state_dict(PackedLinear(built(packed_tensor("two ranges"), bias_of(ROWS))).state_dict())

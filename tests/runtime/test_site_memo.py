@@ -10,18 +10,19 @@ import pytest
 import torch
 from test_linear_terms import every_term
 
-from subnibble.runtime import ops
+from subnibble.runtime import ops, site_input
 from subnibble.runtime.modules import PackedLinear
-from subnibble.runtime.site_input import SiteInput
 from subnibble.runtime.site_memo import SiteMemo
 from subnibble.tensor.activation_scheme import ActivationScheme
+from subnibble.tensor.linear import Linear
 
 
 def readers() -> list[PackedLinear]:
     """Three linears that do the same to their input, the first of which holds what that takes."""
-    terms = every_term(ActivationScheme(4, 16), residual="salient")
+    terms = every_term(ActivationScheme(4, 16), repeated=37)
     first = PackedLinear(terms)
-    others = [PackedLinear(replace(terms.rows(torch.arange(n)), gather=None, column_scale=None)) for n in (5, 3)]
+    site = replace(terms.input, gather=None, column_scale=None)
+    others = [PackedLinear(Linear(terms.weight.rows(torch.arange(n)), site)) for n in (5, 3)]
     for other in others:
         other.enter_as_(first)
     return [first, *others]
@@ -31,15 +32,15 @@ def test_what_shares_an_input_gives_what_each_gives_alone() -> None:
     whole, x = readers(), torch.randn(4, 139, generator=torch.Generator().manual_seed(1))
     found = [module(x) for module in whole]
     for module, y in zip(whole, found, strict=True):
-        assert torch.equal(y, ops.linear(x, module.terms))
+        assert torch.equal(y, ops.linear(x, module.linear))
     assert torch.equal(found[1], found[0][:, :5])
     assert torch.equal(found[2], found[0][:, :3])
 
 
 def test_an_input_is_made_once_for_all_readers_and_then_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     whole, made = readers(), []
-    usual = SiteInput.apply
-    monkeypatch.setattr(SiteInput, "apply", lambda own, x: made.append(x) or usual(own, x))
+    usual = site_input.apply
+    monkeypatch.setattr(site_input, "apply", lambda x, site: made.append(x) or usual(x, site))
     for _ in range(2):
         x = torch.randn(4, 139)
         for module in whole:
@@ -52,10 +53,10 @@ def test_another_tensor_or_other_numbers_in_it_are_made_anew() -> None:
     whole, x = readers(), torch.randn(4, 139)
     whole[0](x)
     y = torch.randn(4, 139)
-    assert torch.equal(whole[1](y), ops.linear(y, whole[1].terms))
+    assert torch.equal(whole[1](y), ops.linear(y, whole[1].linear))
     whole[0](x)
     x.mul_(-3)
-    assert torch.equal(whole[1](x), ops.linear(x, whole[1].terms))
+    assert torch.equal(whole[1](x), ops.linear(x, whole[1].linear))
 
 
 def test_nothing_is_kept_of_a_tensor_that_is_gone() -> None:

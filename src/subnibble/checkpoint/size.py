@@ -9,8 +9,8 @@ from typing import Any
 from subnibble.arch import find_arch
 from subnibble.arch.site import Heads
 from subnibble.checkpoint.checksums import file_checksum, weights_checksum
-from subnibble.checkpoint.entries import NormBiasEntry, PackedEmbeddingEntry, PackedLinearEntry
 from subnibble.checkpoint.manifest import PackedConfig, readable_config_of, stored_shapes
+from subnibble.checkpoint.module_specs import NormBiasSpec, PackedEmbeddingSpec, PackedLinearSpec
 from subnibble.checkpoint.source import Source, expect_shapes, numel
 from subnibble.checkpoint.weight_files import find_weights
 from subnibble.tensor.cache_scheme import CacheScheme
@@ -87,15 +87,15 @@ def _plain(source: Source) -> tuple[int, int, int]:
 def _packed(source: Source, packed: PackedConfig) -> tuple[int, int, int]:
     blocks = find_arch(source.config.model_type).blocks
     bits = weights = parameters = 0
-    for path, entry in packed.modules.items():
-        if isinstance(entry, NormBiasEntry):
+    for path, spec in packed.modules.items():
+        if isinstance(spec, NormBiasSpec):
             bits += source.stored_bits(f"{path}.bias")
-        elif isinstance(entry, PackedLinearEntry) and path.startswith(f"{blocks}."):
-            bits += entry.stored_bits
-            weights += entry.layout.rows * entry.layout.columns
-    for entry in packed.modules.values():
-        if isinstance(entry, PackedLinearEntry | PackedEmbeddingEntry):
-            parameters += entry.layout.rows * entry.layout.columns
+        elif isinstance(spec, PackedLinearSpec) and path.startswith(f"{blocks}."):
+            bits += spec.stored_bits
+            weights += spec.layout.rows * spec.layout.columns
+    for spec in packed.modules.values():
+        if isinstance(spec, PackedLinearSpec | PackedEmbeddingSpec):
+            parameters += spec.layout.rows * spec.layout.columns
     packed_names = {name for name in stored_shapes(packed) if not name.endswith(".bias")}
     parameters += sum(numel(source.shape(name)) for name in source.names() if name not in packed_names)
     return bits, weights, parameters
@@ -104,6 +104,6 @@ def _packed(source: Source, packed: PackedConfig) -> tuple[int, int, int]:
 def _activation_bits(source: Source, packed: PackedConfig | None) -> float:
     blocks = find_arch(source.config.model_type).blocks
     modules = {} if packed is None else packed.modules
-    linears = [e for path, e in modules.items() if isinstance(e, PackedLinearEntry) and path.startswith(f"{blocks}.")]
-    channels = sum(entry.layout.columns for entry in linears)
-    return sum(entry.token_bits() for entry in linears) / channels if channels else 16.0
+    linears = [e for path, e in modules.items() if isinstance(e, PackedLinearSpec) and path.startswith(f"{blocks}.")]
+    channels = sum(spec.layout.columns for spec in linears)
+    return sum(spec.token_bits() for spec in linears) / channels if channels else 16.0

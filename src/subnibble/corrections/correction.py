@@ -17,7 +17,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from subnibble.checkpoint.entries import PackedLinearEntry
+from subnibble.checkpoint.module_specs import PackedLinearSpec
 from subnibble.errors import NumericalFailure
 from subnibble.rounding.rounder import Rounder, Rounding
 from subnibble.tensor.activation_scheme import ActivationScheme
@@ -75,9 +75,9 @@ class Correction:
         return 0
 
     @property
-    def coarse(self) -> str:
-        """Which matrix holds the salient channels' coarse weight, in the words of `ops.LinearTerms.residual`."""
-        return "none"
+    def repeated(self) -> int:
+        """First channels whose inputs are quantized twice; see `SiteInput`."""
+        return 0
 
     def check(self, columns: int, scheme: Scheme, where: str) -> None:
         """Raise `BadRecipe` if it does not fit the linear `where` of `columns` inputs."""
@@ -93,9 +93,9 @@ class Correction:
         """How inputs are coded that would be coded by `scheme`."""
         return scheme
 
-    def planned(self, entry: PackedLinearEntry, weight: Scheme) -> PackedLinearEntry:
-        """A linear's entry with what it adds, known from shapes alone. weight: codes all that `entry` has so far."""
-        return entry
+    def planned(self, spec: PackedLinearSpec, weight: Scheme) -> PackedLinearSpec:
+        """The spec of a linear with what it adds, known from shapes alone. weight: codes all that `spec` has so far."""
+        return spec
 
     def round(self, weight: Tensor, gram: Tensor | None, scheme: Scheme, round_main: RoundMain) -> Rounded:
         """Round a weight (m, k) float32. gram: (k, k), sum of x xᵀ over its inputs, None without calibration."""

@@ -19,7 +19,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from subnibble.checkpoint.entries import PackedLinearEntry
+from subnibble.checkpoint.module_specs import PackedLinearSpec
 from subnibble.corrections.correction import Branch, Correction
 from subnibble.errors import BadRecipe
 from subnibble.rounding import grid
@@ -66,12 +66,12 @@ class LowRank(Correction):
         """See `Correction`."""
         return (self.scheme(weight),)
 
-    def planned(self, entry: PackedLinearEntry, weight: Scheme) -> PackedLinearEntry:
+    def planned(self, spec: PackedLinearSpec, weight: Scheme) -> PackedLinearSpec:
         """See `Correction`."""
-        rows, columns, scheme = entry.layout.rows, entry.layout.columns, self.scheme(weight)
+        rows, columns, scheme = spec.layout.rows, spec.layout.columns, self.scheme(weight)
         rank = min(self.rank, rows, columns)
         factors = PackedLayout(rank, ((columns, scheme),)), PackedLayout(rows, ((rank, scheme),))
-        return replace(entry, low_rank=factors)
+        return replace(spec, low_rank=factors)
 
     def branches(
         self, errors: Sequence[Tensor], gram: Tensor | None, sizes: Tensor | None, scheme: Scheme

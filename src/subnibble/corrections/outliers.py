@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from subnibble.checkpoint.entries import PackedLinearEntry
+from subnibble.checkpoint.module_specs import PackedLinearSpec
 from subnibble.corrections.correction import Correction, Rounded, RoundMain
 from subnibble.errors import BadRecipe
 from subnibble.rounding import grid
@@ -65,10 +65,10 @@ class OutlierColumns(Correction):
         """See `Correction`."""
         return replace(scheme, outliers=self.count)
 
-    def planned(self, entry: PackedLinearEntry, weight: Scheme) -> PackedLinearEntry:
+    def planned(self, spec: PackedLinearSpec, weight: Scheme) -> PackedLinearSpec:
         """See `Correction`."""
-        parts = (entry.layout.columns - self.count, weight), (self.count, self.scheme(weight))
-        return replace(entry, layout=PackedLayout(entry.layout.rows, parts))
+        parts = (spec.layout.columns - self.count, weight), (self.count, self.scheme(weight))
+        return replace(spec, layout=PackedLayout(spec.layout.rows, parts))
 
     def round(self, weight: Tensor, gram: Tensor | None, scheme: Scheme, round_main: RoundMain) -> Rounded:
         """See `Correction`; outliers make up for error where rounding does."""

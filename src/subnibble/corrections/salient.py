@@ -17,14 +17,16 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from subnibble.checkpoint.entries import PackedLinearEntry
+from subnibble.checkpoint.module_specs import PackedLinearSpec
 from subnibble.corrections.correction import Correction, Rounded, RoundMain
 from subnibble.errors import BadRecipe
 from subnibble.rounding import grid
 from subnibble.rounding.levels import Fitter
-from subnibble.runtime.ops import RESIDUALS
 from subnibble.tensor.packed import PackedLayout, PackedRange, PackedTensor
 from subnibble.tensor.scheme import Scheme
+
+# What meets the remainder of the salient channels' quantized inputs: nothing, or their second weight.
+RESIDUALS = ("none", "salient")
 
 
 @dataclass(frozen=True)
@@ -51,9 +53,9 @@ class SalientColumns(Correction):
         return self.rank
 
     @property
-    def coarse(self) -> str:
+    def repeated(self) -> int:
         """See `Correction`."""
-        return self.residual
+        return 0 if self.residual == "none" else self.rank
 
     def check(self, columns: int, scheme: Scheme, where: str) -> None:
         """See `Correction`."""
@@ -67,10 +69,10 @@ class SalientColumns(Correction):
         """See `Correction`: R is coded as the main matrix is."""
         return (weight,)
 
-    def planned(self, entry: PackedLinearEntry, weight: Scheme) -> PackedLinearEntry:
+    def planned(self, spec: PackedLinearSpec, weight: Scheme) -> PackedLinearSpec:
         """See `Correction`."""
-        residual = "none" if entry.activation is None else self.coarse
-        return replace(entry, salient=PackedLayout(entry.layout.rows, ((self.rank, weight),)), residual=residual)
+        repeated = 0 if spec.activation is None else self.repeated
+        return replace(spec, salient=PackedLayout(spec.layout.rows, ((self.rank, weight),)), repeated=repeated)
 
     def round(self, weight: Tensor, gram: Tensor | None, scheme: Scheme, round_main: RoundMain) -> Rounded:
         """See `Correction`."""

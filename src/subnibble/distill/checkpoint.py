@@ -8,8 +8,8 @@ from pathlib import Path
 from subnibble.calibrate.text import absolute_text
 from subnibble.calibrate.windows import calibration_windows, check_positions
 from subnibble.checkpoint.edit import change_checkpoint, check_space, open_packed, read_report
-from subnibble.checkpoint.entries import NormBiasEntry
 from subnibble.checkpoint.manifest import PackedConfig, check_plain
+from subnibble.checkpoint.module_specs import NormBiasSpec
 from subnibble.checkpoint.opening import open_source
 from subnibble.checkpoint.original import check_original
 from subnibble.checkpoint.source import Source
@@ -63,8 +63,8 @@ def _learnable(config: PackedConfig) -> frozenset[str]:
     """What of a checkpoint can be learned; see `learnable`."""
     linears = config.linears
     return learnable(
-        [scheme for entry in linears for part in entry.matrices.values() for _, scheme in part.ranges],
-        [entry.activation for entry in linears],
-        column_scales=any(entry.column_scale for entry in linears),
-        norm_biases=any(isinstance(entry, NormBiasEntry) for entry in config.modules.values()),
+        [scheme for spec in linears for part in spec.matrices.values() for _, scheme in part.ranges],
+        [spec.activation for spec in linears],
+        column_scales=any(spec.column_scale for spec in linears),
+        norm_biases=any(isinstance(spec, NormBiasSpec) for spec in config.modules.values()),
     )

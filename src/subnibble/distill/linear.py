@@ -12,27 +12,28 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from subnibble.checkpoint.module_specs import matrices_of
 from subnibble.distill.learned_matrix import SMALLEST_SHARE, Learned, LearnedMatrix, stored_factor
-from subnibble.runtime import activations
-from subnibble.runtime.ops import LinearTerms
+from subnibble.runtime import activations, site_input
 from subnibble.runtime.straight_through import straight_through
 from subnibble.tensor.activation_scheme import ActivationScheme
+from subnibble.tensor.linear import Linear, SiteInput
 from subnibble.tuning.input_clip import bound_, can_clip, clipped, with_share
 
 
 class Entrance(nn.Module):
     """What linears that read one tensor alike share: the tensor in their basis, quantized with a learned clip.
 
-    terms: of one of them; what all of them store of it is learned as one. learned: names of `Distillation`'s settings,
-    of which it knows clips and column_scales. dtype: that products are computed in.
+    site: as it is stored, once for all of them. learned: names of `Distillation`'s settings, of which it knows clips
+    and column_scales. dtype: that products are computed in.
     """
 
-    def __init__(self, terms: LinearTerms, learned: Collection[str], dtype: torch.dtype) -> None:
+    def __init__(self, site: SiteInput, learned: Collection[str], dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
-        self._terms, self._dtype = terms, dtype
-        scheme, scales = terms.activation, terms.column_scale
+        self._site, self._dtype = site, dtype
+        scheme, scales = site.activation, site.column_scale
         moves = "clips" in learned and scheme is not None and can_clip(scheme)
-        self.share = nn.Parameter(torch.zeros((), device=terms.weight.ranges[0].codes.device), requires_grad=moves)
+        self.share = nn.Parameter(torch.zeros((), device=device), requires_grad=moves)
         # Shares of column scales.
         self.columns: nn.Parameter | None = None
         if scales is not None:
@@ -44,26 +45,26 @@ class Entrance(nn.Module):
     @property
     def scheme(self) -> ActivationScheme | None:
         """As learned."""
-        scheme = self._terms.activation
+        scheme = self._site.activation
         return None if scheme is None else with_share(scheme, self.share.detach())
 
     @property
     def column_scale(self) -> Tensor | None:
         """As learned, (k,) float32 of the values that its stored type has; None if there is none."""
-        scales = self._terms.column_scale
+        scales = self._site.column_scale
         return None if scales is None or self.columns is None else stored_factor(scales, self.columns, scales.dtype)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """X (..., k) in the readers' basis, (t, k) float32, and the same quantized. Made once for all of them."""
         if self._x is not x or self._seen is None:
-            own = replace(self._terms.input, column_scale=self.column_scale)
-            tokens = own.enter(x).flatten(0, -2).float()
+            own = replace(self._site, column_scale=self.column_scale)
+            tokens = site_input.enter(x, own).flatten(0, -2).float()
             self._x, self._seen = x, (tokens, self.quantized(tokens))
         return self._seen
 
     def quantized(self, tokens: Tensor) -> Tensor:
         """Tokens (t, k) float32 as products meet them, in the compute type."""
-        scheme = self._terms.activation
+        scheme = self._site.activation
         if scheme is None:
             return tokens.to(self._dtype)
         return clipped(tokens, self.share, scheme).to(self._dtype)
@@ -91,14 +92,14 @@ class Entrance(nn.Module):
 
     def stored(self) -> dict[str, Tensor]:
         """Column scales that were learned, by their name in each of the linears."""
-        scales, old = self.column_scale, self._terms.column_scale
+        scales, old = self.column_scale, self._site.column_scale
         if scales is None or old is None or self.columns is None or not self.columns.requires_grad:
             return {}
         return {"column_scale": scales.detach().to(old.dtype)}
 
     def bound_(self) -> None:
         """Bring what was learned back into its range."""
-        scheme = self._terms.activation
+        scheme = self._site.activation
         if scheme is not None:
             bound_(self.share, scheme)
         if self.columns is not None:
@@ -109,15 +110,16 @@ class Entrance(nn.Module):
 class StudentLinear(nn.Module):
     """A packed linear: `ops.linear` with gradients. learned: names of `Distillation`'s settings."""
 
-    def __init__(self, terms: LinearTerms, entrance: Entrance, learned: Collection[str]) -> None:
+    def __init__(self, own: Linear, entrance: Entrance, learned: Collection[str]) -> None:
         super().__init__()
-        self._terms = terms
+        self._own = own
         # In a tuple: several linears share it, and it is not theirs.
         self._entrance = (entrance,)
+        parts = matrices_of(own.weight).items()
         self.matrices = nn.ModuleDict(
-            {prefix.rstrip(".") or "weight": LearnedMatrix(part, learned) for prefix, part in terms.matrices.items()}
+            {name.rstrip(".") or "weight": LearnedMatrix(part, learned) for name, part in parts}
         )
-        self.in_features, self.out_features = terms.weight.shape[1], terms.weight.shape[0]
+        self.out_features, self.in_features = own.weight.main.shape
 
     @property
     def entrance(self) -> Entrance:
@@ -126,20 +128,20 @@ class StudentLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., k) to (..., m), in x's type."""
-        terms, entrance = self._terms, self.entrance
+        weight, entrance = self._own.weight, self.entrance
         exact, entered = entrance(x)
         y = self._times("weight", entered)
-        if terms.salient is not None:
-            rank = terms.salient.shape[1]
+        if weight.salient is not None:
+            rank = weight.salient.shape[1]
             y = y + self._times("salient", entered[:, :rank])
-            if terms.residual != "none":
+            if self._own.input.repeated:
                 rest = entrance.quantized(exact[:, :rank] - entered[:, :rank].float())
                 y = y + self._times("salient", rest)
-        if terms.low_rank is not None:
+        if weight.low_rank is not None:
             inner = entrance.between(self._times("down", entered))
             y = y + self._times("up", inner.to(entered.dtype))
-        if terms.bias is not None:
-            y = y + terms.bias.float()
+        if weight.bias is not None:
+            y = y + weight.bias.float()
         return y.to(x.dtype).view(*x.shape[:-1], y.shape[1])
 
     def _times(self, matrix: str, x: Tensor) -> Tensor:
@@ -171,7 +173,7 @@ class StudentLinear(nn.Module):
     def _learned_matrices(self) -> dict[str, LearnedMatrix]:
         """By the prefix of their stored names."""
         found = {}
-        for prefix, matrix in zip(self._terms.matrices, self.matrices.values(), strict=True):
+        for prefix, matrix in zip(matrices_of(self._own.weight), self.matrices.values(), strict=True):
             assert isinstance(matrix, LearnedMatrix)
             found[prefix] = matrix
         return found

@@ -17,8 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 from subnibble.arch.site import Arch, Heads
 from subnibble.calibrate.prefix import PrefixStream, States, behind
-from subnibble.checkpoint.entries import KEY_CENTER, PREFIX, NormBiasEntry, PackedLinearEntry
 from subnibble.checkpoint.manifest import PackedConfig
+from subnibble.checkpoint.module_specs import KEY_CENTER, PREFIX, NormBiasSpec, PackedLinearSpec
 from subnibble.checkpoint.safetensors_source import SafetensorsSource
 from subnibble.checkpoint.source import Source
 from subnibble.device import free_memory
@@ -209,18 +209,18 @@ class Student:
         """What was learned, by its name in the checkpoint; of norms in float32."""
         found = {name: parameter.detach().clone() for name, parameter in self._norms.items()}
         for path, linear in self._linears.items():
-            entry = self._config.modules[path]
-            assert isinstance(entry, PackedLinearEntry)
-            found |= {f"{path}.{name}": tensor for name, tensor in linear.stored().items() if name in entry.parts}
+            spec = self._config.modules[path]
+            assert isinstance(spec, PackedLinearSpec)
+            found |= {f"{path}.{name}": tensor for name, tensor in linear.stored().items() if name in spec.parts}
         return found
 
     def config(self) -> PackedConfig:
         """What config.json says now."""
         modules = dict(self._config.modules)
         for path, linear in self._linears.items():
-            entry = modules[path]
-            assert isinstance(entry, PackedLinearEntry)
-            modules[path] = replace(entry, activation=linear.entrance.scheme)
+            spec = modules[path]
+            assert isinstance(spec, PackedLinearSpec)
+            modules[path] = replace(spec, activation=linear.entrance.scheme)
         return replace(self._config, modules=modules)
 
     def _spaces(
@@ -253,11 +253,11 @@ def _learn_(block: nn.Module, arch: Arch, settings: Distillation, dtype: torch.d
             linear = block.get_submodule(name)
             if not isinstance(linear, PackedLinear):
                 continue
-            entrance = next((own for other, own in shared if linear.terms.input.same_as(other.terms.input)), None)
+            entrance = next((own for other, own in shared if linear.linear.input.same_as(other.linear.input)), None)
             if entrance is None:
-                entrance = Entrance(linear.terms, settings.learned, dtype)
+                entrance = Entrance(linear.linear.input, settings.learned, dtype, linear.codes.device)
                 shared.append((linear, entrance))
-            block.set_submodule(name, StudentLinear(linear.terms, entrance, settings.learned))
+            block.set_submodule(name, StudentLinear(linear.linear, entrance, settings.learned))
 
 
 def _held(block: nn.Module, arch: Arch) -> States | None:
@@ -289,6 +289,6 @@ def _gains(model: WholeModel) -> Iterator[tuple[str, nn.Parameter]]:
 
 def _biases(model: WholeModel, config: PackedConfig) -> Iterator[tuple[str, nn.Parameter]]:
     """Biases that norms got, by name."""
-    for path, entry in config.modules.items():
-        if isinstance(entry, NormBiasEntry):
+    for path, spec in config.modules.items():
+        if isinstance(spec, NormBiasSpec):
             yield f"{path}.bias", model.model.get_parameter(f"{path}.bias")

@@ -14,8 +14,8 @@ from torch import nn
 
 from subnibble.arch import find_arch
 from subnibble.arch.site import Arch
-from subnibble.checkpoint.entries import NormBiasEntry, PackedLinearEntry
 from subnibble.checkpoint.manifest import packed_config_of
+from subnibble.checkpoint.module_specs import NormBiasSpec, PackedLinearSpec
 from subnibble.errors import BadArgument, CheckpointError
 from subnibble.given import described
 from subnibble.runtime.modules import MIX, PackedLinear, remove_output_bias_
@@ -40,7 +40,7 @@ def fold_norm_biases_(model: Any) -> None:
         raise CheckpointError("the model is not a packed one; load a folder that `subnibble quantize` wrote")
     arch = find_arch(model.config.model_type)
     modules = dict(packed.modules)
-    biased = [path for path, entry in packed.modules.items() if isinstance(entry, NormBiasEntry)]
+    biased = [path for path, spec in packed.modules.items() if isinstance(spec, NormBiasSpec)]
     behind = {path: {name: model.get_submodule(name) for name in _readers(arch, path)} for path in biased}
     for path, readers in behind.items():
         if any(_quantizes_input(module) for module in readers.values()):
@@ -57,7 +57,7 @@ def fold_norm_biases_(model: Any) -> None:
                 seen = linear.get_submodule(MIX)(bias) if hasattr(linear, MIX) else bias
                 _add_(linear, linear.dequantize() @ seen, norm.bias.dtype)
                 old = modules[name]
-                assert isinstance(old, PackedLinearEntry)
+                assert isinstance(old, PackedLinearSpec)
                 modules[name] = replace(old, bias=True)
             remove_output_bias_(norm)
             del modules[path]

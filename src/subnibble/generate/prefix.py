@@ -15,7 +15,7 @@ from subnibble.calibrate.prompt import prefix_ids
 from subnibble.calibrate.tokens import check_vocabulary
 from subnibble.calibrate.windows import check_positions
 from subnibble.checkpoint.edit import change_checkpoint, open_packed
-from subnibble.checkpoint.entries import Entry, PrefixEntry, prefix_state
+from subnibble.checkpoint.module_specs import PrefixSpec, Spec, prefix_state
 from subnibble.given import plain
 from subnibble.hf import load_model
 from subnibble.hf.attention import attach_cache_, attached_cache, check_cache, detached, set_prefix_
@@ -65,8 +65,8 @@ def add_prefix(
     states = compute_prefix(load_model(source, dtype, device), prefix)
     arch = find_arch(source.config.model_type)
     paths = [f"{arch.block_path(index)}.{arch.attention}" for index in range(len(states))]
-    modules: dict[str, Entry] = {p: entry for p, entry in packed.modules.items() if not isinstance(entry, PrefixEntry)}
-    modules |= {path: PrefixEntry(*keys.shape) for path, (keys, _) in zip(paths, states, strict=True)}
+    modules: dict[str, Spec] = {p: spec for p, spec in packed.modules.items() if not isinstance(spec, PrefixSpec)}
+    modules |= {path: PrefixSpec(*keys.shape) for path, (keys, _) in zip(paths, states, strict=True)}
     tensors: dict[str, Tensor] = {}
     for path, pair in zip(paths, states, strict=True):
         tensors |= prefix_state(path, pair)

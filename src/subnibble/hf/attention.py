@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 from subnibble.arch import find_arch
 from subnibble.arch.site import Heads
-from subnibble.checkpoint.entries import KEY_CENTER, PREFIX, Entry, PrefixEntry
 from subnibble.checkpoint.manifest import PackedConfig
+from subnibble.checkpoint.module_specs import KEY_CENTER, PREFIX, PrefixSpec, Spec
 from subnibble.errors import BadRecipe
 from subnibble.hf.cache import KVCache
 from subnibble.model.transformers_api.attention import (
@@ -213,11 +213,11 @@ def _write_config(model: Any) -> None:
     if config is None:
         return
     arch = find_arch(model.config.model_type)
-    modules: dict[str, Entry] = {p: e for p, e in config.packed.modules.items() if not isinstance(e, PrefixEntry)}
+    modules: dict[str, Spec] = {p: e for p, e in config.packed.modules.items() if not isinstance(e, PrefixSpec)}
     for index, module in enumerate(_attentions(model)):
         if hasattr(module, PREFIX):
-            modules[f"{arch.block_path(index)}.{arch.attention}"] = PrefixEntry(*module.prefix.keys.shape)
-    held = any(isinstance(entry, PrefixEntry) for entry in modules.values())
+            modules[f"{arch.block_path(index)}.{arch.attention}"] = PrefixSpec(*module.prefix.keys.shape)
+    held = any(isinstance(spec, PrefixSpec) for spec in modules.values())
     scheme, prefix = (None, None) if attached is None else (attached.scheme, attached.prefix if held else None)
     config.packed = replace(config.packed, modules=modules, cache=scheme, prefix=prefix)
 

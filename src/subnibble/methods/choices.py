@@ -1,9 +1,8 @@
 """The words that options of methods may have, for people to choose from; each is checked where it is used."""
 
-from subnibble.corrections import mean_shift
+from subnibble.corrections import mean_shift, salient
 from subnibble.methods import bisup, d2quant, method, serq, weights
 from subnibble.rounding import gptaq, grid, levels, order
-from subnibble.runtime import ops
 from subnibble.tensor import cache_scheme
 from subnibble.transforms import rotate, rotate_values, saliency
 from subnibble.tuning import tuning
@@ -31,7 +30,7 @@ OPTION_CHOICES = {
         "effort": tuple(tuning.EFFORTS),
         "saliency": serq.SALIENCIES,
         "permutation": saliency.PERMUTATIONS,
-        "residual": ops.RESIDUALS,
+        "residual": salient.RESIDUALS,
     }.items()
 }
 # Of the KV cache, see `CacheScheme`.

@@ -26,7 +26,8 @@ from subnibble.methods.method import Method, Steps
 from subnibble.methods.weights import RoundingOptions, rounder_of, symmetric
 from subnibble.rounding.grid import Clip
 from subnibble.rounding.rtn import RTN
-from subnibble.runtime.site_input import SiteInput
+from subnibble.runtime import site_input
+from subnibble.tensor.linear import SiteInput
 from subnibble.transforms.flatten import Flatten, Loss, SearchedFlatten
 from subnibble.transforms.saliency import SCORES, Saliency
 from subnibble.transforms.transform import Transform
@@ -120,8 +121,8 @@ class _QuantizedError:
         dense = main.dequantize()
         if salient is not None:
             dense[:, : salient.columns] += salient.dequantize()
-        repeated = self.correction.salient if self.correction.coarse != "none" else 0
-        seen = SiteInput(activation=activation, repeated=repeated).apply(tokens).values()
+        own = SiteInput(activation=activation, repeated=self.correction.repeated)
+        seen = site_input.apply(tokens, own).values()
         return float((seen @ dense.T - tokens @ weight.T).square().sum())
 
 

@@ -9,19 +9,19 @@ from torch import nn
 
 from subnibble.arch import find_arch
 from subnibble.arch.site import Heads
-from subnibble.checkpoint.entries import (
+from subnibble.checkpoint.manifest import PackedConfig
+from subnibble.checkpoint.module_specs import (
     KEY_CENTER,
     PREFIX,
-    InputMixEntry,
-    KeyCenterEntry,
-    NormBiasEntry,
-    PackedEmbeddingEntry,
-    PackedLinearEntry,
-    PrefixEntry,
-    TiedHeadEntry,
-    linear_terms,
+    InputMixSpec,
+    KeyCenterSpec,
+    NormBiasSpec,
+    PackedEmbeddingSpec,
+    PackedLinearSpec,
+    PrefixSpec,
+    TiedHeadSpec,
+    linear_of,
 )
-from subnibble.checkpoint.manifest import PackedConfig
 from subnibble.checkpoint.safetensors_source import SafetensorsSource
 from subnibble.errors import CheckpointError
 from subnibble.model.transformers_api.empty import untie_
@@ -37,36 +37,36 @@ from subnibble.runtime.modules import (
 )
 
 # A tied head needs its table's module, a matrix in front of a head the head's, whatever the order of the JSON.
-_LATER = {TiedHeadEntry: 1, InputMixEntry: 2}
+_LATER = {TiedHeadSpec: 1, InputMixSpec: 2}
 
 
 def pack_modules_(model: Any, packed: PackedConfig, dtype: torch.dtype) -> None:
     """Put all packed modules into an empty transformers model, on the meta device. dtype: of what comes out of them."""
-    for path, entry in sorted(packed.modules.items(), key=lambda item: _LATER.get(type(item[1]), 0)):
+    for path, spec in sorted(packed.modules.items(), key=lambda item: _LATER.get(type(item[1]), 0)):
         try:
             # Centres and matrices are modules that what holds them does not have yet.
-            own = isinstance(entry, KeyCenterEntry | InputMixEntry)
+            own = isinstance(spec, KeyCenterSpec | InputMixSpec)
             module = model.get_submodule(path.rpartition(".")[0] if own else path)
         except AttributeError as error:
             raise CheckpointError(
                 f"quantization_config packs {path}, which this model does not have; packed checkpoints load as "
                 "AutoModelForCausalLM"
             ) from error
-        replace_module(model, path, module, entry, dtype)
-    for path, entry in packed.modules.items():
-        if isinstance(entry, PackedLinearEntry) and entry.input is not None:
-            model.get_submodule(path).enter_as_(model.get_submodule(entry.input))
+        replace_module(model, path, module, spec, dtype)
+    for path, spec in packed.modules.items():
+        if isinstance(spec, PackedLinearSpec) and spec.input is not None:
+            model.get_submodule(path).enter_as_(model.get_submodule(spec.input))
     _check_centers(model, packed)
 
 
 def _check_centers(model: Any, packed: PackedConfig) -> None:
     """Raise `CheckpointError` unless every attention has the centre that the cache codes its keys less."""
     heads, arch = Heads.of(model.config), find_arch(model.config.model_type)
-    held = {path: entry for path, entry in packed.modules.items() if isinstance(entry, KeyCenterEntry)}
-    for path, entry in held.items():
-        if (entry.heads, entry.width) != (heads.key_value, heads.width):
+    held = {path: spec for path, spec in packed.modules.items() if isinstance(spec, KeyCenterSpec)}
+    for path, spec in held.items():
+        if (spec.heads, spec.width) != (heads.key_value, heads.width):
             raise CheckpointError(
-                f"{path} is of {entry.heads} heads of {entry.width} channels, where the model has {heads.key_value} of "
+                f"{path} is of {spec.heads} heads of {spec.width} channels, where the model has {heads.key_value} of "
                 f"{heads.width}; config.json does not belong to these weights"
             )
     if packed.cache is None or not packed.cache.is_centered:
@@ -94,39 +94,39 @@ def fill_(model: Any, source: SafetensorsSource, dtype: torch.dtype, device: tor
         model.tie_weights()
 
 
-def replace_module(model: Any, path: str, module: nn.Module, entry: Any, dtype: torch.dtype) -> None:
-    """Put the packed form of `entry` in place of `module`, on the meta device."""
-    if isinstance(entry, PackedLinearEntry | PackedEmbeddingEntry):
-        asked = (entry.layout.rows, entry.layout.columns)
+def replace_module(model: Any, path: str, module: nn.Module, spec: Any, dtype: torch.dtype) -> None:
+    """Put the packed form of `spec` in place of `module`, on the meta device."""
+    if isinstance(spec, PackedLinearSpec | PackedEmbeddingSpec):
+        asked = (spec.layout.rows, spec.layout.columns)
         found = tuple(getattr(module, "weight", torch.empty(0)).shape)
         if asked != found:
             raise CheckpointError(
                 f"quantization_config packs {path} as {asked[0]} x {asked[1]}, where the model has {found}; "
                 "config.json does not belong to these weights"
             )
-    match entry:
-        case PackedLinearEntry():
-            own = {name: part.to(dtype) if name == "bias" else part for name, part in entry.parts.items()}
-            model.set_submodule(path, PackedLinear(linear_terms(entry, own)))
-        case PackedEmbeddingEntry(layout):
+    match spec:
+        case PackedLinearSpec():
+            own = {name: part.to(dtype) if name == "bias" else part for name, part in spec.parts.items()}
+            model.set_submodule(path, PackedLinear(linear_of(spec, own)))
+        case PackedEmbeddingSpec(layout):
             model.set_submodule(path, PackedEmbedding(layout.empty(), dtype))
-        case TiedHeadEntry(table):
+        case TiedHeadSpec(table):
             embedding = model.get_submodule(table)
             if not isinstance(embedding, PackedEmbedding):
                 raise CheckpointError(f"quantization_config ties {path} to {table}, which it does not pack")
             model.set_submodule(path, TiedHead(embedding))
             untie_(model, path)
-        case InputMixEntry(widths):
+        case InputMixSpec(widths):
             if sum(widths) != getattr(module, "in_features", None):
                 raise CheckpointError(
                     f"{path} is of {sum(widths)} channels, which is not what the model's head has; config.json does "
                     "not belong to these weights"
                 )
-            add_input_mix_(module, InputMix(entry.parts["matrix"], widths))
-        case NormBiasEntry():
-            add_output_bias_(module, entry.parts["bias"].to(dtype))
-        case PrefixEntry():
-            keys, values = entry.parts.values()
+            add_input_mix_(module, InputMix(spec.parts["matrix"], widths))
+        case NormBiasSpec():
+            add_output_bias_(module, spec.parts["bias"].to(dtype))
+        case PrefixSpec():
+            keys, values = spec.parts.values()
             module.add_module(PREFIX, PrefixStates(keys, values, persistent=True))
-        case KeyCenterEntry():
-            module.add_module(KEY_CENTER, KeyCenter(entry.parts["mean"], *entry.key_basis))
+        case KeyCenterSpec():
+            module.add_module(KEY_CENTER, KeyCenter(spec.parts["mean"], *spec.key_basis))

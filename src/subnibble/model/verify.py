@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from subnibble.checkpoint.checksums import check_files
-from subnibble.checkpoint.entries import NormBiasEntry
 from subnibble.checkpoint.manifest import PackedConfig, packed_config_of
+from subnibble.checkpoint.module_specs import NormBiasSpec
 from subnibble.checkpoint.safetensors_source import STORED_TYPES, SafetensorsSource
 from subnibble.checkpoint.weight_files import Header, read_headers
 from subnibble.errors import CheckpointError, NotLoadable
@@ -59,7 +59,7 @@ def value_rules(model: Any, packed: PackedConfig) -> dict[str, list[Rule]]:
     Every code is one of its grid, so that codes have no rule but their shape.
     """
     rules: dict[str, list[Rule]] = {name: [not_finite] for name, _ in _stored_buffers(model)}
-    rules |= {f"{path}.bias": [not_finite] for path, e in packed.modules.items() if isinstance(e, NormBiasEntry)}
+    rules |= {f"{path}.bias": [not_finite] for path, e in packed.modules.items() if isinstance(e, NormBiasSpec)}
     for path, module in model.named_modules():
         if not isinstance(module, PackedModule):
             continue

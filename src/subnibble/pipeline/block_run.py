@@ -36,9 +36,9 @@ from subnibble.report.clock import Clock
 from subnibble.rounding.rounder import Rounder, Rounding
 from subnibble.runtime.kv_cache import Coding
 from subnibble.runtime.modules import add_output_bias_, never_ran
-from subnibble.runtime.ops import LinearTerms
 from subnibble.tensor.activation_scheme import ActivationScheme
 from subnibble.tensor.cache_scheme import CacheScheme
+from subnibble.tensor.linear import Linear
 from subnibble.tensor.scheme import Scheme
 from subnibble.transforms.absorb import can_absorb
 from subnibble.transforms.input_basis import InputBasis
@@ -78,7 +78,7 @@ class BlockRun:
     prefix: States | None = None
     tuning: BlockTuning | None = None
     coding: Coding | None = None
-    terms: dict[str, LinearTerms] = field(default_factory=dict)
+    terms: dict[str, Linear] = field(default_factory=dict)
     to_absorb: list[tuple[Site, Tensor]] = field(default_factory=list)
     hooks: list[InputHook] = field(default_factory=list)
     linears: dict[str, LinearReport] = field(default_factory=dict)
@@ -159,9 +159,9 @@ class BlockRun:
         hooks = []
         for site in self.block.arch.sites:
             for name in self._key_linears & set(site.readers) & self.terms.keys():
-                terms, linear = self.terms[name], self.block.linear(name)
-                if terms.activation is not None and self.steps.inputs == "exact":
-                    view = (terms.activation, terms.input.repeated)
+                site_input, linear = self.terms[name].input, self.block.linear(name)
+                if site_input.activation is not None and self.steps.inputs == "exact":
+                    view = (site_input.activation, site_input.repeated)
                     hooks.append(
                         InputHook(name, linear, partial(quantized_input, view=view, basis=self.bases[site.name]))
                     )
@@ -235,7 +235,7 @@ class BlockRun:
         """How calibration sees the stack's input."""
         if self.steps.inputs == "exact" or stack.activation is None:
             return None
-        return stack.activation, self.steps.correction.salient if stack.residual != "none" else 0
+        return stack.activation, stack.repeated
 
     def _stacks(self, site: Site) -> list[Stack]:
         """The readers to round, together where they share schemes; skipped ones are left out."""
@@ -249,8 +249,8 @@ class BlockRun:
         for (scheme, activation), names in groups.items():
             where = f"{path}.{{{', '.join(names)}}}" if len(names) > 1 else f"{path}.{names[0]}"
             heights = tuple(self.block.linear(name).out_features for name in names)
-            residual = "none" if activation is None else self.steps.correction.coarse
-            stacks.append(Stack(path, tuple(names), heights, scheme, activation, residual, where))
+            repeated = 0 if activation is None else self.steps.correction.repeated
+            stacks.append(Stack(path, tuple(names), heights, scheme, activation, repeated, where))
         return stacks
 
     def _round(self, site: Site, stack: Stack, observed: Observed) -> None:
@@ -277,7 +277,7 @@ class BlockRun:
 
     def _absorbs(self, site: Site, stack: Stack, columns: Tensor) -> bool:
         """Whether what writes the site's tensor can take column scales (k,) of the stack."""
-        weights = {name: own.weight for name, own in self.terms.items()}
+        weights = {name: own.weight.main for name, own in self.terms.items()}
         return can_absorb(site, self.block.heads, stack.names, weights, columns)
 
     def _put_back(self, site: Site, name: str, stack: Stack, dense: Tensor) -> None:

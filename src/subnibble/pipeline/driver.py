@@ -37,8 +37,8 @@ from subnibble.calibrate.survey import full_precision_blocks
 from subnibble.calibrate.tokens import check_vocabulary
 from subnibble.calibrate.windows import calibration_windows, check_positions
 from subnibble.checkpoint.checksums import CHECKSUMS, weights_checksum
-from subnibble.checkpoint.entries import Entry, PackedEmbeddingEntry, TiedHeadEntry
 from subnibble.checkpoint.manifest import PackedConfig
+from subnibble.checkpoint.module_specs import PackedEmbeddingSpec, Spec, TiedHeadSpec
 from subnibble.checkpoint.opening import open_source
 from subnibble.checkpoint.safetensors_source import SafetensorsSource
 from subnibble.checkpoint.size import measure
@@ -120,7 +120,7 @@ class _Run:
     prefix: PrefixIds | None
     windows: Tensor | None
     clock: Clock
-    modules: dict[str, Entry] = field(default_factory=dict)
+    modules: dict[str, Spec] = field(default_factory=dict)
     linears: list[LinearReport] = field(default_factory=list)
     blocks: list[BlockReport] = field(default_factory=list)
 
@@ -173,7 +173,7 @@ class _Run:
             stored = store(run.rounded())
             with clock.step("write"):
                 writer.write_shard({name: self._as_stored(name, tensor) for name, tensor in stored.tensors.items()})
-            self.modules |= stored.entries
+            self.modules |= stored.specs
             self.linears += stored.linears
             self.blocks += [] if run.tuned is None else [run.tuned]
             skeleton.release(block.path)
@@ -240,9 +240,9 @@ class _Run:
         with self.clock.step("embedding"):
             tensors, packed = pack_table(path, weight, self.recipe.embedding_scheme)
             if packed is not None:
-                self.modules[path] = PackedEmbeddingEntry(packed.layout)
+                self.modules[path] = PackedEmbeddingSpec(packed.layout)
                 if skeleton.tied:
-                    self.modules[skeleton.arch.head] = TiedHeadEntry(path)
+                    self.modules[skeleton.arch.head] = TiedHeadSpec(path)
             prefix = self._embed_prefix(weight)
             if self.windows is None:
                 return Streams([], [], [BlockCall({})] * skeleton.num_blocks, prefix), tensors
@@ -303,9 +303,9 @@ class _Run:
     def _after_blocks(self, wanted: list[Tensor], hidden: list[Tensor]) -> dict[str, Tensor]:
         """What is behind the blocks; give the tensors to write. wanted, hidden: see `AfterBlocks`."""
         rest = AfterBlocks(self.skeleton, self.edit, self.clock)
-        norm, entries = rest.final_norm(wanted, hidden)
+        norm, specs = rest.final_norm(wanted, hidden)
         head, packed = rest.head(self.recipe.embedding_scheme)
-        self.modules |= {**entries, **packed}
+        self.modules |= {**specs, **packed}
         return norm | head | rest.others()
 
     def _as_stored(self, name: str, tensor: Tensor) -> Tensor:

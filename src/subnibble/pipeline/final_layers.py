@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from subnibble.calibrate.stats import value_over
-from subnibble.checkpoint.entries import Entry, NormBiasEntry, PackedLinearEntry, input_mix_state
+from subnibble.checkpoint.module_specs import NormBiasSpec, PackedLinearSpec, Spec, input_mix_state
 from subnibble.corrections.mean_shift import MeanShift
 from subnibble.model.skeleton import Skeleton
 from subnibble.report.clock import Clock
@@ -20,13 +20,13 @@ from subnibble.transforms.rotate import ResidualEdit
 
 @dataclass(frozen=True)
 class AfterBlocks:
-    """Each part as the tensors to write and the entries of what is packed. edit: of the residual stream, or None."""
+    """Each part as the tensors to write and the specs of what is packed. edit: of the residual stream, or None."""
 
     skeleton: Skeleton
     edit: ResidualEdit | None
     clock: Clock
 
-    def final_norm(self, wanted: list[Tensor], hidden: list[Tensor]) -> tuple[dict[str, Tensor], dict[str, Entry]]:
+    def final_norm(self, wanted: list[Tensor], hidden: list[Tensor]) -> tuple[dict[str, Tensor], dict[str, Spec]]:
         """The final norm, its mean shift corrected if the method asks.
 
         wanted: the last block's outputs before its last two sites were quantized, none for no correction; hidden:
@@ -36,7 +36,7 @@ class AfterBlocks:
         gain = self._final_gain()
         if self.edit is not None:
             gain = self.edit.final_gain(gain)
-        tensors, entries = {f"{path}.weight": gain}, dict[str, Entry]()
+        tensors, specs = {f"{path}.weight": gain}, dict[str, Spec]()
         if wanted:
             norm = skeleton.load(path, skeleton.dtype)
             norm.weight.data = gain.to(skeleton.dtype)
@@ -50,11 +50,11 @@ class AfterBlocks:
                 shift = MeanShift(gain.shape[0], skeleton.device)
                 bias = value_over(shift, outputs()).to(torch.float16)
             tensors[f"{path}.bias"] = bias
-            entries[path] = NormBiasEntry(bias.shape[0])
+            specs[path] = NormBiasSpec(bias.shape[0])
             skeleton.release(path)
-        return tensors, entries
+        return tensors, specs
 
-    def head(self, scheme: Scheme | None) -> tuple[dict[str, Tensor], dict[str, Entry]]:
+    def head(self, scheme: Scheme | None) -> tuple[dict[str, Tensor], dict[str, Spec]]:
         """The head; if it is tied, what its input meets first, if anything. scheme: None leaves it at 16 bits."""
         skeleton, head = self.skeleton, self.skeleton.arch.head
         if skeleton.tied:
@@ -66,7 +66,7 @@ class AfterBlocks:
                 weight = self.edit.head(weight, self._final_gain())
         with self.clock.step("embedding"):
             tensors, packed = pack_table(head, weight, scheme)
-        return tensors, {} if packed is None else {head: PackedLinearEntry(packed.layout, bias=False)}
+        return tensors, {} if packed is None else {head: PackedLinearSpec(packed.layout, bias=False)}
 
     def _final_gain(self) -> Tensor:
         """The final norm's gain, before any edit."""

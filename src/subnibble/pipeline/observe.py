@@ -11,14 +11,15 @@ from torch import Tensor
 
 from subnibble.calibrate.stats import AbsMean, Drift, Gram
 from subnibble.report.clock import Clock
+from subnibble.runtime import site_input
 from subnibble.runtime.precision import narrowed
-from subnibble.runtime.site_input import SiteInput
 from subnibble.tensor.activation_scheme import ActivationScheme
+from subnibble.tensor.linear import SiteInput
 from subnibble.transforms.input_basis import InputBasis
 
-# How an input is quantized: by a scheme, so many salient channels twice.
+# How an input is quantized: the scheme, and the number of salient channels quantized twice.
 Quantization = tuple[ActivationScheme, int]
-# How calibration sees an input; None for as it is.
+# How calibration sees an input; None if it is not quantized.
 View = Quantization | None
 
 
@@ -30,7 +31,7 @@ def quantized_tokens(x: Tensor, view: Quantization, basis: InputBasis) -> Tensor
     """
     scheme, repeated = view
     own = SiteInput(None, basis.order, basis.blocks, scheme, repeated)
-    return basis.natural(own.apply(x).values())
+    return basis.natural(site_input.apply(x, own).values())
 
 
 def quantized_input(x: Tensor, view: Quantization, basis: InputBasis) -> Tensor:

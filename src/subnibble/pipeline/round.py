@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,8 +18,8 @@ from subnibble.report.clock import Clock
 from subnibble.rounding import grid
 from subnibble.rounding.error import relative_errors
 from subnibble.rounding.rounder import Rounder
-from subnibble.runtime.ops import LinearTerms
 from subnibble.tensor.activation_scheme import ActivationScheme
+from subnibble.tensor.linear import Linear, PackedWeight, SiteInput
 from subnibble.tensor.packed import PackedTensor
 from subnibble.tensor.scheme import Scheme
 from subnibble.transforms.input_basis import InputBasis
@@ -28,9 +28,7 @@ from subnibble.transforms.input_basis import InputBasis
 @dataclass(frozen=True)
 class Stack:
     """block: path of the block. names: of the linears in it. heights: rows of each. scheme, activation: of weights and
-    inputs.
-
-    residual: see `ops.LinearTerms`. where: names them in errors.
+    inputs. repeated: see `SiteInput`. where: names them in errors.
     """
 
     block: str
@@ -38,7 +36,7 @@ class Stack:
     heights: tuple[int, ...]
     scheme: Scheme
     activation: ActivationScheme | None
-    residual: str
+    repeated: int
     where: str
 
     def rows(self, device: torch.device) -> tuple[Tensor, ...]:
@@ -56,7 +54,7 @@ class RoundedStack:
     or None.
     """
 
-    terms: Mapping[str, LinearTerms]
+    terms: Mapping[str, Linear]
     linears: Mapping[str, LinearReport]
     dense: Mapping[str, Tensor]
     absorbed: Tensor | None
@@ -106,22 +104,17 @@ def round_readers(
         errors = relative_errors(weight, dense, seen.gram, stack.heights)
         floors = relative_errors(natural, grid.nearest(natural, stack.scheme), observed.gram, stack.heights)
         dense = basis.natural(dense)
+    site = SiteInput(stored, None, basis.blocks, stack.activation, stack.repeated)
+    second = None if salient is None else PackedTensor((salient,))
+    whole_stack = PackedWeight(whole, None, second)
     terms = {
-        name: LinearTerms(
-            whole.rows(index),
-            column_scale=stored,
-            blocks=basis.blocks,
-            activation=stack.activation,
-            salient=None if salient is None else PackedTensor((salient.rows(index),)),
-            residual=stack.residual,
-            low_rank=branch,
-        )
+        name: Linear(replace(whole_stack.rows(index), low_rank=branch), site)
         for name, index, branch in zip(stack.names, rows, branches, strict=True)
     }
     linears = {
         name: LinearReport(
             path=f"{stack.block}.{name}",
-            shape=terms[name].weight.shape,
+            shape=terms[name].weight.main.shape,
             scheme=stack.scheme.name,
             # Known once it is stored: see `store.py`.
             effective_bits=math.nan,

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from subnibble.checkpoint.entries import PackedLinearEntry
+from subnibble.checkpoint.module_specs import PackedLinearSpec
 from subnibble.checkpoint.size import cache_bytes
 from subnibble.methods.method import Steps
 from subnibble.model.skeleton import Skeleton
@@ -83,24 +83,24 @@ def activation_bits(steps: Steps, plan: Plan, skeleton: Skeleton) -> float:
     for path, (rows, columns) in skeleton.linear_shapes().items():
         scheme = plan.schemes[path]
         if scheme is not None:
-            bits += _entry(steps, rows, columns, scheme, plan.activations[path]).token_bits()
+            bits += _spec(steps, rows, columns, scheme, plan.activations[path]).token_bits()
             channels += columns
     return bits / channels if channels else 16.0
 
 
-def _entry(
+def _spec(
     steps: Steps, rows: int, columns: int, scheme: Scheme, activation: ActivationScheme | None = None
-) -> PackedLinearEntry:
+) -> PackedLinearSpec:
     """A linear (rows, columns) as it will be stored, bias, gather and column scales aside."""
-    entry = PackedLinearEntry(PackedLayout(rows, ((columns, scheme),)), bias=False, activation=activation)
-    return steps.correction.planned(entry, scheme)
+    spec = PackedLinearSpec(PackedLayout(rows, ((columns, scheme),)), bias=False, activation=activation)
+    return steps.correction.planned(spec, scheme)
 
 
 def _extra_bits(steps: Steps, plan: Plan, skeleton: Skeleton) -> dict[str, int]:
     """Bits of each linear beyond a plain weight's; 0 where it is not quantized."""
     found: dict[str, int] = {}
     # By block and site, of which readers enter otherwise than those before.
-    firsts: dict[tuple[str, str], list[PackedLinearEntry]] = {}
+    firsts: dict[tuple[str, str], list[PackedLinearSpec]] = {}
     for path, (rows, columns) in skeleton.linear_shapes().items():
         scheme, found[path] = plan.schemes[path], 0
         if scheme is None:
@@ -108,16 +108,16 @@ def _extra_bits(steps: Steps, plan: Plan, skeleton: Skeleton) -> dict[str, int]:
         site = skeleton.site_of(path)
         gathers = steps.saliency is not None and steps.saliency.gathers(site, site.name in steps.online)
         scales = stores_column_scales(steps, plan.schemes, skeleton, path)
-        entry = _entry(steps, rows, columns, scheme, plan.activations[path])
-        entry = replace(entry, gather=gathers, column_scale=scales)
+        spec = _spec(steps, rows, columns, scheme, plan.activations[path])
+        spec = replace(spec, gather=gathers, column_scale=scales)
         # Of readers that enter alike the first stores what they do to their input.
         block = next(path.removesuffix(name) for name in site.readers if path.endswith(f".{name}"))
         others = firsts.setdefault((block, site.name), [])
-        if any(entry.enters_as(other) for other in others):
-            entry = replace(entry, input=block)
+        if any(spec.enters_as(other) for other in others):
+            spec = replace(spec, input=block)
         else:
-            others.append(entry)
-        found[path] = entry.stored_bits - rows * scheme.row_bits(columns)
+            others.append(spec)
+        found[path] = spec.stored_bits - rows * scheme.row_bits(columns)
     return found
 
 

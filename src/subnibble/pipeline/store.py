@@ -10,14 +10,14 @@ from torch import Tensor
 
 from subnibble.arch.site import Site
 from subnibble.calibrate.prefix import States
-from subnibble.checkpoint.entries import (
+from subnibble.checkpoint.module_specs import (
     KEY_CENTER,
-    Entry,
-    KeyCenterEntry,
-    NormBiasEntry,
-    PrefixEntry,
+    KeyCenterSpec,
+    NormBiasSpec,
+    PrefixSpec,
+    Spec,
     gather_type,
-    linear_entry,
+    linear_spec,
     linear_state,
     prefix_state,
 )
@@ -25,7 +25,7 @@ from subnibble.methods.method import Steps
 from subnibble.model.skeleton import Block
 from subnibble.report import LinearReport
 from subnibble.runtime.kv_cache import Coding
-from subnibble.runtime.ops import LinearTerms
+from subnibble.tensor.linear import Linear
 from subnibble.transforms.absorb import absorb_
 from subnibble.transforms.input_basis import InputBasis
 from subnibble.transforms.prefix_basis import stored_center, stored_states
@@ -44,7 +44,7 @@ class RoundedBlock:
 
     block: Block
     steps: Steps
-    terms: Mapping[str, LinearTerms]
+    terms: Mapping[str, Linear]
     exact: Mapping[str, Tensor]
     bases: Mapping[str, InputBasis]
     absorbed: tuple[tuple[Site, Tensor], ...]
@@ -55,12 +55,12 @@ class RoundedBlock:
 
 @dataclass(frozen=True)
 class StoredBlock:
-    """tensors: by name in the checkpoint; of parameters that are not quantized, float32. entries: of its modules.
+    """tensors: by name in the checkpoint; of parameters that are not quantized, float32. specs: of its modules.
     linears: what the report says of each.
     """
 
     tensors: Mapping[str, Tensor]
-    entries: Mapping[str, Entry]
+    specs: Mapping[str, Spec]
     linears: tuple[LinearReport, ...]
 
 
@@ -71,39 +71,40 @@ def store(rounded: RoundedBlock) -> StoredBlock:
     terms, exact, moved = _ordered(rounded, terms, exact)
     inputs = {name: first for site in block.arch.sites for name, first in _inputs(site, terms).items()}
     tensors: dict[str, Tensor] = {}
-    entries: dict[str, Entry] = {}
+    specs: dict[str, Spec] = {}
     linears = []
     edited = _edited(rounded)
     for name, own in terms.items():
         first = inputs.get(name)
-        whole = replace(own, bias=exact.get(f"{name}.bias"))
-        entry = linear_entry(whole, None if first is None else f"{path}.{first}")
-        stored = {key: part for key, part in linear_state(whole).items() if key in entry.parts}
-        entries[f"{path}.{name}"] = entry
+        whole = replace(own, weight=replace(own.weight, bias=exact.get(f"{name}.bias")))
+        spec = linear_spec(whole, None if first is None else f"{path}.{first}")
+        stored = {key: part for key, part in linear_state(whole).items() if key in spec.parts}
+        specs[f"{path}.{name}"] = spec
         tensors |= {f"{path}.{name}.{key}": part for key, part in stored.items()}
-        bits = entry.stored_bits / (entry.layout.rows * entry.layout.columns)
+        bits = spec.stored_bits / (spec.layout.rows * spec.layout.columns)
         linears.append(replace(rounded.linears[name], effective_bits=bits, moved=name in edited))
     tensors |= {f"{path}.{name}": part for name, part in exact.items() if name.removesuffix(".weight") not in terms}
     for site in block.arch.sites:
         if site.norm is not None and f"{site.norm}.bias" in exact:
             bias = exact[f"{site.norm}.bias"].to(torch.float16)
             tensors[f"{path}.{site.norm}.bias"] = bias
-            entries[f"{path}.{site.norm}"] = NormBiasEntry(bias.shape[0])
+            specs[f"{path}.{site.norm}"] = NormBiasSpec(bias.shape[0])
     held = _attention(rounded, moved)
-    return StoredBlock(tensors | held[0], entries | held[1], tuple(linears))
+    return StoredBlock(tensors | held[0], specs | held[1], tuple(linears))
 
 
-def _absorbed(rounded: RoundedBlock) -> tuple[dict[str, LinearTerms], dict[str, Tensor]]:
+def _absorbed(rounded: RoundedBlock) -> tuple[dict[str, Linear], dict[str, Tensor]]:
     """Linears and parameters after their writers took the column scales that are theirs to take."""
-    weights, exact = {name: own.weight for name, own in rounded.terms.items()}, dict(rounded.exact)
+    weights, exact = {name: own.weight.main for name, own in rounded.terms.items()}, dict(rounded.exact)
     for site, c in rounded.absorbed:
         absorb_(site, c, weights, exact)
-    return {name: replace(own, weight=weights[name]) for name, own in rounded.terms.items()}, exact
+    terms = {n: replace(own, weight=replace(own.weight, main=weights[n])) for n, own in rounded.terms.items()}
+    return terms, exact
 
 
 def _ordered(
-    rounded: RoundedBlock, terms: dict[str, LinearTerms], exact: dict[str, Tensor]
-) -> tuple[dict[str, LinearTerms], dict[str, Tensor], dict[str, Tensor]]:
+    rounded: RoundedBlock, terms: dict[str, Linear], exact: dict[str, Tensor]
+) -> tuple[dict[str, Linear], dict[str, Tensor], dict[str, Tensor]]:
     """Both with the orders of inputs in them, and where rows of a linear came from, by its name: (rows,) each."""
     moved: dict[str, Tensor] = {}
     for site in rounded.block.arch.sites:
@@ -111,14 +112,15 @@ def _ordered(
         moved |= rows or {}
         for name, index in (rows or {}).items():
             if name in terms:
-                terms[name] = terms[name].rows(index)
+                terms[name] = replace(terms[name], weight=terms[name].weight.rows(index))
             else:
                 exact[f"{name}.weight"] = exact[f"{name}.weight"][index]
             if f"{name}.bias" in exact:
                 exact[f"{name}.bias"] = exact[f"{name}.bias"][index]
         if order is not None and rows is None:
             gather = order.to(gather_type(order.shape[0]))
-            terms |= {name: replace(terms[name], gather=gather) for name in terms.keys() & set(site.readers)}
+            for name in terms.keys() & set(site.readers):
+                terms[name] = replace(terms[name], input=replace(terms[name].input, gather=gather))
     return terms, exact, moved
 
 
@@ -130,7 +132,7 @@ def _offline_rows(rounded: RoundedBlock, site: Site) -> dict[str, Tensor] | None
     return offline_rows(site, basis.order, rounded.block.heads)
 
 
-def _inputs(site: Site, terms: Mapping[str, LinearTerms]) -> dict[str, str]:
+def _inputs(site: Site, terms: Mapping[str, Linear]) -> dict[str, str]:
     """Readers that do to the site's tensor what an earlier one does, which stores it for them; and which."""
     firsts, found = list[str](), dict[str, str]()
     for name in site.readers:
@@ -159,17 +161,17 @@ def _edited(rounded: RoundedBlock) -> set[str]:
     return found
 
 
-def _attention(rounded: RoundedBlock, moved: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Entry]]:
+def _attention(rounded: RoundedBlock, moved: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Spec]]:
     """What the attention holds: the prefix's states, the centre of its keys."""
     block, attention = rounded.block, f"{rounded.block.path}.{rounded.block.arch.attention}"
     tensors: dict[str, Tensor] = {}
-    entries: dict[str, Entry] = {}
+    specs: dict[str, Spec] = {}
     if rounded.prefix is not None:
         states = stored_states(rounded.prefix, block, rounded.absorbed, moved)
         tensors |= prefix_state(attention, states)
-        entries[attention] = PrefixEntry(*states[0].shape)
+        specs[attention] = PrefixSpec(*states[0].shape)
     coding = rounded.coding
     if coding is not None and coding.center is not None:
         center, where = stored_center(coding.center, block, moved), f"{attention}.{KEY_CENTER}"
-        tensors[f"{where}.mean"], entries[where] = center, KeyCenterEntry.of(center, coding.scheme)
-    return tensors, entries
+        tensors[f"{where}.mean"], specs[where] = center, KeyCenterSpec.of(center, coding.scheme)
+    return tensors, specs

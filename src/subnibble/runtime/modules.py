@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from subnibble.errors import NoWeight
-from subnibble.runtime import ops
+from subnibble.runtime import ops, site_input
 from subnibble.runtime.kept import Kept
 from subnibble.runtime.offloaded import has_hook, resident
 from subnibble.runtime.precision import as_written
 from subnibble.runtime.site_input import Entered
 from subnibble.runtime.site_memo import SiteMemo
+from subnibble.tensor.linear import Linear, PackedWeight, SiteInput
 from subnibble.tensor.packed import PackedLayout, PackedTensor
 
 # Where a head holds its `InputMix`.
@@ -151,29 +152,28 @@ class PackedModule(StoredModule):
 
 
 class PackedLinear(PackedModule):
-    """A linear as `ops.LinearTerms` describes it; the terms' matrices are submodules and buffers under these names."""
+    """A running `Linear`; its matrices are submodules, its vectors buffers under the names of their fields."""
 
-    def __init__(self, terms: ops.LinearTerms) -> None:
-        super().__init__(terms.weight)
-        self._terms: Kept[ops.LinearTerms] = Kept()
+    def __init__(self, own: Linear) -> None:
+        super().__init__(own.weight.main)
+        self._linear: Kept[Linear] = Kept()
         self._memo: SiteMemo[Entered] = SiteMemo()
         # Of another's, in a tuple, so that it is not registered, saved and counted twice.
         self._input: tuple[PackedLinear, ...] = ()
         self.in_features, self.out_features = self.layout.columns, self.layout.rows
-        self.blocks, self.activation, self.residual = terms.blocks, terms.activation, terms.residual
+        site, bias = own.input, own.weight.bias
+        self.blocks, self.activation, self.repeated = site.blocks, site.activation, site.repeated
         self.column_scale: Tensor | None
         self.gather: Tensor | None
         self.bias: nn.Parameter | None
-        self.register_buffer("column_scale", terms.column_scale)
-        self.register_buffer("gather", terms.gather)
-        self.register_parameter("bias", None if terms.bias is None else nn.Parameter(terms.bias, requires_grad=False))
-        down, up = terms.low_rank or (None, None)
-        self.salient = None if terms.salient is None else PackedModule(terms.salient)
-        self.down = None if down is None else PackedModule(down)
-        self.up = None if up is None else PackedModule(up)
+        self.register_buffer("column_scale", site.column_scale)
+        self.register_buffer("gather", site.gather)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
+        matrices = (own.weight.salient, *(own.weight.low_rank or (None, None)))
+        self.salient, self.down, self.up = (None if one is None else PackedModule(one) for one in matrices)
 
     @property
-    def terms(self) -> ops.LinearTerms:
+    def linear(self) -> Linear:
         """What the linear contains, sharing its buffers."""
         source = self.input
         if has_hook(self) or has_hook(source):
@@ -182,7 +182,7 @@ class PackedLinear(PackedModule):
         children = (child._buffers.values() for child in self._modules.values() if child is not None)
         held = (*self._buffers.values(), *self._parameters.values(), *chain.from_iterable(children))
         vectors = (source._buffers["column_scale"], source._buffers["gather"])
-        return self._terms.of((*held, *vectors, source.blocks, source.activation, source.residual), self._made)
+        return self._linear.of((*held, *vectors, source.blocks, source.activation, source.repeated), self._made)
 
     @property
     def input(self) -> PackedLinear:
@@ -194,26 +194,24 @@ class PackedLinear(PackedModule):
         self._input = (other,)
         other._memo.readers += 1
 
-    def _made(self) -> ops.LinearTerms:
+    def _made(self) -> Linear:
         source = self.input
         low_rank = None if self.down is None or self.up is None else (self.down.packed, self.up.packed)
         salient = None if self.salient is None else self.salient.packed
-        return ops.LinearTerms(
-            self.packed, self.bias, source.column_scale, source.gather, source.blocks, source.activation, salient,
-            source.residual, low_rank,
-        )  # fmt: skip
+        site = SiteInput(source.column_scale, source.gather, source.blocks, source.activation, source.repeated)
+        return Linear(PackedWeight(self.packed, self.bias, salient, low_rank), site)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., k) to (..., m)."""
-        terms = self.terms
-        own = terms.input
-        if own.is_plain:
-            return ops.linear(x, terms)
-        return ops.product(x, self.input._memo.of(x, lambda: own.apply(x)), terms)
+        own = self.linear
+        site = own.input
+        if site.is_plain:
+            return ops.linear(x, own)
+        return ops.product(x, self.input._memo.of(x, lambda: site_input.apply(x, site)), own)
 
     def dequantize(self) -> Tensor:
         """The dense weight (m, k) float32 that inputs meet as they come, all terms included."""
-        return ops.dense_from_input(self.terms)
+        return ops.dense_from_input(self.linear)
 
     def extra_repr(self) -> str:
         """Shape, schemes and steps, for printing."""
@@ -261,7 +259,7 @@ class TiedHead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., d) to (..., n)."""
         _ran_(self)
-        return ops.linear(x, ops.LinearTerms(self._embedding[0].packed))
+        return ops.linear(x, Linear(PackedWeight(self._embedding[0].packed)))
 
 
 def _no_weight(module: PackedModule) -> NoWeight:

@@ -1,6 +1,7 @@
 """How a tensor enters the linears that read it: scaled, gathered, transformed, quantized, in this order.
 
-docs/format.md specifies it. One function carries it out, for the running model, for calibration and for distillation.
+docs/format.md specifies it. One function carries it out, for the running model, for calibration, tuning and
+distillation.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from subnibble.runtime import activations
 from subnibble.runtime.activations import Quantized
 from subnibble.runtime.precision import as_written, narrowed
 from subnibble.tensor import hadamard
-from subnibble.tensor.activation_scheme import ActivationScheme
+from subnibble.tensor.linear import SiteInput
 
 
 @dataclass(frozen=True)
@@ -40,55 +41,29 @@ class Entered:
         return values
 
 
-@dataclass(frozen=True)
-class SiteInput:
-    """What is done to a tensor of k channels before it is multiplied.
-
-    column_scale: (k,) that multiplies it, or None. gather: (k,) integers, channel gather[j] becomes channel j, or None.
-    blocks: widths of a block-diagonal Hadamard transform, () for none. activation: how it is quantized, None for not at
-    all. repeated: of so many first channels, what is left is quantized once more; 0 for none.
-    """
-
-    column_scale: Tensor | None = None
-    gather: Tensor | None = None
-    blocks: tuple[int, ...] = ()
-    activation: ActivationScheme | None = None
-    repeated: int = 0
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether a tensor enters as it comes."""
-        return self.column_scale is None and self.gather is None and not self.blocks and self.activation is None
-
-    def same_as(self, other: SiteInput) -> bool:
-        """Whether both do the same to a tensor."""
-        if (self.blocks, self.activation, self.repeated) != (other.blocks, other.activation, other.repeated):
-            return False
-        pairs = ((self.gather, other.gather), (self.column_scale, other.column_scale))
-        return all(a is b is None or (a is not None and b is not None and torch.equal(a, b)) for a, b in pairs)
-
-    def enter(self, x: Tensor) -> Tensor:
-        """The steps before quantization. x: (..., k); computed in float32 or better and rounded to x's type once."""
-        if self.column_scale is None and self.gather is None and not self.blocks:
-            return x
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        if self.column_scale is not None:
-            wide = wide * self.column_scale.to(wide.dtype)
-        if self.gather is not None:
-            wide = wide[..., self.gather.long()]
-        if self.blocks:
-            with as_written(x.device):
-                wide = hadamard.multiply(wide, self.blocks)
-        return narrowed(wide, x.dtype)
-
-    def apply(self, x: Tensor) -> Entered:
-        """All steps. x: (..., k)."""
-        tokens = self.enter(x).reshape(-1, x.shape[-1])
-        if self.activation is None:
-            return Entered(tokens)
+def enter(x: Tensor, site: SiteInput) -> Tensor:
+    """The steps before quantization. x: (..., k); computed in float32 or better and rounded to x's type once."""
+    if site.moves_nothing:
+        return x
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    if site.column_scale is not None:
+        wide = wide * site.column_scale.to(wide.dtype)
+    if site.gather is not None:
+        wide = wide[..., site.gather.long()]
+    if site.blocks:
         with as_written(x.device):
-            quantized, rest = activations.quantize(tokens, self.activation), None
-            if self.repeated:
-                left = tokens[:, : self.repeated].float() - quantized.values()[:, : self.repeated]
-                rest = activations.quantize(left, self.activation)
-        return Entered(None, quantized, rest)
+            wide = hadamard.multiply(wide, site.blocks)
+    return narrowed(wide, x.dtype)
+
+
+def apply(x: Tensor, site: SiteInput) -> Entered:
+    """All steps. x: (..., k)."""
+    tokens = enter(x, site).reshape(-1, x.shape[-1])
+    if site.activation is None:
+        return Entered(tokens)
+    with as_written(x.device):
+        quantized, rest = activations.quantize(tokens, site.activation), None
+        if site.repeated:
+            left = tokens[:, : site.repeated].float() - quantized.values()[:, : site.repeated]
+            rest = activations.quantize(left, site.activation)
+    return Entered(None, quantized, rest)

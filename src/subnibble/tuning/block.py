@@ -46,7 +46,9 @@ class TunedBlock:
         self.sites: dict[str, TunedInput] = {}
         self.linears: dict[str, TunedLinear] = {}
         for site in block.arch.sites:
-            entrance = self.sites[site.name] = TunedInput(frame.bases[site.name], frame.dtype, frame.repeated)
+            entrance = self.sites[site.name] = TunedInput(
+                frame.bases[site.name], frame.dtype, frame.correction.repeated
+            )
             if tuning.input_clipping != "none":
                 entrance.learn_clip(
                     {frame.activations[name] for name in site.readers}, block.linear(site.readers[0]).weight.device

@@ -12,10 +12,11 @@ from subnibble.calibrate.prefix import States
 from subnibble.corrections.correction import Correction
 from subnibble.rounding import grid
 from subnibble.rounding.levels import Fitted
-from subnibble.runtime import activations
+from subnibble.runtime import activations, site_input
 from subnibble.runtime.kv_cache import Coding
 from subnibble.runtime.straight_through import straight_through
 from subnibble.tensor.activation_scheme import ActivationScheme
+from subnibble.tensor.linear import SiteInput
 from subnibble.tensor.scheme import Scheme
 from subnibble.transforms.input_basis import InputBasis
 from subnibble.tuning.clipping import Clipping
@@ -43,21 +44,17 @@ class Frame:
     clip: grid.Clip
     dtype: torch.dtype
 
-    @property
-    def repeated(self) -> int:
-        """First channels whose inputs are quantized twice."""
-        return 0 if self.correction.coarse == "none" else self.correction.salient
-
 
 class TunedInput:
     """What readers of a site share: factors, basis, and the input as each activation scheme leaves it.
 
     smoothing: its factors, None without. clip: by what share of it the inputs' clip is moved, None where it stays.
-    repeated: of so many first channels the remainder is quantized, too.
+    repeated: see `SiteInput`.
     """
 
     def __init__(self, basis: InputBasis, dtype: torch.dtype, repeated: int = 0) -> None:
-        self.basis, self._dtype, self._repeated = basis, dtype, repeated
+        self.basis, self._dtype = basis, dtype
+        self._site = SiteInput(gather=basis.order, blocks=basis.blocks, repeated=repeated)
         self.smoothing: Smoothing | None = None
         self.clip: nn.Parameter | None = None
         self._schemes: list[ActivationScheme] = []
@@ -97,7 +94,7 @@ class TunedInput:
             own = x.flatten(0, -2).float()
             if self.smoothing is not None:
                 own = self.smoothing.inputs(own)
-            own = self.basis.columns(own)
+            own = site_input.enter(own, self._site)
             if scheme is not None:
                 own = self._quantized(own, scheme)
             self._entered[scheme] = own.to(self._dtype).view(*x.shape[:-1], -1)
@@ -105,10 +102,11 @@ class TunedInput:
 
     def _quantized(self, x: Tensor, scheme: ActivationScheme) -> Tensor:
         """What tokens (t, k) become: (t, k + repeated)."""
-        values = self._once(x, scheme)
-        if not self._repeated:
+        # The numbers are those of `site_input.apply`, as a test says. Here gradients reach the tokens and the clip.
+        values, repeated = self._once(x, scheme), self._site.repeated
+        if not repeated:
             return values
-        remainder = x[:, : self._repeated] - values[:, : self._repeated]
+        remainder = x[:, :repeated] - values[:, :repeated]
         return torch.cat([values, self._once(remainder, scheme)], 1)
 
     def _once(self, x: Tensor, scheme: ActivationScheme) -> Tensor:
@@ -137,8 +135,8 @@ class TunedLinear(nn.Module):
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().clone())
         self._entrance, self._frame = (entrance,), frame
         self._scheme, self._activation = frame.schemes[name], frame.activations[name]
-        # Of which the remainder meets the second weight, as it runs (`ops.LinearTerms.residual`).
-        self._repeated = 0 if None in (self._scheme, self._activation) else frame.repeated
+        # Of which the remainder meets the second weight, as it runs (see `SiteInput`).
+        self._repeated = 0 if None in (self._scheme, self._activation) else frame.correction.repeated
         self.fixed: Tensor | None = None
         self.clipping: Clipping | None = None
         self.low_rank: Compensation | None = None

@@ -1,4 +1,4 @@
-"""What an entry stores: names, shapes and types of its tensors, and the bits of a token that enters it."""
+"""What an spec stores: names, shapes and types of its tensors, and the bits of a token that enters it."""
 
 from dataclasses import replace
 
@@ -23,8 +23,8 @@ from packed_config_samples import (
     through_json,
 )
 
-from subnibble.checkpoint.entries import PackedLinearEntry, gather_type, linear_entry, linear_state, linear_terms
 from subnibble.checkpoint.manifest import PackedConfig, stored_shapes
+from subnibble.checkpoint.module_specs import PackedLinearSpec, gather_type, linear_of, linear_spec, linear_state
 from subnibble.errors import CheckpointError
 from subnibble.tensor.packed import PackedLayout
 
@@ -35,7 +35,7 @@ def test_a_scaled_linear_stores_one_float16_number_an_input_column() -> None:
     assert plain[f"{Q}.bias"] == (64,)
     assert plain[f"{NORM}.bias"] == (64,)
     assert not any(name.startswith(HEAD) for name in plain)
-    two = PackedConfig({Q: PackedLinearEntry(PackedLayout(64, ((48, W3), (16, W8))), True, True)})
+    two = PackedConfig({Q: PackedLinearSpec(PackedLayout(64, ((48, W3), (16, W8))), True, True)})
     assert stored_shapes(two)[f"{Q}.column_scale"] == (64,)
     assert {"codes", "scales", "zeros", "codes_1", "scales_1", "bias", "column_scale"} == {
         name.removeprefix(f"{Q}.") for name in stored_shapes(two)
@@ -77,7 +77,7 @@ def test_a_gather_is_stored_in_16_bits_where_that_holds_its_channels(columns, st
         ({"activation": A8}, 192 * 8 + 24),
         # 16 extra columns repeat codes, scale and zero-point; a residual repeats them once more.
         ({"activation": A8, **ONE_TERM["salient"]}, 192 * 8 + 24 + 16 * 8 + 24),
-        ({"activation": A8, **ONE_TERM["salient"], "residual": "salient"}, 192 * 8 + 24 + 2 * (16 * 8 + 24)),
+        ({"activation": A8, **ONE_TERM["salient"], "repeated": 16}, 192 * 8 + 24 + 2 * (16 * 8 + 24)),
         ({"activation": A8, **ONE_TERM["low_rank"]}, 192 * 8 + 24 + 4 * 8 + 24),
         # 64 outliers are a group of 8 bits with a scale; there are none between the factors.
         ({"activation": replace(A4, outliers=64), **ONE_TERM["low_rank"]}, 128 * 4 + 20 + 64 * 8 + 16 + 4 * 4 + 20),
@@ -88,23 +88,18 @@ def test_a_gather_is_stored_in_16_bits_where_that_holds_its_channels(columns, st
 )
 def test_bits_of_a_token_count_extra_columns_and_the_low_rank_input(change, bits) -> None:
     plain = CONFIG.modules[DOWN]
-    assert PackedLinearEntry(plain.layout, False, **change).token_bits() == bits
+    assert PackedLinearSpec(plain.layout, False, **change).token_bits() == bits
 
 
-@pytest.mark.parametrize(
-    "entry", [WHOLE, CONFIG.modules[DOWN], CONFIG.modules[Q]], ids=["whole", "plain", "two ranges"]
-)
-def test_a_linear_is_stored_and_rebuilt_by_the_same_table(entry: PackedLinearEntry) -> None:
-    parts = entry.parts
-    terms = linear_terms(entry, parts)
-    assert linear_entry(terms) == entry
-    stored = linear_state(terms)
-    if entry.bias:
-        stored["bias"] = terms.bias
-    assert {name: (part.dtype, part.shape) for name, part in stored.items()} == {
+@pytest.mark.parametrize("spec", [WHOLE, CONFIG.modules[DOWN], CONFIG.modules[Q]], ids=["whole", "plain", "two ranges"])
+def test_a_linear_is_stored_and_rebuilt_by_the_same_table(spec: PackedLinearSpec) -> None:
+    parts = spec.parts
+    terms = linear_of(spec, parts)
+    assert linear_spec(terms) == spec
+    assert {name: (part.dtype, part.shape) for name, part in linear_state(terms).items()} == {
         name: (part.dtype, part.shape) for name, part in parts.items()
     }
-    assert entry.stored_bits == 8 * sum(part.nbytes for name, part in parts.items() if name != "bias")
+    assert spec.stored_bits == 8 * sum(part.nbytes for name, part in parts.items() if name != "bias")
 
 
 def test_a_linear_that_enters_as_another_stores_nothing_of_its_input() -> None:
