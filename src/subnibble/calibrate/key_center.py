@@ -19,7 +19,7 @@ from subnibble.runtime.kv_cache import Coding
 from subnibble.tensor.cache_scheme import CacheScheme
 
 # More tokens would move a mean by next to nothing.
-_TOKENS = 8192
+_TOKENS = 10_240
 
 
 class KeyMean:
