@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from subnibble import Recipe, quantize
 from subnibble.errors import SubnibbleError
 from subnibble.pipeline import estimate as estimation
-from subnibble.pipeline.block_run import BlockRun
+from subnibble.pipeline.passage import Passage
 
 REFUSED: dict[str, dict[str, Any]] = {
     "nothing to do": {"method": "none"},
@@ -99,15 +99,15 @@ def test_activation_streams_are_what_a_run_holds(
     method: str, streams: int, recipe: Recipe, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held: list[int] = []
-    advance = BlockRun.advance
+    advance = Passage.advance
 
-    def record(run: BlockRun) -> None:
-        found = [run.hidden] + ([] if run.reference is None else [list(run.reference.outputs())])
+    def record(run: Passage) -> None:
+        found = [run.streams.hidden] + ([] if run.reference is None else [list(run.reference.outputs())])
         held.append(sum(batch.nbytes for stream in found for batch in stream))
         assert len(found) == streams
         advance(run)
 
-    monkeypatch.setattr(BlockRun, "advance", record)
+    monkeypatch.setattr(Passage, "advance", record)
     for windows in (4, 8):
         own = replace(recipe, method=method, num_windows=windows)
         quantize(folders["llama"], tmp_path / f"{windows}", own)

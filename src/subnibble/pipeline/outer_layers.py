@@ -1,4 +1,4 @@
-"""What a model has behind its blocks: the final norm, the head, and whatever else there is."""
+"""What a model has around its blocks: the embedding; the final norm, the head, and whatever else there is."""
 
 from __future__ import annotations
 
@@ -8,24 +8,52 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from subnibble.checkpoint.entries import Entry, NormBiasEntry, PackedLinearEntry, input_mix_state
+from subnibble.checkpoint.entries import (
+    Entry,
+    NormBiasEntry,
+    PackedEmbeddingEntry,
+    PackedLinearEntry,
+    TiedHeadEntry,
+    input_mix_state,
+)
 from subnibble.corrections.mean_shift import mean_shift
 from subnibble.model.skeleton import Skeleton
+from subnibble.pipeline.streams import Streams
 from subnibble.report.clock import Clock
 from subnibble.rounding.table import as_stored, pack_table
+from subnibble.tensor.packed import PackedTensor
 from subnibble.tensor.scheme import Scheme
 from subnibble.transforms.rotate import ResidualEdit
+
+# The tensors to write, and the entries of what is packed.
+Part = tuple[dict[str, Tensor], dict[str, Entry]]
+
+
+def embedding(skeleton: Skeleton, table: Tensor, scheme: Scheme | None) -> tuple[Part, PackedTensor | Tensor]:
+    """The embedding of an edited table (tokens, channels); and as it will run. scheme: None leaves it at 16 bits."""
+    path = skeleton.arch.embedding
+    tensors, packed = pack_table(path, table, scheme)
+    if packed is None:
+        return (tensors, {}), tensors[f"{path}.weight"]
+    tied: dict[str, Entry] = {skeleton.arch.head: TiedHeadEntry(path)} if skeleton.tied else {}
+    return (tensors, {path: PackedEmbeddingEntry(packed.layout), **tied}), packed
 
 
 @dataclass(frozen=True)
 class AfterBlocks:
-    """Each part as the tensors to write and the entries of what is packed. edit: of the residual stream, or None."""
+    """What is behind the blocks. edit: of the residual stream, or None."""
 
     skeleton: Skeleton
     edit: ResidualEdit | None
     clock: Clock
 
-    def final_norm(self, wanted: list[Tensor], hidden: list[Tensor]) -> tuple[dict[str, Tensor], dict[str, Entry]]:
+    def stored(self, streams: Streams, scheme: Scheme | None) -> Part:
+        """All of it. streams: behind the last block. scheme: of the head, None leaves it at 16 bits."""
+        norm, entries = self.final_norm(streams.unrounded, streams.hidden)
+        head, packed = self.head(scheme)
+        return norm | head | self.others(), entries | packed
+
+    def final_norm(self, wanted: list[Tensor], hidden: list[Tensor]) -> Part:
         """The final norm, its mean shift corrected if the method asks.
 
         wanted: the last block's outputs before its last two sites were quantized, none for no correction; hidden:
@@ -52,7 +80,7 @@ class AfterBlocks:
             skeleton.release(path)
         return tensors, entries
 
-    def head(self, scheme: Scheme | None) -> tuple[dict[str, Tensor], dict[str, Entry]]:
+    def head(self, scheme: Scheme | None) -> Part:
         """The head; if it is tied, what its input meets first, if anything. scheme: None leaves it at 16 bits."""
         skeleton, head = self.skeleton, self.skeleton.arch.head
         if skeleton.tied:
