@@ -212,8 +212,7 @@ def better(tuning: BlockTuning, tuned: Candidate, base: Candidate) -> tuple[Cand
     """
     losses = tuned.passage.output_error(tuning.samples), base.passage.output_error(tuning.samples)
     # Written so that a loss that is not finite is not kept.
-    kept, other = (tuned, base) if losses[0] <= losses[1] or not math.isfinite(losses[1]) else (base, tuned)
-    other.passage.drop_hooks()
+    kept = tuned if losses[0] <= losses[1] or not math.isfinite(losses[1]) else base
     return kept, tuning.report(tuned.rounded.block.path, *losses)
 
 

@@ -17,6 +17,7 @@ from subnibble.calibrate.key_center import coding_of
 from subnibble.calibrate.prefix import behind
 from subnibble.calibrate.stream import BlockStream
 from subnibble.corrections.mean_shift import mean_shift
+from subnibble.model.skeleton import Block
 from subnibble.model.transformers_api.blocks import BlockCall, run_block
 from subnibble.model.transformers_api.names import never_called
 from subnibble.pipeline.input_hook import InputHook
@@ -33,14 +34,16 @@ from subnibble.tuning.train import Samples, held_out_loss
 
 @dataclass
 class Passage:
-    """A block in the compute type, which gets its rounded linears one site after the other, and the streams through it.
+    """A block that gets its rounded linears one site after the other, and the streams through it.
 
-    stream: the block on the quantized model's hidden states. reference: a full-precision copy on the full-precision
-    model's. teacher: such a copy on the quantized model's. The last two are None where no step asks. coding: how the
-    block's cache quantizes, None until its keys are as they will run. hooks: on the block, they quantize inputs.
+    block: a copy of the prepared one in the compute type. stream: of the quantized model's hidden states through it.
+    reference: of the full-precision model's, through a full-precision copy. teacher: of the quantized model's, through
+    such a copy. The last two are None where no step asks. coding: how the block's cache quantizes, None until its keys
+    are as they will run. hooks: on the block, they quantize inputs.
     """
 
     prepared: Prepared
+    block: Block
     streams: Streams
     clock: Clock
     stream: BlockStream
@@ -58,17 +61,16 @@ class Passage:
         clock: Clock,
         reference: BlockStream | None = None,
     ) -> Self:
-        """Cast a prepared block, which is used up, to the compute type. reference: if there is one already."""
+        """Before anything of a prepared block is rounded. reference: if there is one already."""
         steps, dtype, teacher = resolved.steps, resolved.skeleton.dtype, None
-        block, before = prepared.block, behind(prepared.call, prepared.states)
+        block, before = prepared.block.twin(dtype), behind(prepared.call, prepared.states)
         if reference is None and streams.hidden and (steps.needs_reference or steps.corrects_norms):
-            twin = block.twin(dtype)
+            twin = prepared.block.twin(dtype)
             reference = BlockStream(twin, streams.wanted, before) if steps.needs_reference else None
             teacher = BlockStream(twin, streams.hidden, before) if steps.corrects_norms else None
-        block.module.to(dtype)
         # Until keys are as they will run there is no cache to ask: `use_cache` comes then.
         stream = BlockStream(block, streams.hidden, before)
-        return cls(prepared, streams, clock, stream, reference, teacher)
+        return cls(prepared, block, streams, clock, stream, reference, teacher)
 
     def at(self, site: Site, reference: bool) -> Iterator[tuple[Tensor, Tensor | None]]:
         """The site's tensor, batches (t, k), and the full-precision model's if `reference` is asked for, else None."""
@@ -81,13 +83,12 @@ class Passage:
         with self.clock.step("mean shift"):
             outputs = zip(teacher.at(site), self.stream.at(site), strict=True)
             bias = mean_shift(outputs).to(torch.float16).float()
-            block = self.prepared.block
-            add_output_bias_(block.module.get_submodule(norm), bias.to(block.gain(norm).dtype))
+            add_output_bias_(self.block.module.get_submodule(norm), bias.to(self.block.gain(norm).dtype))
         return bias
 
     def put(self, name: str, dense: Tensor, view: View) -> None:
         """Let the block run on a rounded weight (m, k). view: how its input is quantized from here on."""
-        weight = self.prepared.block.linear(name).weight
+        weight = self.block.linear(name).weight
         weight.data = dense.to(weight.dtype)
         if view is not None:
             self.hooks.append(self._hook(name, view))
@@ -100,9 +101,9 @@ class Passage:
         """
         prepared = self.prepared
         with self.clock.step("key center"), self._quantizing(inputs):
-            self.coding = coding_of(prepared.block, scheme, self.streams.hidden, prepared.call)
+            self.coding = coding_of(self.block, scheme, self.streams.hidden, prepared.call)
         if seen:
-            self.stream = BlockStream(prepared.block, self.streams.hidden, self._behind(prepared.call))
+            self.stream = BlockStream(self.block, self.streams.hidden, self._behind(prepared.call))
 
     @contextmanager
     def _quantizing(self, inputs: Mapping[str, Quantization]) -> Iterator[None]:
@@ -114,8 +115,8 @@ class Passage:
                 hook.handle.remove()
 
     def _hook(self, name: str, view: Quantization) -> InputHook:
-        block = self.prepared.block
-        quantize = partial(quantized_input, view=view, basis=self.prepared.bases[block.arch.site_of(name).name])
+        block, basis = self.block, self.prepared.bases[self.block.arch.site_of(name).name]
+        quantize = partial(quantized_input, view=view, basis=basis)
         return InputHook(f"the quantized input of {block.path}.{name}", block.linear(name), quantize)
 
     def _behind(self, call: BlockCall) -> BlockCall:
@@ -123,7 +124,7 @@ class Passage:
 
     def output_error(self, samples: Samples) -> float:
         """The held-out loss of the block as it is now, on its own operations; see `tuning/train.py`."""
-        module = self.prepared.block.module
+        module = self.block.module
 
         def output(hidden: Tensor, call: BlockCall) -> Tensor:
             kind = next(module.parameters()).dtype
@@ -144,15 +145,8 @@ class Passage:
                 self.reference.advance(wanted)
         if self.streams.prefix is not None and self.prepared.prefix is not None:
             self.streams.prefix.move(self.prepared.prefix)
-        block = self.prepared.block
         # Before the next block is made of these outputs.
         idle = [hook.path for hook in self.hooks if not hook.runs]
-        idle += [f"the bias of {block.path}.{path}" for path in never_ran(block.module)]
+        idle += [f"the bias of {self.block.path}.{path}" for path in never_ran(self.block.module)]
         if idle:
             raise never_called(idle[0])
-        self.drop_hooks()
-
-    def drop_hooks(self) -> None:
-        """Take the hooks off the block. The skeleton keeps its module, which would keep all that the hooks know of."""
-        for hook in self.hooks:
-            hook.handle.remove()

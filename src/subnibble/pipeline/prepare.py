@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from torch import Tensor
-
 from subnibble.arch.site import Site
 from subnibble.calibrate.prefix import PrefixStep, States, behind
 from subnibble.calibrate.stream import BlockStream, SiteStatistics
@@ -23,15 +21,13 @@ from subnibble.transforms.input_basis import InputBasis
 
 @dataclass(frozen=True)
 class Prepared:
-    """A transformed float32 block.
+    """A transformed float32 block: these weights are rounded, not their copies in the compute type.
 
-    exact: its parameters by name, as they are rounded: a block that runs in another type keeps them here. bases: in
-    which readers meet their inputs, by name of the site. call: what the model calls the block with. prefix: what the
-    block makes of the system prompt, or None.
+    bases: in which readers meet their inputs, by name of the site. call: what the model calls the block with. prefix:
+    what the block makes of the system prompt, or None.
     """
 
     block: Block
-    exact: Mapping[str, Tensor]
     bases: Mapping[str, InputBasis]
     call: BlockCall
     prefix: PrefixStep | None
@@ -43,8 +39,7 @@ class Prepared:
 
     def twin(self) -> Prepared:
         """The same with a copy of the block, which stays as it is."""
-        block = self.block.twin()
-        return replace(self, block=block, exact=_parameters(block))
+        return replace(self, block=self.block.twin())
 
     def with_states(self, states: States | None) -> Prepared:
         """The same with other keys and values of the prompt."""
@@ -65,11 +60,7 @@ def prepare(block: Block, resolved: Resolved, streams: Streams, clock: Clock) ->
         bases = _transform_(block, steps, found)
     with clock.step("prefix"):
         step = None if prefix is None else prefix.run(block)
-    return Prepared(block, _parameters(block), bases, call, step)
-
-
-def _parameters(block: Block) -> dict[str, Tensor]:
-    return {name: parameter.data for name, parameter in block.module.named_parameters()}
+    return Prepared(block, bases, call, step)
 
 
 def _transform_(block: Block, steps: Steps, found: SiteStatistics | None) -> dict[str, InputBasis]:

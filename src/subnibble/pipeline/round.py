@@ -106,11 +106,13 @@ def round_block(
     rounds: how. on_site: is called with how many sites are done, and the name of the last.
     """
     prepared, plan, steps = passage.prepared, resolved.plan, resolved.steps
-    block, exact = prepared.block, dict(prepared.exact)
+    block = prepared.block
+    exact = {name: parameter.data for name, parameter in block.module.named_parameters()}
     terms: dict[str, LinearTerms] = {}
     linears: dict[str, LinearReport] = {}
     absorbed: list[tuple[Site, Tensor]] = []
     last_norm = [site for site in block.arch.sites if site.norm is not None][-1]
+    keys = {name for site in block.arch.sites for name in site.keys}
     for number, site in enumerate(block.arch.sites, start=1):
         if passage.teacher is not None and site.norm is not None and terms:
             exact[f"{site.norm}.bias"] = passage.shift_norm(site, site.norm, passage.teacher)
@@ -120,7 +122,6 @@ def round_block(
             terms |= found.terms
             linears |= found.linears
             absorbed += [] if found.absorbed is None else [(site, found.absorbed)]
-        keys = {name for each in block.arch.sites for name in each.keys}
         if plan.cache is not None and set(site.readers) & keys:
             inputs = _unseen_inputs(terms, keys) if steps.inputs == "exact" else {}
             passage.use_cache(plan.cache, inputs, steps.sees_cache)
@@ -148,7 +149,7 @@ def _round_site(
             weights = {name: own.weight for name, own in done.items()}
             return can_absorb(site, prepared.block.heads, stack.names, weights, columns)
 
-        natural = torch.cat([prepared.exact[f"{name}.weight"] for name in stack.names])
+        natural = torch.cat([prepared.block.linear(name).weight.data for name in stack.names])
         seen = observed.get(view, Observed())
         found = round_readers(stack, natural, basis, seen, steps.correction, rounded, absorbs, passage.clock)
         for name, dense in found.dense.items():
