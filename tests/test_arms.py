@@ -14,7 +14,8 @@ from subnibble import Recipe, quantize
 from subnibble.checkpoint.safetensors_source import SafetensorsSource
 from subnibble.methods import find_method
 from subnibble.model.skeleton import Skeleton
-from subnibble.pipeline.plan import make_plan, plan_cache, plan_rotation
+from subnibble.pipeline.check import checked_plan
+from subnibble.pipeline.plan import plan_rotation
 
 NAMED = [(bench, arm) for bench, arms in ARMS.items() for arm in arms]
 BASE = {"group_size": 16, "num_windows": 4, "window": 32}
@@ -41,12 +42,11 @@ def test_an_arm_resolves_on_every_architecture(bench: str, arm: str, folders: di
     steps = method.build(method.configure(recipe.options))
     for name in CONFIGS:
         skeleton = Skeleton(SafetensorsSource(folders[name]), torch.float32, torch.device("cpu"))
-        plan = make_plan(recipe, steps, skeleton)
+        plan = checked_plan(recipe, steps, skeleton)
         assert all((scheme is None) == (recipe.method == "none") for scheme in plan.schemes.values())
         bits = {None if scheme is None else scheme.bits for scheme in plan.activations.values()}
         assert bits == ({None} if bench == "weight_only" or recipe.method == "none" else {4})
-        cached = plan_cache(recipe, steps, skeleton)
-        assert (cached is not None) == (bench == "weight_activation_kv")
+        assert (plan.cache is not None) == (bench == "weight_activation_kv")
         assert (plan_rotation(recipe, steps, skeleton) is None) == (steps.rotation == "none")
 
 

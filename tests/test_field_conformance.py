@@ -28,7 +28,7 @@ from subnibble.distill.settings import Distillation
 from subnibble.errors import BadRecipe
 from subnibble.evaluation.evaluate import Evaluation, evaluate
 from subnibble.methods import METHODS
-from subnibble.pipeline.resolve import resolve
+from subnibble.pipeline.check import resolve
 from subnibble.recipe import _OVERRIDE_KEYS, EMBEDDING_BITS
 from subnibble.tensor.activation_scheme import ACTIVATION_BITS, ActivationScheme
 from subnibble.tensor.cache_scheme import KEY_AXES, KEY_CENTERS, KEY_ROTATIONS, ROPES, CacheScheme

@@ -17,7 +17,7 @@ from subnibble.checkpoint.safetensors_source import SafetensorsSource
 from subnibble.errors import BadRecipe
 from subnibble.methods import find_method
 from subnibble.model.skeleton import Skeleton
-from subnibble.pipeline.plan import make_plan
+from subnibble.pipeline.check import checked_plan
 from subnibble.presets import PRESETS, preset, preset_for
 
 FOLDER = Path(subnibble.__file__).parent / "presets"
@@ -67,7 +67,7 @@ def test_a_preset_resolves_on_every_architecture(name: str, folders: dict[str, P
     steps = find_method(recipe.method).steps(recipe.options)
     for model in CONFIGS:
         skeleton = Skeleton(SafetensorsSource(folders[model]), torch.float32, torch.device("cpu"))
-        plan = make_plan(recipe, steps, skeleton)
+        plan = checked_plan(recipe, steps, skeleton)
         assert all((scheme is None) == (recipe.method == "none") for scheme in plan.schemes.values())
 
 

@@ -23,8 +23,8 @@ from subnibble.methods import METHODS
 from subnibble.methods.method import Method, Steps
 from subnibble.methods.none import Options
 from subnibble.model.skeleton import Skeleton
+from subnibble.pipeline.check import checked_plan
 from subnibble.pipeline.observe import Observed
-from subnibble.pipeline.plan import make_plan
 from subnibble.pipeline.round import Stack, round_stack
 from subnibble.rounding.dual_scale import DualScale
 from subnibble.rounding.gptaq import FORMS, Asymmetry
@@ -151,10 +151,10 @@ def test_corrections_that_cannot_be_tuned_say_so() -> None:
 )  # fmt: skip
 def test_a_site_that_an_architecture_does_not_have_is_an_error(steps: Steps, folders: dict[str, Path]) -> None:
     skeleton = Skeleton(open_source(folders["llama"]), torch.float32, torch.device("cpu"))
-    make_plan(Recipe("rtn", group_size=16), steps, skeleton)
+    checked_plan(Recipe("rtn", group_size=16), steps, skeleton)
     skeleton.arch = replace(skeleton.arch, sites=skeleton.arch.sites[:3])
     with pytest.raises(BadRecipe, match="at the site mlp_hidden, which llama does not have"):
-        make_plan(Recipe("rtn", group_size=16), steps, skeleton)
+        checked_plan(Recipe("rtn", group_size=16), steps, skeleton)
 
 
 def test_a_rounder_must_say_that_it_scales_columns(

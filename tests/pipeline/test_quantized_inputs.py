@@ -23,7 +23,7 @@ from subnibble.checkpoint.manifest import packed_config_of
 from subnibble.errors import BadRecipe, CheckpointError
 from subnibble.export.fold import fold_norm_biases_
 from subnibble.hf import packed_modules
-from subnibble.pipeline.block_run import BlockRun
+from subnibble.pipeline import round as rounding
 from subnibble.report import Report
 from subnibble.runtime.modules import PackedLinear
 
@@ -291,15 +291,15 @@ def test_calibration_sees_keys_and_values_as_the_cache_quantizes_them(
 ) -> None:
     """Of the first block, whose inputs are the same in calibration and in the running model."""
     grams: list[Tensor] = []
-    observe = BlockRun._observe
+    observe = rounding._observe
 
-    def noted(self: BlockRun, site: Site, stacks: Any) -> Any:
-        found = observe(self, site, stacks)
+    def noted(site: Site, *others: Any) -> Any:
+        found = observe(site, *others)
         if site.name == "attention_out":
             grams.append(found[None].gram)
         return found
 
-    monkeypatch.setattr(BlockRun, "_observe", noted)
+    monkeypatch.setattr(rounding, "_observe", noted)
     _, model = make(
         folders["llama"], token_file, tmp_path / "out", method="serq", options={"rank": RANK, "inputs": inputs},
         activation_bits=16, kv_bits=2, num_windows=24,

@@ -20,7 +20,8 @@ from subnibble.arch.llama import ATTENTION_IN, ATTENTION_OUT, MLP_HIDDEN, MLP_IN
 from subnibble.arch.site import Heads, Site
 from subnibble.checkpoint.manifest import PackedConfig
 from subnibble.checkpoint.module_specs import InputMixSpec
-from subnibble.pipeline import block_run, store
+from subnibble.pipeline import round as rounding
+from subnibble.pipeline import store
 from subnibble.rounding.dual_scale import DualScale
 from subnibble.rounding.levels import Fitted
 from subnibble.tensor.packed import CodedMatrix, PackedRange, PackedTensor, scale_dtype
@@ -356,7 +357,7 @@ def run(source: Path, tokens: Path, out: Path, absorb: Any = absorb_, allowed: A
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(DualScale, "fit", rounded)
         patch.setattr(store, "absorb_", absorb)
-        patch.setattr(block_run, "can_absorb", allowed)
+        patch.setattr(rounding, "can_absorb", allowed)
         subnibble.quantize(source, out, recipe)
     return out
 

@@ -23,6 +23,7 @@ from subnibble.checkpoint.safetensors_source import SafetensorsSource
 from subnibble.errors import BadRecipe, UnsupportedModel
 from subnibble.methods import METHODS
 from subnibble.model.skeleton import Block, Skeleton
+from subnibble.pipeline.check import _check_rotation
 from subnibble.pipeline.estimate import estimate
 from subnibble.pipeline.plan import plan_rotation
 from subnibble.tensor.scheme import Scheme
@@ -199,7 +200,7 @@ def test_a_reader_without_a_norm_of_its_own_forbids_rotation(folders: dict[str, 
     skeleton.arch = without_norms(LLAMA)
     assert plan_rotation(Recipe(), plain, skeleton) is None
     with pytest.raises(UnsupportedModel, match='without a norm; use rotation = "none"'):
-        plan_rotation(Recipe(), rotated, skeleton)
+        _check_rotation(rotated, skeleton.arch)
 
 
 # The model: in float64, with norms that do not go through float32 as transformers' do.

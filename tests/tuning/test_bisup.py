@@ -22,10 +22,11 @@ from subnibble.checkpoint.size import cache_bytes
 from subnibble.errors import BadRecipe, SubnibbleError
 from subnibble.hf.attention import attach_cache_, attached_cache, change_scheme_
 from subnibble.methods.method import Method
-from subnibble.pipeline import block_tuning, driver
-from subnibble.pipeline.block_run import BlockRun
-from subnibble.pipeline.block_tuning import BlockTuning
+from subnibble.pipeline import block_tuning
+from subnibble.pipeline.block_tuning import BlockTuning, Candidate
 from subnibble.pipeline.estimate import estimate
+from subnibble.pipeline.passage import Passage
+from subnibble.report import BlockReport
 from subnibble.rounding import grid
 from subnibble.runtime.modules import PackedLinear
 from subnibble.tensor.cache_scheme import PrefixIds
@@ -73,14 +74,13 @@ def methods_that_are_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
 def tuned_blocks(monkeypatch: pytest.MonkeyPatch) -> list[BlockTuning]:
     """Filled, block by block, as they are once they are rounded; they are stored, even where the base's are better."""
     found: list[BlockTuning] = []
-    choose = driver.better
+    choose = block_tuning.better
 
-    def tuned_one(tuned: BlockRun, base: BlockRun) -> BlockRun:
-        found.append(tuned.tuning)
-        tuned.tuned = choose(tuned, base).tuned
-        return tuned
+    def tuned_one(tuning: BlockTuning, tuned: Candidate, base: Candidate) -> tuple[Candidate, BlockReport]:
+        found.append(tuning)
+        return tuned, choose(tuning, tuned, base)[1]
 
-    monkeypatch.setattr(driver, "better", tuned_one)
+    monkeypatch.setattr(block_tuning, "better", tuned_one)
     return found
 
 
@@ -107,7 +107,7 @@ def test_the_block_that_was_trained_is_the_block_that_runs(
     tuned, told = tuned_blocks(monkeypatch), []
     if "qwen2" in name:
         # transformers reads a qwen2 folder's tokenizer as one of bytes, which the tiny one is not.
-        monkeypatch.setattr("subnibble.pipeline.resolve.given_prefix", lambda *args: PrefixIds((5, 9, 2, 7), None))
+        monkeypatch.setattr("subnibble.pipeline.check.given_prefix", lambda *args: PrefixIds((5, 9, 2, 7), None))
     recipe = Recipe(calibration=str(token_file), system_prompt=PROMPT, **DATA, **SETTING, **METHODS[kind])
     report = quantize(
         folders[name], tmp_path / "out", recipe, progress=lambda done, total, doing: told.append((done, total, doing))
@@ -195,18 +195,18 @@ def test_tuning_takes_the_prompt_that_runs(
 def test_nothing_of_a_block_outlives_it(
     folders: dict[str, Path], token_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made: list[weakref.ref[BlockRun]] = []
-    begin = BlockRun.begin
+    made: list[weakref.ref[Passage]] = []
+    start = Passage.start
 
-    def watched(*args: Any) -> BlockRun:
+    def watched(*args: Any) -> Passage:
         gc.collect()
-        # Those of the block before, tuned and not, are the pipeline's own until the next has come.
-        assert all(run() is None for run in made[:-2])
-        run = begin(*args)
-        made.append(weakref.ref(run))
-        return run
+        # Of one block there are two, tuned and not.
+        assert all(passage() is None for passage in made[: len(made) // 2 * 2])
+        passage = start(*args)
+        made.append(weakref.ref(passage))
+        return passage
 
-    monkeypatch.setattr(BlockRun, "begin", watched)
+    monkeypatch.setattr(Passage, "start", watched)
     recipe = Recipe(calibration=str(token_file), **DATA, **SETTING, **METHODS["atom"])
     quantize(folders["llama"], tmp_path / "out", recipe)
     assert len(made) == 6

@@ -23,9 +23,8 @@ from subnibble.given import described, given_path
 from subnibble.hf import load_model, memory_bytes
 from subnibble.methods import find_method
 from subnibble.methods.method import Steps
+from subnibble.pipeline.check import check_apart, resolve
 from subnibble.pipeline.driver import quantize
-from subnibble.pipeline.plan import needs_data
-from subnibble.pipeline.resolve import resolve
 from subnibble.progress import Progress, given_progress, titled
 from subnibble.recipe import AnyRecipe, Recipe
 
@@ -78,8 +77,12 @@ def compare(
     if len(prompts) > 1 or own:
         raise BadRecipe("models side by side have one system prompt, and cache and prompt come with their recipes")
     source = open_source(model)
-    for recipe in wanted:
-        resolve(source, recipe)
+    reads_text = {}
+    for name, recipe in zip(names, wanted, strict=True):
+        resolved = resolve(source, recipe).recipe
+        if out is not None:
+            check_apart(out / name, source.path, resolved)
+        reads_text[name] = resolved.calibration is not None
     tokenizer = source.load_tokenizer()
     prompt = next(iter(prompts), None)
     windows = evaluation.windows(source, tokenizer, None if prompt is None else prefix_ids(prompt, tokenizer))
@@ -87,9 +90,9 @@ def compare(
     with _folder(out) as folder:
         seconds: dict[str, float | None] = {ORIGINAL: None}
         paths: dict[str, Path | Source] = {ORIGINAL: source} | {name: folder / name for name in names}
-        # Methods that need data first, so that text which cannot be had is known before any work.
+        # Recipes that read text first, so that text which cannot be had is known before any work.
         named = zip(names, wanted, strict=True)
-        for name, recipe in sorted(named, key=lambda pair: not needs_data(pair[1], _steps(pair[1]))):
+        for name, recipe in sorted(named, key=lambda pair: not reads_text[pair[0]]):
             report = quantize(source, folder / name, recipe, overwrite=overwrite, progress=titled(told, name))
             seconds[name] = report.seconds["total"]
         models = {name: load_model(path, evaluation.dtype, evaluation.device) for name, path in paths.items()}

@@ -42,7 +42,12 @@ class Block:
 
     def twin(self, dtype: torch.dtype | None = None) -> Block:
         """A copy that stays as it is, in another type if one is given."""
-        module = copy.deepcopy(self.module)
+        # Cast one by one: a copy of the whole block in its own type would be the largest thing in memory.
+        own = {
+            id(parameter): nn.Parameter(parameter.detach().to(dtype, copy=True), parameter.requires_grad)
+            for parameter in self.module.parameters()
+        }
+        module = copy.deepcopy(self.module, own)
         return replace(self, module=module if dtype is None else module.to(dtype))
 
 

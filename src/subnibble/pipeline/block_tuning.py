@@ -1,34 +1,39 @@
-"""The tuning of one block inside the pipeline: samples from its streams, training, and rounding on what was learned."""
+"""The tuning of one block inside the pipeline: samples from its streams, training, rounding on what was learned, and
+the choice between that and the method's own block.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Self
 
 import torch
 from torch import Tensor
 
-from subnibble.calibrate.prefix import States
+from subnibble.calibrate.key_center import coding_of
+from subnibble.calibrate.prefix import behind
 from subnibble.calibrate.stats import value_over
 from subnibble.calibrate.stream import BlockStream
 from subnibble.corrections.correction import Correction, Rounded
 from subnibble.errors import NumericalFailure
-from subnibble.methods.method import Steps
 from subnibble.model.skeleton import Block
 from subnibble.model.transformers_api.blocks import BlockCall
 from subnibble.pipeline.observe import Observed
-from subnibble.pipeline.plan import Plan
-from subnibble.pipeline.round import Stack, round_stack
-from subnibble.pipeline.streams import Streams
+from subnibble.pipeline.passage import Passage
+from subnibble.pipeline.plan import Plan, Resolved
+from subnibble.pipeline.prepare import Prepared
+from subnibble.pipeline.round import RoundedBlock, Stack, round_block, round_stack
+from subnibble.pipeline.streams import Streams, past
 from subnibble.report import BlockReport
 from subnibble.report.clock import Clock
 from subnibble.rounding import grid
 from subnibble.rounding.rounder import OnGrids, Rounder
 from subnibble.rounding.rtn import RTN
 from subnibble.runtime.kv_cache import Coding
+from subnibble.tensor.cache_scheme import PrefixIds
 from subnibble.tensor.packed import PackedRange, PackedTensor
-from subnibble.transforms.input_basis import InputBasis
 from subnibble.tuning.block import TunedBlock
 from subnibble.tuning.linear import Frame
 from subnibble.tuning.samples import Samples, TrainingWindows
@@ -39,12 +44,12 @@ from subnibble.tuning.tuning import EFFORTS, Tuning
 _LOOKED_AT = 8
 
 
-@dataclass
+@dataclass(frozen=True)
 class BlockTuning:
     """A block that was tuned, on its way through rounding.
 
-    reference: the full-precision block on the full-precision chain, whose outputs are known. kept: linears whose
-    rounding with compensation made the loss smaller than rounding to nearest.
+    reference: the full-precision block on the full-precision chain, whose outputs are known. kept: filled while it is
+    rounded, linears whose rounding with compensation made the loss smaller than rounding to nearest.
     """
 
     block: TunedBlock
@@ -67,7 +72,7 @@ class BlockTuning:
             losses.append(held_out_loss(self.block, self.samples))
         best = losses.index(min(losses))
         if best > 0:
-            self.kept += stack.names
+            self.kept.extend(stack.names)
         found = tried[best]
         self._fix_(stack, found[1], found[2])
         return found
@@ -95,69 +100,67 @@ class BlockTuning:
 
 @dataclass(frozen=True)
 class Tuner:
-    """Tunes blocks as they come. calls: of each block, for as many tokens as the effort takes of a window. seed: of
-    the recipe. dtype: of streams and products. told: is called with the number of a block and its held-out loss so far.
+    """Tunes blocks as they come. calls: of each block, for as many tokens as the effort takes of a window. told: is
+    called with the number of a block and its held-out loss so far.
     """
 
-    steps: Steps
-    plan: Plan
+    resolved: Resolved
+    tuning: Tuning
     calls: list[BlockCall]
-    seed: int
-    dtype: torch.dtype
     clock: Clock
     told: Callable[[int, float], None]
 
-    @property
-    def tuning(self) -> Tuning:
-        """What is learned."""
-        assert self.steps.tuning is not None
-        return self.steps.tuning
+    @classmethod
+    def of(
+        cls, resolved: Resolved, prefix: PrefixIds | None, clock: Clock, told: Callable[[int, float], None]
+    ) -> Self | None:
+        """The tuner of a method's blocks, None if it tunes none. prefix: before the windows."""
+        tuning = resolved.steps.tuning
+        if tuning is None:
+            return None
+        tokens = min(EFFORTS[tuning.effort].tokens, resolved.recipe.window)
+        return cls(resolved, tuning, resolved.skeleton.block_calls(tokens, past=past(prefix)), clock, told)
 
-    def __call__(
-        self,
-        block: Block,
-        bases: Mapping[str, InputBasis],
-        prefix: States | None,
-        coding: Coding | None,
-        streams: Streams,
-        before: BlockCall,
-    ) -> BlockTuning:
-        """Tune a transformed float32 `block` in place.
+    def tunes(self, block: Block) -> bool:
+        """Whether anything of a block will be rounded."""
+        return any(scheme is not None for scheme in self.resolved.plan.of_block(block)[0].values())
 
-        bases: of its sites. prefix: its states in the block. coding: of its cache. before: the block's call behind the
-        prefix.
-        """
-        exact = streams.wanted
-        reference = BlockStream(block.twin(self.dtype), exact, before)
+    def __call__(self, prepared: Prepared, streams: Streams) -> BlockTuning:
+        """Tune a prepared block in place."""
+        block, call, exact = prepared.block, prepared.call, streams.wanted
+        dtype = self.resolved.skeleton.dtype
+        with self.clock.step("key center"):
+            coding = coding_of(block.twin(dtype), self.resolved.plan.cache, streams.hidden, call)
+        reference = BlockStream(block.twin(dtype), exact, behind(call, prepared.states))
         with self.clock.step("forward"):
             outputs = list(reference.outputs())
         with self.clock.step("tune"):
             effort = EFFORTS[self.tuning.effort]
             device = next(block.module.parameters()).device
-            call = self.calls[block.index]
-            windows = TrainingWindows(effort, call, device)
+            windows = TrainingWindows(effort, self.calls[block.index], device)
             samples = value_over(windows, zip(streams.hidden, exact, outputs, strict=True))
-            tuned, trained = self._train(block, self._frame(block, bases, prefix, coding), samples)
+            tuned, trained = self._train(block, self._frame(prepared, coding), samples)
             tuned.settle_(block)
         return BlockTuning(tuned, samples, trained, reference, outputs)
 
-    def _frame(
-        self, block: Block, bases: Mapping[str, InputBasis], prefix: States | None, coding: Coding | None
-    ) -> Frame:
-        schemes, inputs = self.plan.of_block(block)
-        rounder = self.steps.rounder
+    def _frame(self, prepared: Prepared, coding: Coding | None) -> Frame:
+        steps, dtype = self.resolved.steps, self.resolved.skeleton.dtype
+        schemes, inputs = self.resolved.plan.of_block(prepared.block)
+        rounder = steps.rounder
         clip = rounder.fitter if isinstance(rounder, OnGrids) and isinstance(rounder.fitter, grid.Clip) else grid.Clip()
-        return Frame(schemes, inputs, bases, coding, prefix, self.steps.correction, clip, self.dtype)
+        return Frame(schemes, inputs, prepared.bases, coding, prepared.states, steps.correction, clip, dtype)
 
     def _train(self, block: Block, frame: Frame, samples: Samples) -> tuple[TunedBlock, Trained]:
         # Every block draws its own numbers.
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + block.index) % 2**63)
+        seed = (self.resolved.recipe.seed * 1_000_003 + block.index) % 2**63
+        generator = torch.Generator().manual_seed(seed)
         tuned = TunedBlock(block, frame, self.tuning, generator)
         plain = held_out_loss(tuned, samples)
         if not math.isfinite(plain):
+            dtype = str(self.resolved.skeleton.dtype).removeprefix("torch.")
             raise NumericalFailure(
                 f"{block.path}: its outputs on quantized inputs are not finite: activations leave the range of "
-                f'{str(self.dtype).removeprefix("torch.")}; use more bits, or dtype = "float32"'
+                f'{dtype}; use more bits, or dtype = "float32"'
             )
         if self.tuning.smoothing != "none":
             few = slice(0, min(_LOOKED_AT, samples.trained))
@@ -168,3 +171,46 @@ class Tuner:
         effort = EFFORTS[self.tuning.effort]
         trained = train_(tuned, samples, effort, generator, lambda loss: self.told(block.index, loss))
         return tuned, replace(trained, before=plain)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to round a block, and the windows' passage through it."""
+
+    passage: Passage
+    rounded: RoundedBlock
+
+
+def round_tuned(
+    prepared: Prepared, resolved: Resolved, streams: Streams, tuner: Tuner, on_site: Callable[[int, str], None]
+) -> tuple[RoundedBlock, BlockReport]:
+    """Tune a block and round it; the method's own block without tuning is a candidate, too. Streams are moved behind
+    the one that is given. on_site: see `round_block`.
+    """
+    own = prepared.twin()
+    tuning = tuner(prepared, streams)
+    learned = replace(resolved, plan=tuning.plan(resolved.plan, prepared.block.path))
+    # The prompt's states are now those of the tuned block.
+    passage = Passage.start(prepared.with_states(tuning.block.prefix), learned, streams, tuner.clock, tuning.reference)
+
+    def rounds(stack: Stack, weight: Tensor, seen: Observed, rounder: Rounder, correction: Correction) -> Rounded:
+        if passage.coding is not None:
+            tuning.block.use_coding(passage.coding)
+        return tuning.round(stack, weight, seen, rounder, correction)
+
+    tuned = Candidate(passage, round_block(passage, learned, rounds, on_site))
+    plain = Passage.start(own, resolved, streams, tuner.clock, tuning.reference)
+    base = Candidate(plain, round_block(plain, resolved, round_stack, lambda number, site: None))
+    kept, report = better(tuning, tuned, base)
+    kept.passage.advance(tuning.outputs)
+    return kept.rounded, report
+
+
+def better(tuning: BlockTuning, tuned: Candidate, base: Candidate) -> tuple[Candidate, BlockReport]:
+    """Of a block that was tuned and the same block without tuning, both rounded, the one to keep: of the smaller loss
+    on held-out windows, as the block runs.
+    """
+    losses = tuned.passage.output_error(tuning.samples), base.passage.output_error(tuning.samples)
+    # Written so that a loss that is not finite is not kept.
+    kept = tuned if losses[0] <= losses[1] or not math.isfinite(losses[1]) else base
+    return kept, tuning.report(tuned.rounded.block.path, *losses)

@@ -16,7 +16,7 @@ from subnibble.distill.models import FREE_SHARE, states_bytes
 from subnibble.distill.settings import Distillation
 from subnibble.methods.method import Steps
 from subnibble.model.skeleton import Skeleton
-from subnibble.pipeline.resolve import resolve
+from subnibble.pipeline.check import resolve
 from subnibble.pipeline.size import activation_bits, effective_bits, packed_bytes
 from subnibble.recipe import AnyRecipe, Recipe
 from subnibble.tuning.tuning import EFFORTS

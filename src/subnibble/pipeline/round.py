@@ -1,34 +1,48 @@
-"""Linears that read one input by one scheme are rounded on top of each other: their rows are independent."""
+"""Round a prepared block: site by site in data-flow order, each on what it sees of the sites rounded before.
+
+Linears that read one input by one scheme are rounded on top of each other: their rows are independent.
+"""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from subnibble.arch.site import Site
+from subnibble.calibrate.prefix import States
 from subnibble.corrections.correction import Branch, Correction, Rounded, RoundMain
 from subnibble.errors import NumericalFailure
-from subnibble.pipeline.observe import Observed
+from subnibble.methods.method import Steps
+from subnibble.model.skeleton import Block
+from subnibble.pipeline.observe import Observed, Quantization, View, Watch, observe
+from subnibble.pipeline.passage import Passage
+from subnibble.pipeline.plan import Resolved
 from subnibble.report import LinearReport
 from subnibble.report.clock import Clock
 from subnibble.rounding import grid
 from subnibble.rounding.error import relative_errors
-from subnibble.rounding.rounder import Rounder
+from subnibble.rounding.rounder import Rounder, Rounding
+from subnibble.runtime.kv_cache import Coding
 from subnibble.tensor.activation_scheme import ActivationScheme
 from subnibble.tensor.linear import Linear, PackedWeight, SiteInput
 from subnibble.tensor.packed import PackedTensor
 from subnibble.tensor.scheme import Scheme
+from subnibble.transforms.absorb import can_absorb
 from subnibble.transforms.input_basis import InputBasis
 
 
 @dataclass(frozen=True)
 class Stack:
     """block: path of the block. names: of the linears in it. heights: rows of each. scheme, activation: of weights and
-    inputs. repeated: see `SiteInput`. where: names them in errors.
+    inputs.
+
+    repeated: see `SiteInput`. where: names them in errors.
     """
 
     block: str
@@ -58,6 +72,138 @@ class RoundedStack:
     linears: Mapping[str, LinearReport]
     dense: Mapping[str, Tensor]
     absorbed: Tensor | None
+
+
+@dataclass(frozen=True)
+class RoundedBlock:
+    """A block whose linears are rounded.
+
+    terms: of what was rounded, by name in the block; biases, gathers aside. exact: every parameter in float32, edited
+    or not, by name. bases: in which readers meet their inputs, by name of the site. absorbed: column scales (channels,)
+    that the writers of a site are to take. prefix: keys and values of the system prompt, (heads, tokens, width), or
+    None. coding: how its cache quantizes, or None. linears: what the report says of each, its bits aside.
+    """
+
+    block: Block
+    terms: Mapping[str, Linear]
+    exact: Mapping[str, Tensor]
+    bases: Mapping[str, InputBasis]
+    absorbed: tuple[tuple[Site, Tensor], ...]
+    prefix: States | None
+    coding: Coding | None
+    linears: Mapping[str, LinearReport]
+
+
+# Rounds a stack's weight (m, k) float32, as inputs meet it, with what the correction adds; see `round_stack`.
+RoundStack = Callable[[Stack, Tensor, Observed, Rounder, Correction], Rounded]
+
+
+def round_block(
+    passage: Passage, resolved: Resolved, rounds: RoundStack, on_site: Callable[[int, str], None]
+) -> RoundedBlock:
+    """Round the linears of a block; its passage gets them dequantized.
+
+    rounds: how. on_site: is called with how many sites are done, and the name of the last.
+    """
+    prepared, plan, steps = passage.prepared, resolved.plan, resolved.steps
+    block = prepared.block
+    exact = {name: parameter.data for name, parameter in block.module.named_parameters()}
+    terms: dict[str, Linear] = {}
+    linears: dict[str, LinearReport] = {}
+    absorbed: list[tuple[Site, Tensor]] = []
+    last_norm = [site for site in block.arch.sites if site.norm is not None][-1]
+    keys = {name for site in block.arch.sites for name in site.keys}
+    for number, site in enumerate(block.arch.sites, start=1):
+        if passage.teacher is not None and site.norm is not None and terms:
+            exact[f"{site.norm}.bias"] = passage.shift_norm(site, site.norm, passage.teacher)
+        if passage.teacher is not None and site == last_norm and block.index == resolved.skeleton.num_blocks - 1:
+            passage.streams.unrounded = passage.outputs()
+        for found in _round_site(site, passage, resolved, rounds, terms):
+            terms |= found.terms
+            linears |= found.linears
+            absorbed += [] if found.absorbed is None else [(site, found.absorbed)]
+        if plan.cache is not None and set(site.readers) & keys:
+            inputs = _unseen_inputs(terms, keys) if steps.inputs == "exact" else {}
+            passage.use_cache(plan.cache, inputs, steps.sees_cache)
+        on_site(number, f"block {block.index} {site.name}")
+    return RoundedBlock(block, terms, exact, prepared.bases, tuple(absorbed), prepared.states, passage.coding, linears)
+
+
+def _round_site(
+    site: Site, passage: Passage, resolved: Resolved, rounds: RoundStack, done: Mapping[str, Linear]
+) -> Iterator[RoundedStack]:
+    """Observe the site's tensor and round its readers. done: what is rounded by now."""
+    prepared, steps = passage.prepared, resolved.steps
+    basis, rounder = prepared.bases[site.name], steps.rounder_of(site.name)
+    stacks = _stacks(site, prepared.block, resolved)
+    views = [_view(stack, steps) for stack in stacks]
+    observed = _observe(site, set(views), passage, steps) if stacks and passage.streams.hidden else {}
+    for stack, view in zip(stacks, views, strict=True):
+
+        def rounded(weight: Tensor, seen: Observed, stack: Stack = stack) -> Rounded:
+            found = rounds(stack, weight, seen, rounder, steps.correction)
+            _check_promise(found[0], rounder, stack.where)
+            return found
+
+        def absorbs(columns: Tensor, stack: Stack = stack) -> bool:
+            weights = {name: own.weight.main for name, own in done.items()}
+            return can_absorb(site, prepared.block.heads, stack.names, weights, columns)
+
+        natural = torch.cat([prepared.block.linear(name).weight.data for name in stack.names])
+        seen = observed.get(view, Observed())
+        found = round_readers(stack, natural, basis, seen, steps.correction, rounded, absorbs, passage.clock)
+        for name, dense in found.dense.items():
+            passage.put(name, dense, view)
+        yield found
+
+
+def _observe(site: Site, views: set[View], passage: Passage, steps: Steps) -> dict[View, Observed]:
+    """Statistics of the site's tensor in each view, before any of its readers is rounded."""
+    drift = steps.rounder_of(site.name).needs_drift
+    weight = passage.prepared.block.linear(site.readers[0]).weight
+    watch = partial(Watch.of, weight.shape[1], weight.device, drift=drift, sizes=steps.correction.needs_sizes)
+    return observe(passage.at(site, drift), views, passage.prepared.bases[site.name], watch, passage.clock)
+
+
+def _view(stack: Stack, steps: Steps) -> View:
+    """How calibration sees the stack's input."""
+    if steps.inputs == "exact" or stack.activation is None:
+        return None
+    return stack.activation, stack.repeated
+
+
+def _unseen_inputs(terms: Mapping[str, Linear], names: set[str]) -> dict[str, Quantization]:
+    """How the running model quantizes the inputs of linears that are rounded."""
+    found = {}
+    for name in names & terms.keys():
+        own = terms[name].input
+        if own.activation is not None:
+            found[name] = own.activation, own.repeated
+    return found
+
+
+def _stacks(site: Site, block: Block, resolved: Resolved) -> list[Stack]:
+    """The readers to round, together where they share schemes; skipped ones are left out."""
+    groups: dict[tuple[Scheme, ActivationScheme | None], list[str]] = {}
+    schemes, activations = resolved.plan.of_block(block)
+    for name in site.readers:
+        scheme = schemes[name]
+        if scheme is not None:
+            groups.setdefault((scheme, activations[name]), []).append(name)
+    stacks = []
+    for (scheme, activation), names in groups.items():
+        where = f"{block.path}.{{{', '.join(names)}}}" if len(names) > 1 else f"{block.path}.{names[0]}"
+        heights = tuple(block.linear(name).out_features for name in names)
+        repeated = 0 if activation is None else resolved.steps.correction.repeated
+        stacks.append(Stack(block.path, tuple(names), heights, scheme, activation, repeated, where))
+    return stacks
+
+
+def _check_promise(rounding: Rounding, rounder: Rounder, where: str) -> None:
+    """Raise `TypeError` if a rounder scaled columns that does not say so: it may be where they meet others."""
+    if rounding.coded.columns is not None and not rounder.scales_columns:
+        name = type(rounder).__name__
+        raise TypeError(f"{where}: {name} scales columns, and its scales_columns says that it does not")
 
 
 def round_readers(
@@ -105,10 +251,9 @@ def round_readers(
         floors = relative_errors(natural, grid.nearest(natural, stack.scheme), observed.gram, stack.heights)
         dense = basis.natural(dense)
     site = SiteInput(stored, None, basis.blocks, stack.activation, stack.repeated)
-    second = None if salient is None else PackedTensor((salient,))
-    whole_stack = PackedWeight(whole, None, second)
+    stacked = PackedWeight(whole, None, None if salient is None else PackedTensor((salient,)))
     terms = {
-        name: Linear(replace(whole_stack.rows(index), low_rank=branch), site)
+        name: Linear(replace(stacked.rows(index), low_rank=branch), site)
         for name, index, branch in zip(stack.names, rows, branches, strict=True)
     }
     linears = {

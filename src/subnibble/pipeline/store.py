@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from subnibble.arch.site import Site
-from subnibble.calibrate.prefix import States
 from subnibble.checkpoint.module_specs import (
     KEY_CENTER,
     KeyCenterSpec,
@@ -22,50 +21,35 @@ from subnibble.checkpoint.module_specs import (
     prefix_state,
 )
 from subnibble.methods.method import Steps
-from subnibble.model.skeleton import Block
-from subnibble.report import LinearReport
-from subnibble.runtime.kv_cache import Coding
+from subnibble.model.skeleton import Skeleton
+from subnibble.pipeline.plan import Resolved
+from subnibble.pipeline.round import RoundedBlock
+from subnibble.report import BlockReport, LinearReport
+from subnibble.rounding.table import as_stored
 from subnibble.tensor.linear import Linear
 from subnibble.transforms.absorb import absorb_
-from subnibble.transforms.input_basis import InputBasis
 from subnibble.transforms.prefix_basis import stored_center, stored_states
 from subnibble.transforms.saliency import offline_rows
 
 
 @dataclass(frozen=True)
-class RoundedBlock:
-    """A block whose linears are rounded.
-
-    terms: of what was rounded, by name in the block; biases, gathers aside. exact: every parameter in float32, edited
-    or not, by name. bases: in which readers meet their inputs, by name of the site. absorbed: column scales (channels,)
-    that the writers of a site are to take. prefix: keys and values of the system prompt, (heads, tokens, width), or
-    None. coding: how its cache quantizes, or None. linears: what the report says of each, its bits aside.
-    """
-
-    block: Block
-    steps: Steps
-    terms: Mapping[str, Linear]
-    exact: Mapping[str, Tensor]
-    bases: Mapping[str, InputBasis]
-    absorbed: tuple[tuple[Site, Tensor], ...]
-    prefix: States | None
-    coding: Coding | None
-    linears: Mapping[str, LinearReport]
-
-
-@dataclass(frozen=True)
 class StoredBlock:
-    """tensors: by name in the checkpoint; of parameters that are not quantized, float32. specs: of its modules.
-    linears: what the report says of each.
+    """tensors: by name in the checkpoint, as they go to the file. specs: of its modules. linears: what the report
+    says of each. tuned: what it says of the block's tuning, None for none.
     """
 
     tensors: Mapping[str, Tensor]
     specs: Mapping[str, Spec]
     linears: tuple[LinearReport, ...]
+    tuned: BlockReport | None = None
+
+    def without_tensors(self) -> StoredBlock:
+        """What is left to remember once the tensors are on disk."""
+        return replace(self, tensors={})
 
 
-def store(rounded: RoundedBlock) -> StoredBlock:
-    """What the checkpoint gets of a block."""
+def store(rounded: RoundedBlock, resolved: Resolved, tuned: BlockReport | None = None) -> StoredBlock:
+    """What the checkpoint gets of a block. tuned: see `StoredBlock`."""
     block, path = rounded.block, rounded.block.path
     terms, exact = _absorbed(rounded)
     terms, exact, moved = _ordered(rounded, terms, exact)
@@ -73,7 +57,7 @@ def store(rounded: RoundedBlock) -> StoredBlock:
     tensors: dict[str, Tensor] = {}
     specs: dict[str, Spec] = {}
     linears = []
-    edited = _edited(rounded)
+    edited = _edited(rounded, resolved.steps)
     for name, own in terms.items():
         first = inputs.get(name)
         whole = replace(own, weight=replace(own.weight, bias=exact.get(f"{name}.bias")))
@@ -90,7 +74,19 @@ def store(rounded: RoundedBlock) -> StoredBlock:
             tensors[f"{path}.{site.norm}.bias"] = bias
             specs[f"{path}.{site.norm}"] = NormBiasSpec(bias.shape[0])
     held = _attention(rounded, moved)
-    return StoredBlock(tensors | held[0], specs | held[1], tuple(linears))
+    named = {name: _own_type(name, tensor, resolved.skeleton) for name, tensor in (tensors | held[0]).items()}
+    return StoredBlock(named, specs | held[1], tuple(linears), tuned)
+
+
+def _own_type(name: str, tensor: Tensor, skeleton: Skeleton) -> Tensor:
+    """A tensor as it goes to the file: the model's own matrices at 16 bits, packed parts as they are.
+
+    A matrix that was not edited is cast from the source's own numbers.
+    """
+    if tensor.dtype != torch.float32 or name not in skeleton.parameter_shapes():
+        return tensor
+    own = skeleton.source.load(name)
+    return as_stored(own if torch.equal(own.float(), tensor.to(own.device)) else tensor)
 
 
 def _absorbed(rounded: RoundedBlock) -> tuple[dict[str, Linear], dict[str, Tensor]]:
@@ -147,9 +143,9 @@ def _inputs(site: Site, terms: Mapping[str, Linear]) -> dict[str, str]:
     return found
 
 
-def _edited(rounded: RoundedBlock) -> set[str]:
+def _edited(rounded: RoundedBlock, steps: Steps) -> set[str]:
     """Linears whose stored weight is in another basis than the original's."""
-    steps, arch = rounded.steps, rounded.block.arch
+    arch = rounded.block.arch
     if steps.transforms or steps.rotation != "none" or steps.orders_residual or steps.tuning is not None:
         return set(arch.linears)
     found = {name for site, _ in rounded.absorbed for name in (*site.readers, *site.writers)}

@@ -1,4 +1,4 @@
-"""What a model has behind its blocks: the final norm, the head, and whatever else there is."""
+"""What a model has around its blocks: the embedding; the final norm, the head, and whatever else there is."""
 
 from __future__ import annotations
 
@@ -9,24 +9,52 @@ import torch
 from torch import Tensor
 
 from subnibble.calibrate.stats import value_over
-from subnibble.checkpoint.module_specs import NormBiasSpec, PackedLinearSpec, Spec, input_mix_state
+from subnibble.checkpoint.module_specs import (
+    NormBiasSpec,
+    PackedEmbeddingSpec,
+    PackedLinearSpec,
+    Spec,
+    TiedHeadSpec,
+    input_mix_state,
+)
 from subnibble.corrections.mean_shift import MeanShift
 from subnibble.model.skeleton import Skeleton
+from subnibble.pipeline.streams import Streams
 from subnibble.report.clock import Clock
 from subnibble.rounding.table import as_stored, pack_table
+from subnibble.tensor.packed import PackedTensor
 from subnibble.tensor.scheme import Scheme
 from subnibble.transforms.rotate import ResidualEdit
+
+# The tensors to write, and the specs of what is packed.
+Part = tuple[dict[str, Tensor], dict[str, Spec]]
+
+
+def embedding(skeleton: Skeleton, table: Tensor, scheme: Scheme | None) -> tuple[Part, PackedTensor | Tensor]:
+    """The embedding of an edited table (tokens, channels); and as it will run. scheme: None leaves it at 16 bits."""
+    path = skeleton.arch.embedding
+    tensors, packed = pack_table(path, table, scheme)
+    if packed is None:
+        return (tensors, {}), tensors[f"{path}.weight"]
+    tied: dict[str, Spec] = {skeleton.arch.head: TiedHeadSpec(path)} if skeleton.tied else {}
+    return (tensors, {path: PackedEmbeddingSpec(packed.layout), **tied}), packed
 
 
 @dataclass(frozen=True)
 class AfterBlocks:
-    """Each part as the tensors to write and the specs of what is packed. edit: of the residual stream, or None."""
+    """What is behind the blocks. edit: of the residual stream, or None."""
 
     skeleton: Skeleton
     edit: ResidualEdit | None
     clock: Clock
 
-    def final_norm(self, wanted: list[Tensor], hidden: list[Tensor]) -> tuple[dict[str, Tensor], dict[str, Spec]]:
+    def stored(self, streams: Streams, scheme: Scheme | None) -> Part:
+        """All of it. streams: behind the last block. scheme: of the head, None leaves it at 16 bits."""
+        norm, specs = self.final_norm(streams.unrounded, streams.hidden)
+        head, packed = self.head(scheme)
+        return norm | head | self.others(), specs | packed
+
+    def final_norm(self, wanted: list[Tensor], hidden: list[Tensor]) -> Part:
         """The final norm, its mean shift corrected if the method asks.
 
         wanted: the last block's outputs before its last two sites were quantized, none for no correction; hidden:
@@ -54,7 +82,7 @@ class AfterBlocks:
             skeleton.release(path)
         return tensors, specs
 
-    def head(self, scheme: Scheme | None) -> tuple[dict[str, Tensor], dict[str, Spec]]:
+    def head(self, scheme: Scheme | None) -> Part:
         """The head; if it is tied, what its input meets first, if anything. scheme: None leaves it at 16 bits."""
         skeleton, head = self.skeleton, self.skeleton.arch.head
         if skeleton.tied:

@@ -1,0 +1,200 @@
+"""May this recipe run on this model? All that can be refused before text and weights are read is refused here.
+
+`quantize`, `estimate` and `compare` ask `resolve`, and those that write ask for their output, too. Rules that hold of
+one step alone are the step's own (`Scheme.check_width`, `Rounder.check`, ...); this file asks all of them.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from subnibble.arch.site import Arch, Heads
+from subnibble.calibrate.prompt import AUTO, given_prefix
+from subnibble.calibrate.tokens import check_vocabulary
+from subnibble.calibrate.windows import check_positions
+from subnibble.checkpoint.manifest import check_plain
+from subnibble.checkpoint.opening import open_source
+from subnibble.checkpoint.source import Source
+from subnibble.device import resolve_device, resolve_dtype
+from subnibble.distill.settings import learnable
+from subnibble.errors import BadRecipe, OutputError, UnsupportedModel
+from subnibble.methods import find_method
+from subnibble.methods.method import Steps
+from subnibble.model.skeleton import Skeleton
+from subnibble.paths import expanded, is_file
+from subnibble.pipeline.plan import (
+    Plan,
+    Resolved,
+    needs_data,
+    plan_inputs,
+    plan_rotation,
+    plan_schemes,
+    stores_column_scales,
+)
+from subnibble.pipeline.resolved_recipe import filled_in
+from subnibble.pipeline.size import packed_bytes, table_bytes
+from subnibble.recipe import PLAIN_ACTIVATIONS, Recipe
+from subnibble.tensor.cache_scheme import PrefixIds
+from subnibble.tensor.scheme import Scheme
+from subnibble.transforms.rotate import can_rotate
+from subnibble.transforms.rotate_values import make_value_rotation
+from subnibble.tuning.clipping import check_scheme
+from subnibble.tuning.input_clip import check_inputs
+
+_FEWEST_TUNED_WINDOWS = 2
+# Left free for JSON, tokenizer and headers.
+_SLACK = 64 * 2**20
+
+
+def resolve(model: str | Path | Source, recipe: Recipe) -> Resolved:
+    """Resolve `recipe` for `model` (folder, hub id, .gguf file or open); a `SubnibbleError` says what does not fit.
+
+    What no model would change is known before one is opened, which may fetch it.
+    """
+    method = find_method(recipe.method)
+    options = method.configure(recipe.options)
+    steps = method.build(options)
+    if recipe.calibration is None and needs_data(recipe, steps):
+        recipe = replace(recipe, calibration="c4")
+    _check_calibration(recipe, steps)
+    source = open_source(model)
+    check_plain(source)
+    device = resolve_device(recipe.device)
+    dtype = resolve_dtype(recipe.dtype, source.config.dtype, device)
+    skeleton = Skeleton(source, dtype, device)
+    plan = checked_plan(recipe, steps, skeleton)
+    _check_rotation(steps, skeleton.arch)
+    rotation = plan_rotation(recipe, steps, skeleton)
+    values = make_value_rotation(steps.value_rotation, Heads.of(skeleton.config).width, recipe.seed)
+    prefix = given_prefix(recipe.system_prompt, source.load_tokenizer)
+    _check_purpose(recipe, steps, plan)
+    check_tokens(recipe, source, prefix, "the system prompt")
+    whole = filled_in(recipe, options, device, dtype)
+    return Resolved(whole, steps, skeleton, plan, rotation, values, prefix)
+
+
+def checked_plan(recipe: Recipe, steps: Steps, skeleton: Skeleton) -> Plan:
+    """How each linear and the cache will be coded; `BadRecipe` where it does not fit the model or a step."""
+    _check_sites(steps, skeleton.arch)
+    recipe.check_overrides(list(skeleton.linear_shapes()))
+    schemes = plan_schemes(recipe, steps, skeleton)
+    _check_weights(recipe, steps, skeleton, schemes)
+    plan = Plan(schemes, plan_inputs(recipe, steps, schemes), recipe.cache_scheme(steps.cache))
+    if steps.tuning is not None and steps.tuning.input_clipping != "none":
+        check_inputs(plan.activations.values())
+    _check_distillation(recipe, steps, skeleton, plan)
+    if plan.cache is not None:
+        plan.cache.check_width(Heads.of(skeleton.config).width)
+    if recipe.embedding_scheme is not None:
+        recipe.embedding_scheme.check_width(skeleton.config.hidden_size, skeleton.arch.embedding)
+    return plan
+
+
+def check_tokens(recipe: Recipe, source: Source, prefix: PrefixIds | None, what: str) -> None:
+    """Raise `CalibrationError` if the model has no place for a window behind a prefix, or does not know its ids.
+
+    what: names the prefix.
+    """
+    window = 1 if recipe.calibration is None else recipe.window
+    check_positions(window, source.config, 0 if prefix is None else len(prefix.ids))
+    if prefix is not None:
+        check_vocabulary(torch.tensor(prefix.ids), source.config.vocab_size, what)
+
+
+def check_apart(out: Path, model: Path, recipe: Recipe) -> None:
+    """Raise `OutputError` if replacing `out` would take what is read with it."""
+    if model.resolve() == out.resolve():
+        raise OutputError(f"{out} is the model itself; choose another folder")
+    texts = [expanded(name) for name in (recipe.calibration, recipe.system_prompt) if name and is_file(name)]
+    for path in (model, *texts):
+        if out.resolve() in path.resolve().parents:
+            raise OutputError(f"{path} lies in {out}, which would be replaced; choose another folder")
+
+
+def check_disk(found: Resolved, folder: Path, final: Path) -> None:
+    """Raise `OutputError` if the disk of `folder` cannot hold the checkpoint. final: what the folder will be called."""
+    recipe, skeleton = found.recipe, found.skeleton
+    needed = packed_bytes(recipe, found.steps, found.plan, skeleton, found.prefix) + _SLACK
+    if recipe.distillation is not None:
+        # It writes the last shard, which holds a norm that it tunes, once more before the first goes.
+        needed += table_bytes(recipe, skeleton)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OutputError(
+            f"{final}: {free / 1e9:.2f} GB are free and about {needed / 1e9:.2f} GB are needed; free space or choose "
+            "another disk"
+        )
+
+
+def _check_calibration(recipe: Recipe, steps: Steps) -> None:
+    """The recipe's calibration does for the steps, whatever the model."""
+    if recipe.system_prompt == AUTO and recipe.calibration is None:
+        raise BadRecipe('system_prompt = "auto" is found in calibration text; set calibration')
+    if steps.tuning is not None and recipe.num_windows < _FEWEST_TUNED_WINDOWS:
+        raise BadRecipe(f"tuning holds some windows out and num_windows is {recipe.num_windows}; use 2 or more")
+
+
+def _check_sites(steps: Steps, arch: Arch) -> None:
+    """The architecture has the sites that the steps name."""
+    asked = {*steps.online, *steps.rounders, *(() if steps.tuning is None else steps.tuning.unsmoothed)}
+    missing = asked - {site.name for site in arch.sites}
+    if missing:
+        raise BadRecipe(
+            f"the method does something at the site {min(missing)}, which {arch.model_type} does not have; use another "
+            "method, or switch that step off"
+        )
+
+
+def _check_weights(recipe: Recipe, steps: Steps, skeleton: Skeleton, schemes: dict[str, Scheme | None]) -> None:
+    """Each scheme fits its linear, its rounder, the tuning and the correction."""
+    if steps.leaves_weights:
+        if recipe.activation_bits < PLAIN_ACTIVATIONS:
+            raise BadRecipe(
+                f"method {recipe.method} leaves all linears, and activation_bits is {recipe.activation_bits}; use "
+                "another method, or activation_bits = 16"
+            )
+        return
+    quantized = {path: scheme for path, scheme in schemes.items() if scheme is not None}
+    if not quantized:
+        raise BadRecipe("the overrides skip every linear; nothing would be quantized")
+    shapes = skeleton.linear_shapes()
+    for path, scheme in quantized.items():
+        scheme.check_width(shapes[path][1], path)
+    for path, scheme in quantized.items():
+        steps.rounder_of(skeleton.site_of(path).name).check(scheme, path)
+        if steps.tuning is not None:
+            check_scheme(scheme, path)
+        steps.correction.check(shapes[path][1], scheme, path)
+
+
+def _check_distillation(recipe: Recipe, steps: Steps, skeleton: Skeleton, plan: Plan) -> None:
+    """Distillation, if any, can learn something of what will be stored."""
+    if recipe.distillation is None:
+        return
+    coded = [scheme for scheme in plan.schemes.values() if scheme is not None]
+    coded += [added for scheme in coded for added in steps.correction.schemes(scheme)]
+    columns = any(stores_column_scales(steps, plan.schemes, skeleton, path) for path in plan.schemes)
+    there = learnable(coded, plan.activations.values(), columns, norm_biases=steps.corrects_norms)
+    recipe.distillation.check_learns(there, "the model")
+
+
+def _check_rotation(steps: Steps, arch: Arch) -> None:
+    """The architecture's residual stream can be rotated, if the steps ask for it."""
+    if steps.rotation != "none" and not can_rotate(arch):
+        raise UnsupportedModel(
+            f'{arch.model_type} has a reader of the residual stream without a norm; use rotation = "none"'
+        )
+
+
+def _check_purpose(recipe: Recipe, steps: Steps, plan: Plan) -> None:
+    """Something will be done to the model."""
+    others = (plan.cache, recipe.system_prompt, recipe.embedding_scheme)
+    if steps.leaves_weights and others == (None, None, None):
+        raise BadRecipe(
+            f"method {recipe.method} leaves all weights, and there is nothing else to do; set kv_bits, system_prompt "
+            "or embedding_bits"
+        )

@@ -1,0 +1,84 @@
+"""The end of a quantization, once all weights are on disk: config, recipe, distillation, report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from subnibble.checkpoint.checksums import CHECKSUMS, weights_checksum
+from subnibble.checkpoint.manifest import PackedConfig
+from subnibble.checkpoint.opening import open_source
+from subnibble.checkpoint.safetensors_source import SafetensorsSource
+from subnibble.checkpoint.size import measure
+from subnibble.checkpoint.writer import CheckpointWriter
+from subnibble.distill.train import distill
+from subnibble.model.skeleton import Skeleton
+from subnibble.model.transformers_api.marking import marked
+from subnibble.pipeline.plan import Resolved
+from subnibble.pipeline.store import StoredBlock
+from subnibble.pipeline.streams import past
+from subnibble.pipeline.survey import Survey
+from subnibble.progress import Progress
+from subnibble.report import DistillReport, Report
+from subnibble.report.clock import Clock, peak_memory
+from subnibble.version import __version__
+
+
+def write_config(writer: CheckpointWriter, resolved: Resolved, packed: PackedConfig) -> None:
+    """Write what makes the folder a checkpoint: config and recipe."""
+    _write_model_config(writer, resolved.skeleton, packed)
+    writer.write_text("recipe.toml", resolved.recipe.to_toml())
+    writer.finish_weights()
+
+
+def tune_whole(
+    writer: CheckpointWriter, resolved: Resolved, found: Survey, packed: PackedConfig, clock: Clock, progress: Progress
+) -> DistillReport | None:
+    """Distill what was written, if the recipe asks, and write it anew."""
+    recipe, skeleton = resolved.recipe, resolved.skeleton
+    if recipe.distillation is None or found.windows is None:
+        return None
+    with clock.step("distill"):
+        tuned = distill(
+            skeleton.source, SafetensorsSource(writer.folder), packed, recipe.distillation, found.windows,
+            skeleton.dtype, skeleton.device, recipe.seed, progress,
+        )  # fmt: skip
+    with clock.step("write"):
+        writer.rewrite(tuned.tensors)
+        _write_model_config(writer, skeleton, tuned.config)
+    return tuned.report
+
+
+def write_report(
+    writer: CheckpointWriter,
+    resolved: Resolved,
+    found: Survey,
+    blocks: Sequence[StoredBlock],
+    distilled: DistillReport | None,
+    clock: Clock,
+) -> Report:
+    """Write what the quantization says of itself, and give it."""
+    report = Report(
+        model=str(resolved.skeleton.source.path),
+        method=resolved.recipe.method,
+        version=__version__,
+        linears=tuple(linear for block in blocks for linear in block.linears),
+        size=measure(open_source(writer.folder)).to_dict(),
+        calibration_tokens=0 if found.windows is None else found.windows.numel(),
+        prefix_tokens=past(found.prefix),
+        seconds=clock.seconds(),
+        peak_memory=peak_memory(),
+        weights_sha256=weights_checksum(writer.checksums),
+        blocks=tuple(block.tuned for block in blocks if block.tuned is not None),
+        distilled=distilled,
+    )
+    writer.write_json("report.json", report.to_dict())
+    return report
+
+
+def _write_model_config(writer: CheckpointWriter, skeleton: Skeleton, packed: PackedConfig) -> None:
+    config = skeleton.config.to_diff_dict()
+    config["tie_word_embeddings"] = skeleton.tied
+    config["quantization_config"] = packed.to_dict() | {CHECKSUMS: writer.checksums}
+    config["dtype"] = str(skeleton.source.config.dtype or skeleton.dtype).removeprefix("torch.")
+    config.pop("_name_or_path", None)
+    writer.write_json("config.json", marked(config))
