@@ -1,6 +1,7 @@
 """What an spec stores: names, shapes and types of its tensors, and the bits of a token that enters it."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Annotated
 
 import pytest
 import torch
@@ -23,8 +24,17 @@ from packed_config_samples import (
     through_json,
 )
 
+from subnibble.checkpoint.json_forms import FLAG
 from subnibble.checkpoint.manifest import PackedConfig, stored_shapes
-from subnibble.checkpoint.module_specs import PackedLinearSpec, gather_type, linear_of, linear_spec, linear_state
+from subnibble.checkpoint.module_specs import (
+    PackedLinearSpec,
+    Stored,
+    Term,
+    gather_type,
+    linear_of,
+    linear_spec,
+    linear_state,
+)
 from subnibble.errors import CheckpointError
 from subnibble.tensor.packed import PackedLayout
 
@@ -131,3 +141,19 @@ def test_an_input_of_no_linear_that_enters_alike_is_refused(path: str, changes: 
     values["modules"][path] |= changes
     with pytest.raises(CheckpointError, match="damaged"):
         PackedConfig.from_dict(values)
+
+
+@dataclass(frozen=True)
+class Extended(PackedLinearSpec):
+    """A linear with one term more, which takes one row."""
+
+    codebook: Annotated[bool, Term(FLAG, ("table",), Stored(torch.float16, lambda spec: (16, 2)))] = False
+
+
+def test_a_term_more_is_one_row_more() -> None:
+    plain, more = (Extended(WHOLE.layout, True, codebook=codebook) for codebook in (False, True))
+    assert more.to_dict() == {**plain.to_dict(), "table": True}
+    assert plain.to_dict() == PackedLinearSpec(WHOLE.layout, True).to_dict()
+    assert more.parts.keys() - plain.parts.keys() == {"codebook"}
+    assert more.parts["codebook"].shape == (16, 2)
+    assert more.stored_bits - plain.stored_bits == 16 * 32

@@ -18,6 +18,7 @@ from subnibble.distill.checkpoint import distill_checkpoint
 from subnibble.distill.models import Student
 from subnibble.distill.settings import SPACES
 from subnibble.errors import BadRecipe, SilentFailure
+from subnibble.runtime import site_input
 from subnibble.runtime.modules import PackedLinear, remove_output_bias_
 
 SHORT = {"distill_steps": 6, "distill": {"tokens": 96, "rate": 0.01}}
@@ -66,7 +67,7 @@ def test_the_loaded_checkpoint_is_the_student_bit_for_bit(
             terms, x = linear.linear, torch.randn(5, linear.in_features, generator=torch.Generator().manual_seed(3))
             parts = zip(matrices_of(terms.weight).values(), own._learned_matrices.values(), strict=True)
             assert all(torch.equal(matrix.dequantize(), part.dense()) for matrix, part in parts)
-            assert torch.equal(terms.input.enter(x), own.entrance(x)[0])
+            assert torch.equal(site_input.enter(x, terms.input), own.entrance(x)[0])
             assert terms.input.activation == own.entrance.scheme
             exact = exact and terms.input.activation is None
         student.forget()

@@ -27,7 +27,7 @@ from subnibble.methods.method import Method, Steps
 from subnibble.methods.none import Options
 from subnibble.rounding.rounder import Rounder, Rounding
 from subnibble.rounding.rtn import RTN
-from subnibble.runtime import activations
+from subnibble.runtime import activations, site_input
 from subnibble.tensor.activation_scheme import ActivationScheme
 from subnibble.tensor.scheme import Scheme
 from subnibble.transforms.saliency import Saliency
@@ -240,7 +240,7 @@ def test_codes_of_inputs_are_not_rounded_to_the_streams_type_before_the_gram_mat
     with torch.no_grad():
         stored(windows)
     assert seen[0].dtype == DTYPES[dtype]
-    coded = activations.quantize(linear.linear.input.enter(seen[0]), scheme)
+    coded = activations.quantize(site_input.enter(seen[0], linear.linear.input), scheme)
     widths = [stop - start for start, stop in coded.bounds]
     exact = coded.numbers.double() * coded.scales.double().repeat_interleave(torch.tensor(widths), 1)
     coarse = exact.to(DTYPES[dtype]).double()

@@ -62,14 +62,6 @@ class Stored:
         return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _rows(spec: PackedLinearSpec) -> tuple[int]:
-    return (spec.layout.rows,)
-
-
-def _columns(spec: PackedLinearSpec) -> tuple[int]:
-    return (spec.layout.columns,)
-
-
 @dataclass(frozen=True)
 class Term:
     """A row of the table.
@@ -167,9 +159,9 @@ class PackedLinearSpec(ModuleSpec):
 
     kind = "linear"
     layout: Annotated[PackedLayout, Term(MATRIX, ("rows", "ranges"), prefixes=("",))]
-    bias: Annotated[bool, Term(FLAG, vector=Stored(torch.float32, _rows))]
-    column_scale: Annotated[bool, Term(FLAG, vector=Stored(torch.float16, _columns))] = False
-    gather: Annotated[bool, Term(FLAG, vector=Stored(gather_type, _columns))] = False
+    bias: Annotated[bool, Term(FLAG, vector=Stored(torch.float32, lambda spec: (spec.layout.rows,)))]
+    column_scale: Annotated[bool, Term(FLAG, vector=Stored(torch.float16, lambda spec: (spec.layout.columns,)))] = False
+    gather: Annotated[bool, Term(FLAG, vector=Stored(gather_type, lambda spec: (spec.layout.columns,)))] = False
     blocks: Annotated[tuple[int, ...], Term(COUNTS, ("hadamard",))] = ()
     activation: Annotated[ActivationScheme | None, Term(ACTIVATION)] = None
     salient: Annotated[PackedLayout | None, Term(RANGES, prefixes=("salient.",))] = None

@@ -62,9 +62,9 @@ def store(rounded: RoundedBlock, resolved: Resolved, tuned: BlockReport | None =
         first = inputs.get(name)
         whole = replace(own, weight=replace(own.weight, bias=exact.get(f"{name}.bias")))
         spec = linear_spec(whole, None if first is None else f"{path}.{first}")
-        stored = {key: part for key, part in linear_state(whole).items() if key in spec.parts}
         specs[f"{path}.{name}"] = spec
-        tensors |= {f"{path}.{name}.{key}": part for key, part in stored.items()}
+        own_parts = {key: part for key, part in linear_state(whole).items() if key not in spec.elsewhere}
+        tensors |= {f"{path}.{name}.{key}": part for key, part in own_parts.items()}
         bits = spec.stored_bits / (spec.layout.rows * spec.layout.columns)
         linears.append(replace(rounded.linears[name], effective_bits=bits, moved=name in edited))
     tensors |= {f"{path}.{name}": part for name, part in exact.items() if name.removesuffix(".weight") not in terms}
