@@ -2,7 +2,8 @@
 
 The specs are the one table of what there is. A row is a field with its `Term`: how JSON spells it, and which tensors it
 stands for. JSON, running linears, empty tensors, sizes and estimates derive from the rows. JSON leaves a field out if
-it has its default. Biases, which any float type may have, are float32 in `parts`.
+it has its default. A new term of linears takes a row here, and a field of its name in `SiteInput` or `PackedWeight`.
+Biases, which any float type may have, are float32 in `parts`.
 """
 
 from __future__ import annotations
@@ -16,19 +17,7 @@ from typing import Annotated, Any, ClassVar, Self, get_type_hints
 import torch
 from torch import Tensor
 
-from subnibble.checkpoint.json_forms import (
-    ACTIVATION,
-    COUNT,
-    COUNTS,
-    FACTORS,
-    FLAG,
-    MATRIX,
-    RANGES,
-    RESIDUAL,
-    TEXT,
-    Form,
-    Labels,
-)
+from subnibble.checkpoint import json_forms as forms
 from subnibble.errors import CheckpointError
 from subnibble.runtime.modules import MIX
 from subnibble.tensor.activation_scheme import ActivationScheme
@@ -73,7 +62,7 @@ class Term:
     default: the field's, which JSON leaves out, `MISSING` if it has none; `terms` fills it in.
     """
 
-    form: Form
+    form: forms.Form
     keys: tuple[str, ...] = ()
     vector: Stored | None = None
     prefixes: tuple[str, ...] = ()
@@ -121,7 +110,7 @@ class ModuleSpec:
         return found
 
 
-def spec_from_dict(values: Mapping[str, Any], labels: Labels) -> Spec:
+def spec_from_dict(values: Mapping[str, Any], labels: forms.Labels) -> Spec:
     """The spec of a module in JSON; inverse of `ModuleSpec.to_dict`, but see `with_input`."""
     kind = values["kind"]
     terms = _KINDS[kind].terms() if kind in _KINDS else {}
@@ -158,16 +147,16 @@ class PackedLinearSpec(ModuleSpec):
     """
 
     kind = "linear"
-    layout: Annotated[PackedLayout, Term(MATRIX, ("rows", "ranges"), prefixes=("",))]
-    bias: Annotated[bool, Term(FLAG, vector=Stored(torch.float32, lambda spec: (spec.layout.rows,)))]
-    column_scale: Annotated[bool, Term(FLAG, vector=Stored(torch.float16, lambda spec: (spec.layout.columns,)))] = False
-    gather: Annotated[bool, Term(FLAG, vector=Stored(gather_type, lambda spec: (spec.layout.columns,)))] = False
-    blocks: Annotated[tuple[int, ...], Term(COUNTS, ("hadamard",))] = ()
-    activation: Annotated[ActivationScheme | None, Term(ACTIVATION)] = None
-    salient: Annotated[PackedLayout | None, Term(RANGES, prefixes=("salient.",))] = None
-    repeated: Annotated[int, Term(RESIDUAL, ("residual",))] = 0
-    low_rank: Annotated[tuple[PackedLayout, PackedLayout] | None, Term(FACTORS, prefixes=("down.", "up."))] = None
-    input: Annotated[str | None, Term(TEXT)] = None
+    layout: Annotated[PackedLayout, Term(forms.MATRIX, ("rows", "ranges"), prefixes=("",))]
+    bias: Annotated[bool, Term(forms.FLAG, vector=Stored(torch.float32, lambda s: (s.layout.rows,)))]
+    column_scale: Annotated[bool, Term(forms.FLAG, vector=Stored(torch.float16, lambda s: (s.layout.columns,)))] = False
+    gather: Annotated[bool, Term(forms.FLAG, vector=Stored(gather_type, lambda s: (s.layout.columns,)))] = False
+    blocks: Annotated[tuple[int, ...], Term(forms.COUNTS, ("hadamard",))] = ()
+    activation: Annotated[ActivationScheme | None, Term(forms.ACTIVATION)] = None
+    salient: Annotated[PackedLayout | None, Term(forms.RANGES, prefixes=("salient.",))] = None
+    repeated: Annotated[int, Term(forms.RESIDUAL, ("residual",))] = 0
+    low_rank: Annotated[tuple[PackedLayout, PackedLayout] | None, Term(forms.FACTORS, prefixes=("down.", "up."))] = None
+    input: Annotated[str | None, Term(forms.TEXT)] = None
 
     def __post_init__(self) -> None:
         columns, rows = self.layout.columns, self.layout.rows
@@ -286,7 +275,7 @@ class PackedEmbeddingSpec(ModuleSpec):
     """An embedding table, packed."""
 
     kind = "embedding"
-    layout: Annotated[PackedLayout, Term(MATRIX, ("rows", "ranges"), prefixes=("",))]
+    layout: Annotated[PackedLayout, Term(forms.MATRIX, ("rows", "ranges"), prefixes=("",))]
 
 
 @dataclass(frozen=True)
@@ -294,7 +283,7 @@ class TiedHeadSpec(ModuleSpec):
     """An output projection without tensors of its own: it uses the packed table of the embedding at `table`."""
 
     kind = "tied_head"
-    table: Annotated[str, Term(TEXT)]
+    table: Annotated[str, Term(forms.TEXT)]
 
 
 @dataclass(frozen=True)
@@ -302,8 +291,8 @@ class InputMixSpec(ModuleSpec):
     """A block-diagonal matrix in front of a head, at a path that ends in `MIX`. widths: of its blocks."""
 
     kind = "input_mix"
-    tensors: ClassVar = {"matrix": Stored(torch.float32, lambda spec: (sum(spec.widths), max(spec.widths)))}
-    widths: Annotated[tuple[int, ...], Term(COUNTS)]
+    tensors: ClassVar = {"matrix": Stored(torch.float32, lambda s: (sum(s.widths), max(s.widths)))}
+    widths: Annotated[tuple[int, ...], Term(forms.COUNTS)]
 
     def __post_init__(self) -> None:
         if not self.widths:
@@ -322,8 +311,8 @@ class NormBiasSpec(ModuleSpec):
     """A norm that gained a bias. rows: its channels."""
 
     kind = "norm_bias"
-    tensors: ClassVar = {"bias": Stored(torch.float32, lambda spec: (spec.rows,))}
-    rows: Annotated[int, Term(COUNT)]
+    tensors: ClassVar = {"bias": Stored(torch.float32, lambda s: (s.rows,))}
+    rows: Annotated[int, Term(forms.COUNT)]
 
 
 @dataclass(frozen=True)
@@ -332,12 +321,11 @@ class PrefixSpec(ModuleSpec):
 
     kind = "prefix"
     tensors: ClassVar = dict.fromkeys(
-        (f"{PREFIX}.keys", f"{PREFIX}.values"),
-        Stored(torch.float16, lambda spec: (spec.heads, spec.tokens, spec.width)),
+        (f"{PREFIX}.keys", f"{PREFIX}.values"), Stored(torch.float16, lambda s: (s.heads, s.tokens, s.width))
     )
-    heads: Annotated[int, Term(COUNT)]
-    tokens: Annotated[int, Term(COUNT)]
-    width: Annotated[int, Term(COUNT)]
+    heads: Annotated[int, Term(forms.COUNT)]
+    tokens: Annotated[int, Term(forms.COUNT)]
+    width: Annotated[int, Term(forms.COUNT)]
 
 
 def prefix_state(path: str, states: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
@@ -353,11 +341,11 @@ class KeyCenterSpec(ModuleSpec):
     """
 
     kind = "key_center"
-    tensors: ClassVar = {"mean": Stored(torch.float16, lambda spec: (spec.heads, spec.width))}
-    heads: Annotated[int, Term(COUNT)]
-    width: Annotated[int, Term(COUNT)]
-    rope: Annotated[str, Term(TEXT)]
-    key_rotation: Annotated[str, Term(TEXT)]
+    tensors: ClassVar = {"mean": Stored(torch.float16, lambda s: (s.heads, s.width))}
+    heads: Annotated[int, Term(forms.COUNT)]
+    width: Annotated[int, Term(forms.COUNT)]
+    rope: Annotated[str, Term(forms.TEXT)]
+    key_rotation: Annotated[str, Term(forms.TEXT)]
 
     def __post_init__(self) -> None:
         CacheScheme(4, rope=self.rope, key_rotation=self.key_rotation)

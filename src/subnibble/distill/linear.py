@@ -115,9 +115,10 @@ class StudentLinear(nn.Module):
         self._own = own
         # In a tuple: several linears share it, and it is not theirs.
         self._entrance = (entrance,)
-        parts = matrices_of(own.weight).items()
+        parts = matrices_of(own.weight)
+        self._prefixes = tuple(parts)
         self.matrices = nn.ModuleDict(
-            {name.rstrip(".") or "weight": LearnedMatrix(part, learned) for name, part in parts}
+            {name.rstrip(".") or "weight": LearnedMatrix(part, learned) for name, part in parts.items()}
         )
         self.out_features, self.in_features = own.weight.main.shape
 
@@ -173,7 +174,7 @@ class StudentLinear(nn.Module):
     def _learned_matrices(self) -> dict[str, LearnedMatrix]:
         """By the prefix of their stored names."""
         found = {}
-        for prefix, matrix in zip(matrices_of(self._own.weight), self.matrices.values(), strict=True):
+        for prefix, matrix in zip(self._prefixes, self.matrices.values(), strict=True):
             assert isinstance(matrix, LearnedMatrix)
             found[prefix] = matrix
         return found
