@@ -1,6 +1,6 @@
 """Arms of the benches: a method and its settings each, as differences from another arm or from the bench's own table.
 
-    python bench/arms.py weight_only dualfit-sign > dualfit-sign.toml
+    python bench/arms.py weight_only d2quant-plus-sign > d2quant-plus-sign.toml
 
 prints the recipe of an arm, for `subnibble quantize --recipe`. Keys are a recipe's; all others are options of the
 method.
@@ -62,19 +62,19 @@ _WEIGHT_ONLY: Arms = {
     "d2quant-rows-only": ("d2quant", {"columns": "none"}),
     "d2quant-unrotated": ("d2quant", {"rotation": "none"}),
     "d2quant-unrotated-no-asymmetry": ("d2quant-unrotated", {"asymmetry": "none"}),
-    "dualfit": ("", {"method": "dualfit"}),
-    "dualfit-distilled": ("dualfit", _DISTILLED),
-    "dualfit-integer": ("dualfit", {"zero_point": "integer"}),
-    "dualfit-sign": ("dualfit", {"grid": "sign"}),
-    "dualfit-no-columns": ("dualfit", {"columns": "none"}),
-    "dualfit-down-columns": ("dualfit", {"columns": "down"}),
-    "dualfit-unweighted": ("dualfit", {"weighting": "none"}),
-    "dualfit-natural": ("dualfit", {"order": "natural"}),
-    "dualfit-no-asymmetry": ("dualfit", {"asymmetry": "none"}),
-    "dualfit-released": ("dualfit", {"asymmetry": "released", "alpha": 0.25}),
-    "dualfit-published-shift": ("dualfit", {"mean_shift": "published"}),
-    "dualfit-sweeps": ("dualfit", {"sweeps": 2}),
-    "dualfit-unrotated": ("dualfit", {"rotation": "none"}),
+    "d2quant-plus": ("", {"method": "d2quant-plus"}),
+    "d2quant-plus-distilled": ("d2quant-plus", _DISTILLED),
+    "d2quant-plus-integer": ("d2quant-plus", {"zero_point": "integer"}),
+    "d2quant-plus-sign": ("d2quant-plus", {"grid": "sign"}),
+    "d2quant-plus-no-columns": ("d2quant-plus", {"columns": "none"}),
+    "d2quant-plus-down-columns": ("d2quant-plus", {"columns": "down"}),
+    "d2quant-plus-unweighted": ("d2quant-plus", {"weighting": "none"}),
+    "d2quant-plus-natural": ("d2quant-plus", {"order": "natural"}),
+    "d2quant-plus-no-asymmetry": ("d2quant-plus", {"asymmetry": "none"}),
+    "d2quant-plus-released": ("d2quant-plus", {"asymmetry": "released", "alpha": 0.25}),
+    "d2quant-plus-published-shift": ("d2quant-plus", {"mean_shift": "published"}),
+    "d2quant-plus-sweeps": ("d2quant-plus", {"sweeps": 2}),
+    "d2quant-plus-unrotated": ("d2quant-plus", {"rotation": "none"}),
 }
 _WEIGHT_ACTIVATION: Arms = {
     "rtn": ("", {"method": "rtn"}),
@@ -96,10 +96,10 @@ _WEIGHT_ACTIVATION: Arms = {
     "serq-offline": ("serq", _OFFLINE),
     "serq-quantized-inputs": ("serq", {"inputs": "quantized"}),
     "serq-residual": ("serq", {"residual": "salient"}),
-    "twinfit": ("", {"method": "twinfit"}),
-    **{f"twinfit-rank-{rank}": ("twinfit", {"rank": rank}) for rank in (32, 64)},
-    "twinfit-offline": ("twinfit", _OFFLINE),
-    "twinfit-search": ("twinfit", {"flattening": "search"}),
+    "serq-plus": ("", {"method": "serq-plus"}),
+    **{f"serq-plus-rank-{rank}": ("serq-plus", {"rank": rank}) for rank in (32, 64)},
+    "serq-plus-offline": ("serq-plus", _OFFLINE),
+    "serq-plus-search": ("serq-plus", {"flattening": "search"}),
 }
 _WEIGHT_ACTIVATION_KV: Arms = {
     "rtn": ("", {"method": "rtn"}),
@@ -117,8 +117,8 @@ _WEIGHT_ACTIVATION_KV: Arms = {
         "quarot",
         {"kv": {"key_axis": "channel", "key_rotation": "none", "group_size": 32, "window": 32, "clip": 1.0}},
     ),
-    "twinfit": ("", {"method": "twinfit", "kv": {"rope": "before"}}),
-    "twinfit-centered-distilled": ("twinfit", {**_DISTILLED, **_CENTERED}),
+    "serq-plus": ("", {"method": "serq-plus", "kv": {"rope": "before"}}),
+    "serq-plus-centered-distilled": ("serq-plus", {**_DISTILLED, **_CENTERED}),
     # 64 windows of 512 tokens.
     "omniquant-fast": ("", {"method": "omniquant", "window": 512, "effort": "fast"}),
     "bisup-atom-fast": ("atom", {"method": "bisup", "over": "atom", "window": 512, "effort": "fast"}),

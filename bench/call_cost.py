@@ -25,7 +25,7 @@ ROUNDS = {192: 1000, 4096: 30}
 
 
 def main() -> None:
-    from subnibble.rounding.grid import Clip, coded
+    from subnibble.rounding.grid import Clip, quantized
     from subnibble.runtime.modules import PackedLinear
     from subnibble.tensor.activation_scheme import ActivationScheme
     from subnibble.tensor.linear import Linear, PackedWeight, SiteInput
@@ -37,7 +37,7 @@ def main() -> None:
     columns = ("weight", "inputs", "call, us", "product, us", "beside it, us", "dense float32, us")
     cells = []
     for rows, width in SHAPES:
-        matrix = coded(torch.randn(rows, width), scheme, Clip("minmax"))
+        matrix = quantized(torch.randn(rows, width), scheme, Clip("minmax"))
         weight = PackedTensor((PackedRange.pack(matrix, scheme),))
         for name, more in {
             "16 bits": {},

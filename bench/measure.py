@@ -182,7 +182,7 @@ def run(
     key: tuple[str, ...],
     spec: Callable[..., Any],
     measured: Callable[[Any, dict[str, str]], list[dict[str, Any]]],
-    wanted: Callable[[argparse.Namespace], Iterable[Any]],
+    target: Callable[[argparse.Namespace], Iterable[Any]],
     show: Callable[[list[dict[str, Any]]], None],
 ) -> None:
     """The bench's command line: make the rows that are missing, each in its own process, and print the table.
@@ -201,7 +201,7 @@ def run(
     table = Rows(arguments.results, key)
     if not arguments.print:
         available = texts(arguments.wikitext)
-        for one in wanted(arguments):
+        for one in target(arguments):
             missing = {n: w for n, w in available.items() if not table.has({**asdict(one), "text": n})}
             if not missing:
                 continue

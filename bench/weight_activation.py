@@ -52,11 +52,11 @@ BASELINES = ("rtn", "gptq", "smoothquant", "l2qer", "qera", "quarot-rtn", "quaro
 FACTOR_BITS = {"W4A8g128f4": 4}
 # Baselines at as many bits as SERQ in groups of 128, and what it makes of such groups itself.
 EQUAL_BITS = (
-    *((arm, "W4A4g24") for arm in (*BASELINES, "serq-rank-32", "twinfit-rank-32")),
+    *((arm, "W4A4g24") for arm in (*BASELINES, "serq-rank-32", "serq-plus-rank-32")),
     *(("l2qer", setting) for setting in FACTOR_BITS),
 )
 FULL = tuple(setting for setting in SETTINGS if setting not in {setting for _, setting in EQUAL_BITS})
-SERQ = ("serq-rtn", "serq", "twinfit")
+SERQ = ("serq-rtn", "serq", "serq-plus")
 # The methods and the best of the baselines in the table.
 HEADLINE = (*SERQ, "quarot", "smoothquant")
 RANKS = tuple(arm for arm in ARMS if "-rank-" in arm)

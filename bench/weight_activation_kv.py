@@ -137,8 +137,8 @@ def put_behind_coded_(model: Any, tokenizer: Any) -> None:
     from subnibble.calibrate.prompt import prefix_ids
     from subnibble.generate.prefix import compute_prefix
     from subnibble.hf.attention import attach_cache_, attached_cache, set_prefix_
-    from subnibble.runtime.coded_text import coded_keys, coded_values
     from subnibble.runtime.kv_cache import Coding
+    from subnibble.runtime.quantized_text import quantized_keys, quantized_values
 
     attached = attached_cache(model)
     assert attached is not None
@@ -147,12 +147,12 @@ def put_behind_coded_(model: Any, tokenizer: Any) -> None:
     coding, prefix = Coding(attached.scheme), prefix_ids("default", tokenizer)
     states = compute_prefix(model, prefix)
     positions = model.model.rotary_emb(torch.zeros(1, 1), torch.arange(len(prefix.ids)).unsqueeze(0))
-    coded = [
-        (coded_keys(keys[None].float(), coding, positions)[0], coded_values(values[None].float(), coding)[0])
+    quantized = [
+        (quantized_keys(keys[None].float(), coding, positions)[0], quantized_values(values[None].float(), coding)[0])
         for keys, values in states
     ]
     attach_cache_(model, attached.scheme, prefix)
-    set_prefix_(model, [(keys.half(), values.half()) for keys, values in coded])
+    set_prefix_(model, [(keys.half(), values.half()) for keys, values in quantized])
 
 
 def show(rows: list[dict[str, Any]]) -> None:

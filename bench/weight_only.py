@@ -40,9 +40,9 @@ BASELINES = (
     "rtn", "rtn-rotated", "awq", "awq-rotated", "gptq-natural", "gptq-gar", "gptq-rotated", "gptq-rotated-full",
     "gptaq", "gptaq-corrected", "gptaq-shifted", "gptaq-rotated", "gptaq-rotated-full", "gptaq-shifted-rotated",
 )  # fmt: skip
-D2QUANT = ("d2quant", "d2quant-uniform", "dualfit")
+D2QUANT = ("d2quant", "d2quant-uniform", "d2quant-plus")
 # The methods, what they are built on, and the best of the other baselines in the table.
-HEADLINE = ("gptq-gar", "dualfit", "d2quant", "gptaq-shifted-rotated")
+HEADLINE = ("gptq-gar", "d2quant-plus", "d2quant", "gptaq-shifted-rotated")
 ABLATION = tuple(arm for arm in ARMS if arm not in (*BASELINES, *D2QUANT))
 
 
@@ -65,11 +65,15 @@ def specs(only: str | None) -> list[Spec]:
     table = [
         Spec("original", 16, 0, 16),
         *(Spec(arm, bits, g, 16) for g in (128, 64) for bits in (2, 3) for arm in (*BASELINES, *D2QUANT)),
-        *(Spec(arm, 4, g, 16) for g in (128, 64) for arm in ("rtn", "gptq-gar", "gptaq", "d2quant-uniform", "dualfit")),
+        *(
+            Spec(arm, 4, g, 16)
+            for g in (128, 64)
+            for arm in ("rtn", "gptq-gar", "gptaq", "d2quant-uniform", "d2quant-plus")
+        ),
     ]
-    # At 2 bits, where the parts differ most. An integer zero-point leaves dualfit as many bits as baselines have.
-    cheap = [Spec("dualfit-integer", bits, g, 16) for bits, g in ((2, 64), (3, 64), (3, 128))]
-    ablation = [*(Spec(arm, 2, 128, 16) for arm in ABLATION), *cheap, Spec("dualfit-sweeps", 3, 128, 16)]
+    # At 2 bits, where the parts differ most. An integer zero-point leaves d2quant-plus as many bits as baselines have.
+    cheap = [Spec("d2quant-plus-integer", bits, g, 16) for bits, g in ((2, 64), (3, 64), (3, 128))]
+    ablation = [*(Spec(arm, 2, 128, 16) for arm in ABLATION), *cheap, Spec("d2quant-plus-sweeps", 3, 128, 16)]
     chosen = {"headline": headline, "table": table, "ablation": ablation, None: [*headline, *table, *ablation]}
     return chosen[only]
 

@@ -31,6 +31,8 @@ class Rename:
 
 # The newest first. README.md says when to add one.
 RENAMES: tuple[Rename, ...] = (
+    Rename({"method": "d2quant-plus"}, {"method": "dualfit"}),
+    Rename({"method": "serq-plus"}, {"method": "twinfit"}),
     Rename({"options": {"permutation": "offline"}}, {"options": {"residual_order": "global", "heads": "whole"}}),
 )
 
@@ -65,8 +67,8 @@ RECIPES: dict[str, Case] = {
     "gptaq-shifted": _case("llama", "gptaq", {"asymmetry": "shifted"}, bits=2),
     "d2quant": _case("llama", "d2quant", bits=2),
     "d2quant-4": _case("qwen2", "d2quant", bits=4),
-    "dualfit": _case("qwen3", "dualfit", bits=2),
-    "dualfit-tied": _case("llama-tied", "dualfit", bits=3, scale_type="bfloat16"),
+    "d2quant-plus": _case("qwen3", "d2quant-plus", bits=2),
+    "d2quant-plus-tied": _case("llama-tied", "d2quant-plus", bits=3, scale_type="bfloat16"),
     # Weights and inputs.
     "smoothquant": _case("llama", "smoothquant", bits=8, activation_bits=8, activation_zero_point="none"),
     "l2qer": _case("llama", "l2qer", {"rank": 8}, activation_bits=8),
@@ -75,7 +77,7 @@ RECIPES: dict[str, Case] = {
     "serq-searched": _case("qwen2", "serq", {"rank": 16, "flattening": "search", "rounding": "rtn"}, **_A4),
     "serq-offline": _case("llama", "serq", {"rank": 32, "permutation": "offline"}, **_A4),
     "serq-mxfp4": _case("qwen3", "serq", {"rank": 32}, grid="mxfp4", activation_bits=4),
-    "twinfit": _case("llama", "twinfit", {"rank": 32}, **_A4),
+    "serq-plus": _case("llama", "serq-plus", {"rank": 32}, **_A4),
     # Weights, inputs and the cache.
     "quarot": _case("llama", "quarot", **_A4, **_KV4),
     "quarot-grouped": _case("qwen3", "quarot", bits=3, activation_bits=3, kv_bits=3),
@@ -108,7 +110,9 @@ RECIPES: dict[str, Case] = {
         },
     ),
     "distilled": _case("llama", "gptq", bits=2, zero_point="real", distill_steps=4, distill={"tokens": 32}),
-    "distilled-inputs": _case("qwen3", "dualfit", bits=2, activation_bits=4, distill_steps=6, distill={"tokens": 32}),
+    "distilled-inputs": _case(
+        "qwen3", "d2quant-plus", bits=2, activation_bits=4, distill_steps=6, distill={"tokens": 32}
+    ),
 }
 
 
@@ -133,18 +137,18 @@ def _copy(table: Mapping[str, Any]) -> dict[str, Any]:
     return {key: _copy(value) if isinstance(value, Mapping) else value for key, value in table.items()}
 
 
-def _holds(table: Any, wanted: Mapping[str, Any]) -> bool:
+def _holds(table: Any, target: Mapping[str, Any]) -> bool:
     if not isinstance(table, Mapping):
         return False
     return all(
         key in table and (_holds(table[key], value) if isinstance(value, Mapping) else value in (ANY, table[key]))
-        for key, value in wanted.items()
+        for key, value in target.items()
     )
 
 
-def _take_(table: dict[str, Any], wanted: Mapping[str, Any], kept: dict[str, Any]) -> None:
+def _take_(table: dict[str, Any], target: Mapping[str, Any], kept: dict[str, Any]) -> None:
     """Take the keys `wanted` out of a table; the value that was any goes to `kept`."""
-    for key, value in wanted.items():
+    for key, value in target.items():
         if isinstance(value, Mapping):
             _take_(table[key], value, kept)
             if not table[key]:

@@ -76,8 +76,8 @@ def test_an_arm_is_its_base_with_what_differs() -> None:
     [
         ("weight_only", "d2quant"),
         ("weight_only", "d2quant-uniform"),
-        ("weight_only", "dualfit"),
-        ("weight_only", "dualfit-sign"),
+        ("weight_only", "d2quant-plus"),
+        ("weight_only", "d2quant-plus-sign"),
         ("weight_only", "gptaq-rotated"),
         ("weight_activation", "serq"),
         ("weight_activation", "quarot"),

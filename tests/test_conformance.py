@@ -29,7 +29,7 @@ from subnibble.runtime.integer import multiply_add_
 from subnibble.runtime.modules import InputMix, PackedEmbedding, PackedLinear, TiedHead, add_output_bias_
 from subnibble.tensor import hadamard
 from subnibble.tensor.activation_scheme import ActivationScheme
-from subnibble.tensor.packed import CodedMatrix, PackedRange
+from subnibble.tensor.packed import PackedRange, QuantizedMatrix
 from subnibble.tensor.scheme import Scheme
 from subnibble.transforms.rotate_values import make_value_rotation
 
@@ -51,10 +51,22 @@ INPUT_SETTINGS = {
     },
 }  # fmt: skip
 OPTIONS = {
-    "serq": {"rank": 32}, "twinfit": {"rank": 16}, "l2qer": {"rank": 4}, "qera": {"rank": 4}, "atom": {"outliers": 8},
+    "serq": {"rank": 32}, "serq-plus": {"rank": 16}, "l2qer": {"rank": 4}, "qera": {"rank": 4}, "atom": {"outliers": 8},
     "omniquant": {"effort": "fast"}, "bisup": {"effort": "fast", "rank": 4},
 }  # fmt: skip
-WITH_INPUTS = ("rtn", "gptq", "smoothquant", "l2qer", "qera", "quarot", "serq", "twinfit", "atom", "omniquant", "bisup")
+WITH_INPUTS = (
+    "rtn",
+    "gptq",
+    "smoothquant",
+    "l2qer",
+    "qera",
+    "quarot",
+    "serq",
+    "serq-plus",
+    "atom",
+    "omniquant",
+    "bisup",
+)
 # Outlier channels are coded, and ranges learned, on uniform grids alone (`test_prefix.py`, `tuning/`).
 UNIFORM_ONLY = ("atom", "omniquant", "bisup")
 COMBINATIONS = [(m, s) for m in WITH_INPUTS for s in INPUT_SETTINGS if m not in UNIFORM_ONLY or s != "mxfp4"]
@@ -120,13 +132,13 @@ def check_quantized_linears(model: torch.nn.Module) -> None:
         terms = linear.linear
         inner = x if terms.input.gather is None else x[:, terms.input.gather.long()]
         inner = hadamard.multiply(inner, terms.input.blocks) if terms.input.blocks else inner
-        coded = activations.quantize(inner, terms.input.activation)
-        seen, branches = coded.values(), []
+        quantized = activations.quantize(inner, terms.input.activation)
+        seen, branches = quantized.values(), []
         if terms.weight.low_rank is not None:
             # Exact (`test_integer.py`): one that is not may lie on the other side of a code's edge.
             down, up = terms.weight.low_rank
             between = torch.zeros(x.shape[0], down.shape[0])
-            multiply_add_(between, coded, down)
+            multiply_add_(between, quantized, down)
             branches.append((activations.quantize(between, terms.input.activation).values(), up.dequantize()))
         if terms.weight.salient is not None:
             branches.append((seen[:, : terms.weight.salient.shape[1]], terms.weight.salient.dequantize()))
@@ -135,11 +147,11 @@ def check_quantized_linears(model: torch.nn.Module) -> None:
             rest = activations.quantize(inner[:, :rank] - seen[:, :rank], terms.input.activation).values()
             branches.append((rest, terms.weight.salient.dequantize()))
         branches.append((seen, terms.weight.main.dequantize()))
-        wanted = sum(a.double() @ w.double().T for a, w in branches)
+        target = sum(a.double() @ w.double().T for a, w in branches)
         size = sum(a.abs() @ w.abs().T for a, w in branches)
         if terms.weight.bias is not None:
-            wanted, size = wanted + terms.weight.bias, size + terms.weight.bias.abs()
-        assert bool(((y - wanted).abs() <= 1e-5 * size + 1e-6).all())
+            target, size = target + terms.weight.bias, size + terms.weight.bias.abs()
+        assert bool(((y - target).abs() <= 1e-5 * size + 1e-6).all())
 
 
 def check_reported(report: Report, source: Path, packed: torch.nn.Module) -> int:
@@ -165,7 +177,7 @@ def check_method(method: str, source: Path, tokens: Path, out: Path, settings: d
     skeleton = Skeleton(SafetensorsSource(source), torch.float32, torch.device("cpu"))
     linears = list(skeleton.linear_shapes())
 
-    residents, coded = [], []
+    residents, quantized = [], []
     write_shard, pack = CheckpointWriter.write_shard, PackedRange.pack
 
     def count_resident(self: CheckpointWriter, tensors: dict[str, torch.Tensor]) -> None:
@@ -173,10 +185,10 @@ def check_method(method: str, source: Path, tokens: Path, out: Path, settings: d
         residents.append(blocks)
         write_shard(self, tensors)
 
-    def check_codes(part: CodedMatrix, scheme: Scheme) -> PackedRange:
+    def check_codes(part: QuantizedMatrix, scheme: Scheme) -> PackedRange:
         assert int(part.codes.min()) >= 0
         assert int(part.codes.max()) < scheme.levels
-        coded.append(part.codes.shape)
+        quantized.append(part.codes.shape)
         return pack(part, scheme)
 
     with pytest.MonkeyPatch.context() as patch:

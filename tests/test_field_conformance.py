@@ -41,7 +41,7 @@ BASE: dict[str, Any] = {
 }  # fmt: skip
 # Small ranks and little tuning for a small model.
 OPTIONS: dict[str, dict[str, Any]] = {
-    "serq": {"rank": 16}, "twinfit": {"rank": 16}, "l2qer": {"rank": 4}, "qera": {"rank": 4}, "atom": {"outliers": 8},
+    "serq": {"rank": 16}, "serq-plus": {"rank": 16}, "l2qer": {"rank": 4}, "qera": {"rank": 4}, "atom": {"outliers": 8},
     "omniquant": {"effort": "fast"}, "bisup": {"effort": "fast", "rank": 4},
 }  # fmt: skip
 # Learned ranges and the cache alone need what a recipe for all does not say.
@@ -241,7 +241,7 @@ FACTORS: dict[str, list[dict[str, Any]]] = {
     "method": [
         {"method": name, "options": OPTIONS.get(name, {}) | quick}
         for name, quick in (
-            ("dualfit", {"iterations": 2}),
+            ("d2quant-plus", {"iterations": 2}),
             ("d2quant", {"iterations": 2}),
             *((name, {"clip": "minmax"}) for name in ("serq", "qera", "atom", "quarot")),
         )

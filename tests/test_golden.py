@@ -29,13 +29,13 @@ from subnibble.runtime.modules import PackedLinear
 
 # Every grid and every term of a linear.
 READ = (
-    "rtn", "rtn-real", "rtn-symmetric", "rtn-sign", "rtn-mxfp4", "rtn-channel", "d2quant", "dualfit", "qera",
-    "twinfit", "quarot", "atom", "prefix-centered", "tied-rotated-groups",
+    "rtn", "rtn-real", "rtn-symmetric", "rtn-sign", "rtn-mxfp4", "rtn-channel", "d2quant", "d2quant-plus", "qera",
+    "serq-plus", "quarot", "atom", "prefix-centered", "tied-rotated-groups",
 )  # fmt: skip
 every_read = pytest.mark.parametrize("name", READ)
 # All kinds of parts are in these.
 every_kind = pytest.mark.parametrize(
-    "name", ["qera", "twinfit", "d2quant", "quarot", "prefix-centered", "tied-rotated-groups"]
+    "name", ["qera", "serq-plus", "d2quant", "quarot", "prefix-centered", "tied-rotated-groups"]
 )
 INNER = {"salient": "salient/", "down": "low_rank/down/", "up": "low_rank/up/"}
 
@@ -198,7 +198,7 @@ def test_a_tensor_that_nothing_names_is_an_error(packed: dict[str, Path]) -> Non
 
 
 def test_contents_are_kept_whole_and_in_the_order_of_the_data(contents: dict[str, Content], tmp_path: Path) -> None:
-    found = contents["twinfit"]
+    found = contents["serq-plus"]
     content.save(found, tmp_path / "kept")
     again = content.load(tmp_path / "kept")
     assert list(again) == list(found)
@@ -298,7 +298,7 @@ FAULTS = (
 @pytest.fixture
 def spoilable(contents: dict[str, Content]) -> Content:
     """A content with salient channels, orders and a norm bias, to be spoiled."""
-    found = copy.deepcopy(contents["twinfit"])
+    found = copy.deepcopy(contents["serq-plus"])
     found["model.norm/bias"] = torch.ones(80)
     return content.ordered(found)
 

@@ -22,7 +22,7 @@ from subnibble.presets import PRESETS, preset, preset_for
 
 FOLDER = Path(subnibble.__file__).parent / "presets"
 # Rank and outliers for tiny models.
-SMALL = {"twinfit": {"rank": 16}, "atom": {"outliers": 16}}
+SMALL = {"serq-plus": {"rank": 16}, "atom": {"outliers": 16}}
 
 
 def small(name: str) -> Recipe:
@@ -99,13 +99,13 @@ def test_the_command_says_which_preset_bits_mean_and_writes_its_recipe(
     data = ("--calibration", token_file, "--num-windows", 4, "--window", 32, "--group-size", 16)
     code, _, err = run("quantize", folders["llama"], tmp_path / "a", "--bits", 3, *data)
     assert code == 0, err
-    assert "no method is given: this is --preset w3, by dualfit" in err
+    assert "no method is given: this is --preset w3, by d2quant-plus" in err
     code, _, err = run("quantize", folders["llama"], tmp_path / "b", "--preset", "w3", *data)
     assert code == 0, err
     assert "no method is given" not in err
     recipes = [Recipe.from_toml(tmp_path / name / "recipe.toml") for name in "ab"]
     assert recipes[0] == recipes[1]
-    assert (recipes[0].method, recipes[0].bits, recipes[0].embedding_bits) == ("dualfit", 3, 8)
+    assert (recipes[0].method, recipes[0].bits, recipes[0].embedding_bits) == ("d2quant-plus", 3, 8)
     sums = [json.loads((tmp_path / name / "report.json").read_text())["weights_sha256"] for name in "ab"]
     assert sums[0] == sums[1]
 

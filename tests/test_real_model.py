@@ -23,7 +23,7 @@ from subnibble.hf import load_model, memory_bytes, packed_modules
 from subnibble.packaged.model import find_model
 
 # Each is nearer to the original than the one before.
-METHODS = ("rtn", "gptq", "dualfit")
+METHODS = ("rtn", "gptq", "d2quant-plus")
 BLOCKS = 8
 
 

@@ -44,11 +44,11 @@ def on_a_coded_cache() -> Any:
     return model
 
 
-def forget_hooks(module: nn.Module, wanted: Callable[[Any], bool]) -> None:
+def forget_hooks(module: nn.Module, target: Callable[[Any], bool]) -> None:
     """Take away the hooks of a module that `wanted` holds of; at least one."""
     taken = 0
     for hooks in (module._forward_pre_hooks, module._forward_hooks):
-        for key in [key for key, hook in hooks.items() if wanted(hook)]:
+        for key in [key for key, hook in hooks.items() if target(hook)]:
             del hooks[key]
             taken += 1
     assert taken

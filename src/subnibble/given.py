@@ -14,16 +14,16 @@ from subnibble.errors import BadArgument, BadRecipe
 from subnibble.paths import expanded
 
 
-def given_path(value: Any, name: str, wanted: str) -> Path:
+def given_path(value: Any, name: str, target: str) -> Path:
     """The path that an argument names, `~` expanded; `BadArgument` for anything else, a loaded model above all.
 
-    name: the argument's. wanted: what it should be, for people.
+    name: the argument's. target: what it should be, for people.
     """
     text = plain(value)
     if not isinstance(text, str):
-        raise BadArgument(f"{name} is {described(value)}; give {wanted}{_where_from(value)}")
+        raise BadArgument(f"{name} is {described(value)}; give {target}{_where_from(value)}")
     if not text or "\0" in text:
-        raise BadArgument(f"{name} is {text!r}; give {wanted}")
+        raise BadArgument(f"{name} is {text!r}; give {target}")
     return expanded(text)
 
 
@@ -45,9 +45,9 @@ def described(value: Any) -> str:
     return f"a loaded {kind}" if isinstance(value, nn.Module) else f"{article} {kind}"
 
 
-def check_types(holder: object, wanted: Mapping[str, Any]) -> None:
+def check_types(holder: object, target: Mapping[str, Any]) -> None:
     """Raise `BadRecipe` for an attribute that is not of the types of its name; bool is no int."""
-    for key, kind in wanted.items():
+    for key, kind in target.items():
         value = getattr(holder, key)
         if not isinstance(value, kind) or isinstance(value, bool):
             first = kind[0] if isinstance(kind, tuple) else kind

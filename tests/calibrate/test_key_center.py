@@ -92,8 +92,8 @@ def test_the_mean_is_over_whole_windows_until_there_are_enough_tokens(enough: in
     found = KeyMean(enough)
     found.update(keys, ordinary)
     assert found.is_full == (enough <= 15)
-    wanted = keys[:windows_taken, :, 1:].double().mean((0, 2))
-    torch.testing.assert_close(found.value, wanted, rtol=1e-14, atol=1e-14)
+    target = keys[:windows_taken, :, 1:].double().mean((0, 2))
+    torch.testing.assert_close(found.value, target, rtol=1e-14, atol=1e-14)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -106,11 +106,11 @@ def test_the_stored_mean_is_that_of_the_keys_which_the_model_codes(
     model = load(tmp_path / "out")
     assert attached_cache(model).scheme.key_center == "mean"
     for block, keys in zip(model.model.layers, keys_to_code(model, windows(token_file), monkeypatch), strict=True):
-        stored, wanted = block.self_attn.key_center.mean.float(), keys.mean(1)
-        assert float((stored - wanted).norm() / wanted.norm()) < 0.1
+        stored, target = block.self_attn.key_center.mean.float(), keys.mean(1)
+        assert float((stored - target).norm() / target.norm()) < 0.1
         # In another order of heads or of channels it would be far away.
         for dim in (0, 1):
-            assert float((stored.roll(1, dim) - wanted).norm() / wanted.norm()) > 0.5
+            assert float((stored.roll(1, dim) - target).norm() / target.norm()) > 0.5
 
 
 @pytest.mark.parametrize("basis", BASES)
@@ -118,13 +118,13 @@ def test_the_centre_lowers_the_error_and_leaves_what_is_not_coded(
     basis: str, folder: Path, token_file: Path, tmp_path: Path
 ) -> None:
     ids = windows(token_file)
-    wanted = logits(load(folder), ids)
+    target = logits(load(folder), ids)
     quantize(folder, tmp_path / "out", recipe_of("none", token_file, **BASES[basis]))
     model = load(tmp_path / "out")
 
     def error(scheme: CacheScheme) -> float:
         attach_cache_(model, scheme)
-        return float((logits(model, ids) - wanted).norm())
+        return float((logits(model, ids) - target).norm())
 
     centered = attached_cache(model).scheme
     # After rotary positions, which turn most channels around, least is constant.
@@ -165,15 +165,15 @@ def test_it_is_stored_and_saved_again(folder: Path, token_file: Path, tmp_path: 
     # Not a byte of a token.
     assert report.size["cache_bytes"] == 3 * CacheScheme(3).token_bytes(2, 16)
     model, ids = load(tmp_path / "out"), windows(token_file)
-    wanted = logits(model, ids)
+    target = logits(model, ids)
     # Even where the model ran on another cache between.
     change_scheme_(model, None)
-    assert not torch.equal(logits(model, ids), wanted)
+    assert not torch.equal(logits(model, ids), target)
     attach_cache_(model, CacheScheme.from_dict(config["cache"]))
     model.save_pretrained(tmp_path / "again")
     again = load(tmp_path / "again")
     assert packed_config_of(again.config) == packed_config_of(model.config)
-    assert torch.equal(logits(again, ids), wanted)
+    assert torch.equal(logits(again, ids), target)
     # The recipe beside it makes the same bytes.
     twin = quantize(folder, tmp_path / "twin", Recipe.from_toml(tmp_path / "out" / "recipe.toml"))
     assert twin.weights_sha256 == report.weights_sha256
@@ -204,10 +204,10 @@ def test_a_prompt_while_quantizing_is_in_the_mean(
     plain, behind = load(tmp_path / "plain"), load(tmp_path / "out")
     own = [model.model.layers[1].self_attn.key_center.mean for model in (plain, behind)]
     assert not torch.equal(*own)
-    coded = keys_to_code(behind, windows(token_file), monkeypatch)
-    for block, keys in zip(behind.model.layers, coded, strict=True):
-        stored, wanted = block.self_attn.key_center.mean.float(), keys.mean(1)
-        assert float((stored - wanted).norm() / wanted.norm()) < 0.02
+    quantized = keys_to_code(behind, windows(token_file), monkeypatch)
+    for block, keys in zip(behind.model.layers, quantized, strict=True):
+        stored, target = block.self_attn.key_center.mean.float(), keys.mean(1)
+        assert float((stored - target).norm() / target.norm()) < 0.02
 
 
 def test_distillation_and_evaluation_run_on_it(folder: Path, token_file: Path, text_file: Path, tmp_path: Path) -> None:
@@ -225,9 +225,9 @@ def test_distillation_and_evaluation_run_on_it(folder: Path, token_file: Path, t
     changed = Evaluation(**{**vars(evaluation), "kv_bits": 2})
     assert evaluate(tmp_path / "out", changed)["perplexity"] != found
     model = load(tmp_path / "out")
-    wanted = attached_cache(model).scheme
+    target = attached_cache(model).scheme
     prepare_(model, None, {"clip": 0.7}, PrefixIds((5, 9)))
-    assert attached_cache(model).scheme == replace(wanted, clip=0.7)
+    assert attached_cache(model).scheme == replace(target, clip=0.7)
     # What cannot be leaves the model as it is.
     with pytest.raises(BadRecipe, match="holds are: rope=after, key_rotation=hadamard"):
         prepare_(model, None, {"key_rotation": "none"}, PrefixIds((2,)))
@@ -254,11 +254,11 @@ def test_a_model_without_its_centre_says_so(folder: Path, token_file: Path, tmp_
         attach_cache_(load(folder), CacheScheme(4, key_center="mean"))
     quantize(folder, tmp_path / "out", recipe_of("none", token_file, rope="before"))
     model = load(tmp_path / "out")
-    wanted, ids = attached_cache(model), windows(token_file)
+    target, ids = attached_cache(model), windows(token_file)
     with pytest.raises(BadRecipe, match="holds are: rope=before, key_rotation=none"):
         attach_cache_(model, CacheScheme(4, key_center="mean"))
     # And goes on as it was.
-    assert attached_cache(model) == wanted
+    assert attached_cache(model) == target
     assert torch.equal(logits(model, ids), logits(load(tmp_path / "out"), ids))
 
 
@@ -300,9 +300,9 @@ def test_the_mean_is_that_of_rounded_keys_on_quantized_inputs(
         quantize(folder, tmp_path / inputs, recipe)
         model = load(tmp_path / inputs)
         keys = keys_to_code(model, windows(token_file), monkeypatch)[0]
-        stored, wanted = model.model.layers[0].self_attn.key_center.mean.float(), keys.mean(1)
+        stored, target = model.model.layers[0].self_attn.key_center.mean.float(), keys.mean(1)
         # float16, and sums in another order.
-        torch.testing.assert_close(stored, wanted, rtol=2e-3, atol=2e-3 * float(wanted.abs().max()))
+        torch.testing.assert_close(stored, target, rtol=2e-3, atol=2e-3 * float(target.abs().max()))
         means[inputs] = stored
     plain = keys_to_code(attached_to(folder, BASES[basis]), windows(token_file), monkeypatch)[0].mean(1)
     assert all(float((mean - plain).norm() / plain.norm()) > 0.02 for mean in means.values())

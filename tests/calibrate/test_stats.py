@@ -175,75 +175,75 @@ def test_gram_of_half_precision_tokens_is_accumulated_wide() -> None:
 def pair(count: int = 260) -> tuple[Tensor, Tensor]:
     """Tokens as fed now, and the full-precision model's: another outlier, a shifted channel, one that is the same."""
     x = tokens(count)
-    wanted = x + 0.1 * tokens(count, seed=2)
-    wanted[:, 5] += 3
-    wanted[:, 12] = x[:, 12]
-    return x, wanted
+    target = x + 0.1 * tokens(count, seed=2)
+    target[:, 5] += 3
+    target[:, 12] = x[:, 12]
+    return x, target
 
 
-def drift_of(x: Tensor, wanted: Tensor, *cuts: int) -> Drift:
+def drift_of(x: Tensor, target: Tensor, *cuts: int) -> Drift:
     drift = Drift(CHANNELS)
     for a, b in zip((0, *cuts), (*cuts, x.shape[0]), strict=True):
-        drift.update(x[a:b], wanted[a:b])
+        drift.update(x[a:b], target[a:b])
     return drift
 
 
-def drift_oracle(x: Tensor, wanted: Tensor) -> Tensor:
+def drift_oracle(x: Tensor, target: Tensor) -> Tensor:
     """Sum over tokens of (x~ - x) xᵀ, one outer product a token, in float64."""
     total = torch.zeros(CHANNELS, CHANNELS, dtype=torch.float64)
-    for now, goal in zip(x.double(), wanted.double(), strict=True):
+    for now, goal in zip(x.double(), target.double(), strict=True):
         total += torch.outer(goal - now, now)
     return total
 
 
-def is_drift(found: Tensor, x: Tensor, wanted: Tensor) -> bool:
+def is_drift(found: Tensor, x: Tensor, target: Tensor) -> bool:
     """Per element: differences, products and sums of n tokens may each be off by eps of the magnitudes."""
-    now, goal = x.double().abs(), wanted.double().abs()
+    now, goal = x.double().abs(), target.double().abs()
     bound = 2 * x.shape[0] ** 0.5 * torch.finfo(torch.float32).eps * (now + goal).T @ now
-    return bool(((found.double() - drift_oracle(x, wanted)).abs() <= bound).all())
+    return bool(((found.double() - drift_oracle(x, target)).abs() <= bound).all())
 
 
 def test_drift_agrees_with_its_definition() -> None:
-    x, wanted = pair()
-    assert is_drift(drift_of(x, wanted).value, x, wanted)
-    assert is_drift(drift_of(x, wanted, 1, 64, 64, 203).value, x, wanted)
-    half = x.bfloat16(), wanted.bfloat16()
+    x, target = pair()
+    assert is_drift(drift_of(x, target).value, x, target)
+    assert is_drift(drift_of(x, target, 1, 64, 64, 203).value, x, target)
+    half = x.bfloat16(), target.bfloat16()
     assert is_drift(drift_of(*half).value, *half)
-    assert drift_of(x, wanted).value.dtype == torch.float32
+    assert drift_of(x, target).value.dtype == torch.float32
 
 
 def test_drift_oracle_rejects_planted_faults() -> None:
-    x, wanted = pair()
-    good = drift_oracle(x, wanted)
+    x, target = pair()
+    good = drift_oracle(x, target)
     off = good.clone()
     off[5, 11] *= 1.0001
     wrong = {
         "transposed": good.T,
         "the other sign": -good,
-        "of the full-precision inputs": torch.einsum("ti,tj->ij", wanted.double() - x.double(), wanted.double()),
-        "of the inputs alone": torch.einsum("ti,tj->ij", wanted.double(), x.double()),
-        "last token lost": drift_oracle(x[:-1], wanted[:-1]),
-        "tokens out of step": drift_oracle(x, wanted.roll(1, 0)),
+        "of the full-precision inputs": torch.einsum("ti,tj->ij", target.double() - x.double(), target.double()),
+        "of the inputs alone": torch.einsum("ti,tj->ij", target.double(), x.double()),
+        "last token lost": drift_oracle(x[:-1], target[:-1]),
+        "tokens out of step": drift_oracle(x, target.roll(1, 0)),
         "per token": good / x.shape[0],
         "one element 0.01 % off": off,
     }
-    assert is_drift(good, x, wanted)
+    assert is_drift(good, x, target)
     for fault, value in wrong.items():
-        assert not is_drift(value, x, wanted), fault
+        assert not is_drift(value, x, target), fault
 
 
 def test_rows_of_drift_are_the_difference_and_columns_the_input() -> None:
-    x, wanted = torch.zeros(1, CHANNELS), torch.zeros(1, CHANNELS)
-    x[0, 3], wanted[0, 3], wanted[0, 7] = 2.0, 2.0, 5.0
-    value = drift_of(x, wanted).value
+    x, target = torch.zeros(1, CHANNELS), torch.zeros(1, CHANNELS)
+    x[0, 3], target[0, 3], target[0, 7] = 2.0, 2.0, 5.0
+    value = drift_of(x, target).value
     assert torch.nonzero(value).tolist() == [[7, 3]]
     assert float(value[7, 3]) == 10.0
 
 
 def test_no_difference_is_no_drift() -> None:
-    x, wanted = pair()
+    x, target = pair()
     assert torch.equal(drift_of(x, x).value, torch.zeros(CHANNELS, CHANNELS))
-    assert torch.equal(drift_of(x, wanted).value[12], torch.zeros(CHANNELS))
+    assert torch.equal(drift_of(x, target).value[12], torch.zeros(CHANNELS))
 
 
 def test_drift_of_double_inputs_is_their_gram_matrix() -> None:
@@ -252,14 +252,14 @@ def test_drift_of_double_inputs_is_their_gram_matrix() -> None:
 
 
 def test_drift_leaves_the_tokens_alone_and_keeps_no_view_of_them() -> None:
-    x, wanted = pair()
-    kept = x.clone(), wanted.clone()
-    drift = drift_of(x, wanted)
+    x, target = pair()
+    kept = x.clone(), target.clone()
+    drift = drift_of(x, target)
     assert torch.equal(x, kept[0])
-    assert torch.equal(wanted, kept[1])
+    assert torch.equal(target, kept[1])
     before = drift.value.clone()
     x.zero_()
-    wanted.zero_()
+    target.zero_()
     drift.update(torch.empty(0, CHANNELS), torch.empty(0, CHANNELS))
     assert torch.equal(drift.value, before)
 
@@ -271,13 +271,13 @@ def test_sums_of_products_hold_numbers_whose_squares_leave_float32(size: float) 
     gram.update(torch.zeros(3, 7))
     gram.update(x)
     drift.update(x, 2 * x)
-    wanted = x.double().T @ x.double()
-    torch.testing.assert_close(gram.value.double(), wanted, rtol=1e-5, atol=1e-5 * size**2)
-    torch.testing.assert_close(drift.value.double(), wanted, rtol=1e-5, atol=1e-5 * size**2)
+    target = x.double().T @ x.double()
+    torch.testing.assert_close(gram.value.double(), target, rtol=1e-5, atol=1e-5 * size**2)
+    torch.testing.assert_close(drift.value.double(), target, rtol=1e-5, atol=1e-5 * size**2)
     assert gram.value.dtype == drift.value.dtype == (torch.float32 if size == 1 else torch.float64)
     other.update(torch.ones(1, 7))
     other.merge(gram)
-    torch.testing.assert_close(other.value.double(), wanted + 1, rtol=1e-5, atol=1e-5 * size**2)
+    torch.testing.assert_close(other.value.double(), target + 1, rtol=1e-5, atol=1e-5 * size**2)
 
 
 @pytest.mark.parametrize("every", [1, 7])

@@ -167,8 +167,8 @@ def test_8_bit_floats_quantize_as_the_same_numbers_in_more_bits(kind: torch.dtyp
         models = load_model(folder, "float32", "cpu"), load_model(tmp_path / f"{name}-packed", "float32", "cpu")
         ids = torch.arange(20).view(2, 10)
         with torch.no_grad():
-            wanted, found = (model(ids).logits for model in models)
-        assert (found - wanted).norm() < 0.1 * wanted.norm()
+            target, found = (model(ids).logits for model in models)
+        assert (found - target).norm() < 0.1 * target.norm()
     assert errors(reports[0]) == errors(reports[1])
 
 

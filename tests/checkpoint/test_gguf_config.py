@@ -31,7 +31,7 @@ def logits(model: Any) -> torch.Tensor:
     return found
 
 
-def turned(name: str, rope: dict[str, Any]) -> Any:
+def rotated(name: str, rope: dict[str, Any]) -> Any:
     """The tiny model of this name with other rotary positions."""
     config = copy.deepcopy(CONFIGS[name])
     config.rope_parameters = {"rope_theta": BASE, **rope}
@@ -87,11 +87,11 @@ def test_scaled_positions_are_the_models(
     name: str, arch: str, rope: dict[str, Any], extra: Extra, tmp_path: Path
 ) -> None:
     write_gguf(tmp_path / "model.gguf", name, arch, extra)
-    wanted = turned(name, rope)
+    target = rotated(name, rope)
     read = load_model(tmp_path / "model.gguf", "float32", "cpu")
-    assert torch.equal(logits(read), logits(wanted))
+    assert torch.equal(logits(read), logits(target))
     if rope["rope_type"] != "default":
-        assert not torch.allclose(logits(wanted), logits(random_model(name)), atol=1e-3)
+        assert not torch.allclose(logits(target), logits(random_model(name)), atol=1e-3)
 
 
 def divisors(width: int, factor: float, low: float, high: float, original: int) -> np.ndarray:
@@ -115,19 +115,19 @@ def test_divided_frequencies_are_llama_3s(
     assert len(set(held.tolist())) > 2
     write_gguf(tmp_path / "model.gguf", "llama", "llama", lambda w: w.add_tensor("rope_freqs.weight", held))
     rope = {"low_freq_factor": low, "high_freq_factor": high, "original_max_position_embeddings": original}
-    wanted = turned("llama", {"rope_type": "llama3", "factor": factor, **rope})
+    target = rotated("llama", {"rope_type": "llama3", "factor": factor, **rope})
     read = load_model(tmp_path / "model.gguf", "float32", "cpu")
     assert read.config.rope_parameters["rope_type"] == "llama3"
-    assert torch.allclose(logits(read), logits(wanted), rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(logits(wanted), logits(random_model("llama")), atol=1e-2)
+    assert torch.allclose(logits(read), logits(target), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(logits(target), logits(random_model("llama")), atol=1e-2)
 
 
 @pytest.mark.parametrize(("divisor", "kind"), [(1.0, "default"), (3.0, "linear")])
 def test_frequencies_that_are_all_divided_alike_are_scaled_linearly(divisor: float, kind: str, tmp_path: Path) -> None:
     held = np.full(8, divisor, dtype=np.float32)
     write_gguf(tmp_path / "model.gguf", "llama", "llama", lambda w: w.add_tensor("rope_freqs.weight", held))
-    wanted = turned("llama", {"rope_type": kind} | ({"factor": divisor} if kind == "linear" else {}))
-    assert torch.equal(logits(load_model(tmp_path / "model.gguf", "float32", "cpu")), logits(wanted))
+    target = rotated("llama", {"rope_type": kind} | ({"factor": divisor} if kind == "linear" else {}))
+    assert torch.equal(logits(load_model(tmp_path / "model.gguf", "float32", "cpu")), logits(target))
 
 
 def freqs(values: np.ndarray) -> Extra:

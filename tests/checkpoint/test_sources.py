@@ -176,8 +176,8 @@ def test_hub_id_is_fetched_without_pickles_or_code(single: Path, monkeypatch: py
     assert asked["repo"] == "owner/name"
     files = ["model.safetensors", "tokenizer.json", "consolidated.safetensors", "original/model.safetensors", "x.bin"]
     files += ["model.fp16.safetensors", "model.fp16-00001-of-00002.safetensors", "adapter_model.safetensors"]
-    wanted = filter_repo_objects(files, allow_patterns=asked["patterns"], ignore_patterns=asked["others"])
-    assert list(wanted) == ["model.safetensors", "tokenizer.json"]
+    target = filter_repo_objects(files, allow_patterns=asked["patterns"], ignore_patterns=asked["others"])
+    assert list(target) == ["model.safetensors", "tokenizer.json"]
     assert not any(pattern.endswith((".bin", ".pt", ".py", "*")) for pattern in asked["patterns"])  # type: ignore[attr-defined]
 
 
@@ -248,7 +248,7 @@ def test_parameters_of_a_stored_tied_head_count_once(folders: dict[str, Path], t
     assert measure(open_source(twice)).parameters == once.parameters
 
 
-@pytest.mark.parametrize(("method", "ending"), [("d2quant", "norm.bias"), ("dualfit", "o_proj.column_scale")])
+@pytest.mark.parametrize(("method", "ending"), [("d2quant", "norm.bias"), ("d2quant-plus", "o_proj.column_scale")])
 def test_a_packed_tensor_that_is_missing_is_named(
     method: str, ending: str, folders: dict[str, Path], token_file: Path, tmp_path: Path
 ) -> None:

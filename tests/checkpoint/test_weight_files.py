@@ -183,10 +183,10 @@ def test_a_folder_without_config_tells_what_it_has(single: Path) -> None:
 
 
 def test_a_config_that_starts_with_a_byte_order_mark_is_read(single: Path) -> None:
-    config, wanted = single / "config.json", load_model(single)
+    config, target = single / "config.json", load_model(single)
     config.write_bytes(b"\xef\xbb\xbf" + config.read_bytes())
     found = load_model(single)
-    assert all(torch.equal(*pair) for pair in zip(found.parameters(), wanted.parameters(), strict=True))
+    assert all(torch.equal(*pair) for pair in zip(found.parameters(), target.parameters(), strict=True))
 
 
 def test_a_weight_file_as_model_leads_to_its_folder(single: Path) -> None:

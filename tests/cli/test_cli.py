@@ -57,7 +57,7 @@ def test_grid_and_zero_point_reach_the_checkpoint(run: Run, arguments: list[obje
 def test_quantized_inputs_reach_the_checkpoint_and_every_command(
     run: Run, arguments: list[object], folders: dict[str, Path], text_file: Path, tmp_path: Path
 ) -> None:
-    extra = ("--method", "twinfit", "--bits", 4, "--group-size", 16, "--activation-bits", 4, "--option", "rank=16")
+    extra = ("--method", "serq-plus", "--bits", 4, "--group-size", 16, "--activation-bits", 4, "--option", "rank=16")
     code, out, err = run(*arguments, *extra)
     assert code == 0, err
     assert "activation bits" in out
@@ -149,7 +149,7 @@ def test_steps_that_were_not_finite_are_told(
 
     def spoiled(windows: TrainingWindows) -> Samples:
         found = value(windows)
-        found.wanted[0] = float("nan")
+        found.target[0] = float("nan")
         return found
 
     monkeypatch.setattr(TrainingWindows, "value", property(spoiled))
@@ -195,8 +195,8 @@ def test_list_names_methods_and_architectures(run: Run) -> None:
     code, out, _ = run("list", "--json")
     assert code == 0
     assert [method["name"] for method in json.loads(out)["methods"]] == [
-        "rtn", "awq", "gptq", "gptaq", "d2quant", "dualfit", "smoothquant", "l2qer", "qera",
-            "quarot", "serq", "twinfit", "atom", "omniquant", "bisup", "none",
+        "rtn", "awq", "gptq", "gptaq", "d2quant", "d2quant-plus", "smoothquant", "l2qer", "qera",
+            "quarot", "serq", "serq-plus", "atom", "omniquant", "bisup", "none",
     ]  # fmt: skip
     code, out, _ = run("list")
     assert code == 0
@@ -239,7 +239,7 @@ def test_other_bits_over_a_written_recipe_get_the_grid_of_the_method(
     assert code == 0, err
     again = [tmp_path / "again" if part == tmp_path / "out" else part for part in arguments]
     found = {}
-    for method, bits in (("d2quant", 2), ("dualfit", 4)):
+    for method, bits in (("d2quant", 2), ("d2quant-plus", 4)):
         code, _, err = run(
             *again, "--recipe", tmp_path / "out" / "recipe.toml", "--method", method, "--bits", bits, "--overwrite"
         )
@@ -248,7 +248,7 @@ def test_other_bits_over_a_written_recipe_get_the_grid_of_the_method(
         found[method] = {linear["path"].split(".")[-1]: linear["scheme"] for linear in linears}
     assert found["d2quant"]["down_proj"] == "w2g32-sign"
     assert found["d2quant"]["up_proj"] == "w2g32"
-    assert set(found["dualfit"].values()) == {"w4g32-real"}
+    assert set(found["d2quant-plus"].values()) == {"w4g32-real"}
 
 
 def test_overwrite_replaces_a_checkpoint(run: Run, arguments: list[object], tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ def test_what_tuning_rounds_is_what_rounding_to_nearest_makes(correction: Correc
 def test_nothing_is_the_rounder_alone() -> None:
     rounding, packed, salient = round_stack(stack(NOTHING), weight(), Observed(gram()), GPTQ(), NOTHING)
     alone = GPTQ()(weight(), gram(), SCHEME, "w")
-    assert torch.equal(packed.dequantize(), PackedRange.pack(alone.coded, SCHEME).dequantize())
+    assert torch.equal(packed.dequantize(), PackedRange.pack(alone.quantized, SCHEME).dequantize())
     assert salient is None
     assert rounding.notes == alone.notes
     assert NOTHING.inputs(INPUTS) == INPUTS

@@ -25,7 +25,7 @@ def tokens() -> Tensor:
 def error() -> Tensor:
     w = torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(1))
     scheme = Scheme(3, 16)
-    return w - PackedRange.pack(grid.coded(w, scheme, grid.Clip("minmax")), scheme).dequantize()
+    return w - PackedRange.pack(grid.quantized(w, scheme, grid.Clip("minmax")), scheme).dequantize()
 
 
 def loss(e: Tensor, down: Tensor, up: Tensor) -> float:

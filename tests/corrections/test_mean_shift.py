@@ -37,18 +37,18 @@ def tokens(seed: int) -> Tensor:
     return x
 
 
-def batches(wanted: Tensor, found: Tensor, size: int = 3) -> Batches:
+def batches(target: Tensor, found: Tensor, size: int = 3) -> Batches:
     """As the pipeline hands them over: a few windows at a time, flattened to tokens."""
-    return [(a.flatten(0, 1), b.flatten(0, 1)) for a, b in zip(wanted.split(size), found.split(size), strict=True)]
+    return [(a.flatten(0, 1), b.flatten(0, 1)) for a, b in zip(target.split(size), found.split(size), strict=True)]
 
 
 def mean_shift(outputs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
     return value_over(MeanShift(CHANNELS), outputs)
 
 
-def squared_error(wanted: Tensor, found: Tensor, bias: Tensor) -> Tensor:
+def squared_error(target: Tensor, found: Tensor, bias: Tensor) -> Tensor:
     """Of each channel, in float64."""
-    return (found.double() + bias.double() - wanted.double()).square().flatten(0, -2).sum(0)
+    return (found.double() + bias.double() - target.double()).square().flatten(0, -2).sum(0)
 
 
 def test_a_constant_shift_is_the_bias() -> None:
@@ -73,30 +73,30 @@ def test_outputs_out_of_range_make_no_bias(number: float) -> None:
 
 
 def test_the_published_bias_has_the_least_squared_error() -> None:
-    wanted, found = tokens(0) + 0.1, tokens(1)
-    bias = mean_shift(batches(wanted, found))
-    least = squared_error(wanted, found, bias)
+    target, found = tokens(0) + 0.1, tokens(1)
+    bias = mean_shift(batches(target, found))
+    least = squared_error(target, found, bias)
     for step in (1e-3, -1e-3, 0.1, -0.1):
-        assert bool((squared_error(wanted, found, bias + step) > least).all())
-    assert bool((least <= squared_error(wanted, found, torch.zeros(CHANNELS))).all())
+        assert bool((squared_error(target, found, bias + step) > least).all())
+    assert bool((least <= squared_error(target, found, torch.zeros(CHANNELS))).all())
 
 
 def test_the_bias_commutes_with_a_rotation() -> None:
     q, _ = torch.linalg.qr(torch.randn(CHANNELS, CHANNELS, generator=torch.Generator().manual_seed(8)))
-    wanted, found = tokens(0), tokens(1) / 3
-    plain = mean_shift(batches(wanted, found))
-    rotated = mean_shift(batches(wanted @ q, found @ q))
+    target, found = tokens(0), tokens(1) / 3
+    plain = mean_shift(batches(target, found))
+    rotated = mean_shift(batches(target @ q, found @ q))
     assert float((rotated - plain @ q).abs().max()) < 1e-5
 
 
 def test_batches_of_any_size_and_type_give_the_same_bias() -> None:
-    wanted, found = tokens(0) + 0.3, tokens(0) + 0.1 * tokens(1)
-    biases = [mean_shift(batches(wanted, found, size)) for size in (1, 2, 3, 7)]
+    target, found = tokens(0) + 0.3, tokens(0) + 0.1 * tokens(1)
+    biases = [mean_shift(batches(target, found, size)) for size in (1, 2, 3, 7)]
     assert bool(biases[0].any())
     assert all(torch.equal(bias, biases[0]) for bias in biases)
-    iterator = iter(batches(wanted, found))
+    iterator = iter(batches(target, found))
     assert torch.equal(mean_shift(iterator), biases[0])
-    half = [(a.bfloat16(), b.bfloat16()) for a, b in batches(wanted, found)]
+    half = [(a.bfloat16(), b.bfloat16()) for a, b in batches(target, found)]
     wide = [(a.float(), b.float()) for a, b in half]
     # The difference of 16-bit numbers is taken in float32.
     assert torch.equal(mean_shift(half), mean_shift(wide))
@@ -183,9 +183,9 @@ def teacher_and_student(original: Any, stored: Any, path: str, windows: Tensor) 
         stored.set_submodule(module, quantized)
 
 
-def close(found: Tensor, wanted: Tensor, spread: Tensor) -> bool:
+def close(found: Tensor, target: Tensor, spread: Tensor) -> bool:
     """Within the storage at float16, and what absorbing scales at float16 does to norm outputs of size `spread`."""
-    return bool(((found - wanted).abs() <= STEP * (wanted.abs() + spread)).all())
+    return bool(((found - target).abs() <= STEP * (target.abs() + spread)).all())
 
 
 @pytest.mark.parametrize(("name", "rotation"), [("llama-tied", "none"), ("qwen2", "none"), ("qwen2", "groups")])
@@ -199,9 +199,9 @@ def test_norms_behind_quantized_linears_store_the_mean_shift_of_their_own_block(
         bias = stored.get_submodule(path).bias.detach()
         assert torch.equal(bias, bias.half().float())
         teacher, student = teacher_and_student(original, stored, path, windows)
-        wanted, spread = (teacher - student).flatten(0, 1).mean(0), student.abs().flatten(0, 1).mean(0)
-        assert close(bias, wanted, spread), path
-        assert not close(bias, -wanted, spread), path
+        target, spread = (teacher - student).flatten(0, 1).mean(0), student.abs().flatten(0, 1).mean(0)
+        assert close(bias, target, spread), path
+        assert not close(bias, -target, spread), path
         assert not close(bias, torch.zeros_like(bias), spread), path
         without_first = (teacher - student)[:, 1:].flatten(0, 1).mean(0)
         assert not close(bias, without_first, spread), path

@@ -78,7 +78,7 @@ def test_columns_before_are_rounded_as_one_pass_over_all_rounds_them() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_DAMPING", tiny)
         split, _ = rounded(GPTQ(Clip("minmax"), order="natural", damping=tiny), weight, gram.double())
-    assert torch.equal(split.coded.codes, whole.coded.codes[:, :32])
+    assert torch.equal(split.quantized.codes, whole.quantized.codes[:, :32])
 
 
 def test_dead_outliers_take_nothing() -> None:

@@ -32,7 +32,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "rtn": {"method": "rtn", "bits": 2, "group_size": 16},
     "gptq": {"method": "gptq", "bits": 3, "group_size": 16, "embedding_bits": 4},
     "d2quant": {"method": "d2quant", "bits": 2, "group_size": 16},
-    "dualfit": {"method": "dualfit", "bits": 2, "group_size": 16, "options": {"mean_shift": "published"}},
+    "d2quant-plus": {"method": "d2quant-plus", "bits": 2, "group_size": 16, "options": {"mean_shift": "published"}},
     "serq": {
         "method": "serq",
         "options": {"rank": 16, "residual": "salient"},
@@ -94,7 +94,7 @@ def loss_of(folder: Path, training: Any) -> float:
     samples = training.samples
     with torch.no_grad():
         losses = [
-            float(distill._divergence(training.teacher.log_shares(ids), model(ids).logits)) * ids.shape[0]
+            float(distill._divergence(training.teacher.log_probs(ids), model(ids).logits)) * ids.shape[0]
             for ids in samples.held_out.split(samples.together)
         ]
     return sum(losses) / samples.held_out.shape[0]
@@ -158,7 +158,7 @@ def test_the_same_seed_gives_the_same_bytes(run: Any) -> None:
     assert first.weights_sha256 != other.weights_sha256
 
 
-@pytest.mark.parametrize("kind", ["quarot", "dualfit"])
+@pytest.mark.parametrize("kind", ["quarot", "d2quant-plus"])
 def test_states_that_are_computed_twice_give_the_same(kind: str, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     kept, _ = run("kept", **METHODS[kind], **DISTILLED)
     monkeypatch.setattr(whole_model, "free_memory", lambda device: 0)

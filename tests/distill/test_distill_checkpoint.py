@@ -45,10 +45,10 @@ def test_later_is_as_good_as_at_once(
     # At this rate something better than the start is found by each.
     gentle = DISTILLED | {"distill": DISTILLED["distill"] | {"rate": 0.002}}
     plain, whole = recipe_of(kind, token_file), recipe_of(kind, token_file, **gentle)
-    wanted = quantize(folders[name], tmp_path / "once", whole)
+    target = quantize(folders[name], tmp_path / "once", whole)
     before = quantize(folders[name], tmp_path / "later", plain)
     found = distill_checkpoint(tmp_path / "later", folders[name], whole)
-    assert found == wanted.distilled
+    assert found == target.distilled
     once, later = tensors_of(tmp_path / "once"), tensors_of(tmp_path / "later")
     assert once.keys() == later.keys()
     assert all(torch.equal(once[key], later[key]) for key in once)

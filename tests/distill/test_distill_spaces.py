@@ -24,7 +24,7 @@ from subnibble.runtime.modules import PackedLinear, remove_output_bias_
 SHORT = {"distill_steps": 6, "distill": {"tokens": 96, "rate": 0.01}}
 # Everything at once; under grouped-query attention output projections store their column scales.
 ALL: dict[str, Any] = {
-    "method": "dualfit", "bits": 2, "group_size": 16, "activation_bits": 8, "options": {"mean_shift": "published"},
+    "method": "d2quant-plus", "bits": 2, "group_size": 16, "activation_bits": 8, "options": {"mean_shift": "published"},
 }  # fmt: skip
 STORED: dict[str, dict[str, Any]] = {
     "uniform": METHODS["gptq"],
@@ -32,7 +32,7 @@ STORED: dict[str, dict[str, Any]] = {
     "real, bfloat16": {"method": "rtn", "bits": 3, "group_size": 16, "zero_point": "real", "scale_type": "bfloat16"},
     "sign": {"method": "rtn", "bits": 2, "group_size": 16, "grid": "sign"},
     "mxfp4": METHODS["mxfp4"],
-    "column scales and norm biases": METHODS["dualfit"],
+    "column scales and norm biases": METHODS["d2quant-plus"],
     "all": ALL,
     "branches": METHODS["qera"],
     "salient": METHODS["serq"],
@@ -100,9 +100,9 @@ def test_one_space_alone_moves_nothing_else(
 
 
 def test_later_learns_as_much_as_at_once(folders: dict[str, Path], token_file: Path, tmp_path: Path) -> None:
-    recipe = {**METHODS["dualfit"], **SHORT}
+    recipe = {**METHODS["d2quant-plus"], **SHORT}
     once = tensors_of(quantized(folders["llama"], tmp_path / "once", token_file, **recipe))
-    later = quantized(folders["llama"], tmp_path / "later", token_file, **METHODS["dualfit"])
+    later = quantized(folders["llama"], tmp_path / "later", token_file, **METHODS["d2quant-plus"])
     distill_checkpoint(later, folders["llama"], Recipe(calibration=str(token_file), **{**DATA, **recipe}))
 
     found = tensors_of(later)
@@ -159,7 +159,7 @@ def test_what_the_model_does_not_run_is_an_error_that_names_it(
 
     monkeypatch.setattr(Student, "of", spoiled)
     with pytest.raises(SilentFailure, match=f"^{said} is to be learned and no gradient reaches it"):
-        quantized(folders["llama"], tmp_path / "out", token_file, **METHODS["dualfit"], **SHORT)
+        quantized(folders["llama"], tmp_path / "out", token_file, **METHODS["d2quant-plus"], **SHORT)
     assert not (tmp_path / "out").exists()
 
 
@@ -185,8 +185,8 @@ def test_a_packed_linear_that_would_stay_as_it_is_is_an_error(
         ("llama", METHODS["mxfp4"], {"norms"}),
         ("llama", {"method": "none", "kv_bits": 4}, {"norms"}),
         # Every site of this one hands its column scales on.
-        ("llama-tied", {"method": "dualfit", "bits": 2, "group_size": 16}, {"scales", "norms", "zero_points"}),
-        ("llama", METHODS["dualfit"] | {"zero_point": "integer"}, set(SPACES) - {"zero_points", "clips"}),
+        ("llama-tied", {"method": "d2quant-plus", "bits": 2, "group_size": 16}, {"scales", "norms", "zero_points"}),
+        ("llama", METHODS["d2quant-plus"] | {"zero_point": "integer"}, set(SPACES) - {"zero_points", "clips"}),
     ],
 )
 def test_nothing_to_learn_is_said_before_any_work(
@@ -212,8 +212,8 @@ def test_a_checkpoint_is_known_to_have_it_as_its_plan_did(
     space: str, folders: dict[str, Path], token_file: Path, tmp_path: Path
 ) -> None:
     alone = {"distill_steps": 2, "distill": {"tokens": 96} | {name: name == space for name in SPACES}}
-    recipe = Recipe(calibration=str(token_file), **{**DATA, **METHODS["dualfit"], **alone})
-    out = quantized(folders["llama"], tmp_path / "out", token_file, **METHODS["dualfit"], **alone)
+    recipe = Recipe(calibration=str(token_file), **{**DATA, **METHODS["d2quant-plus"], **alone})
+    out = quantized(folders["llama"], tmp_path / "out", token_file, **METHODS["d2quant-plus"], **alone)
     distill_checkpoint(out, folders["llama"], recipe)
 
     quantized(folders["llama"], tmp_path / "plain", token_file, **METHODS["rtn"])

@@ -13,7 +13,7 @@ from torch import Tensor
 from subnibble.distill import learned_matrix
 from subnibble.distill.learned_matrix import LearnedMatrix, LearnedRange
 from subnibble.distill.settings import SPACES
-from subnibble.tensor.packed import CodedMatrix, PackedRange, PackedTensor
+from subnibble.tensor.packed import PackedRange, PackedTensor, QuantizedMatrix
 from subnibble.tensor.scheme import Scheme
 
 # On which something is learned; and numbers that are not rounded.
@@ -35,12 +35,12 @@ def stored(matrix: LearnedMatrix, before: PackedTensor) -> PackedTensor:
     return PackedTensor.from_state(before.state() | matrix.stored(), before.layout)
 
 
-def written_out(coded: CodedMatrix, scheme: Scheme, scales: Tensor, zeros: Tensor | None) -> Tensor:
+def written_out(quantized: QuantizedMatrix, scheme: Scheme, scales: Tensor, zeros: Tensor | None) -> Tensor:
     """The matrix by docs/format.md, column by column, float64. scales, zeros: leaves for autograd."""
     columns = []
-    for group, (first, stop) in enumerate(scheme.group_bounds(coded.codes.shape[1])):
+    for group, (first, stop) in enumerate(scheme.group_bounds(quantized.codes.shape[1])):
         for column in range(first, stop):
-            code = coded.codes[:, column].long()
+            code = quantized.codes[:, column].long()
             if scheme.grid == "sign":
                 signs = [2 * ((code >> bit) & 1) - 1 for bit in range(scheme.bits)]
                 columns.append(sum(scales[:, group * scheme.bits + b] * signs[b] for b in range(scheme.bits)))
@@ -65,9 +65,9 @@ def check_gradients(scheme: Scheme) -> None:
     plain = x.double() @ written_out(new, scheme, leaves[0], zeros).T
     wanted_x, to_scales, *to_zeros = torch.autograd.grad(plain, [x, *leaves], upstream.double())
     # A share of a scale moves it by as much as it was; planes are outermost.
-    shares = (to_scales * old.scales).unflatten(1, (-1, scheme.scales_per_group)).permute(2, 0, 1)
-    wanted = [wanted_x, shares, *(own.unsqueeze(-1) for own in to_zeros)]
-    for one, other in zip(found, wanted, strict=True):
+    probs = (to_scales * old.scales).unflatten(1, (-1, scheme.scales_per_group)).permute(2, 0, 1)
+    target = [wanted_x, probs, *(own.unsqueeze(-1) for own in to_zeros)]
+    for one, other in zip(found, target, strict=True):
         bound = 1e-5 * float(other.abs().amax())
         torch.testing.assert_close(one.double(), other.double(), rtol=1e-4, atol=bound)
 
@@ -86,7 +86,7 @@ def test_gradients_are_finite_differences(name: str) -> None:
 
     # The matrix is linear in each: a difference is exact however large its step.
     for parameter, gradient in zip(matrix.parameters(), found, strict=True):
-        wanted = torch.empty_like(gradient).flatten()
+        target = torch.empty_like(gradient).flatten()
         for i in range(parameter.numel()):
             sums = []
             for step in (0.25, -0.25):
@@ -94,11 +94,11 @@ def test_gradients_are_finite_differences(name: str) -> None:
                     parameter.view(-1)[i] += step
                     sums.append(float((matrix.dense().double() * upstream).sum()))
                     parameter.view(-1)[i] -= step
-            wanted[i] = (sums[0] - sums[1]) / 0.5
-        torch.testing.assert_close(gradient.flatten(), wanted, rtol=1e-3, atol=1e-4)
+            target[i] = (sums[0] - sums[1]) / 0.5
+        torch.testing.assert_close(gradient.flatten(), target, rtol=1e-3, atol=1e-4)
 
 
-def turned(matrix: LearnedRange, found: list[Tensor]) -> list[Tensor]:
+def rotated(matrix: LearnedRange, found: list[Tensor]) -> list[Tensor]:
     return [*found[:-1], -found[-1]]
 
 
@@ -118,7 +118,7 @@ def in_another_row(matrix: LearnedRange, found: list[Tensor]) -> list[Tensor]:
     return [*found[:-1], found[-1].roll(1, 0)]
 
 
-@pytest.mark.parametrize("fault", [turned, without_scale, of_the_old_scale, without_zero, in_another_row])
+@pytest.mark.parametrize("fault", [rotated, without_scale, of_the_old_scale, without_zero, in_another_row])
 def test_planted_faults_of_gradients_are_found(
     fault: Callable[[LearnedRange, list[Tensor]], list[Tensor]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,33 +162,33 @@ def test_each_range_moves_by_itself() -> None:
     assert torch.equal(matrix.dense(), after.dequantize())
     upstream = drawn(ROWS, COLUMNS, seed=3)
     parts = upstream.split([part.columns for part in before.ranges], 1)
-    wanted = [LearnedMatrix(PackedTensor((part,)), BOTH).gradients(own)[0]
+    target = [LearnedMatrix(PackedTensor((part,)), BOTH).gradients(own)[0]
               for part, own in zip(before.ranges, parts, strict=True)]  # fmt: skip
     found = matrix.gradients(upstream)
-    assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(found, target, strict=True))
 
 
 def test_a_zero_point_at_zero_is_learned_too() -> None:
     scheme = SCHEMES["real"]
     own = packed(ROWS, COLUMNS, scheme).ranges[0]
-    coded = replace(own.unpack(), zeros=torch.zeros(ROWS, scheme.groups(COLUMNS)))
-    matrix = LearnedMatrix(PackedTensor((PackedRange.pack(coded, scheme),)), ["zero_points"])
+    quantized = replace(own.unpack(), zeros=torch.zeros(ROWS, scheme.groups(COLUMNS)))
+    matrix = LearnedMatrix(PackedTensor((PackedRange.pack(quantized, scheme),)), ["zero_points"])
 
     to_shift = matrix.gradients(drawn(ROWS, COLUMNS))[1]
 
     assert bool((to_shift != 0).all())
     (one,) = matrix.learned("l.")["zero_points"]
     assert one.name == "l.zeros"
-    assert one.unit == pytest.approx(float(coded.codes.float().mean()))
+    assert one.unit == pytest.approx(float(quantized.codes.float().mean()))
 
 
 def test_zero_points_move_by_less_than_the_grid_is_wide_and_stay_finite() -> None:
     scheme = SCHEMES["real"]
     own = packed(ROWS, COLUMNS, scheme).ranges[0]
     zeros = torch.tensor([0.0, 65504, -65504])
-    coded = replace(own.unpack(), zeros=zeros.expand(ROWS, 3))
+    quantized = replace(own.unpack(), zeros=zeros.expand(ROWS, 3))
     for far in (-100.0, 100.0):
-        matrix = LearnedMatrix(PackedTensor((PackedRange.pack(coded, scheme),)), BOTH)
+        matrix = LearnedMatrix(PackedTensor((PackedRange.pack(quantized, scheme),)), BOTH)
         with torch.no_grad():
             for parameter in matrix.parameters():
                 parameter.fill_(far)

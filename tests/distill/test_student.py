@@ -16,7 +16,7 @@ from subnibble.distill.settings import SPACES
 from subnibble.runtime import activations, ops, site_input
 from subnibble.tensor.activation_scheme import ActivationScheme
 from subnibble.tensor.linear import Linear, SiteInput
-from subnibble.tensor.packed import CodedMatrix, PackedRange, PackedTensor, float_scales, stored_scales
+from subnibble.tensor.packed import PackedRange, PackedTensor, QuantizedMatrix, float_scales, stored_scales
 from subnibble.tensor.scheme import Scheme
 
 ROWS, COLUMNS, TOKENS = 6, 40, 7
@@ -55,7 +55,7 @@ def packed_range(rows: int, columns: int, scheme: Scheme, seed: int = 0) -> Pack
         zeros = torch.randint(scheme.levels, (rows, groups), generator=generator).float()
     if scheme.zero_point == "real":
         zeros = (scheme.levels * torch.rand(rows, groups, generator=generator)).half().float()
-    return PackedRange.pack(CodedMatrix(codes, scales, zeros), scheme)
+    return PackedRange.pack(QuantizedMatrix(codes, scales, zeros), scheme)
 
 
 def packed(rows: int, columns: int, scheme: Scheme, seed: int = 0) -> PackedTensor:
@@ -142,19 +142,19 @@ TERMS = {
 def test_it_gives_what_the_running_linear_gives(name: str) -> None:
     x = drawn(2, TOKENS, COLUMNS, seed=9)
 
-    found, wanted = student(TERMS[name])(x), ops.linear(x, TERMS[name])
+    found, target = student(TERMS[name])(x), ops.linear(x, TERMS[name])
 
-    assert found.shape == wanted.shape
-    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-4 * float(wanted.abs().amax()))
+    assert found.shape == target.shape
+    torch.testing.assert_close(found, target, rtol=1e-5, atol=1e-4 * float(target.abs().amax()))
 
 
 @pytest.mark.parametrize("name", TERMS)
 def test_what_was_not_touched_is_stored_as_it_was(name: str) -> None:
     found = student(TERMS[name]).stored()
 
-    wanted = {key: part for key, part in linear_state(TERMS[name]).items() if is_learned(key, part)}
-    assert found.keys() == wanted.keys()
-    assert all(torch.equal(found[key], wanted[key]) and found[key].dtype == wanted[key].dtype for key in wanted)
+    target = {key: part for key, part in linear_state(TERMS[name]).items() if is_learned(key, part)}
+    assert found.keys() == target.keys()
+    assert all(torch.equal(found[key], target[key]) and found[key].dtype == target[key].dtype for key in target)
 
 
 @pytest.mark.parametrize("name", [name for name in TERMS if "mxfp4 on" not in name])
@@ -169,9 +169,9 @@ def test_what_is_learned_runs_as_it_is_stored(name: str) -> None:
     assert all(torch.equal(matrix.dequantize(), part.dense()) for matrix, part in parts)
     assert torch.equal(site_input.enter(x, now.input), linear.entrance(x)[0])
     # float16 keeps three digits; a branch's inner codes may flip by one.
-    wanted, found = ops.linear(x, now), linear(x).detach()
-    assert float((found - wanted).norm() / wanted.norm()) < 5e-3
-    assert float((ops.linear(x, terms) - wanted).norm() / wanted.norm()) > 0.02
+    target, found = ops.linear(x, now), linear(x).detach()
+    assert float((found - target).norm() / target.norm()) < 5e-3
+    assert float((ops.linear(x, terms) - target).norm() / target.norm()) > 0.02
 
 
 @pytest.mark.parametrize("space", ["scales", "zero_points", "column_scales", "clips"])
@@ -201,8 +201,8 @@ def test_gradients_of_column_scales_are_those_of_the_inputs_that_they_multiply(a
 
     to_x, found = torch.autograd.grad(linear(x), [x, columns], drawn(TOKENS, ROWS, seed=5))
 
-    wanted = (x.detach() * to_x).sum(0) / (1 + columns.detach())
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().amax()))
+    target = (x.detach() * to_x).sum(0) / (1 + columns.detach())
+    torch.testing.assert_close(found, target, rtol=1e-4, atol=1e-5 * float(target.abs().amax()))
 
 
 def test_gradients_of_column_scales_are_finite_differences() -> None:
@@ -219,8 +219,8 @@ def test_gradients_of_column_scales_are_finite_differences() -> None:
 
     # The product is linear in them: a difference is exact however large its step.
     steps = torch.eye(COLUMNS) / 2
-    wanted = torch.stack([loss(step) - loss(-step) for step in steps]).float()
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().amax()))
+    target = torch.stack([loss(step) - loss(-step) for step in steps]).float()
+    torch.testing.assert_close(found, target, rtol=1e-4, atol=1e-4 * float(target.abs().amax()))
 
 
 def test_readers_of_one_entrance_store_the_column_scales_that_they_share() -> None:
@@ -323,8 +323,8 @@ def test_a_learned_clip_is_the_one_that_runs() -> None:
     scheme = linear.entrance.scheme
 
     assert scheme == ActivationScheme(3, 16, "none", clip=0.6)
-    wanted = activations.quantize_values(x, scheme) @ terms.weight.main.dequantize().T
-    torch.testing.assert_close(linear(x), wanted, rtol=1e-5, atol=1e-4)
+    target = activations.quantize_values(x, scheme) @ terms.weight.main.dequantize().T
+    torch.testing.assert_close(linear(x), target, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize(("share", "clip"), [(5.0, 1.0), (-3.0, 0.05)])

@@ -39,8 +39,8 @@ def llama() -> Any:
 def packed(reference: Any, paths: tuple[str, ...]) -> Any:
     model = copy.deepcopy(reference)
     for path in paths:
-        coded = grid.coded(model.get_submodule(path).weight.detach(), SCHEME, grid.Clip())
-        weight = PackedTensor((PackedRange.pack(coded, SCHEME),))
+        quantized = grid.quantized(model.get_submodule(path).weight.detach(), SCHEME, grid.Clip())
+        weight = PackedTensor((PackedRange.pack(quantized, SCHEME),))
         model.set_submodule(path, PackedLinear(built(weight, None)))
     return model
 
@@ -94,7 +94,7 @@ def test_layer_error_of_a_linear_that_lost_nothing_is_zero_and_of_zeros_is_one()
     path, zeros = ALL[4], ALL[6]
     model = packed(reference, (path, zeros))
     reference.get_submodule(path).weight.data.copy_(model.get_submodule(path).packed.dequantize())
-    blank = grid.coded(torch.zeros(48, 80), SCHEME, grid.Clip())
+    blank = grid.quantized(torch.zeros(48, 80), SCHEME, grid.Clip())
     model.set_submodule(zeros, PackedLinear(built(PackedTensor((PackedRange.pack(blank, SCHEME),)), None)))
     assert layer_errors(model, reference, windows()) == {path: 0.0, zeros: 1.0}
 

@@ -59,13 +59,13 @@ def oracle(model: nn.Module, ids: Tensor, bos: int | None, reference: nn.Module,
     for window in ids[-1:] if fault == "last window alone" else ids:
         context = window.tolist() if bos is None or fault == "BOS left out" else [bos, *window.tolist()]
         with torch.no_grad():
-            logits, wanted = (m(torch.tensor([context]), use_cache=False).logits[0] for m in (model, reference))
+            logits, target = (m(torch.tensor([context]), use_cache=False).logits[0] for m in (model, reference))
         skipped = len(context) - len(window)
         first = 0 if fault == "first token scored" else 1
         for t in range(first, len(window)):
             token, place = int(window[t]), max(skipped + t - 1, 0)
             place = min(place + {"off by one": 1, "off by one back": -1}.get(fault, 0), len(context) - 1)
-            q, p = (torch.log_softmax(x[place].double(), 0) for x in (logits, wanted))
+            q, p = (torch.log_softmax(x[place].double(), 0) for x in (logits, target))
             if fault == "reversed":
                 p, q = q, p
             loss.append(-torch.log_softmax(logits[place].double(), 0)[token])

@@ -38,7 +38,7 @@ METHODS = {
     "quarot": {"method": "quarot", "group_size": 16, "activation_bits": 8},
     "atom": {"method": "atom", "group_size": 16, "activation_bits": 8, "options": {"outliers": 8}},
     "serq-heads": {"method": "serq", "group_size": 16, "options": {"rank": 16, "permutation": "offline"}},
-    "dualfit": {"method": "dualfit", "group_size": 16},
+    "d2quant-plus": {"method": "d2quant-plus", "group_size": 16},
 }
 
 
@@ -64,11 +64,11 @@ def test_weights_left_alone_behind_a_prompt_give_the_models_own_outputs(
     original, packed = load(folders[name]), load(tmp_path / "out")
     assert attached_cache(packed).prefix.ids == IDS
     whole = torch.cat([torch.tensor([IDS]).expand(2, -1), text()], 1)
-    wanted = logits(original, whole)[:, len(IDS) :]
+    target = logits(original, whole)[:, len(IDS) :]
     found = logits(packed, text())
     # Keys and values are float16.
-    torch.testing.assert_close(found, wanted, rtol=1e-2, atol=1e-2 * float(wanted.abs().max()))
-    assert float((found - logits(original, text())).abs().max()) > 10 * float((found - wanted).abs().max())
+    torch.testing.assert_close(found, target, rtol=1e-2, atol=1e-2 * float(target.abs().max()))
+    assert float((found - logits(original, text())).abs().max()) > 10 * float((found - target).abs().max())
     torch.testing.assert_close(logits(packed, whole)[:, len(IDS) :], found, rtol=1e-4, atol=1e-4)
 
 
@@ -113,10 +113,10 @@ def test_a_coded_cache_reaches_the_loaded_model_and_the_files(
         calibration=str(token_file), system_prompt=PROMPT,
     )  # fmt: skip
     report = quantize(folders["llama"], tmp_path / "out", recipe)
-    wanted = CacheScheme(3, 8, key_rotation="hadamard", clip=0.95)
+    target = CacheScheme(3, 8, key_rotation="hadamard", clip=0.95)
     packed = load(tmp_path / "out")
-    assert attached_cache(packed).scheme == wanted
-    assert report.size["cache_bytes"] == 3 * wanted.token_bytes(2, 16)
+    assert attached_cache(packed).scheme == target
+    assert report.size["cache_bytes"] == 3 * target.token_bytes(2, 16)
     assert measure(open_source(folders["llama"])).cache_bytes == 3 * 2 * 2 * 16 * 2
     with torch.no_grad():
         cache = cache_of(packed(text(), use_cache=True))
@@ -246,12 +246,12 @@ def test_a_prompt_can_be_added_and_replaced_later(folders: dict[str, Path], toke
     save_file({"a": torch.ones(3)}, out / "adapter.safetensors")
     before = json.loads((out / "report.json").read_text())
     packed = load(out)
-    wanted = own_states(packed)
+    target = own_states(packed)
     assert add_prefix(out, PROMPT).ids == IDS
     found = load(out)
     attached = attached_cache(found)
     assert (attached.prefix.ids, attached.scheme) == (IDS, CacheScheme(8))
-    for block, (keys, values) in zip(found.model.layers, wanted, strict=True):
+    for block, (keys, values) in zip(found.model.layers, target, strict=True):
         assert torch.equal(block.self_attn.prefix.keys, keys.half())
         assert torch.equal(block.self_attn.prefix.values, values.half())
     after = json.loads((out / "report.json").read_text())
@@ -365,7 +365,7 @@ def test_a_prefix_keeps_its_type_and_a_plain_model_does_not_save_it(folders: dic
 def test_a_prefix_that_cannot_be_leaves_the_model_as_it_was(folders: dict[str, Path]) -> None:
     model = load(folders["llama"])
     attach_prefix_(model, CacheScheme(4), PrefixIds(IDS))
-    wanted = logits(model, text())
+    target = logits(model, text())
     for ids in ((3,) * 200, (3, 10_000)):
         with pytest.raises(CalibrationError, match=r"longer than the model's 128|token ids run from 3 to 10000"):
             attach_prefix_(model, CacheScheme(3), PrefixIds(ids))
@@ -377,4 +377,4 @@ def test_a_prefix_that_cannot_be_leaves_the_model_as_it_was(folders: dict[str, P
     with torch.no_grad():
         gains /= 1e30
     assert attached_cache(model).scheme == CacheScheme(4)
-    torch.testing.assert_close(logits(model, text()), wanted)
+    torch.testing.assert_close(logits(model, text()), target)

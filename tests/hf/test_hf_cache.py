@@ -74,14 +74,14 @@ def assert_close(a: torch.Tensor, b: torch.Tensor) -> None:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_without_scheme_and_prefix_nothing_changes(name: str) -> None:
     model, tokens = model_of(name), ids(14)
-    wanted = logits(model, tokens)
+    target = logits(model, tokens)
     attach_cache_(model, None)
-    assert_close(logits(model, tokens), wanted)
-    assert_close(in_pieces(model, tokens, (5, 1, 8)), wanted)
+    assert_close(logits(model, tokens), target)
+    assert_close(in_pieces(model, tokens, (5, 1, 8)), target)
     detach_cache_(model)
     assert attached_cache(model) is None
     assert model.config._attn_implementation == "sdpa"
-    assert torch.equal(logits(model, tokens), wanted)
+    assert torch.equal(logits(model, tokens), target)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -90,11 +90,11 @@ def test_at_once_and_token_by_token_are_the_same(name: str, scheme: str) -> None
     model, tokens = model_of(name), ids(17)
     plain = logits(model, tokens)
     attach_cache_(model, SCHEMES[scheme])
-    wanted = logits(model, tokens)
-    assert_close(in_pieces(model, tokens, (1,) * 17), wanted)
-    assert_close(in_pieces(model, tokens, (7, 4, 1, 5)), wanted)
+    target = logits(model, tokens)
+    assert_close(in_pieces(model, tokens, (1,) * 17), target)
+    assert_close(in_pieces(model, tokens, (7, 4, 1, 5)), target)
     # It is coded at all.
-    assert float((wanted - plain).abs().max()) > 1e-3
+    assert float((target - plain).abs().max()) > 1e-3
 
 
 def test_keys_coded_before_positions_are_those_of_an_attention_that_codes_them_there() -> None:
@@ -105,13 +105,13 @@ def test_keys_coded_before_positions_are_those_of_an_attention_that_codes_them_t
     twin = copy.deepcopy(model)
     bounds = scheme.bounds(16)
 
-    def coded(module, args, output):
+    def quantized(module, args, output):
         heads = output.unflatten(-1, (-1, 16))
         return dequantize_rows(quantize_rows(heads, scheme.bits, bounds), scheme.bits, bounds, output.dtype).flatten(-2)
 
     for block in twin.model.layers:
-        block.self_attn.k_proj.register_forward_hook(coded)
-        block.self_attn.v_proj.register_forward_hook(coded)
+        block.self_attn.k_proj.register_forward_hook(quantized)
+        block.self_attn.v_proj.register_forward_hook(quantized)
     attach_cache_(model, scheme)
     # Positions are taken off in float32.
     torch.testing.assert_close(logits(model, tokens), logits(twin, tokens), rtol=1e-4, atol=1e-4)
@@ -134,15 +134,15 @@ def test_a_prefix_is_what_the_model_makes_of_it_in_front(name: str, scheme: str 
     whole = torch.cat([prefix.expand(2, -1), text], 1)
     own = with_prefix(model, prefix, None if scheme is None else SCHEMES[scheme])
     if scheme is None:
-        wanted = logits(model, whole)[:, PREFIX:]
-        assert_close(logits(own, text), wanted)
+        target = logits(model, whole)[:, PREFIX:]
+        assert_close(logits(own, text), target)
         # The test can fail: without the prefix's positions it is something else.
         attach_cache_(own, None)
-        assert float((logits(own, text) - wanted).abs().max()) > 1e-2
+        assert float((logits(own, text) - target).abs().max()) > 1e-2
         return
-    wanted = logits(own, text)
-    assert_close(in_pieces(own, text, (1,) * 14), wanted)
-    assert_close(logits(own, whole)[:, PREFIX:], wanted)
+    target = logits(own, text)
+    assert_close(in_pieces(own, text, (1,) * 14), target)
+    assert_close(logits(own, whole)[:, PREFIX:], target)
 
 
 def padded_batch(name: str, scheme: CacheScheme | None, prefixed: bool):
@@ -272,10 +272,10 @@ def test_no_dense_copy_stays_behind() -> None:
 def test_a_cache_that_the_model_returned_goes_on_and_another_does_not() -> None:
     model, tokens = model_of("llama"), ids(9)
     attach_cache_(model, CacheScheme(4))
-    wanted = logits(model, tokens)
+    target = logits(model, tokens)
     with torch.no_grad():
         past = cache_of(model(tokens[:, :5], use_cache=True))
-    assert_close(logits(model, tokens[:, 5:], **passing(model, past)), wanted[:, 5:])
+    assert_close(logits(model, tokens[:, 5:], **passing(model, past)), target[:, 5:])
     used = DynamicCache()
     used.update(torch.zeros(2, 2, 3, 16), torch.zeros(2, 2, 3, 16), 0)
     static = StaticCache(config=model.config, max_cache_len=16)
@@ -294,21 +294,21 @@ def test_a_cache_resets_selects_repeats_and_crops() -> None:
     model, tokens = model_of("llama"), ids(9)
     for scheme in (CacheScheme(4), CacheScheme(3, rope="before")):
         attach_cache_(model, scheme)
-        wanted = logits(model, tokens)
+        target = logits(model, tokens)
         with torch.no_grad():
             past = cache_of(model(tokens, use_cache=True))
         past.crop(-4)
-        assert_close(logits(model, tokens[:, 5:], **passing(model, past)), wanted[:, 5:])
+        assert_close(logits(model, tokens[:, 5:], **passing(model, past)), target[:, 5:])
         past.crop(-4)
         past.batch_select_indices(torch.tensor([1]))
         past.batch_repeat_interleave(2)
         both = logits(model, tokens[1:, 5:].expand(2, -1), **passing(model, past))
-        assert_close(both, wanted[1:, 5:].expand(2, -1, -1))
+        assert_close(both, target[1:, 5:].expand(2, -1, -1))
         past.reset()
         assert past.get_seq_length() == 0
-        assert_close(logits(model, tokens, **passing(model, past)), wanted)
+        assert_close(logits(model, tokens, **passing(model, past)), target)
         past.reset()
-        assert_close(logits(model, tokens[:1], **passing(model, past)), wanted[:1])
+        assert_close(logits(model, tokens[:1], **passing(model, past)), target[:1])
 
 
 def test_a_cache_is_refused_by_a_model_that_is_not_attached() -> None:
@@ -327,21 +327,21 @@ def test_a_deep_copy_has_a_cache_of_its_own_and_can_be_detached() -> None:
     model, tokens = model_of("llama"), ids(9)
     plain = logits(model, tokens)
     attach_cache_(model, CacheScheme(2))
-    wanted = logits(model, tokens)
+    target = logits(model, tokens)
     twin = copy.deepcopy(model)
-    assert_close(logits(twin, tokens), wanted)
+    assert_close(logits(twin, tokens), target)
     detach_cache_(twin)
     assert_close(logits(twin, tokens), plain)
-    assert_close(logits(model, tokens), wanted)
+    assert_close(logits(model, tokens), target)
 
 
 def test_inputs_may_be_embeddings_or_positional() -> None:
     model, tokens = model_of("llama"), ids(9)
     attach_cache_(model, CacheScheme(4))
-    wanted = logits(model, tokens)
-    assert_close(logits(model, None, inputs_embeds=model.model.embed_tokens(tokens)), wanted)
+    target = logits(model, tokens)
+    assert_close(logits(model, None, inputs_embeds=model.model.embed_tokens(tokens)), target)
     with torch.no_grad():
-        assert_close(model.lm_head(model.model(tokens).last_hidden_state), wanted)
+        assert_close(model.lm_head(model.model(tokens).last_hidden_state), target)
         mask = torch.ones_like(tokens)
         mask[0, :3] = 0
         padded = model.model(input_ids=tokens, attention_mask=mask).last_hidden_state
@@ -380,13 +380,13 @@ def test_looked_up_tokens_change_no_text_or_are_refused(scheme: str, name: str) 
     model, tokens = model_of(name), ids(12, batch=1).repeat(1, 2)
     attach_cache_(model, SCHEMES[scheme])
     settings = {"attention_mask": torch.ones_like(tokens), "max_new_tokens": 12, "do_sample": False}
-    wanted = model.generate(tokens, **settings)
+    target = model.generate(tokens, **settings)
     if SCHEMES[scheme].window:
         # Newer releases of transformers ask beforehand whether tokens can be taken back.
         with pytest.raises(ValueError, match=r"cannot be uncoded|can be cropped"):
             model.generate(tokens, prompt_lookup_num_tokens=3, **settings)
         return
-    assert torch.equal(model.generate(tokens, prompt_lookup_num_tokens=3, **settings), wanted)
+    assert torch.equal(model.generate(tokens, prompt_lookup_num_tokens=3, **settings), target)
 
 
 def test_another_attention_is_refused_while_a_cache_is_attached() -> None:
@@ -431,12 +431,12 @@ def test_a_coded_cache_runs_under_autocast(scheme: str | None, prefixed: bool) -
         model = with_prefix(model, ids(PREFIX, 1, seed=3)[0], chosen)
     else:
         attach_cache_(model, chosen)
-    wanted = logits(model, tokens)
+    target = logits(model, tokens)
     with torch.autocast("cpu", torch.bfloat16):
         found = logits(model, tokens).float()
         in_two = in_pieces(model, tokens, (7, 5)).float()
     for other in (found, in_two):
-        assert float((other - wanted).norm() / wanted.norm()) < 0.05
+        assert float((other - target).norm() / target.norm()) < 0.05
 
 
 def test_a_crop_that_some_of_a_cache_cannot_make_takes_nothing() -> None:
@@ -480,6 +480,6 @@ def test_a_text_behind_a_prefix_comes_in_one_piece() -> None:
 def test_torch_compile_takes_a_model_on_a_coded_cache() -> None:
     model, tokens = model_of("llama"), ids(9)
     attach_cache_(model, CacheScheme(4))
-    wanted = logits(model, tokens, use_cache=False)
+    target = logits(model, tokens, use_cache=False)
     torch._dynamo.reset()
-    assert_close(logits(torch.compile(model, backend="eager"), tokens, use_cache=False), wanted)
+    assert_close(logits(torch.compile(model, backend="eager"), tokens, use_cache=False), target)

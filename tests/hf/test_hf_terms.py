@@ -21,7 +21,7 @@ from subnibble.checkpoint.opening import open_source
 from subnibble.checkpoint.size import measure
 from subnibble.errors import CheckpointError
 from subnibble.hf import packed_modules
-from subnibble.rounding.grid import Clip, coded
+from subnibble.rounding.grid import Clip, quantized
 from subnibble.runtime.modules import PackedLinear
 from subnibble.tensor.activation_scheme import ActivationScheme
 from subnibble.tensor.linear import Linear
@@ -154,7 +154,7 @@ WHOLE_NAMES = {
 
 def rounded(rows: int, columns: int, scheme: Scheme, seed: int) -> PackedTensor:
     weight = 0.1 * torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
-    return PackedTensor((PackedRange.pack(coded(weight, scheme, Clip("minmax")), scheme),))
+    return PackedTensor((PackedRange.pack(quantized(weight, scheme, Clip("minmax")), scheme),))
 
 
 def every_term(bias: torch.Tensor) -> Linear:

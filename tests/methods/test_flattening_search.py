@@ -24,7 +24,7 @@ from subnibble.transforms.flatten import Loss, SearchedFlatten
 
 ROWS, COLUMNS = 20, 72
 NAME, INPUTS = "w", ActivationScheme(4, 16)
-SCHEMES = {"serq": Scheme(4, 16, "none"), "twinfit": Scheme(4, 16, "integer")}
+SCHEMES = {"serq": Scheme(4, 16, "none"), "serq-plus": Scheme(4, 16, "integer")}
 
 
 def weight() -> Tensor:
@@ -68,9 +68,9 @@ def test_the_loss_is_that_of_the_packed_linear(weighting: str, clip: str, rank: 
 @pytest.mark.parametrize("rank", [8, 16])
 def test_a_remainder_that_runs_again_is_nearly_that_of_the_packed_linear(rank: int) -> None:
     """It counts as if it met both weights, of which it meets the coarse one."""
-    found = loss_of("twinfit", {"rank": rank})(NAME, weight(), tokens())
-    assert found == pytest.approx(runs_with("twinfit", {"rank": rank}), rel=0.1)
-    assert found < 0.8 * loss_of("twinfit", {"rank": rank, "residual": "none"})(NAME, weight(), tokens())
+    found = loss_of("serq-plus", {"rank": rank})(NAME, weight(), tokens())
+    assert found == pytest.approx(runs_with("serq-plus", {"rank": rank}), rel=0.1)
+    assert found < 0.8 * loss_of("serq-plus", {"rank": rank, "residual": "none"})(NAME, weight(), tokens())
 
 
 def test_the_cases_differ() -> None:

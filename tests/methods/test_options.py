@@ -100,7 +100,7 @@ COMPOSED: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
     "gptq": (gptq(SEARCHED), {}, {}),
     "gptaq": (gptq(SEARCHED, "released"), {}, {}),
     "d2quant": (D2, D2_DOWN, {"rotation": "groups", "mean_shift": "published"}),
-    "dualfit": (gptq(DualScale(SEARCHED, 10), "shifted", 0.5, "hessian"), {}, {"rotation": "groups"}),
+    "d2quant-plus": (gptq(DualScale(SEARCHED, 10), "shifted", 0.5, "hessian"), {}, {"rotation": "groups"}),
     "smoothquant": (RTN(SEARCHED, "hessian"), {}, {"transforms": (NormFlatten(0.5, 0.5),)}),
     "l2qer": (RTN(SEARCHED), {}, {"correction": LowRank(64, "l2qer", 8)}),
     "qera": (RTN(SEARCHED), {}, {"correction": LowRank(64, "qera", 8)}),
@@ -118,7 +118,7 @@ COMPOSED: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
             "correction": SalientColumns(128, MINMAX, "none"),
         },
     ),
-    "twinfit": (
+    "serq-plus": (
         natural(SEARCHED),
         {},
         {
@@ -153,11 +153,11 @@ def test_grids_that_methods_prefer(bits: int) -> None:
     assert dict(wishes["d2quant"]("mlp_hidden", bits)) == signs
     assert dict(wishes["d2quant"]("attention_in", bits)) == {}
     for site in ("mlp_hidden", "attention_in"):
-        assert dict(wishes["dualfit"](site, bits)) == {"zero_point": "real"}
+        assert dict(wishes["d2quant-plus"](site, bits)) == {"zero_point": "real"}
         for name in ("rtn", "awq", "gptq", "gptaq", "smoothquant", "l2qer", "qera", "quarot"):
             assert dict(wishes[name](site, bits)) == {}, name
         assert dict(wishes["serq"](site, bits)) == dict(wishes["atom"](site, bits)) == {"zero_point": "none"}
-        assert dict(wishes["twinfit"](site, bits)) == {"zero_point": "integer"}
+        assert dict(wishes["serq-plus"](site, bits)) == {"zero_point": "integer"}
 
 
 @pytest.mark.parametrize("parts", [
@@ -185,8 +185,10 @@ def test_salient_columns_need_an_order() -> None:
 
 # What of each method's steps does not go with tuning; nothing of the others.
 UNTUNED = {
-    **dict.fromkeys(("awq", "smoothquant", "serq", "twinfit", "d2quant", "d2quant-uniform"), "transforms|a mean shift"),
-    **dict.fromkeys(("gptaq", "dualfit"), "a rounder without drift"),
+    **dict.fromkeys(
+        ("awq", "smoothquant", "serq", "serq-plus", "d2quant", "d2quant-uniform"), "transforms|a mean shift"
+    ),
+    **dict.fromkeys(("gptaq", "d2quant-plus"), "a rounder without drift"),
     **dict.fromkeys(("l2qer", "qera"), "low-rank factors of the rounding error"),
 }
 

@@ -50,7 +50,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], type[SubnibbleError], str]] = {
     ),
     "groups that no Hadamard matrix fits": ("llama", {"method": "d2quant", "group_size": 13}, BadRecipe, "rotation"),
     "a grid that a rounder has not": (
-        "llama", {"method": "dualfit", "bits": 4, "grid": "mxfp4", "group_size": 32}, BadRecipe, "need a uniform"
+        "llama", {"method": "d2quant-plus", "bits": 4, "grid": "mxfp4", "group_size": 32}, BadRecipe, "need a uniform"
     ),
     "a grid that is not learned": (
         "llama", {"method": "omniquant", "bits": 2, "grid": "sign"}, BadRecipe, "tuning needs a uniform grid"

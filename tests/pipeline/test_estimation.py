@@ -27,8 +27,8 @@ def recipe(token_file: Path) -> Recipe:
 COUNTED: dict[str, dict[str, Any]] = {
     "norm biases": {"method": "d2quant"},
     "norm biases of some blocks": {"method": "d2quant", "overrides": {r"re:model\.layers\.1\.": {"skip": True}}},
-    "column scales of output projections": {"method": "dualfit"},
-    "column scales of a reader left alone": {"method": "dualfit", "overrides": {"re:.*up_proj": {"skip": True}}},
+    "column scales of output projections": {"method": "d2quant-plus"},
+    "column scales of a reader left alone": {"method": "d2quant-plus", "overrides": {"re:.*up_proj": {"skip": True}}},
     "gathers": {"method": "serq", "options": {"rank": 16}},
     "none": {"method": "serq", "options": {"rank": 16, "permutation": "offline"}},
     "gathers where a reader was left alone": {
@@ -39,7 +39,7 @@ COUNTED: dict[str, dict[str, Any]] = {
     "no order": {"method": "serq", "options": {"rank": 0, "saliency": "none"}},
     "outliers": {"method": "atom", "options": {"outliers": 16}},
     "factors": {"method": "qera", "options": {"rank": 8}},
-    "remainders that run again": {"method": "twinfit", "options": {"rank": 16}},
+    "remainders that run again": {"method": "serq-plus", "options": {"rank": 16}},
     "inputs of some linears": {"method": "rtn", "overrides": {"re:.*mlp": {"activation_bits": 8}}},
     "online transforms": {"method": "quarot", "options": {"rotation": "groups"}},
 }

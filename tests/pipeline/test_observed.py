@@ -122,14 +122,14 @@ def test_rounders_are_told_of_stored_inputs_and_their_drift(
     steps = Steps(listener, mean_shift=corrected)
     stored, windows = listened(steps, folders[name], token_file, tmp_path / "out", monkeypatch, embedding_bits=8)
     original = AutoModelForCausalLM.from_pretrained(folders[name], dtype=torch.float32)
-    now, wanted = inputs(stored, windows), inputs(original, windows)
+    now, target = inputs(stored, windows), inputs(original, windows)
     misled = on_stored_states(original, stored, windows)
     for path, x in now.items():
         gram, drift = listener.of(path)
-        difference = wanted[path] - x
+        difference = target[path] - x
         assert close(gram, x, x), path
         assert close(drift, difference, x), path
-        assert not close(gram, wanted[path], wanted[path]), path
+        assert not close(gram, target[path], target[path]), path
         if corrected != "none" and path.endswith("up_proj"):
             # The fault of gathering statistics before the norm in front was corrected.
             bias = stored.get_submodule(path.replace("mlp.up_proj", "post_attention_layernorm")).bias.double()

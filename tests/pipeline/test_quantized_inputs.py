@@ -44,8 +44,8 @@ def logits(model: torch.nn.Module) -> Tensor:
 
 
 def departure(model: torch.nn.Module, folder: Path) -> float:
-    wanted = logits(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
-    return float((logits(model) - wanted).norm() / wanted.norm())
+    target = logits(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+    return float((logits(model) - target).norm() / target.norm())
 
 
 STAGES: dict[str, dict[str, Any]] = {
@@ -172,11 +172,11 @@ def test_wider_inputs_come_closer_to_those_that_are_not_quantized(
 @pytest.mark.parametrize(("values", "message"), [
     ({"method": "serq", "options": {"rank": 200}}, "rank 200 is larger than the 48 inputs"),
     ({"method": "serq", "options": {"rotation": "groups"}}, "has no option 'rotation'"),
-    ({"method": "twinfit", "options": {"order": "gar"}}, "has no option 'order'"),
+    ({"method": "serq-plus", "options": {"order": "gar"}}, "has no option 'order'"),
     ({"method": "serq", "options": {"flattening": "flat"}}, "choose one of none, powers, search"),
     ({"method": "rtn", "activation_bits": 5}, "activation bits are 5; choose one of 3, 4, 8"),
     ({"method": "rtn", "grid": "mxfp4"}, "an mxfp4 grid has 4 bits, groups of 32"),
-    ({"method": "dualfit", "grid": "mxfp4", "group_size": 32}, "q_proj: column scales and refitted rows need"),
+    ({"method": "d2quant-plus", "grid": "mxfp4", "group_size": 32}, "q_proj: column scales and refitted rows need"),
     ({"method": "serq", "options": {"rank": 0, "residual": "salient"}}, "rank is 0 and residual"),
 ])  # fmt: skip
 def test_what_does_not_fit_is_refused_before_anything_is_written(
@@ -310,6 +310,6 @@ def test_calibration_sees_keys_and_values_as_the_cache_quantizes_them(
     )
     with torch.no_grad():
         model(torch.from_numpy(np.load(token_file)).long().view(-1, 32))
-    wanted = seen[0].double().T @ seen[0].double()
-    error = float((grams[0].double() - wanted).norm() / wanted.norm())
+    target = seen[0].double().T @ seen[0].double()
+    error = float((grams[0].double() - target).norm() / target.norm())
     assert error < 1e-4 if inputs == "quantized" else error > 1e-2

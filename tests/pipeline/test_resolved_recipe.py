@@ -9,7 +9,7 @@ import torch
 
 from subnibble import Recipe
 from subnibble.methods.rtn import Options
-from subnibble.pipeline.resolved_recipe import filled_in
+from subnibble.pipeline.resolved_recipe import resolved_recipe
 
 
 @pytest.mark.parametrize("calibration", ["news", "c4", "wikitext2"])
@@ -20,7 +20,9 @@ def test_words_are_no_files_even_if_there_are_files_of_their_names(
     monkeypatch.chdir(tmp_path)
     for name in (calibration, prompt, "mine"):
         Path(name).write_text("text")
-    kept = filled_in(Recipe(calibration=calibration, system_prompt=prompt), Options(), torch.device("cpu"), torch.half)
+    kept = resolved_recipe(
+        Recipe(calibration=calibration, system_prompt=prompt), Options(), torch.device("cpu"), torch.half
+    )
     assert (kept.calibration, kept.system_prompt) == (calibration, prompt)
-    kept = filled_in(Recipe(calibration="mine", system_prompt="mine"), Options(), torch.device("cpu"), torch.half)
+    kept = resolved_recipe(Recipe(calibration="mine", system_prompt="mine"), Options(), torch.device("cpu"), torch.half)
     assert kept.calibration == kept.system_prompt == str(tmp_path / "mine")

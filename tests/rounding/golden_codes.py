@@ -122,18 +122,18 @@ def disturbed(given: Inputs, salt: int) -> Inputs:
 def codes_of(case: Case, given: Inputs) -> dict[str, Any]:
     """What a rounder makes, as the file has it: a row of codes as hexadecimal digits, two a code at 8 bits."""
     weight = given.weight if isinstance(case.rounder, GPTQ) else given.weight.float()
-    coded = case.rounder(weight, given.gram, case.scheme, "a linear", given.drift).coded
+    quantized = case.rounder(weight, given.gram, case.scheme, "a linear", given.drift).quantized
     digits = 2 if case.scheme.bits == 8 else 1
     found: dict[str, Any] = {
-        "codes": ["".join(f"{code:0{digits}x}" for code in row) for row in coded.codes.tolist()],
-        "scales": coded.scales.tolist(),
+        "codes": ["".join(f"{code:0{digits}x}" for code in row) for row in quantized.codes.tolist()],
+        "scales": quantized.scales.tolist(),
     }
-    if coded.zeros is not None:
+    if quantized.zeros is not None:
         # -0 and 0 are one.
-        found["zeros"] = (coded.zeros + 0.0).tolist()
-    if coded.columns is not None:
+        found["zeros"] = (quantized.zeros + 0.0).tolist()
+    if quantized.columns is not None:
         # Of what absorbs them, or as they are stored.
-        found["columns"] = coded.columns.half().tolist()
+        found["columns"] = quantized.columns.half().tolist()
     return found
 
 

@@ -10,7 +10,7 @@ from subnibble.rounding import grid
 from subnibble.rounding.gptaq import Asymmetry
 from subnibble.rounding.gptq import GPTQ
 from subnibble.rounding.order import ORDERS
-from subnibble.tensor.packed import CodedMatrix, PackedRange
+from subnibble.tensor.packed import PackedRange, QuantizedMatrix
 from subnibble.tensor.scheme import Scheme
 
 K = 53
@@ -66,11 +66,11 @@ def statistics(x: Tensor, full: Tensor) -> tuple[Tensor, Tensor]:
     return x.T @ x, (full - x).T @ x
 
 
-def dense(coded: CodedMatrix, scheme: Scheme) -> Tensor:
-    return PackedRange.pack(coded, scheme).dequantize().double()
+def dense(quantized: QuantizedMatrix, scheme: Scheme) -> Tensor:
+    return PackedRange.pack(quantized, scheme).dequantize().double()
 
 
-def same(a: CodedMatrix, b: CodedMatrix) -> bool:
+def same(a: QuantizedMatrix, b: QuantizedMatrix) -> bool:
     zeros = a.zeros is b.zeros if a.zeros is None or b.zeros is None else torch.equal(a.zeros, b.zeros)
     return torch.equal(a.codes, b.codes) and torch.equal(a.scales, b.scales) and zeros
 

@@ -13,7 +13,7 @@ from subnibble.rounding import grid
 from subnibble.rounding.dual_scale import DualScale
 from subnibble.rounding.gptq import GPTQ
 from subnibble.rounding.order import ORDERS, ColumnPlan, plan_columns
-from subnibble.tensor.packed import CodedMatrix, PackedRange
+from subnibble.tensor.packed import PackedRange, QuantizedMatrix
 from subnibble.tensor.scheme import Scheme
 
 every_order = pytest.mark.parametrize("order", ORDERS)
@@ -28,9 +28,9 @@ def inputs(tokens: int = 300, columns: int = 45, seed: int = 1) -> Tensor:
     return x.double()
 
 
-def dense(coded: CodedMatrix, scheme: Scheme) -> Tensor:
-    assert coded.columns is not None
-    return PackedRange.pack(coded, scheme).dequantize() * coded.columns
+def dense(quantized: QuantizedMatrix, scheme: Scheme) -> Tensor:
+    assert quantized.columns is not None
+    return PackedRange.pack(quantized, scheme).dequantize() * quantized.columns
 
 
 def fit_groups(
@@ -52,12 +52,12 @@ def fit_groups(
     return codes, c, values if fault == "none" else values / fit_groups(w, plan, scheme, h)[1] * c
 
 
-def matches(coded: CodedMatrix, scheme: Scheme, expected: tuple[Tensor, Tensor, Tensor]) -> tuple[bool, bool]:
+def matches(quantized: QuantizedMatrix, scheme: Scheme, expected: tuple[Tensor, Tensor, Tensor]) -> tuple[bool, bool]:
     """Whether codes and column scales agree exactly, and whether the weights do."""
     codes, c, values = expected
-    assert coded.columns is not None
-    exact = torch.equal(coded.codes.float(), codes) and torch.equal(coded.columns, c)
-    return exact, torch.equal(dense(coded, scheme), values)
+    assert quantized.columns is not None
+    exact = torch.equal(quantized.codes.float(), codes) and torch.equal(quantized.columns, c)
+    return exact, torch.equal(dense(quantized, scheme), values)
 
 
 @every_kind
@@ -73,13 +73,13 @@ def test_gptq_on_a_diagonal_gram_rounds_to_nearest_on_the_dual_grid(
     diagonal = column_weights(45, seed=6)
     scheme = scheme_of(kind, 2, group_size, "float16")
     plan = plan_columns(order, diagonal, scheme)
-    coded = GPTQ(DualScale(), order=order, weighting=weighting)(w, torch.diag(diagonal), scheme, "w").coded
-    assert coded.columns is not None
-    assert coded.columns.shape == (45,)
+    quantized = GPTQ(DualScale(), order=order, weighting=weighting)(w, torch.diag(diagonal), scheme, "w").quantized
+    assert quantized.columns is not None
+    assert quantized.columns.shape == (45,)
     for start, stop in scheme.group_bounds(45):
-        assert float(coded.columns[start:stop].log().mean()) == pytest.approx(0, abs=1e-5)
+        assert float(quantized.columns[start:stop].log().mean()) == pytest.approx(0, abs=1e-5)
     h = diagonal if weighting == "hessian" else None
-    assert matches(coded, scheme, fit_groups(w, plan, scheme, h)) == (True, True)
+    assert matches(quantized, scheme, fit_groups(w, plan, scheme, h)) == (True, True)
 
 
 @every_kind
@@ -88,8 +88,8 @@ def test_diagonal_gram_oracle_rejects_column_scales_left_in_gar_order(kind: str,
     w, diagonal = awkward(12), column_weights(45, seed=6)
     scheme = scheme_of(kind, 2, 16)
     plan = plan_columns("gar", diagonal, scheme)
-    coded = GPTQ(DualScale(), order="gar")(w, torch.diag(diagonal), scheme, "w").coded
-    assert matches(coded, scheme, fit_groups(w, plan, scheme, None, fault)) == (False, False)
+    quantized = GPTQ(DualScale(), order="gar")(w, torch.diag(diagonal), scheme, "w").quantized
+    assert matches(quantized, scheme, fit_groups(w, plan, scheme, None, fault)) == (False, False)
 
 
 def columnwise(w: Tensor, gram: Tensor, plan: ColumnPlan, scheme: Scheme, fault: str = "none") -> tuple[Tensor, Tensor]:
@@ -123,15 +123,15 @@ def test_column_loop_equals_explicit_inverses_on_the_dual_grid_and_rejects_plant
     for kind, order, group_size in (("sign", "gar", 16), ("integer", "gar", 16), ("real", "natural", 7)):
         scheme = scheme_of(kind, 3, group_size)
         plan = plan_columns(order, gram.diagonal(), scheme)
-        coded = GPTQ(DualScale(), order=order, block=5)(w, gram, scheme, "w").coded
-        assert coded.columns is not None
+        quantized = GPTQ(DualScale(), order=order, block=5)(w, gram, scheme, "w").quantized
+        assert quantized.columns is not None
         expected = columnwise(w, gram, plan, scheme)
-        assert torch.equal(coded.codes.double(), expected[0])
-        torch.testing.assert_close(coded.columns, expected[1], rtol=1e-4, atol=0)
+        assert torch.equal(quantized.codes.double(), expected[0])
+        torch.testing.assert_close(quantized.columns, expected[1], rtol=1e-4, atol=0)
         if order == "gar":
             faults = ("grid of the original weights", "index in the block", "index in the sorted group")
             for fault in (*faults, "error in units of c"):
-                assert not torch.equal(coded.codes.double(), columnwise(w, gram, plan, scheme, fault)[0]), fault
+                assert not torch.equal(quantized.codes.double(), columnwise(w, gram, plan, scheme, fault)[0]), fault
 
 
 @every_kind
@@ -140,10 +140,10 @@ def test_blocks_do_not_matter_to_the_dual_grid(kind: str, order: str, group_size
     w, gram = awkward(12).double(), inputs().T @ inputs()
     scheme = scheme_of(kind, 2, group_size)
     run = partial(GPTQ, DualScale(), order=order, weighting="hessian")
-    single = run(block=1)(w, gram, scheme, "w").coded
+    single = run(block=1)(w, gram, scheme, "w").quantized
     assert single.columns is not None
     for block in (5, 128):
-        found = run(block=block)(w, gram, scheme, "w").coded
+        found = run(block=block)(w, gram, scheme, "w").quantized
         assert found.columns is not None
         assert torch.equal(found.codes, single.codes)
         torch.testing.assert_close(found.columns, single.columns, rtol=1e-5, atol=0)
@@ -155,7 +155,7 @@ def test_column_scales_lower_the_output_error_of_gptq_where_columns_differ(kind:
     x = inputs(columns=96, seed=10)
     w, gram = normal(64, 96) * spread(96, sigma=0.6), (x.T @ x).float()
     scheme = scheme_of(kind, 2, 32, "float16")
-    plain, dual = (GPTQ(fitter, order=order)(w, gram, scheme, "w").coded for fitter in (grid.Clip(), DualScale()))
+    plain, dual = (GPTQ(fitter, order=order)(w, gram, scheme, "w").quantized for fitter in (grid.Clip(), DualScale()))
     errors = []
     for delta in (w - PackedRange.pack(plain, scheme).dequantize(), w - dense(dual, scheme)):
         errors.append(float(((delta @ gram) * delta).sum()))

@@ -52,11 +52,11 @@ def test_alpha_zero_and_zero_drift_are_gptq(form: str, scheme: Scheme, order: st
     x = inputs()
     gram, drift = (matrix.to(dtype) for matrix in statistics(x, drifted(x)))
     w = weights().float()
-    plain = GPTQ(MINMAX, DAMPING, order, 16)(w, gram, scheme, "w").coded
+    plain = GPTQ(MINMAX, DAMPING, order, 16)(w, gram, scheme, "w").quantized
     run = partial(pushed, form, order=order, block=16)
-    assert same(run(0.0)(w, gram, scheme, "w", drift).coded, plain)
-    assert same(run(1.0)(w, gram, scheme, "w", torch.zeros_like(drift)).coded, plain)
-    assert not same(run(1.0)(w, gram, scheme, "w", drift).coded, plain)
+    assert same(run(0.0)(w, gram, scheme, "w", drift).quantized, plain)
+    assert same(run(1.0)(w, gram, scheme, "w", torch.zeros_like(drift)).quantized, plain)
+    assert not same(run(1.0)(w, gram, scheme, "w", drift).quantized, plain)
 
 
 @every_order
@@ -67,8 +67,8 @@ def test_without_a_form_drift_is_not_read(order: str) -> None:
     assert not plain.needs_drift
     assert not ignored.needs_drift
     scheme = Scheme(3, 16)
-    expected = plain(weights(), gram, scheme, "w").coded
-    assert same(ignored(weights(), gram, scheme, "w", drift * torch.nan).coded, expected)
+    expected = plain(weights(), gram, scheme, "w").quantized
+    assert same(ignored(weights(), gram, scheme, "w", drift * torch.nan).quantized, expected)
 
 
 # The equations.
@@ -162,9 +162,9 @@ def test_shifted_form_equals_gptq_of_the_weights_seen_through_a_linear_map(order
     x, a = inputs(), linear_map()
     gram, drift = statistics(x, x @ a.T)
     tiny = 1e-9
-    found = GPTQ(MSE, tiny, order, asymmetry=Asymmetry("shifted", 1.0))(weights(), gram, scheme, "w", drift).coded
-    assert torch.equal(found.codes, GPTQ(MSE, tiny, order)(weights() @ a, gram, scheme, "w").coded.codes)
-    assert not torch.equal(found.codes, GPTQ(MSE, tiny, order)(weights() @ a.T, gram, scheme, "w").coded.codes)
+    found = GPTQ(MSE, tiny, order, asymmetry=Asymmetry("shifted", 1.0))(weights(), gram, scheme, "w", drift).quantized
+    assert torch.equal(found.codes, GPTQ(MSE, tiny, order)(weights() @ a, gram, scheme, "w").quantized.codes)
+    assert not torch.equal(found.codes, GPTQ(MSE, tiny, order)(weights() @ a.T, gram, scheme, "w").quantized.codes)
 
 
 # What it is for.
@@ -177,11 +177,11 @@ def test_shifted_form_lowers_the_error_against_full_precision_inputs(order: str,
         x, w = inputs(seed=seed + 20), weights(rows=25, seed=seed)
         full = drifted(x, seed=seed + 60)
         gram, drift = statistics(x, full)
-        plain = GPTQ(MSE, DAMPING, order)(w, gram, scheme, "w").coded
+        plain = GPTQ(MSE, DAMPING, order)(w, gram, scheme, "w").quantized
         errors = [output_error(w, dense(plain, scheme), x, full)]
         for right in (drift, drift.T):
-            coded = pushed("shifted", clip=MSE, order=order)(w, gram, scheme, "w", right).coded
-            errors.append(output_error(w, dense(coded, scheme), x, full))
+            quantized = pushed("shifted", clip=MSE, order=order)(w, gram, scheme, "w", right).quantized
+            errors.append(output_error(w, dense(quantized, scheme), x, full))
         assert errors[1] < 0.75 * errors[0]
         assert errors[1] < 0.75 * errors[2]
 
@@ -192,9 +192,9 @@ def test_every_form_lowers_the_error_against_full_precision_inputs(order: str, f
     scheme, x, w = Scheme(3, 16), inputs(seed=20), weights(rows=33)
     full = drifted(x, seed=60)
     gram, drift = statistics(x, full)
-    plain = GPTQ(MSE, DAMPING, order)(w, gram, scheme, "w").coded
-    coded = pushed(form, 0.25, MSE, order=order)(w, gram, scheme, "w", drift).coded
-    assert output_error(w, dense(coded, scheme), x, full) < output_error(w, dense(plain, scheme), x, full)
+    plain = GPTQ(MSE, DAMPING, order)(w, gram, scheme, "w").quantized
+    quantized = pushed(form, 0.25, MSE, order=order)(w, gram, scheme, "w", drift).quantized
+    assert output_error(w, dense(quantized, scheme), x, full) < output_error(w, dense(plain, scheme), x, full)
 
 
 # Settings.
@@ -206,7 +206,7 @@ def test_inputs_stay_untouched_and_the_same_inputs_give_the_same_codes(form: str
     gram, drift = (matrix.float() for matrix in statistics(x, drifted(x)))
     w = weights().float()
     kept = w.clone(), gram.clone(), drift.clone()
-    first, second = (pushed(form, block=16)(w, gram, Scheme(2, 16), "w", drift).coded for _ in range(2))
+    first, second = (pushed(form, block=16)(w, gram, Scheme(2, 16), "w", drift).quantized for _ in range(2))
     assert same(first, second)
     for now, before in zip((w, gram, drift), kept, strict=True):
         assert torch.equal(now, before)

@@ -126,7 +126,7 @@ def test_column_loop_equals_explicit_inverses(order: str, form: str, scheme: Sch
         # A constant row has two levels in one place, and which code it gets there is rounding noise.
         w[1] = normal(K, seed=9)
     for alpha in (1.0, 0.25):
-        found = pushed(form, alpha, order=order, block=block)(w, gram, scheme, "w", drift).coded
+        found = pushed(form, alpha, order=order, block=block)(w, gram, scheme, "w", drift).quantized
         expected = eliminated(w, gram, drift, plan, scheme, form, alpha, block)
         assert torch.equal(found.codes.long(), expected)
 
@@ -160,7 +160,7 @@ def test_explicit_inverses_reject_planted_fault(fault: str) -> None:
 def test_the_forms_are_different_methods() -> None:
     x = inputs()
     gram, drift = statistics(x, drifted(x))
-    found = [pushed(form, block=16)(weights(), gram, Scheme(3, 16), "w", drift).coded for form in FORMS]
+    found = [pushed(form, block=16)(weights(), gram, Scheme(3, 16), "w", drift).quantized for form in FORMS]
     assert not any(same(a, b) for i, a in enumerate(found) for b in found[:i])
 
 
@@ -171,9 +171,9 @@ def test_blocks_do_not_matter(order: str, scheme: Scheme, form: str) -> None:
     x = inputs(seed=6)
     gram, drift = statistics(x, drifted(x))
     run = partial(pushed, form, order=order)
-    single = run(block=1)(weights(seed=5), gram, scheme, "w", drift).coded
+    single = run(block=1)(weights(seed=5), gram, scheme, "w", drift).quantized
     for block in (3, 16, 20, 1000):
-        assert same(run(block=block)(weights(seed=5), gram, scheme, "w", drift).coded, single)
+        assert same(run(block=block)(weights(seed=5), gram, scheme, "w", drift).quantized, single)
 
 
 @every_order
@@ -183,7 +183,7 @@ def test_released_form_differs_from_the_corrected_one_only_across_blocks(order: 
     gram, drift = statistics(x, drifted(x))
     for block, equal in ((K, True), (1000, True), (16, False), (1, False)):
         released, corrected = (
-            pushed(form, order=order, block=block)(weights(), gram, scheme, "w", drift).coded
+            pushed(form, order=order, block=block)(weights(), gram, scheme, "w", drift).quantized
             for form in ("released", "corrected")
         )
         assert same(released, corrected) is equal
@@ -196,5 +196,5 @@ def test_column_loop_with_dead_columns_equals_explicit_inverses(order: str, form
     gram, drift = statistics(x, full)
     scheme = Scheme(3, 16)
     plan = plan_columns(order, gram.diagonal(), scheme)
-    found = pushed(form, order=order, block=1000)(weights(), gram, scheme, "w", drift).coded
+    found = pushed(form, order=order, block=1000)(weights(), gram, scheme, "w", drift).quantized
     assert torch.equal(found.codes.long(), eliminated(weights(), gram, drift, plan, scheme, form, 1.0, 1000))

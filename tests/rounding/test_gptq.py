@@ -14,7 +14,7 @@ from subnibble.errors import BadRecipe, NumericalFailure
 from subnibble.rounding import grid
 from subnibble.rounding.gptq import GPTQ, block_bounds, factorize, round_columns
 from subnibble.rounding.order import ORDERS, ColumnPlan, plan_columns
-from subnibble.tensor.packed import CodedMatrix
+from subnibble.tensor.packed import QuantizedMatrix
 from subnibble.tensor.scheme import BITS, ZERO_POINTS, Scheme
 
 WHERE = "model.layers.3.mlp.down_proj"
@@ -54,22 +54,22 @@ def gram_of(x: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
     return x.to(dtype).T @ x.to(dtype)
 
 
-def dense(coded: CodedMatrix, scheme: Scheme) -> Tensor:
-    middle = torch.full_like(coded.scales, scheme.levels // 2)
-    zeros = middle if coded.zeros is None else coded.zeros
-    w = torch.empty(coded.codes.shape)
+def dense(quantized: QuantizedMatrix, scheme: Scheme) -> Tensor:
+    middle = torch.full_like(quantized.scales, scheme.levels // 2)
+    zeros = middle if quantized.zeros is None else quantized.zeros
+    w = torch.empty(quantized.codes.shape)
     for g, (start, stop) in enumerate(scheme.group_bounds(w.shape[1])):
-        part = (coded.codes[:, start:stop].float() - zeros[:, g : g + 1]) * coded.scales[:, g : g + 1]
+        part = (quantized.codes[:, start:stop].float() - zeros[:, g : g + 1]) * quantized.scales[:, g : g + 1]
         w[:, start:stop] = part
     return w
 
 
-def output_error(weight: Tensor, coded: CodedMatrix, scheme: Scheme, gram: Tensor) -> float:
-    delta = (weight - dense(coded, scheme)).double()
+def output_error(weight: Tensor, quantized: QuantizedMatrix, scheme: Scheme, gram: Tensor) -> float:
+    delta = (weight - dense(quantized, scheme)).double()
     return float(((delta @ gram.double()) * delta).sum())
 
 
-def same(a: CodedMatrix, b: CodedMatrix) -> bool:
+def same(a: QuantizedMatrix, b: QuantizedMatrix) -> bool:
     zeros = a.zeros is b.zeros if a.zeros is None or b.zeros is None else torch.equal(a.zeros, b.zeros)
     return torch.equal(a.codes, b.codes) and torch.equal(a.scales, b.scales) and zeros
 
@@ -142,8 +142,8 @@ def test_gptq_equals_rtn_on_diagonal_gram(order: str, bits: int, zero_point: str
     gram = torch.diag(torch.rand(53, generator=torch.Generator().manual_seed(2)) * 90 + 0.01)
     for group_size, clip, block in ((16, MINMAX, 1), (5, MINMAX, 128), (-1, MINMAX, 8), (16, MSE, 128)):
         scheme = Scheme(bits, group_size, zero_point)
-        found = GPTQ(clip, order=order, block=block)(w, gram, scheme, WHERE).coded
-        rtn = grid.coded(w, scheme, clip)
+        found = GPTQ(clip, order=order, block=block)(w, gram, scheme, WHERE).quantized
+        rtn = grid.quantized(w, scheme, clip)
         assert torch.equal(found.codes, rtn.codes)
         # The sums of mse's errors depend on the order within a group, so that ranges that tie may differ.
         assert clip is MSE or same(found, rtn)
@@ -156,7 +156,7 @@ def test_cholesky_gptq_equals_obq_with_an_explicit_inverse(order: str, scheme: S
     for seed in range(2):
         w, gram = weights(seed=seed).double(), gram_of(inputs(seed=seed + 10))
         plan = plan_columns(order, gram.diagonal(), scheme)
-        found = GPTQ(clip, damping=0.01, order=order, block=16)(w, gram, scheme, WHERE).coded
+        found = GPTQ(clip, damping=0.01, order=order, block=16)(w, gram, scheme, WHERE).quantized
         assert torch.equal(found.codes.long(), obq(w, gram, plan, scheme, clip))
 
 
@@ -188,9 +188,9 @@ def test_obq_oracle_rejects_planted_fault(fault: str) -> None:
 def test_blocked_gptq_equals_one_column_at_a_time(order: str, scheme: Scheme) -> None:
     w, gram = weights(seed=5).double(), gram_of(inputs(seed=6))
     for clip, blocks in ((MINMAX, (2, 3, 7, 16, 20, 52, 53, 54)), (MSE, (5, 1000))):
-        single = GPTQ(clip, order=order, block=1)(w, gram, scheme, WHERE).coded
+        single = GPTQ(clip, order=order, block=1)(w, gram, scheme, WHERE).quantized
         for block in blocks:
-            assert same(GPTQ(clip, order=order, block=block)(w, gram, scheme, WHERE).coded, single)
+            assert same(GPTQ(clip, order=order, block=block)(w, gram, scheme, WHERE).quantized, single)
 
 
 @settings(deadline=None, max_examples=150)
@@ -235,8 +235,8 @@ def test_dead_columns_get_zero_and_leave_the_live_ones_alone(order: str, zero_po
     dead[[0, 5, 20, 21, 52]] = True
     x[:, dead] = 0
     w, gram = weights(rows=7, seed=8).double(), gram_of(x)
-    full = GPTQ(clip, order=order, block=8)(w, gram, scheme, WHERE).coded
-    live = GPTQ(clip, order=order, block=8)(w[:, ~dead], gram[~dead][:, ~dead], scheme, WHERE).coded
+    full = GPTQ(clip, order=order, block=8)(w, gram, scheme, WHERE).quantized
+    live = GPTQ(clip, order=order, block=8)(w[:, ~dead], gram[~dead][:, ~dead], scheme, WHERE).quantized
     assert torch.equal(full.codes[:, ~dead], live.codes)
     assert torch.equal(full.scales, live.scales)
     assert torch.equal(dense(full, scheme)[:, dead], torch.zeros(7, 5))
@@ -251,7 +251,7 @@ def test_weights_of_dead_columns_change_nothing(order: str, scheme: Scheme) -> N
     other = w.clone()
     other[:, [3, 16, 50]] = torch.tensor([9.0, -4.0, 0.0])
     method = GPTQ(MSE, order=order)
-    a, b = (method(each, gram, scheme, WHERE).coded for each in (w, other))
+    a, b = (method(each, gram, scheme, WHERE).quantized for each in (w, other))
     if not scheme.has_zero:
         # Codes of what is never fed follow its weights; nothing else does.
         codes = b.codes.clone()
@@ -263,7 +263,9 @@ def test_weights_of_dead_columns_change_nothing(order: str, scheme: Scheme) -> N
 def test_gram_without_any_input_gives_round_to_nearest() -> None:
     scheme = Scheme(4, 16)
     rounding = GPTQ()(weights(), torch.zeros(53, 53), scheme, WHERE)
-    assert torch.equal(dense(rounding.coded, scheme), dense(grid.coded(weights(), scheme, GPTQ().fitter), scheme))
+    assert torch.equal(
+        dense(rounding.quantized, scheme), dense(grid.quantized(weights(), scheme, GPTQ().fitter), scheme)
+    )
     assert rounding.notes["damping_retries"] == 0
 
 
@@ -273,9 +275,9 @@ def test_rank_deficient_gram_needs_no_more_than_its_damping(order: str) -> None:
     scheme = Scheme(3, 16)
     rounding = GPTQ(MSE, order=order)(w, gram, scheme, WHERE)
     assert rounding.notes == {"damping": 0.01, "damping_retries": 0}
-    assert int(rounding.coded.codes.max()) <= 7
-    nearest = output_error(w, grid.coded(w, scheme, MSE), scheme, gram)
-    assert output_error(w, rounding.coded, scheme, gram) < nearest
+    assert int(rounding.quantized.codes.max()) <= 7
+    nearest = output_error(w, grid.quantized(w, scheme, MSE), scheme, gram)
+    assert output_error(w, rounding.quantized, scheme, gram) < nearest
 
 
 def indefinite(smallest: float) -> Tensor:
@@ -298,7 +300,7 @@ def test_indefinite_gram_raises_the_damping_tenfold_and_counts(smallest: float, 
     assert rounding.notes["damping_retries"] == retries
     assert rounding.notes["damping"] == pytest.approx(damping, rel=1e-12)
     again = GPTQ(damping=damping)(weights(), gram, scheme, WHERE)
-    assert same(rounding.coded, again.coded)
+    assert same(rounding.quantized, again.quantized)
     factor = factorize(gram, torch.arange(53), 0.01, WHERE)
     h = gram + factor.damping * gram.diagonal().mean() * torch.eye(53, dtype=torch.float64)
     assert bool(((factor.u @ h @ factor.u.T - torch.eye(53, dtype=torch.float64)).abs() < 1e-9).all())
@@ -328,8 +330,8 @@ def test_gptq_leaves_less_output_error_than_rtn_on_correlated_inputs(
 ) -> None:
     for seed in range(3):
         w, gram = weights(rows=33, seed=seed), gram_of(inputs(seed=seed + 20), torch.float32)
-        compensated = GPTQ(clip, order=order)(w, gram, scheme, WHERE).coded
-        nearest = output_error(w, grid.coded(w, scheme, clip), scheme, gram)
+        compensated = GPTQ(clip, order=order)(w, gram, scheme, WHERE).quantized
+        nearest = output_error(w, grid.quantized(w, scheme, clip), scheme, gram)
         assert output_error(w, compensated, scheme, gram) < 0.9 * nearest
 
 
@@ -338,7 +340,7 @@ def test_gptq_leaves_less_output_error_than_rtn_on_correlated_inputs(
 def test_the_same_inputs_give_the_same_codes_and_stay_untouched(order: str, scheme: Scheme) -> None:
     w, gram = weights(), gram_of(inputs(), torch.float32)
     kept = w.clone(), gram.clone()
-    first, second = (GPTQ(order=order)(w, gram, scheme, WHERE).coded for _ in range(2))
+    first, second = (GPTQ(order=order)(w, gram, scheme, WHERE).quantized for _ in range(2))
     assert same(first, second)
     assert torch.equal(w, kept[0])
     assert torch.equal(gram, kept[1])
@@ -352,10 +354,10 @@ def test_the_same_inputs_give_the_same_codes_and_stay_untouched(order: str, sche
 def test_a_single_column_and_a_single_row_are_rounded_to_nearest() -> None:
     scheme = Scheme(4, -1)
     w = weights(5, 40)[:, :1]
-    assert same(GPTQ()(w, torch.tensor([[3.0]]), scheme, WHERE).coded, grid.coded(w, scheme, MSE))
+    assert same(GPTQ()(w, torch.tensor([[3.0]]), scheme, WHERE).quantized, grid.quantized(w, scheme, MSE))
     row, gram = weights()[:1].double(), gram_of(inputs())
     plan = plan_columns("gar", gram.diagonal(), scheme)
-    found = GPTQ()(row, gram, scheme, WHERE).coded.codes
+    found = GPTQ()(row, gram, scheme, WHERE).quantized.codes
     assert torch.equal(found.long(), obq(row, gram, plan, scheme, MSE))
 
 

@@ -89,7 +89,7 @@ def test_symmetric_grid_has_zero_at_its_middle_code(scheme: Scheme, clip: grid.C
     scale, zero = grid.fit(w, scheme, clip)
     assert torch.equal(zero, torch.full_like(zero, 2 ** (scheme.bits - 1)))
     assert torch.equal(levels(scale, zero, scheme)[:, 2 ** (scheme.bits - 1)], torch.zeros(w.shape[0]))
-    assert grid.coded(w, scheme, clip).zeros is None
+    assert grid.quantized(w, scheme, clip).zeros is None
 
 
 @pytest.mark.parametrize("zero_point", ["none", "integer"])
@@ -115,10 +115,10 @@ def test_all_zero_group_decodes_to_zeros_exactly(scheme: Scheme, clip: grid.Clip
     scale, zero = grid.fit(group, scheme, clip)
     assert bool((scale > 0).all())
     assert torch.equal(grid.decode(grid.encode(group, scale, zero, scheme), scale, zero), group)
-    coded = grid.coded(weights(), scheme, clip)
-    columns, z = coded.codes[5, 19:38].float(), 2 ** (scheme.bits - 1)
-    row_zero = torch.tensor(float(z)) if coded.zeros is None else coded.zeros[5, 1]
-    assert torch.equal(grid.decode(columns, coded.scales[5, 1], row_zero), torch.zeros(19))
+    quantized = grid.quantized(weights(), scheme, clip)
+    columns, z = quantized.codes[5, 19:38].float(), 2 ** (scheme.bits - 1)
+    row_zero = torch.tensor(float(z)) if quantized.zeros is None else quantized.zeros[5, 1]
+    assert torch.equal(grid.decode(columns, quantized.scales[5, 1], row_zero), torch.zeros(19))
 
 
 @every_scheme
@@ -144,9 +144,9 @@ def test_scales_and_zeros_are_exact_in_the_stored_type(scheme: Scheme, clip: gri
         assert tensor.dtype == torch.float32
         assert tensor.shape == (w.shape[0], 1)
         assert torch.equal(tensor.to(stored).float(), tensor)
-    coded = grid.coded(w, scheme, clip)
-    assert torch.equal(coded.scales.to(stored).float(), coded.scales)
-    assert coded.zeros is None or torch.equal(coded.zeros.to(stored).float(), coded.zeros)
+    quantized = grid.quantized(w, scheme, clip)
+    assert torch.equal(quantized.scales.to(stored).float(), quantized.scales)
+    assert quantized.zeros is None or torch.equal(quantized.zeros.to(stored).float(), quantized.zeros)
 
 
 def loss(group: Tensor, scheme: Scheme, clip: grid.Clip, power: float) -> Tensor:
@@ -221,26 +221,26 @@ def test_encode_is_exact_on_dyadic_grids(bits: int) -> None:
 @every_clip
 def test_codes_are_in_range_and_groups_are_coded_side_by_side(scheme: Scheme, clip: grid.Clip) -> None:
     w = weights()
-    coded = grid.coded(w, scheme, clip)
-    assert coded.codes.dtype == torch.uint8
-    assert coded.codes.shape == w.shape
-    assert int(coded.codes.max()) <= scheme.levels - 1
-    assert coded.scales.shape == (w.shape[0], 3)
+    quantized = grid.quantized(w, scheme, clip)
+    assert quantized.codes.dtype == torch.uint8
+    assert quantized.codes.shape == w.shape
+    assert int(quantized.codes.max()) <= scheme.levels - 1
+    assert quantized.scales.shape == (w.shape[0], 3)
     for index, (start, stop) in enumerate([(0, 19), (19, 38), (38, 47)]):
         scale, zero = grid.fit(w[:, start:stop], scheme, clip)
-        assert torch.equal(coded.scales[:, index : index + 1], scale)
-        assert coded.zeros is None or torch.equal(coded.zeros[:, index : index + 1], zero)
+        assert torch.equal(quantized.scales[:, index : index + 1], scale)
+        assert quantized.zeros is None or torch.equal(quantized.zeros[:, index : index + 1], zero)
         codes = grid.encode(w[:, start:stop], scale, zero, scheme)
-        assert torch.equal(coded.codes[:, start:stop].float(), codes)
+        assert torch.equal(quantized.codes[:, start:stop].float(), codes)
 
 
 @every_scheme
 @every_clip
 def test_rows_are_coded_independently(scheme: Scheme, clip: grid.Clip) -> None:
     w = weights()
-    whole = grid.coded(w, scheme, clip)
+    whole = grid.quantized(w, scheme, clip)
     for row in (0, 4, 5):
-        alone = grid.coded(w[row : row + 1], scheme, clip)
+        alone = grid.quantized(w[row : row + 1], scheme, clip)
         assert torch.equal(whole.codes[row], alone.codes[0])
         assert torch.equal(whole.scales[row], alone.scales[0])
 
@@ -251,9 +251,9 @@ def test_scales_too_large_for_float16_are_a_numerical_failure(zero_point: str, c
     w = weights()
     w[1, 40] = -3e6
     with pytest.raises(NumericalFailure, match=r"set scale_type = .float32."):
-        grid.coded(w, Scheme(4, 19, zero_point, "float16"), clip)
+        grid.quantized(w, Scheme(4, 19, zero_point, "float16"), clip)
     for wide in ("bfloat16", "float32"):
-        assert bool(torch.isfinite(grid.coded(w, Scheme(4, 19, zero_point, wide), clip).scales).all())
+        assert bool(torch.isfinite(grid.quantized(w, Scheme(4, 19, zero_point, wide), clip).scales).all())
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -263,7 +263,7 @@ def test_weights_that_are_not_finite_are_a_numerical_failure(zero_point: str, ba
     w[7, 20] = bad
     for clip in CLIPS:
         with pytest.raises(NumericalFailure):
-            grid.coded(w, Scheme(4, 19, zero_point, "float32"), clip)
+            grid.quantized(w, Scheme(4, 19, zero_point, "float32"), clip)
 
 
 @every_scheme

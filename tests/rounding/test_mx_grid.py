@@ -15,7 +15,7 @@ from subnibble.rounding.mx_grid import MxLevels
 from subnibble.rounding.order import ORDERS
 from subnibble.rounding.rtn import RTN
 from subnibble.tensor.mxfp4 import E2M1, LARGEST_SCALE, SMALLEST_SCALE
-from subnibble.tensor.packed import CodedMatrix, PackedRange, PackedTensor
+from subnibble.tensor.packed import PackedRange, PackedTensor, QuantizedMatrix
 from subnibble.tensor.scheme import Scheme
 
 MX = Scheme(4, 32, "none", "e8m0", "mxfp4")
@@ -114,19 +114,19 @@ def test_encode_is_nearest(columns, clip) -> None:
 @every_width
 def test_rtn_packs_and_unpacks_exactly(columns, clip) -> None:
     w = weights(columns=columns)
-    coded = grid.coded(w, MX, clip)
-    part = PackedRange.pack(coded, MX)
+    quantized = grid.quantized(w, MX, clip)
+    part = PackedRange.pack(quantized, MX)
     assert part.scales.dtype == part.codes.dtype == torch.uint8
     assert part.codes.shape == (11, (columns + 1) // 2)
     assert part.scales.shape == (11, -(-columns // 32))
     assert part.zeros is None
     back = part.unpack()
-    assert torch.equal(back.codes, coded.codes)
-    assert torch.equal(back.scales, coded.scales)
+    assert torch.equal(back.codes, quantized.codes)
+    assert torch.equal(back.scales, quantized.scales)
     state = PackedTensor((part,))
     assert torch.equal(PackedTensor.from_state(state.state(), state.layout).dequantize(), part.dequantize())
     assert state.stored_bits == 11 * MX.row_bits(columns) == state.layout.stored_bits
-    expected = torch.tensor(E2M1)[coded.codes.long()] * coded.scales.repeat_interleave(32, 1)[:, :columns]
+    expected = torch.tensor(E2M1)[quantized.codes.long()] * quantized.scales.repeat_interleave(32, 1)[:, :columns]
     assert torch.equal(part.dequantize(), expected)
 
 
@@ -137,12 +137,12 @@ def test_weights_on_the_grid_are_kept_bit_for_bit() -> None:
     scales = torch.exp2(torch.randint(-20, 20, (6, 2), generator=generator).float())
     w = torch.tensor(E2M1)[codes] * scales.repeat_interleave(32, 1)
     for clip in (MINMAX, MSE):
-        coded = grid.coded(w, MX, clip)
-        assert torch.equal(coded.scales, scales)
-        assert torch.equal(PackedRange.pack(coded, MX).dequantize(), w)
+        quantized = grid.quantized(w, MX, clip)
+        assert torch.equal(quantized.scales, scales)
+        assert torch.equal(PackedRange.pack(quantized, MX).dequantize(), w)
 
 
-def same(a: CodedMatrix, b: CodedMatrix) -> bool:
+def same(a: QuantizedMatrix, b: QuantizedMatrix) -> bool:
     return torch.equal(a.codes, b.codes) and torch.equal(a.scales, b.scales) and a.zeros is b.zeros is None
 
 
@@ -152,8 +152,8 @@ def same(a: CodedMatrix, b: CodedMatrix) -> bool:
 def test_gptq_equals_rtn_on_a_diagonal_gram(clip, columns, order) -> None:
     w = weights(columns=columns)[[0, 1, 2, 3, 6, 7, 8]]
     gram = torch.diag(torch.rand(columns, generator=torch.Generator().manual_seed(4)) + 0.1)
-    rounded = GPTQ(clip, order=order)(w, gram, MX, "here").coded
-    assert same(rounded, RTN(clip)(w, None, MX, "here").coded)
+    rounded = GPTQ(clip, order=order)(w, gram, MX, "here").quantized
+    assert same(rounded, RTN(clip)(w, None, MX, "here").quantized)
     assert float(PackedRange.pack(rounded, MX).dequantize().sub(w).norm()) < 0.2 * float(w.norm())
 
 
@@ -162,9 +162,9 @@ def test_gptq_equals_rtn_no_longer_on_a_full_gram_and_errs_less() -> None:
     generator = torch.Generator().manual_seed(5)
     x = torch.randn(400, 6, generator=generator) @ torch.randn(6, 64, generator=generator)
     gram = x.T @ x + 10 * torch.eye(64)
-    rounded, plain = GPTQ(MSE)(w, gram, MX, "here").coded, RTN(MSE)(w, None, MX, "here").coded
+    rounded, plain = GPTQ(MSE)(w, gram, MX, "here").quantized, RTN(MSE)(w, None, MX, "here").quantized
     assert not same(rounded, plain)
-    errors = [PackedRange.pack(coded, MX).dequantize() - w for coded in (rounded, plain)]
+    errors = [PackedRange.pack(quantized, MX).dequantize() - w for quantized in (rounded, plain)]
     mine, other = (float(((error @ gram) * error).sum()) for error in errors)
     assert mine < 0.8 * other
 
@@ -175,4 +175,4 @@ def test_weights_that_are_not_finite_are_a_numerical_failure(clip, value) -> Non
     w = weights()
     w[4, 40] = value
     with pytest.raises(NumericalFailure, match="not finite"):
-        grid.coded(w, MX, clip)
+        grid.quantized(w, MX, clip)

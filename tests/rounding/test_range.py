@@ -36,8 +36,8 @@ def gram(columns: int = 24) -> Tensor:
 @pytest.mark.parametrize("order", ["natural", "gar"])
 def test_weights_of_an_idle_input_are_rounded_to_nearest(scheme: Scheme, order: str) -> None:
     idle = torch.zeros(24, 24)
-    found = GPTQ(order=order)(weights(), idle, scheme, WHERE).coded
-    nearest = RTN()(weights(), None, scheme, WHERE).coded
+    found = GPTQ(order=order)(weights(), idle, scheme, WHERE).quantized
+    nearest = RTN()(weights(), None, scheme, WHERE).quantized
     assert torch.equal(found.codes, nearest.codes)
     assert torch.equal(found.scales, nearest.scales)
 
@@ -52,7 +52,7 @@ def test_the_size_of_a_gram_matrix_beyond_float32_changes_no_code(factor: float,
     ):  # fmt: skip
         usual = rounder(weights(), gram(), Scheme(3, 8), WHERE, drift)
         found = rounder(weights(), gram() * factor, Scheme(3, 8), WHERE, drift * factor)
-        assert torch.equal(found.coded.codes, usual.coded.codes)
+        assert torch.equal(found.quantized.codes, usual.quantized.codes)
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e-12, 1.0, 1e12, 1e30])
@@ -97,7 +97,7 @@ def test_scales_are_never_cut_to_their_types_range(large: float) -> None:
     with pytest.raises(NumericalFailure, match=said):
         RTN()(weights() * large, None, Scheme(3, 8), WHERE)
     wide = Scheme(3, 8, "integer", "float32")
-    found = RTN()(weights() * large, None, wide, WHERE).coded
+    found = RTN()(weights() * large, None, wide, WHERE).quantized
     assert bool(torch.isfinite(found.scales).all())
 
 
@@ -109,12 +109,12 @@ def test_a_table_that_float16_scales_do_not_hold_is_named(bits: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "wanted"),
+    ("size", "target"),
     [(1e-9, torch.bfloat16), (1.0, torch.float16), (1e4, torch.float16), (1e9, torch.bfloat16), (0, torch.float16)],
 )
-def test_a_matrix_is_stored_in_the_16_bits_that_hold_it(size: float, wanted: torch.dtype) -> None:
+def test_a_matrix_is_stored_in_the_16_bits_that_hold_it(size: float, target: torch.dtype) -> None:
     stored = as_stored(weights() * size)
-    assert stored.dtype == wanted
+    assert stored.dtype == target
     torch.testing.assert_close(stored.float(), weights() * size, rtol=2**-8, atol=2**-12 * size * 0.3)
 
 

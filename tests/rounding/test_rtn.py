@@ -35,30 +35,30 @@ def gram(columns: int = 47) -> Tensor:
     return x.T @ x
 
 
-def by_groups(w: Tensor, scheme: Scheme, fitter: Fitter, shares: Tensor | None, shift: int = 0) -> Tensor:
+def by_groups(w: Tensor, scheme: Scheme, fitter: Fitter, probs: Tensor | None, shift: int = 0) -> Tensor:
     """Every group fitted by itself, dense. shift: by how many groups the columns' shares are misplaced."""
     parts, bounds = [], scheme.group_bounds(w.shape[1])
     for index, (start, stop) in enumerate(bounds):
         first = bounds[(index + shift) % len(bounds)][0]
-        share = None if shares is None else shares.roll(start - first)[start:stop]
+        share = None if probs is None else probs.roll(start - first)[start:stop]
         fitted = fitter.fit(w[:, start:stop], scheme, share, index)
         parts.append(fitted.decode(fitted.encode(w[:, start:stop])))
     return torch.cat(parts, 1)
 
 
 def rounded(rounder: RTN, scheme: Scheme) -> Tensor:
-    return PackedRange.pack(rounder(weights(), gram(), scheme, "w").coded, scheme).dequantize()
+    return PackedRange.pack(rounder(weights(), gram(), scheme, "w").quantized, scheme).dequantize()
 
 
 @every_scheme
 @pytest.mark.parametrize("fitter", [CLIP, RowScale()], ids=["clip", "refit"])
 def test_weighted_fits_take_each_columns_own_share_of_the_gram(fitter: Fitter, scheme: Scheme) -> None:
-    w, shares = weights(), gram().diagonal()
+    w, probs = weights(), gram().diagonal()
     found = rounded(RTN(fitter, "hessian"), scheme)
-    assert torch.equal(found, by_groups(w, scheme, fitter, shares))
+    assert torch.equal(found, by_groups(w, scheme, fitter, probs))
     assert not torch.equal(found, by_groups(w, scheme, fitter, None))
     if len(scheme.group_bounds(w.shape[1])) > 1:
-        assert not torch.equal(found, by_groups(w, scheme, fitter, shares, shift=1))
+        assert not torch.equal(found, by_groups(w, scheme, fitter, probs, shift=1))
     assert not torch.equal(found, by_groups(w, scheme, fitter, gram().abs().mean(1)))
 
 

@@ -52,19 +52,19 @@ def test_codes_are_the_nearest_levels(bits: int) -> None:
 @pytest.mark.parametrize("group_size", [7, 16, -1])
 def test_packed_form_decodes_to_the_fitted_levels_bit_for_bit(bits: int, group_size: int) -> None:
     w, scheme = weights(9, 45), sign_scheme(bits, group_size)
-    coded = grid.coded(w, scheme, CLIP)
-    dense = PackedRange.pack(coded, scheme).dequantize()
+    quantized = grid.quantized(w, scheme, CLIP)
+    dense = PackedRange.pack(quantized, scheme).dequantize()
     for g, (start, stop) in enumerate(scheme.group_bounds(45)):
-        levels = SignLevels(coded.scales[:, g * bits : (g + 1) * bits])
-        assert torch.equal(dense[:, start:stop], levels.decode(coded.codes[:, start:stop]))
-    assert coded.zeros is None
-    assert torch.equal(coded.scales, coded.scales.half().float())
+        levels = SignLevels(quantized.scales[:, g * bits : (g + 1) * bits])
+        assert torch.equal(dense[:, start:stop], levels.decode(quantized.codes[:, start:stop]))
+    assert quantized.zeros is None
+    assert torch.equal(quantized.scales, quantized.scales.half().float())
 
 
 def test_zero_rows_stay_zero_and_constant_rows_are_met() -> None:
     w = weights(4, 32)
-    coded = grid.coded(w, sign_scheme(2), CLIP)
-    dense = PackedRange.pack(coded, sign_scheme(2)).dequantize()
+    quantized = grid.quantized(w, sign_scheme(2), CLIP)
+    dense = PackedRange.pack(quantized, sign_scheme(2)).dequantize()
     assert torch.equal(dense[0], torch.zeros(32))
     assert float((dense[1, 2:] + 0.7).abs().max()) < 1e-3
 
@@ -103,7 +103,7 @@ def test_gaussian_rows_reach_the_error_of_the_optimal_grid() -> None:
     """Known figures of 2 and 3 bits on normally distributed rows in groups of 128: 0.114 and 0.035 of their energy."""
     w = torch.randn(2000, 128, generator=torch.Generator().manual_seed(0))
     for bits, expected in ((2, 0.114), (3, 0.0351)):
-        dense = PackedRange.pack(grid.coded(w, sign_scheme(bits), CLIP), sign_scheme(bits)).dequantize()
+        dense = PackedRange.pack(grid.quantized(w, sign_scheme(bits), CLIP), sign_scheme(bits)).dequantize()
         assert float((dense - w).square().sum() / w.square().sum()) == pytest.approx(expected, rel=0.02)
 
 
@@ -145,11 +145,11 @@ def test_weights_of_one_are_no_weights() -> None:
 def test_gptq_on_a_diagonal_gram_rounds_to_nearest(weighting: str, order: str) -> None:
     w, scheme = weights(7, 45), sign_scheme(2, 16)
     diagonal = torch.rand(45, generator=torch.Generator().manual_seed(6)) + 0.1
-    coded = GPTQ(CLIP, order=order, weighting=weighting)(w, torch.diag(diagonal), scheme, "w").coded
+    quantized = GPTQ(CLIP, order=order, weighting=weighting)(w, torch.diag(diagonal), scheme, "w").quantized
     for g, (start, stop) in enumerate(scheme.group_bounds(45)):
         h = diagonal[start:stop] if weighting == "hessian" else None
         levels = grid.fit_levels(w[:, start:stop], scheme, CLIP, h)
-        dense = SignLevels(coded.scales[:, 2 * g : 2 * g + 2]).decode(coded.codes[:, start:stop])
+        dense = SignLevels(quantized.scales[:, 2 * g : 2 * g + 2]).decode(quantized.codes[:, start:stop])
         torch.testing.assert_close(dense, levels.decode(levels.encode(w[:, start:stop])), rtol=5e-3, atol=5e-3)
 
 
@@ -160,8 +160,8 @@ def test_hessian_weighting_lowers_the_output_error_of_gptq() -> None:
     w, gram = torch.randn(48, 64, generator=generator), x.T @ x
     errors = []
     for weighting in ("none", "hessian"):
-        coded = GPTQ(CLIP, weighting=weighting)(w, gram, sign_scheme(2, 32), "w").coded
-        delta = w - PackedRange.pack(coded, sign_scheme(2, 32)).dequantize()
+        quantized = GPTQ(CLIP, weighting=weighting)(w, gram, sign_scheme(2, 32), "w").quantized
+        delta = w - PackedRange.pack(quantized, sign_scheme(2, 32)).dequantize()
         errors.append(float(((delta @ gram) * delta).sum()))
     assert errors[1] < errors[0]
 
@@ -178,4 +178,4 @@ def test_weights_that_are_not_finite_are_a_numerical_failure() -> None:
     w = weights(3, 16)
     w[2, 2] = torch.nan
     with pytest.raises(NumericalFailure, match="not finite"):
-        grid.coded(w, sign_scheme(2), CLIP)
+        grid.quantized(w, sign_scheme(2), CLIP)

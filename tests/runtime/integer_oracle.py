@@ -19,7 +19,7 @@ from subnibble.runtime.activations import Quantized, quantize
 from subnibble.runtime.integer import multiply_add_
 from subnibble.tensor.activation_scheme import ActivationScheme
 from subnibble.tensor.linear import Linear
-from subnibble.tensor.packed import CodedMatrix, PackedRange, PackedTensor, scale_dtype
+from subnibble.tensor.packed import PackedRange, PackedTensor, QuantizedMatrix, scale_dtype
 from subnibble.tensor.scheme import Scheme
 
 ROWS, COLUMNS = 9, 139
@@ -60,12 +60,12 @@ def weight_range(rows: int, columns: int, scheme: Scheme, seed: int) -> PackedRa
     scales = torch.exp2(torch.rand(rows, groups * scheme.scales_per_group, generator=generator) * 6 - 8)
     scales = torch.exp2(scales.log2().floor()) if scheme.grid == "mxfp4" else scales.to(stored).float()
     if scheme.zero_point == "none":
-        return PackedRange.pack(CodedMatrix(codes, scales, None), scheme)
+        return PackedRange.pack(QuantizedMatrix(codes, scales, None), scheme)
     zeros = torch.randint(0, scheme.levels, (rows, groups), generator=generator).float()
     if scheme.zero_point == "real":
         zeros = (zeros - torch.rand(rows, groups, generator=generator)).to(stored).float()
     zeros[-1, 0] = middle
-    return PackedRange.pack(CodedMatrix(codes, scales, zeros), scheme)
+    return PackedRange.pack(QuantizedMatrix(codes, scales, zeros), scheme)
 
 
 def weight_of(ranges: list[tuple[int, Scheme]], rows: int = ROWS, seed: int = 0) -> PackedTensor:
@@ -109,19 +109,19 @@ def codes_of(x: Quantized, scheme: ActivationScheme) -> Codes:
 
 def weight_planes(part: PackedRange) -> list[tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32] | None]]:
     """Codes (m, n) int64, scales and zero-points of every column (m, n), None for 0; a plane for each sign bit."""
-    coded, scheme = part.unpack(), part.scheme
+    quantized, scheme = part.unpack(), part.scheme
     width = part.columns if scheme.group_size == -1 else scheme.group_size
     group = np.arange(part.columns) // width
-    codes, scales = coded.codes.numpy().astype(np.int64), coded.scales.numpy()
+    codes, scales = quantized.codes.numpy().astype(np.int64), quantized.scales.numpy()
     if scheme.grid == "mxfp4":
         return [(E2M1_HALVES[codes], (scales / np.float32(2))[:, group], None)]
     if scheme.grid == "sign":
         bits = scheme.bits
         return [(codes >> b & 1, 2 * scales[:, b::bits][:, group], None) for b in range(bits)]
-    if coded.zeros is None:
+    if quantized.zeros is None:
         middle = np.full((len(codes), part.columns), scheme.levels // 2, np.float32)
         return [(codes, scales[:, group], middle)]
-    return [(codes, scales[:, group], coded.zeros.numpy()[:, group])]
+    return [(codes, scales[:, group], quantized.zeros.numpy()[:, group])]
 
 
 def segments(part: PackedRange, start: int, x: Codes) -> list[tuple[int, int]]:
@@ -187,15 +187,15 @@ def product(x: Quantized, weight: PackedTensor) -> Tensor:
     return y
 
 
-def recoded(weight: PackedTensor, change: Callable[[CodedMatrix], None], index: int = 0) -> PackedTensor:
+def recoded(weight: PackedTensor, change: Callable[[QuantizedMatrix], None], index: int = 0) -> PackedTensor:
     parts = list(weight.ranges)
-    coded = parts[index].unpack()
-    zeros = None if coded.zeros is None else coded.zeros.clone()
-    changed = CodedMatrix(coded.codes.clone(), coded.scales.clone(), zeros)
+    quantized = parts[index].unpack()
+    zeros = None if quantized.zeros is None else quantized.zeros.clone()
+    changed = QuantizedMatrix(quantized.codes.clone(), quantized.scales.clone(), zeros)
     change(changed)
     parts[index] = PackedRange.pack(changed, parts[index].scheme)
     return PackedTensor(tuple(parts))
 
 
-def columns_shifted_by_one(coded: CodedMatrix) -> None:
-    coded.codes.copy_(coded.codes.roll(1, 1))
+def columns_shifted_by_one(quantized: QuantizedMatrix) -> None:
+    quantized.codes.copy_(quantized.codes.roll(1, 1))

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from subnibble.tensor.packed import CodedMatrix, PackedRange, PackedTensor, scale_dtype
+from subnibble.tensor.packed import PackedRange, PackedTensor, QuantizedMatrix, scale_dtype
 from subnibble.tensor.scheme import Scheme
 
 ROWS = 9
@@ -34,12 +34,12 @@ def packed_range(rows: int, columns: int, scheme: Scheme, seed: int) -> PackedRa
     middle = scheme.levels // 2
     codes[-1, : scheme.group_bounds(columns)[0][1]] = middle
     if scheme.zero_point == "none":
-        return PackedRange.pack(CodedMatrix(codes, scales, None), scheme)
+        return PackedRange.pack(QuantizedMatrix(codes, scales, None), scheme)
     zeros = torch.randint(0, scheme.levels, (rows, groups), generator=generator).float()
     if scheme.zero_point == "real":
         zeros = (zeros + torch.rand(rows, groups, generator=generator)).to(stored).float()
     zeros[-1, 0] = middle
-    return PackedRange.pack(CodedMatrix(codes, scales, zeros), scheme)
+    return PackedRange.pack(QuantizedMatrix(codes, scales, zeros), scheme)
 
 
 def packed_tensor(name: str, rows: int = ROWS) -> PackedTensor:
@@ -51,11 +51,11 @@ def dense(weight: PackedTensor) -> Tensor:
     """`scale * (code - zero)` of every element in float32, then widened to float64."""
     parts = []
     for part in weight.ranges:
-        coded = part.unpack()
+        quantized = part.unpack()
         width = part.columns if part.scheme.group_size == -1 else part.scheme.group_size
         group = torch.arange(part.columns) // width
-        zeros = torch.tensor(2.0 ** (part.scheme.bits - 1)) if coded.zeros is None else coded.zeros[:, group]
-        parts.append(coded.scales[:, group] * (coded.codes.float() - zeros))
+        zeros = torch.tensor(2.0 ** (part.scheme.bits - 1)) if quantized.zeros is None else quantized.zeros[:, group]
+        parts.append(quantized.scales[:, group] * (quantized.codes.float() - zeros))
     return torch.cat(parts, dim=1).double()
 
 

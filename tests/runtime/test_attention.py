@@ -79,8 +79,8 @@ def test_queries_that_see_more_or_less_coded_get_their_own(
         e[name] = late
     prefix = e["prefix"] if with_prefix else None
     found = attend(e["query"], seen["keys"], seen["values"], e["visible"], SCALING, prefix)
-    wanted = by_hand(e, own["keys"], own["values"], with_prefix)
-    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    target = by_hand(e, own["keys"], own["values"], with_prefix)
+    torch.testing.assert_close(found, target, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -113,8 +113,8 @@ def test_no_mask_is_the_causal_mask() -> None:
         e["visible"] = torch.ones(2, 1, count, 9, dtype=torch.bool).tril(9 - count)
         for prefix in (None, e["prefix"]):
             found = attend(e["query"], Seen(e["keys"]), Seen(e["values"]), None, SCALING, prefix)
-            wanted = by_hand(e, with_prefix=prefix is not None)
-            torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+            target = by_hand(e, with_prefix=prefix is not None)
+            torch.testing.assert_close(found, target, rtol=1e-12, atol=1e-12)
 
 
 def test_two_segments_are_a_log_sum_exp_merge() -> None:
@@ -136,11 +136,11 @@ def test_two_segments_are_a_log_sum_exp_merge() -> None:
     torch.testing.assert_close(found, merged, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("turned", [16, 8])
+@pytest.mark.parametrize("rotated", [16, 8])
 @pytest.mark.parametrize("factor", [1.0, 1.7])
-def test_taking_positions_off_undoes_putting_them_on(turned: int, factor: float) -> None:
+def test_taking_positions_off_undoes_putting_them_on(rotated: int, factor: float) -> None:
     x = random(2, 3, 7, 16)
-    angle = random(2, 7, turned // 2, seed=5).repeat(1, 1, 2)
+    angle = random(2, 7, rotated // 2, seed=5).repeat(1, 1, 2)
     cos, sin = factor * angle.cos(), factor * angle.sin()
     torch.testing.assert_close(unrotate(rotate(x, cos, sin), cos, sin), x, rtol=1e-12, atol=1e-12)
 
@@ -150,5 +150,5 @@ def test_positions_are_those_of_transformers() -> None:
 
     x = random(2, 3, 7, 16)
     angle = random(2, 7, 8, seed=5).repeat(1, 1, 2)
-    wanted, _ = apply_rotary_pos_emb(x, x, angle.cos(), angle.sin())
-    torch.testing.assert_close(rotate(x, angle.cos(), angle.sin()), wanted)
+    target, _ = apply_rotary_pos_emb(x, x, angle.cos(), angle.sin())
+    torch.testing.assert_close(rotate(x, angle.cos(), angle.sin()), target)

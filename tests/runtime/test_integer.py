@@ -30,7 +30,7 @@ from linears import built
 from subnibble.runtime import integer, ops
 from subnibble.runtime.activations import Quantized, quantize
 from subnibble.runtime.integer import multiply_add_
-from subnibble.tensor.packed import CodedMatrix, PackedRange, PackedTensor
+from subnibble.tensor.packed import PackedRange, PackedTensor, QuantizedMatrix
 from subnibble.tensor.scheme import Scheme
 
 
@@ -69,32 +69,32 @@ def spread(weight: PackedTensor) -> Tensor:
     return torch.from_numpy(np.concatenate(parts, 1)).double()
 
 
-def one_code_off_by_one(coded: CodedMatrix) -> None:
-    coded.codes[2, 5] ^= 1
+def one_code_off_by_one(quantized: QuantizedMatrix) -> None:
+    quantized.codes[2, 5] ^= 1
 
 
-def last_code_off_by_one(coded: CodedMatrix) -> None:
-    coded.codes[4, -1] ^= 1
+def last_code_off_by_one(quantized: QuantizedMatrix) -> None:
+    quantized.codes[4, -1] ^= 1
 
 
-def all_scales_off_by_a_thousandth(coded: CodedMatrix) -> None:
-    coded.scales.mul_(1.001)
+def all_scales_off_by_a_thousandth(quantized: QuantizedMatrix) -> None:
+    quantized.scales.mul_(1.001)
 
 
-def one_scale_off_by_a_thousandth(coded: CodedMatrix) -> None:
-    coded.scales[3, 1] *= 1.001
+def one_scale_off_by_a_thousandth(quantized: QuantizedMatrix) -> None:
+    quantized.scales[3, 1] *= 1.001
 
 
-def zero_points_left_out(coded: CodedMatrix) -> None:
-    coded.zeros.zero_()
+def zero_points_left_out(quantized: QuantizedMatrix) -> None:
+    quantized.zeros.zero_()
 
 
-def one_zero_point_off_by_one(coded: CodedMatrix) -> None:
-    coded.zeros[3, -1] += 1 if coded.zeros[3, -1] < 7 else -1
+def one_zero_point_off_by_one(quantized: QuantizedMatrix) -> None:
+    quantized.zeros[3, -1] += 1 if quantized.zeros[3, -1] < 7 else -1
 
 
-def scales_shifted_by_a_group(coded: CodedMatrix) -> None:
-    coded.scales.copy_(coded.scales.roll(1, 1))
+def scales_shifted_by_a_group(quantized: QuantizedMatrix) -> None:
+    quantized.scales.copy_(quantized.scales.roll(1, 1))
 
 
 WEIGHT_FAULTS = [
@@ -172,7 +172,7 @@ def test_the_largest_sums_of_8_by_8_bits_are_exact(width, sign) -> None:
     codes = 255 - torch.randint(0, 2, (4, 2 * width), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
     zeros = torch.zeros(4, 2)
     scheme = Scheme(8, width, "integer", "float32")
-    part = PackedRange.pack(CodedMatrix(codes, torch.ones(4, 2), zeros), scheme)
+    part = PackedRange.pack(QuantizedMatrix(codes, torch.ones(4, 2), zeros), scheme)
     for group in range(2):
         scales = torch.zeros(3, 2)
         scales[:, group] = 1
@@ -188,7 +188,7 @@ def test_a_sum_over_a_whole_row_is_exact_before_its_one_rounding(columns) -> Non
     codes = torch.randint(200, 256, (5, columns), generator=generator).to(torch.uint8)
     numbers = torch.randint(200, 256, (3, columns), generator=generator).float()
     scheme = Scheme(8, -1, "integer", "float32")
-    part = PackedRange.pack(CodedMatrix(codes, torch.ones(5, 1), torch.zeros(5, 1)), scheme)
+    part = PackedRange.pack(QuantizedMatrix(codes, torch.ones(5, 1), torch.zeros(5, 1)), scheme)
     y = product(Quantized(numbers, torch.ones(3, 1), [(0, columns)], [255]), PackedTensor((part,)))
     assert torch.equal(y, (numbers.long() @ codes.long().T).float())
 

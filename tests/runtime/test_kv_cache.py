@@ -50,8 +50,8 @@ def test_coded_rows_are_those_of_the_oracle(bits: int, clip: float, group: int) 
     found = dequantize_rows(rows, bits, bounds, torch.float32)
     for index in np.ndindex(*x.shape[:-1]):
         for start, stop in bounds:
-            wanted = oracle(x[index].numpy()[start:stop], bits, clip)
-            assert np.array_equal(found[index].numpy()[start:stop], wanted)
+            target = oracle(x[index].numpy()[start:stop], bits, clip)
+            assert np.array_equal(found[index].numpy()[start:stop], target)
 
 
 def test_error_is_at_most_half_a_step_and_a_constant_group_is_exact() -> None:
@@ -95,10 +95,10 @@ def test_what_a_query_sees_depends_on_its_place_alone(
 
 def expected(x: torch.Tensor, scheme: CacheScheme, of_keys: bool, tokens: int) -> torch.Tensor:
     """The first `tokens` tokens as their last query sees them, from scratch."""
-    coded = scheme.coded_tokens(tokens, of_keys)
+    quantized = scheme.quantized_tokens(tokens, of_keys)
     found = x[:, :, :tokens].clone()
     if of_keys and scheme.key_axis == "channel":
-        for start in range(0, coded, scheme.group_size):
+        for start in range(0, quantized, scheme.group_size):
             part = found[:, :, start : start + scheme.group_size].transpose(2, 3).contiguous()
             bounds = [(0, scheme.group_size)]
             rows = quantize_rows(part, scheme.bits, bounds, scheme.clip)
@@ -106,9 +106,9 @@ def expected(x: torch.Tensor, scheme: CacheScheme, of_keys: bool, tokens: int) -
             found[:, :, start : start + scheme.group_size] = dense.transpose(2, 3)
         return found
     bounds = scheme.bounds(x.shape[3])
-    rows = quantize_rows(found[:, :, :coded], scheme.bits, bounds, scheme.clip) if coded else None
+    rows = quantize_rows(found[:, :, :quantized], scheme.bits, bounds, scheme.clip) if quantized else None
     if rows is not None:
-        found[:, :, :coded] = dequantize_rows(rows, scheme.bits, bounds, x.dtype)
+        found[:, :, :quantized] = dequantize_rows(rows, scheme.bits, bounds, x.dtype)
     return found
 
 
@@ -125,16 +125,16 @@ def test_memory_is_what_the_scheme_says(scheme: CacheScheme) -> None:
     x = states(tokens).half()
     store.keys.append(x)
     store.values.append(x)
-    left = sum(tokens - scheme.coded_tokens(tokens, of_keys) for of_keys in (True, False))
-    coded_keys, coded_values = (scheme.coded_tokens(tokens, of_keys) for of_keys in (True, False))
-    assert left == 2 * tokens - coded_keys - coded_values
+    left = sum(tokens - scheme.quantized_tokens(tokens, of_keys) for of_keys in (True, False))
+    quantized_keys, quantized_values = (scheme.quantized_tokens(tokens, of_keys) for of_keys in (True, False))
+    assert left == 2 * tokens - quantized_keys - quantized_values
     exact = left * 2 * 3 * 16 * 2
     if scheme.window == 0:
         assert store.nbytes == 2 * tokens * scheme.token_bytes(3, 16)
     else:
         by_value = CacheScheme(scheme.bits, scheme.group_size).token_bytes(3, 16) / 2
         by_key = scheme.token_bytes(3, 16) - by_value
-        assert store.nbytes == 2 * (coded_keys * by_key + coded_values * by_value) + exact
+        assert store.nbytes == 2 * (quantized_keys * by_key + quantized_values * by_value) + exact
 
 
 def test_a_cache_really_shrinks() -> None:

@@ -13,7 +13,7 @@ from subnibble.runtime.modules import PackedLinear
 from subnibble.tensor.activation_scheme import ActivationScheme
 from subnibble.tensor.hadamard import hadamard, multiply
 from subnibble.tensor.linear import Linear
-from subnibble.tensor.packed import CodedMatrix, PackedRange, PackedTensor
+from subnibble.tensor.packed import PackedRange, PackedTensor, QuantizedMatrix
 from subnibble.tensor.scheme import Scheme
 
 BLOCKS = (96, 40, 1, 1, 1)
@@ -32,7 +32,7 @@ def every_term(activation: ActivationScheme | None = None, **others: object) -> 
         gather=torch.randperm(139, generator=generator).to(torch.int16),
         blocks=BLOCKS,
         activation=activation,
-        salient=PackedTensor((PackedRange.pack(CodedMatrix(codes, torch.exp2(exponents), None), mx),)),
+        salient=PackedTensor((PackedRange.pack(QuantizedMatrix(codes, torch.exp2(exponents), None), mx),)),
         repeated=37,
         low_rank=(
             PackedTensor((packed_range(6, 139, Scheme(8, 64, "none", "bfloat16"), 5),)),

@@ -27,7 +27,7 @@ from subnibble.runtime.modules import (
     add_input_mix_,
     add_output_bias_,
 )
-from subnibble.tensor.packed import CodedMatrix, PackedRange, PackedTensor
+from subnibble.tensor.packed import PackedRange, PackedTensor, QuantizedMatrix
 from subnibble.tensor.scheme import Scheme
 
 
@@ -46,36 +46,36 @@ def test_packed_linear_equals_the_dense_linear(name, dtype, has_bias) -> None:
     assert torch.equal(y, nn.functional.linear(x, weight.dequantize().to(dtype), bias))
 
 
-def scale_off_by_two_percent(coded: CodedMatrix) -> None:
-    coded.scales[1, 1] *= 1.02
+def scale_off_by_two_percent(quantized: QuantizedMatrix) -> None:
+    quantized.scales[1, 1] *= 1.02
 
 
-def all_scales_off_by_a_thousandth(coded: CodedMatrix) -> None:
-    coded.scales.mul_(1.001)
+def all_scales_off_by_a_thousandth(quantized: QuantizedMatrix) -> None:
+    quantized.scales.mul_(1.001)
 
 
-def one_code_off_by_one(coded: CodedMatrix) -> None:
-    coded.codes[2, 5] ^= 1
+def one_code_off_by_one(quantized: QuantizedMatrix) -> None:
+    quantized.codes[2, 5] ^= 1
 
 
-def last_code_off_by_one(coded: CodedMatrix) -> None:
-    coded.codes[3, -1] ^= 1
+def last_code_off_by_one(quantized: QuantizedMatrix) -> None:
+    quantized.codes[3, -1] ^= 1
 
 
-def groups_shifted_by_one(coded: CodedMatrix) -> None:
-    coded.scales.copy_(coded.scales.roll(1, dims=1))
+def groups_shifted_by_one(quantized: QuantizedMatrix) -> None:
+    quantized.scales.copy_(quantized.scales.roll(1, dims=1))
 
 
-def zero_points_dropped(coded: CodedMatrix) -> None:
-    coded.zeros.zero_()
+def zero_points_dropped(quantized: QuantizedMatrix) -> None:
+    quantized.zeros.zero_()
 
 
-def one_zero_point_off_by_one(coded: CodedMatrix) -> None:
-    coded.zeros[4, -1] += 1 if coded.zeros[4, -1] < 7 else -1
+def one_zero_point_off_by_one(quantized: QuantizedMatrix) -> None:
+    quantized.zeros[4, -1] += 1 if quantized.zeros[4, -1] < 7 else -1
 
 
-def two_rows_swapped(coded: CodedMatrix) -> None:
-    coded.codes[[1, 2]] = coded.codes[[2, 1]]
+def two_rows_swapped(quantized: QuantizedMatrix) -> None:
+    quantized.codes[[1, 2]] = quantized.codes[[2, 1]]
 
 
 WEIGHT_FAULTS = [
@@ -94,10 +94,10 @@ WEIGHT_FAULTS = [
 def test_the_linear_oracle_rejects_a_planted_fault_of_the_weight(fault) -> None:
     scheme = Scheme(3, 32, "integer", "float32")
     right = packed_range(ROWS, 139, scheme, 0)
-    coded = right.unpack()
-    coded = CodedMatrix(coded.codes.clone(), coded.scales.clone(), coded.zeros.clone())
-    fault(coded)
-    wrong = PackedTensor((PackedRange.pack(coded, scheme),))
+    quantized = right.unpack()
+    quantized = QuantizedMatrix(quantized.codes.clone(), quantized.scales.clone(), quantized.zeros.clone())
+    fault(quantized)
+    wrong = PackedTensor((PackedRange.pack(quantized, scheme),))
     w, x, bias = dense(PackedTensor((right,))), inputs(139), bias_of(ROWS)
     assert within_bound(PackedLinear(built(PackedTensor((right,)), bias))(x), x, w, bias)
     assert not within_bound(PackedLinear(built(wrong, bias))(x), x, w, bias)

@@ -64,12 +64,12 @@ def test_groups_of_a_head_may_be_ragged() -> None:
 
 
 def test_coded_tokens_by_token_and_by_channel() -> None:
-    assert [CacheScheme(4).coded_tokens(n, True) for n in (0, 1, 5)] == [0, 1, 5]
+    assert [CacheScheme(4).quantized_tokens(n, True) for n in (0, 1, 5)] == [0, 1, 5]
     window = CacheScheme(4, window=3)
-    assert [window.coded_tokens(n, False) for n in (0, 3, 4, 9)] == [0, 0, 1, 6]
+    assert [window.quantized_tokens(n, False) for n in (0, 3, 4, 9)] == [0, 0, 1, 6]
     channel = CacheScheme(4, 2, "channel", window=4)
-    assert [channel.coded_tokens(n, True) for n in (0, 3, 4, 7, 8)] == [0, 0, 4, 4, 8]
-    assert [channel.coded_tokens(n, False) for n in (0, 3, 4, 7, 8)] == [0, 0, 0, 3, 4]
+    assert [channel.quantized_tokens(n, True) for n in (0, 3, 4, 7, 8)] == [0, 0, 4, 4, 8]
+    assert [channel.quantized_tokens(n, False) for n in (0, 3, 4, 7, 8)] == [0, 0, 0, 3, 4]
 
 
 def test_token_bytes_by_hand() -> None:

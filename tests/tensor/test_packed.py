@@ -13,10 +13,10 @@ from torch import Tensor
 
 from subnibble.errors import CheckpointError
 from subnibble.tensor.packed import (
-    CodedMatrix,
     PackedLayout,
     PackedRange,
     PackedTensor,
+    QuantizedMatrix,
     pack_codes,
     range_key,
     scale_dtype,
@@ -55,7 +55,7 @@ def bit_stream(codes: list[int], bits: int) -> list[int]:
     return stream
 
 
-def coded_matrix(rows: int, columns: int, scheme: Scheme, seed: int = 0) -> CodedMatrix:
+def coded_matrix(rows: int, columns: int, scheme: Scheme, seed: int = 0) -> QuantizedMatrix:
     """Signed values of very different size; row 0 has one code, the last row an all-zero first group."""
     generator = torch.Generator().manual_seed(seed)
     groups = scheme.groups(columns)
@@ -65,21 +65,21 @@ def coded_matrix(rows: int, columns: int, scheme: Scheme, seed: int = 0) -> Code
     scales = torch.exp2(torch.rand(rows, groups, generator=generator) * 12 - 10).to(stored).float()
     if scheme.zero_point == "none":
         codes[-1, : scheme.group_bounds(columns)[0][1]] = scheme.levels // 2
-        return CodedMatrix(codes, scales, None)
+        return QuantizedMatrix(codes, scales, None)
     if scheme.zero_point == "integer":
         zeros = torch.randint(0, scheme.levels, (rows, groups), generator=generator).float()
     else:
         zeros = (torch.randn(rows, groups, generator=generator) * scheme.levels).to(stored).float()
     zeros[-1, 0] = 1.0
     codes[-1, : scheme.group_bounds(columns)[0][1]] = 1
-    return CodedMatrix(codes, scales, zeros)
+    return QuantizedMatrix(codes, scales, zeros)
 
 
-def dense_by_loop(coded: CodedMatrix, scheme: Scheme) -> np.ndarray:
+def dense_by_loop(quantized: QuantizedMatrix, scheme: Scheme) -> np.ndarray:
     """`scale * (code - zero)` of every element in float32, with no use of the package's grouping."""
-    rows, columns = coded.codes.shape
-    codes, scales = coded.codes.numpy(), coded.scales.numpy()
-    zeros = np.full_like(scales, 2 ** (scheme.bits - 1)) if coded.zeros is None else coded.zeros.numpy()
+    rows, columns = quantized.codes.shape
+    codes, scales = quantized.codes.numpy(), quantized.scales.numpy()
+    zeros = np.full_like(scales, 2 ** (scheme.bits - 1)) if quantized.zeros is None else quantized.zeros.numpy()
     dense = np.full((rows, columns), np.nan, dtype=np.float32)
     for i in range(rows):
         for j in range(columns):
@@ -94,10 +94,10 @@ def is_exactly(dense: Tensor, oracle: np.ndarray) -> bool:
     return dense.dtype == torch.float32 and torch.equal(dense.view(torch.int32), bits)
 
 
-def packed_tensor(rows: int, layout: list[tuple[int, Scheme]]) -> tuple[PackedTensor, list[CodedMatrix]]:
-    coded = [coded_matrix(rows, columns, scheme, seed) for seed, (columns, scheme) in enumerate(layout)]
-    ranges = tuple(PackedRange.pack(part, scheme) for part, (_, scheme) in zip(coded, layout, strict=True))
-    return PackedTensor(ranges), coded
+def packed_tensor(rows: int, layout: list[tuple[int, Scheme]]) -> tuple[PackedTensor, list[QuantizedMatrix]]:
+    quantized = [coded_matrix(rows, columns, scheme, seed) for seed, (columns, scheme) in enumerate(layout)]
+    ranges = tuple(PackedRange.pack(part, scheme) for part, (_, scheme) in zip(quantized, layout, strict=True))
+    return PackedTensor(ranges), quantized
 
 
 MIXED = [
@@ -149,21 +149,21 @@ def test_codes_of_any_type_pack_alike(bits, dtype) -> None:
 @pytest.mark.parametrize("columns", [1, 7, 64, 129])
 @pytest.mark.parametrize("scheme", ALL_SCHEMES, ids=lambda scheme: scheme.name)
 def test_packed_range_unpacks_to_what_was_packed(scheme, columns) -> None:
-    coded = coded_matrix(ROWS, columns, scheme)
-    found = PackedRange.pack(coded, scheme).unpack()
-    assert torch.equal(found.codes, coded.codes)
-    assert torch.equal(found.scales, coded.scales)
-    if coded.zeros is None:
+    quantized = coded_matrix(ROWS, columns, scheme)
+    found = PackedRange.pack(quantized, scheme).unpack()
+    assert torch.equal(found.codes, quantized.codes)
+    assert torch.equal(found.scales, quantized.scales)
+    if quantized.zeros is None:
         assert found.zeros is None
     else:
-        assert torch.equal(found.zeros, coded.zeros)
+        assert torch.equal(found.zeros, quantized.zeros)
 
 
 @pytest.mark.parametrize("zero_point", ["integer", "real"])
 def test_a_scheme_with_zero_points_refuses_a_matrix_without(zero_point) -> None:
-    coded = replace(coded_matrix(2, 8, Scheme(4, 4, zero_point)), zeros=None)
+    quantized = replace(coded_matrix(2, 8, Scheme(4, 4, zero_point)), zeros=None)
     with pytest.raises(ValueError, match="needs zero-points"):
-        PackedRange.pack(coded, Scheme(4, 4, zero_point))
+        PackedRange.pack(quantized, Scheme(4, 4, zero_point))
 
 
 @pytest.mark.parametrize("zero_point", ZERO_POINTS)
@@ -171,16 +171,16 @@ def test_a_scheme_with_zero_points_refuses_a_matrix_without(zero_point) -> None:
 @pytest.mark.parametrize(("columns", "group_size"), SHAPES)
 def test_dequantize_equals_the_explicit_loop(columns, group_size, bits, zero_point) -> None:
     scheme = Scheme(bits, group_size, zero_point)
-    coded = coded_matrix(ROWS, columns, scheme)
-    assert is_exactly(PackedRange.pack(coded, scheme).dequantize(), dense_by_loop(coded, scheme))
+    quantized = coded_matrix(ROWS, columns, scheme)
+    assert is_exactly(PackedRange.pack(quantized, scheme).dequantize(), dense_by_loop(quantized, scheme))
 
 
 @pytest.mark.parametrize("scale_type", SCALE_TYPES)
 @pytest.mark.parametrize("zero_point", ZERO_POINTS)
 def test_dequantize_equals_the_explicit_loop_for_every_scale_type(scale_type, zero_point) -> None:
     scheme = Scheme(3, 8, zero_point, scale_type)
-    coded = coded_matrix(ROWS, 37, scheme)
-    assert is_exactly(PackedRange.pack(coded, scheme).dequantize(), dense_by_loop(coded, scheme))
+    quantized = coded_matrix(ROWS, 37, scheme)
+    assert is_exactly(PackedRange.pack(quantized, scheme).dequantize(), dense_by_loop(quantized, scheme))
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -188,7 +188,7 @@ def test_without_zero_points_the_middle_code_is_zero(bits) -> None:
     scheme = Scheme(bits, -1, "none")
     middle = 2 ** (bits - 1)
     codes = torch.tensor([[middle - 1, middle, middle + 1]], dtype=torch.uint8)
-    packed = PackedRange.pack(CodedMatrix(codes, torch.tensor([[0.5]]), None), scheme)
+    packed = PackedRange.pack(QuantizedMatrix(codes, torch.tensor([[0.5]]), None), scheme)
     assert packed.dequantize().tolist() == [[-0.5, 0.0, 0.5]]
 
 
@@ -264,23 +264,23 @@ FAULTY += [(zero_point, fault) for zero_point in ("integer", "real") for fault i
 def test_the_dequantize_oracle_rejects_a_planted_fault(zero_point, bits, fault) -> None:
     # 580 = 4 groups of 128 and a ragged one of 68; one more column a group still makes five groups.
     scheme = Scheme(bits, 128, zero_point)
-    coded = coded_matrix(ROWS, 580, scheme)
-    oracle = dense_by_loop(coded, scheme)
-    part = PackedRange.pack(coded, scheme)
+    quantized = coded_matrix(ROWS, 580, scheme)
+    oracle = dense_by_loop(quantized, scheme)
+    part = PackedRange.pack(quantized, scheme)
     assert is_exactly(part.dequantize(), oracle)
     assert not is_exactly(fault(part).dequantize(), oracle)
 
 
 def test_ranges_stand_side_by_side_in_order() -> None:
-    packed, coded = packed_tensor(4, MIXED)
-    parts = [dense_by_loop(part, scheme) for part, (_, scheme) in zip(coded, MIXED, strict=True)]
+    packed, quantized = packed_tensor(4, MIXED)
+    parts = [dense_by_loop(part, scheme) for part, (_, scheme) in zip(quantized, MIXED, strict=True)]
     assert packed.shape == (4, 151)
     assert is_exactly(packed.dequantize(), np.concatenate(parts, axis=1))
 
 
 def test_dequantize_to_another_type_casts_the_float32_values_once() -> None:
-    packed, coded = packed_tensor(4, [(37, Scheme(4, 8, "real"))])
-    oracle = torch.from_numpy(dense_by_loop(coded[0], Scheme(4, 8, "real")))
+    packed, quantized = packed_tensor(4, [(37, Scheme(4, 8, "real"))])
+    oracle = torch.from_numpy(dense_by_loop(quantized[0], Scheme(4, 8, "real")))
     for dtype in (torch.float16, torch.bfloat16, torch.float64):
         assert torch.equal(packed.dequantize(dtype), oracle.to(dtype))
 

@@ -24,7 +24,7 @@ from subnibble.pipeline import round as rounding
 from subnibble.pipeline import store
 from subnibble.rounding.dual_scale import DualScale
 from subnibble.rounding.levels import Fitted
-from subnibble.tensor.packed import CodedMatrix, PackedRange, PackedTensor, scale_dtype
+from subnibble.tensor.packed import PackedRange, PackedTensor, QuantizedMatrix, scale_dtype
 from subnibble.tensor.scheme import Scheme
 from subnibble.transforms.absorb import absorb_, can_absorb
 
@@ -52,11 +52,11 @@ def packed_range(scheme: Scheme, seed: int = 0) -> PackedRange:
     scales = torch.exp2(torch.rand(ROWS, groups, 1, generator=generator) * 5 - 8)
     scales = (scales * torch.exp2(-torch.arange(scheme.scales_per_group))).flatten(1).to(stored).float()
     if scheme.zero_point == "none":
-        return PackedRange.pack(CodedMatrix(codes, scales, None), scheme)
+        return PackedRange.pack(QuantizedMatrix(codes, scales, None), scheme)
     zeros = torch.randint(0, scheme.levels, (ROWS, groups), generator=generator).float()
     if scheme.zero_point == "real":
         zeros = (zeros + torch.rand(ROWS, groups, generator=generator) - 3).to(stored).float()
-    return PackedRange.pack(CodedMatrix(codes, scales, zeros), scheme)
+    return PackedRange.pack(QuantizedMatrix(codes, scales, zeros), scheme)
 
 
 def column_scales(seed: int = 1, size: int = ROWS) -> Tensor:
@@ -85,10 +85,10 @@ def is_merged(old: PackedTensor, new: PackedTensor, c: Tensor) -> bool:
             return False
         if b.scales.dtype != a.scales.dtype:
             return False
-        wanted = a.scales.double() * c.double().unsqueeze(1)
+        target = a.scales.double() * c.double().unsqueeze(1)
         half_step = torch.finfo(a.scales.dtype).eps / 2
         # A float32 product of a float32 scale is rounded twice at most.
-        if not bool(((b.scales.double() - wanted).abs() <= half_step * 1.001 * wanted.abs()).all()):
+        if not bool(((b.scales.double() - target).abs() <= half_step * 1.001 * target.abs()).all()):
             return False
     steps = max(torch.finfo(part.scales.dtype).eps for part in old.ranges) / 2 + 4 * torch.finfo(torch.float32).eps
     exact = old.dequantize().double() * c.double().unsqueeze(1)
@@ -234,8 +234,8 @@ def test_the_readers_and_a_gated_mlp_see_no_difference() -> None:
     def distance(site: Site) -> float:
         changed = dense_parameters()
         absorb_(site, c, {}, changed)
-        wanted = run(dense, dense[f"{DOWN}.weight"] * c)
-        return float(((run(changed, dense[f"{DOWN}.weight"]) - wanted).abs() / wanted.abs().mean()).max())
+        target = run(dense, dense[f"{DOWN}.weight"] * c)
+        return float(((run(changed, dense[f"{DOWN}.weight"]) - target).abs() / target.abs().mean()).max())
 
     assert distance(MLP_HIDDEN) < 1e-5
     for wrong in (
@@ -262,10 +262,10 @@ def zeros_of(packed: dict[str, PackedTensor]) -> dict[str, PackedTensor]:
     found = {}
     for name, tensor in packed.items():
         (part,) = tensor.ranges
-        coded = part.unpack()
-        zeros = torch.full_like(coded.zeros, 3)
-        codes = torch.full_like(coded.codes, 3)
-        found[name] = PackedTensor((PackedRange.pack(CodedMatrix(codes, coded.scales, zeros), part.scheme),))
+        quantized = part.unpack()
+        zeros = torch.full_like(quantized.zeros, 3)
+        codes = torch.full_like(quantized.codes, 3)
+        found[name] = PackedTensor((PackedRange.pack(QuantizedMatrix(codes, quantized.scales, zeros), part.scheme),))
     return found
 
 
@@ -386,16 +386,16 @@ def distance(folder: Path, other: Path) -> float:
 def test_an_absorbed_checkpoint_is_the_explicit_one_with_the_same_codes(
     name: str, explicit: dict[str, Path], absorbed: dict[str, Path]
 ) -> None:
-    found, wanted = tensors_of(absorbed[name]), tensors_of(explicit[name])
-    linears = {path for path in wanted if path.endswith(".column_scale")}
+    found, target = tensors_of(absorbed[name]), tensors_of(explicit[name])
+    linears = {path for path in target if path.endswith(".column_scale")}
     # One for each tensor that linears read.
     assert len(linears) == 3 * 4
     kept = {path for path in found if path.endswith(".column_scale")}
     # Query heads of `llama` share key-value heads, and what writes o_proj's inputs cannot take its scales.
     assert kept == ({path for path in linears if OUT in path} if name == "llama" else set())
-    for path in wanted:
+    for path in target:
         if path.endswith((".codes", ".zeros")):
-            assert torch.equal(found[path], wanted[path]), path
+            assert torch.equal(found[path], target[path]), path
     assert distance(absorbed[name], explicit[name]) < 2e-3
 
 

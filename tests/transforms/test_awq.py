@@ -79,7 +79,7 @@ def chosen(block: Block, found: SiteStatistics, monkeypatch: pytest.MonkeyPatch)
 
 
 def nearest(weight: Tensor, scheme: Scheme) -> Tensor:
-    return PackedRange.pack(grid.coded(weight, scheme, grid.Clip("minmax")), scheme).dequantize()
+    return PackedRange.pack(grid.quantized(weight, scheme, grid.Clip("minmax")), scheme).dequantize()
 
 
 def site_tokens(block: Block, site: Site, hidden: list[Tensor], call: BlockCall) -> Tensor:
@@ -220,11 +220,11 @@ def test_a_huge_channel_is_rounded_with_less_output_error_than_without_scaling(
         aware += float(((scaled @ (nearest(rows, W3) - rows).T) / unit).square().sum())
     assert aware < 0.5 * plain
     # Of the whole block, with all its linears rounded.
-    wanted, errors = output(block, hidden, call), []
+    target, errors = output(block, hidden, call), []
     for each in (block, edited):
         for linear in each.arch.linears:
             each.linear(linear).weight.data = nearest(each.linear(linear).weight.data, W3)
-        errors.append(float((output(each, hidden, call) - wanted).norm()))
+        errors.append(float((output(each, hidden, call) - target).norm()))
     assert errors[1] < errors[0]
 
 

@@ -163,7 +163,7 @@ def test_the_search_takes_the_powers_with_the_least_loss(streamed: Streamed, mon
 
 def test_the_search_sees_columns_in_falling_order_and_a_function_that_stays(streamed: Streamed) -> None:
     block, found = streamed.block, streamed.statistics()
-    wanted = {
+    target = {
         name: found.samples[site.name] @ block.linear(name).weight.T
         for site in block.arch.sites
         for name in site.readers
@@ -171,7 +171,7 @@ def test_the_search_sees_columns_in_falling_order_and_a_function_that_stays(stre
     sizes = {name: found.largest[site.name] for site in block.arch.sites for name in site.readers}
 
     def loss(name: str, weight: Tensor, tokens: Tensor) -> float:
-        torch.testing.assert_close(tokens @ weight.T, wanted[name], rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(tokens @ weight.T, target[name], rtol=1e-3, atol=1e-3)
         first = int(sizes[name].argmax())
         assert float((tokens[:, 0] / found.samples[block.arch.site_of(name).name][:, first]).std()) < 1e-4
         return 0.0

@@ -45,8 +45,8 @@ FAULT = 1e-4
 
 
 def is_hadamard(matrix: Tensor, order: int) -> bool:
-    wanted = order * torch.eye(order, dtype=torch.float64)
-    return matrix.shape == (order, order) and bool((matrix.abs() == 1).all()) and torch.equal(matrix @ matrix.T, wanted)
+    target = order * torch.eye(order, dtype=torch.float64)
+    return matrix.shape == (order, order) and bool((matrix.abs() == 1).all()) and torch.equal(matrix @ matrix.T, target)
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -243,11 +243,11 @@ def rotated_model(model: Any, rotation: Rotation) -> Any:
     return twin
 
 
-def departures(found: Any, wanted: Any, q: Tensor) -> tuple[float, float]:
+def departures(found: Any, target: Any, q: Tensor) -> tuple[float, float]:
     """Largest relative distance of the residual stream's states, and of the logits, over every token."""
     ids = torch.arange(44).view(2, 22) * 7 % 96
     with torch.no_grad():
-        a, b = (model(ids, output_hidden_states=True) for model in (found, wanted))
+        a, b = (model(ids, output_hidden_states=True) for model in (found, target))
     # The last of transformers' hidden states lies behind the final norm, whose gain the head has.
     states = [
         float(((x - y @ q).norm(dim=-1) / y.norm(dim=-1)).max())

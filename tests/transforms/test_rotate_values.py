@@ -28,8 +28,8 @@ def test_a_block_keeps_its_function_and_its_values_are_rotated(name: str, folder
         after, rotated = run_block(block.module, hidden, call), block.linear("self_attn.v_proj")(hidden)
     assert float((after - before).norm() / (before - hidden).norm()) < 1e-5
     heads = values.unflatten(-1, (-1, block.heads.width))
-    wanted = hadamard.multiply(heads, rotation.blocks) * rotation.signs.float()
-    torch.testing.assert_close(rotated, wanted.flatten(-2), rtol=1e-5, atol=1e-4)
+    target = hadamard.multiply(heads, rotation.blocks) * rotation.signs.float()
+    torch.testing.assert_close(rotated, target.flatten(-2), rtol=1e-5, atol=1e-4)
     assert float((rotated - values).norm() / values.norm()) > 0.5
 
 

@@ -45,7 +45,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "atom-centered": {"method": "bisup", "options": ATOM, "kv": {"key_center": "mean"}},
     "omniquant": {"method": "omniquant", "options": {"effort": "fast"}},
     "gptq": {"method": "tuned-gptq"},
-    "twinfit": {"method": "tuned-twinfit"},
+    "serq-plus": {"method": "tuned-serq-plus"},
 }
 
 
@@ -57,12 +57,12 @@ class NoOptions:
 @pytest.fixture(autouse=True)
 def methods_that_are_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Methods of which the tuner knows nothing, with tuning added to their steps."""
-    twinfit = methods.METHODS["twinfit"].steps({"rank": 24})
+    serq_plus = methods.METHODS["serq-plus"].steps({"rank": 24})
     # Its second weights are made anew at every step: to search their ranges takes three times as long.
-    second = replace(twinfit.correction, fitter=grid.Clip("minmax"))
+    second = replace(serq_plus.correction, fitter=grid.Clip("minmax"))
     bases = {
         "gptq": methods.METHODS["gptq"].steps({}),
-        "twinfit": replace(twinfit, transforms=(), correction=second),
+        "serq-plus": replace(serq_plus, transforms=(), correction=second),
     }
     for name, base in bases.items():
         tuning = Tuning(effort="fast", rank=4, input_clipping="site")
@@ -117,11 +117,11 @@ def test_the_block_that_was_trained_is_the_block_that_runs(
     # The first block's inputs are the embedding's rows: the same in training and in the stored model.
     samples = tuned[0].samples
     with torch.no_grad():
-        wanted = tuned[0].block(samples.inputs, samples.call)
+        target = tuned[0].block(samples.inputs, samples.call)
 
     def distance() -> float:
         output = first_output(model, samples.inputs)
-        return float((output - wanted).norm() / (wanted - samples.inputs).norm())
+        return float((output - target).norm() / (target - samples.inputs).norm())
 
     # Codes may differ by one where a value lies between two of them.
     found = distance()
@@ -270,7 +270,7 @@ def test_estimates_count_the_prompt(folders: dict[str, Path], token_file: Path, 
     plain, behind = (estimate(folders["llama"], replace(recipe, system_prompt=p)) for p in (None, PROMPT))
     assert behind.file_bytes - plain.file_bytes == 4 * cache_bytes(open_source(folders["llama"]).config, None)
     long = " ".join(["w5"] * 2000)
-    for run in (estimate, lambda model, wanted: quantize(model, tmp_path / "out", wanted)):
+    for run in (estimate, lambda model, target: quantize(model, tmp_path / "out", target)):
         with pytest.raises(SubnibbleError, match="windows of 24 tokens behind a system prompt of 2000 are longer"):
             run(folders["llama"], replace(recipe, system_prompt=long))
 
@@ -350,8 +350,8 @@ def test_a_base_that_is_better_is_stored_as_it_is(
     monkeypatch.setattr(block_tuning.BlockTuning, "round", spoiled)
     report = quantize(folders["llama"], tmp_path / "out", replace(base, **METHODS["quarot"]))
     assert all(block.keeps_base for block in report.blocks)
-    found, wanted = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("out", "base"))
-    ours, theirs = dict(found.named_buffers()), dict(wanted.named_buffers())
+    found, target = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("out", "base"))
+    ours, theirs = dict(found.named_buffers()), dict(target.named_buffers())
     codes = [name for name in theirs if name.endswith(("codes", "scales"))]
     assert codes
     assert all(torch.equal(ours[name], theirs[name]) for name in codes)

@@ -43,7 +43,7 @@ class Case:
         self,
         folder: Path,
         quantized: bool,
-        turned: bool = False,
+        rotated: bool = False,
         correction: Correction = NOTHING,
     ) -> None:
         skeleton = Skeleton(SafetensorsSource(folder), torch.float32, torch.device("cpu"))
@@ -58,8 +58,8 @@ class Case:
         bases = {}
         for site in self.block.arch.sites:
             channels = self.block.linear(site.readers[0]).in_features
-            order = torch.randperm(channels, generator=generator) if turned else None
-            bases[site.name] = InputBasis(order, hadamard_blocks(channels) if turned else ())
+            order = torch.randperm(channels, generator=generator) if rotated else None
+            bases[site.name] = InputBasis(order, hadamard_blocks(channels) if rotated else ())
         self.frame = Frame(
             dict.fromkeys(names, WEIGHTS if quantized else None),
             dict.fromkeys(names, INPUTS if quantized else None),
@@ -99,26 +99,26 @@ def shake_(tuned: TunedBlock, *spaces: str) -> None:
                 value += 0.3 * torch.randn(value.shape, generator=generator)
 
 
-@pytest.mark.parametrize("turned", [False, True], ids=["natural", "turned"])
+@pytest.mark.parametrize("rotated", [False, True], ids=["natural", "turned"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_factors_leave_the_function_and_settle_into_the_block(
-    name: str, turned: bool, folders: dict[str, Path]
+    name: str, rotated: bool, folders: dict[str, Path]
 ) -> None:
-    case = Case(folders[name], quantized=False, turned=turned)
-    wanted = case.output(case.states)
+    case = Case(folders[name], quantized=False, rotated=rotated)
+    target = case.output(case.states)
     tuned = case.tuned(smoothing="hard")
-    assert case.distance(case.of(tuned), wanted) < 1e-5
+    assert case.distance(case.of(tuned), target) < 1e-5
     shake_(tuned, "smoothing")
-    assert case.distance(case.of(tuned), wanted) < 1e-5
+    assert case.distance(case.of(tuned), target) < 1e-5
     before = {key: value.clone() for key, value in case.block.module.named_parameters()}
     tuned.settle_(case.block)
     assert any(not torch.equal(before[key], value) for key, value in case.block.module.named_parameters())
-    assert case.distance(case.output(tuned.prefix), wanted) < 1e-5
-    assert case.distance(case.of(tuned), wanted) < 1e-5
+    assert case.distance(case.output(tuned.prefix), target) < 1e-5
+    assert case.distance(case.of(tuned), target) < 1e-5
     # The prefix is what the settled block makes of it; as it was, it would be wrong.
     for found, made in zip(tuned.prefix, case.stream.run(case.block).states, strict=True):
         assert torch.allclose(found, made, atol=1e-5)
-    assert case.distance(case.output(case.states), wanted) > 1e-2
+    assert case.distance(case.output(case.states), target) > 1e-2
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2"])
@@ -142,23 +142,23 @@ def test_a_settled_block_is_the_one_that_was_trained(name: str, folders: dict[st
 @pytest.mark.parametrize("name", CONFIGS)
 def test_products_may_be_of_half_the_width(name: str, folders: dict[str, Path]) -> None:
     case = Case(folders[name], quantized=True)
-    wanted = case.of(case.tuned())
+    target = case.of(case.tuned())
     skeleton = Skeleton(SafetensorsSource(folders[name]), torch.bfloat16, torch.device("cpu"))
     case.call = skeleton.block_calls(TOKENS, past=PREFIX)[1]
     case.frame = replace(case.frame, dtype=torch.bfloat16)
     found = case.of(case.tuned())
-    assert not torch.equal(found, wanted)
-    assert case.distance(found, wanted) < 0.1
+    assert not torch.equal(found, target)
+    assert case.distance(found, target) < 0.1
 
 
 def test_linears_that_are_skipped_keep_the_function(folders: dict[str, Path]) -> None:
     case = Case(folders["llama"], quantized=False)
-    wanted = case.output(case.states)
+    target = case.output(case.states)
     tuned = case.tuned(low_rank="none")
     shake_(tuned, "smoothing")
-    assert case.distance(case.of(tuned), wanted) < 1e-5
+    assert case.distance(case.of(tuned), target) < 1e-5
     tuned.settle_(case.block)
-    assert case.distance(case.output(tuned.prefix), wanted) < 1e-5
+    assert case.distance(case.output(tuned.prefix), target) < 1e-5
 
 
 def test_nothing_is_changed_before_anything_is_learned(folders: dict[str, Path]) -> None:
@@ -172,7 +172,7 @@ CORRECTIONS = [NOTHING, OutlierColumns(8), SalientColumns(24, fitter=grid.Clip("
 
 @pytest.mark.parametrize("correction", CORRECTIONS, ids=["none", "outliers", "salient"])
 def test_learned_grids_round_as_the_tuned_block_does(correction: Correction, folders: dict[str, Path]) -> None:
-    case = Case(folders["llama"], quantized=True, turned=True, correction=correction)
+    case = Case(folders["llama"], quantized=True, rotated=True, correction=correction)
     tuned = case.tuned()
     shake_(tuned, "smoothing", "low_rank", "clipping")
     tuned.settle_(case.block)
@@ -186,7 +186,7 @@ def test_learned_grids_round_as_the_tuned_block_does(correction: Correction, fol
         elif isinstance(correction, SalientColumns):
             second = grid.nearest(weight[:, :24], WEIGHTS)
             main[:, :24] -= second
-        stored = PackedRange.pack(rounder(main, None, WEIGHTS, "w").coded, WEIGHTS).dequantize()
+        stored = PackedRange.pack(rounder(main, None, WEIGHTS, "w").quantized, WEIGHTS).dequantize()
         if isinstance(correction, OutlierColumns):
             stored = torch.cat([stored, grid.nearest(weight[:, -8:], Scheme(8, -1, "none"))], 1)
         elif isinstance(correction, SalientColumns):

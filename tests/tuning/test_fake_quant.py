@@ -46,8 +46,8 @@ def gradients(function: object, levels: int) -> list[Tensor]:
 
 @pytest.mark.parametrize("levels", [4, 8, 16])
 def test_fake_quantization_is_autograd_of_its_formula(levels: int) -> None:
-    for found, wanted in zip(gradients(fake_quantize, levels), gradients(by_autograd, levels), strict=True):
-        assert torch.allclose(found, wanted, rtol=1e-12, atol=1e-12)
+    for found, target in zip(gradients(fake_quantize, levels), gradients(by_autograd, levels), strict=True):
+        assert torch.allclose(found, target, rtol=1e-12, atol=1e-12)
 
 
 def test_the_oracle_rejects_planted_faults() -> None:
@@ -59,7 +59,7 @@ def test_the_oracle_rejects_planted_faults() -> None:
 
     for fault in (without_range, too_narrow):
         pairs = zip(gradients(fault, 8), gradients(by_autograd, 8), strict=True)
-        assert not all(torch.allclose(found, wanted) for found, wanted in pairs)
+        assert not all(torch.allclose(found, target) for found, target in pairs)
 
 
 def test_gradients_pass_straight_through() -> None:
@@ -77,14 +77,14 @@ def test_gradients_pass_straight_through() -> None:
 def test_ranges_start_where_the_clip_search_stands(zero_point: str, bits: int, group: int) -> None:
     scheme, w = Scheme(bits, group, zero_point), weights()
     for clip in (grid.Clip(), grid.Clip("minmax")):
-        wanted, grids = grid.coded(w, scheme, clip), Clipping(w, scheme, clip).fitted(w)
+        target, grids = grid.quantized(w, scheme, clip), Clipping(w, scheme, clip).fitted(w)
         found = torch.cat([fit.levels.scales for fit in grids], 1)
-        assert torch.equal(found, wanted.scales)
+        assert torch.equal(found, target.scales)
         if zero_point == "integer":
             zeros = torch.cat([fit.levels.zeros for fit in grids], 1)
             # Where a range's end lies half-way between two codes, either will do.
-            assert bool(((zeros - wanted.zeros).abs() <= 1).all())
-            assert int((zeros != wanted.zeros).sum()) <= 2
+            assert bool(((zeros - target.zeros).abs() <= 1).all())
+            assert int((zeros != target.zeros).sum()) <= 2
 
 
 @pytest.mark.parametrize("zero_point", ["none", "integer"])
@@ -95,7 +95,7 @@ def test_what_is_trained_is_what_is_stored(zero_point: str) -> None:
         for share in clipping.parameters():
             share += torch.randn(share.shape, generator=GENERATOR.manual_seed(4))
     grids = FixedGrids.stacked([clipping.fitted(w)])
-    stored = PackedRange.pack(RTN(grids)(w, None, scheme, "w").coded, scheme).dequantize()
+    stored = PackedRange.pack(RTN(grids)(w, None, scheme, "w").quantized, scheme).dequantize()
     assert torch.equal(stored, clipping(w).detach())
 
 
@@ -103,7 +103,7 @@ def test_stacked_grids_keep_their_rows() -> None:
     scheme, w = Scheme(3, 16), weights()
     both = [Clipping(part, scheme, grid.Clip()) for part in (w, 3 * w)]
     grids = FixedGrids.stacked([clip.fitted(part) for clip, part in zip(both, (w, 3 * w), strict=True)])
-    stored = PackedRange.pack(RTN(grids)(torch.cat([w, 3 * w]), None, scheme, "w").coded, scheme).dequantize()
+    stored = PackedRange.pack(RTN(grids)(torch.cat([w, 3 * w]), None, scheme, "w").quantized, scheme).dequantize()
     assert torch.equal(stored, torch.cat([both[0](w), both[1](3 * w)]).detach())
 
 
@@ -112,11 +112,13 @@ def test_compensation_on_fixed_grids_leaves_the_grids() -> None:
     x = torch.randn(200, 45, generator=GENERATOR.manual_seed(5)) * torch.linspace(0.2, 3, 45)
     grids = FixedGrids.stacked([Clipping(w, scheme, grid.Clip()).fitted(w)])
     nearest, compensated = (
-        rounder(w, x.T @ x, scheme, "w").coded for rounder in (RTN(grids), GPTQ(grids, order="gar"))
+        rounder(w, x.T @ x, scheme, "w").quantized for rounder in (RTN(grids), GPTQ(grids, order="gar"))
     )
     assert torch.equal(nearest.scales, compensated.scales)
     assert torch.equal(nearest.zeros, compensated.zeros)
-    errors = [((PackedRange.pack(coded, scheme).dequantize() - w) @ x.T).norm() for coded in (nearest, compensated)]
+    errors = [
+        ((PackedRange.pack(quantized, scheme).dequantize() - w) @ x.T).norm() for quantized in (nearest, compensated)
+    ]
     assert errors[1] < errors[0]
 
 

@@ -27,18 +27,18 @@ def samples(windows: int, *parts: Tensor) -> Samples:
 def test_the_first_tokens_of_the_first_windows_and_the_last_of_these_are_held_out(
     windows: int, taken: int, held_out: list[int]
 ) -> None:
-    inputs, exact, wanted = hidden(0), hidden(1), hidden(2)
+    inputs, exact, target = hidden(0), hidden(1), hidden(2)
     # A sink before the block, one behind it, and one that comes after all tokens that are taken.
     exact[1, 2] *= 1000
-    wanted[2, 3] *= 1000
-    wanted[3, 5] *= 1000
-    found = samples(windows, inputs, exact, wanted)
+    target[2, 3] *= 1000
+    target[3, 5] *= 1000
+    found = samples(windows, inputs, exact, target)
     ordinary = torch.ones(taken, 4, dtype=torch.bool)
     ordinary[:, 0] = ordinary[1, 2] = ordinary[2, 3] = False
     assert torch.equal(found.inputs, inputs[:taken, :4])
-    assert torch.equal(found.wanted, wanted[:taken, :4])
+    assert torch.equal(found.target, target[:taken, :4])
     assert torch.equal(found.ordinary, ordinary)
-    added = (wanted - exact)[:taken, :4][ordinary].square().sum(-1).mean()
+    added = (target - exact)[:taken, :4][ordinary].square().sum(-1).mean()
     assert found.energy == pytest.approx(float(added), rel=1e-6)
     assert list(found.held_out) == held_out
     assert found.trained == held_out[0]

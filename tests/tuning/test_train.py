@@ -23,11 +23,11 @@ EFFORT = Effort(windows=16, tokens=TOKENS, first=2, second=2, batch=2 * TOKENS)
 def samples(case: Case) -> Samples:
     generator = torch.Generator().manual_seed(3)
     case.hidden = torch.randn(16, TOKENS, case.hidden.shape[2], generator=generator)
-    wanted = case.output(case.states)
+    target = case.output(case.states)
     ordinary = torch.ones(16, TOKENS, dtype=torch.bool)
     ordinary[:, 0] = False
-    energy = float((wanted - case.hidden)[ordinary].square().sum(-1).mean())
-    return Samples(case.hidden, wanted, ordinary, energy, case.call)
+    energy = float((target - case.hidden)[ordinary].square().sum(-1).mean())
+    return Samples(case.hidden, target, ordinary, energy, case.call)
 
 
 def coarse(case: Case) -> Case:
@@ -66,7 +66,7 @@ def test_a_seed_decides_what_is_learned(folders: dict[str, Path]) -> None:
 def test_a_step_that_is_not_finite_is_left_out(folders: dict[str, Path]) -> None:
     case = coarse(Case(folders["llama"], quantized=True))
     data = samples(case)
-    data.wanted[0] = math.nan
+    data.target[0] = math.nan
     trained = train_(case.tuned(), data, EFFORT, torch.Generator().manual_seed(0), lambda loss: None)
     assert trained.left_out == trained.epochs == 4
     assert trained.rollbacks == 0
@@ -80,7 +80,7 @@ def test_where_no_step_is_finite_it_goes_back(
     case = coarse(Case(folders["llama"], quantized=True))
     data = samples(case)
     if why == "nothing is finite":
-        data.wanted[:14] = math.nan
+        data.target[:14] = math.nan
     else:
 
         def spoil(block: TunedBlock, *rest: object) -> bool:
@@ -150,9 +150,9 @@ def test_tokens_that_are_left_out_do_not_count(folders: dict[str, Path]) -> None
     data = samples(case)
     tuned = case.tuned()
     before = held_out_loss(tuned, data)
-    data.wanted[:, 0] += 1000
+    data.target[:, 0] += 1000
     assert held_out_loss(tuned, data) == before
-    data.wanted[:, 1] += 1000
+    data.target[:, 1] += 1000
     assert held_out_loss(tuned, data) > 10 * before
 
 

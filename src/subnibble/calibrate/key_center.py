@@ -14,8 +14,8 @@ from subnibble.errors import NumericalFailure
 from subnibble.model.skeleton import Block
 from subnibble.model.transformers_api.blocks import BlockCache, BlockCall, run_block
 from subnibble.model.transformers_api.names import never_called
-from subnibble.runtime.coded_text import as_coded
 from subnibble.runtime.kv_cache import Coding
+from subnibble.runtime.quantized_text import as_quantized
 from subnibble.tensor.cache_scheme import CacheScheme
 
 # More tokens would move a mean by next to nothing.
@@ -80,7 +80,7 @@ def _mean(block: Block, scheme: CacheScheme, hidden: list[Tensor], call: BlockCa
         if found.is_full:
             break
         keys = _keys(block, batch.to(device), call)
-        found.update(as_coded(keys, scheme, call.positions), ordinary_tokens(batch))
+        found.update(as_quantized(keys, scheme, call.positions), ordinary_tokens(batch))
     mean = found.value.to(torch.float16)
     if not bool(mean.isfinite().all()):
         raise NumericalFailure(f'{block.path}: the mean of its keys does not fit float16; use key_center = "none"')

@@ -13,8 +13,8 @@ from torch import Tensor
 from subnibble.errors import NumericalFailure
 from subnibble.model.skeleton import Block, Skeleton
 from subnibble.model.transformers_api.blocks import BlockCache, BlockCall, run_block
-from subnibble.runtime.coded_text import coded_keys, coded_values
 from subnibble.runtime.kv_cache import Coding
+from subnibble.runtime.quantized_text import quantized_keys, quantized_values
 
 # Keys and values, (heads, tokens, width) each, positions put on.
 States = tuple[Tensor, Tensor]
@@ -94,7 +94,7 @@ class _Past(BlockCache):
     def see(self, keys: Tensor, values: Tensor) -> States:
         """See `BlockCache`; behind the prefix's."""
         if self._coding is not None:
-            keys, values = coded_keys(keys, self._coding, self._positions), coded_values(values, self._coding)
+            keys, values = quantized_keys(keys, self._coding, self._positions), quantized_values(values, self._coding)
         return (keys, values) if self._states is None else with_past(self._states, (keys, values))
 
 

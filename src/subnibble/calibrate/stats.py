@@ -97,12 +97,12 @@ class Drift:
     def __init__(self, channels: int, device: torch.device | str = "cpu") -> None:
         self._sum = torch.zeros(channels, channels, dtype=torch.float32, device=device)
 
-    def update(self, x: Tensor, wanted: Tensor) -> None:
-        """Add tokens. x: (tokens, channels), as fed now; wanted: x~, the same tokens' in the full-precision model."""
+    def update(self, x: Tensor, target: Tensor) -> None:
+        """Add tokens. x: (tokens, channels), as fed now; target: x~, the same tokens' in the full-precision model."""
         dtype = torch.promote_types(self._sum.dtype, product_dtype(x))
-        dtype = torch.promote_types(dtype, product_dtype(wanted))
+        dtype = torch.promote_types(dtype, product_dtype(target))
         self._sum, now = self._sum.to(dtype), x.to(dtype)
-        self._sum.addmm_((wanted.to(dtype) - now).T, now)
+        self._sum.addmm_((target.to(dtype) - now).T, now)
 
     def merge(self, other: Drift) -> None:
         """See `Statistic`."""

@@ -90,14 +90,14 @@ def distill(
     dtype: o.Dtype = None,
 ) -> None:
     """Tune the checkpoint in OUT as a whole towards the original's predictions; its codes stay."""
-    wanted = o.build_recipe(
+    target = o.build_recipe(
         None, None, None, distill_option, distill_steps=steps, calibration=calibration, num_windows=num_windows,
         window=window, seed=seed, device=device, dtype=dtype,
     )  # fmt: skip
     from subnibble.distill.checkpoint import distill_checkpoint
 
     with progress("distill") as told:
-        found = distill_checkpoint(out, original, wanted, progress=told)
+        found = distill_checkpoint(out, original, target, progress=told)
     say(f"{out}: {distilled(found)}")
 
 

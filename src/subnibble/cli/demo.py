@@ -17,7 +17,7 @@ from subnibble.packaged.model import find_model
 if TYPE_CHECKING:
     from subnibble.checkpoint.source import Source
 
-_METHODS = ("gptq", "dualfit")
+_METHODS = ("gptq", "d2quant-plus")
 _QUESTION = "Why is the sky blue?"
 _ANSWER_TOKENS = 32
 
@@ -31,7 +31,7 @@ def demo(
     out: Annotated[Path | None, typer.Option(help="Keep the checkpoints in this folder.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace checkpoints in --out.")] = False,
 ) -> None:
-    """Quantize SmolLM2-135M by GPTQ and by dualfit, compare both with the original, and let the best one speak."""
+    """Quantize SmolLM2-135M by GPTQ and by d2quant-plus, compare both with the original, and let the best one speak."""
     file = find_model()
     from subnibble.checkpoint.opening import open_source
     from subnibble.evaluation.compare import compare, recipe_name

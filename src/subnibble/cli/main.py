@@ -43,8 +43,8 @@ app.command("list")(checkpoints.list_)
 app.command("demo")(demo.demo)
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _version(target: bool) -> None:
+    if target:
         say(__version__)
         raise typer.Exit
 
@@ -123,6 +123,6 @@ def _tell_of(error: BaseException, *lines: str) -> None:
         found = found.__cause__ or found.__context__
 
 
-def _show_trace(wanted: bool) -> None:
-    if wanted:
+def _show_trace(target: bool) -> None:
+    if target:
         traceback.print_exc()

@@ -45,7 +45,7 @@ def quantize(
     start = o.starting_recipe(
         recipe, preset, method, bits=bits, activation_bits=activation_bits, kv_bits=kv_bits, grid=grid
     )
-    wanted = o.build_recipe(
+    target = o.build_recipe(
         start, o.with_effort(option, effort), kv_option, distill_option, method=method, bits=bits,
         group_size=group_size, grid=grid, zero_point=zero_point, embedding_bits=embedding_bits,
         activation_bits=activation_bits, activation_group_size=activation_group_size, kv_bits=kv_bits,
@@ -55,18 +55,18 @@ def quantize(
     from subnibble.evaluation.compare import recipe_name
     from subnibble.pipeline.driver import quantize as run
 
-    with progress(recipe_name(replace(wanted, options={}))) as told:
-        report = run(model, out, wanted, overwrite=overwrite, progress=told)
+    with progress(recipe_name(replace(target, options={}))) as told:
+        report = run(model, out, target, overwrite=overwrite, progress=told)
     size = report.size
     schemes = "+".join(sorted({linear.scheme for linear in report.linears}))
-    inputs = f"{size['activation_bits']:.3f} activation bits, " if wanted.activation_bits < 16 else ""
-    inputs += f"{size['cache_bytes']:.0f} bytes a token in the KV cache, " if wanted.kv_bits < 16 else ""
+    inputs = f"{size['activation_bits']:.3f} activation bits, " if target.activation_bits < 16 else ""
+    inputs += f"{size['cache_bytes']:.0f} bytes a token in the KV cache, " if target.kv_bits < 16 else ""
     say(
         f"{out}: {report.method}{schemes and ' '}{schemes}, {size['effective_bits']:.3f} effective bits, {inputs}"
         f"{size['model_bits']:.3f} bits a parameter, {megabytes(size['file_bytes'])}, "
         f"{duration(report.seconds['total'])}, peak memory {megabytes(report.peak_memory)}"
     )
-    if wanted.system_prompt is not None:
+    if target.system_prompt is not None:
         say(f"system prompt of {report.prefix_tokens} tokens at 16 bits")
     trouble = unstable(report.blocks)
     if trouble is not None:
@@ -112,7 +112,7 @@ def estimate(
     start = o.starting_recipe(
         recipe, preset, method, bits=bits, activation_bits=activation_bits, kv_bits=kv_bits, grid=grid
     )
-    wanted = o.build_recipe(
+    target = o.build_recipe(
         start, o.with_effort(option, effort), kv_option, distill_option, method=method, bits=bits,
         group_size=group_size, grid=grid, zero_point=zero_point, embedding_bits=embedding_bits,
         activation_bits=activation_bits, activation_group_size=activation_group_size, kv_bits=kv_bits,
@@ -121,7 +121,7 @@ def estimate(
     )  # fmt: skip
     from subnibble.pipeline.estimate import estimate as run
 
-    found = run(model, wanted)
+    found = run(model, target)
     if json:
         print_json(found.to_dict())
         return

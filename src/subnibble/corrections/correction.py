@@ -100,7 +100,7 @@ class Correction:
     def round(self, weight: Tensor, gram: Tensor | None, scheme: Scheme, round_main: RoundMain) -> Rounded:
         """Round a weight (m, k) float32. gram: (k, k), sum of x xᵀ over its inputs, None without calibration."""
         rounding = round_main(weight, gram)
-        return rounding, PackedTensor((PackedRange.pack(rounding.coded, scheme),)), None
+        return rounding, PackedTensor((PackedRange.pack(rounding.quantized, scheme),)), None
 
     def branches(
         self, errors: Sequence[Tensor], gram: Tensor | None, sizes: Tensor | None, scheme: Scheme

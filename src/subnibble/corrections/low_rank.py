@@ -88,7 +88,7 @@ class LowRank(Correction):
         """Packed A (r, k) and B (m, r), beside a weight coded by `weight`."""
         scheme = self.scheme(weight)
         clip = grid.Clip("minmax" if scheme.bits == 8 else "mse")
-        pack = [PackedRange.pack(grid.coded(m, scheme, clip), scheme) for m in (down, up)]
+        pack = [PackedRange.pack(grid.quantized(m, scheme, clip), scheme) for m in (down, up)]
         return PackedTensor((pack[0],)), PackedTensor((pack[1],))
 
 

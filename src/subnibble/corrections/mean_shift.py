@@ -29,9 +29,9 @@ class MeanShift:
     def __init__(self, channels: int, device: torch.device | str = "cpu") -> None:
         self._mean = Mean(channels, device)
 
-    def update(self, wanted: Tensor, found: Tensor) -> None:
+    def update(self, target: Tensor, found: Tensor) -> None:
         """Add tokens: the norm's outputs (tokens, channels) before and after quantization."""
-        self._mean.update(wanted.float() - found.float())
+        self._mean.update(target.float() - found.float())
 
     def merge(self, other: MeanShift) -> None:
         """See `Statistic`."""

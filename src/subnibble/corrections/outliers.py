@@ -78,12 +78,12 @@ class OutlierColumns(Correction):
             share = _share(gram, split)
             seen = gram[:split, :split] - share @ gram[split:, :split]
         rounding = round_main(weight[:, :split].contiguous(), seen)
-        main = PackedRange.pack(rounding.coded, scheme)
+        main = PackedRange.pack(rounding.quantized, scheme)
         rest = weight[:, split:]
         if share is not None:
             rest = rest + (weight[:, :split] - main.dequantize()) @ share.to(rest.dtype)
         own = self.scheme(scheme)
-        last = PackedRange.pack(grid.coded(rest, own, Clip("minmax")), own)
+        last = PackedRange.pack(grid.quantized(rest, own, Clip("minmax")), own)
         return rounding, PackedTensor((main, last)), None
 
     def last(self, weight: Tensor, scheme: Scheme) -> Tensor:

@@ -76,11 +76,11 @@ class SalientColumns(Correction):
 
     def round(self, weight: Tensor, gram: Tensor | None, scheme: Scheme, round_main: RoundMain) -> Rounded:
         """See `Correction`."""
-        salient = PackedRange.pack(grid.coded(weight[:, : self.rank], scheme, self.fitter), scheme)
+        salient = PackedRange.pack(grid.quantized(weight[:, : self.rank], scheme, self.fitter), scheme)
         rest = weight.clone()
         rest[:, : self.rank] -= salient.dequantize()
         rounding = round_main(rest, gram)
-        return rounding, PackedTensor((PackedRange.pack(rounding.coded, scheme),)), salient
+        return rounding, PackedTensor((PackedRange.pack(rounding.quantized, scheme),)), salient
 
     def second(self, weight: Tensor, scheme: Scheme) -> Tensor:
         """See `Correction`."""

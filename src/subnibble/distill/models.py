@@ -91,7 +91,7 @@ class Teacher:
         calls = [behind(own, state) for own, state in zip(calls, states, strict=True)]
         return cls(WholeModel(model, skeleton.arch, calls), device)
 
-    def log_shares(self, ids: Tensor) -> Tensor:
+    def log_probs(self, ids: Tensor) -> Tensor:
         """Logarithms of the next token's probabilities, (b, t, vocabulary)."""
         with torch.no_grad():
             return self._model.logits(ids.to(self._device), keeps_states=True).log_softmax(-1)

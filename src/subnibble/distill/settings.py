@@ -23,10 +23,10 @@ def learnable(
     weights: how matrices are coded. inputs: how linears' inputs are, None for not at all. column_scales, norm_biases:
     whether any is stored.
     """
-    coded = list(weights)
+    quantized = list(weights)
     there = {
-        "scales": any(scheme.scale_type != E8M0 for scheme in coded),
-        "zero_points": any(scheme.zero_point == "real" for scheme in coded),
+        "scales": any(scheme.scale_type != E8M0 for scheme in quantized),
+        "zero_points": any(scheme.zero_point == "real" for scheme in quantized),
         "column_scales": column_scales,
         "norms": True,
         "norm_biases": norm_biases,

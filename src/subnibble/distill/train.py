@@ -155,14 +155,14 @@ class _Training:
         with torch.no_grad(), self.student.as_stored():
             loss = WeightedMean()
             for ids in self.samples.held_out.split(self.samples.together):
-                loss.update(float(_divergence(self.teacher.log_shares(ids), self.student.logits(ids))), ids.shape[0])
+                loss.update(float(_divergence(self.teacher.log_probs(ids), self.student.logits(ids))), ids.shape[0])
         self.student.forget()
         return loss.value
 
     def _step(self, ids: Tensor, optimizer: torch.optim.Optimizer) -> float:
         """One step; its loss, or nan, and no step, where it is not finite."""
         optimizer.zero_grad(set_to_none=True)
-        loss = _divergence(self.teacher.log_shares(ids), self.student.logits(ids))
+        loss = _divergence(self.teacher.log_probs(ids), self.student.logits(ids))
         loss.backward()
         self.student.forget()
         _check_reached(self.student.spaces)
@@ -210,7 +210,7 @@ def _check_reached(spaces: Mapping[str, list[Learned]]) -> None:
         )
 
 
-def _divergence(wanted: Tensor, logits: Tensor) -> Tensor:
-    """Mean KL(p || q) over tokens. wanted: log p; logits: of q; both (b, t, vocabulary)."""
-    found = nn.functional.kl_div(logits.log_softmax(-1), wanted, log_target=True, reduction="none")
+def _divergence(target: Tensor, logits: Tensor) -> Tensor:
+    """Mean KL(p || q) over tokens. target: log p; logits: of q; both (b, t, vocabulary)."""
+    found = nn.functional.kl_div(logits.log_softmax(-1), target, log_target=True, reduction="none")
     return found.sum(-1).mean()

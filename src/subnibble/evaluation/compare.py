@@ -66,19 +66,19 @@ def compare(
     Recipes have one system prompt, or none; the original is scored behind the same. out: where to keep the checkpoints,
     `recipe_names` each; None keeps none.
     """
-    told, evaluation, wanted = given_progress(progress), Evaluation.of(evaluation), _recipes(recipes)
+    told, evaluation, target = given_progress(progress), Evaluation.of(evaluation), _recipes(recipes)
     out = None if out is None else given_path(out, "out", "a folder to keep the checkpoints in, or leave it out")
-    names = recipe_names(wanted)
+    names = recipe_names(target)
     for name in names:
         if out is not None:
             check_output(out / name, overwrite)
-    prompts = {recipe.system_prompt for recipe in wanted}
+    prompts = {recipe.system_prompt for recipe in target}
     own = evaluation.system_prompt is not None or evaluation.kv_bits is not None or evaluation.kv
     if len(prompts) > 1 or own:
         raise BadRecipe("models side by side have one system prompt, and cache and prompt come with their recipes")
     source = open_source(model)
     reads_text = {}
-    for name, recipe in zip(names, wanted, strict=True):
+    for name, recipe in zip(names, target, strict=True):
         resolved = resolve(source, recipe).recipe
         if out is not None:
             check_apart(out / name, source.path, resolved)
@@ -91,7 +91,7 @@ def compare(
         seconds: dict[str, float | None] = {ORIGINAL: None}
         paths: dict[str, Path | Source] = {ORIGINAL: source} | {name: folder / name for name in names}
         # Recipes that read text first, so that text which cannot be had is known before any work.
-        named = zip(names, wanted, strict=True)
+        named = zip(names, target, strict=True)
         for name, recipe in sorted(named, key=lambda pair: not reads_text[pair[0]]):
             report = quantize(source, folder / name, recipe, overwrite=overwrite, progress=titled(told, name))
             seconds[name] = report.seconds["total"]

@@ -193,7 +193,7 @@ def _check_centers(attentions: list[Any], scheme: CacheScheme) -> None:
     centers = [getattr(module, KEY_CENTER, None) for module in attentions]
     held = {(own.rope, own.key_rotation) for own in centers if own is not None}
     if None in centers or held != {scheme.key_basis}:
-        found = ", ".join(f"rope={rope}, key_rotation={turned}" for rope, turned in sorted(held)) or "none"
+        found = ", ".join(f"rope={rope}, key_rotation={rotated}" for rope, rotated in sorted(held)) or "none"
         raise BadRecipe(
             f"{scheme.name} codes keys less a centre with rope={scheme.rope}, key_rotation={scheme.key_rotation}, and "
             f"the centres that the model holds are: {found}; quantize it with key_center = mean and these settings "
@@ -340,14 +340,14 @@ def cached_attention(module: Any, inputs: AttentionInputs) -> Tensor:
     keys, values = (changed(seen, lambda part: part.to(query.dtype)) for seen in layer.take())
     blocks = layer.blocks(query)
     with as_written(query.device):
-        turned = hadamard.multiply(query, blocks) if blocks else query
+        rotated = hadamard.multiply(query, blocks) if blocks else query
         prefix = None
         if hasattr(module, PREFIX):
             own, shared = module.prefix.pair()
             own = own.to(query.dtype)
             shown = _prefix_visible(query, own.shape[1], layer.queries, inputs.window)
             prefix = PrefixSeen(hadamard.multiply(own, blocks) if blocks else own, shared, shown)
-        output = attend(turned, keys, values, inputs.mask, inputs.scaling, prefix)
+        output = attend(rotated, keys, values, inputs.mask, inputs.scaling, prefix)
     return output.transpose(1, 2).contiguous()
 
 

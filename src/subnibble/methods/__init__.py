@@ -5,7 +5,7 @@ from subnibble.methods.atom import ATOM
 from subnibble.methods.awq import AWQ
 from subnibble.methods.bisup import BISUP
 from subnibble.methods.d2quant import D2QUANT
-from subnibble.methods.dualfit import DUALFIT
+from subnibble.methods.d2quant_plus import D2QUANT_PLUS
 from subnibble.methods.gptaq import GPTAQ
 from subnibble.methods.gptq import GPTQ
 from subnibble.methods.low_rank import L2QER, QERA
@@ -15,8 +15,8 @@ from subnibble.methods.omniquant import OMNIQUANT
 from subnibble.methods.quarot import QUAROT
 from subnibble.methods.rtn import RTN
 from subnibble.methods.serq import SERQ
+from subnibble.methods.serq_plus import SERQ_PLUS
 from subnibble.methods.smoothquant import SMOOTHQUANT
-from subnibble.methods.twinfit import TWINFIT
 
 METHODS: dict[str, Method] = {
     method.name: method
@@ -26,13 +26,13 @@ METHODS: dict[str, Method] = {
         GPTQ,
         GPTAQ,
         D2QUANT,
-        DUALFIT,
+        D2QUANT_PLUS,
         SMOOTHQUANT,
         L2QER,
         QERA,
         QUAROT,
         SERQ,
-        TWINFIT,
+        SERQ_PLUS,
         ATOM,
         OMNIQUANT,
         BISUP,

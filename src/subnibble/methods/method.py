@@ -181,7 +181,7 @@ class Method:
         for key, value in values.items():
             if key not in known:
                 raise BadRecipe(f"method {self.name} has no option {key!r}; it has: {', '.join(known) or 'none'}")
-            wanted = type(known[key])
-            if not isinstance(value, (int, float) if wanted is float else wanted) or isinstance(value, bool):
-                raise BadRecipe(f"option {key} of method {self.name} is {value!r}; expected {wanted.__name__}")
+            target = type(known[key])
+            if not isinstance(value, (int, float) if target is float else target) or isinstance(value, bool):
+                raise BadRecipe(f"option {key} of method {self.name} is {value!r}; expected {target.__name__}")
         return self.options(**values)

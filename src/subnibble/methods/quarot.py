@@ -39,11 +39,11 @@ def build(options: Options) -> Steps:
         online=(Role.ATTENTION_OUT, Role.MLP_HIDDEN),
         inputs=options.inputs,
         value_rotation=options.value_rotation,
-        cache=turned_keys,
+        cache=rotated_keys,
     )
 
 
-def turned_keys(bits: int) -> Mapping[str, Any]:
+def rotated_keys(bits: int) -> Mapping[str, Any]:
     """Keys turned as queries are; ranges clipped where codes are few."""
     return {"key_rotation": "hadamard", "clip": 0.95 if bits <= _FEW_BITS else 1.0}
 

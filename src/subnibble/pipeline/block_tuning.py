@@ -127,7 +127,7 @@ class Tuner:
 
     def __call__(self, prepared: Prepared, streams: Streams) -> BlockTuning:
         """Tune a prepared block in place."""
-        block, call, exact = prepared.block, prepared.call, streams.wanted
+        block, call, exact = prepared.block, prepared.call, streams.full_precision
         dtype = self.resolved.skeleton.dtype
         with self.clock.step("key center"):
             coding = coding_of(block.twin(dtype), self.resolved.plan.cache, streams.hidden, call)

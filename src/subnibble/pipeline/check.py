@@ -35,7 +35,7 @@ from subnibble.pipeline.plan import (
     plan_schemes,
     stores_column_scales,
 )
-from subnibble.pipeline.resolved_recipe import filled_in
+from subnibble.pipeline.resolved_recipe import resolved_recipe
 from subnibble.pipeline.size import packed_bytes, table_bytes
 from subnibble.recipe import PLAIN_ACTIVATIONS, Recipe
 from subnibble.tensor.cache_scheme import PrefixIds
@@ -73,7 +73,7 @@ def resolve(model: str | Path | Source, recipe: Recipe) -> Resolved:
     prefix = given_prefix(recipe.system_prompt, source.load_tokenizer)
     _check_purpose(recipe, steps, plan)
     check_tokens(recipe, source, prefix, "the system prompt")
-    whole = filled_in(recipe, options, device, dtype)
+    whole = resolved_recipe(recipe, options, device, dtype)
     return Resolved(whole, steps, skeleton, plan, rotation, values, prefix)
 
 
@@ -175,10 +175,10 @@ def _check_distillation(recipe: Recipe, steps: Steps, skeleton: Skeleton, plan: 
     """Distillation, if any, can learn something of what will be stored."""
     if recipe.distillation is None:
         return
-    coded = [scheme for scheme in plan.schemes.values() if scheme is not None]
-    coded += [added for scheme in coded for added in steps.correction.schemes(scheme)]
+    quantized = [scheme for scheme in plan.schemes.values() if scheme is not None]
+    quantized += [added for scheme in quantized for added in steps.correction.schemes(scheme)]
     columns = any(stores_column_scales(steps, plan.schemes, skeleton, path) for path in plan.schemes)
-    there = learnable(coded, plan.activations.values(), columns, norm_biases=steps.corrects_norms)
+    there = learnable(quantized, plan.activations.values(), columns, norm_biases=steps.corrects_norms)
     recipe.distillation.check_learns(there, "the model")
 
 

@@ -69,11 +69,11 @@ def quantize(
     Raises a `SubnibbleError` that says what to do, before any weight is read where that can be known; `out` appears
     only when it is complete.
     """
-    told, wanted = given_progress(progress), Recipe.of(recipe)
+    told, target = given_progress(progress), Recipe.of(recipe)
     final = given_path(out, "out", "the folder to write")
     check_output(final, overwrite)
     clock = Clock()
-    resolved = resolve(model, wanted)
+    resolved = resolve(model, target)
     check_apart(final, resolved.skeleton.source.path, resolved.recipe)
     windows = _windows(resolved, clock)
     with clock.step("check sites"):

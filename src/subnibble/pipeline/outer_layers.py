@@ -54,10 +54,10 @@ class AfterBlocks:
         head, packed = self.head(scheme)
         return norm | head | self.others(), specs | packed
 
-    def final_norm(self, wanted: list[Tensor], hidden: list[Tensor]) -> Part:
+    def final_norm(self, target: list[Tensor], hidden: list[Tensor]) -> Part:
         """The final norm, its mean shift corrected if the method asks.
 
-        wanted: the last block's outputs before its last two sites were quantized, none for no correction; hidden:
+        target: the last block's outputs before its last two sites were quantized, none for no correction; hidden:
         after.
         """
         skeleton, path = self.skeleton, self.skeleton.arch.final_norm
@@ -65,12 +65,12 @@ class AfterBlocks:
         if self.edit is not None:
             gain = self.edit.final_gain(gain)
         tensors, specs = {f"{path}.weight": gain}, dict[str, Spec]()
-        if wanted:
+        if target:
             norm = skeleton.load(path, skeleton.dtype)
             norm.weight.data = gain.to(skeleton.dtype)
 
             def outputs() -> Iterator[tuple[Tensor, Tensor]]:
-                for pair in zip(wanted, hidden, strict=True):
+                for pair in zip(target, hidden, strict=True):
                     before, after = (norm(part.to(skeleton.device)).flatten(0, -2) for part in pair)
                     yield before, after
 

@@ -68,7 +68,7 @@ class Passage:
         block, before = prepared.block.twin(dtype), behind(prepared.call, prepared.states)
         if reference is None and streams.hidden and (steps.needs_reference or steps.corrects_norms):
             twin = prepared.block.twin(dtype)
-            reference = BlockStream(twin, streams.wanted, before) if steps.needs_reference else None
+            reference = BlockStream(twin, streams.full_precision, before) if steps.needs_reference else None
             teacher = BlockStream(twin, streams.hidden, before) if steps.corrects_norms else None
         # Until keys are as they will run there is no cache to ask: `use_cache` comes then.
         stream = BlockStream(block, streams.hidden, before)
@@ -140,12 +140,12 @@ class Passage:
         with self.clock.step("forward"):
             return list(self.stream.outputs())
 
-    def advance(self, wanted: list[Tensor] | None = None) -> None:
-        """Move the streams to behind the block. wanted: outputs of the full-precision one, where they are known."""
+    def advance(self, target: list[Tensor] | None = None) -> None:
+        """Move the streams to behind the block. target: outputs of the full-precision one, where they are known."""
         with self.clock.step("forward"):
             self.stream.advance()
             if self.reference is not None:
-                self.reference.advance(wanted)
+                self.reference.advance(target)
         if self.streams.prefix is not None and self.prepared.prefix is not None:
             self.streams.prefix.move(self.prepared.prefix)
         # Before the next block is made of these outputs.

@@ -17,7 +17,7 @@ from subnibble.paths import absolute_path
 from subnibble.recipe import Recipe
 
 
-def filled_in(
+def resolved_recipe(
     recipe: Recipe,
     options: Any,
     device: torch.device,

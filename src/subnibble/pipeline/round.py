@@ -201,7 +201,7 @@ def _stacks(site: Site, block: Block, resolved: Resolved) -> list[Stack]:
 
 def _check_promise(rounding: Rounding, rounder: Rounder, where: str) -> None:
     """Raise `TypeError` if a rounder scaled columns that does not say so: it may be where they meet others."""
-    if rounding.coded.columns is not None and not rounder.scales_columns:
+    if rounding.quantized.columns is not None and not rounder.scales_columns:
         name = type(rounder).__name__
         raise TypeError(f"{where}: {name} scales columns, and its scales_columns says that it does not")
 
@@ -226,7 +226,7 @@ def round_readers(
     with clock.step("round"):
         weight = basis.columns(natural)
         rounding, whole, salient = rounded(weight, seen)
-        columns, stored, absorbed = rounding.coded.columns, None, None
+        columns, stored, absorbed = rounding.quantized.columns, None, None
         dense = whole.dequantize()
         if columns is not None:
             if absorbs(columns):

@@ -20,13 +20,14 @@ _TOKENS_PER_BATCH = 4096
 class Streams:
     """Hidden states of all windows between two blocks, batches of (windows, tokens, channels), and what goes with them.
 
-    hidden: in the model as quantized so far. wanted: in the full-precision model, empty if no method asks. calls:
-    what the model calls each block with. prefix: of a system prompt before the windows, or None. unrounded: behind the
-    last block, its outputs before the readers of its last norm were rounded, empty if no method asks.
+    hidden: in the model as quantized so far. full_precision: in the
+    full-precision model, empty if no method asks. calls:
+    what the model calls each block with. prefix: of a system prompt before the windows, or None. unrounded: the last block's outputs
+    before the readers of its last norm were rounded, empty if no method asks.
     """
 
     hidden: list[Tensor]
-    wanted: list[Tensor]
+    full_precision: list[Tensor]
     calls: list[BlockCall]
     prefix: PrefixStream | None = None
     unrounded: list[Tensor] = field(default_factory=list)

@@ -67,7 +67,7 @@ def start(resolved: Resolved, found: Survey, table: Tensor, stored: PackedTensor
         else:
             streams.hidden.append(embedded(ids, stored, skeleton.dtype))
         if resolved.steps.needs_reference:
-            streams.wanted.append(embedded(ids, table, skeleton.dtype))
+            streams.full_precision.append(embedded(ids, table, skeleton.dtype))
     return streams
 
 

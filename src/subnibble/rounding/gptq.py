@@ -26,7 +26,7 @@ from subnibble.rounding.gptaq import Asymmetry, Push, Spread
 from subnibble.rounding.levels import WEIGHTINGS
 from subnibble.rounding.order import ORDERS, ColumnPlan, plan_columns
 from subnibble.rounding.rounder import OnGrids, Rounding
-from subnibble.tensor.packed import CodedMatrix
+from subnibble.tensor.packed import QuantizedMatrix
 from subnibble.tensor.scheme import Scheme
 
 _LARGEST_DAMPING = 1.0
@@ -108,8 +108,8 @@ class GPTQ(OnGrids):
         if self.needs_drift and drift is not None:
             ordered = drift[plan.columns][:, plan.columns].to(factor.u.dtype)
             push = Push(ordered, self.asymmetry)
-        coded = round_columns(weight, factor, plan, scheme, self, push)
-        return Rounding(coded, {"damping": factor.damping, "damping_retries": factor.retries})
+        quantized = round_columns(weight, factor, plan, scheme, self, push)
+        return Rounding(quantized, {"damping": factor.damping, "damping_retries": factor.retries})
 
 
 def factorize(gram: Tensor, order: Tensor, damping: float, where: str) -> Factor:
@@ -145,7 +145,7 @@ def factorize(gram: Tensor, order: Tensor, damping: float, where: str) -> Factor
 
 def round_columns(
     weight: Tensor, factor: Factor, plan: ColumnPlan, scheme: Scheme, how: GPTQ, push: Push | None = None
-) -> CodedMatrix:
+) -> QuantizedMatrix:
     """The column loop. weight: (m, k) float32, in natural column order; so is the result."""
     u, order = factor.u, plan.columns
     # Columns are rows of the transposed copy, so that each is contiguous.
@@ -205,7 +205,7 @@ def _fit_group(w: Tensor, start: int, factor: Factor, plan: ColumnPlan, scheme: 
     return [Home(index, fitted, place) for place in range(width)]
 
 
-def _in_natural_order(codes: Tensor, homes: list[Home], plan: ColumnPlan) -> CodedMatrix:
+def _in_natural_order(codes: Tensor, homes: list[Home], plan: ColumnPlan) -> QuantizedMatrix:
     """Codes (k, m) and grids, in the order of the visit, as a matrix in natural order."""
     natural = torch.empty_like(codes)
     natural[plan.columns] = codes
@@ -215,7 +215,7 @@ def _in_natural_order(codes: Tensor, homes: list[Home], plan: ColumnPlan) -> Cod
         # They come in the order of the visit inside their groups.
         visited = torch.cat([group for _, group in sorted(plan.groups, key=lambda item: item[0])])
         columns = torch.empty_like(columns).index_copy_(0, visited, columns)
-    return CodedMatrix(natural.T.to(torch.uint8).contiguous(), scales, zeros, columns)
+    return QuantizedMatrix(natural.T.to(torch.uint8).contiguous(), scales, zeros, columns)
 
 
 def block_bounds(plan: ColumnPlan, block: int) -> list[tuple[int, int]]:

@@ -25,7 +25,7 @@ from torch import Tensor
 from subnibble.errors import BadRecipe, NumericalFailure
 from subnibble.rounding import mx_grid, sign_basis
 from subnibble.rounding.levels import Fitted, Fitter, Levels
-from subnibble.tensor.packed import CodedMatrix, PackedRange, scale_dtype
+from subnibble.tensor.packed import PackedRange, QuantizedMatrix, scale_dtype
 from subnibble.tensor.scheme import E8M0, Scheme
 
 CLIPS = ("minmax", "mse")
@@ -119,23 +119,23 @@ def fit(
     return _least_error(group, (low, high), scheme, clip.power, weights, range(0, _SHRINK_STEPS, stride))
 
 
-def coded(weight: Tensor, scheme: Scheme, fitter: Fitter, weights: Tensor | None = None) -> CodedMatrix:
+def quantized(weight: Tensor, scheme: Scheme, fitter: Fitter, weights: Tensor | None = None) -> QuantizedMatrix:
     """Round `weight` (m, k) to nearest on a grid fitted to each group: the RTN of every method.
 
     weights: (k,) not negative, of each column's squared error in the fits, or None for 1.
     """
     bounds = scheme.group_bounds(weight.shape[1])
     groups = [weight[:, start:stop] for start, stop in bounds]
-    shares = [None if weights is None else weights[start:stop] for start, stop in bounds]
-    pairs = enumerate(zip(groups, shares, strict=True))
+    probs = [None if weights is None else weights[start:stop] for start, stop in bounds]
+    pairs = enumerate(zip(groups, probs, strict=True))
     fitted = [fitter.fit(group, scheme, share, index) for index, (group, share) in pairs]
     codes = [fit.encode(group).to(torch.uint8) for fit, group in zip(fitted, groups, strict=True)]
-    return CodedMatrix(torch.cat(codes, dim=1), *join(fitted))
+    return QuantizedMatrix(torch.cat(codes, dim=1), *join(fitted))
 
 
 def nearest(weight: Tensor, scheme: Scheme, fitter: Fitter | None = None) -> Tensor:
     """`weight` (m, k) rounded to nearest, dense float32; grids span each group's extremes unless a fitter is given."""
-    return PackedRange.pack(coded(weight, scheme, fitter or Clip("minmax")), scheme).dequantize()
+    return PackedRange.pack(quantized(weight, scheme, fitter or Clip("minmax")), scheme).dequantize()
 
 
 def join(fitted: Sequence[Fitted]) -> tuple[Tensor, Tensor | None, Tensor | None]:

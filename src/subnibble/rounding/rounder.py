@@ -9,7 +9,7 @@ from torch import Tensor
 
 from subnibble.rounding.grid import Clip
 from subnibble.rounding.levels import Fitter
-from subnibble.tensor.packed import CodedMatrix
+from subnibble.tensor.packed import QuantizedMatrix
 from subnibble.tensor.scheme import Scheme
 
 
@@ -17,7 +17,7 @@ from subnibble.tensor.scheme import Scheme
 class Rounding:
     """Codes, and what the report should say of how they were made (damping, retries)."""
 
-    coded: CodedMatrix
+    quantized: QuantizedMatrix
     notes: Mapping[str, float] = field(default_factory=dict)
 
 

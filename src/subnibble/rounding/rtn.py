@@ -37,7 +37,7 @@ class RTN(OnGrids):
     ) -> Rounding:
         """See `Rounder`; of the statistics, the Gram matrix's diagonal is used at most."""
         if not self.needs_gram:
-            return Rounding(grid.coded(weight, scheme, self.fitter))
+            return Rounding(grid.quantized(weight, scheme, self.fitter))
         if gram is None:
             raise ValueError(f"weighted rounding needs the Gram matrix of {where}'s inputs")
-        return Rounding(grid.coded(weight, scheme, self.fitter, grid.diagonal_weights(gram)))
+        return Rounding(grid.quantized(weight, scheme, self.fitter, grid.diagonal_weights(gram)))

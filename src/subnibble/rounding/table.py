@@ -22,7 +22,7 @@ def pack_table(path: str, weight: Tensor, scheme: Scheme | None) -> tuple[dict[s
     scheme.check_width(weight.shape[1], path)
     grid.check_range(weight, scheme, path)
     clip = grid.Clip("minmax" if scheme.bits == 8 else "mse")
-    chunks = [grid.coded(rows.float(), scheme, clip) for rows in weight.split(_ROWS)]
+    chunks = [grid.quantized(rows.float(), scheme, clip) for rows in weight.split(_ROWS)]
     parts = [PackedRange.pack(chunk, scheme) for chunk in chunks]
     zeros = [part.zeros for part in parts if part.zeros is not None]
     whole = PackedRange(

@@ -58,7 +58,7 @@ def attend(
 def _by_query(
     query: Tensor, keys: Seen, values: Seen, visible: Tensor, scaling: float, prefix: PrefixSeen | None
 ) -> Tensor:
-    """Where queries of one call see more or less of the cache coded: some queries at a time.
+    """Where queries of one call see more or less of the cache quantized: some queries at a time.
 
     Computed in float32 or better, as torch's own attention does inside, and rounded to the query's type once.
     """
@@ -93,7 +93,7 @@ class _Part:
         self.first, self.stop = int(counts.min()), int(counts.max())
         self.base = torch.cat([late[:, :, : self.first], seen.early[:, :, self.first : n]], 2).unsqueeze(2)
         self.late = late[:, :, self.first : self.stop].unsqueeze(2)
-        self.coded = torch.arange(self.first, self.stop, device=counts.device) < counts.unsqueeze(1)
+        self.quantized = torch.arange(self.first, self.stop, device=counts.device) < counts.unsqueeze(1)
 
 
 def _few(query: Tensor, keys: _Part, values: _Part, visible: Tensor, prefix: PrefixSeen | None) -> Tensor:
@@ -102,14 +102,14 @@ def _few(query: Tensor, keys: _Part, values: _Part, visible: Tensor, prefix: Pre
     scores = query @ _behind(prefix, "keys", keys.base).transpose(-1, -2)
     if keys.first < keys.stop:
         mixed = scores[..., offset + keys.first : offset + keys.stop]
-        mixed.copy_(torch.where(keys.coded, query @ keys.late.transpose(-1, -2), mixed))
+        mixed.copy_(torch.where(keys.quantized, query @ keys.late.transpose(-1, -2), mixed))
     visible = visible.unsqueeze(1)
-    shares = scores.masked_fill(~visible, -torch.inf).softmax(-1)
+    probs = scores.masked_fill(~visible, -torch.inf).softmax(-1)
     # A padded query sees nothing: 0, as of torch's own attention, not 0 / 0.
-    shares = shares.masked_fill(~visible.any(-1, keepdim=True), 0)
-    found: Tensor = shares @ _behind(prefix, "values", values.base)
+    probs = probs.masked_fill(~visible.any(-1, keepdim=True), 0)
+    found: Tensor = probs @ _behind(prefix, "values", values.base)
     if values.first < values.stop:
-        mixed = torch.where(values.coded, shares[..., offset + values.first : offset + values.stop], 0)
+        mixed = torch.where(values.quantized, probs[..., offset + values.first : offset + values.stop], 0)
         found += mixed @ (values.late - values.base[..., values.first : values.stop, :])
     return found
 

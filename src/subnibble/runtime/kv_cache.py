@@ -100,44 +100,44 @@ class TensorStore:
         self._scheme, self._of_keys, self.center = scheme, of_keys, center
         self._by_channel = of_keys and scheme is not None and scheme.key_axis == "channel"
         self._width = 0
-        self.coded: Rows | None = None
+        self.quantized: Rows | None = None
         self.exact: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes in memory."""
-        parts = [] if self.coded is None else list(self.coded.tensors)
+        parts = [] if self.quantized is None else list(self.quantized.tensors)
         return sum(part.nbytes for part in (*parts, *([] if self.exact is None else [self.exact])))
 
     @property
     def batch(self) -> int:
         """Sequences in the store, 0 before the first token."""
-        part = self.exact if self.coded is None else self.coded.codes
+        part = self.exact if self.quantized is None else self.quantized.codes
         return 0 if part is None else part.shape[0]
 
     @property
     def length(self) -> int:
         """Tokens in the store."""
-        return self._coded_length + (0 if self.exact is None else self.exact.shape[2])
+        return self._quantized_length + (0 if self.exact is None else self.exact.shape[2])
 
     @property
-    def _coded_length(self) -> int:
-        if self.coded is None or self._scheme is None:
+    def _quantized_length(self) -> int:
+        if self.quantized is None or self._scheme is None:
             return 0
-        groups = self.coded.codes.shape[2]
+        groups = self.quantized.codes.shape[2]
         return groups * self._scheme.group_size if self._by_channel else groups
 
     def append(self, x: Tensor) -> Seen:
         """Add tokens x (b, heads, t, width), code what is to be coded by now; what their queries see."""
         first = self.length
         exact = x if self.exact is None else torch.cat([self.exact, x], 2)
-        before = self._coded_length
+        before = self._quantized_length
         scheme = self._scheme
         if scheme is None:
             self.exact = exact
             return Seen(exact)
         total = first + x.shape[2]
-        counts = [scheme.coded_tokens(first + i + 1, self._of_keys) for i in range(x.shape[2])]
+        counts = [scheme.quantized_tokens(first + i + 1, self._of_keys) for i in range(x.shape[2])]
         assert not counts or counts[-1] >= before
         ready = exact[:, :, : counts[-1] - before] if counts else exact[:, :, :0]
         # A window is none of a query's business where each sees all that it may see coded.
@@ -156,30 +156,30 @@ class TensorStore:
         """Keep these sequences of the batch, in this order; index may repeat."""
         self._map(lambda part: part.index_select(0, index.to(part.device)))
 
-    def _coded_without(self, tokens: int) -> int:
+    def _quantized_without(self, tokens: int) -> int:
         left = max(self.length - tokens, 0)
-        return 0 if self._scheme is None else self._scheme.coded_tokens(left, self._of_keys)
+        return 0 if self._scheme is None else self._scheme.quantized_tokens(left, self._of_keys)
 
     def check_crop(self, tokens: int) -> None:
         """Raise `ValueError` if without its last `tokens` tokens what is coded would have to be uncoded."""
-        wanted = self._coded_without(tokens)
-        if self._scheme is not None and self._scheme.window and wanted != self._coded_length:
+        target = self._quantized_without(tokens)
+        if self._scheme is not None and self._scheme.window and target != self._quantized_length:
             raise ValueError(
-                f"without its last {tokens} tokens a cache of {self.length} would have {wanted} coded, and it has "
-                f"{self._coded_length}, which cannot be uncoded; use window = 0, or decode without assistant"
+                f"without its last {tokens} tokens a cache of {self.length} would have {target} coded, and it has "
+                f"{self._quantized_length}, which cannot be uncoded; use window = 0, or decode without assistant"
             )
 
     def crop(self, tokens: int) -> None:
         """Forget the last `tokens` tokens; see `check_crop`."""
         self.check_crop(tokens)
-        left, wanted = max(self.length - tokens, 0), self._coded_without(tokens)
-        if self.coded is not None and wanted < self._coded_length:
-            self.coded = self.coded.map(lambda part: part[:, :, :wanted].clone())
-        rest = left - wanted
+        left, target = max(self.length - tokens, 0), self._quantized_without(tokens)
+        if self.quantized is not None and target < self._quantized_length:
+            self.quantized = self.quantized.map(lambda part: part[:, :, :target].clone())
+        rest = left - target
         self.exact = self.exact[:, :, :rest].clone() if self.exact is not None and rest else None
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> None:
-        self.coded = None if self.coded is None else self.coded.map(change)
+        self.quantized = None if self.quantized is None else self.quantized.map(change)
         self.exact = None if self.exact is None else change(self.exact)
 
     def _code(self, x: Tensor) -> None:
@@ -193,20 +193,20 @@ class TensorStore:
             x = x if self.center is None else x.float() - self.center.float().unsqueeze(1)
             found = quantize_rows(x, scheme.bits, scheme.bounds(x.shape[3]), scheme.clip)
             self._width = x.shape[3]
-        self.coded = found if self.coded is None else self.coded.append(found, 2)
+        self.quantized = found if self.quantized is None else self.quantized.append(found, 2)
 
     def _read(self, exact: Tensor, dtype: torch.dtype) -> Tensor:
         """All tokens dense (b, heads, n, width): the coded ones, then `exact`."""
-        if self.coded is None:
+        if self.quantized is None:
             return exact
         scheme = self._scheme
         assert scheme is not None
         if self._by_channel:
-            dense = dequantize_rows(self.coded, scheme.bits, [(0, scheme.group_size)], dtype)
+            dense = dequantize_rows(self.quantized, scheme.bits, [(0, scheme.group_size)], dtype)
             dense = dense.transpose(3, 4).flatten(2, 3)
         else:
             wide = dtype if self.center is None else torch.float32
-            dense = dequantize_rows(self.coded, scheme.bits, scheme.bounds(self._width), wide)
+            dense = dequantize_rows(self.quantized, scheme.bits, scheme.bounds(self._width), wide)
             if self.center is not None:
                 dense = (dense + self.center.float().unsqueeze(1)).to(dtype)
         return torch.cat([dense, exact], 2) if exact.shape[2] else dense

@@ -92,7 +92,7 @@ class CacheScheme:
 
     @property
     def key_basis(self) -> tuple[str, str]:
-        """In which keys are coded: rope and key_rotation."""
+        """In which keys are quantized: rope and key_rotation."""
         return self.rope, self.key_rotation
 
     def bounds(self, width: int) -> list[tuple[int, int]]:
@@ -107,7 +107,7 @@ class CacheScheme:
                 "or -1 for the whole head"
             )
 
-    def coded_tokens(self, tokens: int, of_keys: bool) -> int:
+    def quantized_tokens(self, tokens: int, of_keys: bool) -> int:
         """How many of the first `tokens` tokens are coded once so many are there; the others are at 16 bits."""
         if of_keys and self.key_axis == "channel":
             return tokens // self.window * self.window

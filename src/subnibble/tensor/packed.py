@@ -94,7 +94,7 @@ def grouped_views(matrix: Tensor, scheme: Scheme | ActivationScheme) -> list[tup
 
 
 @dataclass(frozen=True)
-class CodedMatrix:
+class QuantizedMatrix:
     """What a rounder makes, before packing. Scales and zeros are exact in the scheme's storage type.
 
     codes: (m, k) uint8. scales: (m, groups * scales_per_group) float32, a group's scales side by side.
@@ -123,9 +123,9 @@ class PackedRange:
     zeros: Tensor | None
 
     @classmethod
-    def pack(cls, coded: CodedMatrix, scheme: Scheme) -> PackedRange:
+    def pack(cls, quantized: QuantizedMatrix, scheme: Scheme) -> PackedRange:
         """Pack a coded matrix; exact, since scales and zeros are representable already."""
-        zeros = coded.zeros
+        zeros = quantized.zeros
         if scheme.zero_point == "none":
             stored_zeros = None
         else:
@@ -135,9 +135,9 @@ class PackedRange:
             stored_zeros = pack_codes(zeros, scheme.bits) if integer else zeros.to(scale_dtype(scheme))
         return cls(
             scheme,
-            coded.codes.shape[1],
-            pack_codes(coded.codes, scheme.bits),
-            stored_scales(coded.scales, scheme),
+            quantized.codes.shape[1],
+            pack_codes(quantized.codes, scheme.bits),
+            stored_scales(quantized.scales, scheme),
             stored_zeros,
         )
 
@@ -157,10 +157,10 @@ class PackedRange:
             None if width is None else torch.empty(rows, width, dtype=zero_type, device=device),
         )
 
-    def unpack(self) -> CodedMatrix:
+    def unpack(self) -> QuantizedMatrix:
         """The codes, scales and zero-points, unpacked; inverse of `pack`."""
         codes = unpack_codes(self.codes, self.scheme.bits, self.columns)
-        return CodedMatrix(codes, float_scales(self.scales, self.scheme), self.float_zeros())
+        return QuantizedMatrix(codes, float_scales(self.scales, self.scheme), self.float_zeros())
 
     def dequantize(self) -> Tensor:
         """Dense float32 (m, columns), by the scheme's grid."""
@@ -256,10 +256,10 @@ class PackedTensor:
                 if (want is None) != (have is None) or (
                     want is not None and have is not None and (want.shape, want.dtype) != (have.shape, have.dtype)
                 ):
-                    wanted = "nothing" if want is None else f"{want.dtype} of shape {tuple(want.shape)}"
+                    target = "nothing" if want is None else f"{want.dtype} of shape {tuple(want.shape)}"
                     got = "nothing" if have is None else f"{have.dtype} of shape {tuple(have.shape)}"
                     raise CheckpointError(
-                        f"{where}.{range_key(name, i)}: expected {wanted}, found {got}; quantize the model again"
+                        f"{where}.{range_key(name, i)}: expected {target}, found {got}; quantize the model again"
                     )
                 found[name] = have
             codes, scales = found["codes"], found["scales"]

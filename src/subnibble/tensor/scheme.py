@@ -1,4 +1,4 @@
-"""How one range of a weight's input columns is coded: grid, bit width, groups, zero-point, scale type."""
+"""How one range of a weight's input columns is quantized: grid, bit width, groups, zero-point, scale type."""
 
 from __future__ import annotations
 

@@ -67,10 +67,10 @@ def _in_range(tensor: PackedTensor, c: Tensor) -> bool:
         if part.scheme.scale_type == E8M0:
             # Powers of two take no factor.
             return False
-        wanted, found = part.dequantize() * c.unsqueeze(1), new.dequantize()
+        target, found = part.dequantize() * c.unsqueeze(1), new.dequantize()
         for start, stop in part.scheme.group_bounds(part.columns):
-            largest = wanted[:, start:stop].abs().amax(1)
-            error = (found[:, start:stop] - wanted[:, start:stop]).abs().amax(1)
+            largest = target[:, start:stop].abs().amax(1)
+            error = (found[:, start:stop] - target[:, start:stop]).abs().amax(1)
             if not bool((error <= _TOLERANCE * largest).all()):
                 return False
     return True

@@ -84,11 +84,11 @@ class Rotation:
     def columns(self, matrix: Tensor) -> Tensor:
         """M Q for M (m, d): computed in float64, given in M's type."""
         widths = [block.shape[0] for block in self.blocks]
-        turned = torch.empty_like(matrix, memory_format=torch.contiguous_format)
-        for rows, out in zip(matrix.split(_ROWS), turned.split(_ROWS), strict=True):
+        rotated = torch.empty_like(matrix, memory_format=torch.contiguous_format)
+        for rows, out in zip(matrix.split(_ROWS), rotated.split(_ROWS), strict=True):
             for part, block, place in zip(rows.split(widths, -1), self.blocks, out.split(widths, -1), strict=True):
                 place.copy_(part.double() @ block)
-        return turned
+        return rotated
 
     def rows(self, matrix: Tensor) -> Tensor:
         """Qᵀ M for M (d, k), or Qᵀ v for v (d,)."""

@@ -25,8 +25,8 @@ from subnibble.calibrate.stats import AbsMax
 from subnibble.model.skeleton import Block
 from subnibble.model.transformers_api.blocks import BlockCache, BlockCall, run_block
 from subnibble.rounding.fixed import FixedGrids
-from subnibble.runtime.coded_text import coded_keys, coded_values
 from subnibble.runtime.kv_cache import Coding
+from subnibble.runtime.quantized_text import quantized_keys, quantized_values
 from subnibble.tensor.activation_scheme import ActivationScheme
 from subnibble.tuning.linear import Frame, TunedInput, TunedLinear
 from subnibble.tuning.smoothing import Smoothing
@@ -202,7 +202,7 @@ class TunedBlock:
         # Norms of queries and keys (Qwen3) give float32; attention takes one type.
         values = values.to(keys.dtype)
         if coding is not None:
-            keys, values = coded_keys(keys, coding, positions), coded_values(values, coding)
+            keys, values = quantized_keys(keys, coding, positions), quantized_values(values, coding)
         return (keys, values) if prefix is None else with_past(prefix, (keys, values))
 
 

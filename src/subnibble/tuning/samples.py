@@ -20,13 +20,13 @@ _SMALLEST_SHARE = 1e-6
 
 @dataclass(frozen=True)
 class Samples:
-    """What a block is trained on. inputs, wanted: (n, t, d), of the quantized chain and the block's outputs in the
+    """What a block is trained on. inputs, target: (n, t, d), of the quantized chain and the block's outputs in the
     full-precision chain. ordinary: (n, t) bool, tokens that count. energy: of what the full-precision block adds to a
     token. call: of the block, for t tokens.
     """
 
     inputs: Tensor
-    wanted: Tensor
+    target: Tensor
     ordinary: Tensor
     energy: float
     call: BlockCall
@@ -55,14 +55,14 @@ class TrainingWindows:
         # Of a few windows: inputs, full-precision inputs and outputs (n, t, d), and which tokens are ordinary (n, t).
         self._parts: list[tuple[Tensor, ...]] = []
 
-    def update(self, inputs: Tensor, exact: Tensor, wanted: Tensor) -> None:
+    def update(self, inputs: Tensor, exact: Tensor, target: Tensor) -> None:
         """Add windows (windows, tokens, channels): the block's inputs in the quantized and in the full-precision chain,
         and its outputs in the latter.
         """
         if self._missing:
             # A token may become a sink in this very block.
-            ordinary = ordinary_tokens(exact) & ordinary_tokens(wanted)
-            self._add(tuple(part[:, : self._effort.tokens] for part in (inputs, exact, wanted, ordinary)))
+            ordinary = ordinary_tokens(exact) & ordinary_tokens(target)
+            self._add(tuple(part[:, : self._effort.tokens] for part in (inputs, exact, target, ordinary)))
 
     def merge(self, other: TrainingWindows) -> None:
         """See `Statistic`."""

@@ -132,7 +132,7 @@ def _step_(
 
 def _loss(block: Callable[[Tensor, BlockCall], Tensor], samples: Samples, batch: Tensor) -> Tensor:
     found = block(samples.inputs[batch].float(), samples.call)
-    error = (found.float() - samples.wanted[batch].float()).square().sum(-1)
+    error = (found.float() - samples.target[batch].float()).square().sum(-1)
     ordinary = samples.ordinary[batch]
     return (error * ordinary).sum() / (samples.energy * ordinary.sum().clamp(min=1))
 

@@ -14,18 +14,18 @@ from subnibble.tensor import hadamard
 from subnibble.tensor.cache_scheme import CacheScheme
 
 
-def coded_keys(keys: Tensor, coding: Coding, positions: tuple[Tensor, Tensor]) -> Tensor:
+def quantized_keys(keys: Tensor, coding: Coding, positions: tuple[Tensor, Tensor]) -> Tensor:
     """Keys (b, heads, t, width), positions put on, not turned. positions: cosines and sines, (1 or b, t, turned)."""
-    return straight_through(keys, _coded(keys.detach(), coding, positions))
+    return straight_through(keys, _quantized(keys.detach(), coding, positions))
 
 
-def coded_values(values: Tensor, coding: Coding) -> Tensor:
+def quantized_values(values: Tensor, coding: Coding) -> Tensor:
     """Values (b, heads, t, width)."""
     return straight_through(values, TensorStore(coding.scheme, of_keys=False).append(values.detach()).late)
 
 
-def as_coded(keys: Tensor, scheme: CacheScheme, positions: tuple[Tensor, Tensor]) -> Tensor:
-    """Keys in the basis in which they are coded: without positions, or turned. keys, positions: as of `coded_keys`."""
+def as_quantized(keys: Tensor, scheme: CacheScheme, positions: tuple[Tensor, Tensor]) -> Tensor:
+    """Keys in the basis in which they are quantized: without positions, or turned. keys, positions: as of `coded_keys`."""
     if scheme.rope == "before":
         cos, sin = (part.float() for part in positions)
         return unrotate(keys.float(), cos, sin).to(keys.dtype)
@@ -34,9 +34,9 @@ def as_coded(keys: Tensor, scheme: CacheScheme, positions: tuple[Tensor, Tensor]
     return hadamard.multiply(keys, hadamard.hadamard_blocks(keys.shape[-1]))
 
 
-def _coded(keys: Tensor, coding: Coding, positions: tuple[Tensor, Tensor]) -> Tensor:
+def _quantized(keys: Tensor, coding: Coding, positions: tuple[Tensor, Tensor]) -> Tensor:
     scheme = coding.scheme
-    seen = TensorStore(scheme, True, coding.center).append(as_coded(keys, scheme, positions)).late
+    seen = TensorStore(scheme, True, coding.center).append(as_quantized(keys, scheme, positions)).late
     if scheme.rope == "before":
         cos, sin = (part.float() for part in positions)
         return rotate(seen.float(), cos, sin).to(keys.dtype)

@@ -1,4 +1,4 @@
-"""twinfit: SERQ's salient channels twice on the activation side, too, with searched asymmetric grids.
+"""serq-plus: SERQ's salient channels twice on the activation side, too, with searched asymmetric grids.
 
 After SERQ most of what is lost at 4-bit activations is lost on the inputs, and most of that on the salient channels,
 whose rounding error meets the largest weights. Here their remainder, what the 4-bit code of the input leaves, is coded
@@ -30,10 +30,10 @@ def integer_zero(site: str, bits: int) -> Mapping[str, str]:
 
 
 def build(options: Options) -> Steps:
-    """Steps of twinfit."""
+    """Steps of serq-plus."""
     return replace(serq.build(options), prefers=integer_zero)
 
 
-TWINFIT = Method(
-    "twinfit", "SERQ with salient inputs coded twice, too", "this project, after arXiv 2603.08185", Options, build
+SERQ_PLUS = Method(
+    "serq-plus", "SERQ with salient inputs coded twice, too", "this project, after arXiv 2603.08185", Options, build
 )

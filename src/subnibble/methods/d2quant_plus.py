@@ -1,4 +1,4 @@
-"""dualfit: D2Quant's column scales on every linear, on a grid with a real zero-point, towards full-precision outputs.
+"""d2quant-plus: D2Quant's column scales on every linear, real zero-points, rounded towards full-precision outputs.
 
 What the ablation (docs/results.md) found to pay of D2Quant's parts, each in its strongest form:
 
@@ -45,8 +45,8 @@ def real_zero(site: str, bits: int) -> Mapping[str, str]:
     return {"zero_point": "real"}
 
 
-DUALFIT = Method(
-    "dualfit",
+D2QUANT_PLUS = Method(
+    "d2quant-plus",
     "column scales and real zero-points on all linears",
     "this project, after arXiv 2602.02546 and 2504.02692",
     Options,
