@@ -20,10 +20,11 @@ _TOKENS_PER_BATCH = 4096
 class Streams:
     """Hidden states of all windows between two blocks, batches of (windows, tokens, channels), and what goes with them.
 
-    hidden: in the model as quantized so far. full_precision: in the
-    full-precision model, empty if no method asks. calls:
-    what the model calls each block with. prefix: of a system prompt before the windows, or None. unrounded: the last block's outputs
-    before the readers of its last norm were rounded, empty if no method asks.
+    hidden: in the quantized model so far.
+    full_precision: in the full-precision model; empty if no method asks.
+    calls: the arguments that the model calls each block with.
+    prefix: of a system prompt before the windows, or None.
+    unrounded: the last block's outputs before the readers of its last norm were rounded; empty if no method asks.
     """
 
     hidden: list[Tensor]

@@ -25,7 +25,7 @@ def quantized_values(values: Tensor, coding: Coding) -> Tensor:
 
 
 def as_quantized(keys: Tensor, scheme: CacheScheme, positions: tuple[Tensor, Tensor]) -> Tensor:
-    """Keys in the basis in which they are quantized: without positions, or turned. keys, positions: as of `coded_keys`."""
+    """Keys in the basis in which they are quantized: without positions, or rotated. Arguments: see `quantized_keys`."""
     if scheme.rope == "before":
         cos, sin = (part.float() for part in positions)
         return unrotate(keys.float(), cos, sin).to(keys.dtype)
