@@ -83,37 +83,22 @@ def test_docs_show_the_errors_by_rank(capsys: pytest.CaptureFixture[str]) -> Non
     assert table in (ROOT / "docs" / "results-activations.md").read_text()
 
 
-def misquoted(readme: str) -> tuple[list[str], int]:
-    """Rows that a text shows with other figures than were measured, and how many it shows.
-
-    A row is a table's line that ends with what `--row` takes, perplexities on news and on WikiText-2 before it.
-    """
-    wrong, shown = [], 0
-    for line in readme.splitlines():
-        cells = [cell.strip(" *") for cell in line.strip("|").split("|")]
-        match = re.fullmatch(r"`([a-z0-9-]+:\S*)`", cells[-1])
-        if match is None:
-            continue
-        # Which bench a row is of follows from its form: bits, or a setting, and then a prompt.
-        _, setting, *rest = match[1].split(":")
-        name = "weight_only" if setting.isdigit() else list(TABLES)[len(rest)]
-        module = bench(name)
-        measured = module.by_spec(rows(name), module.Spec).get(module.parse_spec(match[1]), {})
-        figures = [f"{measured[text]['perplexity']:.2f}" for text in ("news", "wikitext2") if text in measured]
-        bits = f"{measured['news']['effective_bits']:.3f}" if measured else ""
-        # Where nothing but a cache is coded, weights have 16 bits.
-        if cells[-3:-1] != figures or (bits not in cells and "16" not in cells):
-            wrong.append(match[1])
-        shown += 1
-    return wrong, shown
-
-
-def test_readme_shows_what_was_measured() -> None:
+def test_readme_shows_what_was_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    bench("readme_tables").main()
+    tables = capsys.readouterr().out.split("\n\n")
     readme = (ROOT / "README.md").read_text()
-    wrong, shown = misquoted(readme)
-    assert wrong == []
-    assert shown > 30
-    line = next(line for line in readme.splitlines() if line.endswith("`gptq-rotated:2:128:16` |"))
-    for figure in re.findall(r"\d+\.\d+", line):
-        changed = line.replace(figure, f"{float(figure) + 0.01:.{len(figure.partition('.')[2])}f}")
-        assert misquoted(readme.replace(line, changed))[0] == ["gptq-rotated:2:128:16"]
+    assert len(tables) == 2
+    assert all(table.count("\n") > 8 and table.strip() in readme for table in tables)
+
+
+def test_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 130
+
+
+def test_presets_are_what_their_rows_measured() -> None:
+    tables = bench("readme_tables")
+    for _, name, module, text in tables.PRESETS:
+        if name:
+            spec = bench(module).parse_spec(text)
+            measured = bench(module).recipe(spec) if hasattr(bench(module), "recipe") else None
+            assert measured is None or same_but_for_data(measured, preset(name)), name
