@@ -102,7 +102,7 @@ def config_of(metadata: Metadata, tensors: Mapping[str, tuple[int, ...]], diviso
     try:
         return AutoConfig.for_model(metadata.arch, **_values(metadata, tensors, divisors))
     except (ValueError, KeyError, TypeError, StrictDataclassError) as error:
-        raise CheckpointError(f"{metadata.path}: its metadata gives no valid config ({error})") from error
+        raise CheckpointError(f"{metadata.path}: bad metadata ({error}); use the original checkpoint") from error
 
 
 def _values(
