@@ -54,7 +54,7 @@ def check_fit(source: Source, shapes: Mapping[str, tuple[int, ...]], arch: Arch)
             is_longer = name in tables and source.shape(name)[1:] == shape[1:]
             raise CheckpointError(
                 f"{source.path}: {name} has shape {source.shape(name)} where {source.described_by} asks for {shape}; "
-                + (f"its vocab_size is {shape[0]} and would be {rows}" if is_longer else _NO_MATCH)
+                + (f"its vocab_size is {shape[0]}, but the table has {rows} rows" if is_longer else _NO_MATCH)
             )
     if unplaced:
         raise CheckpointError(

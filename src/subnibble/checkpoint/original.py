@@ -20,5 +20,5 @@ def check_original(original: Source, packed: Source) -> None:
         if original_value != packed_value:
             raise CheckpointError(
                 f"{original.path}: {key} is {original_value!r}, and {packed.path} has {packed_value!r}; give the "
-                "model that was quantized"
+                "model that it was quantized from"
             )
