@@ -84,7 +84,7 @@ def test_bits_alone_ask_for_their_preset(name: str) -> None:
     [(5, None, None, None), (3, 4, None, None), (3, None, 4, None), (3, None, None, "sign"), (None, None, 5, None)],
 )
 def test_bits_without_a_preset_are_refused_by_name(bits: tuple) -> None:
-    with pytest.raises(BadRecipe, match=r"no preset is made for (w|kv).*; name a method with --method"):
+    with pytest.raises(BadRecipe, match=r"there is no preset for (w|kv).*; name a method with --method"):
         preset_for(*bits)
 
 
@@ -115,7 +115,7 @@ def test_the_command_says_which_preset_bits_mean_and_writes_its_recipe(
     [
         (("--preset", "w3", "--method", "gptq"), "give it without --method"),
         (("--preset", "w9"), "preset is 'w9'"),
-        (("--bits", 3, "--activation-bits", 4), "no preset is made for w3a4"),
+        (("--bits", 3, "--activation-bits", 4), "there is no preset for w3a4"),
     ],
 )
 def test_what_a_command_line_cannot_mean_is_refused(

@@ -52,7 +52,7 @@ def test_a_type_word_means_what_torch_means_by_it(key: str, word: str | None, ex
 @pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
 @pytest.mark.parametrize("word", ["fp16", "bf16", "int8", "bool", "complex64", "nn", "", 16, True, ["float16"], {}])
 def test_a_word_that_is_no_type_of_weights_is_named_with_those_that_are(key: str, word: Any, folder: Path) -> None:
-    with pytest.raises(CheckpointError, match=rf"config\.json: {key} is .*; write float32, bfloat16 or float16 there"):
+    with pytest.raises(CheckpointError, match=rf"config\.json: {key} is .*; write float32, bfloat16 or float16, or"):
         read_config(changed(folder, **{key: word}))
 
 
@@ -127,7 +127,7 @@ def test_rotary_parameters_of_which_nothing_can_be_computed_are_named(key: str, 
 
 def test_a_sliding_layer_needs_a_window(folders: dict[str, Path], tmp_path: Path) -> None:
     folder = shutil.copytree(folders["qwen2"], tmp_path / "model")
-    with pytest.raises(CheckpointError, match="layer_types has sliding_attention, and there is no sliding_window"):
+    with pytest.raises(CheckpointError, match="layer_types has sliding_attention, but there is no sliding_window"):
         read_config(changed(folder, layer_types=["sliding_attention"] * 3))
 
 

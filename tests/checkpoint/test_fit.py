@@ -87,18 +87,22 @@ def of_type(kind: torch.dtype) -> Change:
         (gptq, {}, f"another tool quantized these weights ({Q}.qweight is stored with them)"),
         (scaled, {}, f"another tool quantized these weights ({Q}.weight_scale_inv is stored with them)"),
         (bits_and_bytes, {}, f"another tool quantized these weights ({Q}.weight.absmax is stored with them)"),
-        (adapted, {}, f"{Q}.base_layer.weight is of an adapter that is not merged"),
+        (adapted, {}, f"{Q}.base_layer.weight belongs to an adapter that is not merged"),
         (fused, {}, "the file has model.layers.0.self_attn.qkv_proj.weight instead"),
         (nothing, {"num_hidden_layers": 4}, "the file has 3 blocks and config.json says 4"),
         (nothing, {"num_hidden_layers": 2}, "the file has 3 blocks and config.json says 2"),
-        (nothing, {"vocab_size": 100}, "its vocab_size is 100 and would be 96"),
+        (nothing, {"vocab_size": 100}, "its vocab_size is 100, but the table has 96 rows"),
         (nothing, {"intermediate_size": 96}, "config and weights do not belong together"),
         (lambda t: t.pop(f"{Q}.weight"), {}, f"{Q}.weight is missing (1 of 51 in all)"),
         (lambda t: t.pop(HEAD), {}, '"tie_word_embeddings": true'),
-        (lambda t: t.pop(EMBEDDING), {}, f'if {HEAD} is both in this model, set "tie_word_embeddings": true'),
+        (lambda t: t.pop(EMBEDDING), {}, f'if this model uses {HEAD} for both, set "tie_word_embeddings": true'),
         (lambda t: t.pop(EMBEDDING) + t.pop(HEAD), {}, f"{EMBEDDING} is missing (2 of 51"),
-        (lambda t: t.pop(EMBEDDING) + t.pop(HEAD), {"tie_word_embeddings": True}, "nothing else is the model's table"),
-        (of_type(torch.int8), {}, f"{Q}.weight is stored as I8, of which no weights are read"),
+        (
+            lambda t: t.pop(EMBEDDING) + t.pop(HEAD),
+            {"tie_word_embeddings": True},
+            "no other tensor is the model's",
+        ),
+        (of_type(torch.int8), {}, f"{Q}.weight is stored as I8, and weights are read only from"),
         (of_type(torch.float8_e8m0fnu), {}, f"{Q}.weight is stored as F8_E8M0"),
         (of_type(torch.float8_e4m3fnuz), {}, f"{Q}.weight is stored as F8_E4M3FNUZ"),
         (of_type(torch.complex64), {}, f"{Q}.weight is stored as C64"),
@@ -124,7 +128,7 @@ def test_a_type_that_safetensors_does_not_know_is_told(tmp_path: Path) -> None:
     folder = changed(tmp_path / "model", nothing)
     content = (folder / SINGLE).read_bytes()
     (folder / SINGLE).write_bytes(content.replace(b'"F32"', b'"Q99"', 1))
-    with pytest.raises(CheckpointError, match="holds a type of numbers that the installed safetensors does not know"):
+    with pytest.raises(CheckpointError, match="has a tensor type that the installed safetensors does not know"):
         open_source(folder)
 
 

@@ -154,7 +154,7 @@ def both(writer: gguf.GGUFWriter) -> None:
         (lambda w: w.add_rope_scaling_yarn_attn_factor(0.5), "yarn_attn_factor = 0.5"),
         (lambda w: w.add_rope_scaling_yarn_ext_factor(1.0), "yarn_ext_factor is 1.0"),
         (lambda w: w.add_uint32("llama.a_key_of_tomorrow", 3), "llama.a_key_of_tomorrow = 3"),
-        (lambda w: w.add_value_length(8), "llama.attention.value_length is 8 where heads have 16 channels"),
+        (lambda w: w.add_value_length(8), "llama.attention.value_length is 8, but heads have 16 channels"),
         (lambda w: w.add_type("adapter"), "of type 'adapter'"),
     ],
 )
@@ -183,7 +183,7 @@ def test_metadata_that_change_nothing_are_passed_over(tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", [None, 0])
 def test_a_size_that_is_not_there_is_named(key: str, value: int | None, tmp_path: Path) -> None:
     write_gguf(tmp_path / "model.gguf", "llama", "llama", **{key.replace(".", "__"): value})
-    with pytest.raises(CheckpointError, match=f"for llama.{key}, where one number above 0 is read"):
+    with pytest.raises(CheckpointError, match=f"for llama.{key}, but subnibble needs one number above 0"):
         open_source(tmp_path / "model.gguf")
 
 
@@ -224,7 +224,7 @@ def test_a_gguf_without_its_head_is_tied_and_one_without_its_table_is_named(tmp_
     write_gguf(tmp_path / "tied.gguf", "llama", "llama", only=lambda key: key != "lm_head.weight")
     assert open_source(tmp_path / "tied.gguf").config.tie_word_embeddings
     write_gguf(tmp_path / "none.gguf", "llama", "llama", only=lambda key: key != "model.embed_tokens.weight")
-    with pytest.raises(CheckpointError, match=r"embed_tokens\.weight is missing, and nothing else is") as error:
+    with pytest.raises(CheckpointError, match=r"embed_tokens\.weight is missing, and no other tensor is") as error:
         load_model(tmp_path / "none.gguf")
     assert "config.json" not in str(error.value)
 

@@ -164,7 +164,7 @@ def test_outliers_beside_salient_columns_are_an_error() -> None:
     values = through_json(COMPOSED)
     values["activations"]["a4g128-clip0.9"]["outliers"] = 8
     assert values["modules"][DOWN]["salient"]
-    with pytest.raises(CheckpointError, match="salient ones beside them"):
+    with pytest.raises(CheckpointError, match="salient columns as well"):
         PackedConfig.from_dict(values)
 
 

@@ -105,7 +105,7 @@ def test_an_index_of_another_upload_is_told_from_a_download_that_is_incomplete(s
     with pytest.raises(CheckpointError, match=rf"shard {shards[1].name} is missing; fetch the model again"):
         open_source(sharded)
     shards[0].rename(sharded / "model-00001-of-00099.safetensors")
-    with pytest.raises(CheckpointError, match=r"not for model-00001-of-00099\.safetensors .* of another upload"):
+    with pytest.raises(CheckpointError, match=r"not list model-00001-of-00099\.safetensors .* of another upload"):
         open_source(sharded)
 
 
@@ -129,8 +129,8 @@ def moved(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (renamed("model.fp16.safetensors"), "variant, model.fp16.safetensors: take"),
-        (renamed("model.fp16-00001-of-00002.safetensors"), "variant, model.fp16-00001-of-00002.safetensors: take"),
+        (renamed("model.fp16.safetensors"), "variant, model.fp16.safetensors: remove"),
+        (renamed("model.fp16-00001-of-00002.safetensors"), "variant, model.fp16-00001-of-00002.safetensors: remove"),
         (renamed("consolidated.00.safetensors"), "consolidated.00.safetensors has the maker's own layout"),
         (renamed("model-00001-of-00002.safetensors"), f"without their index: fetch {INDEX}"),
         (renamed("weights.safetensors"), f"if weights.safetensors holds the model, rename it to {SINGLE}"),

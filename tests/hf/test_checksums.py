@@ -68,7 +68,7 @@ def test_a_damaged_table_of_checksums_is_refused(sums: object, packed: dict[str,
     config = config_of(tmp_path / "damaged")
     config["quantization_config"][CHECKSUMS] = sums
     (tmp_path / "damaged" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match="no table of SHA-256"):
+    with pytest.raises(CheckpointError, match="no table of hexadecimal SHA-256"):
         load_model(tmp_path / "damaged")
 
 

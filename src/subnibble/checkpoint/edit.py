@@ -1,4 +1,4 @@
-"""Change a packed checkpoint that is there already: the folder is replaced in one step, whole or not at all."""
+"""Change an existing packed checkpoint: the new files replace the folder's content in one step, all or none."""
 
 from __future__ import annotations
 
@@ -28,9 +28,13 @@ REPORT = "report.json"
 
 
 def open_packed(folder: str | Path) -> tuple[SafetensorsSource, PackedConfig]:
-    """The packed checkpoint in a folder on this machine; `CheckpointError` if it is none, or not whole."""
+    """Open a packed checkpoint in a local folder and check that it is complete.
+
+    Returns the source and its `PackedConfig`.
+    Raises `CheckpointError` if the folder holds no packed checkpoint, or a damaged one.
+    """
     if not given_path(folder, "folder", "a folder that subnibble quantize wrote").is_dir():
-        raise CheckpointError(f"{folder} is no folder; give a checkpoint on this machine that subnibble quantize wrote")
+        raise CheckpointError(f"{folder} is no folder; give a local checkpoint that subnibble quantize wrote")
     source = open_source(folder)
     packed = packed_config_of(source.config)
     if packed is None or not isinstance(source, SafetensorsSource):
@@ -39,25 +43,28 @@ def open_packed(folder: str | Path) -> tuple[SafetensorsSource, PackedConfig]:
         )
     expect_shapes(source, iter(stored_shapes(packed).items()))
     check_files(source.shards(), source.config.quantization_config)
-    # Before the work that it is to tell of.
+    # A damaged report is an error now, before the work whose results it will get.
     read_report(source.path)
     return source, packed
 
 
 def change_checkpoint(
-    source: SafetensorsSource, packed: PackedConfig, tensors: Mapping[str, Tensor], told: Mapping[str, Any]
+    source: SafetensorsSource, packed: PackedConfig, tensors: Mapping[str, Tensor], report_entries: Mapping[str, Any]
 ) -> None:
-    """Give the checkpoint in `source` these tensors, in place of those of their names, and let its config say `packed`.
+    """Rewrite a packed checkpoint with these tensors replaced or added, and with `packed` as its config.
 
-    Those that take a tensor's place get its type; new ones are a shard of their own. told: goes into report.json, if
-    there is one, beside the new size and hash. recipe.toml and whatever else is in the folder stays as it is.
+    source: the checkpoint, whose folder is replaced.
+    packed: the new `quantization_config`.
+    tensors: name -> tensor. One that replaces a stored tensor is cast to its type; new ones go to an additional shard.
+    report_entries: added to report.json, if there is one, together with the new size and hash.
+    recipe.toml and all other files in the folder are kept.
     """
     shards = source.shards()
     new = {name: tensor for name, tensor in tensors.items() if name not in set(source.names())}
     with CheckpointWriter(source.path, len(shards) + bool(new), replace=True) as writer:
         for names in shards.values():
-            held = {name: source.load_raw(name) for name in names}
-            writer.write_shard({name: tensors.get(name, part).to(part.dtype) for name, part in held.items()})
+            stored = {name: source.load_raw(name) for name in names}
+            writer.write_shard({name: tensors.get(name, old).to(old.dtype) for name, old in stored.items()})
         if new:
             writer.write_shard(new)
         config = read_json_file(source.path / CONFIG)
@@ -66,33 +73,33 @@ def change_checkpoint(
         _copy_others(source, writer)
         writer.finish_weights()
         check_written(writer.folder)
-        _write_report(source, writer, told)
+        _write_report(source, writer, report_entries)
         writer.commit()
 
 
 def check_space(source: SafetensorsSource) -> None:
-    """Raise `OutputError` if the checkpoint cannot be written anew beside itself: known before any work."""
+    """Raise `OutputError` if a second copy of the checkpoint cannot be written on its disk; called before any work."""
     needed, free = source.file_bytes(), shutil.disk_usage(source.path).free
     if free < needed:
         raise OutputError(
             f"{source.path}: {free / 1e9:.2f} GB are free and {needed / 1e9:.2f} GB are needed to replace it; free "
-            "space"
+            "space on that disk"
         )
     with CheckpointWriter(source.path, 1, replace=True):
-        # Whether the folder beside it can be made.
+        # Entering creates the hidden folder, which fails if the place is not writable.
         pass
 
 
 def read_report(folder: Path) -> dict[str, Any]:
-    """The folder's report.json, empty if there is none; `CheckpointError` if it is damaged."""
+    """Read the folder's report.json; empty if there is none. Raises `CheckpointError` if it is damaged."""
     file = folder / REPORT
     if not file.is_file():
         return {}
     again = "remove it, or quantize the model again"
-    found = read_json_file(file, again)
-    if not isinstance(found, dict):
+    report = read_json_file(file, again)
+    if not isinstance(report, dict):
         raise CheckpointError(f"{file} holds no JSON object; {again}")
-    return found
+    return report
 
 
 def _copy_others(source: SafetensorsSource, writer: CheckpointWriter) -> None:
@@ -103,9 +110,9 @@ def _copy_others(source: SafetensorsSource, writer: CheckpointWriter) -> None:
         copy(item, writer.folder / item.name)
 
 
-def _write_report(source: SafetensorsSource, writer: CheckpointWriter, told: Mapping[str, Any]) -> None:
+def _write_report(source: SafetensorsSource, writer: CheckpointWriter, entries: Mapping[str, Any]) -> None:
     report = read_report(source.path)
     if report:
         report["size"] = measure(open_source(writer.folder)).to_dict()
         report["weights_sha256"] = weights_checksum(writer.checksums)
-        writer.write_json(REPORT, report | dict(told))
+        writer.write_json(REPORT, report | dict(entries))

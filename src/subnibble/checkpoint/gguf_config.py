@@ -1,9 +1,9 @@
-"""What the metadata of a GGUF file say of a model, as a transformers config.
+"""Translate the metadata of a GGUF file into a transformers config.
 
-Keys and defaults are llama.cpp's (gguf's `constants.py`). A key that is unknown here may change what the model
-computes, so the file is refused by that key's name, unless its value is one that changes nothing. Sizes of the
-tables, biases and a tied head are told by the tensors alone, and so are Llama 3's rotary frequencies: llama.cpp stores
-what each is divided by.
+Keys and defaults are llama.cpp's (gguf's `constants.py`). An unknown key may change what the model computes, so the
+file is refused and the error names the key, unless the value is known to change nothing. Some facts come only from the
+tensors: the size of the token table, biases, a tied head, and Llama 3's rotary scaling, for which llama.cpp stores the
+divisor of each frequency.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _READ = frozenset({
     "rope.scaling.original_context_length", "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow",
     "rope.scaling.finetuned", "rope.scaling.yarn_ext_factor",
 })  # fmt: skip
-# Values that change nothing; of other keys these are zero, false and nothing.
+# Values that do not change the model's function. For all other keys: zero, false or empty.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "attention.causal": (True,),
     "logit_scale": (0.0, 1.0),
@@ -39,63 +39,76 @@ _IDS = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
 
 
 class Metadata:
-    """The metadata of a GGUF file, by key. fields: as gguf's reader has them."""
+    """The metadata of a GGUF file.
+
+    path: the file, for errors.
+    fields: key -> field, from `gguf.GGUFReader`.
+    """
 
     def __init__(self, path: Path, fields: Mapping[str, Any]) -> None:
         self.path, self._fields = path, fields
         self.arch = str(self.get("general.architecture", ""))
 
     def get(self, key: str, default: Any = None) -> Any:
-        """A value, or `default` where the file has none."""
+        """Return a value, or `default` if the file has no such key."""
         return self._fields[key].contents() if key in self._fields else default
 
     def of_arch(self, key: str, default: Any = None) -> Any:
-        """A value of the architecture's own, named without it."""
+        """Return the value of an architecture key. key: without the prefix, for example "context_length"."""
         return self.get(f"{self.arch}.{key}", default)
 
     def number(self, key: str, default: float | None = None) -> float:
-        """A number above 0 of the architecture's own; where each block has one, they must be the same."""
-        found = self.of_arch(key, default)
-        values = set(found) if isinstance(found, list) else {found}
+        """Return the number of an architecture key.
+
+        key: without the architecture prefix. A list of equal numbers, one per block, counts as one number.
+        default: for a missing key.
+        Raises `CheckpointError` unless the number is above 0.
+        """
+        entry = self.of_arch(key, default)
+        values = set(entry) if isinstance(entry, list) else {entry}
         value = values.pop() if len(values) == 1 else None
         if not isinstance(value, int | float) or value <= 0:
-            told = "nothing" if found is None else str(found)[:60]
+            shown = "nothing" if entry is None else str(entry)[:60]
             raise CheckpointError(
-                f"{self.path}: its metadata has {told} for {self.arch}.{key}, where one number above 0 is read here"
+                f"{self.path}: its metadata has {shown} for {self.arch}.{key}, but subnibble needs one number above 0; "
+                "use the original checkpoint instead of the GGUF file"
             )
         return value
 
     def tokens(self) -> int | None:
-        """How many tokens the vocabulary has, None if there is none."""
+        """Return the number of tokens in the vocabulary, or None if the file has no vocabulary."""
         field = self._fields.get("tokenizer.ggml.tokens")
         return None if field is None else len(field.data)
 
-    def own_keys(self) -> list[str]:
-        """Keys of the architecture's own, without it."""
+    def arch_keys(self) -> list[str]:
+        """Return the keys that start with the architecture's prefix, without that prefix."""
         return [key.removeprefix(f"{self.arch}.") for key in self._fields if key.startswith(f"{self.arch}.")]
 
 
 def config_of(metadata: Metadata, tensors: Mapping[str, tuple[int, ...]], divisors: Sequence[float] | None) -> Any:
-    """The transformers config of a GGUF model.
+    """Build the transformers config of a GGUF model.
 
-    tensors: name in the file -> shape. divisors: what each rotary frequency is divided by, of `rope_freqs.weight`.
+    metadata: of the file, or of the first part of a split model.
+    tensors: name in the file -> shape.
+    divisors: one per rotary frequency, from `rope_freqs.weight`; None if the file has none.
+    Raises `UnsupportedModel` for metadata that transformers cannot express, `CheckpointError` for invalid metadata.
     """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     kind = metadata.get("general.type", "model")
     if kind != "model":
-        raise UnsupportedModel(f"{metadata.path} is a GGUF file of type {kind!r} and no model; give the model's file")
+        raise UnsupportedModel(f"{metadata.path} is a GGUF file of type {kind!r}, not a model; give the model's file")
     try:
         return AutoConfig.for_model(metadata.arch, **_values(metadata, tensors, divisors))
     except (ValueError, KeyError, TypeError, StrictDataclassError) as error:
-        raise CheckpointError(f"{metadata.path}: no config can be made of its metadata ({error})") from error
+        raise CheckpointError(f"{metadata.path}: bad metadata ({error}); use the original checkpoint") from error
 
 
 def _values(
     metadata: Metadata, tensors: Mapping[str, tuple[int, ...]], divisors: Sequence[float] | None
 ) -> dict[str, Any]:
-    """The config's values; see `config_of`."""
+    """Return the values of the config, by transformers' keys; arguments as in `config_of`."""
     _check_keys(metadata)
     heads, hidden = int(metadata.number("attention.head_count")), int(metadata.number("embedding_length"))
     width = _head_width(metadata, hidden // heads)
@@ -124,9 +137,9 @@ def _values(
 
 
 def _check_keys(metadata: Metadata) -> None:
-    """Raise `UnsupportedModel` for metadata that may change what the model computes and are not understood."""
+    """Raise `UnsupportedModel` for a key that is unknown and may change what the model computes."""
     window, context = metadata.of_arch("attention.sliding_window"), metadata.number("context_length")
-    for key in metadata.own_keys():
+    for key in metadata.arch_keys():
         value = metadata.of_arch(key)
         is_wide = key == "attention.sliding_window" and isinstance(window, int) and window >= context
         is_neutral = value in _NEUTRAL[key] if key in _NEUTRAL else not value
@@ -134,17 +147,17 @@ def _check_keys(metadata: Metadata) -> None:
             continue
         raise UnsupportedModel(
             f"{metadata.path}: its metadata has {metadata.arch}.{key} = {str(value)[:60]}, which may change what the "
-            "model computes and is not understood here; use the original checkpoint instead of the GGUF file"
+            "model computes and is unknown to subnibble; use the original checkpoint instead of the GGUF file"
         )
 
 
 def _head_width(metadata: Metadata, default: int) -> int:
-    """Channels of a head, which all turn with the position."""
+    """Return the channels of a head; keys, values and rotary positions must all have this width."""
     width = int(metadata.number("attention.key_length", default))
     for key in ("attention.value_length", "rope.dimension_count"):
         if int(metadata.number(key, width)) != width:
             raise UnsupportedModel(
-                f"{metadata.path}: {metadata.arch}.{key} is {metadata.of_arch(key)} where heads have {width} channels; "
-                f"a {metadata.arch} model here has the same number"
+                f"{metadata.path}: {metadata.arch}.{key} is {metadata.of_arch(key)}, but heads have {width} channels; "
+                f"subnibble supports {metadata.arch} models only if both are equal"
             )
     return width

@@ -1,4 +1,4 @@
-"""The files of a GGUF model: one, or the parts that llama.cpp's `llama-gguf-split` made of it."""
+"""Find and open the files of a GGUF model: one file, or the parts written by llama.cpp's `llama-gguf-split`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ _PART = re.compile(r"^(?P<stem>.*)-(?P<number>\d+)-of-(?P<count>\d+)\.gguf$")
 
 
 def find_parts(path: Path) -> list[Path]:
-    """All files of the model that `path` is a part of, in order; itself if its name is not that of a part."""
+    """Return all files of the model that `path` belongs to, in order; only `path` if its name is not that of a part.
+
+    Raises `CheckpointError` if a part is missing.
+    """
     match = _PART.match(path.name)
     if match is None:
         return [path]
@@ -29,20 +32,24 @@ def find_parts(path: Path) -> list[Path]:
 
 
 def read_parts(paths: list[Path]) -> list[Any]:
-    """The readers, as gguf has them, of all files; `CheckpointError` unless they are all parts of one model."""
+    """Open all files; return a `gguf.GGUFReader` for each.
+
+    Raises `CheckpointError` unless the files are all parts of one model, in order; `MissingExtra` without gguf.
+    """
     readers = [_read(path) for path in paths]
     counts = [_number(reader, "split.count", 1) for reader in readers]
     for index, (path, reader) in enumerate(zip(paths, readers, strict=True)):
         number = _number(reader, "split.no", index if counts[index] <= 1 else 0)
         if max(counts[index], 1) != len(paths) or number != index:
             raise CheckpointError(
-                f"{path}: its metadata say that it is part {number + 1} of {counts[index]} of a split model, and its "
+                f"{path}: its metadata say that it is part {number + 1} of {counts[index]} of a split model, but its "
                 "name does not; give the parts the names that llama-gguf-split gives, or merge them with it (--merge)"
             )
-    held, told = sum(len(reader.tensors) for reader in readers), _number(readers[0], "split.tensors.count", None)
-    if told is not None and len(paths) > 1 and held != told:
+    stored, expected = sum(len(reader.tensors) for reader in readers), _number(readers[0], "split.tensors.count", None)
+    if expected is not None and len(paths) > 1 and stored != expected:
         raise CheckpointError(
-            f"{paths[0]}: its {len(paths)} parts hold {held} of {told} tensors; they are of two models"
+            f"{paths[0]}: its {len(paths)} parts hold {stored} of {expected} tensors, so they are of two models; fetch "
+            "all parts of one model"
         )
     return readers
 

@@ -1,8 +1,8 @@
-"""Read a GGUF file: tensors are memory-mapped and dequantized one at a time, names and layout as transformers has.
+"""Read a GGUF file: tensors are memory-mapped, dequantized one at a time, and named and laid out as in transformers.
 
-The gguf package maps names and dequantizes blocks. Of its own here: llama.cpp stores q and k rows of Llama-type models
-with the two halves of each rotary pair interleaved, which is undone; what the metadata say (`gguf_config.py`); and
-models in several files (`gguf_parts.py`).
+The gguf package maps names and dequantizes blocks. This module undoes llama.cpp's row order: it stores q and k rows of
+Llama-type models with the two halves of each rotary pair interleaved. `gguf_config.py` reads the metadata,
+`gguf_parts.py` finds the files of a split model.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from subnibble.checkpoint.source import checked
 from subnibble.checkpoint.tokenizer import load_gguf_tokenizer
 from subnibble.errors import CheckpointError, UnsupportedModel
 
-# Architectures whose converter interleaves q and k rows; the others store them as transformers does.
+# Supported architectures, and whether llama.cpp's converter interleaves their q and k rows.
 _INTERLEAVED = {"llama": True, "qwen2": False}
 _DIVISORS = "rope_freqs.weight"
 _ENDS = ("eot", "eom")
 
 
 class GgufSource:
-    """A .gguf file, or all parts of a split one, seen as a Hugging Face checkpoint. path: the first part."""
+    """A .gguf model as a `Source`. path: the file, or any part of a split model; the attribute is the first part."""
 
     def __init__(self, path: Path) -> None:
         parts = find_parts(path)
@@ -45,26 +45,26 @@ class GgufSource:
                 f"{path}: GGUF architecture {arch!r} is not supported; supported: {', '.join(_INTERLEAVED)}"
             )
         tensors = {tensor.name: tensor for reader in readers for tensor in reader.tensors}
-        held = tensors.pop(_DIVISORS, None)
-        divisors = None if held is None else np.asarray(held.data, dtype=np.float64).ravel().tolist()
+        stored = tensors.pop(_DIVISORS, None)
+        divisors = None if stored is None else np.asarray(stored.data, dtype=np.float64).ravel().tolist()
         shapes = {name: _shape(tensor) for name, tensor in tensors.items()}
         self.config = config_of(self._metadata, shapes, divisors)
         self._tensors = self._by_hf_name(tensors, arch)
 
     def names(self) -> list[str]:
-        """See `Source`."""
+        """Return the Hugging Face names of all stored tensors."""
         return list(self._tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """See `Source`."""
+        """Return the shape of a tensor, in transformers' order of axes."""
         return _shape(self._tensors[name])
 
     def stored_bits(self, name: str) -> int:
-        """See `Source`."""
+        """Return the bits that a tensor takes in its file."""
         return 8 * int(self._tensors[name].n_bytes)
 
     def check_type(self, name: str) -> None:
-        """See `Source`."""
+        """Raise `CheckpointError` unless the gguf package can dequantize the tensor's type."""
         kind = self._tensors[name].tensor_type
         if not _reads(kind):
             raise CheckpointError(
@@ -73,7 +73,7 @@ class GgufSource:
             )
 
     def load(self, name: str) -> Tensor:
-        """See `Source`; float32."""
+        """Read and dequantize one tensor, in float32."""
         from gguf import dequantize
 
         tensor = self._tensors[name]
@@ -87,45 +87,46 @@ class GgufSource:
         return checked(weight, name, self.path)
 
     def file_bytes(self) -> int:
-        """See `Source`."""
+        """Return the size of all parts together, in bytes."""
         return sum(part.stat().st_size for part in self._parts)
 
     def load_tokenizer(self) -> Any:
-        """See `Source`."""
-        # Its vocabulary is parsed from the file's metadata, which takes seconds.
+        """Load the transformers tokenizer from the file's metadata."""
+        # Kept, since parsing the vocabulary takes seconds.
         if self._tokenizer is None:
             self._tokenizer = load_gguf_tokenizer(self.path)
         return self._tokenizer
 
     def copy_side_files(self, folder: Path) -> None:
-        """See `Source`."""
+        """Write tokenizer files and a generation config into `folder`, made from the metadata."""
         self.load_tokenizer().save_pretrained(folder)
         ids = {key: getattr(self.config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
         known = {key: value for key, value in ids.items() if value is not None}
-        # Ends of a turn and of a message, where llama.cpp stops, too.
+        # llama.cpp also stops at the tokens for the end of a turn and of a message.
         ends = [known.get("eos_token_id"), *(self._metadata.get(f"tokenizer.ggml.{key}_token_id") for key in _ENDS)]
         if len(several := list(dict.fromkeys(end for end in ends if end is not None))) > 1:
             known["eos_token_id"] = several
         (folder / "generation_config.json").write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
 
     def _by_hf_name(self, tensors: dict[str, Any], model_type: str) -> dict[str, Any]:
+        """Return Hugging Face name -> tensor. tensors: name in the file -> tensor; one without a place is an error."""
         import gguf
 
         arch_id = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == model_type)
         name_map = gguf.get_tensor_name_map(arch_id, self.config.num_hidden_layers)
         by_gguf_name = dict(tensors)
-        found: dict[str, Any] = {}
+        by_hf_name: dict[str, Any] = {}
         for hf_name in _hf_names(find_arch(model_type), self.config.num_hidden_layers):
             stem, _, kind = hf_name.rpartition(".")
             tensor = by_gguf_name.pop(f"{name_map.get_name(stem)}.{kind}", None)
             if tensor is not None:
-                found[hf_name] = tensor
+                by_hf_name[hf_name] = tensor
         if by_gguf_name:
             raise UnsupportedModel(
                 f"{self.path}: tensor {sorted(by_gguf_name)[0]} ({len(by_gguf_name)} in all) has no place in a "
-                f"{model_type} model here; use the original checkpoint instead of the GGUF file"
+                f"{model_type} model; use the original checkpoint instead of the GGUF file"
             )
-        return found
+        return by_hf_name
 
 
 def _shape(tensor: Any) -> tuple[int, ...]:
@@ -133,7 +134,7 @@ def _shape(tensor: Any) -> tuple[int, ...]:
 
 
 def _reads(kind: Any) -> bool:
-    """Whether `GgufSource.load` can read a type, tried on one block of it."""
+    """Whether `GgufSource.load` can read a type; tries to dequantize one block of zeros."""
     import gguf
 
     if kind.name in ("F64", "F32", "F16"):
@@ -146,14 +147,17 @@ def _reads(kind: Any) -> bool:
 
 
 def _hf_names(arch: Arch, blocks: int) -> list[str]:
-    """Every tensor name that a model of this architecture may have."""
+    """Return every tensor name that a model of this architecture may have. blocks: number of blocks."""
     stems = [arch.embedding, arch.final_norm, arch.head]
-    parts = (*arch.linears, *arch.residual.norms)
-    stems += [f"{arch.block_path(index)}.{part}" for index in range(blocks) for part in parts]
+    modules = (*arch.linears, *arch.residual.norms)
+    stems += [f"{arch.block_path(index)}.{module}" for index in range(blocks) for module in modules]
     return [f"{stem}.{kind}" for stem in stems for kind in ("weight", "bias")]
 
 
 def _split_rotary_pairs(rows: Tensor, heads: int) -> Tensor:
-    """Undo the interleaving: within a head, rows (0, d/2, 1, d/2 + 1, ...) become (0, 1, ..., d - 1)."""
+    """Undo the interleaving: within a head of d rows, (0, d/2, 1, d/2 + 1, ...) become (0, 1, ..., d - 1).
+
+    rows: (heads * d, ...).
+    """
     half = rows.shape[0] // heads // 2
     return rows.view(heads, half, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)

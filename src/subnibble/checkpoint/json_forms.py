@@ -1,4 +1,4 @@
-"""How fields of a module's spec are spelled in JSON, each way with its inverse; wrong types and sizes are errors."""
+"""Convert fields of module specs to JSON and back; wrong types and sizes are errors."""
 
 from __future__ import annotations
 
@@ -15,24 +15,25 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Labels:
-    """The schemes that the labels of a `quantization_config` name."""
+    """The schemes of a `quantization_config`, by label: `schemes` of weights, `activations` of inputs."""
 
     schemes: Mapping[str, Scheme]
     activations: Mapping[str, ActivationScheme]
 
     def layout(self, rows: Any, ranges: Any) -> PackedLayout:
-        """The layout of a matrix of that many rows."""
-        found = tuple((count(columns), self.schemes[name]) for columns, name in ranges)
-        if not found:
+        """Return the layout of a matrix. ranges: [columns, scheme label] of each column range, from JSON."""
+        labelled = tuple((count(columns), self.schemes[name]) for columns, name in ranges)
+        if not labelled:
             raise ValueError("a packed matrix without column ranges")
-        return PackedLayout(count(rows), found)
+        return PackedLayout(count(rows), labelled)
 
 
 @dataclass(frozen=True)
 class Form:
-    """write: a field's value to the values of its keys in JSON.
+    """Converts one field of a spec to JSON and back.
 
-    read: the inverse; its arguments are the labels, the fields of the spec that were read before, and these values.
+    write: from the field's value to the values of its JSON keys.
+    read: the inverse. Its arguments: the labels, the fields of the spec that were read before, the values in JSON.
     """
 
     write: Callable[[Any], tuple[Any, ...]]
@@ -40,22 +41,22 @@ class Form:
 
 
 def typed(value: Any, kind: type[T]) -> T:
-    """A value of JSON that must have this very type."""
-    # bool is an int to isinstance, and 64.0 must not pass for 64.
+    """Return a JSON value; raise `TypeError` unless its type is exactly `kind`."""
+    # isinstance would accept True as an int. 64.0 is no int either.
     if type(value) is not kind:
         raise TypeError(f"{value!r} where {kind.__name__} is expected")
     return value
 
 
 def count(value: Any) -> int:
-    """A value of JSON that must be a positive integer."""
+    """Return a JSON value; raise `TypeError` or `ValueError` unless it is a positive integer."""
     if typed(value, int) < 1:
         raise ValueError(f"{value} where a positive count is expected")
     return int(value)
 
 
 def _plain(read: Callable[[Any], Any]) -> Form:
-    return Form(lambda value: (value,), lambda labels, made, value: read(value))
+    return Form(lambda value: (value,), lambda labels, earlier, value: read(value))
 
 
 def _ranges(layout: PackedLayout) -> list[list[Any]]:
@@ -68,14 +69,14 @@ def _write_factors(factors: tuple[PackedLayout, PackedLayout] | None) -> tuple[A
     return ({"rank": factors[0].rows, "down": _ranges(factors[0]), "up": _ranges(factors[1])},)
 
 
-def _read_factors(labels: Labels, made: Mapping[str, Any], branch: Any) -> tuple[PackedLayout, PackedLayout]:
+def _read_factors(labels: Labels, earlier: Mapping[str, Any], branch: Any) -> tuple[PackedLayout, PackedLayout]:
     if set(branch) != {"rank", "down", "up"}:
         raise KeyError(f"low_rank has keys {sorted(branch)}")
-    return labels.layout(branch["rank"], branch["down"]), labels.layout(made["layout"].rows, branch["up"])
+    return labels.layout(branch["rank"], branch["down"]), labels.layout(earlier["layout"].rows, branch["up"])
 
 
-def _read_residual(labels: Labels, made: Mapping[str, Any], value: Any) -> int:
-    salient = made.get("salient")
+def _read_residual(labels: Labels, earlier: Mapping[str, Any], value: Any) -> int:
+    salient = earlier.get("salient")
     if typed(value, str) != "salient" or salient is None:
         raise ValueError(f"residual is {value!r} with{'' if salient else 'out'} salient columns")
     return int(salient.columns)
@@ -84,18 +85,18 @@ def _read_residual(labels: Labels, made: Mapping[str, Any], value: Any) -> int:
 FLAG = _plain(lambda value: typed(value, bool))
 TEXT = _plain(lambda value: typed(value, str))
 COUNT = _plain(count)
-COUNTS = Form(lambda value: (list(value),), lambda labels, made, value: tuple(map(count, value)))
+COUNTS = Form(lambda value: (list(value),), lambda labels, earlier, value: tuple(map(count, value)))
 # The label of an activation scheme.
 ACTIVATION = Form(
-    lambda scheme: (None if scheme is None else scheme.name,), lambda labels, made, name: labels.activations[name]
+    lambda scheme: (None if scheme is None else scheme.name,), lambda labels, earlier, name: labels.activations[name]
 )
-# A module's own matrix, by two keys: rows and ranges.
-MATRIX = Form(lambda layout: (layout.rows, _ranges(layout)), lambda labels, made, *values: labels.layout(*values))
-# The ranges of another matrix with as many rows.
+# The main matrix of a module, under two keys: rows and ranges.
+MATRIX = Form(lambda layout: (layout.rows, _ranges(layout)), lambda labels, earlier, *values: labels.layout(*values))
+# The column ranges of another matrix, which has as many rows as the main one; None for no matrix.
 RANGES = Form(
     lambda layout: (None if layout is None else _ranges(layout),),
-    lambda labels, made, ranges: labels.layout(made["layout"].rows, ranges),
+    lambda labels, earlier, ranges: labels.layout(earlier["layout"].rows, ranges),
 )
 FACTORS = Form(_write_factors, _read_factors)
-# The number of salient channels quantized twice, by a word: "salient" for all of them, "none".
+# The number of channels quantized twice, written as a word: "salient" for all salient channels, "none" for 0.
 RESIDUAL = Form(lambda repeated: ("salient" if repeated else "none",), _read_residual)

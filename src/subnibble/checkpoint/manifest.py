@@ -1,8 +1,8 @@
-"""The packed checkpoint format, version 1 (docs/format.md): what `quantization_config` in config.json says.
+"""The manifest of the packed checkpoint format, version 1 (docs/format.md): `quantization_config` in config.json.
 
-It names every module whose tensors are not what the plain model would have. The tensors themselves are ordinary
-safetensors: `<module path>.codes`, `.scales`, `.zeros`, and what else a kind of module has. Until 0.2.0 the version may
-change its meaning; after that a change gets a new number.
+It lists every module whose tensors differ from those of the plain model. The tensors are ordinary safetensors:
+`<module path>.codes`, `.scales`, `.zeros`, and others for some kinds of modules. Until release 0.2.0, version 1 may
+still change; after that, every change of the format gets a new version number.
 """
 
 from __future__ import annotations
@@ -38,8 +38,11 @@ _KEYS = {"quant_method", "format_version", "schemes", "activations", "cache", "p
 
 @dataclass(frozen=True)
 class PackedConfig:
-    """modules: path -> what is stored for it. cache: how the KV cache is coded, None for not at all. prefix: tokens
-    before every text, whose keys and values the attentions hold.
+    """The content of `quantization_config`, checked for contradictions when it is built.
+
+    modules: path -> spec of each module that is stored packed or changed.
+    cache: how the KV cache is quantized, None for not at all.
+    prefix: tokens of a prompt prefix before every text, whose keys and values the attentions store; or None.
     """
 
     modules: Mapping[str, Spec] = field(default_factory=dict)
@@ -47,20 +50,24 @@ class PackedConfig:
     prefix: PrefixIds | None = None
 
     def __post_init__(self) -> None:
-        held = {spec.tokens for spec in self.modules.values() if isinstance(spec, PrefixSpec)}
-        if held != (set() if self.prefix is None else {len(self.prefix.ids)}):
-            raise ValueError("a prefix's ids and what attentions hold of it do not belong together")
+        lengths = {spec.tokens for spec in self.modules.values() if isinstance(spec, PrefixSpec)}
+        if lengths != (set() if self.prefix is None else {len(self.prefix.ids)}):
+            raise ValueError("the number of prefix ids differs from the prefix length that the attentions store")
         for path, spec in self.modules.items():
             if isinstance(spec, PackedLinearSpec) and spec.input is not None:
                 other = self.modules.get(spec.input)
                 if not isinstance(other, PackedLinearSpec) or other.input is not None or not spec.enters_as(other):
-                    raise ValueError(f"{path} enters as {spec.input}, which is no packed linear that enters alike")
+                    raise ValueError(
+                        f"{path} shares the input of {spec.input}, which is no packed linear with the same input terms"
+                    )
         cache = self.cache
         if cache is not None and cache.is_centered and cache.key_basis not in self._centers:
-            raise ValueError("the cache codes keys less a centre, and no attention holds one of its kind")
+            raise ValueError(
+                "the cache subtracts a mean from keys, but no attention stores a mean for its rope and key_rotation"
+            )
 
     def to_dict(self) -> dict[str, Any]:
-        """The `quantization_config` of config.json, but for the checksums (`checksums.py`)."""
+        """Return the `quantization_config` of config.json, except the checksums (`checksums.py`)."""
         schemes = {scheme.name: scheme.to_dict() for layout in self._layouts for _, scheme in layout.ranges}
         activations = [spec.activation for spec in self.linears if spec.activation is not None]
         return {
@@ -75,12 +82,12 @@ class PackedConfig:
 
     @property
     def _centers(self) -> set[tuple[str, str]]:
-        """For which bases of keys there are centres."""
+        """The key bases, (rope, key_rotation), for which attentions store means."""
         return {spec.key_basis for spec in self.modules.values() if isinstance(spec, KeyCenterSpec)}
 
     @property
     def linears(self) -> list[PackedLinearSpec]:
-        """What is said of each packed linear."""
+        """The specs of all packed linears."""
         return [spec for spec in self.modules.values() if isinstance(spec, PackedLinearSpec)]
 
     @property
@@ -89,9 +96,13 @@ class PackedConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = "quantization_config") -> Self:
-        """Read a `quantization_config`; anything that version 1 does not know is a `CheckpointError`."""
+        """Read a `quantization_config`.
+
+        where: names it in errors.
+        Raises `CheckpointError` for another version, unknown keys, and missing or invalid values.
+        """
         version = values.get("format_version")
-        # 1 == True and 1 == 1.0, which JSON tells apart.
+        # In Python 1 == True and 1 == 1.0; in JSON they differ.
         if type(version) is not int or version != FORMAT_VERSION:
             raise CheckpointError(
                 f"{where}: format version {version!r}; this subnibble reads version {FORMAT_VERSION}: "
@@ -99,7 +110,7 @@ class PackedConfig:
             )
         unknown = sorted(set(values) - _KEYS - {CHECKSUMS})
         if unknown:
-            raise CheckpointError(f"{where}: unknown key {unknown[0]!r}; it was written by another subnibble")
+            raise CheckpointError(f"{where}: unknown key {unknown[0]!r}, of another version; upgrade subnibble")
         try:
             labels = Labels(
                 {name: _complete(Scheme, scheme) for name, scheme in values["schemes"].items()},
@@ -107,7 +118,7 @@ class PackedConfig:
             )
             cache, prefix, modules = values["cache"], values["prefix"], values["modules"]
             return cls(
-                {path: spec_from_dict(with_input(one, modules), labels) for path, one in modules.items()},
+                {path: spec_from_dict(with_input(entry, modules), labels) for path, entry in modules.items()},
                 None if cache is None else _complete(CacheScheme, cache),
                 None if prefix is None else PrefixIds.from_dict(prefix),
             )
@@ -116,24 +127,24 @@ class PackedConfig:
 
 
 def _complete(kind: type[_S], values: Mapping[str, Any]) -> _S:
-    """A scheme of which a recipe may leave keys out, and a checkpoint may not."""
-    found = kind.from_dict(values)
-    if missing := sorted(found.to_dict().keys() - values.keys()):
+    """Read a scheme that must have all of its keys: in a recipe some may be missing, in a checkpoint none."""
+    scheme = kind.from_dict(values)
+    if missing := sorted(scheme.to_dict().keys() - values.keys()):
         raise ValueError(f"no {missing[0]} in {dict(values)}")
-    return found
+    return scheme
 
 
 def stored_shapes(packed: PackedConfig) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor that the packed modules need in the checkpoint."""
+    """Return name -> shape of every tensor that the packed modules store in the checkpoint."""
     return {
-        f"{path}.{name}": tuple(part.shape)
+        f"{path}.{name}": tuple(tensor.shape)
         for path, spec in packed.modules.items()
-        for name, part in spec.parts.items()
+        for name, tensor in spec.parts.items()
     }
 
 
 def packed_config_of(config: Any) -> PackedConfig | None:
-    """The packed modules of a transformers config, or None if it is not a subnibble checkpoint's."""
+    """Read the `PackedConfig` from a transformers config; None if it is not of a subnibble checkpoint."""
     values = getattr(config, "quantization_config", None)
     if values is not None and not isinstance(values, Mapping):
         values = values.to_dict()
@@ -143,16 +154,21 @@ def packed_config_of(config: Any) -> PackedConfig | None:
 
 
 def readable_config_of(config: Any, where: Path) -> PackedConfig | None:
-    """As `packed_config_of`; `CheckpointError` if something else quantized the checkpoint at `where`."""
+    """Read the `PackedConfig` as `packed_config_of` does, and refuse models that another tool quantized.
+
+    where: the checkpoint, for the error.
+    Returns None for a plain model. Raises `CheckpointError` for another tool's quantization.
+    """
     packed = packed_config_of(config)
     if packed is None and getattr(config, "quantization_config", None):
         values = config.quantization_config
         method = values.get("quant_method") if isinstance(values, Mapping) else getattr(values, "quant_method", None)
-        raise CheckpointError(f"{where} was quantized as {method!r}, which is not read here; give the original model")
+        raise CheckpointError(f"{where} was quantized as {method!r}, which is not supported; give the original model")
     return packed
 
 
 def check_plain(source: Source) -> None:
-    """Raise `CheckpointError` if the source is quantized already. GGUF files count as plain: they are dequantized."""
+    """Raise `CheckpointError` if the source is quantized already. GGUF files count as plain."""
+    # GGUF files are dequantized when they are read.
     if packed_config_of(source.config) is not None or getattr(source.config, "quantization_config", None):
         raise CheckpointError(f"{source.path} is quantized already; give the original model")

@@ -1,9 +1,9 @@
-"""What a packed checkpoint stores for a module: its spec in `quantization_config`, and its tensors by name.
+"""Module specs: what a packed checkpoint stores for each kind of module, in `quantization_config` and as tensors.
 
-The specs are the one table of what there is. A row is a field with its `Term`: how JSON spells it, and which tensors it
-stands for. JSON, running linears, empty tensors, sizes and estimates derive from the rows. JSON leaves a field out if
-it has its default. A new term of linears takes a row here, and a field of its name in `SiteInput` or `PackedWeight`.
-Biases, which any float type may have, are float32 in `parts`.
+Each spec is a dataclass, and each of its fields is a row of the storage table: its `Term` says how JSON writes the
+field and which tensors it stores. JSON, linears at run time, empty tensors, sizes and estimates all derive from these
+rows. JSON omits a field that has its default. To add a term to linears, add a row here and a field of the same name to
+`SiteInput` or `PackedWeight`. A stored bias may have any float type; `parts` describes it as float32.
 """
 
 from __future__ import annotations
@@ -26,26 +26,30 @@ from subnibble.tensor.hadamard import hadamard_factors
 from subnibble.tensor.linear import Linear, PackedWeight, SiteInput
 from subnibble.tensor.packed import PackedLayout, PackedTensor
 
-# Where an attention holds a prefix's states, and where the centre of its keys.
+# Attributes of an attention module for the keys and values of a prefix, and for the mean of its keys.
 PREFIX, KEY_CENTER = "prefix", "key_center"
-# Fields of a linear's spec that say what happens to its input.
-INPUT_TERMS = tuple(one.name for one in fields(SiteInput))
+# Fields of a linear's spec that describe what happens to its input.
+INPUT_TERMS = tuple(field.name for field in fields(SiteInput))
 
 
 def gather_type(columns: int) -> torch.dtype:
-    """The stored type of a gather of that many channels."""
+    """Return the stored integer type of a gather over `columns` channels: int16 if it is wide enough, else int32."""
     return torch.int16 if columns <= torch.iinfo(torch.int16).max else torch.int32
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor. dtype: its type, or that of a vector by its length. shape: of a spec."""
+    """The type and shape of a stored tensor.
+
+    dtype: the type, or a function from a vector's length to it.
+    shape: a function from the module's spec to the shape.
+    """
 
     dtype: torch.dtype | Callable[[int], torch.dtype]
     shape: Callable[[Any], tuple[int, ...]]
 
     def empty(self, spec: ModuleSpec) -> Tensor:
-        """The tensor that `spec` stores, on the meta device."""
+        """Return the tensor that a module with this spec stores, on the meta device."""
         shape = self.shape(spec)
         dtype = self.dtype if isinstance(self.dtype, torch.dtype) else self.dtype(*shape)
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -53,13 +57,13 @@ class Stored:
 
 @dataclass(frozen=True)
 class Term:
-    """A row of the table.
+    """A row of the storage table: how one field of a spec is written to JSON and stored as tensors.
 
-    form: how JSON spells the field.
-    keys: in JSON, () for the field's name.
-    vector: the tensor stored under the field's name if the field is true.
-    prefixes: of the stored names of the packed matrices whose layouts the field has.
-    default: the field's, which JSON leaves out, `MISSING` if it has none; `terms` fills it in.
+    form: converts the field to JSON and back.
+    keys: JSON keys of the field; () for the name of the field.
+    vector: the tensor that is stored under the field's name if the field is true.
+    prefixes: prefixes of the names of stored packed matrices, one for each layout in the field.
+    default: the field's default, which JSON omits; `MISSING` if there is none. Do not set it: `terms` does.
     """
 
     form: forms.Form
@@ -70,7 +74,11 @@ class Term:
 
 
 class ModuleSpec:
-    """What is stored for a module. kind: its name in JSON. tensors: that it always stores, by name."""
+    """What a packed checkpoint stores for one module.
+
+    kind: name of this kind of module in JSON.
+    tensors: name -> tensor, for those that every module of this kind stores.
+    """
 
     kind: ClassVar[str]
     tensors: ClassVar[Mapping[str, Stored]] = {}
@@ -78,72 +86,95 @@ class ModuleSpec:
     @classmethod
     @cache
     def terms(cls) -> dict[str, Term]:
-        """The rows of the table, by field."""
-        rows = ((one, get_type_hints(cls, include_extras=True)[one.name].__metadata__[0]) for one in fields(cls))  # type: ignore[arg-type]
-        return {one.name: replace(row, keys=row.keys or (one.name,), default=one.default) for one, row in rows}
+        """Return field name -> row of the storage table."""
+        hints = get_type_hints(cls, include_extras=True)
+        rows = ((field, hints[field.name].__metadata__[0]) for field in fields(cls))  # type: ignore[arg-type]
+        return {field.name: replace(row, keys=row.keys or (field.name,), default=field.default) for field, row in rows}
 
     @property
     def elsewhere(self) -> tuple[str, ...]:
-        """Fields that another module has for this one, in JSON and tensors."""
+        """Fields that another module stores for this one, in JSON and as tensors."""
         return ()
 
     @property
     def matrices(self) -> dict[str, PackedLayout]:
-        """The layout of every packed matrix by the prefix of its stored names."""
+        """Return prefix of the stored names -> layout, for every packed matrix."""
         return _by_prefix({term.prefixes: getattr(self, name) for name, term in self.terms().items()})
 
     @property
     def parts(self) -> dict[str, Tensor]:
-        """The stored tensors on the meta device, by name relative to the module."""
-        own = {name: term.vector for name, term in self.terms().items() if getattr(self, name)}
-        vectors = {name: one for name, one in own.items() if one is not None and name not in self.elsewhere}
+        """Return name, relative to the module -> stored tensor, on the meta device."""
+        candidates = {name: term.vector for name, term in self.terms().items() if getattr(self, name)}
+        vectors = {
+            name: stored for name, stored in candidates.items() if stored is not None and name not in self.elsewhere
+        }
         empty = {prefix: layout.empty() for prefix, layout in self.matrices.items()}
-        return _states(empty) | {name: one.empty(self) for name, one in {**vectors, **self.tensors}.items()}
+        return _states(empty) | {name: stored.empty(self) for name, stored in {**vectors, **self.tensors}.items()}
 
     def to_dict(self) -> dict[str, Any]:
-        """The spec in JSON."""
-        found: dict[str, Any] = {"kind": self.kind}
+        """Return the spec as a JSON object; inverse of `spec_from_dict`."""
+        values: dict[str, Any] = {"kind": self.kind}
         for name, term in self.terms().items():
             value = getattr(self, name)
             if name not in self.elsewhere and value != term.default:
-                found |= zip(term.keys, term.form.write(value), strict=True)
-        return found
+                values |= zip(term.keys, term.form.write(value), strict=True)
+        return values
 
 
 def spec_from_dict(values: Mapping[str, Any], labels: forms.Labels) -> Spec:
-    """The spec of a module in JSON; inverse of `ModuleSpec.to_dict`, but see `with_input`."""
+    """Read the spec of a module from its JSON object; inverse of `ModuleSpec.to_dict`.
+
+    values: the object. If it has `input`, complete it by `with_input` first.
+    labels: the schemes that the object refers to by label.
+    Raises `CheckpointError` or `ValueError` for unknown, missing or invalid values.
+    """
     kind = values["kind"]
     terms = _KINDS[kind].terms() if kind in _KINDS else {}
     needed = {key for term in terms.values() for key in term.keys if term.default is MISSING}
     known = {key for term in terms.values() for key in term.keys}
     if not terms or not needed <= values.keys() - {"kind"} <= known:
-        raise CheckpointError(f"module of kind {kind!r} has keys {sorted(values)}; written by another subnibble?")
-    found: dict[str, Any] = {}
+        raise CheckpointError(f"module of kind {kind!r} has keys {sorted(values)}; was it written by another version?")
+    arguments: dict[str, Any] = {}
     for name, term in terms.items():
-        given = [values[key] for key in term.keys if key in values]
-        if given and term.default is not MISSING and repr(given) == repr([*term.form.write(term.default)]):
-            raise ValueError(f"{term.keys[0]} says {given[0]!r}, which a {kind} without it means")
-        if given:
-            found[name] = term.form.read(labels, found, *given)
-    return _KINDS[kind](**found)
+        written = [values[key] for key in term.keys if key in values]
+        if written and term.default is not MISSING and repr(written) == repr([*term.form.write(term.default)]):
+            raise ValueError(f"{term.keys[0]} says {written[0]!r}, the default of a {kind}; a default must be left out")
+        if written:
+            arguments[name] = term.form.read(labels, arguments, *written)
+    return _KINDS[kind](**arguments)
 
 
 def with_input(values: Mapping[str, Any], modules: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A module in JSON that enters as another does, with what that one says of the input."""
+    """Complete the JSON object of a module whose `input` names another module, with that module's input terms.
+
+    values: the object. Returned unchanged if it has no `input`.
+    modules: path -> object, for all modules.
+    Raises `ValueError` if the object has input terms itself.
+    """
     source = values.get("input")
     if source is None:
         return values
     keys = {key for name in INPUT_TERMS for key in PackedLinearSpec.terms()[name].keys}
-    if own := sorted(keys & values.keys()):
-        raise ValueError(f"it enters as {source}, and has {own[0]} of its own")
+    if conflicts := sorted(keys & values.keys()):
+        raise ValueError(f"its input is that of {source}, so it must not have {conflicts[0]}")
     return {**values, **{key: modules[source][key] for key in keys & modules[source].keys()}}
 
 
 @dataclass(frozen=True)
 class PackedLinearSpec(ModuleSpec):
-    """A linear with a packed weight: a `Linear` without its numbers.
+    """A linear with a packed weight: a `Linear` without its numbers. The weight is (m, k).
 
-    input: path of the linear that reads the same tensor alike and stores for both what happens to it, None for itself.
+    layout: of the weight: m rows, and the column ranges with their schemes.
+    bias: whether it has a bias, (m,).
+    column_scale: whether it has a scale for each input channel, (k,) float16.
+    gather: whether it reorders input channels, (k,) integers.
+    blocks: widths of a block-diagonal Hadamard transform of the input; they add up to k. () for none.
+    activation: how inputs are quantized, None for not at all.
+    salient: layout of a second weight of the first r channels, (m, r), or None.
+    repeated: number of first channels that are quantized twice: r, or 0 for none.
+    low_rank: layouts of down (q, k) and up (m, q), or None.
+    input: path of another linear that reads the same tensor and stores the input terms of both; None if this linear
+        stores its own.
     """
 
     kind = "linear"
@@ -161,7 +192,7 @@ class PackedLinearSpec(ModuleSpec):
     def __post_init__(self) -> None:
         columns, rows = self.layout.columns, self.layout.rows
         if self.repeated and (self.salient is None or self.repeated != self.salient.columns):
-            raise ValueError(f"{self.repeated} channels are quantized twice, which are not the salient ones")
+            raise ValueError(f"{self.repeated} channels are quantized twice, but only all salient channels can be")
         if self.blocks and sum(self.blocks) != columns:
             raise ValueError(f"Hadamard blocks {self.blocks} do not add up to {columns} columns")
         if any(hadamard_factors(width) is None for width in self.blocks):
@@ -170,7 +201,9 @@ class PackedLinearSpec(ModuleSpec):
             raise ValueError(f"{self.salient.columns} salient columns do not fit a weight of {rows} x {columns}")
         outliers = 0 if self.activation is None else self.activation.outliers
         if outliers >= columns or (outliers and self.salient is not None):
-            raise ValueError(f"{outliers} outlier channels do not fit {columns} columns, or salient ones beside them")
+            raise ValueError(
+                f"{outliers} outlier channels do not fit {columns} columns, or there are salient columns as well"
+            )
         if self.low_rank is not None:
             down, up = self.low_rank
             if (down.columns, up.rows) != (columns, rows) or up.columns != down.rows:
@@ -178,101 +211,107 @@ class PackedLinearSpec(ModuleSpec):
 
     @property
     def elsewhere(self) -> tuple[str, ...]:
-        """See `ModuleSpec`."""
+        """The input terms, if the linear at path `input` stores them; else ()."""
         return () if self.input is None else INPUT_TERMS
 
     def enters_as(self, other: PackedLinearSpec) -> bool:
-        """Whether both may store what they do to their input once."""
+        """Whether both treat their input alike, so that one of them can store the input terms of both."""
         alike = all(getattr(self, name) == getattr(other, name) for name in INPUT_TERMS)
         return alike and self.layout.columns == other.layout.columns
 
     @property
     def stored_bits(self) -> int:
-        """Bits of all that is stored, its own bias aside."""
+        """Bits of all stored tensors except the bias."""
         return 8 * sum(part.nbytes for name, part in self.parts.items() if name != "bias")
 
     def token_bits(self) -> int:
-        """Bits of a token's quantized input, extra columns included; 16 a channel where it is not quantized."""
+        """Return the bits of one token's input, including extra columns; 16 per channel if inputs are not quantized."""
         if self.activation is None:
             return 16 * self.layout.columns
         bits = self.activation.token_bits(self.layout.columns)
         if self.salient is not None:
-            # The same codes meet a second weight: columns of the product, and so bits that are read.
+            # The salient weight is extra columns of the product: the same codes are read again for it.
             bits += self.activation.token_bits(self.salient.columns) * (2 if self.repeated else 1)
         if self.low_rank is not None:
             bits += self.activation.without_outliers.token_bits(self.low_rank[0].rows)
         return bits
 
 
-def linear_spec(own: Linear, source: str | None = None) -> PackedLinearSpec:
-    """The spec of a linear. source: see `PackedLinearSpec.input`."""
-    found: dict[str, Any] = {}
+def linear_spec(linear: Linear, source: str | None = None) -> PackedLinearSpec:
+    """Return the spec of a linear.
+
+    source: path of another linear that stores the input terms of both, or None (`PackedLinearSpec.input`).
+    """
+    arguments: dict[str, Any] = {}
     for name, term in LINEAR_TERMS.items():
-        value = _value(own, name)
+        value = _value(linear, name)
         if term.prefixes and value is not None:
             value = tuple(matrix.layout for matrix in value) if isinstance(value, tuple) else value.layout
-        found[name] = value if term.vector is None else value is not None
-    return PackedLinearSpec(**found, input=source)
+        arguments[name] = value if term.vector is None else value is not None
+    return PackedLinearSpec(**arguments, input=source)
 
 
-def linear_state(own: Linear) -> dict[str, Tensor]:
-    """What is stored of a linear, by name relative to it."""
-    vectors = {name: _value(own, name) for name, term in LINEAR_TERMS.items() if term.vector is not None}
-    return _states(matrices_of(own.weight)) | {name: part for name, part in vectors.items() if part is not None}
+def linear_state(linear: Linear) -> dict[str, Tensor]:
+    """Return name, relative to the linear -> stored tensor."""
+    vectors = {name: _value(linear, name) for name, term in LINEAR_TERMS.items() if term.vector is not None}
+    return _states(matrices_of(linear.weight)) | {
+        name: vector for name, vector in vectors.items() if vector is not None
+    }
 
 
 def linear_of(spec: PackedLinearSpec, parts: Mapping[str, Tensor]) -> Linear:
-    """The linear of a spec and of what is stored for it, by name relative to it; inverse of the two above.
+    """Build a linear from its spec and its stored tensors; inverse of `linear_spec` and `linear_state`.
 
-    Of one that enters as another does, column scale and gather are missing.
+    parts: name, relative to the linear -> tensor. If `spec.input` names another linear, column scale and gather are
+        missing here, and the result has None for them.
     """
-    found: dict[str, Any] = {}
+    arguments: dict[str, Any] = {}
     for name, term in LINEAR_TERMS.items():
         value = getattr(spec, name)
         if term.prefixes and value is not None:
-            own = [(prefix, layout) for prefix, layout in spec.matrices.items() if prefix in term.prefixes]
-            several = tuple(PackedTensor.from_state(_under(prefix, parts), layout) for prefix, layout in own)
-            value = several if isinstance(value, tuple) else several[0]
-        found[name] = value if term.vector is None else parts.get(name)
-    site = SiteInput(**{name: found.pop(name) for name in INPUT_TERMS})
-    return Linear(PackedWeight(found.pop("layout"), **found), site)
+            layouts = [(prefix, layout) for prefix, layout in spec.matrices.items() if prefix in term.prefixes]
+            matrices = tuple(PackedTensor.from_state(_under(prefix, parts), layout) for prefix, layout in layouts)
+            value = matrices if isinstance(value, tuple) else matrices[0]
+        arguments[name] = value if term.vector is None else parts.get(name)
+    site_input = SiteInput(**{name: arguments.pop(name) for name in INPUT_TERMS})
+    return Linear(PackedWeight(arguments.pop("layout"), **arguments), site_input)
 
 
 def matrices_of(weight: PackedWeight) -> dict[str, PackedTensor]:
-    """Every packed matrix by the prefix of its stored names."""
-    own = Linear(weight)
-    return _by_prefix({term.prefixes: _value(own, name) for name, term in LINEAR_TERMS.items()})
+    """Return prefix of the stored names -> packed matrix: "" for the main one, "salient.", "down.", "up."."""
+    linear = Linear(weight)
+    return _by_prefix({term.prefixes: _value(linear, name) for name, term in LINEAR_TERMS.items()})
 
 
-# The rows of what a linear contains.
+# The rows of the storage table that describe the linear itself.
 LINEAR_TERMS = {name: term for name, term in PackedLinearSpec.terms().items() if name != "input"}
 
 
-def _value(own: Linear, name: str) -> Any:
-    """What a linear has for a field of its spec."""
+def _value(linear: Linear, name: str) -> Any:
+    """Return the linear's value for a field of its spec."""
     if name in INPUT_TERMS:
-        return getattr(own.input, name)
-    return getattr(own.weight, "main" if name == "layout" else name)
+        return getattr(linear.input, name)
+    return getattr(linear.weight, "main" if name == "layout" else name)
 
 
 def _by_prefix(values: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
-    """Matrices, or their layouts, by the prefix of their stored names. values: of fields, by the prefixes in them."""
-    held = ((prefixes, value) for prefixes, value in values.items() if prefixes and value is not None)
-    each = (zip(prefixes, value if isinstance(value, tuple) else (value,), strict=True) for prefixes, value in held)
-    return dict(chain.from_iterable(each))
+    """Return prefix of the stored names -> matrix or layout. values: prefixes of a field -> its value or values."""
+    present = ((prefixes, value) for prefixes, value in values.items() if prefixes and value is not None)
+    pairs = (zip(prefixes, value if isinstance(value, tuple) else (value,), strict=True) for prefixes, value in present)
+    return dict(chain.from_iterable(pairs))
 
 
 def _states(matrices: Mapping[str, PackedTensor]) -> dict[str, Tensor]:
-    return {f"{prefix}{name}": part for prefix, own in matrices.items() for name, part in own.state().items()}
+    return {f"{prefix}{name}": tensor for prefix, matrix in matrices.items() for name, tensor in matrix.state().items()}
 
 
 def _under(prefix: str, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): part for name, part in parts.items() if name.startswith(prefix)}
+    return {name.removeprefix(prefix): tensor for name, tensor in parts.items() if name.startswith(prefix)}
 
 
 @dataclass(frozen=True)
 class PackedEmbeddingSpec(ModuleSpec):
-    """An embedding table, packed."""
+    """A packed embedding table. layout: of the table (vocabulary size, width)."""
 
     kind = "embedding"
     layout: Annotated[PackedLayout, Term(forms.MATRIX, ("rows", "ranges"), prefixes=("",))]
@@ -280,7 +319,7 @@ class PackedEmbeddingSpec(ModuleSpec):
 
 @dataclass(frozen=True)
 class TiedHeadSpec(ModuleSpec):
-    """An output projection without tensors of its own: it uses the packed table of the embedding at `table`."""
+    """A head without tensors of its own. table: path of the embedding whose packed table it uses."""
 
     kind = "tied_head"
     table: Annotated[str, Term(forms.TEXT)]
@@ -288,7 +327,7 @@ class TiedHeadSpec(ModuleSpec):
 
 @dataclass(frozen=True)
 class InputMixSpec(ModuleSpec):
-    """A block-diagonal matrix in front of a head, at a path that ends in `MIX`. widths: of its blocks."""
+    """A block-diagonal matrix that multiplies a head's input, at a path that ends in `MIX`. widths: of its blocks."""
 
     kind = "input_mix"
     tensors: ClassVar = {"matrix": Stored(torch.float32, lambda s: (sum(s.widths), max(s.widths)))}
@@ -296,11 +335,15 @@ class InputMixSpec(ModuleSpec):
 
     def __post_init__(self) -> None:
         if not self.widths:
-            raise ValueError("a matrix without blocks")
+            raise ValueError("an input_mix matrix has no blocks")
 
 
 def input_mix_state(path: str, blocks: tuple[Tensor, ...]) -> tuple[dict[str, Tensor], dict[str, Spec]]:
-    """What is stored of square blocks in front of the head at `path`, and their spec."""
+    """Return the stored tensor, by name, and the spec, by path, of the blocks in front of a head.
+
+    path: of the head.
+    blocks: square matrices on the diagonal, each (width, width).
+    """
     widths, where = tuple(block.shape[0] for block in blocks), f"{path}.{MIX}"
     rows = [torch.nn.functional.pad(block.float(), (0, max(widths) - block.shape[0])) for block in blocks]
     return {f"{where}.matrix": torch.cat(rows)}, {where: InputMixSpec(widths)}
@@ -308,7 +351,7 @@ def input_mix_state(path: str, blocks: tuple[Tensor, ...]) -> tuple[dict[str, Te
 
 @dataclass(frozen=True)
 class NormBiasSpec(ModuleSpec):
-    """A norm that gained a bias. rows: its channels."""
+    """A norm to which subnibble added a bias. rows: number of channels."""
 
     kind = "norm_bias"
     tensors: ClassVar = {"bias": Stored(torch.float32, lambda s: (s.rows,))}
@@ -317,7 +360,12 @@ class NormBiasSpec(ModuleSpec):
 
 @dataclass(frozen=True)
 class PrefixSpec(ModuleSpec):
-    """An attention that holds keys and values of a prefix."""
+    """An attention that stores the keys and values of a prompt prefix, (heads, tokens, width) each, in float16.
+
+    heads: number of key-value heads.
+    tokens: length of the prefix.
+    width: channels of a head.
+    """
 
     kind = "prefix"
     tensors: ClassVar = dict.fromkeys(
@@ -329,15 +377,21 @@ class PrefixSpec(ModuleSpec):
 
 
 def prefix_state(path: str, states: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-    """What is stored of a prefix's keys and values in the attention at `path`, by name."""
-    return {f"{path}.{name}": part for name, part in zip(PrefixSpec.tensors, states, strict=True)}
+    """Return name -> stored tensor for a prefix's keys and values in the attention at `path`.
+
+    states: keys and values, (heads, tokens, width) each.
+    """
+    return {f"{path}.{name}": tensor for name, tensor in zip(PrefixSpec.tensors, states, strict=True)}
 
 
 @dataclass(frozen=True)
 class KeyCenterSpec(ModuleSpec):
-    """What an attention's cache codes keys less, at a path that ends in `KEY_CENTER`.
+    """The mean that an attention's cache subtracts from keys before it quantizes them: (heads, width) float16.
 
-    rope, key_rotation: of the `CacheScheme` that it was made for.
+    Its path ends in `KEY_CENTER`.
+    heads: number of key-value heads.
+    width: channels of a head.
+    rope, key_rotation: of the `CacheScheme` that the mean was computed for.
     """
 
     kind = "key_center"
@@ -352,12 +406,12 @@ class KeyCenterSpec(ModuleSpec):
 
     @property
     def key_basis(self) -> tuple[str, str]:
-        """See `CacheScheme`."""
+        """The basis of the keys: (rope, key_rotation), as `CacheScheme.key_basis`."""
         return self.rope, self.key_rotation
 
     @classmethod
     def of(cls, center: Tensor, scheme: CacheScheme) -> Self:
-        """Of a centre (heads, width) that was made for `scheme`."""
+        """Return the spec of a mean, (heads, width), that was computed for `scheme`."""
         return cls(center.shape[0], center.shape[1], *scheme.key_basis)
 
 

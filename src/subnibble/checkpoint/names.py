@@ -1,10 +1,10 @@
-"""Under which names a file holds a model's tensors, where wrappers and tools have changed the model's own.
+"""Map tensor names in a file to the model's names, which wrappers and other tools may have changed.
 
-A compiled, sharded or wrapped module adds parts to its tensors' paths, a multimodal model keeps its decoder in a
-submodule, and a bare decoder is saved without the name that the model gives it. What is before the first block's norm
-tells which it was: where the file has one decoder, its tensors get the model's names; where it has several, nothing
-says which one the config describes. A table that is stored under the head's name alone is the embedding's of a model
-that ties them, as transformers has it.
+A compiled, sharded or wrapped module adds parts to the paths of its tensors. A multimodal model keeps its decoder in a
+submodule. A bare decoder is saved without the prefix that the model gives it. The path before the first block's norm
+shows the prefix. If the file has one decoder, its tensors get the model's names; if it has several, the file is
+refused, since nothing says which one the config describes. If a tied model stores its table only under the head's name,
+the table becomes the embedding, as in transformers.
 """
 
 from __future__ import annotations
@@ -15,41 +15,47 @@ from pathlib import Path
 from subnibble.arch.site import Arch
 from subnibble.errors import CheckpointError
 
-# What torch.compile, FSDP, activation checkpointing and DDP put into paths.
+# Path parts that torch.compile, FSDP, activation checkpointing and DDP add.
 _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module"})
 
 
 def model_names(stored: Iterable[str], arch: Arch, tied: bool, where: Path) -> dict[str, str]:
-    """Name in the model -> name in the file, of every stored tensor; what has no other name keeps its own.
+    """Return the name in the model -> the name in the file, for every stored tensor.
 
-    tied: whether the model's head is its embedding. where: names the checkpoint in errors.
+    stored: names in the file; names that are not changed map to themselves.
+    arch: the architecture, which has the model's names.
+    tied: whether the model's head is its embedding.
+    where: the checkpoint, for errors.
+    Raises `CheckpointError` if two tensors get the same name, or if the file has several decoders.
     """
     bare = {name: _unwrapped(name) for name in stored}
-    own, root = arch.blocks.rpartition(".")[0] + ".", _root(set(bare.values()), arch, where)
+    model_root, root = arch.blocks.rpartition(".")[0] + ".", _root(set(bare.values()), arch, where)
     table, head = f"{arch.embedding}.weight", f"{arch.head}.weight"
     heads = [name for name in bare.values() if _ends(name, head)]
-    found: dict[str, str] = {}
+    names: dict[str, str] = {}
     for name, path in bare.items():
-        new = head if heads == [path] else own + path.removeprefix(root) if path.startswith(root) else path
-        if new in found:
-            raise CheckpointError(f"{where}: {found[new]} and {name} are both {new}; save the model to quantize alone")
-        found[new] = name
-    if tied and table not in found and head in found:
-        found[table] = found.pop(head)
-    return found
+        new = head if heads == [path] else model_root + path.removeprefix(root) if path.startswith(root) else path
+        if new in names:
+            raise CheckpointError(
+                f"{where}: {names[new]} and {name} are both {new}; save only the model that you want to quantize"
+            )
+        names[new] = name
+    if tied and table not in names and head in names:
+        names[table] = names.pop(head)
+    return names
 
 
 def _root(names: set[str], arch: Arch, where: Path) -> str:
-    """What the file calls the decoder: the model's own name for it if that is there, else the only one."""
-    own, _, tail = arch.blocks.rpartition(".")
+    """Return the file's prefix of the decoder: the model's own prefix if the file has it, else the only one."""
+    model_root, _, tail = arch.blocks.rpartition(".")
     first = f"{tail}.0.{arch.residual.norms[0]}.weight"
     roots = sorted(name.removesuffix(first) for name in names if _ends(name, first))
-    if f"{own}." in roots or not roots:
-        return f"{own}."
+    if f"{model_root}." in roots or not roots:
+        return f"{model_root}."
     if len(roots) > 1:
         raise CheckpointError(
-            f"{where}: the file has {len(roots)} decoders ({roots[0] + first}, {roots[1] + first}), where config.json "
-            "describes one; save the one to quantize alone"
+            f"{where}: the file has {len(roots)} decoders ({roots[0] + first}, {roots[1] + first}), but config.json "
+            "describes one; save only the one that you want to quantize"
         )
     return roots[0]
 
@@ -59,5 +65,5 @@ def _unwrapped(name: str) -> str:
 
 
 def _ends(name: str, ending: str) -> bool:
-    """Whether a path ends in these parts."""
+    """Whether a path ends in these whole parts."""
     return name == ending or name.endswith(f".{ending}")

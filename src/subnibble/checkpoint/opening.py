@@ -1,4 +1,4 @@
-"""Open a model, whatever it comes in: a folder, a `.gguf` file, or a repository of the hub."""
+"""Open a model from a folder, a `.gguf` file or a repository of the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from subnibble.given import given_path
 
 
 def open_source(model: str | Path | Source, name: str = "model") -> Source:
-    """Open a folder, a `.gguf` file or a hub id (downloaded when online); what is open already is given back.
+    """Open a model as a `Source`.
 
-    name: of the caller's argument, for what is none of these.
+    model: a folder, a `.gguf` file, a hub id (downloaded when online), or a `Source`, which is returned unchanged.
+    name: the caller's name for this argument, for errors.
+    Raises `BadArgument` if model is no path, `CheckpointError` if nothing can be opened there.
     """
     if isinstance(model, Source):
         return model
@@ -33,15 +35,20 @@ def open_source(model: str | Path | Source, name: str = "model") -> Source:
 
 
 def download(repo_id: str) -> Path:
-    """Fetch a model from the hub, safetensors and JSON files alone, and give the local folder."""
+    """Download a model from the hub and return the local folder.
+
+    repo_id: owner/name.
+    Only safetensors weights, JSON files, tokenizer files and chat templates are downloaded.
+    Raises `CheckpointError` if the hub does not answer or has no such model.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     patterns = ["*.safetensors", "*.json", "*.txt", *(name for name in SIDE_FILES if not name.endswith(".json"))]
-    # The same weights once more, in their makers' own layouts or in another type, and adapters, which are not read.
-    others = ["consolidated*", "model.*.safetensors", "adapter_model*", *_folders_but(TEMPLATE_FOLDER)]
+    # Never read: the same weights in the maker's own layout or in another type, adapters, and other folders.
+    ignored = ["consolidated*", "model.*.safetensors", "adapter_model*", *_folders_but(TEMPLATE_FOLDER)]
     try:
-        return Path(snapshot_download(repo_id, allow_patterns=patterns, ignore_patterns=others))
+        return Path(snapshot_download(repo_id, allow_patterns=patterns, ignore_patterns=ignored))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
             f"{repo_id}: no such folder here, and the hub did not give it ({type(error).__name__}); "
@@ -49,8 +56,8 @@ def download(repo_id: str) -> Path:
         ) from error
 
 
-def _folders_but(kept: str) -> list[str]:
-    """Patterns of files in any folder but `kept`: they have no other way to leave one out."""
-    begun = (kept[:end] for end in range(len(kept)))
-    differing = [f"{start}[!{following}]*/*" for start, following in zip(begun, kept, strict=True)]
-    return [*differing, *(f"{kept[:end]}/*" for end in range(1, len(kept))), f"{kept}?*/*"]
+def _folders_but(folder: str) -> list[str]:
+    """Glob patterns for the files in every folder except `folder`: glob patterns have no negation of a whole name."""
+    prefixes = (folder[:end] for end in range(len(folder)))
+    differing = [f"{prefix}[!{following}]*/*" for prefix, following in zip(prefixes, folder, strict=True)]
+    return [*differing, *(f"{folder[:end]}/*" for end in range(1, len(folder))), f"{folder}?*/*"]

@@ -1,4 +1,4 @@
-"""What lies beside a model's weights and goes with it into a packed folder, so that it speaks like the original."""
+"""Copy the files that a packed model needs besides its weights: tokenizer, chat templates, generation config."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from pathlib import Path
 
 from subnibble.errors import CheckpointError
 
-# Of chat templates beside the default one.
+# The folder of chat templates other than the default one.
 TEMPLATE_FOLDER = "additional_chat_templates"
-# As transformers and the makers of models name them. Code is not among them.
+# Names that transformers and model makers use. Python code is never copied.
 SIDE_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", "vocab.txt", "*.model", "*.spm", "*.tiktoken", "tekken.json", "chat_template.jinja",
@@ -18,12 +18,15 @@ SIDE_FILES = (
 
 
 def copy_side_files(source: Path, target: Path) -> None:
-    """Copy them, as far as the source has them."""
+    """Copy the side files that exist in `source` to `target`, both model folders.
+
+    Raises `CheckpointError` if a file cannot be read.
+    """
     for file in (file for pattern in SIDE_FILES for file in sorted(source.glob(pattern)) if file.is_file()):
         try:
             content = file.read_bytes()
         except OSError as error:
-            raise CheckpointError(f"{file} cannot be read ({error.strerror}); it goes with the model") from error
+            raise CheckpointError(f"{file} cannot be read ({error.strerror}); make it readable") from error
         copy = target / file.relative_to(source)
         copy.parent.mkdir(exist_ok=True)
         copy.write_bytes(content)

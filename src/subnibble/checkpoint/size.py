@@ -1,4 +1,4 @@
-"""Bits and bytes of a checkpoint, counted in one way for packed and plain ones (docs/format.md)."""
+"""Count the bits and bytes of a checkpoint, in the same way for packed and plain ones (docs/format.md)."""
 
 from __future__ import annotations
 
@@ -20,12 +20,14 @@ from subnibble.tensor.cache_scheme import CacheScheme
 class Size:
     """How large a checkpoint is.
 
-    effective_bits: all stored bits that belong to quantized linears (codes, scales, zero-points, low-rank terms,
-    gathers, padding) and norm biases, over their weights; of a plain checkpoint, the stored bits of its blocks' linears
-    over their weights. activation_bits: bits of the inputs of these linears as they run, with scales, zero-points and
-    extra columns, over their channels; 16 where inputs are not quantized.
-    model_bits: 8 x bytes of the weight files over all parameters. parameters: weights, tied ones once.
-    cache_bytes: of one token in the KV caches of all layers, at 16 bits where they are not coded.
+    effective_bits: stored bits per weight of the blocks' linears. Packed: the bits are codes, scales, zero-points,
+        low-rank terms, gathers, padding and the biases that norms gained. Plain: the bits of the linears as stored.
+    model_bits: 8 x file_bytes / parameters.
+    file_bytes: size of all weight files.
+    parameters: number of weights in the model, tied weights counted once.
+    activation_bits: bits per input channel of the blocks' packed linears at run time, including scales, zero-points
+        and extra columns; 16 if inputs are not quantized.
+    cache_bytes: bytes of one token in the KV caches of all layers; 16 bits per number if the cache is not quantized.
     """
 
     effective_bits: float
@@ -36,18 +38,21 @@ class Size:
     cache_bytes: float = 0.0
 
     def to_dict(self) -> dict[str, float]:
-        """Plain dictionary."""
+        """Return the fields as a plain dictionary."""
         return asdict(self)
 
 
 def measure(source: Source) -> Size:
-    """Measure a checkpoint from its headers; no weight is read."""
+    """Measure a checkpoint from its headers, without reading weights.
+
+    Raises `CheckpointError` if another tool quantized it, or if a packed tensor is missing or has the wrong shape.
+    """
     packed = readable_config_of(source.config, source.path)
     if packed is not None:
         expect_shapes(source, iter(stored_shapes(packed).items()))
     bits, weights, parameters = _plain(source) if packed is None else _packed(source, packed)
     if not weights:
-        # Nothing but a cache, a prefix or tables were packed.
+        # Only the cache, the prefix or the embedding were packed.
         bits, weights, _ = _plain(source)
     size = source.file_bytes()
     cache = cache_bytes(source.config, None if packed is None else packed.cache)
@@ -56,7 +61,11 @@ def measure(source: Source) -> Size:
 
 
 def cache_bytes(config: Any, scheme: CacheScheme | None) -> float:
-    """Bytes of one token in the KV caches of all layers: coded, windows and prefix aside, or (None) at 16 bits."""
+    """Return the bytes of one token in the KV caches of all layers.
+
+    scheme: how the cache is quantized; tokens of its window and of a prefix, which stay at 16 bits, are not counted.
+        None: 16 bits per number.
+    """
     heads = Heads.of(config)
     plain = 2 * 2 * heads.key_value * heads.width
     token = plain if scheme is None else scheme.token_bytes(heads.key_value, heads.width)
@@ -64,12 +73,12 @@ def cache_bytes(config: Any, scheme: CacheScheme | None) -> float:
 
 
 def weights_hash(folder: Path) -> str:
-    """SHA-256 over the names and contents of the folder's weight files, of those that are read."""
+    """Return the SHA-256 over the names and contents of the weight files (see `weight_files`)."""
     return weights_checksum({file.name: file_checksum(file) for file in weight_files(folder)})
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The weight files of a packed checkpoint that are read."""
+    """Return the weight files of a packed checkpoint that loading would read, sorted by name."""
     return [folder / name for name in sorted({stored.file for stored in find_weights(folder, None).values()})]
 
 
@@ -79,9 +88,9 @@ def _plain(source: Source) -> tuple[int, int, int]:
     names = [name for name in names if name.endswith(".weight")]
     weights = sum(numel(source.shape(name)) for name in names)
     bits = sum(source.stored_bits(name) for name in names)
-    # Some checkpoints hold the table once more for a head that is tied to it.
-    again = {f"{arch.head}.weight"} if source.config.tie_word_embeddings else set()
-    return bits, weights, sum(numel(source.shape(name)) for name in source.names() if name not in again)
+    # Some checkpoints store the embedding again for a tied head; it counts once.
+    duplicates = {f"{arch.head}.weight"} if source.config.tie_word_embeddings else set()
+    return bits, weights, sum(numel(source.shape(name)) for name in source.names() if name not in duplicates)
 
 
 def _packed(source: Source, packed: PackedConfig) -> tuple[int, int, int]:
@@ -104,6 +113,8 @@ def _packed(source: Source, packed: PackedConfig) -> tuple[int, int, int]:
 def _activation_bits(source: Source, packed: PackedConfig | None) -> float:
     blocks = find_arch(source.config.model_type).blocks
     modules = {} if packed is None else packed.modules
-    linears = [e for path, e in modules.items() if isinstance(e, PackedLinearSpec) and path.startswith(f"{blocks}.")]
+    linears = [
+        spec for path, spec in modules.items() if isinstance(spec, PackedLinearSpec) and path.startswith(f"{blocks}.")
+    ]
     channels = sum(spec.layout.columns for spec in linears)
     return sum(spec.token_bits() for spec in linears) / channels if channels else 16.0

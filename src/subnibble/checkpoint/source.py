@@ -1,6 +1,6 @@
-"""A checkpoint to read from: tensors by their Hugging Face name, one at a time, from whatever file holds them.
+"""`Source`, the interface to a checkpoint on disk: it reads tensors one at a time, by their Hugging Face names.
 
-Never loaded: pickle files (`.bin`, `.pt`) and code that comes with a checkpoint.
+Pickle files (`.bin`, `.pt`) and code that comes with a checkpoint are never loaded.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ from subnibble.errors import CheckpointError
 
 @runtime_checkable
 class Source(Protocol):
-    """Where weights come from, under the names that the model has for them.
+    """A checkpoint to read, with tensors under the names that the model gives them.
 
-    path: the folder or file. config: the model's transformers config. described_by: what that was read from. renamed:
-    whether the file has other names, so that transformers would not find the tensors.
+    path: the folder or file.
+    config: the model's transformers config.
+    described_by: where the config comes from, for errors: "config.json" or the file's metadata.
+    renamed: whether names in the file differ from the model's, so that transformers would not find the tensors.
     """
 
     path: Path
@@ -29,13 +31,13 @@ class Source(Protocol):
     renamed: bool
 
     def names(self) -> list[str]:
-        """Names of all stored tensors."""
+        """Return the names of all stored tensors."""
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor, from the header alone."""
+        """Return the shape of a tensor, from the header alone."""
 
     def stored_bits(self, name: str) -> int:
-        """Bits that the tensor takes in its file."""
+        """Return the bits that the tensor takes in its file."""
 
     def check_type(self, name: str) -> None:
         """Raise `CheckpointError` unless the tensor is stored in a type that `load` reads; from the header alone."""
@@ -44,21 +46,24 @@ class Source(Protocol):
         """Read one tensor, in a floating-point type; `CheckpointError` if it is damaged."""
 
     def file_bytes(self) -> int:
-        """Size of all weight files together."""
+        """Return the size of all weight files together, in bytes."""
 
     def load_tokenizer(self) -> Any:
-        """The tokenizer that comes with the checkpoint."""
+        """Load the transformers tokenizer that comes with the checkpoint."""
 
     def copy_side_files(self, folder: Path) -> None:
-        """Put tokenizer and generation config into `folder`, as far as the source has them."""
+        """Write tokenizer and generation config into `folder`, if the source has them."""
 
 
 def checked(tensor: Tensor, name: str, path: Path) -> Tensor:
-    """The tensor, if it is floating point and finite; `CheckpointError` otherwise."""
+    """Return the tensor unchanged; raise `CheckpointError` unless it is floating point and finite.
+
+    name, path: the tensor and its checkpoint, for errors.
+    """
     if not tensor.is_floating_point():
         raise CheckpointError(
-            f"{path}: {name} has type {tensor.dtype}; subnibble quantizes float checkpoints, "
-            "so give it the original model, not one that is quantized already"
+            f"{path}: {name} has type {tensor.dtype}, and subnibble quantizes only float checkpoints; "
+            "give the original model, not one that is quantized already"
         )
     if not bool(torch.isfinite(tensor).all()):
         bad = int((~torch.isfinite(tensor)).sum())
@@ -67,15 +72,19 @@ def checked(tensor: Tensor, name: str, path: Path) -> Tensor:
 
 
 def numel(shape: tuple[int, ...]) -> int:
-    """Number of elements of a shape."""
+    """Return the number of elements of a shape."""
     return int(torch.Size(shape).numel())
 
 
 def expect_shapes(source: Source, expected: Iterator[tuple[str, tuple[int, ...]]]) -> None:
-    """Check before any weight is read that a packed checkpoint has all tensors that its config describes."""
-    there = set(source.names())
+    """Check, before any weight is read, that a packed checkpoint has all tensors that its config describes.
+
+    expected: (name, shape) of each tensor.
+    Raises `CheckpointError` for a tensor that is missing or has another shape.
+    """
+    stored = set(source.names())
     for name, shape in expected:
-        if name not in there:
+        if name not in stored:
             raise CheckpointError(
                 f"{source.path}: tensor {name} is missing, though config.json asks for it; config and weights do not "
                 "belong together: fetch the checkpoint again, or quantize the model again"
@@ -83,5 +92,5 @@ def expect_shapes(source: Source, expected: Iterator[tuple[str, tuple[int, ...]]
         if source.shape(name) != shape:
             raise CheckpointError(
                 f"{source.path}: {name} has shape {source.shape(name)} where config.json asks for {shape}; "
-                "config and weights do not belong together"
+                "config and weights do not belong together: fetch the checkpoint again, or quantize the model again"
             )

@@ -1,6 +1,7 @@
-"""Load the tokenizer that lies beside a model's weights, and say what is the matter where that cannot be.
+"""Load a model's tokenizer, or raise an error that says what is wrong with it.
 
-Code that comes with a tokenizer is never run. Its files are read here first, so that a damaged one is named.
+Code that comes with a tokenizer is never run. The tokenizer's files are read here first, so that an error can name a
+damaged file.
 """
 
 from __future__ import annotations
@@ -16,23 +17,27 @@ from subnibble.text_file import check_plain_utf8, read_plain_json_file
 
 _JSON_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
 _TEXT_FILES = ("merges.txt", "vocab.txt", "chat_template.jinja", f"{TEMPLATE_FOLDER}/*.jinja")
-# Of vocabularies that are no JSON, and what reads them.
+# Vocabulary files that are not JSON, and the packages that read them.
 _VOCABULARIES = ("*.model", "*.spm", "*.tiktoken", "tekken.json")
 _SENTENCEPIECE, _TIKTOKEN, _MISTRAL = ("sentencepiece", "protobuf"), ("tiktoken",), ("mistral-common",)
 _MODULES = {"protobuf": "google.protobuf", "mistral-common": "mistral_common"}
 _OR_IDS = "or pass token ids (.npy or .safetensors) instead of text"
-# Plain text: every correct reading of one tokenizer.json gives the same tokens.
+# Plain text, for which every correct reader of one tokenizer.json gives the same tokens.
 _PROBE = "The quick brown fox\nsays 42 times: over here, and there."
 
 
 def load_tokenizer(folder: Path, config: Any) -> Any:
-    """The transformers tokenizer of a model folder. config: the folder's, read already."""
+    """Load the transformers tokenizer of a model folder.
+
+    config: the transformers config of the same folder.
+    Raises `CheckpointError` if files are missing, damaged or contradictory, `MissingExtra` if a package is missing.
+    """
     from transformers import AutoTokenizer
 
     _check_files(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
-    # transformers, tokenizers and what they call raise a wide family, plain Exception among them.
+    # transformers, tokenizers and the packages they call raise many types, even plain Exception.
     except Exception as error:
         _refuse(folder, error)
     _check_tokens(tokenizer, folder)
@@ -40,31 +45,34 @@ def load_tokenizer(folder: Path, config: Any) -> Any:
 
 
 def load_gguf_tokenizer(file: Path) -> Any:
-    """The tokenizer of a GGUF file's metadata."""
+    """Load the tokenizer from a GGUF file's metadata.
+
+    Raises `CheckpointError` if transformers cannot read it, `MissingExtra` if a package is missing.
+    """
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     except ImportError as error:
-        raise MissingExtra(f"{file}: its tokenizer needs another package ({_said(error)})") from error
+        raise MissingExtra(f"{file}: its tokenizer needs another package ({_one_line(error)}); install it") from error
     except Exception as error:
         raise CheckpointError(
-            f"{file}: transformers cannot read its tokenizer ({_said(error)}); give the original checkpoint instead of "
-            "the GGUF file"
+            f"{file}: transformers cannot read its tokenizer ({_one_line(error)}); give the original checkpoint "
+            "instead of the GGUF file"
         ) from error
     _check_some(tokenizer, file)
     return tokenizer
 
 
 def _check_files(folder: Path) -> None:
-    """Raise `CheckpointError` where there is no tokenizer, or where a file of it is damaged."""
-    there = {name: (folder / name).is_file() for name in _JSON_FILES}
-    if there["vocab.json"] and not (there["tokenizer.json"] or (folder / "merges.txt").is_file()):
-        raise CheckpointError(f"{folder} has vocab.json and no merges.txt; put it beside, {_OR_IDS}")
-    if not there["tokenizer.json"] and not there["vocab.json"] and not list(_vocabularies(folder)):
+    """Raise `CheckpointError` if the folder has no tokenizer, or if one of its files is damaged."""
+    exists = {name: (folder / name).is_file() for name in _JSON_FILES}
+    if exists["vocab.json"] and not (exists["tokenizer.json"] or (folder / "merges.txt").is_file()):
+        raise CheckpointError(f"{folder} has vocab.json and no merges.txt; put merges.txt beside it, {_OR_IDS}")
+    if not exists["tokenizer.json"] and not exists["vocab.json"] and not list(_vocabularies(folder)):
         raise CheckpointError(f"{folder} has no tokenizer; put tokenizer.json beside the weights, {_OR_IDS}")
     for name in _JSON_FILES:
-        if there[name]:
+        if exists[name]:
             read_plain_json_file(folder / name)
     for pattern in _TEXT_FILES:
         for file in folder.glob(pattern):
@@ -72,7 +80,7 @@ def _check_files(folder: Path) -> None:
 
 
 def _check_tokens(tokenizer: Any, folder: Path) -> None:
-    """Raise `CheckpointError` for a tokenizer that is not what the folder's files say."""
+    """Raise `CheckpointError` if the loaded tokenizer gives other tokens than the folder's tokenizer.json."""
     from tokenizers import Tokenizer
 
     _check_some(tokenizer, folder)
@@ -91,10 +99,10 @@ def _check_tokens(tokenizer: Any, folder: Path) -> None:
 
 
 def _check_some(tokenizer: Any, where: Path) -> None:
-    """Raise `CheckpointError` for a tokenizer without vocabulary: transformers may make one where files are missing."""
+    """Raise `CheckpointError` for a tokenizer without vocabulary: transformers may return one if files are missing."""
     if not _probe(tokenizer):
         raise CheckpointError(
-            f"{where}: its tokenizer makes no tokens of plain text; is a file of its vocabulary missing? Put "
+            f"{where}: its tokenizer gives no tokens for plain text; is a vocabulary file missing? Put "
             f"tokenizer.json beside the weights, {_OR_IDS}"
         )
 
@@ -104,20 +112,20 @@ def _probe(tokenizer: Any) -> list[int]:
 
 
 def _refuse(folder: Path, error: Exception) -> NoReturn:
-    """Raise what is the matter with a tokenizer that could not be loaded."""
+    """Raise an error that explains why a tokenizer could not be loaded."""
     settings = folder / "tokenizer_config.json"
     if settings.is_file() and "auto_map" in read_plain_json_file(settings):
         raise CheckpointError(
-            f"{folder}: its tokenizer asks for code of its own (auto_map in tokenizer_config.json), which is never run "
-            "here; if tokenizer.json alone does, take auto_map and tokenizer_class out, else save it in transformers, "
-            f"where you trust the code, as one that has a tokenizer.json, {_OR_IDS}"
+            f"{folder}: its tokenizer needs its own code (auto_map in tokenizer_config.json), which subnibble never "
+            "runs; if tokenizer.json is enough, remove auto_map and tokenizer_class; else, if you trust the code, "
+            f"save the tokenizer with transformers in a form that has a tokenizer.json, {_OR_IDS}"
         ) from error
     if not (folder / "tokenizer.json").is_file():
         for file in _vocabularies(folder):
             _check_packages(file, error)
     raise CheckpointError(
-        f"{folder}: its tokenizer cannot be loaded ({_said(error)}); compare its files with those of the model's "
-        f"maker, use a newer transformers, {_OR_IDS}"
+        f"{folder}: its tokenizer cannot be loaded ({_one_line(error)}); compare its files with the original upload, "
+        f"use a newer transformers, {_OR_IDS}"
     ) from error
 
 
@@ -126,13 +134,13 @@ def _vocabularies(folder: Path) -> Iterator[Path]:
 
 
 def _check_packages(file: Path, error: Exception) -> None:
-    """Raise `MissingExtra` if what reads this vocabulary is not installed."""
+    """Raise `MissingExtra` if a package for this vocabulary is missing, `CheckpointError` if the file is damaged."""
     content = file.read_bytes()[:64]
     if not content or content.startswith(b"version https://git-lfs"):
-        raise CheckpointError(f"{file} is {'a pointer of Git LFS' if content else 'empty'}; fetch it again") from error
-    # A protobuf message whose first field holds the pieces; tiktoken's are lines of base64.
-    pieces = content.startswith(b"\x0a") or file.suffix == ".spm"
-    packages = _MISTRAL if file.name == "tekken.json" else _SENTENCEPIECE if pieces else _TIKTOKEN
+        raise CheckpointError(f"{file} is {'a Git LFS pointer' if content else 'empty'}; fetch it again") from error
+    # A SentencePiece file is a protobuf message that begins with its pieces; tiktoken files are base64 lines.
+    is_sentencepiece = content.startswith(b"\x0a") or file.suffix == ".spm"
+    packages = _MISTRAL if file.name == "tekken.json" else _SENTENCEPIECE if is_sentencepiece else _TIKTOKEN
     missing = [name for name in packages if not _is_installed(_MODULES.get(name, name))]
     if missing:
         raise MissingExtra(
@@ -144,10 +152,10 @@ def _check_packages(file: Path, error: Exception) -> None:
 def _is_installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    # The package around it is missing.
+    # Its parent package is missing.
     except ModuleNotFoundError:
         return False
 
 
-def _said(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"

