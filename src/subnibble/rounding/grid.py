@@ -247,8 +247,8 @@ def _least_error(
     weights: Tensor | None,
     steps: Iterable[int],
 ) -> tuple[Tensor, Tensor]:
-    low, high = span
     """Search the range with the least error; see `mse` in the module. steps: percents by which the range shrinks."""
+    low, high = span
     middle = (low + high) / 2 if scheme.zero_point == "real" else torch.zeros_like(low)
     best = torch.full_like(low, torch.inf)
     scale, zero = s, z = _span(low, high, scheme)
