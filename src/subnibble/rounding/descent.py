@@ -39,7 +39,7 @@ def sweep_(
     grids: Sequence[ColumnGrid],
     blocks: Sequence[tuple[int, int]],
 ) -> None:
-    """Improve `error` and `codes` in position by one sweep over all columns.
+    """Improve `error` and `codes` in place by one sweep over all columns.
 
     All arguments are in visiting order, and columns of the weight are rows here.
     error: (k, m), target minus dequantized weight.
