@@ -42,7 +42,7 @@ class Factor:
 
     u: (k, k), upper triangular, with inv(H) = uᵀ u.
     h: (k, k), H, damped.
-    dead: (k,) bool, columns whose input is always 0. All False if every column's is.
+    dead: (k,) bool, columns whose input is always 0; all False if that holds for every column.
     damping: the damping applied, as a fraction of H's mean diagonal.
     retries: failed factorizations before this one.
     weights: (k,), weight of each column's error in the grid fits, or None for 1.
