@@ -119,8 +119,8 @@ def make_rotation(name: str, width: int, scheme: Scheme, seed: int, device: torc
         matrix = offline_hadamard(size)
         if matrix is None:
             raise BadRecipe(
-                f"rotation {name!r}: subnibble knows no Hadamard matrix of order {size}, which a residual stream of "
-                f"{width} channels needs; use {_choices(width)}"
+                f"rotation {name!r}: subnibble knows no Hadamard matrix of order {size} for a residual stream of "
+                f"{width} channels; use {_choices(width)}"
             )
         signs = torch.randint(0, 2, (size,), generator=generator).double() * 2 - 1
         # Signs first, then mixing: without signs, a mean common to all channels would end up in one channel.
