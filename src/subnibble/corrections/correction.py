@@ -1,12 +1,12 @@
-"""What makes up for rounding error besides codes: the words in which the pipeline asks a correction.
+"""The base class of corrections: terms of a linear that compensate for rounding error, beside the main weight's codes.
 
-`Correction` is the one that does nothing; each other one overrides what it does differently, in a file of its own. A
-linear W (m, k) whose input x has been put in the order of `transforms/input_basis.py` becomes
+`Correction` itself adds nothing; each subclass has its own file and overrides what it changes. With its input x in the
+order of `transforms/input_basis.py`, a linear W (m, k) becomes
 
     main x  +  second x_first  +  last x_last  +  up (down x)
 
-of which a correction may have the second weight of the first (salient) channels, codes of their own for the last
-(outlier) channels, or low-rank factors.
+A correction adds one of: a second weight for the first (salient) channels; separate codes for the last (outlier)
+channels; low-rank factors.
 """
 
 from __future__ import annotations
@@ -26,13 +26,17 @@ from subnibble.tensor.scheme import Scheme
 
 # The packed factors of a low-rank branch, down (r, k) and up (m, r).
 Branch = tuple[PackedTensor, PackedTensor]
-# How a weight was rounded, packed, and the second weight of its first columns.
+# A rounded weight: the rounder's result, the packed weight, and the second weight of the first columns, if any.
 Rounded = tuple[Rounding, PackedTensor, PackedRange | None]
 
 
 @dataclass(frozen=True)
 class RoundMain:
-    """Rounds what a correction leaves to the codes. scheme, where, drift: see `Rounder`."""
+    """Rounds the main matrix of a linear: what a correction does not handle itself.
+
+    rounder: does the rounding.
+    scheme, where, drift: as in `Rounder.__call__`.
+    """
 
     rounder: Rounder
     scheme: Scheme
@@ -41,13 +45,15 @@ class RoundMain:
 
     @property
     def needs_gram(self) -> bool:
-        """See `Rounder`."""
+        """Whether the rounder needs the Gram matrix of the inputs."""
         return self.rounder.needs_gram
 
     def __call__(self, weight: Tensor, gram: Tensor | None) -> Rounding:
-        """Round a main matrix (m, j), whose inputs have the Gram matrix `gram` (j, j).
+        """Round a main matrix.
 
-        A failure that does not name its linears gets their names.
+        weight: (m, j) float32.
+        gram: (j, j), the Gram matrix of its inputs, or None if not needed.
+        Raises `NumericalFailure` that names the linears, even if the rounder's error does not.
         """
         try:
             return self.rounder(weight, gram, self.scheme, self.where, self.drift)
@@ -59,64 +65,86 @@ class RoundMain:
 
 @dataclass(frozen=True)
 class Correction:
-    """needs_data, needs_sizes: whether it needs calibration text, and of it the mean magnitudes of inputs."""
+    """What a linear gets beside its codes; this base class adds nothing.
+
+    needs_data: whether it needs calibration text.
+    needs_sizes: whether it needs the mean magnitudes of the inputs on that text.
+    """
 
     needs_data: ClassVar[bool] = False
     needs_sizes: ClassVar[bool] = False
 
     @property
     def salient(self) -> int:
-        """First columns that get a second weight."""
+        """Number of first columns that get a second weight."""
         return 0
 
     @property
     def outliers(self) -> int:
-        """Last columns that get codes of their own."""
+        """Number of last columns that get separate codes."""
         return 0
 
     @property
     def repeated(self) -> int:
-        """First channels whose inputs are quantized twice; see `SiteInput`."""
+        """Number of first channels whose inputs are quantized twice; see `SiteInput`."""
         return 0
 
     def check(self, columns: int, scheme: Scheme, where: str) -> None:
-        """Raise `BadRecipe` if it does not fit the linear `where` of `columns` inputs."""
+        """Raise `BadRecipe` if it does not fit a linear.
+
+        columns: number of inputs of the linear.
+        scheme: of the main weight.
+        where: the linear, for the message.
+        """
 
     def check_tuned(self) -> None:
-        """Raise `BadRecipe` if blocks cannot be tuned with it."""
+        """Raise `BadRecipe` if it cannot be combined with tuning of blocks."""
 
     def schemes(self, weight: Scheme) -> tuple[Scheme, ...]:
-        """How what it adds is coded, beside a weight coded by `weight`."""
+        """The schemes of the weights it adds. weight: scheme of the main weight."""
         return ()
 
     def inputs(self, scheme: ActivationScheme) -> ActivationScheme:
-        """How inputs are coded that would be coded by `scheme`."""
+        """The activation scheme with this correction. scheme: without it."""
         return scheme
 
     def planned(self, spec: PackedLinearSpec, weight: Scheme) -> PackedLinearSpec:
-        """The spec of a linear with what it adds, known from shapes alone. weight: codes all that `spec` has so far."""
+        """The spec of a linear with the weights it adds, from shapes alone.
+
+        spec: the linear without the correction.
+        weight: scheme of the main weight.
+        """
         return spec
 
     def round(self, weight: Tensor, gram: Tensor | None, scheme: Scheme, round_main: RoundMain) -> Rounded:
-        """Round a weight (m, k) float32. gram: (k, k), sum of x xᵀ over its inputs, None without calibration."""
+        """Round a weight, and the parts of it that the correction handles.
+
+        weight: (m, k) float32.
+        gram: (k, k), sum of x xᵀ over its inputs, or None without calibration.
+        scheme: of the main weight.
+        round_main: rounds the main weight.
+        """
         rounding = round_main(weight, gram)
         return rounding, PackedTensor((PackedRange.pack(rounding.quantized, scheme),)), None
 
     def branches(
         self, errors: Sequence[Tensor], gram: Tensor | None, sizes: Tensor | None, scheme: Scheme
     ) -> list[Branch | None]:
-        """Low-rank factors for what rounding left of each linear that reads one input, (m, k); None for none.
+        """Packed low-rank factors of the rounding error of each linear that reads one input; None for none.
 
-        gram: (k, k), sum of x xᵀ. sizes: (k,), mean |x|.
+        errors: weight minus dequantized weight of each linear, (m, k).
+        gram: (k, k), sum of x xᵀ over the input, or None if not known.
+        sizes: (k,), mean |x|, or None if not known.
+        scheme: of the main weight.
         """
         return [None] * len(errors)
 
     def second(self, weight: Tensor, scheme: Scheme) -> Tensor | None:
-        """The second weight (m, salient) that a weight (m, k) gets before the rest of it is rounded; None for none."""
+        """The second weight (m, salient) of `weight` (m, k), dequantized; None for none."""
         return None
 
     def last(self, weight: Tensor, scheme: Scheme) -> Tensor | None:
-        """What the last columns of a weight (m, k) become on their own, (m, outliers); None for none."""
+        """The last columns of `weight` (m, k) rounded on their own and dequantized: (m, outliers); None for none."""
         return None
 
 

@@ -1,13 +1,13 @@
 """Low-rank error reconstruction: W ~ Q(W) + B A with A (r, k), B (m, r) from a scaled SVD of the rounding error E.
 
-For S with S Sᵀ the weight that the inputs give to directions, the truncated SVD of E S, U Σ Vᵀ, has the least
-||(E - B A) S||: B = U_r, A = Σ_r V_rᵀ S⁻¹. Forms:
+S Sᵀ weights the directions of the input space. The truncated SVD of E S, U_r Σ_r V_rᵀ, minimises ||(E - B A) S|| with
+B = U_r, A = Σ_r V_rᵀ S⁻¹. Forms:
 
     l2qer   S = diag(mean |x_j|)                                     (LQER's L²QER, arXiv 2402.02446)
     qera    S = (sum of x xᵀ)^(1/2), the least output error          (QERA, exact form, arXiv 2410.06040)
 
-Singular values go to A, whose rows have scales of their own, so that rounding B does not lose the small ones. Factors
-are rounded to nearest; at run time A reads the quantized input and its output is quantized again.
+A takes the singular values, because each of its rows has its own scales; in B, rounding would lose the small ones. Both
+factors are rounded to nearest. At run time A reads the quantized input, and its output is quantized again.
 """
 
 from __future__ import annotations
@@ -27,13 +27,18 @@ from subnibble.tensor.packed import PackedLayout, PackedRange, PackedTensor
 from subnibble.tensor.scheme import BITS, Scheme
 
 FORMS = ("l2qer", "qera")
-# Of the largest eigenvalue or mean size: directions that calibration hardly saw must not be blown up.
+# Lower bound relative to the largest eigenvalue or mean magnitude: S⁻¹ must not blow up directions with little input.
 _FLOOR = 1e-6
 
 
 @dataclass(frozen=True)
 class LowRank(Correction):
-    """rank: r, at most the smaller side of a weight. form: see the module. bits: of both factors."""
+    """Low-rank factors of the rounding error.
+
+    rank: r; a weight with a smaller side gets that as its rank.
+    form: "l2qer" or "qera"; see the module.
+    bits: bit width of both factors.
+    """
 
     needs_data: ClassVar[bool] = True
     needs_sizes: ClassVar[bool] = True
@@ -51,7 +56,7 @@ class LowRank(Correction):
             raise BadRecipe(f"factor_bits is {self.bits}; choose one of {', '.join(map(str, BITS))}")
 
     def scheme(self, weight: Scheme) -> Scheme:
-        """How factors are coded, beside a weight coded by `weight`."""
+        """The scheme of both factors. weight: scheme of the main weight."""
         if weight.grid == "mxfp4" and self.bits == weight.bits:
             return weight
         zero_point = "integer" if weight.grid != "uniform" or weight.zero_point == "real" else weight.zero_point
@@ -59,15 +64,15 @@ class LowRank(Correction):
         return Scheme(self.bits, weight.group_size, zero_point, scale_type)
 
     def check_tuned(self) -> None:
-        """See `Correction`."""
+        """Raise `BadRecipe`: tuning does not support it."""
         raise BadRecipe("tuning does not go with low-rank factors of the rounding error; leave one of them out")
 
     def schemes(self, weight: Scheme) -> tuple[Scheme, ...]:
-        """See `Correction`."""
+        """The scheme of the factors. weight: scheme of the main weight."""
         return (self.scheme(weight),)
 
     def planned(self, spec: PackedLinearSpec, weight: Scheme) -> PackedLinearSpec:
-        """See `Correction`."""
+        """The spec with both factors, from shapes alone; see `Correction`."""
         rows, columns, scheme = spec.layout.rows, spec.layout.columns, self.scheme(weight)
         rank = min(self.rank, rows, columns)
         factors = PackedLayout(rank, ((columns, scheme),)), PackedLayout(rows, ((rank, scheme),))
@@ -76,38 +81,47 @@ class LowRank(Correction):
     def branches(
         self, errors: Sequence[Tensor], gram: Tensor | None, sizes: Tensor | None, scheme: Scheme
     ) -> list[Branch | None]:
-        """Packed A (r, k) and B (m, r) for each error (m, k); see `Correction`."""
+        """Packed A (r, k) and B (m, r) for each error (m, k). gram, sizes: only that which the form uses is needed."""
         roots = roots_of(self.form, gram, sizes)
-        found: list[Branch | None] = []
+        factors: list[Branch | None] = []
         for error in errors:
             down, up = factorize(error, roots, min(self.rank, *error.shape))
-            found.append(self._packed(down.to(error.dtype), up.to(error.dtype), scheme))
-        return found
+            factors.append(self._packed(down.to(error.dtype), up.to(error.dtype), scheme))
+        return factors
 
     def _packed(self, down: Tensor, up: Tensor, weight: Scheme) -> Branch:
-        """Packed A (r, k) and B (m, r), beside a weight coded by `weight`."""
+        """Round and pack A (r, k) and B (m, r). weight: scheme of the main weight."""
         scheme = self.scheme(weight)
         clip = grid.Clip("minmax" if scheme.bits == 8 else "mse")
-        pack = [PackedRange.pack(grid.quantized(m, scheme, clip), scheme) for m in (down, up)]
-        return PackedTensor((pack[0],)), PackedTensor((pack[1],))
+        packed = [PackedRange.pack(grid.quantized(m, scheme, clip), scheme) for m in (down, up)]
+        return PackedTensor((packed[0],)), PackedTensor((packed[1],))
 
 
 def factorize(error: Tensor, roots: tuple[Tensor, Tensor], rank: int) -> tuple[Tensor, Tensor]:
-    """A (rank, k) and B (m, rank), float64, of E (m, k). roots: S and its inverse, (k, k) float64; see the module."""
+    """A (rank, k) and B (m, rank), float64, with the least ||(E - B A) S||.
+
+    error: E (m, k).
+    roots: S and its inverse, (k, k) float64; see the module.
+    """
     root, inverse = roots
     u, s, vh = torch.linalg.svd(error.double() @ root, full_matrices=False)
     return s[:rank, None] * vh[:rank] @ inverse, u[:, :rank]
 
 
 def roots_of(form: str, gram: Tensor | None, sizes: Tensor | None) -> tuple[Tensor, Tensor]:
-    """S and its inverse, (k, k) float64. gram: (k, k), sum of x xᵀ. sizes: (k,), mean |x|."""
+    """S and its inverse, (k, k) float64.
+
+    form: "l2qer" or "qera"; see the module.
+    gram: (k, k), sum of x xᵀ over the inputs; for "qera".
+    sizes: (k,), mean |x| over the inputs; for "l2qer".
+    """
     if form == "l2qer":
         if sizes is None:
-            raise ValueError("L2QER needs the mean sizes of the inputs")
+            raise ValueError("L2QER needs the mean magnitudes of the inputs; pass `sizes`")
         scale = sizes.double().clamp(min=_FLOOR * max(float(sizes.max()), _FLOOR))
         return torch.diag(scale), torch.diag(1 / scale)
     if gram is None:
-        raise ValueError("QERA needs the Gram matrix of the inputs")
+        raise ValueError("QERA needs the Gram matrix of the inputs; pass `gram`")
     values, vectors = torch.linalg.eigh(gram.double())
     roots = values.clamp(min=_FLOOR * max(float(values.max()), _FLOOR)).sqrt()
     return vectors * roots @ vectors.T, vectors / roots @ vectors.T

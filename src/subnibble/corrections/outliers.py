@@ -1,7 +1,7 @@
-"""Outlier channels at 8 bits (Atom, Zhao et al., arXiv 2310.19102): a linear's last input columns, and their inputs.
+"""Outlier channels in 8 bits (Atom, Zhao et al., arXiv 2310.19102): a linear's last input columns, and their inputs.
 
-With S the columns before and R the outliers, S is rounded as if R could make up for all of its error that it can, and
-then R takes what it can before it goes to 8 bits, which is what error compensation over S, then R, amounts to:
+R are the outlier columns, S the columns before them, G the Gram matrix, Q rounding. Round S with the Schur complement
+G_S' of G; add the least-squares correction of its error to R; then round R to 8 bits. This equals GPTQ over S, then R:
 
     G_S' = G_SS - G_SR (G_RR + d)^-1 G_RS;    W_R' = W_R + (W_S - Q(W_S)) G_SR (G_RR + d)^-1
 """
@@ -28,7 +28,10 @@ _DAMPING = 0.01
 
 @dataclass(frozen=True)
 class OutlierColumns(Correction):
-    """count: columns at 8 bits, symmetric, one scale a row; of inputs, one scale a token."""
+    """Outlier columns in 8 bits, symmetric: one scale per row for weights, one per token for inputs.
+
+    count: number of outlier columns.
+    """
 
     needs_data: ClassVar[bool] = True
 
@@ -40,11 +43,11 @@ class OutlierColumns(Correction):
 
     @property
     def outliers(self) -> int:
-        """See `Correction`."""
+        """Number of outlier columns."""
         return self.count
 
     def check(self, columns: int, scheme: Scheme, where: str) -> None:
-        """See `Correction`: something must be left, on a uniform grid."""
+        """Raise `BadRecipe` on an mxfp4 grid, or if no column is left for the main weight; see `Correction`."""
         if scheme.grid == "mxfp4":
             raise BadRecipe(f"outlier channels have no codes beside an mxfp4 grid ({where}); use a uniform grid")
         if self.count >= columns:
@@ -54,49 +57,52 @@ class OutlierColumns(Correction):
             )
 
     def scheme(self, weight: Scheme) -> Scheme:
-        """That of the outliers beside weights of `weight`."""
+        """The scheme of the outlier columns. weight: scheme of the main weight."""
         return Scheme(8, WHOLE_CHANNEL, "none", weight.scale_type)
 
     def schemes(self, weight: Scheme) -> tuple[Scheme, ...]:
-        """See `Correction`."""
+        """The scheme of the outlier columns. weight: scheme of the main weight."""
         return (self.scheme(weight),)
 
     def inputs(self, scheme: ActivationScheme) -> ActivationScheme:
-        """See `Correction`."""
+        """The activation scheme with the outlier channels in 8 bits."""
         return replace(scheme, outliers=self.count)
 
     def planned(self, spec: PackedLinearSpec, weight: Scheme) -> PackedLinearSpec:
-        """See `Correction`."""
-        parts = (spec.layout.columns - self.count, weight), (self.count, self.scheme(weight))
-        return replace(spec, layout=PackedLayout(spec.layout.rows, parts))
+        """The spec with the last columns in 8 bits, from shapes alone; see `Correction`."""
+        ranges = (spec.layout.columns - self.count, weight), (self.count, self.scheme(weight))
+        return replace(spec, layout=PackedLayout(spec.layout.rows, ranges))
 
     def round(self, weight: Tensor, gram: Tensor | None, scheme: Scheme, round_main: RoundMain) -> Rounded:
-        """See `Correction`; outliers make up for error where rounding does."""
+        """Round the main columns, then the outliers; see `Correction`.
+
+        The outliers compensate for the main columns' error only if the rounder uses the Gram matrix, too.
+        """
         split = weight.shape[1] - self.count
-        share = seen = None
+        compensation = schur = None
         if gram is not None and round_main.needs_gram:
-            share = _share(gram, split)
-            seen = gram[:split, :split] - share @ gram[split:, :split]
-        rounding = round_main(weight[:, :split].contiguous(), seen)
+            compensation = _compensation(gram, split)
+            schur = gram[:split, :split] - compensation @ gram[split:, :split]
+        rounding = round_main(weight[:, :split].contiguous(), schur)
         main = PackedRange.pack(rounding.quantized, scheme)
-        rest = weight[:, split:]
-        if share is not None:
-            rest = rest + (weight[:, :split] - main.dequantize()) @ share.to(rest.dtype)
-        own = self.scheme(scheme)
-        last = PackedRange.pack(grid.quantized(rest, own, Clip("minmax")), own)
+        outliers = weight[:, split:]
+        if compensation is not None:
+            outliers = outliers + (weight[:, :split] - main.dequantize()) @ compensation.to(outliers.dtype)
+        outlier_scheme = self.scheme(scheme)
+        last = PackedRange.pack(grid.quantized(outliers, outlier_scheme, Clip("minmax")), outlier_scheme)
         return rounding, PackedTensor((main, last)), None
 
     def last(self, weight: Tensor, scheme: Scheme) -> Tensor:
-        """See `Correction`."""
+        """The outlier columns of `weight` (m, k), rounded and dequantized: (m, count)."""
         return grid.nearest(weight[:, -self.count :], self.scheme(scheme))
 
 
-def _share(gram: Tensor, split: int) -> Tensor:
-    """G_SR (G_RR + d)^-1, (split, count): how much of each column's error each outlier can take."""
-    part = gram[split:, split:].double()
-    mean = float(part.diagonal().mean())
+def _compensation(gram: Tensor, split: int) -> Tensor:
+    """G_SR (G_RR + d)^-1, (split, count): how much of each main column's error each outlier column compensates."""
+    g_rr = gram[split:, split:].double()
+    mean = float(g_rr.diagonal().mean())
     if not mean > 0:
-        return torch.zeros(split, part.shape[0], dtype=gram.dtype, device=gram.device)
-    damped = part + _DAMPING * mean * torch.eye(part.shape[0], dtype=part.dtype, device=part.device)
-    found: Tensor = torch.linalg.solve(damped, gram[split:, :split].double()).T
-    return found.to(gram.dtype)
+        return torch.zeros(split, g_rr.shape[0], dtype=gram.dtype, device=gram.device)
+    damped = g_rr + _DAMPING * mean * torch.eye(g_rr.shape[0], dtype=g_rr.dtype, device=g_rr.device)
+    compensation: Tensor = torch.linalg.solve(damped, gram[split:, :split].double()).T
+    return compensation.to(gram.dtype)

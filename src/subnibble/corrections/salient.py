@@ -1,13 +1,14 @@
 """Saliency-aware error reconstruction (SERQ, arXiv 2603.08185): the r salient input channels get a second weight.
 
-With W (m, k) in the order of falling saliency (`transforms/input_basis.py`), W_s its first r columns, and Q rounding,
+W (m, k) has its columns in descending order of saliency (`transforms/input_basis.py`), W_s are its first r columns, W_o
+the others, and Q is rounding:
 
-    R = Q(W_s);  main = round([W_s - R, rest]);  y = main x + R x_s       (the released program, and appendix A.3)
+    R = Q(W_s);  main = round([W_s - R, W_o]);  y = main x + R x_s       (the released program, and appendix A.3)
 
-Both are read by the same quantized input, so R is r more columns of one product. It holds the coarse part, so that
-rounding with error compensation starts with small, finely coded residuals; R as the residual of the rounded W
-(equations 5 to 7) is the same where r is a multiple of the group size and rounding is to nearest, and loses with
-error compensation, since it takes back what that moved to other columns.
+Both weights read the same quantized input, so R adds r columns to one matrix product. R holds the coarse part, so that
+error compensation starts with small, finely quantized residuals. In equations 5 to 7, R is instead the residual of the
+rounded W. That is the same if rounding is to nearest and r a multiple of the group size. With error compensation it is
+worse: R takes back the error that was moved to other columns.
 """
 
 from __future__ import annotations
@@ -25,14 +26,18 @@ from subnibble.rounding.levels import Fitter
 from subnibble.tensor.packed import PackedLayout, PackedRange, PackedTensor
 from subnibble.tensor.scheme import Scheme
 
-# What meets the remainder of the salient channels' quantized inputs: nothing, or their second weight.
+# Which weight multiplies the quantization error of the salient channels' inputs (quantized again): none, or R.
 RESIDUALS = ("none", "salient")
 
 
 @dataclass(frozen=True)
 class SalientColumns(Correction):
-    """rank: r. fitter: of R's grids. residual: "salient" runs the remainder of the quantized salient channels through
-    the coarse weight, too: twice r more columns of the product, no more weights.
+    """A second weight R for the salient channels.
+
+    rank: r, number of salient channels.
+    fitter: fits R's grids.
+    residual: "none", or "salient": quantize the remainder (input minus quantized input) of the salient channels and
+        multiply it by R, too. The product then has 2 r more columns instead of r, with no more weights.
     """
 
     needs_data: ClassVar[bool] = True
@@ -49,16 +54,16 @@ class SalientColumns(Correction):
 
     @property
     def salient(self) -> int:
-        """See `Correction`."""
+        """Number of salient channels."""
         return self.rank
 
     @property
     def repeated(self) -> int:
-        """See `Correction`."""
+        """Number of salient channels if their remainder is quantized, too; otherwise 0."""
         return 0 if self.residual == "none" else self.rank
 
     def check(self, columns: int, scheme: Scheme, where: str) -> None:
-        """See `Correction`."""
+        """Raise `BadRecipe` if there are more salient channels than columns; see `Correction`."""
         if self.rank > columns:
             raise BadRecipe(
                 f"rank {self.rank} is larger than the {columns} inputs of {where}; use at most {columns} salient "
@@ -66,22 +71,22 @@ class SalientColumns(Correction):
             )
 
     def schemes(self, weight: Scheme) -> tuple[Scheme, ...]:
-        """See `Correction`: R is coded as the main matrix is."""
+        """The scheme of R, that of the main weight."""
         return (weight,)
 
     def planned(self, spec: PackedLinearSpec, weight: Scheme) -> PackedLinearSpec:
-        """See `Correction`."""
+        """The spec with R, from shapes alone; see `Correction`."""
         repeated = 0 if spec.activation is None else self.repeated
         return replace(spec, salient=PackedLayout(spec.layout.rows, ((self.rank, weight),)), repeated=repeated)
 
     def round(self, weight: Tensor, gram: Tensor | None, scheme: Scheme, round_main: RoundMain) -> Rounded:
-        """See `Correction`."""
+        """Round R, then the main weight without R; see `Correction`."""
         salient = PackedRange.pack(grid.quantized(weight[:, : self.rank], scheme, self.fitter), scheme)
-        rest = weight.clone()
-        rest[:, : self.rank] -= salient.dequantize()
-        rounding = round_main(rest, gram)
+        main = weight.clone()
+        main[:, : self.rank] -= salient.dequantize()
+        rounding = round_main(main, gram)
         return rounding, PackedTensor((PackedRange.pack(rounding.quantized, scheme),)), salient
 
     def second(self, weight: Tensor, scheme: Scheme) -> Tensor:
-        """See `Correction`."""
+        """R of `weight` (m, k), dequantized: (m, rank)."""
         return grid.nearest(weight[:, : self.rank], scheme, self.fitter)

@@ -1,11 +1,11 @@
-"""Coordinate descent on codes: what GPTQ's single pass leaves, later passes take.
+"""Coordinate descent on codes: reduce the output error that remains after GPTQ's single pass.
 
-With H = X Xᵀ (damped) and E = W - Q, the best value of column j when all others stay is
+With H = X Xᵀ (damped) and E = W - Q, the best value of column j with all other columns fixed is
 
     t_j = q_j + (E H)_j / H_jj,      q_j <- nearest level of t_j
 
 which never raises tr(E H Eᵀ) (QuantEase, Behdin et al., arXiv 2309.01885; CDQuant, arXiv 2406.17542). A sweep visits
-every column once and costs about as much as GPTQ's loop; grids stay as GPTQ fitted them.
+every column once and costs about as much as GPTQ's loop. The grids that GPTQ fitted do not change.
 """
 
 from __future__ import annotations
@@ -19,34 +19,43 @@ from subnibble.rounding.levels import Fitted
 
 
 @dataclass(frozen=True)
-class Home:
-    """Where a column's codes live: its group's index and grid, and its place among the group's columns."""
+class ColumnGrid:
+    """The grid of one column.
 
-    index: int
+    group: index of the column's group.
+    fitted: the group's grid.
+    position: the column's position in its group, in visiting order.
+    """
+
+    group: int
     fitted: Fitted
-    place: int
+    position: int
 
 
 def sweep_(
     error: Tensor,
     codes: Tensor,
     h: Tensor,
-    homes: Sequence[Home],
+    grids: Sequence[ColumnGrid],
     blocks: Sequence[tuple[int, int]],
 ) -> None:
-    """One sweep over all columns, in place. Columns are rows here, in the order of their visit.
+    """Improve `error` and `codes` in place by one sweep over all columns.
 
-    error: (k, m), target minus rounded. codes: (k, m). h: (k, k) damped. homes: of each column. blocks:
-    start and stop of columns whose gradients are kept up to date together.
+    All arguments are in visiting order, and columns of the weight are rows here.
+    error: (k, m), target minus dequantized weight.
+    codes: (k, m).
+    h: (k, k), damped.
+    grids: one per column.
+    blocks: (start, stop) of the columns whose gradients are updated together.
     """
     for start, stop in blocks:
         gradient = h[start:stop] @ error
         for j in range(start, stop):
-            fitted, place = homes[j].fitted, homes[j].place
-            old = fitted.decode(codes[j].unsqueeze(1), place)[:, 0]
+            fitted, position = grids[j].fitted, grids[j].position
+            old = fitted.decode(codes[j].unsqueeze(1), position)[:, 0]
             target = old + gradient[j - start] / h[j, j]
-            new = fitted.encode(target.unsqueeze(1), place)
-            moved = fitted.decode(new, place)[:, 0] - old
+            new = fitted.encode(target.unsqueeze(1), position)
+            change = fitted.decode(new, position)[:, 0] - old
             codes[j] = new[:, 0]
-            error[j] -= moved
-            gradient.addr_(h[start:stop, j], moved, alpha=-1)
+            error[j] -= change
+            gradient.addr_(h[start:stop, j], change, alpha=-1)

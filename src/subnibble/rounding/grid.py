@@ -1,16 +1,17 @@
-"""Fit grids to groups of weights, and code weights on them. `sign_basis.py` and `mx_grid.py` fit theirs.
+"""Fit uniform grids to groups of weights, and encode weights. `sign_basis.py` and `mx_grid.py` fit the other grids.
 
-A grid row is `w = s * (q - z)` with codes `q` in `0 .. 2**b - 1`. Three zero-points (see `Scheme`), two clips:
+A row of a group has the grid `w = s * (q - z)` with codes `q` in `0 .. 2**b - 1`. There are three kinds of zero-point
+(see `Scheme`) and two ways to choose the range:
 
-- `minmax` spans the extremes of the group.
-- `mse` shrinks that range in steps of 1 % down to 21 % and keeps, per row, the one with the least sum of
-  `|error| ** power`; 80 candidates and power 2.4 are the search of GPTQ's and QuaRot's released quantizers, 2 is
-  the plain squared error.
+- `minmax`: the minimum and maximum of the row in the group.
+- `mse`: shrink that range in steps of 1 % down to 21 % and keep, per row, the range with the least sum of
+  `|error| ** power`. These 80 candidates and power 2.4 are the search of GPTQ's and QuaRot's released quantizers;
+  power 2 is the squared error.
 
-With no or an integer zero-point the range always contains 0 and shrinks towards 0; with a real one it is the
-group's own and shrinks towards its middle. Scales and real zero-points are rounded to their stored type before
-any weight is coded, so what is stored is what was fitted. Columns may carry weights, which multiply their errors in
-the search.
+With zero-point "none" or "integer" the range always contains 0 and shrinks towards 0. With "real" it is the minimum and
+maximum alone and shrinks towards its middle. Scales and real zero-points are rounded to their stored type before any
+weight is encoded, so the stored grid is the fitted one. Optional column weights multiply the columns' errors in the
+search.
 """
 
 from __future__ import annotations
@@ -30,15 +31,19 @@ from subnibble.tensor.scheme import E8M0, Scheme
 
 CLIPS = ("minmax", "mse")
 _SHRINK_STEPS = 80
-# A real zero-point is min / scale: this bound keeps it well inside float16 where a group is nearly constant.
+# A real zero-point is -min / scale: this bound keeps it well inside float16 if a group is nearly constant.
 LARGEST_REAL_ZERO = 2.0**12
-# Weights below this count as zeros.
-_NOTHING = 1e-30
+# Smaller weights count as 0.
+_NEGLIGIBLE = 1e-30
 
 
 @dataclass(frozen=True)
 class Clip(Fitter):
-    """How the range of a grid is chosen: `minmax`, or `mse` with its error power."""
+    """Fitter that chooses each grid's range; see the module.
+
+    name: "minmax" or "mse".
+    power: exponent of |error| in the "mse" search, from 1 to 4.
+    """
 
     name: str = "mse"
     power: float = 2.0
@@ -50,23 +55,27 @@ class Clip(Fitter):
             raise BadRecipe(f"clip_power is {self.power!r}; give a number from 1 to 4 (2 is the squared error)")
 
     def fit(self, group: Tensor, scheme: Scheme, weights: Tensor | None, index: int = 0) -> Fitted:
-        """See `Fitter`: a grid without column scales."""
+        """Fit the grid of `group` (m, g), without column scales; see `Fitter`."""
         return Fitted(fit_levels(group, scheme, self, weights))
 
 
 def encode(weight: Tensor, scale: Tensor, zero: Tensor, scheme: Scheme) -> Tensor:
-    """Codes of `weight`, float32 integers; `scale` and `zero` broadcast against it."""
+    """Nearest codes of `weight`, as whole numbers in its dtype; `scale` and `zero` broadcast against it."""
     return (weight / scale + zero).round_().clamp_(0, scheme.levels - 1)
 
 
 def decode(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    """The weights that codes stand for."""
+    """Dequantize: `(codes - zero) * scale`; `scale` and `zero` broadcast against `codes`."""
     return (codes - zero) * scale
 
 
 @dataclass(frozen=True)
 class UniformLevels:
-    """See `Levels`. scale, zero: (m, 1)."""
+    """The uniform grid of one group of m rows; see `Levels`.
+
+    scale, zero: (m, 1) float32.
+    scheme: bit width and kind of zero-point.
+    """
 
     scale: Tensor
     zero: Tensor
@@ -74,25 +83,30 @@ class UniformLevels:
 
     @property
     def scales(self) -> Tensor:
-        """See `Levels`."""
+        """Scales (m, 1)."""
         return self.scale
 
     @property
     def zeros(self) -> Tensor | None:
-        """See `Levels`."""
+        """Zero-points (m, 1), or None if the scheme has none."""
         return None if self.scheme.zero_point == "none" else self.zero
 
     def encode(self, weight: Tensor) -> Tensor:
-        """See `Levels`."""
+        """Nearest codes (m, n) of `weight` (m, n)."""
         return encode(weight, self.scale, self.zero, self.scheme)
 
     def decode(self, codes: Tensor) -> Tensor:
-        """See `Levels`."""
+        """Weights (m, n) of `codes` (m, n)."""
         return decode(codes, self.scale, self.zero)
 
 
 def fit_levels(group: Tensor, scheme: Scheme, clip: Clip, weights: Tensor | None = None) -> Levels:
-    """The grid of every row of `group` (m, g) float32, of the scheme's kind. weights: (g,), of the columns, or None."""
+    """Fit a grid of the scheme's kind (uniform, sign or mxfp4) to each row of a group.
+
+    group: (m, g) float32.
+    clip: how to choose the range; a sign grid ignores it.
+    weights: (g,), weight of each column's error, or None for 1.
+    """
     weights = usable(weights)
     if scheme.grid == "sign":
         return sign_basis.fit(group, scheme, weights)
@@ -104,9 +118,12 @@ def fit_levels(group: Tensor, scheme: Scheme, clip: Clip, weights: Tensor | None
 def fit(
     group: Tensor, scheme: Scheme, clip: Clip, weights: Tensor | None = None, stride: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """Uniform grid: scale and zero-point (m, 1) of every row of `group` (m, g), exact in the scheme's stored type.
+    """Fit a uniform grid to each row of a group.
 
-    stride: take only every so many of the clip search's candidates.
+    group: (m, g).
+    weights: (g,), weight of each column's error, or None for 1.
+    stride: try only every stride-th candidate of the clip search.
+    Returns scale and zero-point, (m, 1) each, exact in the scheme's stored type.
     """
     low, high = group.amin(1, keepdim=True), group.amax(1, keepdim=True)
     if scheme.zero_point == "none":
@@ -120,42 +137,47 @@ def fit(
 
 
 def quantized(weight: Tensor, scheme: Scheme, fitter: Fitter, weights: Tensor | None = None) -> QuantizedMatrix:
-    """Round `weight` (m, k) to nearest on a grid fitted to each group: the RTN of every method.
+    """Round to nearest on a grid fitted to each group. Every method's RTN is this function.
 
-    weights: (k,) not negative, of each column's squared error in the fits, or None for 1.
+    weight: (m, k).
+    fitter: fits each group's grid.
+    weights: (k,), nonnegative, weight of each column's error in the fits, or None for 1.
     """
     bounds = scheme.group_bounds(weight.shape[1])
     groups = [weight[:, start:stop] for start, stop in bounds]
-    probs = [None if weights is None else weights[start:stop] for start, stop in bounds]
-    pairs = enumerate(zip(groups, probs, strict=True))
-    fitted = [fitter.fit(group, scheme, share, index) for index, (group, share) in pairs]
-    codes = [fit.encode(group).to(torch.uint8) for fit, group in zip(fitted, groups, strict=True)]
-    return QuantizedMatrix(torch.cat(codes, dim=1), *join(fitted))
+    group_weights = [None if weights is None else weights[start:stop] for start, stop in bounds]
+    pairs = enumerate(zip(groups, group_weights, strict=True))
+    grids = [fitter.fit(group, scheme, h, index) for index, (group, h) in pairs]
+    codes = [fitted.encode(group).to(torch.uint8) for fitted, group in zip(grids, groups, strict=True)]
+    return QuantizedMatrix(torch.cat(codes, dim=1), *join(grids))
 
 
 def nearest(weight: Tensor, scheme: Scheme, fitter: Fitter | None = None) -> Tensor:
-    """`weight` (m, k) rounded to nearest, dense float32; grids span each group's extremes unless a fitter is given."""
+    """Round `weight` (m, k) to nearest and dequantize it: (m, k) float32.
+
+    fitter: fits each group's grid; None for min-max.
+    """
     return PackedRange.pack(quantized(weight, scheme, fitter or Clip("minmax")), scheme).dequantize()
 
 
-def join(fitted: Sequence[Fitted]) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Scales, zeros and column scales of a row's groups side by side, as `CodedMatrix` has them."""
-    zeros = [fit.levels.zeros for fit in fitted if fit.levels.zeros is not None]
-    columns = [fit.columns for fit in fitted if fit.columns is not None]
+def join(grids: Sequence[Fitted]) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Concatenate the scales, zero-points and column scales of a row's groups, for a `QuantizedMatrix`."""
+    zeros = [fitted.levels.zeros for fitted in grids if fitted.levels.zeros is not None]
+    column_scales = [fitted.columns for fitted in grids if fitted.columns is not None]
     return (
-        torch.cat([fit.levels.scales for fit in fitted], dim=1),
+        torch.cat([fitted.levels.scales for fitted in grids], dim=1),
         torch.cat(zeros, dim=1) if zeros else None,
-        torch.cat(columns) if columns else None,
+        torch.cat(column_scales) if column_scales else None,
     )
 
 
 def usable(weights: Tensor | None) -> Tensor | None:
-    """Column weights, or None where they tell no column from another because all are 0."""
+    """The column weights, or None (weight 1 each) if all of them are 0."""
     return None if weights is None or not bool((weights > 0).any()) else weights
 
 
 def diagonal_weights(gram: Tensor) -> Tensor:
-    """The diagonal of a Gram matrix (k, k) as column weights (k,) float32; of a float64 one over its largest."""
+    """Column weights (k,) float32: the diagonal of a Gram matrix (k, k); if float64, divided by its maximum."""
     diagonal = gram.diagonal()
     if gram.dtype == torch.float64:
         diagonal = diagonal / diagonal.max().clamp(min=torch.finfo(gram.dtype).tiny)
@@ -163,17 +185,18 @@ def diagonal_weights(gram: Tensor) -> Tensor:
 
 
 def check_range(weight: Tensor, scheme: Scheme, where: str) -> None:
-    """Raise `NumericalFailure` where scales of the scheme's type hold none of a weight's (m, k) magnitudes.
+    """Raise `NumericalFailure` if the largest weight is out of range for scales of the scheme's type.
 
-    A few small groups are no matter: next to the others they count for nothing. where: names the weight.
+    weight: (m, k). Groups of small weights are fine beside others of normal size: they hardly matter.
+    where: the weight, for the message.
     """
     if scheme.scale_type == E8M0 or not weight.numel():
         return
     stored, largest = torch.finfo(scale_dtype(scheme)), max(abs(float(end)) for end in weight.aminmax())
     if scheme.grid == "sign" and stored.max < largest < math.inf:
         raise NumericalFailure(f"{where}: {too_wide(largest, scheme)}")
-    # Of a smaller scale few bits are left.
-    if _NOTHING < largest < scheme.levels * stored.smallest_normal * 2.0**-8:
+    # A smaller scale would be a subnormal number with few bits left.
+    if _NEGLIGIBLE < largest < scheme.levels * stored.smallest_normal * 2.0**-8:
         raise NumericalFailure(
             f"{where}: its largest weight is {largest:.3g}, too small for scales of type {scheme.scale_type}; "
             'set scale_type = "float32" in the recipe'
@@ -181,7 +204,7 @@ def check_range(weight: Tensor, scheme: Scheme, where: str) -> None:
 
 
 def too_wide(span: float, scheme: Scheme) -> NumericalFailure:
-    """The error of a group of that span."""
+    """The error to raise for a group whose range is `span` wide."""
     return NumericalFailure(
         f"a group spans {span:.3g}, too much for scales of type {scheme.scale_type}; "
         'set scale_type = "float32" in the recipe'
@@ -189,25 +212,25 @@ def too_wide(span: float, scheme: Scheme) -> NumericalFailure:
 
 
 def smallest_scale(scheme: Scheme) -> float:
-    """The smallest scale that is stored: of groups that are all zero, and what comes near."""
+    """The smallest scale that is stored; groups that are all zero, or nearly, get it."""
     stored = scale_dtype(scheme)
-    return torch.finfo(stored).smallest_normal * 2.0**-10 if stored == torch.float16 else _NOTHING
+    return torch.finfo(stored).smallest_normal * 2.0**-10 if stored == torch.float16 else _NEGLIGIBLE
 
 
 def _span(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
-    """The grid whose first and last level are `low` and `high`, in stored precision."""
+    """Scale and zero-point of the grid from `low` to `high`, rounded to their stored type."""
     stored = scale_dtype(scheme)
     scale = (high - low) / (scheme.levels - 1)
     if scheme.zero_point == "real":
         scale = torch.maximum(scale, torch.maximum(low.abs(), high.abs()) / LARGEST_REAL_ZERO)
     scale = scale.clamp(min=smallest_scale(scheme)).to(stored).float()
     if not bool(torch.isfinite(scale).all()):
-        widest = float((high - low).max())
-        if not math.isfinite(widest):
+        span = float((high - low).max())
+        if not math.isfinite(span):
             raise NumericalFailure(
                 "the weights to round are not finite; raise the damping or use more calibration text"
             )
-        raise too_wide(widest, scheme)
+        raise too_wide(span, scheme)
     if scheme.zero_point == "none":
         return scale, torch.full_like(scale, scheme.levels // 2)
     zero = -low / scale
@@ -224,14 +247,15 @@ def _least_error(
     weights: Tensor | None,
     steps: Iterable[int],
 ) -> tuple[Tensor, Tensor]:
+    """Search the range with the least error; see `mse` in the module. steps: percents by which the range shrinks."""
     low, high = span
     middle = (low + high) / 2 if scheme.zero_point == "real" else torch.zeros_like(low)
     best = torch.full_like(low, torch.inf)
     scale, zero = s, z = _span(low, high, scheme)
     for step in steps:
         if step > 0:
-            keep = 1 - step / 100
-            s, z = _span(middle + keep * (low - middle), middle + keep * (high - middle), scheme)
+            fraction = 1 - step / 100
+            s, z = _span(middle + fraction * (low - middle), middle + fraction * (high - middle), scheme)
         error = decode(encode(group, s, z, scheme), s, z).sub_(group).abs_()
         errors = error.square_() if power == 2 else error.pow_(power)
         loss = (errors if weights is None else errors.mul_(weights)).sum(1, keepdim=True)

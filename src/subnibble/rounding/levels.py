@@ -1,4 +1,4 @@
-"""The fitted grid of one group: what rounders see of a grid, whatever its kind and whoever fits it."""
+"""The fitted grid of one group: the interface between rounders and all kinds of grids and fitters."""
 
 from __future__ import annotations
 
@@ -9,61 +9,67 @@ from torch import Tensor
 
 from subnibble.tensor.scheme import Scheme
 
-# Of columns' errors in the fit of a grid: none, or the diagonal of the inputs' Gram matrix.
+# Weight of each column's error in a grid fit: 1, or the column's diagonal entry of the Gram matrix.
 WEIGHTINGS = ("none", "hessian")
 
 
 class Levels(Protocol):
-    """Levels of each of m rows, for the columns of one group. Scales and zeros are exact in their stored type."""
+    """The levels of one group of m rows. Scales and zero-points are exact in the type in which they are stored."""
 
     @property
     def scales(self) -> Tensor:
-        """(m, scales_per_group) float32."""
+        """Scales (m, scales_per_group) float32."""
 
     @property
     def zeros(self) -> Tensor | None:
-        """(m, 1) float32, or None if the grid has none."""
+        """Zero-points (m, 1) float32, or None if the grid has none."""
 
     def encode(self, weight: Tensor) -> Tensor:
-        """Codes of the levels nearest to `weight` (m, n): whole numbers in float32, (m, n)."""
+        """Codes (m, n) of the levels nearest to `weight` (m, n), as whole numbers in float32."""
 
     def decode(self, codes: Tensor) -> Tensor:
-        """The levels that codes (m, n) stand for: (m, n)."""
+        """Levels (m, n) of `codes` (m, n)."""
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """A group's levels, and the scale of each of its columns: a weight is `columns[j] * level`.
+    """The grid of one group: a dequantized weight in column j is `columns[j] * level`.
 
-    columns: (g,) float32, positive, or None where every column's is 1.
+    levels: the levels of each row.
+    columns: (g,) float32, positive column scales, or None if all are 1.
     """
 
     levels: Levels
     columns: Tensor | None = None
 
     def encode(self, weight: Tensor, first: int = 0) -> Tensor:
-        """Codes of `weight` (m, n), the group's columns from `first` on."""
+        """Codes (m, n) of `weight` (m, n), which holds the group's columns from `first` on."""
         if self.columns is None:
             return self.levels.encode(weight)
         return self.levels.encode(weight / self.columns[first : first + weight.shape[1]])
 
     def decode(self, codes: Tensor, first: int = 0) -> Tensor:
-        """What codes (m, n) of the columns from `first` on stand for."""
+        """Weights (m, n) of `codes` (m, n), which belong to the group's columns from `first` on."""
         values = self.levels.decode(codes)
         return values if self.columns is None else values * self.columns[first : first + codes.shape[1]]
 
 
 class Fitter:
-    """Fits the grid of a group. scales_columns: whether columns get scales of their own."""
+    """Fits the grid of a group.
+
+    scales_columns: whether `fit` also gives column scales.
+    """
 
     scales_columns: ClassVar[bool] = False
 
     def check(self, scheme: Scheme, where: str) -> None:
-        """Raise `BadRecipe` if it cannot fit the grid of the linear `where`."""
+        """Raise `BadRecipe` if it cannot fit the grid of `scheme`. where: the linear, for the message."""
 
     def fit(self, group: Tensor, scheme: Scheme, weights: Tensor | None, index: int = 0) -> Fitted:
-        """Fit `group` (m, g) float32, the row's `index`-th.
+        """Fit the grid of one group.
 
-        weights: (g,) not negative, of each column's squared error, or None for 1.
+        group: (m, g) float32.
+        weights: (g,), nonnegative, weight of each column's error, or None for 1.
+        index: index of the group in its row.
         """
         raise NotImplementedError

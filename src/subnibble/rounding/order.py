@@ -1,8 +1,8 @@
-"""The order in which GPTQ visits input columns. Groups stay whole, so inference needs no index.
+"""The order in which GPTQ visits input columns. Groups stay whole, so inference needs no group index.
 
-`natural` goes from left to right. `gar` (group-aware reordering, Gafni et al., arXiv 2505.14638) sorts the columns
-of each group by falling diagonal of the Gram matrix, and the groups by their largest diagonal entry: columns that
-matter are rounded first, while many columns remain that can make up for their error.
+`natural` goes from left to right. `gar` (group-aware reordering, Gafni et al., arXiv 2505.14638) sorts the columns of
+each group by descending diagonal entry of the Gram matrix, and the groups by their largest entry: the columns that
+matter most are rounded first, while many columns remain to compensate for their error.
 """
 
 from __future__ import annotations
@@ -20,18 +20,26 @@ ORDERS = ("natural", "gar")
 
 @dataclass(frozen=True)
 class ColumnPlan:
-    """Groups in the order of their visit: (index of the group, its columns in the order of their visit)."""
+    """The visiting order.
+
+    groups: (index of the group, int64 indices of its columns), groups and columns in visiting order.
+    """
 
     groups: tuple[tuple[int, Tensor], ...]
 
     @property
     def columns(self) -> Tensor:
-        """All columns in the order of their visit, int64 (k,)."""
-        return torch.cat([columns for _, columns in self.groups])
+        """Indices of all columns in visiting order, int64 (k,)."""
+        return torch.cat([indices for _, indices in self.groups])
 
 
 def plan_columns(name: str, diagonal: Tensor, scheme: Scheme) -> ColumnPlan:
-    """Plan the visit. diagonal: (k,), the Gram matrix's, in the columns' natural order."""
+    """Plan the visiting order.
+
+    name: one of `ORDERS`.
+    diagonal: (k,), diagonal of the Gram matrix, in natural order.
+    scheme: gives the groups.
+    """
     bounds = scheme.group_bounds(diagonal.shape[0])
     natural = [(g, torch.arange(a, b, device=diagonal.device)) for g, (a, b) in enumerate(bounds)]
     if name == "natural":

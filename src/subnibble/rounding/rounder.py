@@ -1,4 +1,4 @@
-"""What every rounder is: a callable from weights and statistics to codes. The only place where codes are made."""
+"""The base class of rounders: a callable from a weight and its statistics to codes."""
 
 from __future__ import annotations
 
@@ -15,67 +15,77 @@ from subnibble.tensor.scheme import Scheme
 
 @dataclass(frozen=True)
 class Rounding:
-    """Codes, and what the report should say of how they were made (damping, retries)."""
+    """The codes of a weight.
+
+    quantized: codes, scales and zero-points.
+    notes: numbers for the report, by name (damping, retries).
+    """
 
     quantized: QuantizedMatrix
     notes: Mapping[str, float] = field(default_factory=dict)
 
 
 class Rounder:
-    """Rounds the stacked linears of a site: rows are independent, so linears that share inputs go together.
+    """Rounds all linears that read one input, stacked: rows are independent, so they go together.
 
-    What is said here holds of a rounder that looks at nothing but the weight; others override what differs.
+    The defaults here suit a rounder that needs nothing but the weight; subclasses override what differs.
     """
 
     @property
     def needs_gram(self) -> bool:
-        """Whether the Gram matrix of the inputs must be gathered first."""
+        """Whether it needs the Gram matrix of the inputs."""
         return False
 
     @property
     def needs_drift(self) -> bool:
-        """Whether it must be known how far the inputs are from the full-precision model's."""
+        """Whether it needs the drift: how far the inputs are from those of the full-precision model."""
         return False
 
     @property
     def scales_columns(self) -> bool:
-        """Whether what it codes is to be multiplied by column scales."""
+        """Whether its codes come with column scales, by which the dequantized columns are multiplied."""
         return False
 
     def check(self, scheme: Scheme, where: str) -> None:
-        """Raise `BadRecipe` if it cannot round the linear `where` on its grid."""
+        """Raise `BadRecipe` if it cannot round to the grid of `scheme`. where: the linear, for the message."""
 
     def on(self, fitter: Fitter) -> Rounder | None:
-        """The same with grids by another fitter; None where it fits them in a way of its own."""
+        """A copy of this rounder that fits its grids with `fitter`; None if it cannot take another fitter."""
         return None
 
     def __call__(
         self, weight: Tensor, gram: Tensor | None, scheme: Scheme, where: str, drift: Tensor | None = None
     ) -> Rounding:
-        """Round.
+        """Round a weight.
 
-        weight: (m, k) float32. gram: (k, k) float32 or better, sum of x xᵀ over the inputs x, or None if not
-        needed. scheme: one grid for all rows. where: names the linears in errors. drift: (k, k), sum of
-        (x~ - x) xᵀ with x~ the full-precision model's input of the same token, or None if not needed.
+        weight: (m, k) float32, the stacked linears.
+        gram: (k, k) float32 or better, sum of x xᵀ over the inputs x, or None if not needed.
+        scheme: the same for all rows.
+        where: the linears, for error messages.
+        drift: (k, k), sum of (x~ - x) xᵀ with x~ the full-precision model's input at the same token, or None if not
+            needed.
         """
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class OnGrids(Rounder):
-    """A rounder whose grids another object fits, group by group. fitter: that object."""
+    """A rounder that fits a grid to each group.
+
+    fitter: fits the grids.
+    """
 
     fitter: Fitter = field(default_factory=Clip)
 
     @property
     def scales_columns(self) -> bool:
-        """See `Rounder`."""
+        """Whether the fitter gives column scales."""
         return self.fitter.scales_columns
 
     def check(self, scheme: Scheme, where: str) -> None:
-        """See `Rounder`."""
+        """Raise `BadRecipe` if the fitter cannot fit the grid of `scheme` for the linear `where`."""
         self.fitter.check(scheme, where)
 
     def on(self, fitter: Fitter) -> Rounder:
-        """See `Rounder`."""
+        """A copy of this rounder that fits its grids with `fitter`."""
         return replace(self, fitter=fitter)

@@ -1,4 +1,4 @@
-"""Round to nearest: each weight to the closest level of its group's grid, no data needed."""
+"""Round-to-nearest (RTN): each weight goes to the nearest level of its group's grid. Needs no data by default."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from subnibble.tensor.scheme import Scheme
 class RTN(OnGrids):
     """Rounder that fits a grid per group and rounds to nearest.
 
-    weighting: "none" fits grids to the weights as they are, "hessian" weights each column's error by its diagonal Gram
-    entry: needed where columns were scaled by their inputs, lest a clip search cuts off those that matter most.
+    weighting: weight of each column's error in the grid fits: "none" for 1, "hessian" for its diagonal Gram entry. Use
+        "hessian" if columns were scaled by their inputs (AWQ): otherwise the clip search clips the most important ones.
     """
 
     weighting: str = "none"
@@ -29,15 +29,15 @@ class RTN(OnGrids):
 
     @property
     def needs_gram(self) -> bool:
-        """See `Rounder`."""
+        """True if the fits are weighted."""
         return self.weighting == "hessian"
 
     def __call__(
         self, weight: Tensor, gram: Tensor | None, scheme: Scheme, where: str, drift: Tensor | None = None
     ) -> Rounding:
-        """See `Rounder`; of the statistics, the Gram matrix's diagonal is used at most."""
+        """Round `weight` (m, k); see `Rounder`. Uses the diagonal of `gram`, and only if fits are weighted."""
         if not self.needs_gram:
             return Rounding(grid.quantized(weight, scheme, self.fitter))
         if gram is None:
-            raise ValueError(f"weighted rounding needs the Gram matrix of {where}'s inputs")
+            raise ValueError(f"weighted rounding needs the Gram matrix of {where}'s inputs; pass `gram`")
         return Rounding(grid.quantized(weight, scheme, self.fitter, grid.diagonal_weights(gram)))

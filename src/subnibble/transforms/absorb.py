@@ -1,8 +1,9 @@
-"""Hand the column scales of a rounded linear to whatever writes its inputs: the stored model has no extra term.
+"""Move the column scales of a rounded linear into the layer before it, so that the stored model needs no extra term.
 
-A reader rounded as `V diag(c)` keeps V; its site's channels are multiplied by c at the source. A norm's gain (and bias)
-takes them as they are. Of a packed writer every scale of row j is multiplied by c_j: codes and zero-points do not
-change, whatever the grid, so the only difference to `V diag(c)` is the rounding of those scales to their stored type.
+A reader (linear that reads the site) rounded as `V diag(c)` stores V, and the site's channels are multiplied by c where
+they are written. A norm's gain (and bias) is multiplied by c directly. In a packed writer (linear before the site) all
+scales of row j are multiplied by c_j. Its codes and zero-points do not change, whatever the grid, so the only
+difference from `V diag(c)` is the rounding of those scales to their stored type.
 """
 
 from __future__ import annotations
@@ -16,17 +17,21 @@ from subnibble.arch.site import Heads, Site
 from subnibble.tensor.packed import PackedTensor
 from subnibble.tensor.scheme import E8M0
 
-# Of a group's largest weight: well above the rounding of normal float16 and bfloat16 scales, below that of subnormal
-# ones that lost most of their digits.
+# Largest error allowed, relative to a group's largest weight: well above the rounding error of normal float16 and
+# bfloat16 scales, below that of subnormal scales that lost most of their digits.
 _TOLERANCE = 2.0**-7
 
 
 def can_absorb(site: Site, heads: Heads, together: Iterable[str], packed: dict[str, PackedTensor], c: Tensor) -> bool:
-    """Whether the site's source can take column scales `c` (k,) that its readers `together` share.
+    """Whether the layer before a site can absorb column scales.
 
-    packed: what of the block is packed so far, by name. No, if another reader would see them too, if the site may not
-    be scaled, if query heads share the channels that write theirs, or if a writer's scales are bare exponents or would
-    leave their type: a group of weights may change by 1/128 of its largest in being stored.
+    together: names of the readers that share the column scales.
+    packed: the block's linears packed so far, by name.
+    c: (k,), the column scales.
+
+    False if the site has other readers, if it may not be scaled, if several query heads share a key-value head's
+    channels, if a writer's scales are e8m0, or if they would lose precision: storing may change a weight by at most
+    1/128 of the largest in its group.
     """
     if set(together) != set(site.readers) or not has_source(site, heads):
         return False
@@ -34,14 +39,16 @@ def can_absorb(site: Site, heads: Heads, together: Iterable[str], packed: dict[s
 
 
 def has_source(site: Site, heads: Heads) -> bool:
-    """Whether the site has a source that can take column scales, whatever they are."""
+    """Whether the layer before the site can be scaled at all: it is linear, and heads do not share its channels."""
     return "scale" in site.edits and not (site.per_head and heads.repeats > 1)
 
 
 def absorb_(site: Site, c: Tensor, packed: dict[str, PackedTensor], dense: dict[str, Tensor]) -> None:
-    """Multiply the site's channels by `c` (k,): what is scaled takes its place in `packed` and `dense`.
+    """Multiply the site's channels by `c`, replacing the scaled entries of `packed` and `dense`.
 
-    packed: the block's packed linears by name. dense: every parameter by name (`<module>.weight`, `.bias`), float32.
+    c: (k,), column scales.
+    packed: the block's packed linears, by name.
+    dense: all parameters by name (`<module>.weight`, `.bias`), float32.
     """
     names = [site.norm] if site.norm is not None else []
     for name in (*names, *site.writers):
@@ -55,22 +62,22 @@ def absorb_(site: Site, c: Tensor, packed: dict[str, PackedTensor], dense: dict[
 
 
 def _scaled(tensor: PackedTensor, c: Tensor) -> PackedTensor:
-    parts = [
-        replace(part, scales=(part.scales.float() * c.unsqueeze(1)).to(part.scales.dtype)) for part in tensor.ranges
-    ]
-    return PackedTensor(tuple(parts))
+    """Multiply all scales of row j by c_j, in their stored type."""
+    ranges = [replace(old, scales=(old.scales.float() * c.unsqueeze(1)).to(old.scales.dtype)) for old in tensor.ranges]
+    return PackedTensor(tuple(ranges))
 
 
 def _in_range(tensor: PackedTensor, c: Tensor) -> bool:
-    merged = _scaled(tensor, c)
-    for part, new in zip(tensor.ranges, merged.ranges, strict=True):
-        if part.scheme.scale_type == E8M0:
-            # Powers of two take no factor.
+    """Whether scales multiplied by `c` keep their precision in their stored type."""
+    scaled = _scaled(tensor, c)
+    for old, new in zip(tensor.ranges, scaled.ranges, strict=True):
+        if old.scheme.scale_type == E8M0:
+            # Powers of two times c are no powers of two.
             return False
-        target, found = part.dequantize() * c.unsqueeze(1), new.dequantize()
-        for start, stop in part.scheme.group_bounds(part.columns):
+        target, stored = old.dequantize() * c.unsqueeze(1), new.dequantize()
+        for start, stop in old.scheme.group_bounds(old.columns):
             largest = target[:, start:stop].abs().amax(1)
-            error = (found[:, start:stop] - target[:, start:stop]).abs().amax(1)
+            error = (stored[:, start:stop] - target[:, start:stop]).abs().amax(1)
             if not bool((error <= _TOLERANCE * largest).all()):
                 return False
     return True

@@ -1,7 +1,7 @@
-"""Does a site table describe this checkpoint? Every edit it accepts must leave hidden states where they were.
+"""Check that a site table describes this checkpoint: every edit it accepts must leave the block's output unchanged.
 
-Run at load on the first two blocks: a table that is wrong for a model (a second norm behind the linear, a gate taken
-for a writer) would otherwise damage it silently.
+Runs at load on the first two blocks. A wrong table (it misses a second norm after the linear, or lists a gate as a
+writer) would otherwise damage the model silently.
 """
 
 from __future__ import annotations
@@ -20,32 +20,41 @@ from subnibble.transforms.permute import permute_residual_, permute_site_
 from subnibble.transforms.scale import scale_site_
 
 _TOKENS = 12
-# float32 rounding moves the update of a block by about 1e-6 of its size, a wrong table by 1e-2 and more.
+# float32 rounding changes the update that a block adds by about 1e-6 of its size, a wrong table by 1e-2 or more.
 _TOLERANCE = 1e-3
-# Of the hidden states: a block that adds less, an idle one for example, is measured against this; its update drowns in
-# float32 rounding.
+# A smaller update (of an idle block, for example) drowns in float32 rounding: divide by this fraction of the hidden
+# states' size instead.
 _SMALLEST_UPDATE = 1e-3
 
 
 def check_sites(skeleton: Skeleton) -> None:
-    """Check the table on the first two blocks in float32; `UnsupportedModel` names the edit that breaks."""
+    """Check the site table on the first two blocks in float32.
+
+    Raises `UnsupportedModel`, naming the edit, if an edit changes a block's output.
+    """
     calls = skeleton.block_calls(_TOKENS)
     for index in range(min(2, skeleton.num_blocks)):
         block = skeleton.load_block(index)
         errors = list(edit_errors(block, calls[index].to(torch.float32)))
         skeleton.release(block.path)
         for error, edit in errors:
-            # Written so that NaN is found, too.
+            # Not `error > _TOLERANCE`: this form also catches NaN.
             if not error <= _TOLERANCE:
                 raise UnsupportedModel(
                     f"{skeleton.source.path}: the {skeleton.arch.model_type} site table does not describe "
-                    f"{block.path}: to {edit} moves its output by {error:.1e} of its size. "
-                    "Is model_type in config.json right?"
+                    f"{block.path}: the edit '{edit}' should leave the block's output unchanged but changes it by "
+                    f"{error:.1e} of its update; check model_type in config.json"
                 )
 
 
 def edit_errors(block: Block, call: BlockCall, seed: int = 0) -> Iterator[tuple[float, str]]:
-    """(relative change of the block's update, name of the edit) for every edit that the table accepts."""
+    """Try every edit that the site table accepts, on random hidden states.
+
+    block: in float32.
+    call: what the model calls the block with.
+    seed: draws the hidden states and the edits.
+    Yields (change of the output relative to the block's update, name of the edit).
+    """
     generator = torch.Generator().manual_seed(seed)
     weight = next(block.module.parameters())
     width = block.gain(block.arch.residual.norms[0]).shape[0]
@@ -70,6 +79,7 @@ def _permuting(site: Site, order: Tensor) -> Callable[[Block], None]:
 
 
 def _change(block: Block, hidden: Tensor, call: BlockCall, edit: Callable[[Block], None]) -> float:
+    """Relative change of the block's output by an edit of a copy of it."""
     edited = block.twin()
     edit(edited)
     before, after = _run(block.module, hidden, call), _run(edited.module, hidden, call)
@@ -77,6 +87,7 @@ def _change(block: Block, hidden: Tensor, call: BlockCall, edit: Callable[[Block
 
 
 def _residual_change(block: Block, hidden: Tensor, call: BlockCall, order: Tensor) -> float:
+    """Relative change of the block's output if the residual channels of block, input and output are reordered."""
     edited = block.twin()
     permute_residual_(edited, block.arch.residual, order)
     before = _run(block.module, hidden, call)
@@ -85,10 +96,10 @@ def _residual_change(block: Block, hidden: Tensor, call: BlockCall, order: Tenso
 
 
 def _relative(change: Tensor, before: Tensor, hidden: Tensor, block: Block) -> float:
-    """The size of a change over that of the block's update of `hidden`."""
+    """Norm of `change` divided by the norm of the block's update `before - hidden`."""
     check_finite(before, f"{block.path}: its output")
-    least = _SMALLEST_UPDATE * hidden.norm()
-    return float(change.norm() / torch.maximum((before - hidden).norm(), least))
+    floor = _SMALLEST_UPDATE * hidden.norm()
+    return float(change.norm() / torch.maximum((before - hidden).norm(), floor))
 
 
 def _run(module: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
@@ -97,12 +108,14 @@ def _run(module: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
 
 
 def _writer_channels(block: Block, site: Site) -> int:
+    """Number of channels that the norm, or each linear, before the site writes."""
     if site.norm is not None:
         return block.gain(site.norm).shape[0]
     return block.linear(site.writers[0]).out_features
 
 
 def _random_order(block: Block, site: Site, generator: torch.Generator) -> Tensor:
+    """A random order as `permute_site_` takes it: (channels,), or (key_value, width) if the site is per head."""
     if not site.per_head:
         return torch.randperm(_writer_channels(block, site), generator=generator)
     heads: Heads = block.heads

@@ -1,9 +1,8 @@
-"""One channel order for the whole residual stream (SERQ, arXiv 2603.08185, stage 3), carried out offline.
+"""One channel order for the whole residual stream (SERQ, arXiv 2603.08185, stage 3), applied offline.
 
-Every norm, reader and writer of the stream, the embedding and the head see the channels in the same order, so that
-nothing is gathered at run time; sites that would like different orders share one. Channels are ranked by the mean over
-all sites behind norms of log(a_j / median a), a_j being the largest magnitude of channel j there in the full-precision
-model.
+All norms, readers and writers of the stream, the embedding and the head are reordered alike, so that no linear gathers
+channels at run time. The price is one order for all sites. Channels are sorted by the mean of log(a_j / median a) over
+all sites that a norm writes, with a_j the largest magnitude of channel j there in the full-precision model.
 """
 
 from __future__ import annotations
@@ -19,39 +18,45 @@ from subnibble.calibrate.stream import BlockStream
 from subnibble.model.skeleton import Block
 from subnibble.transforms.permute import permute_residual_
 
-# Of the median: a channel that is silent somewhere must not decide alone.
+# Lower bound of a_j / median a: one site where a channel is silent must not decide its place.
 _SMALLEST = 1e-3
 
 
 @dataclass(frozen=True)
 class ResidualOrder:
-    """See `ResidualEdit`. order: (channels,) int64, old channel order[i] becomes channel i."""
+    """A `ResidualEdit` that reorders the residual channels.
+
+    order: (channels,) int64, old channel order[i] becomes channel i.
+    """
 
     order: Tensor
 
     def embedding(self, weight: Tensor) -> Tensor:
-        """See `ResidualEdit`."""
+        """The embedding's table (n, d), columns reordered."""
         return weight[:, self.order]
 
     def edit_block_(self, block: Block) -> None:
-        """See `ResidualEdit`."""
+        """Reorder the residual channels of a block, in place."""
         permute_residual_(block, block.arch.residual, self.order)
 
     def final_gain(self, gain: Tensor) -> Tensor:
-        """See `ResidualEdit`."""
+        """The final norm's gain (d,), reordered."""
         return gain[self.order]
 
     def head(self, weight: Tensor, gain: Tensor) -> Tensor:
-        """See `ResidualEdit`."""
+        """The head's table (n, d), columns reordered; `gain` is not used."""
         return weight[:, self.order]
 
     def head_mix(self, gain: Tensor) -> tuple[Tensor, ...]:
-        """See `ResidualEdit`."""
+        """Empty: a tied head needs no extra product."""
         return ()
 
 
 def residual_order(blocks: Iterable[tuple[Block, BlockStream]]) -> ResidualOrder:
-    """Rank the residual channels. blocks: of the full-precision model, as `full_precision_blocks` gives them."""
+    """Order the residual channels, most salient first.
+
+    blocks: blocks of the full-precision model with their inputs, as `full_precision_blocks` gives them.
+    """
     scores: list[Tensor] = []
     for block, stream in blocks:
         for site in block.arch.sites:
@@ -63,5 +68,6 @@ def residual_order(blocks: Iterable[tuple[Block, BlockStream]]) -> ResidualOrder
 
 
 def _relative(sizes: Tensor) -> Tensor:
-    middle = sizes.median().clamp(min=torch.finfo(sizes.dtype).tiny)
-    return (sizes / middle).clamp(min=_SMALLEST).log()
+    """log(a_j / median a) for sizes a (channels,)."""
+    median = sizes.median().clamp(min=torch.finfo(sizes.dtype).tiny)
+    return (sizes / median).clamp(min=_SMALLEST).log()

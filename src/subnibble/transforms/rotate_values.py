@@ -1,9 +1,9 @@
-"""Rotate each head's values by one Hadamard matrix, offline: what the KV cache codes has its outliers spread.
+"""Rotate each head's values by one Hadamard matrix, offline: it spreads outliers before the KV cache is quantized.
 
     v_proj rows of a key-value head  Qᵀ W,  bias b Q;   o_proj columns of a query head  W Q;   Q = H diag(signs)
 
-(the within-head half of QuaRot's third rotation, arXiv 2404.00456). The signs come last, so that an online transform of
-attention's whole output behind it mixes channels of a head again, instead of undoing H.
+This is the within-head half of QuaRot's third rotation (arXiv 2404.00456). The signs come after H: otherwise a
+later online Hadamard transform of the whole attention output would undo H inside each head.
 """
 
 from __future__ import annotations
@@ -22,18 +22,22 @@ VALUE_ROTATIONS = ("none", "hadamard")
 
 @dataclass(frozen=True)
 class ValueRotation:
-    """Q of one head. blocks: widths of its Hadamard blocks. signs: (width,) of +-1, float64."""
+    """The rotation Q of one head; all heads share it.
+
+    blocks: widths of its Hadamard blocks.
+    signs: (width,) of +-1, float64.
+    """
 
     blocks: tuple[int, ...]
     signs: Tensor
 
     def columns(self, matrix: Tensor) -> Tensor:
-        """M Q for each head, M (m, heads * width): computed in float64, given in M's type."""
+        """M Q for each head, with M (m, heads * width): computed in float64, returned in M's dtype."""
         wide = matrix.double().unflatten(-1, (-1, self.signs.shape[0]))
         return (hadamard.multiply(wide, self.blocks) * self.signs.to(wide.device)).flatten(-2).to(matrix.dtype)
 
     def edit_block_(self, block: Block) -> None:
-        """Rotate a block loaded in float32, in place."""
+        """Rotate the values of a block loaded in float32, in place."""
         for site in block.arch.sites:
             if not site.per_head:
                 continue
@@ -49,7 +53,12 @@ class ValueRotation:
 
 
 def make_value_rotation(name: str, width: int, seed: int) -> ValueRotation | None:
-    """The rotation called `name` for heads of `width` channels; None for "none". seed: draws the signs."""
+    """The rotation called `name`, or None for "none".
+
+    name: one of `VALUE_ROTATIONS`.
+    width: channels per head.
+    seed: draws the signs.
+    """
     check_value_rotation(name)
     if name == "none":
         return None
@@ -59,6 +68,6 @@ def make_value_rotation(name: str, width: int, seed: int) -> ValueRotation | Non
 
 
 def check_value_rotation(name: str) -> None:
-    """Raise `BadRecipe` for an unknown name."""
+    """Raise `BadRecipe` if `name` is not one of `VALUE_ROTATIONS`."""
     if name not in VALUE_ROTATIONS:
         raise BadRecipe(f"value_rotation is {name!r}; choose one of {', '.join(VALUE_ROTATIONS)}")

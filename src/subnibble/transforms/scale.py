@@ -1,4 +1,4 @@
-"""Divide a site's channels by positive factors and multiply its readers' columns by them: the function stays."""
+"""Divide a site's channels by positive factors and multiply its readers' columns by them; the function is unchanged."""
 
 from __future__ import annotations
 
@@ -11,9 +11,15 @@ from subnibble.model.skeleton import Block
 
 
 def scale_site_(block: Block, site: Site, factors: Tensor) -> None:
-    """Scale in place. factors: positive, (channels,); per key-value head (key_value * width,) if `site.per_head`."""
+    """Divide the channels of a site by `factors`, in place.
+
+    factors: positive, (channels,), or (key_value * width,) if `site.per_head`.
+    Raises `BadRecipe` if the site may not be scaled.
+    """
     if "scale" not in site.edits:
-        raise BadRecipe(f"site {site.name} of {block.path} may not be scaled: its writers are not linear in it")
+        raise BadRecipe(
+            f"site {site.name} of {block.path} may not be scaled: its writers are not linear in it; leave it unscaled"
+        )
     with torch.no_grad():
         if site.norm is not None:
             block.gain(site.norm).div_(factors)
@@ -28,6 +34,6 @@ def scale_site_(block: Block, site: Site, factors: Tensor) -> None:
 
 
 def repeat_over_heads(factors: Tensor, block: Block) -> Tensor:
-    """(key_value * width,) to (query * width,): each key-value head's factors for all query heads it serves."""
+    """Expand (key_value * width,) to (query * width,): every query head gets the factors of its key-value head."""
     heads = block.heads
     return factors.view(heads.key_value, heads.width).repeat_interleave(heads.repeats, dim=0).reshape(-1)

@@ -1,4 +1,4 @@
-"""What every transform is: an edit of a block, in float32, that keeps its function."""
+"""The base class of transforms: edits of a block, in float32, that leave its function unchanged."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from subnibble.model.skeleton import Block
 
 
 class Transform:
-    """Edits a block before anything of it is rounded."""
+    """An edit of a block before any of its linears is rounded."""
 
-    def __call__(self, block: Block, found: SiteStatistics) -> Mapping[str, Tensor]:
-        """Edit `block` in place; give the factors (channels,) by which sites were divided, by name.
+    def __call__(self, block: Block, statistics: SiteStatistics) -> Mapping[str, Tensor]:
+        """Edit `block` in place.
 
-        found: statistics of its sites before.
+        statistics: statistics of the block's sites before the edit.
+        Returns the factors (channels,) by which the channels of sites were divided, by site name.
         """
         raise NotImplementedError
