@@ -26,7 +26,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], type[SubnibbleError], str]] = {
     ),
     "nothing to do": ("llama", {"method": "none"}, BadRecipe, "there is nothing else to do"),
     "inputs alone": ("llama", {"method": "none", **A4}, BadRecipe, "linears unquantized, but activation_bits is 4"),
-    "one window to tune on": ("llama", {"method": "bisup", "num_windows": 1}, BadRecipe, "tuning holds out some windows"),
+    "one window to tune on": ("llama", {"method": "bisup", "num_windows": 1}, BadRecipe, "tuning holds out some"),
     "no text for a prompt": (
         "llama", {"method": "rtn", "system_prompt": "auto", "calibration": None}, BadRecipe, "set calibration"
     ),

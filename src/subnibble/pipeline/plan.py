@@ -106,7 +106,7 @@ def stores_column_scales(steps: Steps, schemes: Mapping[str, Scheme | None], ske
     """Whether the linear at `path` stores column scales, because they cannot be absorbed upstream.
 
     Ignores two cases, which shapes do not show: column scales that are too large to be absorbed, and upstream weights
-    whose scales are powers of two (MX grids).
+    whose scales are powers of two (E8M0).
     """
     scheme, site = schemes[path], skeleton.site_of(path)
     if scheme is None or not steps.rounder_of(site.name).scales_columns:
