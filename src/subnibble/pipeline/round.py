@@ -86,7 +86,7 @@ class RoundedBlock:
 
     block: the block after the transforms, float32.
     terms: packed linears by name in the block, without biases and gathers.
-    exact: all parameters of the block in float32 by name, after the transforms but not rounded.
+    exact: all parameters of the block in float32 by name, transformed but not rounded, and new biases of norms.
     bases: name of a site -> channel order and Hadamard transform of its readers' input.
     absorbed: (site, column scales (channels,)) that the site's upstream weights are to absorb.
     prefix: keys and values of the system prompt, (heads, tokens, width) each, or None.
