@@ -55,7 +55,7 @@ class BlockTuning:
     trained: losses and counts of the training.
     reference: the full-precision block on the full-precision hidden states.
     outputs: outputs of `reference`, batches (windows, tokens, channels).
-    kept: names of linears that the rounder with error compensation rounded with less loss than round-to-nearest;
+    compensated: names of linears that the rounder with error compensation rounded with less loss than round-to-nearest;
         filled during rounding.
     """
 
@@ -64,7 +64,7 @@ class BlockTuning:
     trained: Trained
     reference: BlockStream
     outputs: list[Tensor]
-    kept: list[str] = field(default_factory=list)
+    compensated: list[str] = field(default_factory=list)
 
     def round(
         self, stack: Stack, weight: Tensor, observed: Observed, rounder: Rounder, correction: Correction
@@ -84,7 +84,7 @@ class BlockTuning:
             losses.append(held_out_loss(self.block, self.samples))
         best = losses.index(min(losses))
         if best > 0:
-            self.kept.extend(stack.names)
+            self.compensated.extend(stack.names)
         rounded = attempts[best]
         self._fix_(stack, rounded[1], rounded[2])
         return rounded
@@ -104,7 +104,7 @@ class BlockTuning:
         trained = self.trained
         return BlockReport(
             path, trained.before, trained.after, after, base, trained.epochs, trained.rollbacks, trained.left_out,
-            tuple(self.kept),
+            tuple(self.compensated),
         )  # fmt: skip
 
     def _fix_(self, stack: Stack, main: PackedTensor, salient: PackedRange | None) -> None:

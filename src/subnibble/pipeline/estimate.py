@@ -112,18 +112,18 @@ def _memory(steps: Steps, skeleton: Skeleton, tokens: int, distilled: Distillati
         "activation streams": (streams * (hidden + tail_channels) + hidden * steps.corrects_norms) * tokens * item,
         **_tuning_memory(steps, block, hidden * tokens * item),
     }
-    most = sum(parts.values())
+    quantizing = sum(parts.values())
     if distilled is not None:
         # Distillation starts after the parts above are freed. It holds the original model, the packed model, both
         # embedding tables, and the logits and activations of one step.
         tables = numel(shapes[f"{skeleton.arch.embedding}.weight"]) * _FLOAT_BYTES
         logits = 4 * distilled.tokens * skeleton.config.vocab_size * _FLOAT_BYTES
-        whole = sum(numel(shape) for shape in shapes.values()) * (item + 1)
+        models = sum(numel(shape) for shape in shapes.values()) * (item + 1)
         states = states_bytes(skeleton.num_blocks, distilled.tokens, hidden)
         if states >= FREE_SHARE * free_memory(skeleton.device):
             states = states_bytes(1, distilled.tokens, hidden)
-        needed = parts["this process now"] + whole + 2 * tables + logits + states
-        parts["distillation, beyond that"] = max(0, needed - most)
+        needed = parts["this process now"] + models + 2 * tables + logits + states
+        parts["distillation, beyond that"] = max(0, needed - quantizing)
     return {**parts, "peak": sum(parts.values())}
 
 
@@ -153,7 +153,7 @@ def _seconds(steps: Steps, skeleton: Skeleton, tokens: int, tuned_tokens: int, d
     distillation: 5 forward passes per token (these three, the original model, activations computed twice at times)
     """
     speed = _product_speed(skeleton.device, skeleton.dtype)
-    exact = _product_speed(skeleton.device, torch.float32)
+    float32_speed = _product_speed(skeleton.device, torch.float32)
     shapes = skeleton.linear_shapes()
     weights = sum(rows * columns for rows, columns in shapes.values())
     read_once = {site.readers[0] for site in skeleton.arch.sites}
@@ -163,10 +163,10 @@ def _seconds(steps: Steps, skeleton: Skeleton, tokens: int, tuned_tokens: int, d
     passes += steps.orders_residual
     statistics = steps.needs_drift + _GRAM_SHARE * (1 + steps.needs_survey)
     tuning = _STEP_OVERHEAD * 3 * 2 * weights * tuned_tokens / (speed * _FORWARD_EFFICIENCY)
-    whole = sum(numel(shape) for shape in skeleton.parameter_shapes().values())
-    learned = 0 if distilled is None else distilled.steps * distilled.tokens
-    tuning += 5 * 2 * whole * learned / (exact * _FORWARD_EFFICIENCY)
-    return forward * passes + 2 * grams * statistics * tokens / exact + weights * _ROUND_SECONDS + tuning
+    parameters = sum(numel(shape) for shape in skeleton.parameter_shapes().values())
+    learned_tokens = 0 if distilled is None else distilled.steps * distilled.tokens
+    tuning += 5 * 2 * parameters * learned_tokens / (float32_speed * _FORWARD_EFFICIENCY)
+    return forward * passes + 2 * grams * statistics * tokens / float32_speed + weights * _ROUND_SECONDS + tuning
 
 
 def _product_speed(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:
