@@ -168,7 +168,7 @@ def test_a_rounder_must_say_that_it_scales_columns(
     steps = Steps(RTN(Silent()), saliency=Saliency())
     monkeypatch.setitem(METHODS, "silent", Method("silent", "a test", "a test", Options, lambda options: steps))
     recipe = Recipe("silent", group_size=16, calibration=str(token_file), num_windows=2, window=32)
-    with pytest.raises(TypeError, match="RTN scales columns, and its scales_columns says that it does not"):
+    with pytest.raises(TypeError, match="RTN returned column scales, but its scales_columns is False"):
         quantize(folders["llama"], tmp_path / "out", recipe)
     assert not (tmp_path / "out").exists()
     with pytest.raises(BadRecipe, match="online transform of its input; leave one of them out"):

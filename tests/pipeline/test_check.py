@@ -25,8 +25,8 @@ REFUSED: dict[str, tuple[str, dict[str, Any], type[SubnibbleError], str]] = {
         "llama", {"method": "l2qer", **A4, "options": {"factor_bits": 16}}, BadRecipe, "factor_bits"
     ),
     "nothing to do": ("llama", {"method": "none"}, BadRecipe, "there is nothing else to do"),
-    "inputs alone": ("llama", {"method": "none", **A4}, BadRecipe, "leaves all linears, and activation_bits is 4"),
-    "one window to tune on": ("llama", {"method": "bisup", "num_windows": 1}, BadRecipe, "tuning holds some windows"),
+    "inputs alone": ("llama", {"method": "none", **A4}, BadRecipe, "linears unquantized, but activation_bits is 4"),
+    "one window to tune on": ("llama", {"method": "bisup", "num_windows": 1}, BadRecipe, "tuning holds out some"),
     "no text for a prompt": (
         "llama", {"method": "rtn", "system_prompt": "auto", "calibration": None}, BadRecipe, "set calibration"
     ),

@@ -231,7 +231,7 @@ def test_rounding_keeps_what_leaves_the_lower_loss(
     # The last of four sites: to nearest, then compensated.
     last = tuned[-1]
     assert loss_of(last.block, last.samples) == min(losses[-2:])
-    assert any(block.kept for block in tuned)
+    assert any(block.compensated for block in tuned)
     # What is stored is what won.
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     for name, module in model.model.layers[2].named_modules():

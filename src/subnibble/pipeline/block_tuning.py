@@ -1,5 +1,7 @@
-"""The tuning of one block inside the pipeline: samples from its streams, training, rounding on what was learned, and
-the choice between that and the method's own block.
+"""Tune one block inside the pipeline.
+
+Take training samples from the streams, train, round on the learned grids, and keep the tuned block unless the block
+without tuning has the lower held-out loss.
 """
 
 from __future__ import annotations
@@ -40,16 +42,21 @@ from subnibble.tuning.samples import Samples, TrainingWindows
 from subnibble.tuning.train import Trained, held_out_loss, train_
 from subnibble.tuning.tuning import EFFORTS, Tuning
 
-# Windows over which inputs are looked at before factors start.
-_LOOKED_AT = 8
+# Windows whose largest input magnitudes give smoothing factors their start.
+_SMOOTHING_WINDOWS = 8
 
 
 @dataclass(frozen=True)
 class BlockTuning:
-    """A block that was tuned, on its way through rounding.
+    """A tuned block that is being rounded.
 
-    reference: the full-precision block on the full-precision chain, whose outputs are known. kept: filled while it is
-    rounded, linears whose rounding with compensation made the loss smaller than rounding to nearest.
+    block: the block with its learned parameters.
+    samples: training and held-out windows.
+    trained: losses and counts of the training.
+    reference: the full-precision block on the full-precision hidden states.
+    outputs: outputs of `reference`, batches (windows, tokens, channels).
+    compensated: names of linears that the rounder with error compensation rounded with less loss than round-to-nearest;
+        filled during rounding.
     """
 
     block: TunedBlock
@@ -57,41 +64,52 @@ class BlockTuning:
     trained: Trained
     reference: BlockStream
     outputs: list[Tensor]
-    kept: list[str] = field(default_factory=list)
+    compensated: list[str] = field(default_factory=list)
 
-    def round(self, stack: Stack, weight: Tensor, seen: Observed, rounder: Rounder, correction: Correction) -> Rounded:
-        """As `round_stack`, on the learned grids: by `rounder` or to nearest, whichever leaves the lower loss."""
+    def round(
+        self, stack: Stack, weight: Tensor, observed: Observed, rounder: Rounder, correction: Correction
+    ) -> Rounded:
+        """Round a stack on the learned grids, by `rounder` or to nearest, whichever gives the lower held-out loss.
+
+        Arguments and result are those of `round_stack`. weight: (m, k) float32.
+        """
         grids = self.block.grids(stack.names)
-        tried = [round_stack(stack, weight, seen, RTN(grids), correction)]
+        attempts = [round_stack(stack, weight, observed, RTN(grids), correction)]
         compensating = rounder.on(grids) if rounder.needs_gram else None
         if compensating is not None:
-            tried.append(round_stack(stack, weight, seen, compensating, correction))
+            attempts.append(round_stack(stack, weight, observed, compensating, correction))
         losses = []
-        for _, whole, salient in tried:
-            self._fix_(stack, whole, salient)
+        for _, main, salient in attempts:
+            self._fix_(stack, main, salient)
             losses.append(held_out_loss(self.block, self.samples))
         best = losses.index(min(losses))
         if best > 0:
-            self.kept.extend(stack.names)
-        found = tried[best]
-        self._fix_(stack, found[1], found[2])
-        return found
+            self.compensated.extend(stack.names)
+        rounded = attempts[best]
+        self._fix_(stack, rounded[1], rounded[2])
+        return rounded
 
     def plan(self, plan: Plan, path: str) -> Plan:
-        """The plan, with clips of this block's inputs as learned. path: the block's."""
-        own = {f"{path}.{name}": scheme for name, scheme in self.block.activations().items()}
-        return replace(plan, activations={**plan.activations, **own})
+        """Return a copy of `plan` with the learned input clips of this block. path: module path of the block."""
+        learned = {f"{path}.{name}": scheme for name, scheme in self.block.activations().items()}
+        return replace(plan, activations={**plan.activations, **learned})
 
     def report(self, path: str, after: float, base: float) -> BlockReport:
-        """What the report says of the block. after, base: see `BlockReport`."""
+        """The block's entry in the report.
+
+        path: module path of the block.
+        after: held-out loss of the tuned block, rounded.
+        base: held-out loss of the block without tuning, rounded.
+        """
         trained = self.trained
         return BlockReport(
             path, trained.before, trained.after, after, base, trained.epochs, trained.rollbacks, trained.left_out,
-            tuple(self.kept),
+            tuple(self.compensated),
         )  # fmt: skip
 
-    def _fix_(self, stack: Stack, whole: PackedTensor, salient: PackedRange | None) -> None:
-        dense, second = whole.dequantize(), None if salient is None else salient.dequantize()
+    def _fix_(self, stack: Stack, main: PackedTensor, salient: PackedRange | None) -> None:
+        """Let the linears of the stack run on their rounded weights."""
+        dense, second = main.dequantize(), None if salient is None else salient.dequantize()
         if second is not None:
             dense[:, : second.shape[1]] += second
         for name, index in zip(stack.names, stack.rows(dense.device), strict=True):
@@ -100,33 +118,38 @@ class BlockTuning:
 
 @dataclass(frozen=True)
 class Tuner:
-    """Tunes blocks as they come. calls: of each block, for as many tokens as the effort takes of a window. told: is
-    called with the number of a block and its held-out loss so far.
+    """Tunes block after block.
+
+    resolved: the recipe on the model.
+    tuning: the method's tuning settings.
+    calls: arguments of each block's forward pass, for the tokens of a window that the effort trains on.
+    clock: counts the seconds of each step.
+    on_loss: called with the index of a block and its best held-out loss so far.
     """
 
     resolved: Resolved
     tuning: Tuning
     calls: list[BlockCall]
     clock: Clock
-    told: Callable[[int, float], None]
+    on_loss: Callable[[int, float], None]
 
     @classmethod
     def of(
-        cls, resolved: Resolved, prefix: PrefixIds | None, clock: Clock, told: Callable[[int, float], None]
+        cls, resolved: Resolved, prefix: PrefixIds | None, clock: Clock, on_loss: Callable[[int, float], None]
     ) -> Self | None:
-        """The tuner of a method's blocks, None if it tunes none. prefix: before the windows."""
+        """Build the tuner, None if the method does not tune. prefix: prompt prefix before the windows, or None."""
         tuning = resolved.steps.tuning
         if tuning is None:
             return None
         tokens = min(EFFORTS[tuning.effort].tokens, resolved.recipe.window)
-        return cls(resolved, tuning, resolved.skeleton.block_calls(tokens, past=past(prefix)), clock, told)
+        return cls(resolved, tuning, resolved.skeleton.block_calls(tokens, past=past(prefix)), clock, on_loss)
 
     def tunes(self, block: Block) -> bool:
-        """Whether anything of a block will be rounded."""
+        """Whether the block is tuned: at least one of its linears will be rounded."""
         return any(scheme is not None for scheme in self.resolved.plan.of_block(block)[0].values())
 
     def __call__(self, prepared: Prepared, streams: Streams) -> BlockTuning:
-        """Tune a prepared block in place."""
+        """Tune a prepared block in place. streams: read only; the hidden states are not advanced."""
         block, call, exact = prepared.block, prepared.call, streams.full_precision
         dtype = self.resolved.skeleton.dtype
         with self.clock.step("key center"):
@@ -151,7 +174,7 @@ class Tuner:
         return Frame(schemes, inputs, prepared.bases, coding, prepared.states, steps.correction, clip, dtype)
 
     def _train(self, block: Block, frame: Frame, samples: Samples) -> tuple[TunedBlock, Trained]:
-        # Every block draws its own numbers.
+        # A seed of its own for every block, so that blocks do not share random numbers.
         seed = (self.resolved.recipe.seed * 1_000_003 + block.index) % 2**63
         generator = torch.Generator().manual_seed(seed)
         tuned = TunedBlock(block, frame, self.tuning, generator)
@@ -159,23 +182,23 @@ class Tuner:
         if not math.isfinite(plain):
             dtype = str(self.resolved.skeleton.dtype).removeprefix("torch.")
             raise NumericalFailure(
-                f"{block.path}: its outputs on quantized inputs are not finite: activations leave the range of "
-                f'{dtype}; use more bits, or dtype = "float32"'
+                f"{block.path}: the outputs of the block on quantized inputs are not finite, because activations "
+                f'leave the range of {dtype}; use more bits, or dtype = "float32"'
             )
         if self.tuning.smoothing != "none":
-            few = slice(0, min(_LOOKED_AT, samples.trained))
-            largest = tuned.largest(samples.inputs[few].float(), samples.call, samples.ordinary[few])
+            first = slice(0, min(_SMOOTHING_WINDOWS, samples.trained))
+            largest = tuned.largest(samples.inputs[first].float(), samples.call, samples.ordinary[first])
             tuned.smooth_(block, largest)
             if not held_out_loss(tuned, samples) <= plain:
                 tuned.forget_smoothing_start_()
         effort = EFFORTS[self.tuning.effort]
-        trained = train_(tuned, samples, effort, generator, lambda loss: self.told(block.index, loss))
+        trained = train_(tuned, samples, effort, generator, lambda loss: self.on_loss(block.index, loss))
         return tuned, replace(trained, before=plain)
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to round a block, and the windows' passage through it."""
+    """One rounded version of a block. passage: the windows' forward pass through it."""
 
     passage: Passage
     rounded: RoundedBlock
@@ -184,33 +207,38 @@ class Candidate:
 def round_tuned(
     prepared: Prepared, resolved: Resolved, streams: Streams, tuner: Tuner, on_site: Callable[[int, str], None]
 ) -> tuple[RoundedBlock, BlockReport]:
-    """Tune a block and round it; the method's own block without tuning is a candidate, too. Streams are moved behind
-    the one that is given. on_site: see `round_block`.
+    """Tune a block and round it; round a copy without tuning, too; return the better one and its report.
+
+    streams: advanced past the block that is returned.
+    on_site: called with the number of finished sites and the name of the last one.
     """
-    own = prepared.twin()
+    untuned = prepared.twin()
     tuning = tuner(prepared, streams)
     learned = replace(resolved, plan=tuning.plan(resolved.plan, prepared.block.path))
-    # The prompt's states are now those of the tuned block.
+    # Tuning changed the block, so the prompt prefix has other keys and values now.
     passage = Passage.start(prepared.with_states(tuning.block.prefix), learned, streams, tuner.clock, tuning.reference)
 
-    def rounds(stack: Stack, weight: Tensor, seen: Observed, rounder: Rounder, correction: Correction) -> Rounded:
+    def round_tuned_stack(
+        stack: Stack, weight: Tensor, observed: Observed, rounder: Rounder, correction: Correction
+    ) -> Rounded:
         if passage.coding is not None:
             tuning.block.use_coding(passage.coding)
-        return tuning.round(stack, weight, seen, rounder, correction)
+        return tuning.round(stack, weight, observed, rounder, correction)
 
-    tuned = Candidate(passage, round_block(passage, learned, rounds, on_site))
-    plain = Passage.start(own, resolved, streams, tuner.clock, tuning.reference)
-    base = Candidate(plain, round_block(plain, resolved, round_stack, lambda number, site: None))
-    kept, report = better(tuning, tuned, base)
-    kept.passage.advance(tuning.outputs)
-    return kept.rounded, report
+    tuned = Candidate(passage, round_block(passage, learned, round_tuned_stack, on_site))
+    base_passage = Passage.start(untuned, resolved, streams, tuner.clock, tuning.reference)
+    base = Candidate(base_passage, round_block(base_passage, resolved, round_stack, lambda number, site: None))
+    best, report = better(tuning, tuned, base)
+    best.passage.advance(tuning.outputs)
+    return best.rounded, report
 
 
 def better(tuning: BlockTuning, tuned: Candidate, base: Candidate) -> tuple[Candidate, BlockReport]:
-    """Of a block that was tuned and the same block without tuning, both rounded, the one to keep: of the smaller loss
-    on held-out windows, as the block runs.
+    """Choose between the tuned and the untuned block, both rounded, by their loss on held-out windows.
+
+    Return the chosen one and the block's report. Losses are those of the block with its runtime operations.
     """
     losses = tuned.passage.output_error(tuning.samples), base.passage.output_error(tuning.samples)
-    # Written so that a loss that is not finite is not kept.
-    kept = tuned if losses[0] <= losses[1] or not math.isfinite(losses[1]) else base
-    return kept, tuning.report(tuned.rounded.block.path, *losses)
+    # A comparison with NaN is False, so a tuned block of loss NaN loses to a base of finite loss.
+    chosen = tuned if losses[0] <= losses[1] or not math.isfinite(losses[1]) else base
+    return chosen, tuning.report(tuned.rounded.block.path, *losses)

@@ -1,7 +1,7 @@
-"""May this recipe run on this model? All that can be refused before text and weights are read is refused here.
+"""Check whether a recipe can run on a model, before text and weights are read.
 
-`quantize`, `estimate` and `compare` ask `resolve`, and those that write ask for their output, too. Rules that hold of
-one step alone are the step's own (`Scheme.check_width`, `Rounder.check`, ...); this file asks all of them.
+`quantize`, `estimate` and `compare` call `resolve`; those that write call the checks of the output, too. A rule about a
+single step is defined by that step (`Scheme.check_width`, `Rounder.check`, ...); this file calls all of these checks.
 """
 
 from __future__ import annotations
@@ -46,14 +46,17 @@ from subnibble.tuning.clipping import check_scheme
 from subnibble.tuning.input_clip import check_inputs
 
 _FEWEST_TUNED_WINDOWS = 2
-# Left free for JSON, tokenizer and headers.
+# Bytes of disk space for JSON files, tokenizer and headers.
 _SLACK = 64 * 2**20
 
 
 def resolve(model: str | Path | Source, recipe: Recipe) -> Resolved:
-    """Resolve `recipe` for `model` (folder, hub id, .gguf file or open); a `SubnibbleError` says what does not fit.
+    """Check `recipe` against `model`, and fill in what it left open.
 
-    What no model would change is known before one is opened, which may fetch it.
+    model: folder, hub id, .gguf file, or an open source.
+
+    Checks that do not depend on the model come before it is opened, because opening may download it. Raises a
+    `SubnibbleError` that says what does not fit.
     """
     method = find_method(recipe.method)
     options = method.configure(recipe.options)
@@ -69,16 +72,19 @@ def resolve(model: str | Path | Source, recipe: Recipe) -> Resolved:
     plan = checked_plan(recipe, steps, skeleton)
     _check_rotation(steps, skeleton.arch)
     rotation = plan_rotation(recipe, steps, skeleton)
-    values = make_value_rotation(steps.value_rotation, Heads.of(skeleton.config).width, recipe.seed)
+    value_rotation = make_value_rotation(steps.value_rotation, Heads.of(skeleton.config).width, recipe.seed)
     prefix = given_prefix(recipe.system_prompt, source.load_tokenizer)
     _check_purpose(recipe, steps, plan)
     check_tokens(recipe, source, prefix, "the system prompt")
-    whole = resolved_recipe(recipe, options, device, dtype)
-    return Resolved(whole, steps, skeleton, plan, rotation, values, prefix)
+    complete = resolved_recipe(recipe, options, device, dtype)
+    return Resolved(complete, steps, skeleton, plan, rotation, value_rotation, prefix)
 
 
 def checked_plan(recipe: Recipe, steps: Steps, skeleton: Skeleton) -> Plan:
-    """How each linear and the cache will be coded; `BadRecipe` where it does not fit the model or a step."""
+    """Plan how each linear and the KV cache are quantized.
+
+    Raises `BadRecipe` if the plan does not fit the model or a step of the method.
+    """
     _check_sites(steps, skeleton.arch)
     recipe.check_overrides(list(skeleton.linear_shapes()))
     schemes = plan_schemes(recipe, steps, skeleton)
@@ -95,9 +101,12 @@ def checked_plan(recipe: Recipe, steps: Steps, skeleton: Skeleton) -> Plan:
 
 
 def check_tokens(recipe: Recipe, source: Source, prefix: PrefixIds | None, what: str) -> None:
-    """Raise `CalibrationError` if the model has no place for a window behind a prefix, or does not know its ids.
+    """Check that the model has enough positions for prefix and window, and that the prefix's ids are in its vocabulary.
 
-    what: names the prefix.
+    prefix: token ids before each window, or None.
+    what: name of the prefix in the error.
+
+    Raises `CalibrationError`.
     """
     window = 1 if recipe.calibration is None else recipe.window
     check_positions(window, source.config, 0 if prefix is None else len(prefix.ids))
@@ -106,21 +115,25 @@ def check_tokens(recipe: Recipe, source: Source, prefix: PrefixIds | None, what:
 
 
 def check_apart(out: Path, model: Path, recipe: Recipe) -> None:
-    """Raise `OutputError` if replacing `out` would take what is read with it."""
+    """Raise `OutputError` if replacing the folder `out` would delete the model or a text that the recipe reads."""
     if model.resolve() == out.resolve():
-        raise OutputError(f"{out} is the model itself; choose another folder")
+        raise OutputError(f"the output folder {out} is the model itself; choose another folder")
     texts = [expanded(name) for name in (recipe.calibration, recipe.system_prompt) if name and is_file(name)]
     for path in (model, *texts):
         if out.resolve() in path.resolve().parents:
-            raise OutputError(f"{path} lies in {out}, which would be replaced; choose another folder")
+            raise OutputError(f"{path} lies in {out}, which would be replaced; choose another output folder")
 
 
-def check_disk(found: Resolved, folder: Path, final: Path) -> None:
-    """Raise `OutputError` if the disk of `folder` cannot hold the checkpoint. final: what the folder will be called."""
-    recipe, skeleton = found.recipe, found.skeleton
-    needed = packed_bytes(recipe, found.steps, found.plan, skeleton, found.prefix) + _SLACK
+def check_disk(resolved: Resolved, folder: Path, final: Path) -> None:
+    """Raise `OutputError` if the disk of `folder` cannot hold the checkpoint.
+
+    folder: the temporary folder that is written.
+    final: its final path, for the error.
+    """
+    recipe, skeleton = resolved.recipe, resolved.skeleton
+    needed = packed_bytes(recipe, resolved.steps, resolved.plan, skeleton, resolved.prefix) + _SLACK
     if recipe.distillation is not None:
-        # It writes the last shard, which holds a norm that it tunes, once more before the first goes.
+        # Distillation tunes a norm in the last shard, and writes the new shard before it deletes the old one.
         needed += table_bytes(recipe, skeleton)
     free = shutil.disk_usage(folder).free
     if free < needed:
@@ -131,31 +144,31 @@ def check_disk(found: Resolved, folder: Path, final: Path) -> None:
 
 
 def _check_calibration(recipe: Recipe, steps: Steps) -> None:
-    """The recipe's calibration does for the steps, whatever the model."""
+    """Raise `BadRecipe` if the recipe has too little calibration text for the steps; needs no model."""
     if recipe.system_prompt == AUTO and recipe.calibration is None:
-        raise BadRecipe('system_prompt = "auto" is found in calibration text; set calibration')
+        raise BadRecipe('system_prompt = "auto" needs calibration text, to find sink tokens in it; set calibration')
     if steps.tuning is not None and recipe.num_windows < _FEWEST_TUNED_WINDOWS:
-        raise BadRecipe(f"tuning holds some windows out and num_windows is {recipe.num_windows}; use 2 or more")
+        raise BadRecipe(f"tuning holds out some windows, but num_windows is {recipe.num_windows}; use 2 or more")
 
 
 def _check_sites(steps: Steps, arch: Arch) -> None:
-    """The architecture has the sites that the steps name."""
-    asked = {*steps.online, *steps.rounders, *(() if steps.tuning is None else steps.tuning.unsmoothed)}
-    missing = asked - {site.name for site in arch.sites}
+    """Raise `BadRecipe` if the steps name a site that the architecture does not have."""
+    named = {*steps.online, *steps.rounders, *(() if steps.tuning is None else steps.tuning.unsmoothed)}
+    missing = named - {site.name for site in arch.sites}
     if missing:
         raise BadRecipe(
-            f"the method does something at the site {min(missing)}, which {arch.model_type} does not have; use another "
+            f"the method has a step at the site {min(missing)}, which {arch.model_type} does not have; use another "
             "method, or switch that step off"
         )
 
 
 def _check_weights(recipe: Recipe, steps: Steps, skeleton: Skeleton, schemes: dict[str, Scheme | None]) -> None:
-    """Each scheme fits its linear, its rounder, the tuning and the correction."""
+    """Raise `BadRecipe` if a scheme does not fit its linear, its rounder, the tuning or the correction."""
     if steps.leaves_weights:
         if recipe.activation_bits < PLAIN_ACTIVATIONS:
             raise BadRecipe(
-                f"method {recipe.method} leaves all linears, and activation_bits is {recipe.activation_bits}; use "
-                "another method, or activation_bits = 16"
+                f"method {recipe.method} leaves all linears unquantized, but activation_bits is "
+                f"{recipe.activation_bits}; use another method, or activation_bits = 16"
             )
         return
     quantized = {path: scheme for path, scheme in schemes.items() if scheme is not None}
@@ -172,29 +185,30 @@ def _check_weights(recipe: Recipe, steps: Steps, skeleton: Skeleton, schemes: di
 
 
 def _check_distillation(recipe: Recipe, steps: Steps, skeleton: Skeleton, plan: Plan) -> None:
-    """Distillation, if any, can learn something of what will be stored."""
+    """Raise `BadRecipe` if distillation is asked for and the packed model will have no parameter that it may learn."""
     if recipe.distillation is None:
         return
     quantized = [scheme for scheme in plan.schemes.values() if scheme is not None]
     quantized += [added for scheme in quantized for added in steps.correction.schemes(scheme)]
     columns = any(stores_column_scales(steps, plan.schemes, skeleton, path) for path in plan.schemes)
-    there = learnable(quantized, plan.activations.values(), columns, norm_biases=steps.corrects_norms)
-    recipe.distillation.check_learns(there, "the model")
+    parameters = learnable(quantized, plan.activations.values(), columns, norm_biases=steps.corrects_norms)
+    recipe.distillation.check_learns(parameters, "the model")
 
 
 def _check_rotation(steps: Steps, arch: Arch) -> None:
-    """The architecture's residual stream can be rotated, if the steps ask for it."""
+    """Raise `UnsupportedModel` if the steps rotate the residual stream and the architecture does not allow it."""
     if steps.rotation != "none" and not can_rotate(arch):
         raise UnsupportedModel(
-            f'{arch.model_type} has a reader of the residual stream without a norm; use rotation = "none"'
+            f"the residual stream of {arch.model_type} cannot be rotated, because a linear reads it without a norm; "
+            'use rotation = "none"'
         )
 
 
 def _check_purpose(recipe: Recipe, steps: Steps, plan: Plan) -> None:
-    """Something will be done to the model."""
+    """Raise `BadRecipe` if the recipe would leave the model as it is."""
     others = (plan.cache, recipe.system_prompt, recipe.embedding_scheme)
     if steps.leaves_weights and others == (None, None, None):
         raise BadRecipe(
-            f"method {recipe.method} leaves all weights, and there is nothing else to do; set kv_bits, system_prompt "
-            "or embedding_bits"
+            f"method {recipe.method} leaves all weights unquantized, and there is nothing else to do; set kv_bits, "
+            "system_prompt or embedding_bits"
         )

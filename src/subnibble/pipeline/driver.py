@@ -1,25 +1,25 @@
 """The driver: stream a checkpoint through a method, one block at a time, into a packed checkpoint.
 
-    may this recipe run on this model   `check.py`, before weights are read
-    survey the full-precision model     for its sink tokens, one channel order, if they are asked for
-    rotate                              norms fused, the residual stream in another basis, if the method asks
-    embed text and system prompt        the prompt's keys and values are the full-precision model's, block by block
-    for block in checkpoint:            one block resident
-        prepare                         the method's transforms: function unchanged
-        tune                            what is learned before anything is rounded, if the method asks
+    check the recipe on the model       `check.py`, before weights are read
+    survey the full-precision model     its sink tokens, one channel order of the residual stream, if needed
+    rotate                              gains fused into linears, residual stream rotated, if the method asks
+    embed text and system prompt        the prompt's keys and values come from the full-precision model
+    for block in checkpoint:            one block in memory at a time
+        prepare                         apply the method's transforms, which keep the function
+        tune                            train the block's parameters before rounding, if the method asks
         for site in block.sites:        in data-flow order (`round.py`)
-            correct the site's norm     mean shift of what is quantized by now
-            observe the site's tensor   upstream is quantized by now
+            correct the site's norm     against the mean shift of the linears quantized so far, if the method asks
+            observe the site's tensor   with everything before it in the model quantized
             round the site's readers
         advance the activations
-        store                           column scales absorbed, codes unchanged
+        store                           absorb column scales; codes do not change
         write the block's shard
     correct the final norm; pack embedding and head
-    tune the packed model as a whole    if the recipe asks
+    tune the packed model as a whole    distillation, if the recipe asks
 
-The order lives here and in `round.py` alone; methods say what happens at each step. A block and what comes of it are
-frozen values, `Prepared`, `Observed`, `RoundedBlock`, `StoredBlock`; the next block needs the streams alone, and the
-end what is left of each `StoredBlock`.
+Only this file and `round.py` define the order; a method defines what each step does. The stages of a block are frozen
+values: `Prepared`, `Observed`, `RoundedBlock`, `StoredBlock`. The next block needs only the streams; config and report
+need the specs and reports of each `StoredBlock`.
 """
 
 from __future__ import annotations
@@ -63,17 +63,21 @@ def quantize(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Report:
-    """Quantize `model` (folder, hub id or .gguf file) into the folder `out` as `recipe` says: a `Recipe`, a table
-    of its keys or a TOML file.
+    """Quantize a model into a packed checkpoint and return the report.
 
-    Raises a `SubnibbleError` that says what to do, before any weight is read where that can be known; `out` appears
-    only when it is complete.
+    model: folder, hub id, .gguf file, or an open source.
+    out: folder to write; it appears only when it is complete.
+    recipe: a `Recipe`, a table of its keys, or the path of a TOML file.
+    overwrite: whether an existing checkpoint at `out` may be replaced.
+    progress: called after each step with (done, total, description), or None.
+
+    Raises a `SubnibbleError` that says what to do, before any weight is read if possible.
     """
-    told, target = given_progress(progress), Recipe.of(recipe)
+    on_progress, parsed = given_progress(progress), Recipe.of(recipe)
     final = given_path(out, "out", "the folder to write")
     check_output(final, overwrite)
     clock = Clock()
-    resolved = resolve(model, target)
+    resolved = resolve(model, parsed)
     check_apart(final, resolved.skeleton.source.path, resolved.recipe)
     windows = _windows(resolved, clock)
     with clock.step("check sites"):
@@ -81,7 +85,7 @@ def quantize(
         check_sites(resolved.skeleton)
     with CheckpointWriter(final, resolved.skeleton.num_blocks + 1, overwrite) as writer:
         check_disk(resolved, writer.folder, writer.final)
-        report = _run(resolved, windows, writer, clock, told)
+        report = _run(resolved, windows, writer, clock, on_progress)
         writer.commit()
     return report
 
@@ -89,49 +93,49 @@ def quantize(
 def _run(
     resolved: Resolved, windows: Tensor | None, writer: CheckpointWriter, clock: Clock, progress: Progress
 ) -> Report:
-    """Quantize and write everything but the commit."""
+    """Quantize the model and write all files into the writer's temporary folder; the caller commits."""
     skeleton = resolved.skeleton
-    steps_a_block = len(skeleton.arch.sites) + 1
-    total = skeleton.num_blocks * steps_a_block + 2
+    steps_per_block = len(skeleton.arch.sites) + 1
+    total = skeleton.num_blocks * steps_per_block + 2
 
     def on_site(index: int, number: int, doing: str) -> None:
-        progress(1 + index * steps_a_block + number, total, doing)
+        progress(1 + index * steps_per_block + number, total, doing)
 
     with clock.step("write"):
         skeleton.source.copy_side_files(writer.folder)
-    found, streams, (tensors, modules) = _begin(resolved, windows, clock)
+    surveyed, streams, (tensors, modules) = _begin(resolved, windows, clock)
     progress(1, total, "embedding")
     tuner = Tuner.of(
-        resolved, found.prefix, clock,
+        resolved, surveyed.prefix, clock,
         lambda index, loss: on_site(index, 0, f"block {index} tuned to a held-out loss of {loss:.4f}"),
     )  # fmt: skip
     blocks: list[StoredBlock] = []
     for index in range(skeleton.num_blocks):
-        block = _load(index, resolved, found, clock)
+        block = _load(index, resolved, surveyed, clock)
         stored = _quantize_block(block, resolved, streams, tuner, clock, partial(on_site, index))
         with clock.step("write"):
             writer.write_shard(stored.tensors)
         blocks.append(stored.without_tensors())
         skeleton.release(block.path)
-        # Before the next block comes, which is as large as they are.
+        # Frees their memory before the next block is loaded, which is as large.
         del block, stored
         on_site(index + 1, 0, f"block {index}")
-    after = AfterBlocks(skeleton, found.edit, clock).stored(streams, resolved.recipe.embedding_scheme)
+    after = AfterBlocks(skeleton, surveyed.edit, clock).stored(streams, resolved.recipe.embedding_scheme)
     for specs in (*(block.specs for block in blocks), after[1]):
         modules |= specs
-    packed = PackedConfig(modules, resolved.plan.cache, found.prefix)
+    packed = PackedConfig(modules, resolved.plan.cache, surveyed.prefix)
     with clock.step("write"):
         writer.write_shard(tensors | after[0])
         write_config(writer, resolved, packed)
     progress(total, total, "written")
-    distilled = tune_whole(writer, resolved, found, packed, clock, progress)
+    distilled = tune_whole(writer, resolved, surveyed, packed, clock, progress)
     with clock.step("verify"):
         check_written(writer.folder)
-    return write_report(writer, resolved, found, blocks, distilled, clock)
+    return write_report(writer, resolved, surveyed, blocks, distilled, clock)
 
 
 def _windows(resolved: Resolved, clock: Clock) -> Tensor | None:
-    """Calibration windows (n, t) of ids; None if there is no calibration."""
+    """Token ids of the calibration windows, (windows, tokens), or None without calibration."""
     recipe, source = resolved.recipe, resolved.skeleton.source
     if recipe.calibration is None:
         return None
@@ -143,26 +147,26 @@ def _windows(resolved: Resolved, clock: Clock) -> Tensor | None:
 
 
 def _begin(resolved: Resolved, windows: Tensor | None, clock: Clock) -> tuple[Survey, Streams, Part]:
-    """Survey the model and embed the windows. The last is the embedding as it is stored."""
+    """Survey the model and embed the windows; return the survey, the streams and the embedding's tensors and specs."""
     skeleton = resolved.skeleton
     with clock.step("read"):
         table = skeleton.source.load(f"{skeleton.arch.embedding}.weight").to(skeleton.device)
-    found = survey(resolved, windows, table, clock)
-    if found.edit is not None:
-        table = found.edit.embedding(table)
+    surveyed = survey(resolved, windows, table, clock)
+    if surveyed.edit is not None:
+        table = surveyed.edit.embedding(table)
     with clock.step("embedding"):
-        stored, as_it_runs = embedding(skeleton, table, resolved.recipe.embedding_scheme)
-        return found, start(resolved, found, table, as_it_runs), stored
+        stored, running_table = embedding(skeleton, table, resolved.recipe.embedding_scheme)
+        return surveyed, start(resolved, surveyed, table, running_table), stored
 
 
-def _load(index: int, resolved: Resolved, found: Survey, clock: Clock) -> Block:
-    """A float32 block, rotated."""
+def _load(index: int, resolved: Resolved, surveyed: Survey, clock: Clock) -> Block:
+    """Load a block in float32, and rotate or reorder its channels as the method asks."""
     with clock.step("read"):
         block = resolved.skeleton.load_block(index)
-        if found.edit is not None:
-            found.edit.edit_block_(block)
-        if resolved.values is not None:
-            resolved.values.edit_block_(block)
+        if surveyed.edit is not None:
+            surveyed.edit.edit_block_(block)
+        if resolved.value_rotation is not None:
+            resolved.value_rotation.edit_block_(block)
     return block
 
 
@@ -174,7 +178,11 @@ def _quantize_block(
     clock: Clock,
     on_site: Callable[[int, str], None],
 ) -> StoredBlock:
-    """What is stored of a loaded float32 block, which is used up; streams are moved behind it."""
+    """Quantize a loaded float32 block, and advance the streams past it. The block is edited in place: do not reuse it.
+
+    tuner: None if the method does not tune.
+    on_site: called with the number of finished sites and the name of the last one.
+    """
     prepared = prepare(block, resolved, streams, clock)
     if tuner is not None and tuner.tunes(block):
         rounded, tuned = round_tuned(prepared, resolved, streams, tuner, on_site)

@@ -1,4 +1,4 @@
-"""What a quantization would take, from shapes alone: no weight is read."""
+"""Estimate the size, memory and time of a quantization from tensor shapes, without reading weights."""
 
 from __future__ import annotations
 
@@ -22,26 +22,32 @@ from subnibble.recipe import AnyRecipe, Recipe
 from subnibble.tuning.tuning import EFFORTS
 
 _FLOAT_BYTES = 4
-# Share of the measured product speed that forward passes reach beside their products; rough.
+# Speed of a whole forward pass as a share of the measured matrix-product speed; rough.
 _FORWARD_EFFICIENCY = 0.8
-# Of the products of a whole Gram matrix, what its panels up to the diagonal take.
+# Cost of a Gram matrix computed in panels up to its diagonal, as a share of the full product.
 _GRAM_SHARE = 0.6
-# Seconds per linear weight for rounding column by column on one core of 2025; rough.
+# Seconds per weight of a linear, rounded column by column on one CPU core of 2025; rough.
 _ROUND_SECONDS = 3.5e-7
-# A step of tuning over its three products: fake quantization, norms, the optimizer. Rough.
+# Time of a tuning step over the time of its three products: fake quantization, norms, optimizer. Rough.
 _STEP_OVERHEAD = 3.0
-# Float32 copies of a block that a step of tuning holds: weights as they go through their stages, gradients. Rough.
+# Float32 copies of a block during a tuning step: intermediate stages of the weights, and gradients. Rough.
 _TUNED_COPIES = 12
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """file_bytes: of the packed weights, headers aside. effective_bits: of quantized linears; both without column
-    scales that what writes them cannot take for their size: rare, and thousandths of a bit. activation_bits: of the
-    inputs of these linears as they run. memory_bytes: by part, with "peak". cache_bytes: of one token in the KV caches
-    of all layers while the result runs.
+    """Estimated size, memory and time of a quantization.
 
-    seconds: rough, from the speed of one matrix product measured here; within a factor of about two.
+    parameters: number of parameters of the model.
+    file_bytes: bytes of the packed weight files, without headers.
+    effective_bits: stored bits per weight of the quantized linears.
+    activation_bits: bits per input channel of these linears at run time.
+    memory_bytes: bytes of memory by part, with their sum as "peak".
+    seconds: run time from the speed of a matrix product measured on this machine; right within a factor of about two.
+    cache_bytes: bytes of one token in the KV caches of all layers, when the packed model runs.
+
+    file_bytes and effective_bits exclude column scales that are too large to be absorbed upstream: these are rare, and
+    cost thousandths of a bit.
     """
 
     parameters: int
@@ -58,14 +64,20 @@ class Estimate:
 
 
 def estimate(model: str | Path | Source, recipe: AnyRecipe) -> Estimate:
-    """Size, memory and time of quantizing `model` by `recipe`; raises what `quantize` would raise of both."""
-    found = resolve(model, Recipe.of(recipe))
-    recipe, steps, skeleton, plan = found.recipe, found.steps, found.skeleton, found.plan
+    """Estimate size, memory and time of quantizing a model.
+
+    model: folder, hub id, .gguf file, or an open source.
+    recipe: a `Recipe`, a table of its keys, or the path of a TOML file.
+
+    Raises the errors that `quantize` would raise for this model and recipe.
+    """
+    resolved = resolve(model, Recipe.of(recipe))
+    recipe, steps, skeleton, plan = resolved.recipe, resolved.steps, resolved.skeleton, resolved.plan
     config = skeleton.source.config
     tokens = recipe.num_windows * recipe.window if recipe.calibration is not None else 0
     return Estimate(
         parameters=sum(numel(shape) for shape in skeleton.parameter_shapes().values()),
-        file_bytes=packed_bytes(recipe, steps, plan, skeleton, found.prefix),
+        file_bytes=packed_bytes(recipe, steps, plan, skeleton, resolved.prefix),
         effective_bits=effective_bits(steps, plan, skeleton),
         activation_bits=activation_bits(steps, plan, skeleton),
         memory_bytes=_memory(steps, skeleton, tokens, recipe.distillation),
@@ -75,7 +87,10 @@ def estimate(model: str | Path | Source, recipe: AnyRecipe) -> Estimate:
 
 
 def _memory(steps: Steps, skeleton: Skeleton, tokens: int, distilled: Distillation | None) -> dict[str, int]:
-    """One block, its statistics, embeddings and the activation streams, on top of what libraries and headers take."""
+    """Bytes by part: this process so far, one block, its statistics, the embedding, the activation streams, tuning.
+
+    tokens: number of calibration tokens. distilled: distillation settings, or None.
+    """
     item = torch.empty(0, dtype=skeleton.dtype).element_size()
     shapes = skeleton.parameter_shapes()
     first = f"{skeleton.arch.block_path(0)}."
@@ -83,41 +98,45 @@ def _memory(steps: Steps, skeleton: Skeleton, tokens: int, distilled: Distillati
     linears = {p: s for p, s in skeleton.linear_shapes().items() if p.startswith(first)}
     widest = max(columns for _, columns in linears.values())
     tails = [site.readers[0] for site in skeleton.arch.sites if site.tail is not None]
-    kept = sum(linears[first + reader][1] for reader in tails)
+    tail_channels = sum(linears[first + reader][1] for reader in tails)
     hidden = skeleton.config.hidden_size
     has_twin = steps.needs_reference or steps.corrects_norms or steps.needs_survey
     streams = 2 if steps.needs_reference else 1
     parts = {
         "this process now": psutil.Process().memory_info().rss,
-        # In float32 and in the compute type, and one site's readers again with working copies.
+        # One float32 copy, one or two in the compute type, and working copies of the largest linear.
         "block": block * (item * (2 if has_twin else 1) + _FLOAT_BYTES)
         + 3 * _FLOAT_BYTES * max(rows * columns for rows, columns in linears.values()),
         "statistics": (3 + streams) * _FLOAT_BYTES * widest**2 if tokens else 0,
         "embedding": numel(shapes[f"{skeleton.arch.embedding}.weight"]) * (_FLOAT_BYTES + 2),
-        "activation streams": (streams * (hidden + kept) + hidden * steps.corrects_norms) * tokens * item,
+        "activation streams": (streams * (hidden + tail_channels) + hidden * steps.corrects_norms) * tokens * item,
         **_tuning_memory(steps, block, hidden * tokens * item),
     }
-    most = sum(parts.values())
+    quantizing = sum(parts.values())
     if distilled is not None:
-        # After the rest is gone: the original, the packed model's numbers, tables, one step's logits and states.
+        # Distillation starts after the parts above are freed. It holds the original model, the packed model, both
+        # embedding tables, and the logits and activations of one step.
         tables = numel(shapes[f"{skeleton.arch.embedding}.weight"]) * _FLOAT_BYTES
         logits = 4 * distilled.tokens * skeleton.config.vocab_size * _FLOAT_BYTES
-        whole = sum(numel(shape) for shape in shapes.values()) * (item + 1)
+        models = sum(numel(shape) for shape in shapes.values()) * (item + 1)
         states = states_bytes(skeleton.num_blocks, distilled.tokens, hidden)
         if states >= FREE_SHARE * free_memory(skeleton.device):
             states = states_bytes(1, distilled.tokens, hidden)
-        needed = parts["this process now"] + whole + 2 * tables + logits + states
-        parts["distillation, beyond that"] = max(0, needed - most)
+        needed = parts["this process now"] + models + 2 * tables + logits + states
+        parts["distillation, beyond that"] = max(0, needed - quantizing)
     return {**parts, "peak": sum(parts.values())}
 
 
 def _tuning_memory(steps: Steps, block: int, stream: int) -> dict[str, int]:
-    """A tuned block with what its gradients need, and the outputs to aim at. stream: bytes of all hidden states."""
+    """Bytes of a tuned block with its gradients, and of its training samples, {} without tuning.
+
+    block: number of parameters of a block. stream: bytes of all hidden states between two blocks.
+    """
     return {} if steps.tuning is None else {"tuning": _TUNED_COPIES * _FLOAT_BYTES * block + 3 * stream}
 
 
 def _tuned_tokens(recipe: Recipe, steps: Steps) -> int:
-    """How many tokens go through each block while it is tuned, forward and back, all epochs taken together."""
+    """Number of tokens that each block is trained on, summed over all epochs; 0 without tuning."""
     if steps.tuning is None:
         return 0
     effort = EFFORTS[steps.tuning.effort]
@@ -126,12 +145,15 @@ def _tuned_tokens(recipe: Recipe, steps: Steps) -> int:
 
 
 def _seconds(steps: Steps, skeleton: Skeleton, tokens: int, tuned_tokens: int, distilled: Distillation | None) -> float:
-    """Two operations a weight and token for a forward pass, two a token and input pair for each statistic, of which a
-    Gram matrix needs little more than half; tuning goes forward, back to inputs and back to weights; distillation
-    forward in the original, too, and at times twice.
+    """Seconds of the run, from the number of floating-point operations of its matrix products.
+
+    forward pass: 2 per weight and token
+    statistic (k, k): 2 k² per token; little more than half of it for a Gram matrix
+    tuning: 3 forward passes per token (forward, gradient of inputs, gradient of weights)
+    distillation: 5 forward passes per token (these three, the original model, activations computed twice at times)
     """
     speed = _product_speed(skeleton.device, skeleton.dtype)
-    exact = _product_speed(skeleton.device, torch.float32)
+    float32_speed = _product_speed(skeleton.device, torch.float32)
     shapes = skeleton.linear_shapes()
     weights = sum(rows * columns for rows, columns in shapes.values())
     read_once = {site.readers[0] for site in skeleton.arch.sites}
@@ -141,14 +163,14 @@ def _seconds(steps: Steps, skeleton: Skeleton, tokens: int, tuned_tokens: int, d
     passes += steps.orders_residual
     statistics = steps.needs_drift + _GRAM_SHARE * (1 + steps.needs_survey)
     tuning = _STEP_OVERHEAD * 3 * 2 * weights * tuned_tokens / (speed * _FORWARD_EFFICIENCY)
-    whole = sum(numel(shape) for shape in skeleton.parameter_shapes().values())
-    learned = 0 if distilled is None else distilled.steps * distilled.tokens
-    tuning += 5 * 2 * whole * learned / (exact * _FORWARD_EFFICIENCY)
-    return forward * passes + 2 * grams * statistics * tokens / exact + weights * _ROUND_SECONDS + tuning
+    parameters = sum(numel(shape) for shape in skeleton.parameter_shapes().values())
+    learned_tokens = 0 if distilled is None else distilled.steps * distilled.tokens
+    tuning += 5 * 2 * parameters * learned_tokens / (float32_speed * _FORWARD_EFFICIENCY)
+    return forward * passes + 2 * grams * statistics * tokens / float32_speed + weights * _ROUND_SECONDS + tuning
 
 
 def _product_speed(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:
-    """Operations a second of a square matrix product, measured."""
+    """Measured speed of a (size, size) matrix product, in floating-point operations per second."""
     a = torch.ones(size, size, dtype=dtype, device=device)
     seconds = []
     for _ in range(4):

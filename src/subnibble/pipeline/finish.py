@@ -1,4 +1,4 @@
-"""The end of a quantization, once all weights are on disk: config, recipe, distillation, report."""
+"""The end of a quantization, after all weights are on disk: config, recipe, distillation, report."""
 
 from __future__ import annotations
 
@@ -24,22 +24,33 @@ from subnibble.version import __version__
 
 
 def write_config(writer: CheckpointWriter, resolved: Resolved, packed: PackedConfig) -> None:
-    """Write what makes the folder a checkpoint: config and recipe."""
+    """Write config.json, recipe.toml and the index of the shards: from here on the folder is a complete checkpoint.
+
+    packed: specs of all packed modules, the KV cache and the prompt prefix.
+    """
     _write_model_config(writer, resolved.skeleton, packed)
     writer.write_text("recipe.toml", resolved.recipe.to_toml())
     writer.finish_weights()
 
 
 def tune_whole(
-    writer: CheckpointWriter, resolved: Resolved, found: Survey, packed: PackedConfig, clock: Clock, progress: Progress
+    writer: CheckpointWriter,
+    resolved: Resolved,
+    surveyed: Survey,
+    packed: PackedConfig,
+    clock: Clock,
+    progress: Progress,
 ) -> DistillReport | None:
-    """Distill what was written, if the recipe asks, and write it anew."""
+    """Distill the original model into the written checkpoint, and rewrite the tensors that were learned.
+
+    Return its report, or None if the recipe does not ask for distillation.
+    """
     recipe, skeleton = resolved.recipe, resolved.skeleton
-    if recipe.distillation is None or found.windows is None:
+    if recipe.distillation is None or surveyed.windows is None:
         return None
     with clock.step("distill"):
         tuned = distill(
-            skeleton.source, SafetensorsSource(writer.folder), packed, recipe.distillation, found.windows,
+            skeleton.source, SafetensorsSource(writer.folder), packed, recipe.distillation, surveyed.windows,
             skeleton.dtype, skeleton.device, recipe.seed, progress,
         )  # fmt: skip
     with clock.step("write"):
@@ -51,20 +62,20 @@ def tune_whole(
 def write_report(
     writer: CheckpointWriter,
     resolved: Resolved,
-    found: Survey,
+    surveyed: Survey,
     blocks: Sequence[StoredBlock],
     distilled: DistillReport | None,
     clock: Clock,
 ) -> Report:
-    """Write what the quantization says of itself, and give it."""
+    """Write report.json and return the report. distilled: report of the distillation, or None."""
     report = Report(
         model=str(resolved.skeleton.source.path),
         method=resolved.recipe.method,
         version=__version__,
         linears=tuple(linear for block in blocks for linear in block.linears),
         size=measure(open_source(writer.folder)).to_dict(),
-        calibration_tokens=0 if found.windows is None else found.windows.numel(),
-        prefix_tokens=past(found.prefix),
+        calibration_tokens=0 if surveyed.windows is None else surveyed.windows.numel(),
+        prefix_tokens=past(surveyed.prefix),
         seconds=clock.seconds(),
         peak_memory=peak_memory(),
         weights_sha256=weights_checksum(writer.checksums),

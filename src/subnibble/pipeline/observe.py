@@ -1,4 +1,4 @@
-"""What is seen of a site's tensor before its readers are rounded: statistics, as each reader will see it."""
+"""Statistics of a site's tensor, gathered before its readers are rounded, on the input as each reader will see it."""
 
 from __future__ import annotations
 
@@ -17,45 +17,58 @@ from subnibble.tensor.activation_scheme import ActivationScheme
 from subnibble.tensor.linear import SiteInput
 from subnibble.transforms.input_basis import InputBasis
 
-# How an input is quantized: the scheme, and the number of salient channels quantized twice.
+# How an input is quantized: (activation scheme, number of salient channels quantized twice).
 Quantization = tuple[ActivationScheme, int]
-# How calibration sees an input; None if it is not quantized.
+# How calibration quantizes an input, or None if calibration sees it unquantized.
 View = Quantization | None
 
 
 def quantized_tokens(x: Tensor, view: Quantization, basis: InputBasis) -> Tensor:
-    """What an input (..., k) stands for once it is quantized, exactly: (t, k) float32, in its own basis.
+    """Quantize and dequantize an input (..., k), as (tokens, k) float32.
 
-    bfloat16 would round 8-bit numbers times their scales by up to half of their step. The remainder of salient channels
-    counts as if it met both their weights, of which it meets the coarse one.
+    view: how the input is quantized.
+    basis: channel order and Hadamard transform before the quantization; the result is transformed back.
+
+    The result is float32, because bfloat16 would round an 8-bit code times its scale by up to half a quantization step.
+    The remainder of salient channels, which is quantized a second time, is added in full, as if it met both of their
+    weights; the running model multiplies it only by the coarse one.
     """
     scheme, repeated = view
-    own = SiteInput(None, basis.order, basis.blocks, scheme, repeated)
-    return basis.natural(site_input.apply(x, own).values())
+    site = SiteInput(None, basis.order, basis.blocks, scheme, repeated)
+    return basis.natural(site_input.apply(x, site).values())
 
 
 def quantized_input(x: Tensor, view: Quantization, basis: InputBasis) -> Tensor:
-    """The same in x's type and shape, for a block that runs in that type."""
+    """Quantize and dequantize an input as `quantized_tokens` does, in the shape and dtype of x."""
     return narrowed(quantized_tokens(x, view, basis), x.dtype).view(x.shape)
 
 
 @dataclass(frozen=True)
 class Observed:
-    """Statistics of a site's tensor, each None if it is not needed; see `Rounder`. sizes: (k,), mean magnitudes."""
+    """Statistics of a site's tensor of k channels, each None if no step needs it.
+
+    gram: (k, k), sum of x xᵀ over tokens.
+    drift: (k, k), sum of (x~ - x) xᵀ, with x~ the same token in the full-precision model.
+    sizes: (k,), mean magnitude of each channel.
+    """
 
     gram: Tensor | None = None
     drift: Tensor | None = None
     sizes: Tensor | None = None
 
     def seen_in(self, basis: InputBasis) -> Observed:
-        """The same in another basis of the input."""
+        """The statistics of the input transformed into `basis`."""
         gram, drift = (None if matrix is None else basis.both(matrix) for matrix in (self.gram, self.drift))
         return Observed(gram, drift, None if self.sizes is None else basis.columns(self.sizes.unsqueeze(0))[0])
 
 
 @dataclass(frozen=True)
 class Watch:
-    """Gathers what `Observed` holds, of k channels: a `Statistic`. drift, sizes: None where it is not needed."""
+    """Accumulates the statistics of `Observed` over k channels; a `Statistic`.
+
+    gram: accumulator of the Gram matrix.
+    drift, sizes: accumulators of the drift and of the mean magnitudes, None if not needed.
+    """
 
     gram: Gram
     drift: Drift | None
@@ -63,23 +76,23 @@ class Watch:
 
     @classmethod
     def of(cls, channels: int, device: torch.device, drift: bool, sizes: bool) -> Self:
-        """One that has seen nothing."""
+        """Build empty accumulators. channels: k. drift, sizes: whether to gather these, too."""
         return cls(
             Gram(channels, device),
             Drift(channels, device) if drift else None,
             AbsMean(channels, device) if sizes else None,
         )
 
-    def update(self, seen: Tensor, target: Tensor | None) -> None:
-        """Add tokens (t, k), and the same in the full-precision model."""
-        self.gram.update(seen)
+    def update(self, x: Tensor, target: Tensor | None) -> None:
+        """Add tokens. x: (t, k), as fed now. target: (t, k), the same tokens in the full-precision model, or None."""
+        self.gram.update(x)
         if self.sizes is not None:
-            self.sizes.update(seen)
+            self.sizes.update(x)
         if self.drift is not None and target is not None:
-            self.drift.update(seen, target)
+            self.drift.update(x, target)
 
     def merge(self, other: Watch) -> None:
-        """See `Statistic`. other: one that needs the same."""
+        """Add all tokens of `other`, which must gather the same statistics; see `Statistic`."""
         self.gram.merge(other.gram)
         if self.sizes is not None and other.sizes is not None:
             self.sizes.merge(other.sizes)
@@ -88,8 +101,8 @@ class Watch:
 
     @property
     def value(self) -> Observed:
-        """The statistics over all tokens seen."""
-        drift, sizes = (None if part is None else part.value for part in (self.drift, self.sizes))
+        """The statistics over all tokens so far."""
+        drift, sizes = (None if statistic is None else statistic.value for statistic in (self.drift, self.sizes))
         return Observed(self.gram.value, drift, sizes)
 
 
@@ -100,15 +113,17 @@ def observe(
     watch: Callable[[], Watch],
     clock: Clock,
 ) -> dict[View, Observed]:
-    """Statistics of a site's tensor in each view, in one passage.
+    """Gather the statistics of a site's tensor for each view, in one pass over the tokens.
 
-    tensors: batches (t, k) as the quantized block has them, and as the full-precision one has, or None. basis: in which
-    readers meet it. watch: makes one that has seen nothing.
+    tensors: batches (t, k) of the quantized model, each with the same tokens of the full-precision model, or None.
+    views: how the readers' inputs are quantized.
+    basis: channel order and Hadamard transform of the readers' inputs.
+    watch: builds empty accumulators.
     """
     watches = {view: watch() for view in views}
     with clock.step("forward"):
         for x, target in tensors:
             with clock.step("gram"):
-                for view, own in watches.items():
-                    own.update(x if view is None else quantized_tokens(x, view, basis), target)
-    return {view: own.value for view, own in watches.items()}
+                for view, statistics in watches.items():
+                    statistics.update(x if view is None else quantized_tokens(x, view, basis), target)
+    return {view: statistics.value for view, statistics in watches.items()}

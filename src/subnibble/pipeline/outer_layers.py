@@ -1,4 +1,4 @@
-"""What a model has around its blocks: the embedding; the final norm, the head, and whatever else there is."""
+"""Pack the layers outside the blocks: embedding, final norm, head, and any other tensors."""
 
 from __future__ import annotations
 
@@ -26,12 +26,16 @@ from subnibble.tensor.packed import PackedTensor
 from subnibble.tensor.scheme import Scheme
 from subnibble.transforms.rotate import ResidualEdit
 
-# The tensors to write, and the specs of what is packed.
+# (tensors to write by name, specs of the packed modules by path).
 Part = tuple[dict[str, Tensor], dict[str, Spec]]
 
 
 def embedding(skeleton: Skeleton, table: Tensor, scheme: Scheme | None) -> tuple[Part, PackedTensor | Tensor]:
-    """The embedding of an edited table (tokens, channels); and as it will run. scheme: None leaves it at 16 bits."""
+    """Pack the embedding; return its tensors and specs, and the table that the packed model will run on.
+
+    table: (tokens, channels), rotated or reordered already.
+    scheme: how to quantize it, None for 16 bits.
+    """
     path = skeleton.arch.embedding
     tensors, packed = pack_table(path, table, scheme)
     if packed is None:
@@ -42,23 +46,33 @@ def embedding(skeleton: Skeleton, table: Tensor, scheme: Scheme | None) -> tuple
 
 @dataclass(frozen=True)
 class AfterBlocks:
-    """What is behind the blocks. edit: of the residual stream, or None."""
+    """Packs the layers after the last block.
+
+    skeleton: the model without weights, and its source.
+    edit: rotation or channel order of the residual stream, or None.
+    clock: counts the seconds of each step.
+    """
 
     skeleton: Skeleton
     edit: ResidualEdit | None
     clock: Clock
 
     def stored(self, streams: Streams, scheme: Scheme | None) -> Part:
-        """All of it. streams: behind the last block. scheme: of the head, None leaves it at 16 bits."""
+        """Pack final norm, head and all other tensors.
+
+        streams: hidden states after the last block.
+        scheme: how to quantize the head, None for 16 bits.
+        """
         norm, specs = self.final_norm(streams.unrounded, streams.hidden)
         head, packed = self.head(scheme)
         return norm | head | self.others(), specs | packed
 
     def final_norm(self, target: list[Tensor], hidden: list[Tensor]) -> Part:
-        """The final norm, its mean shift corrected if the method asks.
+        """Store the final norm, with a bias against the mean shift if the method asks.
 
-        target: the last block's outputs before its last two sites were quantized, none for no correction; hidden:
-        after.
+        target: outputs of the last block before its last two sites were quantized, batches (windows, tokens,
+            channels); empty for no correction.
+        hidden: the same outputs after these sites were quantized.
         """
         skeleton, path = self.skeleton, self.skeleton.arch.final_norm
         gain = self._final_gain()
@@ -71,7 +85,7 @@ class AfterBlocks:
 
             def outputs() -> Iterator[tuple[Tensor, Tensor]]:
                 for pair in zip(target, hidden, strict=True):
-                    before, after = (norm(part.to(skeleton.device)).flatten(0, -2) for part in pair)
+                    before, after = (norm(states.to(skeleton.device)).flatten(0, -2) for states in pair)
                     yield before, after
 
             with self.clock.step("mean shift"), torch.no_grad():
@@ -83,7 +97,10 @@ class AfterBlocks:
         return tensors, specs
 
     def head(self, scheme: Scheme | None) -> Part:
-        """The head; if it is tied, what its input meets first, if anything. scheme: None leaves it at 16 bits."""
+        """Pack the head. scheme: how to quantize it, None for 16 bits.
+
+        A tied head stores only the matrix that multiplies its input, if the residual stream is rotated.
+        """
         skeleton, head = self.skeleton, self.skeleton.arch.head
         if skeleton.tied:
             mix = () if self.edit is None else self.edit.head_mix(self._final_gain())
@@ -101,8 +118,8 @@ class AfterBlocks:
         return self.skeleton.source.load(f"{self.skeleton.arch.final_norm}.weight").to(self.skeleton.device)
 
     def others(self) -> dict[str, Tensor]:
-        """What is in neither embedding, blocks, final norm nor head."""
+        """Tensors outside embedding, blocks, final norm and head, by name: matrices in 16 bits."""
         arch = self.skeleton.arch
-        done = tuple(f"{path}." for path in (arch.embedding, arch.blocks, arch.final_norm, arch.head))
-        names = (name for name in self.skeleton.parameter_shapes() if not name.startswith(done))
+        stored = tuple(f"{path}." for path in (arch.embedding, arch.blocks, arch.final_norm, arch.head))
+        names = (name for name in self.skeleton.parameter_shapes() if not name.startswith(stored))
         return {name: as_stored(self.skeleton.source.load(name)) for name in names}

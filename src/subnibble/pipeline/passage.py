@@ -1,4 +1,4 @@
-"""All windows on their way through one block while its linears are rounded: what each site sees by then."""
+"""Run all windows through one block while its linears are rounded, so that later sites see the rounding error."""
 
 from __future__ import annotations
 
@@ -36,12 +36,17 @@ from subnibble.tuning.train import held_out_loss
 
 @dataclass
 class Passage:
-    """A block that gets its rounded linears one site after the other, and the streams through it.
+    """A block that gets its rounded linears site after site, and the streams of hidden states through it.
 
-    block: a copy of the prepared one in the compute type. stream: of the quantized model's hidden states through it.
-    reference: of the full-precision model's, through a full-precision copy. teacher: of the quantized model's, through
-    such a copy. The last two are None where no step asks. coding: how the block's cache quantizes, None until its keys
-    are as they will run. hooks: on the block, they quantize inputs.
+    prepared: the block after the method's transforms, float32.
+    block: a copy of it in the compute type, which gets the rounded linears.
+    streams: hidden states of all windows before the block.
+    clock: counts the seconds of each step.
+    stream: hidden states of the quantized model through `block`.
+    reference: hidden states of the full-precision model through an unquantized copy, None if no step needs it.
+    teacher: hidden states of the quantized model through an unquantized copy, None if no step needs it.
+    coding: how the block's KV cache quantizes, None before its key projections are rounded or without quantization.
+    hooks: hooks on `block` that quantize inputs.
     """
 
     prepared: Prepared
@@ -63,25 +68,37 @@ class Passage:
         clock: Clock,
         reference: BlockStream | None = None,
     ) -> Self:
-        """Before anything of a prepared block is rounded. reference: if there is one already."""
+        """Start the pass through a prepared block of which no linear is rounded yet.
+
+        reference: the full-precision stream, if the caller has one already.
+        """
         steps, dtype, teacher = resolved.steps, resolved.skeleton.dtype, None
         block, before = prepared.block.twin(dtype), behind(prepared.call, prepared.states)
         if reference is None and streams.hidden and (steps.needs_reference or steps.corrects_norms):
             twin = prepared.block.twin(dtype)
             reference = BlockStream(twin, streams.full_precision, before) if steps.needs_reference else None
             teacher = BlockStream(twin, streams.hidden, before) if steps.corrects_norms else None
-        # Until keys are as they will run there is no cache to ask: `use_cache` comes then.
+        # The KV cache quantizes from `use_cache` on, which is called once the key projections are rounded.
         stream = BlockStream(block, streams.hidden, before)
         return cls(prepared, block, streams, clock, stream, reference, teacher)
 
     def at(self, site: Site, reference: bool) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """The site's tensor, batches (t, k), and the full-precision model's if `reference` is asked for, else None."""
+        """Yield the site's tensor in batches (t, k), each with the same tokens of the full-precision model, or None.
+
+        reference: whether to yield the full-precision tokens.
+        """
         if not reference or self.reference is None:
             return zip(self.stream.at(site), itertools.repeat(None), strict=False)
         return zip(self.stream.at(site), self.reference.at(site), strict=True)
 
     def shift_norm(self, site: Site, norm: str, teacher: BlockStream) -> Tensor:
-        """Give the site's norm the bias that undoes the mean shift of what was rounded before; (channels,) float32."""
+        """Give the site's norm a bias that undoes the mean shift of the linears rounded so far.
+
+        norm: name of the norm in the block.
+        teacher: see `Passage`.
+
+        Returns the bias, (channels,) float32.
+        """
         with self.clock.step("mean shift"):
             outputs = zip(teacher.at(site), self.stream.at(site), strict=True)
             gain = self.block.gain(norm)
@@ -90,27 +107,36 @@ class Passage:
         return bias
 
     def put(self, name: str, dense: Tensor, view: View) -> None:
-        """Let the block run on a rounded weight (m, k). view: how its input is quantized from here on."""
+        """Replace the weight of a linear of the block by its rounded one.
+
+        name: name of the linear in the block.
+        dense: (m, k), the dequantized weight.
+        view: how its input is quantized from now on, or None.
+        """
         weight = self.block.linear(name).weight
         weight.data = dense.to(weight.dtype)
         if view is not None:
             self.hooks.append(self._hook(name, view))
 
-    def use_cache(self, scheme: CacheScheme, inputs: Mapping[str, Quantization], seen: bool) -> None:
-        """From here on code the keys and values by `scheme`. Keys are as they will run by now.
+    def use_cache(self, scheme: CacheScheme, inputs: Mapping[str, Quantization], applies: bool) -> None:
+        """Compute how the block's KV cache quantizes, and quantize keys and values from now on.
 
-        inputs: how those of linears that write keys are quantized, where calibration does not. seen: whether the rest
-        of the block sees the codes.
+        Call it once the key projections are rounded, because the mean of the keys depends on them.
+
+        scheme: how keys and values are quantized.
+        inputs: name of a key projection -> how its input is quantized at run time, if calibration leaves it exact.
+        applies: whether later sites of the block see quantized keys and values.
         """
         prepared = self.prepared
         with self.clock.step("key center"), self._quantizing(inputs):
             self.coding = coding_of(self.block, scheme, self.streams.hidden, prepared.call)
-        if seen:
-            self.stream = BlockStream(self.block, self.streams.hidden, self._behind(prepared.call))
+        if applies:
+            self.stream = BlockStream(self.block, self.streams.hidden, self._after_prefix(prepared.call))
 
     @contextmanager
     def _quantizing(self, inputs: Mapping[str, Quantization]) -> Iterator[None]:
-        hooks = [self._hook(name, how) for name, how in inputs.items()]
+        """Quantize the inputs of these linears inside the `with` block."""
+        hooks = [self._hook(name, view) for name, view in inputs.items()]
         try:
             yield
         finally:
@@ -122,33 +148,39 @@ class Passage:
         quantize = partial(quantized_input, view=view, basis=basis)
         return InputHook(f"the quantized input of {block.path}.{name}", block.linear(name), quantize)
 
-    def _behind(self, call: BlockCall) -> BlockCall:
+    def _after_prefix(self, call: BlockCall) -> BlockCall:
+        """The call with the prompt prefix's keys and values in its cache, and the cache quantized."""
         return behind(call, self.prepared.states, self.coding)
 
     def output_error(self, samples: Samples) -> float:
-        """The held-out loss of the block as it is now, on its own operations; see `tuning/train.py`."""
+        """The held-out loss of the block with the linears rounded so far; see `tuning/train.py`."""
         module = self.block.module
 
         def output(hidden: Tensor, call: BlockCall) -> Tensor:
-            kind = next(module.parameters()).dtype
-            return run_block(module, hidden.to(kind), self._behind(call))
+            dtype = next(module.parameters()).dtype
+            return run_block(module, hidden.to(dtype), self._after_prefix(call))
 
         return held_out_loss(output, samples)
 
     def outputs(self) -> list[Tensor]:
-        """The block's outputs as it is now."""
+        """Outputs of the block with the linears rounded so far, batches (windows, tokens, channels)."""
         with self.clock.step("forward"):
             return list(self.stream.outputs())
 
     def advance(self, target: list[Tensor] | None = None) -> None:
-        """Move the streams to behind the block. target: outputs of the full-precision one, where they are known."""
+        """Advance the streams past the block: inputs are replaced by outputs.
+
+        target: outputs of the full-precision block, if they are known already.
+
+        Raises `SilentFailure` if a hook or a norm's bias never ran.
+        """
         with self.clock.step("forward"):
             self.stream.advance()
             if self.reference is not None:
                 self.reference.advance(target)
         if self.streams.prefix is not None and self.prepared.prefix is not None:
             self.streams.prefix.move(self.prepared.prefix)
-        # Before the next block is made of these outputs.
+        # Checked here, before the next block is quantized on these outputs.
         idle = [hook.path for hook in self.hooks if not hook.runs]
         idle += [f"the bias of {self.block.path}.{path}" for path in never_ran(self.block.module)]
         if idle:

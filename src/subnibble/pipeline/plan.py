@@ -1,6 +1,6 @@
-"""What a recipe and a method come to on a model, from shapes alone: how each linear and the cache are coded.
+"""Plan how each linear and the KV cache are quantized, from recipe, method and tensor shapes.
 
-`check.py` says whether they may.
+`check.py` checks whether the plan is allowed.
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ from subnibble.transforms.rotate_values import ValueRotation
 
 @dataclass(frozen=True)
 class Plan:
-    """Path of each linear -> how its weight and its input are quantized, None for not at all.
+    """How each linear and the KV cache are quantized.
 
-    cache: how keys and values are coded, None for not at all.
+    schemes: module path of a linear -> scheme of its weight, None if it is not quantized.
+    activations: module path of a linear -> scheme of its input, None if it is not quantized.
+    cache: scheme of keys and values, None if they are not quantized.
     """
 
     schemes: Mapping[str, Scheme | None]
@@ -33,7 +35,7 @@ class Plan:
     cache: CacheScheme | None = None
 
     def of_block(self, block: Block) -> tuple[dict[str, Scheme | None], dict[str, ActivationScheme | None]]:
-        """The same for one block, by names in it."""
+        """`schemes` and `activations` of one block, by the linears' names relative to the block."""
         names = block.arch.linears
         return (
             {name: self.schemes[f"{block.path}.{name}"] for name in names},
@@ -43,10 +45,15 @@ class Plan:
 
 @dataclass(frozen=True)
 class Resolved:
-    """A recipe on a model, as `check.resolve` admits it.
+    """A recipe for one model, after the checks of `check.resolve`.
 
-    recipe: with everything filled in that was left open. rotation: of the residual stream; values: of heads' values;
-    None for none. prefix: the system prompt's, None for none and for one that is yet to be found.
+    recipe: the recipe with all open values filled in.
+    steps: what the method does.
+    skeleton: the model without weights, and its source.
+    plan: how linears and KV cache are quantized.
+    rotation: rotation of the residual stream, or None.
+    value_rotation: rotation of the values within each head, or None.
+    prefix: token ids of the system prompt, None if there is none or if `survey` will find it ("auto").
     """
 
     recipe: Recipe
@@ -54,12 +61,15 @@ class Resolved:
     skeleton: Skeleton
     plan: Plan
     rotation: Rotation | None
-    values: ValueRotation | None
+    value_rotation: ValueRotation | None
     prefix: PrefixIds | None
 
 
 def plan_schemes(recipe: Recipe, steps: Steps, skeleton: Skeleton) -> dict[str, Scheme | None]:
-    """Path of each linear -> its weight's scheme, None where an override skips it or the method leaves weights."""
+    """Plan the weights: module path of each linear -> scheme of its weight.
+
+    The scheme is None if an override skips the linear or the method quantizes no weights.
+    """
     paths = skeleton.linear_shapes()
     if steps.leaves_weights:
         return dict.fromkeys(paths)
@@ -69,34 +79,38 @@ def plan_schemes(recipe: Recipe, steps: Steps, skeleton: Skeleton) -> dict[str, 
 def plan_inputs(
     recipe: Recipe, steps: Steps, schemes: Mapping[str, Scheme | None]
 ) -> dict[str, ActivationScheme | None]:
-    """Path of each linear -> its input's scheme, None for not at all. schemes: of the weights."""
-    found: dict[str, ActivationScheme | None] = dict.fromkeys(schemes)
+    """Plan the inputs: module path of each linear -> scheme of its input, None if the input is not quantized.
+
+    schemes: module path of each linear -> scheme of its weight, or None.
+    """
+    activations: dict[str, ActivationScheme | None] = dict.fromkeys(schemes)
     for path, scheme in schemes.items():
-        inputs = None if scheme is None else recipe.activation_of(path, scheme)
-        found[path] = None if inputs is None else steps.correction.inputs(inputs)
-    return found
+        activation = None if scheme is None else recipe.activation_of(path, scheme)
+        activations[path] = None if activation is None else steps.correction.inputs(activation)
+    return activations
 
 
 def plan_rotation(recipe: Recipe, steps: Steps, skeleton: Skeleton) -> Rotation | None:
-    """The rotation of the residual stream, None for none; raises what `make_rotation` raises."""
+    """Build the rotation of the residual stream, None if the method has none. Raises the errors of `make_rotation`."""
     width = skeleton.config.hidden_size
     return make_rotation(steps.rotation, width, recipe.scheme, recipe.seed, skeleton.device)
 
 
 def needs_data(recipe: Recipe, steps: Steps) -> bool:
-    """Whether calibration text is needed."""
+    """Whether the method, the distillation or the KV cache needs calibration text."""
     cache = recipe.cache_scheme(steps.cache)
     return steps.needs_data or recipe.distillation is not None or (cache is not None and cache.is_centered)
 
 
 def stores_column_scales(steps: Steps, schemes: Mapping[str, Scheme | None], skeleton: Skeleton, path: str) -> bool:
-    """Whether the linear at `path` stores its own column scales: it is rounded with some that no writer can take.
+    """Whether the linear at `path` stores column scales, because they cannot be absorbed upstream.
 
-    Leaves out those that are too large to be absorbed, or whose writers have bare exponents as scales.
+    Ignores two cases, which shapes do not show: column scales that are too large to be absorbed, and upstream weights
+    whose scales are powers of two (E8M0).
     """
     scheme, site = schemes[path], skeleton.site_of(path)
     if scheme is None or not steps.rounder_of(site.name).scales_columns:
         return False
     block = next(path.removesuffix(name) for name in site.readers if path.endswith(f".{name}"))
-    together = {schemes[f"{block}{name}"] for name in site.readers} == {scheme}
-    return not (together and has_source(site, Heads.of(skeleton.config)))
+    share_scheme = {schemes[f"{block}{name}"] for name in site.readers} == {scheme}
+    return not (share_scheme and has_source(site, Heads.of(skeleton.config)))

@@ -1,4 +1,4 @@
-"""A block after the method's transforms, before anything of it is learned or rounded."""
+"""Apply the method's transforms to a block, before it is tuned and rounded."""
 
 from __future__ import annotations
 
@@ -21,10 +21,12 @@ from subnibble.transforms.input_basis import InputBasis
 
 @dataclass(frozen=True)
 class Prepared:
-    """A transformed float32 block: these weights are rounded, not their copies in the compute type.
+    """A block after the transforms.
 
-    bases: in which readers meet their inputs, by name of the site. call: what the model calls the block with. prefix:
-    what the block makes of the system prompt, or None.
+    block: float32; these weights are rounded, not their copies in the compute type.
+    bases: name of a site -> channel order and Hadamard transform of its readers' input.
+    call: arguments of the block's forward pass.
+    prefix: keys, values and output of the block for the system prompt, or None.
     """
 
     block: Block
@@ -34,56 +36,60 @@ class Prepared:
 
     @property
     def states(self) -> States | None:
-        """The prompt's keys and values in the block, (heads, tokens, width) each, or None."""
+        """Keys and values of the system prompt in this block, (heads, tokens, width) each, or None."""
         return None if self.prefix is None else self.prefix.states
 
     def twin(self) -> Prepared:
-        """The same with a copy of the block, which stays as it is."""
+        """The same values with a copy of the block, so that later edits of the block do not reach it."""
         return replace(self, block=self.block.twin())
 
     def with_states(self, states: States | None) -> Prepared:
-        """The same with other keys and values of the prompt."""
+        """The same values with other keys and values of the system prompt, (heads, tokens, width) each."""
         if self.prefix is None or states is None:
             return self
         return replace(self, prefix=replace(self.prefix, states=states))
 
 
 def prepare(block: Block, resolved: Resolved, streams: Streams, clock: Clock) -> Prepared:
-    """Survey a loaded float32 block, if a step asks, and carry out the method's transforms on it, in place."""
-    steps, call, prefix, found = resolved.steps, streams.calls[block.index], streams.prefix, None
+    """Apply the method's transforms to a loaded float32 block, in place.
+
+    streams: hidden states before the block; read for statistics if a transform needs them.
+    """
+    steps, call, prefix, statistics = resolved.steps, streams.calls[block.index], streams.prefix, None
     if steps.needs_survey:
         with clock.step("forward"):
-            own = resolved.plan.of_block(block)
+            schemes = resolved.plan.of_block(block)
             before = behind(call, None if prefix is None else prefix.run(block).states)
-            found = BlockStream(block.twin(resolved.skeleton.dtype), streams.hidden, before).statistics(*own)
+            statistics = BlockStream(block.twin(resolved.skeleton.dtype), streams.hidden, before).statistics(*schemes)
     with clock.step("transform"):
-        bases = _transform_(block, steps, found)
+        bases = _transform_(block, steps, statistics)
     with clock.step("prefix"):
         step = None if prefix is None else prefix.run(block)
     return Prepared(block, bases, call, step)
 
 
-def _transform_(block: Block, steps: Steps, found: SiteStatistics | None) -> dict[str, InputBasis]:
-    """Carry out the transforms; the bases in which readers meet their sites' tensors.
+def _transform_(block: Block, steps: Steps, statistics: SiteStatistics | None) -> dict[str, InputBasis]:
+    """Apply the transforms in place; return the basis of each site's input by name of the site.
 
-    found: statistics before, None where no step needs them.
+    statistics: of the block before the transforms, None if no step needs them.
     """
     bases = {site.name: _online(block, site, steps) for site in block.arch.sites}
-    if found is None:
+    if statistics is None:
         return bases
     for transform in steps.transforms:
         try:
-            transform(block, found)
+            transform(block, statistics)
         except NumericalFailure as error:
-            # What rounds for a transform's search knows of no block.
+            # A rounder that a transform's search calls does not know the block, so the error names it here.
             raise NumericalFailure(f"{block.path}: {str(error).removeprefix(block.path).lstrip()}") from error
     if steps.saliency is not None:
         for site in block.arch.sites:
-            order = steps.saliency(block, site, found)
+            order = steps.saliency(block, site, statistics)
             bases[site.name] = replace(bases[site.name], order=order)
     return bases
 
 
 def _online(block: Block, site: Site, steps: Steps) -> InputBasis:
+    """The basis of the site's input: an online Hadamard transform if the method asks for one, no channel order yet."""
     width = block.linear(site.readers[0]).in_features
     return InputBasis(blocks=hadamard_blocks(width) if site.name in steps.online else ())

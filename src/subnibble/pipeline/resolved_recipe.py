@@ -1,7 +1,8 @@
-"""The recipe as `recipe.toml` keeps it: all that was left open filled in, so that it makes the same bytes again.
+"""The recipe as `recipe.toml` stores it: all open values are filled in, so that it produces the same bytes again.
 
-But for grid, zero_point and the table kv: where they leave something to the method they stay so. What it wants depends
-on bits and site, and other bits or another method over the file shall get theirs. `config.json` has what came of them.
+Exception: `grid`, `zero_point` and the table `kv` stay open where the method chooses them. The choice depends on bit
+width and site, so that it must change if the recipe is reused with other bits or another method. `config.json` has the
+values that were chosen.
 """
 
 from __future__ import annotations
@@ -23,7 +24,11 @@ def resolved_recipe(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Recipe:
-    """The recipe with everything that was resolved. options: the method's."""
+    """Fill in the open values of a recipe.
+
+    options: the method's options, a dataclass with all defaults filled in.
+    device, dtype: as resolved for this machine and model.
+    """
     return replace(
         recipe,
         system_prompt=recipe.system_prompt and absolute_path(recipe.system_prompt, (DEFAULT, BOS, AUTO)),

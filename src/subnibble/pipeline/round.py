@@ -1,6 +1,6 @@
-"""Round a prepared block: site by site in data-flow order, each on what it sees of the sites rounded before.
+"""Round a prepared block site by site, in data-flow order: each site sees the rounding error of the sites before it.
 
-Linears that read one input by one scheme are rounded on top of each other: their rows are independent.
+Linears that read the same input and share their schemes are stacked and rounded together: their rows are independent.
 """
 
 from __future__ import annotations
@@ -39,10 +39,15 @@ from subnibble.transforms.input_basis import InputBasis
 
 @dataclass(frozen=True)
 class Stack:
-    """block: path of the block. names: of the linears in it. heights: rows of each. scheme, activation: of weights and
-    inputs.
+    """Linears of a block that are rounded together, their weights stacked by rows.
 
-    repeated: see `SiteInput`. where: names them in errors.
+    block: module path of the block.
+    names: names of the linears in the block.
+    heights: number of output rows of each linear.
+    scheme: how the weights are quantized.
+    activation: how the common input is quantized, or None.
+    repeated: number of salient channels whose input is quantized twice; see `SiteInput`.
+    where: names the linears in errors.
     """
 
     block: str
@@ -54,18 +59,19 @@ class Stack:
     where: str
 
     def rows(self, device: torch.device) -> tuple[Tensor, ...]:
-        """Rows of each linear in the stack, (height,) each."""
+        """Row indices of each linear in the stack, (height,) int64 each."""
         rows: tuple[Tensor, ...] = torch.arange(sum(self.heights), device=device).split(list(self.heights))
         return rows
 
 
 @dataclass(frozen=True)
 class RoundedStack:
-    """Readers of one input, by name in their block.
+    """Rounded linears that read one input; all mappings are by name in the block.
 
-    terms: without biases and gathers. linears: what the report says, without bits. dense: (m, k) float32, what each
-    weight stands for on the input as it comes. absorbed: column scales (k,) that the writers of the input are to take,
-    or None.
+    terms: packed linears, without biases and gathers.
+    linears: report of each linear, with effective_bits still NaN.
+    dense: dequantized weights, (m, k) float32 each, for the input before channel order and Hadamard transform.
+    absorbed: column scales (k,) that upstream weights are to absorb, or None.
     """
 
     terms: Mapping[str, Linear]
@@ -78,10 +84,14 @@ class RoundedStack:
 class RoundedBlock:
     """A block whose linears are rounded.
 
-    terms: of what was rounded, by name in the block; biases, gathers aside. exact: every parameter in float32, edited
-    or not, by name. bases: in which readers meet their inputs, by name of the site. absorbed: column scales (channels,)
-    that the writers of a site are to take. prefix: keys and values of the system prompt, (heads, tokens, width), or
-    None. coding: how its cache quantizes, or None. linears: what the report says of each, its bits aside.
+    block: the block after the transforms, float32.
+    terms: packed linears by name in the block, without biases and gathers.
+    exact: all parameters of the block in float32 by name, transformed but not rounded, and new biases of norms.
+    bases: name of a site -> channel order and Hadamard transform of its readers' input.
+    absorbed: (site, column scales (channels,)) that the site's upstream weights are to absorb.
+    prefix: keys and values of the system prompt, (heads, tokens, width) each, or None.
+    coding: how the block's KV cache quantizes, or None.
+    linears: report of each rounded linear by name, with effective_bits still NaN.
     """
 
     block: Block
@@ -94,16 +104,19 @@ class RoundedBlock:
     linears: Mapping[str, LinearReport]
 
 
-# Rounds a stack's weight (m, k) float32, as inputs meet it, with what the correction adds; see `round_stack`.
+# A function with the arguments and the result of `round_stack`.
 RoundStack = Callable[[Stack, Tensor, Observed, Rounder, Correction], Rounded]
 
 
 def round_block(
     passage: Passage, resolved: Resolved, rounds: RoundStack, on_site: Callable[[int, str], None]
 ) -> RoundedBlock:
-    """Round the linears of a block; its passage gets them dequantized.
+    """Round all linears of a block that the plan quantizes.
 
-    rounds: how. on_site: is called with how many sites are done, and the name of the last.
+    passage: the windows' forward pass through the block; it gets the dequantized weights.
+    resolved: the recipe on the model; its plan has the schemes.
+    rounds: rounds one stack of linears.
+    on_site: called with the number of finished sites and the name of the last one.
     """
     prepared, plan, steps = passage.prepared, resolved.plan, resolved.steps
     block = prepared.block
@@ -118,10 +131,10 @@ def round_block(
             exact[f"{site.norm}.bias"] = passage.shift_norm(site, site.norm, passage.teacher)
         if passage.teacher is not None and site == last_norm and block.index == resolved.skeleton.num_blocks - 1:
             passage.streams.unrounded = passage.outputs()
-        for found in _round_site(site, passage, resolved, rounds, terms):
-            terms |= found.terms
-            linears |= found.linears
-            absorbed += [] if found.absorbed is None else [(site, found.absorbed)]
+        for rounded in _round_site(site, passage, resolved, rounds, terms):
+            terms |= rounded.terms
+            linears |= rounded.linears
+            absorbed += [] if rounded.absorbed is None else [(site, rounded.absorbed)]
         if plan.cache is not None and set(site.readers) & keys:
             inputs = _unseen_inputs(terms, keys) if steps.inputs == "exact" else {}
             passage.use_cache(plan.cache, inputs, steps.sees_cache)
@@ -132,7 +145,7 @@ def round_block(
 def _round_site(
     site: Site, passage: Passage, resolved: Resolved, rounds: RoundStack, done: Mapping[str, Linear]
 ) -> Iterator[RoundedStack]:
-    """Observe the site's tensor and round its readers. done: what is rounded by now."""
+    """Observe the site's tensor and round its readers. done: the block's linears rounded so far, by name."""
     prepared, steps = passage.prepared, resolved.steps
     basis, rounder = prepared.bases[site.name], steps.rounder_of(site.name)
     stacks = _stacks(site, prepared.block, resolved)
@@ -140,25 +153,25 @@ def _round_site(
     observed = _observe(site, set(views), passage, steps) if stacks and passage.streams.hidden else {}
     for stack, view in zip(stacks, views, strict=True):
 
-        def rounded(weight: Tensor, seen: Observed, stack: Stack = stack) -> Rounded:
-            found = rounds(stack, weight, seen, rounder, steps.correction)
-            _check_promise(found[0], rounder, stack.where)
-            return found
+        def rounded(weight: Tensor, statistics: Observed, stack: Stack = stack) -> Rounded:
+            result = rounds(stack, weight, statistics, rounder, steps.correction)
+            _check_promise(result[0], rounder, stack.where)
+            return result
 
         def absorbs(columns: Tensor, stack: Stack = stack) -> bool:
-            weights = {name: own.weight.main for name, own in done.items()}
+            weights = {name: linear.weight.main for name, linear in done.items()}
             return can_absorb(site, prepared.block.heads, stack.names, weights, columns)
 
         natural = torch.cat([prepared.block.linear(name).weight.data for name in stack.names])
-        seen = observed.get(view, Observed())
-        found = round_readers(stack, natural, basis, seen, steps.correction, rounded, absorbs, passage.clock)
-        for name, dense in found.dense.items():
+        statistics = observed.get(view, Observed())
+        readers = round_readers(stack, natural, basis, statistics, steps.correction, rounded, absorbs, passage.clock)
+        for name, dense in readers.dense.items():
             passage.put(name, dense, view)
-        yield found
+        yield readers
 
 
 def _observe(site: Site, views: set[View], passage: Passage, steps: Steps) -> dict[View, Observed]:
-    """Statistics of the site's tensor in each view, before any of its readers is rounded."""
+    """Gather statistics of the site's tensor for each view, before any of its readers is rounded."""
     drift = steps.rounder_of(site.name).needs_drift
     weight = passage.prepared.block.linear(site.readers[0]).weight
     watch = partial(Watch.of, weight.shape[1], weight.device, drift=drift, sizes=steps.correction.needs_sizes)
@@ -166,24 +179,27 @@ def _observe(site: Site, views: set[View], passage: Passage, steps: Steps) -> di
 
 
 def _view(stack: Stack, steps: Steps) -> View:
-    """How calibration sees the stack's input."""
+    """How calibration quantizes the stack's input, or None."""
     if steps.inputs == "exact" or stack.activation is None:
         return None
     return stack.activation, stack.repeated
 
 
 def _unseen_inputs(terms: Mapping[str, Linear], names: set[str]) -> dict[str, Quantization]:
-    """How the running model quantizes the inputs of linears that are rounded."""
-    found = {}
+    """How the inputs of these linears are quantized at run time, by name; only rounded linears with quantized inputs.
+
+    terms: linears rounded so far, by name. names: the linears asked for.
+    """
+    inputs = {}
     for name in names & terms.keys():
-        own = terms[name].input
-        if own.activation is not None:
-            found[name] = own.activation, own.repeated
-    return found
+        site_input = terms[name].input
+        if site_input.activation is not None:
+            inputs[name] = site_input.activation, site_input.repeated
+    return inputs
 
 
 def _stacks(site: Site, block: Block, resolved: Resolved) -> list[Stack]:
-    """The readers to round, together where they share schemes; skipped ones are left out."""
+    """Stack the site's readers that share their schemes; readers that the plan skips are left out."""
     groups: dict[tuple[Scheme, ActivationScheme | None], list[str]] = {}
     schemes, activations = resolved.plan.of_block(block)
     for name in site.readers:
@@ -200,10 +216,13 @@ def _stacks(site: Site, block: Block, resolved: Resolved) -> list[Stack]:
 
 
 def _check_promise(rounding: Rounding, rounder: Rounder, where: str) -> None:
-    """Raise `TypeError` if a rounder scaled columns that does not say so: it may be where they meet others."""
+    """Raise `TypeError` if a rounder returns column scales, but its `scales_columns` is False.
+
+    The checks of the method's steps rely on `scales_columns`: column scales do not go with some other steps.
+    """
     if rounding.quantized.columns is not None and not rounder.scales_columns:
         name = type(rounder).__name__
-        raise TypeError(f"{where}: {name} scales columns, and its scales_columns says that it does not")
+        raise TypeError(f"{where}: {name} returned column scales, but its scales_columns is False; let it return True")
 
 
 def round_readers(
@@ -216,18 +235,25 @@ def round_readers(
     absorbs: Callable[[Tensor], bool],
     clock: Clock,
 ) -> RoundedStack:
-    """Round a stack of weights.
+    """Round a stack of weights, and measure its errors.
 
-    natural: (m, k) float32, on inputs as they come. basis: in which inputs meet them. observed: of the input as it
-    comes. rounded: rounds a weight in that basis. absorbs: whether column scales (k,) can be taken by who writes the
-    input.
+    stack: the linears.
+    natural: (m, k) float32, their weights for the input before channel order and Hadamard transform.
+    basis: channel order and Hadamard transform of the input.
+    observed: statistics of the input before these.
+    correction: terms besides the codes.
+    rounded: rounds a weight (m, k) in the basis, given the statistics in the basis.
+    absorbs: whether upstream weights can absorb column scales (k,).
+    clock: counts the seconds of each step.
+
+    Raises `NumericalFailure` if the dequantized weight is not finite.
     """
-    seen, start = observed.seen_in(basis), time.perf_counter()
+    statistics, start = observed.seen_in(basis), time.perf_counter()
     with clock.step("round"):
         weight = basis.columns(natural)
-        rounding, whole, salient = rounded(weight, seen)
+        rounding, main, salient = rounded(weight, statistics)
         columns, stored, absorbed = rounding.quantized.columns, None, None
-        dense = whole.dequantize()
+        dense = main.dequantize()
         if columns is not None:
             if absorbs(columns):
                 absorbed = columns
@@ -237,21 +263,21 @@ def round_readers(
             dense = dense * columns
         if salient is not None:
             dense[:, : salient.columns] += salient.dequantize()
-        branches = branches_of(stack, weight - dense, seen, correction)
+        branches = branches_of(stack, weight - dense, statistics, correction)
         rows = stack.rows(weight.device)
         _add_branches_(dense, rows, branches)
     if not bool(torch.isfinite(dense).all()):
         raise NumericalFailure(
-            f"{stack.where}: the rounded weight is not finite: numbers leave the types they are stored in; "
-            "use another method or grid there, by an override"
+            f"{stack.where}: the rounded weight is not finite, because values leave the range of their stored type; "
+            "use another method, or another grid for these linears by an override"
         )
     seconds = round(time.perf_counter() - start, 3)
     with clock.step("measure error"):
-        errors = relative_errors(weight, dense, seen.gram, stack.heights)
+        errors = relative_errors(weight, dense, statistics.gram, stack.heights)
         floors = relative_errors(natural, grid.nearest(natural, stack.scheme), observed.gram, stack.heights)
         dense = basis.natural(dense)
     site = SiteInput(stored, None, basis.blocks, stack.activation, stack.repeated)
-    stacked = PackedWeight(whole, None, None if salient is None else PackedTensor((salient,)))
+    stacked = PackedWeight(main, None, None if salient is None else PackedTensor((salient,)))
     terms = {
         name: Linear(replace(stacked.rows(index), low_rank=branch), site)
         for name, index, branch in zip(stack.names, rows, branches, strict=True)
@@ -261,7 +287,7 @@ def round_readers(
             path=f"{stack.block}.{name}",
             shape=terms[name].weight.main.shape,
             scheme=stack.scheme.name,
-            # Known once it is stored: see `store.py`.
+            # `store.py` fills it in, once the stored tensors are known.
             effective_bits=math.nan,
             weight_error=error.weight,
             output_error=error.output,
@@ -276,26 +302,41 @@ def round_readers(
     )
 
 
-def round_stack(stack: Stack, weight: Tensor, seen: Observed, rounder: Rounder, correction: Correction) -> Rounded:
-    """Round a stack of weights (m, k) float32, as inputs meet it, with what the correction adds."""
+def round_stack(stack: Stack, weight: Tensor, observed: Observed, rounder: Rounder, correction: Correction) -> Rounded:
+    """Round a stack of weights with the method's rounder and correction.
+
+    stack: the linears.
+    weight: (m, k) float32, in the basis of the input (after channel order and Hadamard transform).
+    observed: statistics of the input, in the same basis.
+    rounder: makes the codes.
+    correction: adds terms besides the codes.
+
+    Returns the codes with the rounder's notes, the packed weight, and the packed second weight of salient columns or
+    None.
+    """
     for name, index in zip(stack.names, stack.rows(weight.device), strict=True):
         grid.check_range(weight[index], stack.scheme, f"{stack.where}: {name}" if len(stack.names) > 1 else stack.where)
-    main = RoundMain(rounder, stack.scheme, stack.where, seen.drift)
-    return correction.round(weight, seen.gram, stack.scheme, main)
+    main = RoundMain(rounder, stack.scheme, stack.where, observed.drift)
+    return correction.round(weight, observed.gram, stack.scheme, main)
 
 
-def branches_of(stack: Stack, error: Tensor, seen: Observed, correction: Correction) -> list[Branch | None]:
-    """The low-rank branch of each linear. error: (m, k), what rounding left."""
-    return correction.branches(error.split(list(stack.heights)), seen.gram, seen.sizes, stack.scheme)
+def branches_of(stack: Stack, error: Tensor, observed: Observed, correction: Correction) -> list[Branch | None]:
+    """The low-rank branch of each linear in the stack, None if the correction adds none.
+
+    error: (m, k) float32, weight minus rounded weight.
+    observed: statistics of the input, in the same basis.
+    """
+    return correction.branches(error.split(list(stack.heights)), observed.gram, observed.sizes, stack.scheme)
 
 
 def _add_branches_(dense: Tensor, rows: tuple[Tensor, ...], branches: list[Branch | None]) -> None:
+    """Add the product up @ down of each linear's low-rank branch to its rows of `dense` (m, k)."""
     for index, branch in zip(rows, branches, strict=True):
         if branch is not None:
             dense[index] += branch[1].dequantize() @ branch[0].dequantize()
 
 
 def _notes(correction: Correction, basis: InputBasis) -> dict[str, float]:
-    """What the report says of a linear's terms: salient channels, and into how many blocks an online transform fell."""
-    found = {"rank": correction.salient, "hadamard_blocks": len(basis.blocks)}
-    return {name: count for name, count in found.items() if count}
+    """The report's notes on a linear: number of salient channels, and of blocks of the online Hadamard transform."""
+    counts = {"rank": correction.salient, "hadamard_blocks": len(basis.blocks)}
+    return {name: count for name, count in counts.items() if count}

@@ -1,4 +1,4 @@
-"""How large a packed checkpoint will be, from shapes alone."""
+"""Compute the size of a packed checkpoint from tensor shapes."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from subnibble.tensor.packed import PackedLayout
 from subnibble.tensor.scheme import Scheme
 from subnibble.transforms.rotate import block_widths
 
-# Of float16, in which norm biases are stored.
-_HALF_BITS = 16
+# Norm biases are stored in float16.
+_NORM_BIAS_BITS = 16
 
 
 def packed_bytes(
@@ -30,13 +30,17 @@ def packed_bytes(
     skeleton: Skeleton,
     prefix: PrefixIds | None,
 ) -> int:
-    """Bytes of the weight files that a recipe will give, headers aside."""
+    """Bytes of the packed weight files, without headers.
+
+    plan: how each linear is quantized.
+    prefix: token ids of the system prompt, whose keys and values are stored in 16 bits, or None.
+    """
     schemes = plan.schemes
     states = 0 if prefix is None else round(len(prefix.ids) * cache_bytes(skeleton.config, None))
     bits = 8 * (states + table_bytes(recipe, skeleton))
     bits += sum(_extra_bits(steps, plan, skeleton).values()) + _norm_bias_bits(steps, schemes, skeleton)
     if steps.rotation != "none" and skeleton.tied:
-        # In front of the tied head, float32.
+        # The float32 matrix that multiplies the input of a tied head.
         width = skeleton.config.hidden_size
         bits += 32 * width * max(block_widths(steps.rotation, width, recipe.scheme))
     tables = _tables(skeleton)
@@ -47,25 +51,27 @@ def packed_bytes(
 
 
 def table_bytes(recipe: Recipe, skeleton: Skeleton) -> int:
-    """Bytes of embedding and head, which are in the last shard."""
+    """Bytes of embedding and head, which are stored in the last shard."""
     shapes = skeleton.parameter_shapes()
     return sum(_stored_bits(shapes[name], recipe.embedding_scheme) for name in _tables(skeleton) & shapes.keys()) // 8
 
 
 def _tables(skeleton: Skeleton) -> set[str]:
+    """Names of the weights of embedding and head."""
     return {f"{skeleton.arch.embedding}.weight", f"{skeleton.arch.head}.weight"}
 
 
 def _stored_bits(shape: tuple[int, ...], scheme: Scheme | None) -> int:
+    """Bits of a tensor: quantized by `scheme`, or (None) a matrix in 16 bits and a vector in 32 bits."""
     if scheme is not None:
         return shape[0] * scheme.row_bits(shape[1])
     return torch.Size(shape).numel() * (16 if len(shape) > 1 else 32)
 
 
 def effective_bits(steps: Steps, plan: Plan, skeleton: Skeleton) -> float:
-    """Stored bits over weights of all quantized linears; 16 where none is: that is how they are stored.
+    """Stored bits of all quantized linears over their number of weights; 16 if no linear is quantized.
 
-    Without column scales that what writes them cannot take for their size.
+    Excludes column scales that are too large to be absorbed upstream (rare).
     """
     extra, schemes = _extra_bits(steps, plan, skeleton), plan.schemes
     bits, weights = _norm_bias_bits(steps, schemes, skeleton), 0
@@ -78,7 +84,7 @@ def effective_bits(steps: Steps, plan: Plan, skeleton: Skeleton) -> float:
 
 
 def activation_bits(steps: Steps, plan: Plan, skeleton: Skeleton) -> float:
-    """Bits of the inputs of quantized linears as they will run, over their channels, see `Size`; 16 where none is."""
+    """Bits per input channel of the quantized linears at run time, see `Size`; 16 if no linear is quantized."""
     bits = channels = 0
     for path, (rows, columns) in skeleton.linear_shapes().items():
         scheme = plan.schemes[path]
@@ -91,18 +97,18 @@ def activation_bits(steps: Steps, plan: Plan, skeleton: Skeleton) -> float:
 def _spec(
     steps: Steps, rows: int, columns: int, scheme: Scheme, activation: ActivationScheme | None = None
 ) -> PackedLinearSpec:
-    """A linear (rows, columns) as it will be stored, bias, gather and column scales aside."""
+    """The spec of a linear (rows, columns) as the checkpoint will store it, without bias, gather and column scales."""
     spec = PackedLinearSpec(PackedLayout(rows, ((columns, scheme),)), bias=False, activation=activation)
     return steps.correction.planned(spec, scheme)
 
 
 def _extra_bits(steps: Steps, plan: Plan, skeleton: Skeleton) -> dict[str, int]:
-    """Bits of each linear beyond a plain weight's; 0 where it is not quantized."""
-    found: dict[str, int] = {}
-    # By block and site, of which readers enter otherwise than those before.
+    """Bits that each linear stores besides its main weight, by module path; 0 if it is not quantized."""
+    extra: dict[str, int] = {}
+    # (block, site) -> specs of readers that store how their input is transformed and quantized.
     firsts: dict[tuple[str, str], list[PackedLinearSpec]] = {}
     for path, (rows, columns) in skeleton.linear_shapes().items():
-        scheme, found[path] = plan.schemes[path], 0
+        scheme, extra[path] = plan.schemes[path], 0
         if scheme is None:
             continue
         site = skeleton.site_of(path)
@@ -110,26 +116,26 @@ def _extra_bits(steps: Steps, plan: Plan, skeleton: Skeleton) -> dict[str, int]:
         scales = stores_column_scales(steps, plan.schemes, skeleton, path)
         spec = _spec(steps, rows, columns, scheme, plan.activations[path])
         spec = replace(spec, gather=gathers, column_scale=scales)
-        # Of readers that enter alike the first stores what they do to their input.
+        # Readers that treat their input alike share what is stored about it: only the first one stores it.
         block = next(path.removesuffix(name) for name in site.readers if path.endswith(f".{name}"))
         others = firsts.setdefault((block, site.name), [])
         if any(spec.enters_as(other) for other in others):
             spec = replace(spec, input=block)
         else:
             others.append(spec)
-        found[path] = spec.stored_bits - rows * scheme.row_bits(columns)
-    return found
+        extra[path] = spec.stored_bits - rows * scheme.row_bits(columns)
+    return extra
 
 
 def _norm_bias_bits(steps: Steps, schemes: Mapping[str, Scheme | None], skeleton: Skeleton) -> int:
-    """Bits of the biases that norms get against mean shift: behind quantized linears of their block, and the last."""
+    """Bits of the norm biases against mean shift: norms after quantized linears of their block, and the final norm."""
     if not steps.corrects_norms:
         return 0
     norms = 1
     for index in range(skeleton.num_blocks):
         block = skeleton.arch.block_path(index)
-        seen = False
+        any_quantized = False
         for site in skeleton.arch.sites:
-            norms += seen and site.norm is not None
-            seen = seen or any(schemes[f"{block}.{name}"] is not None for name in site.readers)
-    return norms * _HALF_BITS * int(skeleton.config.hidden_size)
+            norms += any_quantized and site.norm is not None
+            any_quantized = any_quantized or any(schemes[f"{block}.{name}"] is not None for name in site.readers)
+    return norms * _NORM_BIAS_BITS * int(skeleton.config.hidden_size)

@@ -1,4 +1,8 @@
-"""A rounded block as it is stored: column scales absorbed, orders of inputs folded into rows or gathered."""
+"""Turn a rounded block into the tensors and specs that the checkpoint stores.
+
+Column scales are absorbed upstream. A channel order of an input is folded into the rows of the upstream weights, or
+stored as a gather.
+"""
 
 from __future__ import annotations
 
@@ -34,8 +38,12 @@ from subnibble.transforms.saliency import offline_rows
 
 @dataclass(frozen=True)
 class StoredBlock:
-    """tensors: by name in the checkpoint, as they go to the file. specs: of its modules. linears: what the report
-    says of each. tuned: what it says of the block's tuning, None for none.
+    """What the checkpoint and the report store of a block.
+
+    tensors: name in the checkpoint -> tensor in its stored dtype.
+    specs: module path -> spec, of packed modules.
+    linears: report of each quantized linear.
+    tuned: report of the block's tuning, or None.
     """
 
     tensors: Mapping[str, Tensor]
@@ -44,12 +52,12 @@ class StoredBlock:
     tuned: BlockReport | None = None
 
     def without_tensors(self) -> StoredBlock:
-        """What is left to remember once the tensors are on disk."""
+        """A copy without tensors, to keep after they are on disk."""
         return replace(self, tensors={})
 
 
 def store(rounded: RoundedBlock, resolved: Resolved, tuned: BlockReport | None = None) -> StoredBlock:
-    """What the checkpoint gets of a block. tuned: see `StoredBlock`."""
+    """Build the tensors, specs and reports of a rounded block. tuned: report of the block's tuning, or None."""
     block, path = rounded.block, rounded.block.path
     terms, exact = _absorbed(rounded)
     terms, exact, moved = _ordered(rounded, terms, exact)
@@ -58,50 +66,58 @@ def store(rounded: RoundedBlock, resolved: Resolved, tuned: BlockReport | None =
     specs: dict[str, Spec] = {}
     linears = []
     edited = _edited(rounded, resolved.steps)
-    for name, own in terms.items():
+    for name, term in terms.items():
         first = inputs.get(name)
-        whole = replace(own, weight=replace(own.weight, bias=exact.get(f"{name}.bias")))
-        spec = linear_spec(whole, None if first is None else f"{path}.{first}")
+        linear = replace(term, weight=replace(term.weight, bias=exact.get(f"{name}.bias")))
+        spec = linear_spec(linear, None if first is None else f"{path}.{first}")
         specs[f"{path}.{name}"] = spec
-        own_parts = {key: part for key, part in linear_state(whole).items() if key not in spec.elsewhere}
-        tensors |= {f"{path}.{name}.{key}": part for key, part in own_parts.items()}
+        state = {key: tensor for key, tensor in linear_state(linear).items() if key not in spec.elsewhere}
+        tensors |= {f"{path}.{name}.{key}": tensor for key, tensor in state.items()}
         bits = spec.stored_bits / (spec.layout.rows * spec.layout.columns)
         linears.append(replace(rounded.linears[name], effective_bits=bits, moved=name in edited))
-    tensors |= {f"{path}.{name}": part for name, part in exact.items() if name.removesuffix(".weight") not in terms}
+    tensors |= {f"{path}.{name}": tensor for name, tensor in exact.items() if name.removesuffix(".weight") not in terms}
     for site in block.arch.sites:
         if site.norm is not None and f"{site.norm}.bias" in exact:
             bias = exact[f"{site.norm}.bias"].to(torch.float16)
             tensors[f"{path}.{site.norm}.bias"] = bias
             specs[f"{path}.{site.norm}"] = NormBiasSpec(bias.shape[0])
-    held = _attention(rounded, moved)
-    named = {name: _own_type(name, tensor, resolved.skeleton) for name, tensor in (tensors | held[0]).items()}
-    return StoredBlock(named, specs | held[1], tuple(linears), tuned)
+    attention_tensors, attention_specs = _attention(rounded, moved)
+    tensors |= attention_tensors
+    stored = {name: _in_stored_dtype(name, tensor, resolved.skeleton) for name, tensor in tensors.items()}
+    return StoredBlock(stored, specs | attention_specs, tuple(linears), tuned)
 
 
-def _own_type(name: str, tensor: Tensor, skeleton: Skeleton) -> Tensor:
-    """A tensor as it goes to the file: the model's own matrices at 16 bits, packed parts as they are.
+def _in_stored_dtype(name: str, tensor: Tensor, skeleton: Skeleton) -> Tensor:
+    """The tensor in its stored dtype: unquantized matrices of the model in 16 bits, packed tensors unchanged.
 
-    A matrix that was not edited is cast from the source's own numbers.
+    A matrix that was not edited is cast from the source's own values.
     """
     if tensor.dtype != torch.float32 or name not in skeleton.parameter_shapes():
         return tensor
-    own = skeleton.source.load(name)
-    return as_stored(own if torch.equal(own.float(), tensor.to(own.device)) else tensor)
+    original = skeleton.source.load(name)
+    return as_stored(original if torch.equal(original.float(), tensor.to(original.device)) else tensor)
 
 
 def _absorbed(rounded: RoundedBlock) -> tuple[dict[str, Linear], dict[str, Tensor]]:
-    """Linears and parameters after their writers took the column scales that are theirs to take."""
-    weights, exact = {name: own.weight.main for name, own in rounded.terms.items()}, dict(rounded.exact)
+    """Packed linears and float32 parameters, by name, with the column scales absorbed into upstream weights."""
+    weights, exact = {name: linear.weight.main for name, linear in rounded.terms.items()}, dict(rounded.exact)
     for site, c in rounded.absorbed:
         absorb_(site, c, weights, exact)
-    terms = {n: replace(own, weight=replace(own.weight, main=weights[n])) for n, own in rounded.terms.items()}
+    terms = {
+        name: replace(linear, weight=replace(linear.weight, main=weights[name]))
+        for name, linear in rounded.terms.items()
+    }
     return terms, exact
 
 
 def _ordered(
     rounded: RoundedBlock, terms: dict[str, Linear], exact: dict[str, Tensor]
 ) -> tuple[dict[str, Linear], dict[str, Tensor], dict[str, Tensor]]:
-    """Both with the orders of inputs in them, and where rows of a linear came from, by its name: (rows,) each."""
+    """Carry out the channel orders of inputs: move rows of upstream weights, or give readers a gather.
+
+    Returns the packed linears, the float32 parameters, and name of a linear -> (rows,) int64, the row index before the
+    move of each row after it.
+    """
     moved: dict[str, Tensor] = {}
     for site in rounded.block.arch.sites:
         rows, order = _offline_rows(rounded, site), rounded.bases[site.name].order
@@ -121,7 +137,10 @@ def _ordered(
 
 
 def _offline_rows(rounded: RoundedBlock, site: Site) -> dict[str, Tensor] | None:
-    """See `offline_rows`; None, too, where a site's readers have no order of their own."""
+    """Name of an upstream linear -> (rows,) int64, the new order of its rows, as `offline_rows` gives it.
+
+    None if the site needs no order, or if rows cannot carry it out: then its readers gather.
+    """
     basis = rounded.bases[site.name]
     if basis.order is None or basis.blocks or not all(name in rounded.terms for name in site.readers):
         return None
@@ -129,36 +148,39 @@ def _offline_rows(rounded: RoundedBlock, site: Site) -> dict[str, Tensor] | None
 
 
 def _inputs(site: Site, terms: Mapping[str, Linear]) -> dict[str, str]:
-    """Readers that do to the site's tensor what an earlier one does, which stores it for them; and which."""
-    firsts, found = list[str](), dict[str, str]()
+    """Name of a reader -> the earlier reader that treats the site's tensor alike and stores for both how."""
+    firsts, shared = list[str](), dict[str, str]()
     for name in site.readers:
-        own = terms.get(name)
-        if own is None or own.input.is_plain:
+        linear = terms.get(name)
+        if linear is None or linear.input.is_plain:
             continue
-        first = next((first for first in firsts if terms[first].input.same_as(own.input)), None)
+        first = next((first for first in firsts if terms[first].input.same_as(linear.input)), None)
         if first is None:
             firsts.append(name)
         else:
-            found[name] = first
-    return found
+            shared[name] = first
+    return shared
 
 
 def _edited(rounded: RoundedBlock, steps: Steps) -> set[str]:
-    """Linears whose stored weight is in another basis than the original's."""
+    """Names of linears whose stored weight is in another basis than the original weight."""
     arch = rounded.block.arch
     if steps.transforms or steps.rotation != "none" or steps.orders_residual or steps.tuning is not None:
         return set(arch.linears)
-    found = {name for site, _ in rounded.absorbed for name in (*site.readers, *site.writers)}
+    edited = {name for site, _ in rounded.absorbed for name in (*site.readers, *site.writers)}
     for site in arch.sites:
         rows = _offline_rows(rounded, site)
-        found |= {*site.readers, *rows} if rows else set()
+        edited |= {*site.readers, *rows} if rows else set()
         if site.per_head and steps.value_rotation != "none":
-            found |= {*site.readers, *site.writers}
-    return found
+            edited |= {*site.readers, *site.writers}
+    return edited
 
 
 def _attention(rounded: RoundedBlock, moved: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Spec]]:
-    """What the attention holds: the prefix's states, the centre of its keys."""
+    """Tensors and specs of the attention module: keys and values of the prompt prefix, mean of the keys.
+
+    moved: name of a linear -> (rows,), where each of its rows came from.
+    """
     block, attention = rounded.block, f"{rounded.block.path}.{rounded.block.arch.attention}"
     tensors: dict[str, Tensor] = {}
     specs: dict[str, Spec] = {}

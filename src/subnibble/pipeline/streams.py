@@ -1,4 +1,4 @@
-"""What goes from block to block while a checkpoint is quantized, and the embedded text and prompt that it starts as."""
+"""Hidden states that go from block to block during quantization, and the embedding of windows and prompt prefix."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ from subnibble.model.skeleton import Skeleton
 from subnibble.model.transformers_api.blocks import BlockCall
 from subnibble.tensor.cache_scheme import PrefixIds
 
-# Tokens forwarded together: enough to keep the matrix products large.
+# Tokens per forward pass: enough to keep the matrix products large.
 _TOKENS_PER_BATCH = 4096
 
 
 @dataclass
 class Streams:
-    """Hidden states of all windows between two blocks, batches of (windows, tokens, channels), and what goes with them.
+    """Hidden states of all windows between two blocks, in batches (windows, tokens, channels).
 
-    hidden: in the quantized model so far.
-    full_precision: in the full-precision model; empty if no method asks.
-    calls: the arguments that the model calls each block with.
-    prefix: of a system prompt before the windows, or None.
-    unrounded: the last block's outputs before the readers of its last norm were rounded; empty if no method asks.
+    hidden: hidden states of the quantized model.
+    full_precision: hidden states of the full-precision model; empty if the method does not need them.
+    calls: arguments of each block's forward pass.
+    prefix: hidden states of the system prompt before the windows, or None.
+    unrounded: outputs of the last block before the readers of its last norm were rounded; empty if the method does not
+        need them.
     """
 
     hidden: list[Tensor]
@@ -35,18 +36,21 @@ class Streams:
 
 
 def batches(windows: Tensor) -> tuple[Tensor, ...]:
-    """Windows (n, t) in batches that are forwarded together."""
-    parts: tuple[Tensor, ...] = windows.split(max(1, _TOKENS_PER_BATCH // windows.shape[1]))
-    return parts
+    """Split windows (n, t) into batches for the forward pass."""
+    split: tuple[Tensor, ...] = windows.split(max(1, _TOKENS_PER_BATCH // windows.shape[1]))
+    return split
 
 
 def embedded(ids: Tensor, table: Tensor, dtype: torch.dtype) -> Tensor:
-    """Hidden states (windows, tokens, channels) of ids (windows, tokens)."""
+    """Embed ids (windows, tokens) with a table (vocabulary, channels): (windows, tokens, channels) in dtype, on CPU."""
     return torch.nn.functional.embedding(ids.to(table.device), table).to(dtype).cpu()
 
 
 def embedded_prefix(skeleton: Skeleton, prefix: PrefixIds | None, table: Tensor) -> PrefixStream | None:
-    """A prefix before the first block, None for none. table: the embedding's, exact."""
+    """Embed the prompt prefix for the first block; None if there is none.
+
+    table: (vocabulary, channels), the embedding before it is quantized.
+    """
     if prefix is None:
         return None
     ids = torch.tensor([prefix.ids], device=table.device)
@@ -54,5 +58,5 @@ def embedded_prefix(skeleton: Skeleton, prefix: PrefixIds | None, table: Tensor)
 
 
 def past(prefix: PrefixIds | None) -> int:
-    """How many tokens of a prefix are before the windows."""
+    """Number of tokens of the prompt prefix, 0 if there is none."""
     return 0 if prefix is None else len(prefix.ids)

@@ -1,4 +1,4 @@
-"""What must be known of the full-precision model before its first block is quantized; and the streams there."""
+"""Survey the full-precision model before the first block is quantized, and start the streams."""
 
 from __future__ import annotations
 
@@ -23,14 +23,17 @@ from subnibble.tensor.packed import PackedTensor
 from subnibble.transforms.residual_order import residual_order
 from subnibble.transforms.rotate import ResidualEdit
 
-# As many as PrefixQuant looks at.
+# The number of windows that PrefixQuant uses.
 _WINDOWS_FOR_SINKS = 64
 
 
 @dataclass(frozen=True)
 class Survey:
-    """windows: (n, t) ids of calibration text, None without. edit: of the residual stream, None for none. prefix: the
-    system prompt's, None for none.
+    """Results of the survey.
+
+    windows: (n, t) token ids of the calibration text, None without calibration.
+    edit: rotation or channel order of the residual stream, or None.
+    prefix: token ids of the system prompt, or None.
     """
 
     windows: Tensor | None
@@ -39,9 +42,12 @@ class Survey:
 
 
 def survey(resolved: Resolved, windows: Tensor | None, table: Tensor, clock: Clock) -> Survey:
-    """Run the full-precision model on the windows where a step asks for its sink tokens or its channels' order.
+    """Find the model's sink tokens and the channel order of its residual stream, if a step needs them.
 
-    windows: (n, t) ids, None without calibration. table: the embedding's, (tokens, channels), as it is.
+    Each of the two runs the full-precision model on calibration windows.
+
+    windows: (n, t) token ids, None without calibration.
+    table: (vocabulary, channels), the original embedding.
     """
     edit: ResidualEdit | None = resolved.rotation
     prefix = resolved.prefix
@@ -54,13 +60,17 @@ def survey(resolved: Resolved, windows: Tensor | None, table: Tensor, clock: Clo
     return Survey(windows, edit, prefix)
 
 
-def start(resolved: Resolved, found: Survey, table: Tensor, stored: PackedTensor | Tensor) -> Streams:
-    """The streams before the first block. table: the embedding's, exact and edited. stored: the same as it will run."""
-    skeleton, windows = resolved.skeleton, found.windows
-    prefix = embedded_prefix(skeleton, found.prefix, table)
+def start(resolved: Resolved, surveyed: Survey, table: Tensor, stored: PackedTensor | Tensor) -> Streams:
+    """Embed the windows and the prompt prefix: the streams before the first block.
+
+    table: (vocabulary, channels), the embedding after rotation or reordering, not quantized.
+    stored: the same embedding as the packed model will run it, packed or in 16 bits.
+    """
+    skeleton, windows = resolved.skeleton, surveyed.windows
+    prefix = embedded_prefix(skeleton, surveyed.prefix, table)
     if windows is None:
         return Streams([], [], [BlockCall({})] * skeleton.num_blocks, prefix)
-    streams = Streams([], [], skeleton.block_calls(resolved.recipe.window, past=past(found.prefix)), prefix)
+    streams = Streams([], [], skeleton.block_calls(resolved.recipe.window, past=past(surveyed.prefix)), prefix)
     for ids in batches(windows):
         if isinstance(stored, PackedTensor):
             streams.hidden.append(ops.embedding(ids.to(table.device), stored, skeleton.dtype).cpu())
@@ -72,7 +82,7 @@ def start(resolved: Resolved, found: Survey, table: Tensor, stored: PackedTensor
 
 
 def _sinks(resolved: Resolved, windows: Tensor, table: Tensor) -> PrefixIds:
-    """The prefix of the model's own sink tokens."""
+    """The prompt prefix of the tokens that the model turns into attention sinks on these windows."""
     source = resolved.skeleton.source
     sinks = sink_tokens(_blocks(resolved, None, windows, table), windows)
     prefix = sink_prefix(sinks, source.load_tokenizer())
@@ -83,7 +93,7 @@ def _sinks(resolved: Resolved, windows: Tensor, table: Tensor) -> PrefixIds:
 def _blocks(
     resolved: Resolved, prefix: PrefixIds | None, windows: Tensor, table: Tensor
 ) -> Iterator[tuple[Block, BlockStream]]:
-    """The model's blocks as they come, on all windows."""
+    """Load the full-precision model's blocks one after the other, each with the windows' stream through it."""
     skeleton, window = resolved.skeleton, resolved.recipe.window
     hidden = [embedded(ids, table, skeleton.dtype) for ids in batches(windows)]
     calls = skeleton.block_calls(window, past=past(prefix))

@@ -1,4 +1,4 @@
-"""What a quantization says of itself: `report.json` beside the weights."""
+"""The contents of `report.json`, which is written beside the packed weights."""
 
 from __future__ import annotations
 
@@ -8,13 +8,19 @@ from typing import Any
 
 @dataclass(frozen=True)
 class LinearReport:
-    """One quantized linear.
+    """Report of one quantized linear. Errors compare the transformed weight W with its quantized values Q.
 
-    weight_error: ||W - Q||² / ||W||². output_error: ||(W - Q) X||² / ||W X||² on the inputs X that it was quantized
-    for, None if none were gathered. nearest_error: the same had it been rounded to nearest between its extremes.
-    notes: what the rounder had to say. seconds: to round, shared by linears that were rounded together. moved: the
-    stored weight is in another basis than the original's (rotated, or channels scaled), so that the two must not be
-    compared; errors are of the weight as transformed.
+    path: module path.
+    shape: (outputs, inputs) of the weight.
+    scheme: name of the weight's scheme.
+    effective_bits: stored bits per weight.
+    weight_error: ||W - Q||² / ||W||².
+    output_error: ||(W - Q) X||² / ||W X||² on the calibration inputs X of the rounder, None without them.
+    nearest_error: output_error of round-to-nearest with min-max ranges, or None.
+    seconds: time of rounding; linears that were rounded together all show their common time.
+    notes: numbers from the rounder and the other steps, by name.
+    moved: the stored weight is in another basis than the original weight (rotated, or channels scaled), so that the
+        two must not be compared.
     """
 
     path: str
@@ -31,12 +37,20 @@ class LinearReport:
 
 @dataclass(frozen=True)
 class BlockReport:
-    """The tuning of one block. Losses are on held-out windows: the squared error of its output over the energy of what
-    the full-precision block adds. before: on the method's own grids, to nearest; tuned: on the learned ones, to
-    nearest; after: on the learned ones, rounded as the method does; base: of the method's own block without tuning,
-    which is stored where its loss is below `after`. rollbacks: to the best state, from what was not finite. left_out:
-    steps that were not.
-    compensated: linears whose rounding with error compensation was kept, the others were rounded to nearest.
+    """Report of the tuning of one block.
+
+    Losses are held-out losses: squared error of the block's output over the energy of what the full-precision block
+    adds to the residual stream.
+
+    path: module path of the block.
+    before: loss before training, rounded to nearest on the method's grids.
+    tuned: loss after training, rounded to nearest on the learned grids.
+    after: loss after the final rounding, to nearest or with error compensation, on the learned grids.
+    base: loss of the block rounded by the method without tuning; this block is stored if `base` is below `after`.
+    epochs: number of epochs trained.
+    rollbacks: how often training went back to its best state, because steps or losses were not finite.
+    left_out: number of steps left out, because their loss or gradient was not finite.
+    compensated: names of linears that were rounded with error compensation; the others were rounded to nearest.
     """
 
     path: str
@@ -57,8 +71,12 @@ class BlockReport:
 
 @dataclass(frozen=True)
 class DistillReport:
-    """The tuning of the whole packed model. before, after: mean KL of its predictions from the original's on held-out
-    windows, in nats a token. rollbacks: how often training went back to the best state, at a lower rate.
+    """Report of the distillation of the original model into the packed model.
+
+    before, after: mean KL divergence of the packed model's predictions from the original's on held-out windows, in nats
+        per token.
+    steps: number of training steps.
+    rollbacks: how often training went back to its best state, with a lower learning rate.
     """
 
     before: float
@@ -69,10 +87,20 @@ class DistillReport:
 
 @dataclass(frozen=True)
 class Report:
-    """A whole quantization. seconds: by step, and "total". peak_memory: bytes, of the process.
+    """Report of a whole quantization.
 
-    calibration_tokens: how many tokens the statistics were gathered on, 0 if none. prefix_tokens: of the system prompt.
-    blocks: of methods that tune. distilled: None where nothing was; errors of linears are those before it.
+    model: path of the original model.
+    method: name of the method.
+    version: release of subnibble.
+    linears: quantized linears; their errors are those before distillation.
+    size: bits and bytes of the checkpoint, see `checkpoint/size.py`.
+    calibration_tokens: number of calibration tokens, 0 without calibration.
+    prefix_tokens: number of tokens of the system prompt, 0 if there is none.
+    seconds: seconds by step, and their "total".
+    peak_memory: peak memory of the process in bytes.
+    weights_sha256: SHA-256 over all weight files.
+    blocks: tuned blocks; empty if the method does not tune.
+    distilled: report of the distillation, or None.
     """
 
     model: str

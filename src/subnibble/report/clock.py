@@ -1,4 +1,4 @@
-"""Where the time goes, and how much memory was held at the peak."""
+"""Measure the seconds of each step, and the peak memory of the process."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 
 class Clock:
-    """Adds up seconds by step; steps may nest, an inner step's time is not counted to the outer one."""
+    """Adds up seconds by step. Steps may nest: the time of an inner step does not count for the outer one."""
 
     def __init__(self) -> None:
         self._start = time.perf_counter()
@@ -20,7 +20,7 @@ class Clock:
 
     @contextmanager
     def step(self, name: str) -> Iterator[None]:
-        """Count the time inside to `name`."""
+        """Add the time inside the `with` block to the step `name`."""
         self._switch()
         self._stack.append(name)
         try:
@@ -30,12 +30,13 @@ class Clock:
             self._stack.pop()
 
     def seconds(self) -> dict[str, float]:
-        """Seconds by step, with the "total" since the clock was made."""
+        """Seconds by step, and the "total" since the clock was created."""
         self._switch()
         total = time.perf_counter() - self._start
         return {**{name: round(s, 3) for name, s in self._seconds.items()}, "total": round(total, 3)}
 
     def _switch(self) -> None:
+        """Add the time since the last call to the innermost step."""
         now = time.perf_counter()
         if self._stack:
             self._seconds[self._stack[-1]] = self._seconds.get(self._stack[-1], 0.0) + now - self._mark
@@ -43,6 +44,6 @@ class Clock:
 
 
 def peak_memory() -> int:
-    """Largest resident size of this process so far, in bytes."""
+    """Peak resident memory of this process so far, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
