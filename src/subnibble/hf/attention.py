@@ -46,8 +46,8 @@ from subnibble.model.transformers_api.attention import (
 )
 from subnibble.model.transformers_api.generation import forget_generation_cache_, set_generation_cache_
 from subnibble.model.transformers_api.names import never_called
-from subnibble.runtime.attention import PrefixSeen, attend
-from subnibble.runtime.kv_cache import changed
+from subnibble.runtime.attention import PrefixView, attend
+from subnibble.runtime.kv_cache import map_view
 from subnibble.runtime.modules import PrefixStates
 from subnibble.runtime.precision import as_written
 from subnibble.tensor import hadamard
@@ -337,7 +337,7 @@ def cached_attention(module: Any, inputs: AttentionInputs) -> Tensor:
     if inputs.mask is not None and inputs.mask.dtype != torch.bool:
         raise BadRecipe("a model on a coded cache takes masks of truth values, or of two dimensions")
     # Under autocast values may come in another type than queries and keys, which were turned by their positions.
-    keys, values = (changed(seen, lambda part: part.to(query.dtype)) for seen in layer.take())
+    keys, values = (map_view(seen, lambda part: part.to(query.dtype)) for seen in layer.take())
     blocks = layer.blocks(query)
     with as_written(query.device):
         rotated = hadamard.multiply(query, blocks) if blocks else query
@@ -346,7 +346,7 @@ def cached_attention(module: Any, inputs: AttentionInputs) -> Tensor:
             own, shared = module.prefix.pair()
             own = own.to(query.dtype)
             shown = _prefix_visible(query, own.shape[1], layer.queries, inputs.window)
-            prefix = PrefixSeen(hadamard.multiply(own, blocks) if blocks else own, shared, shown)
+            prefix = PrefixView(hadamard.multiply(own, blocks) if blocks else own, shared, shown)
         output = attend(rotated, keys, values, inputs.mask, inputs.scaling, prefix)
     return output.transpose(1, 2).contiguous()
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from subnibble.errors import BadRecipe
 from subnibble.model.transformers_api.attention import Cache, CacheLayerMixin
 from subnibble.model.transformers_api.names import never_called
-from subnibble.runtime.kv_cache import LayerStore, Seen, changed
+from subnibble.runtime.kv_cache import CacheView, LayerStore, map_view
 from subnibble.runtime.precision import as_written
 from subnibble.runtime.rotary import rotate, unrotate
 from subnibble.tensor import hadamard
@@ -67,7 +67,7 @@ class CacheLayer(CacheLayerMixin):
         self.store = LayerStore(scheme)
         self._positions = positions
         self._expected = False
-        self._seen: tuple[Seen, Seen] | None = None
+        self._seen: tuple[CacheView, CacheView] | None = None
         self.queries: Tensor | None = None
         self.is_initialized = True
 
@@ -106,7 +106,7 @@ class CacheLayer(CacheLayerMixin):
             return ()
         return hadamard.hadamard_blocks(x.shape[-1])
 
-    def take(self) -> tuple[Seen, Seen]:
+    def take(self) -> tuple[CacheView, CacheView]:
         """What the queries of the last update see of keys and values, handed out once: it is dense."""
         seen, self._seen = self._seen, None
         if seen is None:
@@ -119,12 +119,12 @@ class CacheLayer(CacheLayerMixin):
             self._seen, self._expected = None, False
             raise never_called("the attention function that reads a coded KV cache")
 
-    def _without_positions(self, keys: Tensor, before: int) -> Seen:
+    def _without_positions(self, keys: Tensor, before: int) -> CacheView:
         total = before + keys.shape[2]
         cos, sin = (part.float() for part in self._positions.read(before, total))
         seen = self.store.keys.append(unrotate(keys.float(), cos, sin).to(keys.dtype))
         cos, sin = (part.float() for part in self._positions.read(0, total))
-        return changed(seen, lambda part: rotate(part.float(), cos, sin).to(keys.dtype))
+        return map_view(seen, lambda part: rotate(part.float(), cos, sin).to(keys.dtype))
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the mask that is needed for new queries."""
