@@ -47,21 +47,21 @@ class Plane:
     zeros: Tensor | None = None
 
 
-def planes(part: PackedRange) -> list[Plane]:
+def planes(packed: PackedRange) -> list[Plane]:
     """Split a range into planes of whole numbers: one plane, or one per bit on a sign grid."""
-    codes, scheme = unpack_codes(part.codes, part.scheme.bits, part.columns), part.scheme
-    scales = float_scales(part.scales, scheme)
+    codes, scheme = unpack_codes(packed.codes, packed.scheme.bits, packed.columns), packed.scheme
+    scales = float_scales(packed.scales, scheme)
     if scheme.grid == "sign":
         bits = scales.unflatten(1, (-1, scheme.bits))
         return [Plane(((codes >> b) & 1).float().mul_(2).sub_(1), 1, bits[..., b]) for b in range(scheme.bits)]
     if scheme.grid == "mxfp4":
         return [Plane(mxfp4.decode_e2m1(codes).div_(mxfp4.E2M1_STEP), mxfp4.LARGEST_NUMBER, scales * mxfp4.E2M1_STEP)]
-    zeros = part.float_zeros()
+    zeros = packed.float_zeros()
     if scheme.zero_point == "real":
         return [Plane(codes.float(), scheme.levels - 1, scales, zeros)]
     if zeros is None:
         return [Plane(codes.float().sub_(scheme.levels // 2), scheme.levels // 2, scales)]
-    widths = torch.tensor([stop - start for start, stop in scheme.group_bounds(part.columns)], device=codes.device)
+    widths = torch.tensor([stop - start for start, stop in scheme.group_bounds(packed.columns)], device=codes.device)
     return [Plane(codes.float().sub_(zeros.repeat_interleave(widths, dim=1)), scheme.levels - 1, scales)]
 
 
@@ -72,13 +72,13 @@ def multiply_add_(y: Tensor, x: Quantized, weight: PackedTensor) -> None:
     x: t tokens. weight: (m, k). If one has more columns, its last columns are ignored.
     """
     start = 0
-    for part in weight.ranges:
-        terms = _terms(part, start, x)
+    for packed in weight.ranges:
+        terms = _terms(packed, start, x)
         for token in range(0, y.shape[0], _TOKENS):
             tokens = slice(token, token + _TOKENS)
             for term in terms:
                 y[tokens] += term.product(tokens)
-        start += part.columns
+        start += packed.columns
 
 
 @dataclass(frozen=True)
@@ -126,11 +126,11 @@ class _Term:
         return product.mul_(self.scales).mul_(self.input_scales[tokens])
 
 
-def _terms(part: PackedRange, start: int, x: Quantized) -> list[_Term]:
+def _terms(packed: PackedRange, start: int, x: Quantized) -> list[_Term]:
     """The terms of a range's product, in order. start: the range's first column in the input."""
-    weight_planes, terms = planes(part), []
+    weight_planes, terms = planes(packed), []
     scales = [plane.scales.T.contiguous() for plane in weight_planes]
-    for first, stop, (of_weight, of_input) in _segments(part, start, x.bounds):
+    for first, stop, (of_weight, of_input) in _segments(packed, start, x.bounds):
         inputs = _Numbers.of(x.numbers[:, start + first : start + stop], x.largest[of_input])
         for plane, scale in zip(weight_planes, scales, strict=True):
             zeros = None if plane.zeros is None else plane.zeros[:, of_weight].contiguous()
@@ -148,14 +148,14 @@ def _exact_product(a: _Numbers, n: _Numbers) -> Tensor:
     return (a.wide.double() @ n.wide.double().T).float()
 
 
-def _segments(part: PackedRange, start: int, bounds: list[tuple[int, int]]) -> list[tuple[int, int, tuple[int, int]]]:
+def _segments(packed: PackedRange, start: int, bounds: list[tuple[int, int]]) -> list[tuple[int, int, tuple[int, int]]]:
     """Runs of a range's columns that lie in one group of the weight and one group of the input.
 
     start: the range's first column in the input.
     Returns (first column, stop column, (weight's group, input's group)) of each run; columns count within the range.
     """
     segments = []
-    for i, (w0, w1) in enumerate(part.scheme.group_bounds(part.columns)):
+    for i, (w0, w1) in enumerate(packed.scheme.group_bounds(packed.columns)):
         for j, (x0, x1) in enumerate(bounds):
             first, stop = max(w0, x0 - start), min(w1, x1 - start)
             if first < stop:
