@@ -165,5 +165,5 @@ class PrefixIds:
             )
         tokens = [*values["ids"], *([] if values["bos"] is None else [values["bos"]])]
         if any(type(token) is not int or token < 0 for token in tokens):
-            raise ValueError(f"a prefix with token ids {tokens}; they must be whole numbers, 0 or larger")
+            raise ValueError("a prefix's token ids must be whole numbers, 0 or larger")
         return cls(tuple(values["ids"]), values["bos"])
