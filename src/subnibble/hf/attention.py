@@ -84,8 +84,8 @@ class Attached:
             return cache
         kind = "KVCache of another scheme or prefix" if isinstance(cache, KVCache) else type(cache).__name__
         raise BadRecipe(
-            f"the model has a subnibble KV cache attached and cannot go on with a {kind}: omit the cache and "
-            "cache_implementation, or pass the cache that the model itself returned"
+            f"the model has a subnibble KV cache attached and cannot go on with a {kind}: leave the cache "
+            "and cache_implementation out, or pass the cache that the model itself returned"
         )
 
 

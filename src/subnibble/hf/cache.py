@@ -163,7 +163,7 @@ class CacheLayer(CacheLayerMixin):
         """Raise `ValueError` if `crop` with this argument is not possible."""
         if tokens_to_remove > 0:
             raise ValueError(
-                f"crop takes minus the number of tokens to remove; found {tokens_to_remove}, give 0 or less"
+                f"crop takes the number of tokens to remove as a negative number; found {tokens_to_remove}"
             )
         for store in (self.store.keys, self.store.values):
             store.check_crop(-tokens_to_remove)

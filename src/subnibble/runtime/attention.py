@@ -89,7 +89,7 @@ def _by_query(
 class _ChunkView:
     """The first n keys or values as one chunk of queries sees them: `_QUERIES` queries from query `start` on.
 
-    base: (b, heads, 1, n, width), right for every query except at tokens first .. stop - 1.
+    base: (b, heads, 1, n, width), as every query of the chunk sees them, except tokens first .. stop - 1.
     late: (b, heads, 1, stop - first, width), these tokens quantized.
     quantized: (queries, stop - first) bool, whether a query sees `late` instead of `base`.
     """
