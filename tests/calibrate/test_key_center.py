@@ -255,7 +255,7 @@ def test_a_model_without_its_centre_says_so(folder: Path, token_file: Path, tmp_
     quantize(folder, tmp_path / "out", recipe_of("none", token_file, rope="before"))
     model = load(tmp_path / "out")
     target, ids = attached_cache(model), windows(token_file)
-    with pytest.raises(BadRecipe, match="holds are: rope=before, key_rotation=none"):
+    with pytest.raises(BadRecipe, match="holds centres for: rope=before, key_rotation=none"):
         attach_cache_(model, CacheScheme(4, key_center="mean"))
     # And goes on as it was.
     assert attached_cache(model) == target
