@@ -80,7 +80,7 @@ def test_without_all_hooks_the_attention_function_notices() -> None:
 def test_an_attention_function_that_passes_the_cache_by_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     model = on_a_coded_cache()
     monkeypatch.setitem(AttentionInterface._global_mapping, attention.ATTENTION, sdpa_attention_forward)
-    with pytest.raises(SilentFailure, match="attention function that reads a coded KV cache"):
+    with pytest.raises(SilentFailure, match="attention function that reads a quantized KV cache"):
         model(IDS)
 
 

@@ -229,7 +229,7 @@ def test_distillation_and_evaluation_run_on_it(folder: Path, token_file: Path, t
     prepare_(model, None, {"clip": 0.7}, PrefixIds((5, 9)))
     assert attached_cache(model).scheme == replace(target, clip=0.7)
     # What cannot be leaves the model as it is.
-    with pytest.raises(BadRecipe, match="holds are: rope=after, key_rotation=hadamard"):
+    with pytest.raises(BadRecipe, match="holds centres for: rope=after, key_rotation=hadamard"):
         prepare_(model, None, {"key_rotation": "none"}, PrefixIds((2,)))
     assert attached_cache(model).prefix.ids == (5, 9)
 
@@ -250,12 +250,12 @@ def test_what_cannot_be_is_refused_before_anything_is_written(
 
 
 def test_a_model_without_its_centre_says_so(folder: Path, token_file: Path, tmp_path: Path) -> None:
-    with pytest.raises(BadRecipe, match=r"the centres that the model holds are: none; quantize it"):
+    with pytest.raises(BadRecipe, match=r"the model holds centres for: none; quantize the model"):
         attach_cache_(load(folder), CacheScheme(4, key_center="mean"))
     quantize(folder, tmp_path / "out", recipe_of("none", token_file, rope="before"))
     model = load(tmp_path / "out")
     target, ids = attached_cache(model), windows(token_file)
-    with pytest.raises(BadRecipe, match="holds are: rope=before, key_rotation=none"):
+    with pytest.raises(BadRecipe, match="holds centres for: rope=before, key_rotation=none"):
         attach_cache_(model, CacheScheme(4, key_center="mean"))
     # And goes on as it was.
     assert attached_cache(model) == target

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from subnibble.runtime import attention
-from subnibble.runtime.attention import PrefixSeen, attend
-from subnibble.runtime.kv_cache import Seen
+from subnibble.runtime.attention import PrefixView, attend
+from subnibble.runtime.kv_cache import CacheView
 from subnibble.runtime.rotary import rotate, unrotate
 
 SCALING = 0.3
@@ -28,7 +28,7 @@ def example(count: int = 5, total: int = 9, prefix: int = 4) -> dict[str, object
         "keys": random(2, 2, total, 6, seed=1),
         "values": random(2, 2, total, 6, seed=2),
         "visible": visible,
-        "prefix": PrefixSeen(random(2, prefix, 6, seed=3), random(2, prefix, 6, seed=4), shown),
+        "prefix": PrefixView(random(2, prefix, 6, seed=3), random(2, prefix, 6, seed=4), shown),
     }
 
 
@@ -53,7 +53,7 @@ def by_hand(e: dict[str, object], keys=None, values=None, with_prefix: bool = Tr
 def test_attention_is_that_of_each_query_by_itself(with_prefix: bool) -> None:
     e = example()
     prefix = e["prefix"] if with_prefix else None
-    found = attend(e["query"], Seen(e["keys"]), Seen(e["values"]), e["visible"], SCALING, prefix)
+    found = attend(e["query"], CacheView(e["keys"]), CacheView(e["values"]), e["visible"], SCALING, prefix)
     torch.testing.assert_close(found, by_hand(e, with_prefix=with_prefix), rtol=1e-12, atol=1e-12)
 
 
@@ -70,11 +70,11 @@ def test_queries_that_see_more_or_less_coded_get_their_own(
     for number, name in enumerate(("keys", "values")):
         late, early = e[name], e[name] + random(*e[name].shape, seed=7 + number)
         if which not in (name, "both"):
-            seen[name], own[name] = Seen(late), None
+            seen[name], own[name] = CacheView(late), None
             continue
         # What no query sees coded is the same in both.
         late = torch.cat([late[:, :, :6], early[:, :, 6:]], 2)
-        seen[name] = Seen(late, early, counts)
+        seen[name] = CacheView(late, early, counts)
         own[name] = [torch.cat([late[:, :, :c], early[:, :, c:]], 2) for c in counts.tolist()]
         e[name] = late
     prefix = e["prefix"] if with_prefix else None
@@ -88,9 +88,9 @@ def test_large_scores_of_half_types_neither_overflow_nor_lose_more_than_torchs_o
     e = example()
     query, keys, values = (60 * e[name].to(dtype) for name in ("query", "keys", "values"))
     counts = torch.tensor([5, 6, 7, 8, 9])
-    both = [Seen(part, part, counts) for part in (keys, values)]
+    both = [CacheView(part, part, counts) for part in (keys, values)]
     found = attend(query, *both, e["visible"], SCALING)
-    own = attend(query, Seen(keys), Seen(values), e["visible"], SCALING)
+    own = attend(query, CacheView(keys), CacheView(values), e["visible"], SCALING)
     wide = {"query": query.double(), "keys": keys.double(), "values": values.double(), "visible": e["visible"]}
     exact = by_hand({**wide, "prefix": None}, with_prefix=False)
     assert bool(found.isfinite().all())
@@ -101,8 +101,8 @@ def test_a_query_that_sees_nothing_gives_zeros() -> None:
     e = example()
     e["visible"][1, :, 2] = False
     counts = torch.tensor([0, 2, 2, 5, 6])
-    for keys in (Seen(e["keys"]), Seen(e["keys"], e["keys"] + 1, counts)):
-        found = attend(e["query"], keys, Seen(e["values"]), e["visible"], SCALING)
+    for keys in (CacheView(e["keys"]), CacheView(e["keys"], e["keys"] + 1, counts)):
+        found = attend(e["query"], keys, CacheView(e["values"]), e["visible"], SCALING)
         assert bool((found[1, :, 2] == 0).all())
         assert bool(found.isfinite().all())
 
@@ -112,7 +112,7 @@ def test_no_mask_is_the_causal_mask() -> None:
         e = example(count)
         e["visible"] = torch.ones(2, 1, count, 9, dtype=torch.bool).tril(9 - count)
         for prefix in (None, e["prefix"]):
-            found = attend(e["query"], Seen(e["keys"]), Seen(e["values"]), None, SCALING, prefix)
+            found = attend(e["query"], CacheView(e["keys"]), CacheView(e["values"]), None, SCALING, prefix)
             target = by_hand(e, with_prefix=prefix is not None)
             torch.testing.assert_close(found, target, rtol=1e-12, atol=1e-12)
 
@@ -132,7 +132,7 @@ def test_two_segments_are_a_log_sum_exp_merge() -> None:
     (a, y), (b, z) = parts
     share = torch.sigmoid(a - b)
     merged = (share * y + (1 - share) * z).flatten(1, 2)
-    found = attend(e["query"], Seen(e["keys"]), Seen(e["values"]), e["visible"], SCALING, e["prefix"])
+    found = attend(e["query"], CacheView(e["keys"]), CacheView(e["values"]), e["visible"], SCALING, e["prefix"])
     torch.testing.assert_close(found, merged, rtol=1e-12, atol=1e-12)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from subnibble.runtime.kv_cache import LayerStore, TensorStore, changed, dequantize_rows, quantize_rows
+from subnibble.runtime.kv_cache import LayerStore, TensorStore, dequantize_rows, map_view, quantize_rows
 from subnibble.tensor.cache_scheme import CacheScheme
 
 SCHEMES = [
@@ -193,6 +193,6 @@ def test_what_is_coded_behind_a_window_cannot_be_taken_back() -> None:
 def test_both_forms_change_alike() -> None:
     store = TensorStore(CacheScheme(3, window=4), False)
     seen = store.append(states(9))
-    twice = changed(seen, lambda part: 2 * part)
+    twice = map_view(seen, lambda part: 2 * part)
     assert torch.equal(twice.late, 2 * seen.late)
     assert torch.equal(twice.early, 2 * seen.early)

@@ -26,7 +26,7 @@ from subnibble.tensor.cache_scheme import CacheScheme, PrefixIds
         ({"clip": True}, "above 0 and at most 1"),
         ({"rope": "before", "key_rotation": "hadamard"}, 'rope = "after"'),
         ({"key_center": True}, "choose one of none, mean"),
-        ({"key_axis": "channel", "key_center": "mean"}, "have a range each and need no centre"),
+        ({"key_axis": "channel", "key_center": "mean"}, "one range per channel and need no centre"),
         ({"key_axis": "channel"}, "multiple of group_size"),
         ({"key_axis": "channel", "group_size": 32}, "multiple of group_size"),
         ({"key_axis": "channel", "group_size": 32, "window": 48}, "multiple of group_size"),

@@ -1,4 +1,4 @@
-"""Packed checkpoints in transformers. Importing it registers the format there."""
+"""Packed checkpoints in transformers. Importing this package registers the format there."""
 
 from subnibble.hf.loading import load_model, memory_bytes
 from subnibble.hf.plugin import SubnibbleConfig, SubnibbleQuantizer

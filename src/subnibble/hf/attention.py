@@ -1,18 +1,18 @@
-"""A transformers model on a coded KV cache and behind a prefix at 16 bits: hooks, and an attention function.
+"""Run a transformers model on a quantized KV cache and a 16-bit prompt prefix, by hooks and an attention function.
 
 No modeling file is involved. `attach_cache_` gives the model
 
-- a hook on the decoder that makes its `KVCache`, moves positions behind the prefix, and hides what an input repeats of
-  the prefix; and the same cache for `generate`;
-- a hook on each attention that hands that cache's layer, which transformers gives turned keys alone, the positions, and
-  the attention function the layer;
-- that function, under the name `subnibble` in transformers' registry: it turns queries where keys are stored turned,
+- a hook on the decoder. It creates the `KVCache`, shifts positions by the prefix's length, and hides input tokens that
+  repeat the prefix. `generate` gets the same kind of cache;
+- a hook on each attention. It passes positions to that attention's cache layer, because transformers passes the layer
+  only keys to which positions are already applied. It also passes the layer to the attention function;
+- that function, under the name `subnibble` in transformers' registry. It rotates queries if keys are stored rotated,
   and attends over prefix and cache (`runtime/attention.py`).
 
-The prefix is before the text, not in it: token ids, masks and lengths of `generate` and `forward` are the text's alone.
-An input that begins with the prefix's ids is taken as if it began behind them, and a BOS that the tokenizer put before
-a text is dropped where the prefix begins or ends with it: these tokens stay in the ids, hidden. A row's last token is
-never hidden. The first call of a text decides; what later calls bring is text.
+The prefix comes before the text and is not part of it: token ids, masks and lengths in `generate` and `forward` are
+those of the text alone. Two kinds of input tokens stay in the ids but are hidden: the prefix's ids at the start of an
+input, and a BOS that the tokenizer put before a text, if the prefix begins or ends with BOS. A row's last token is
+never hidden. The first call of a text decides which tokens are hidden; all tokens of later calls are text.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ from subnibble.model.transformers_api.attention import (
 )
 from subnibble.model.transformers_api.generation import forget_generation_cache_, set_generation_cache_
 from subnibble.model.transformers_api.names import never_called
-from subnibble.runtime.attention import PrefixSeen, attend
-from subnibble.runtime.kv_cache import changed
+from subnibble.runtime.attention import PrefixView, attend
+from subnibble.runtime.kv_cache import map_view
 from subnibble.runtime.modules import PrefixStates
 from subnibble.runtime.precision import as_written
 from subnibble.tensor import hadamard
@@ -59,9 +59,12 @@ _RECORD = "_subnibble_cache"
 
 @dataclass(frozen=True)
 class Attached:
-    """What a model runs on. scheme: None for a cache at 16 bits. prefix: None for none. layers: of the model.
+    """The cache and prefix attached to a model.
 
-    before: its attention implementation without.
+    scheme: how the cache is quantized; None for 16 bits.
+    prefix: the prompt prefix, None for none.
+    layers: number of the model's layers.
+    before: name of the attention implementation that the model had before.
     """
 
     scheme: CacheScheme | None
@@ -70,27 +73,28 @@ class Attached:
     before: str
 
     def cache(self) -> KVCache:
-        """A new, empty cache."""
+        """Create an empty cache."""
         return KVCache(self.scheme, self.layers, self.prefix)
 
-    def accepted(self, given: Any) -> KVCache:
-        """The cache to go on with where a caller passed `given`."""
-        if given is None:
+    def accepted(self, cache: Any) -> KVCache:
+        """Return the caller's `cache`, or a new one for None; `BadRecipe` if the model cannot use it."""
+        if cache is None:
             return self.cache()
-        if isinstance(given, KVCache) and (given.scheme, given.prefix) == (self.scheme, self.prefix):
-            return given
-        kind = "KVCache of another scheme or prefix" if isinstance(given, KVCache) else type(given).__name__
+        if isinstance(cache, KVCache) and (cache.scheme, cache.prefix) == (self.scheme, self.prefix):
+            return cache
+        kind = "KVCache of another scheme or prefix" if isinstance(cache, KVCache) else type(cache).__name__
         raise BadRecipe(
-            f"the model keeps its cache coded, and cannot go on with a {kind}: leave the cache and "
-            "cache_implementation out, or pass what the model itself returned"
+            f"the model has a subnibble KV cache attached and cannot go on with a {kind}: leave the cache "
+            "and cache_implementation out, or pass the cache that the model itself returned"
         )
 
 
 def attach_cache_(model: Any, scheme: CacheScheme | None, prefix: PrefixIds | None = None) -> None:
-    """Let a transformers model, packed or plain, run on a `KVCache` of `scheme`, in `forward` and `generate`.
+    """Let a transformers model run on a `KVCache` in `forward` and `generate`; replaces an attached cache and prefix.
 
-    scheme: None for a cache at 16 bits. prefix: ids of the keys and values that the model's attentions hold
-    (`set_prefix_`), None for none. What was attached before is replaced.
+    model: packed or plain.
+    scheme: how the cache is quantized; None for 16 bits.
+    prefix: ids of the prompt prefix, None for none. `set_prefix_` gives the model its keys and values.
     """
     check_cache(model, scheme)
     attentions = _attentions(model)
@@ -116,12 +120,12 @@ def check_cache(model: Any, scheme: CacheScheme | None) -> None:
 
 
 def detach_cache_(model: Any) -> None:
-    """Undo `attach_cache_`; a prefix's keys and values are dropped."""
+    """Undo `attach_cache_`, and drop the prefix's keys and values."""
     attached = attached_cache(model)
     if attached is None:
         return
     for module in (_decoder(model), *_attentions(model)):
-        # Found by what they are: a deep copy of the model has copies of them.
+        # Hooks are recognized by function or class, because a deep copy of the model has copies of the hooks.
         for key, hook in list(module._forward_pre_hooks.items()):
             if hook is _announce or isinstance(hook, _BeforeDecoder):
                 del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key]
@@ -137,12 +141,12 @@ def detach_cache_(model: Any) -> None:
 
 
 def attached_cache(model: Any) -> Attached | None:
-    """What `attach_cache_` gave the model, None if nothing."""
+    """The cache and prefix that `attach_cache_` attached to the model, or None."""
     return getattr(model, _RECORD, None)
 
 
 def change_scheme_(model: Any, scheme: CacheScheme | None) -> None:
-    """Give a model another cache; its prefix stays."""
+    """Attach a cache of another scheme to a model, and keep its prefix."""
     attached, states = attached_cache(model), _prefix_states(model)
     attach_cache_(model, scheme, None if attached is None else attached.prefix)
     if states:
@@ -151,7 +155,7 @@ def change_scheme_(model: Any, scheme: CacheScheme | None) -> None:
 
 @contextmanager
 def detached(model: Any) -> Iterator[None]:
-    """Without what is attached to the model; it is there again afterwards."""
+    """Context in which the model has no attached cache or prefix; both are attached again afterwards."""
     attached, states = attached_cache(model), _prefix_states(model)
     detach_cache_(model)
     try:
@@ -164,7 +168,10 @@ def detached(model: Any) -> Iterator[None]:
 
 
 def set_prefix_(model: Any, states: list[tuple[Tensor, Tensor]]) -> None:
-    """Give every attention of the model its prefix's keys and values, (heads, p, width) float16 each, by layers."""
+    """Give every attention of the model the prefix's keys and values.
+
+    states: (keys, values) of each layer, (heads, p, width) float16 each.
+    """
     packed = _packed_config(model) is not None
     for module, (keys, values) in zip(_attentions(model), states, strict=True):
         module.add_module(PREFIX, PrefixStates(keys, values, persistent=packed))
@@ -172,9 +179,9 @@ def set_prefix_(model: Any, states: list[tuple[Tensor, Tensor]]) -> None:
 
 
 def _prefix_states(model: Any) -> list[tuple[Tensor, Tensor]]:
-    """What `set_prefix_` gave the model; empty if nothing."""
-    held = [getattr(module, PREFIX, None) for module in _attentions(model)]
-    return [states.pair() for states in held if states is not None]
+    """(keys, values) of each layer that `set_prefix_` gave the model; empty if there are none."""
+    prefixes = [getattr(module, PREFIX, None) for module in _attentions(model)]
+    return [states.pair() for states in prefixes if states is not None]
 
 
 def _decoder(model: Any) -> Any:
@@ -187,47 +194,49 @@ def _attentions(model: Any) -> list[Any]:
 
 
 def _check_centers(attentions: list[Any], scheme: CacheScheme) -> None:
-    """Raise `BadRecipe` if keys are coded less a centre that the model does not hold."""
+    """Raise `BadRecipe` if `scheme` subtracts a centre from keys and the model does not hold that centre."""
     if not scheme.is_centered:
         return
     centers = [getattr(module, KEY_CENTER, None) for module in attentions]
-    held = {(own.rope, own.key_rotation) for own in centers if own is not None}
-    if None in centers or held != {scheme.key_basis}:
-        found = ", ".join(f"rope={rope}, key_rotation={rotated}" for rope, rotated in sorted(held)) or "none"
+    bases = {(center.rope, center.key_rotation) for center in centers if center is not None}
+    if None in centers or bases != {scheme.key_basis}:
+        available = ", ".join(f"rope={rope}, key_rotation={rotation}" for rope, rotation in sorted(bases)) or "none"
         raise BadRecipe(
-            f"{scheme.name} codes keys less a centre with rope={scheme.rope}, key_rotation={scheme.key_rotation}, and "
-            f"the centres that the model holds are: {found}; quantize it with key_center = mean and these settings "
-            "(--method none leaves weights as they are), or use key_center = none"
+            f"{scheme.name} subtracts a centre from keys, with rope={scheme.rope}, key_rotation={scheme.key_rotation}, "
+            f"but the model holds centres for: {available}; quantize the model with key_center = mean and these "
+            "settings (--method none leaves weights unquantized), or use key_center = none"
         )
 
 
 def _packed_config(model: Any) -> Any:
-    """The `SubnibbleConfig` of a packed model, None of another."""
-    found = getattr(model.config, "quantization_config", None)
-    return found if isinstance(getattr(found, "packed", None), PackedConfig) else None
+    """The `SubnibbleConfig` of a packed model; None if the model is not packed."""
+    config = getattr(model.config, "quantization_config", None)
+    return config if isinstance(getattr(config, "packed", None), PackedConfig) else None
 
 
 def _write_config(model: Any) -> None:
-    """Let a packed model's config say what it runs on, so that it is saved as it is."""
+    """Write the attached cache and prefix into a packed model's config, so that they are saved with it."""
     config, attached = _packed_config(model), attached_cache(model)
     if config is None:
         return
     arch = find_arch(model.config.model_type)
-    modules: dict[str, Spec] = {p: e for p, e in config.packed.modules.items() if not isinstance(e, PrefixSpec)}
+    modules: dict[str, Spec] = {
+        path: spec for path, spec in config.packed.modules.items() if not isinstance(spec, PrefixSpec)
+    }
     for index, module in enumerate(_attentions(model)):
         if hasattr(module, PREFIX):
             modules[f"{arch.block_path(index)}.{arch.attention}"] = PrefixSpec(*module.prefix.keys.shape)
-    held = any(isinstance(spec, PrefixSpec) for spec in modules.values())
-    scheme, prefix = (None, None) if attached is None else (attached.scheme, attached.prefix if held else None)
+    has_states = any(isinstance(spec, PrefixSpec) for spec in modules.values())
+    scheme, prefix = (None, None) if attached is None else (attached.scheme, attached.prefix if has_states else None)
     config.packed = replace(config.packed, modules=modules, cache=scheme, prefix=prefix)
 
 
 def _check_generation(attached: Attached, config: Any) -> None:
-    """Raise `BadRecipe` if `generate` is asked, by its config, for what an attached cache cannot do."""
+    """Raise `BadRecipe` if a generation config asks for something that an attached cache cannot do."""
     if config.cache_implementation is not None:
-        raise BadRecipe("the model has a cache of its own; leave cache_implementation out")
+        raise BadRecipe("the model has a subnibble KV cache attached; leave cache_implementation out")
     if config.prefill_chunk_size is not None and attached.prefix is not None:
-        raise BadRecipe("a text that repeats the model's prefix must come in one piece; leave prefill_chunk_size out")
+        raise BadRecipe("a model with a prefix must get a text in one piece; leave prefill_chunk_size out")
 
 
 @dataclass(frozen=True)
@@ -237,7 +246,7 @@ class _BeforeDecoder:
     attached: Attached
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """As torch calls it."""
+        """Return the decoder's arguments with cache, mask and positions; called by torch as a forward pre-hook."""
         call = DecoderCall.of(module, args, kwargs)
         prefix = self.attached.prefix
         tokens = call.embedded if call.ids is None else call.ids
@@ -245,17 +254,17 @@ class _BeforeDecoder:
             return args, kwargs
         cache = call.cache = self.attached.accepted(call.cache)
         mask = call.mask
-        flat = mask is None or (isinstance(mask, Tensor) and mask.dim() == 2)
-        if prefix is not None and not flat:
-            raise BadRecipe("a model with a prefix takes attention masks of two dimensions, (batch, tokens)")
+        is_padding_mask = mask is None or (isinstance(mask, Tensor) and mask.dim() == 2)
+        if prefix is not None and not is_padding_mask:
+            raise BadRecipe("a model with a prefix takes only attention masks of two dimensions, (batch, tokens)")
         if prefix is not None and call.ids is not None and cache.get_seq_length() == 0:
             cache.hidden = repeated_prefix(call.ids, mask, prefix)
         new = tokens.shape[1]
-        if flat:
+        if is_padding_mask:
             call.mask = cache.visible(mask, new)
         places = call.places
         if places is None:
-            places = _positions(call.mask if flat else None, cache.get_seq_length(), tokens)
+            places = _positions(call.mask if is_padding_mask else None, cache.get_seq_length(), tokens)
         elif cache.skipped is not None:
             places = (places - cache.skipped.to(places.device)).clamp(min=0)
         call.places = places + (0 if prefix is None else len(prefix.ids))
@@ -264,7 +273,12 @@ class _BeforeDecoder:
 
 
 def _positions(mask: Tensor | None, past: int, tokens: Tensor) -> Tensor:
-    """Places of new tokens (b, t, ...) in their texts, padding and hidden tokens not counted."""
+    """Positions (b or 1, t) of new tokens in their texts; padding and hidden tokens do not count.
+
+    mask: (b, n), 0 where a token does not count; None if all count.
+    past: number of tokens in the cache.
+    tokens: the new ones, (b, t, ...).
+    """
     new = tokens.shape[1]
     if mask is None:
         return torch.arange(past, past + new, device=tokens.device).unsqueeze(0)
@@ -272,27 +286,29 @@ def _positions(mask: Tensor | None, past: int, tokens: Tensor) -> Tensor:
 
 
 def repeated_prefix(ids: Tensor, mask: Tensor | None, prefix: PrefixIds) -> Tensor | None:
-    """(b, t) bool: tokens at the start of each row that repeat the prefix or its BOS; None if there are none.
+    """Find tokens at the start of each row that repeat the prefix or its BOS.
 
-    ids: (b, t). mask: (b, t), 0 where a row is padded, None for no padding.
+    ids: (b, t).
+    mask: (b, t), 0 where a row is padded; None for no padding.
+    Returns (b, t) bool, or None if no token repeats.
     """
     hidden = torch.zeros_like(ids, dtype=torch.bool)
-    known = torch.tensor(prefix.ids, device=ids.device)
+    prefix_ids = torch.tensor(prefix.ids, device=ids.device)
     for row in range(ids.shape[0]):
         places = torch.arange(ids.shape[1], device=ids.device) if mask is None else mask[row].nonzero()[:, 0]
-        own = ids[row, places]
-        if own.shape[0] >= len(known) and torch.equal(own[: len(known)], known):
-            count = len(known)
+        text = ids[row, places]
+        if text.shape[0] >= len(prefix_ids) and torch.equal(text[: len(prefix_ids)], prefix_ids):
+            count = len(prefix_ids)
         else:
-            repeats = own.shape[0] > 0 and prefix.bos == int(own[0])
-            count = int(repeats and prefix.bos in (prefix.ids[0], prefix.ids[-1]))
-        hidden[row, places[: min(count, own.shape[0] - 1)]] = True
+            has_bos = text.shape[0] > 0 and prefix.bos == int(text[0])
+            count = int(has_bos and prefix.bos in (prefix.ids[0], prefix.ids[-1]))
+        hidden[row, places[: min(count, text.shape[0] - 1)]] = True
     return hidden if bool(hidden.any()) else None
 
 
 def _after_decoder(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-    """A forward hook: checks that attention went through the cache, and gives none back where none was asked for, as
-    some models do by themselves.
+    """A forward hook: checks that attention read the cache, and removes the cache from the output if the caller
+    did not ask for it; some models remove it themselves.
     """
     call = DecoderCall.of(module, args, kwargs)
     if isinstance(call.cache, KVCache):
@@ -305,21 +321,21 @@ def _after_decoder(module: Any, args: Any, kwargs: dict[str, Any], output: Any) 
 
 
 def _announce(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """A forward pre-hook of attention: hands its cache layer over."""
+    """A forward pre-hook of attention: passes positions to its cache layer, and the layer to the attention function."""
     call = AttentionCall.of(module, args, kwargs)
     cache = call.cache
     if not isinstance(cache, KVCache):
         raise BadRecipe(
             "an attention was called without the cache that is attached to the model, as gradient checkpointing does; "
-            "switch that off, or detach the cache first (`detach_cache_`)"
+            "switch gradient checkpointing off, or detach the cache first (`detach_cache_`)"
         )
     if attention_name(module.config) != ATTENTION:
         raise BadRecipe(
-            f"the attention implementation was set to {attention_name(module.config)!r}, which knows no coded "
-            "cache; detach the cache first (`detach_cache_`)"
+            f"the attention implementation was set to {attention_name(module.config)!r}, which cannot read a "
+            "quantized cache; detach the cache first (`detach_cache_`)"
         )
     if cache.prefix is not None and not hasattr(module, PREFIX):
-        raise BadRecipe("the model has a prefix's ids and not its keys and values; give it both (`attach_prefix_`)")
+        raise BadRecipe("the model has a prefix's ids but not its keys and values; give it both (`attach_prefix_`)")
     index = layer_index(module)
     layer = cache.layer(index)
     if index == 0 and cache.scheme is not None and cache.scheme.rope == "before":
@@ -330,34 +346,35 @@ def _announce(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tup
 
 
 def cached_attention(module: Any, inputs: AttentionInputs) -> Tensor:
-    """Attention on what a layer of the cache holds, (b, t, query heads, width)."""
+    """Attention over prefix and cache, as transformers calls it: (b, t, query heads, width)."""
     layer, query = inputs.layer, inputs.query
     if layer is None:
         raise never_called("the hook that gives an attention its layer of the KV cache")
     if inputs.mask is not None and inputs.mask.dtype != torch.bool:
-        raise BadRecipe("a model on a coded cache takes masks of truth values, or of two dimensions")
-    # Under autocast values may come in another type than queries and keys, which were turned by their positions.
-    keys, values = (changed(seen, lambda part: part.to(query.dtype)) for seen in layer.take())
+        raise BadRecipe("a model on a subnibble KV cache takes masks of truth values (bool), or of two dimensions")
+    # Under autocast, values may have another dtype than queries and keys, to which rotary positions were applied.
+    keys, values = (map_view(view, lambda tensor: tensor.to(query.dtype)) for view in layer.take())
     blocks = layer.blocks(query)
     with as_written(query.device):
         rotated = hadamard.multiply(query, blocks) if blocks else query
         prefix = None
         if hasattr(module, PREFIX):
-            own, shared = module.prefix.pair()
-            own = own.to(query.dtype)
-            shown = _prefix_visible(query, own.shape[1], layer.queries, inputs.window)
-            prefix = PrefixSeen(hadamard.multiply(own, blocks) if blocks else own, shared, shown)
+            prefix_keys, prefix_values = module.prefix.pair()
+            prefix_keys = prefix_keys.to(query.dtype)
+            mask = _prefix_visible(query, prefix_keys.shape[1], layer.queries, inputs.window)
+            rotated_keys = hadamard.multiply(prefix_keys, blocks) if blocks else prefix_keys
+            prefix = PrefixView(rotated_keys, prefix_values, mask)
         output = attend(rotated, keys, values, inputs.mask, inputs.scaling, prefix)
     return output.transpose(1, 2).contiguous()
 
 
 def _prefix_visible(query: Tensor, length: int, positions: Tensor | None, sliding_window: int | None) -> Tensor:
-    """(b or 1, 1, t, length): which tokens of the prefix are near enough to a query."""
+    """Which tokens of the prefix are within each query's sliding window: (b or 1, 1, t, length) bool."""
     if sliding_window is None or positions is None:
         return torch.ones(1, 1, query.shape[2], length, dtype=torch.bool, device=query.device)
     distance = positions.unsqueeze(-1) - torch.arange(length, device=positions.device)
     return (distance < sliding_window).unsqueeze(1)
 
 
-# On import, so that a model that was pickled with a cache finds them; attaching one imports this, too.
+# Registered on import, so that a model that was pickled with a cache finds the function; attaching also imports this.
 register_attention(ATTENTION, cached_attention)

@@ -1,4 +1,4 @@
-"""A coded KV cache as transformers' models use it; `attention.py` brings the two together."""
+"""A quantized KV cache with the interface of transformers' caches; `attention.py` attaches it to a model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from subnibble.errors import BadRecipe
 from subnibble.model.transformers_api.attention import Cache, CacheLayerMixin
 from subnibble.model.transformers_api.names import never_called
-from subnibble.runtime.kv_cache import LayerStore, Seen, changed
+from subnibble.runtime.kv_cache import CacheView, LayerStore, map_view
 from subnibble.runtime.precision import as_written
 from subnibble.runtime.rotary import rotate, unrotate
 from subnibble.tensor import hadamard
@@ -19,7 +19,7 @@ from subnibble.tensor.cache_scheme import CacheScheme, PrefixIds
 
 
 class Positions:
-    """Cosines and sines of all tokens in a cache whose keys are stored without them; one for all layers."""
+    """Cosines and sines of all tokens in a cache that stores keys without rotary positions; shared by all layers."""
 
     def __init__(self) -> None:
         self._halves: tuple[Tensor, Tensor] | None = None
@@ -27,34 +27,37 @@ class Positions:
     @property
     def nbytes(self) -> int:
         """Bytes in memory."""
-        return 0 if self._halves is None else sum(part.nbytes for part in self._halves)
+        return 0 if self._halves is None else sum(half.nbytes for half in self._halves)
 
     def append(self, cos: Tensor, sin: Tensor, batch: int) -> None:
-        """Add those of new tokens, (b or 1, t, turned); their two halves are equal, and one is kept."""
-        new = [part[..., : part.shape[-1] // 2].expand(batch, -1, -1) for part in (cos, sin)]
-        old = self._halves or tuple(part[:, :0] for part in new)
+        """Add cosines and sines of new tokens, (b or 1, t, rotary channels) each.
+
+        Their two halves are equal, so only one is stored.
+        """
+        new = [angles[..., : angles.shape[-1] // 2].expand(batch, -1, -1) for angles in (cos, sin)]
+        old = self._halves or tuple(half[:, :0] for half in new)
         with as_written(cos.device):
             first, second = (torch.cat(pair, 1) for pair in zip(old, new, strict=True))
         self._halves = (first, second)
 
     def read(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Of tokens start .. stop - 1."""
+        """Cosines and sines of tokens start .. stop - 1: (b, stop - start, rotary channels) each."""
         assert self._halves is not None
-        cos, sin = (torch.cat([part[:, start:stop]] * 2, -1) for part in self._halves)
+        cos, sin = (torch.cat([half[:, start:stop]] * 2, -1) for half in self._halves)
         return cos, sin
 
     def clear(self) -> None:
-        """Forget them; the next text may be of another batch."""
+        """Remove all tokens; the next text may have another batch size."""
         self._halves = None
 
     def map(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Change both alike."""
+        """Apply `change` to the cosines and to the sines."""
         if self._halves is not None:
             self._halves = (change(self._halves[0]), change(self._halves[1]))
 
 
 class CacheLayer(CacheLayerMixin):
-    """One layer of a `KVCache`, as transformers' models use it."""
+    """One layer of a `KVCache`, with the interface of transformers' cache layers."""
 
     is_sliding = False
     is_compileable = False
@@ -62,28 +65,32 @@ class CacheLayer(CacheLayerMixin):
     def __init__(self, scheme: CacheScheme | None, positions: Positions) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.scheme = scheme
-        # Whether tokens can be taken back: a cache with a window cannot uncode what it coded.
+        # Whether tokens can be removed. A cache with a window cannot return quantized tokens to 16 bits.
         self.is_croppable = scheme is None or scheme.window == 0
         self.store = LayerStore(scheme)
         self._positions = positions
         self._expected = False
-        self._seen: tuple[Seen, Seen] | None = None
+        self._view: tuple[CacheView, CacheView] | None = None
         self.queries: Tensor | None = None
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing: storage comes with the first tokens."""
+        """Do nothing: the first tokens allocate storage."""
 
     def expect(self, positions: Tensor | None, center: Tensor | None) -> None:
-        """An attention that will ask for what its queries see is about to update. positions: (b or 1, t), theirs.
+        """Announce that subnibble's attention is about to update this layer and will read it by `take`.
 
-        center: what its keys are coded less, (heads, width), or None.
+        positions: (b or 1, t), positions of the new tokens, or None.
+        center: (heads, width), subtracted from keys before they are quantized, or None.
         """
         self._expected, self.queries = True, positions
         self.store.keys.center = center
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Store new keys and values (b, heads, t, width); all of them dense, as the last query sees them."""
+        """Store new keys and values (b, heads, t, width).
+
+        Returns all keys and values, (b, heads, n, width) each, dense, as the last query sees them.
+        """
         if not self._expected:
             raise BadRecipe(
                 "this cache needs subnibble's own attention; attach it to the model (`attach_cache_`) instead of "
@@ -97,161 +104,173 @@ class CacheLayer(CacheLayerMixin):
                 blocks = self.blocks(key_states)
                 keys = self.store.keys.append(hadamard.multiply(key_states, blocks) if blocks else key_states)
             values = self.store.values.append(value_states)
-        self._seen, self._expected = (keys, values), False
+        self._view, self._expected = (keys, values), False
         return keys.late, values.late
 
     def blocks(self, x: Tensor) -> tuple[int, ...]:
-        """Blocks of the Hadamard matrix by which queries and keys (..., width) are turned; () for none."""
+        """Block widths of the Hadamard matrix that rotates queries and keys x (..., width); () for none."""
         if self.scheme is None or self.scheme.key_rotation == "none":
             return ()
         return hadamard.hadamard_blocks(x.shape[-1])
 
-    def take(self) -> tuple[Seen, Seen]:
-        """What the queries of the last update see of keys and values, handed out once: it is dense."""
-        seen, self._seen = self._seen, None
-        if seen is None:
-            raise never_called("a coded KV cache")
-        return seen
+    def take(self) -> tuple[CacheView, CacheView]:
+        """Return the keys and values that the queries of the last update see, and drop them: they are dense."""
+        view, self._view = self._view, None
+        if view is None:
+            raise never_called("a quantized KV cache")
+        return view
 
     def check_taken(self) -> None:
-        """Raise `SilentFailure` if attention was announced or updated the cache, and then went past it."""
-        if self._seen is not None or self._expected:
-            self._seen, self._expected = None, False
-            raise never_called("the attention function that reads a coded KV cache")
+        """Raise `SilentFailure` if attention was announced or updated the cache, but did not read it."""
+        if self._view is not None or self._expected:
+            self._view, self._expected = None, False
+            raise never_called("the attention function that reads a quantized KV cache")
 
-    def _without_positions(self, keys: Tensor, before: int) -> Seen:
+    def _without_positions(self, keys: Tensor, before: int) -> CacheView:
         total = before + keys.shape[2]
-        cos, sin = (part.float() for part in self._positions.read(before, total))
-        seen = self.store.keys.append(unrotate(keys.float(), cos, sin).to(keys.dtype))
-        cos, sin = (part.float() for part in self._positions.read(0, total))
-        return changed(seen, lambda part: rotate(part.float(), cos, sin).to(keys.dtype))
+        cos, sin = (angles.float() for angles in self._positions.read(before, total))
+        view = self.store.keys.append(unrotate(keys.float(), cos, sin).to(keys.dtype))
+        cos, sin = (angles.float() for angles in self._positions.read(0, total))
+        return map_view(view, lambda tensor: rotate(tensor.float(), cos, sin).to(keys.dtype))
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of the mask that is needed for new queries."""
+        """(length, offset) of the mask that new queries need."""
         return self.store.length + query_length, 0
 
     def get_seq_length(self) -> int:
-        """Tokens stored, the prefix not counted."""
+        """Number of tokens stored, without the prefix."""
         return self.store.length
 
     def get_max_length(self) -> int:
-        """No maximum."""
+        """There is no maximum: -1."""
         return -1
 
     def offload(self) -> None:
-        """Nothing: it is small."""
+        """Do nothing: the cache is small."""
 
     def prefetch(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Remove all tokens."""
         self.store = LayerStore(self.scheme)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Put the batch in another order."""
+        """Reorder the batch: sequence beam_idx[i] becomes sequence i."""
         self.batch_select_indices(beam_idx)
 
     def check_crop(self, tokens_to_remove: int) -> None:
-        """Raise `ValueError` if `crop` cannot be done."""
+        """Raise `ValueError` if `crop` with this argument is not possible."""
         if tokens_to_remove > 0:
-            raise ValueError(f"crop takes the number of tokens to forget negative; found {tokens_to_remove}")
-        for part in (self.store.keys, self.store.values):
-            part.check_crop(-tokens_to_remove)
+            raise ValueError(
+                f"crop takes the number of tokens to remove as a negative number; found {tokens_to_remove}"
+            )
+        for store in (self.store.keys, self.store.values):
+            store.check_crop(-tokens_to_remove)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last tokens; their number negative, as transformers has it. All or none."""
+        """Remove the last tokens, of keys and values or of neither.
+
+        tokens_to_remove: minus their number, as in transformers.
+        """
         self.check_crop(tokens_to_remove)
-        for part in (self.store.keys, self.store.values):
-            part.crop(-tokens_to_remove)
+        for store in (self.store.keys, self.store.values):
+            store.crop(-tokens_to_remove)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each sequence so many times."""
+        """Repeat each sequence `repeats` times."""
         size = self.store.batch
         if size:
             self.batch_select_indices(torch.arange(size).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these sequences, in this order."""
-        for part in (self.store.keys, self.store.values):
-            part.select(indices)
+        """Keep the sequences at `indices`, in this order."""
+        for store in (self.store.keys, self.store.values):
+            store.select(indices)
 
 
 class KVCache(Cache):
-    """A transformers cache whose keys and values are codes. scheme: None keeps them at 16 bits. layers: how many.
+    """A transformers cache that stores keys and values quantized.
 
-    prefix: what its texts stand behind, None for nothing. hidden: (b, t) bool, tokens at the start of rows that
-    repeat the prefix, None for none.
+    scheme: how they are quantized; None keeps them at 16 bits.
+    layers: number of layers.
+    prefix: the prompt prefix before its texts, None for none.
+    hidden: (b, t) bool, tokens at the start of rows that repeat the prefix and are hidden; None for none.
     """
 
     def __init__(self, scheme: CacheScheme | None, layers: int, prefix: PrefixIds | None = None) -> None:
         self.positions = Positions()
-        self._own = [CacheLayer(scheme, self.positions) for _ in range(layers)]
-        super().__init__(layers=[*self._own])
+        self._cache_layers = [CacheLayer(scheme, self.positions) for _ in range(layers)]
+        super().__init__(layers=[*self._cache_layers])
         self.scheme, self.prefix = scheme, prefix
         self.hidden: Tensor | None = None
-        self._due = 0
+        self._expected_length = 0
 
     @property
     def nbytes(self) -> int:
         """Bytes in memory."""
-        return self.positions.nbytes + sum(layer.store.nbytes for layer in self._own)
+        return self.positions.nbytes + sum(layer.store.nbytes for layer in self._cache_layers)
 
     @property
     def skipped(self) -> Tensor | None:
-        """(b, 1) tokens that are hidden in each row; None for none anywhere."""
+        """Number of hidden tokens in each row, (b, 1); None if no row has any."""
         return None if self.hidden is None else self.hidden.sum(1, keepdim=True)
 
     def layer(self, index: int) -> CacheLayer:
-        """One of its layers."""
-        return self._own[index]
+        """The layer of this index."""
+        return self._cache_layers[index]
 
     def begin(self, tokens: int) -> None:
-        """The decoder is about to run on so many new tokens."""
-        self._due = self.get_seq_length() + tokens
+        """Announce that the decoder is about to run on `tokens` new tokens."""
+        self._expected_length = self.get_seq_length() + tokens
 
     def check_read(self) -> None:
-        """Raise `SilentFailure` unless every layer got what `begin` announced, and attention read it from there."""
-        for index, layer in enumerate(self._own):
+        """Raise `SilentFailure` unless every layer got the tokens that `begin` announced and attention read them."""
+        for index, layer in enumerate(self._cache_layers):
             layer.check_taken()
-            if layer.store.length != self._due:
+            if layer.store.length != self._expected_length:
                 raise never_called(f"layer {index} of a KV cache")
 
     def visible(self, mask: Tensor | None, tokens: int) -> Tensor | None:
-        """A mask (b, n) of transformers' kind without the hidden tokens. tokens: new ones."""
+        """Hide the hidden tokens in a mask.
+
+        mask: (b, n) as transformers has it, 0 for padding; None for no padding.
+        tokens: number of new tokens.
+        Returns (b, n), or None if nothing is masked.
+        """
         if self.hidden is None:
             return mask
         total = self.get_seq_length() + tokens
         if mask is None:
             mask = torch.ones(self.hidden.shape[0], total, dtype=torch.long, device=self.hidden.device)
-        shown = torch.nn.functional.pad(~self.hidden, (0, mask.shape[1] - self.hidden.shape[1]), value=True)
-        return mask * shown.to(mask.dtype)
+        unhidden = torch.nn.functional.pad(~self.hidden, (0, mask.shape[1] - self.hidden.shape[1]), value=True)
+        return mask * unhidden.to(mask.dtype)
 
     def reorder_cache(self, beam_idx: Any) -> None:
-        """Put the batch in another order."""
+        """Reorder the batch: sequence beam_idx[i] becomes sequence i."""
         super().reorder_cache(beam_idx)
-        self._map(lambda part: part.index_select(0, beam_idx.to(part.device)))
+        self._map(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each sequence so many times."""
+        """Repeat each sequence `repeats` times."""
         super().batch_repeat_interleave(repeats)
-        self._map(lambda part: part.repeat_interleave(repeats, 0))
+        self._map(lambda tensor: tensor.repeat_interleave(repeats, 0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these sequences, in this order."""
+        """Keep the sequences at `indices`, in this order."""
         super().batch_select_indices(indices)
-        self._map(lambda part: part[indices])
+        self._map(lambda tensor: tensor[indices])
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last tokens; their number negative, as transformers has it."""
-        for layer in self._own:
+        """Remove the last tokens. tokens_to_remove: minus their number, as in transformers."""
+        for layer in self._cache_layers:
             layer.check_crop(tokens_to_remove)
         super().crop(tokens_to_remove)
         length = self.get_seq_length()
-        self.positions.map(lambda part: part[:, :length])
+        self.positions.map(lambda half: half[:, :length])
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Remove all tokens."""
         super().reset()  # type: ignore[no-untyped-call]
         self.hidden = None
         self.positions.clear()

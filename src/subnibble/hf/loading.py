@@ -1,4 +1,4 @@
-"""A model ready to run, from whatever a checkpoint may be: packed or plain, folder, hub id or GGUF file."""
+"""Load a model from any checkpoint: packed or plain, folder, hub id or GGUF file."""
 
 from __future__ import annotations
 
@@ -21,33 +21,37 @@ from subnibble.model.transformers_api.generation import read_generation_config_
 def load_model(
     model: str | Path | Source, dtype: str | torch.dtype = "auto", device: str | torch.device = "auto"
 ) -> Any:
-    """A transformers model, ready to run: packed or plain folder, hub id or .gguf file.
+    """Load a transformers model, ready to run.
 
-    dtype, device: see `device.py`.
+    model: packed or plain folder, hub id, .gguf file, or opened source.
+    dtype: dtype of computation; "auto" follows the checkpoint and the device (`device.resolve_dtype`).
+    device: where the model runs; "auto" chooses (`device.resolve_device`).
     """
     source = open_source(model)
-    place = resolve_device(device)
-    kind = resolve_dtype(dtype, source.config.dtype, place)
+    target_device = resolve_device(device)
+    compute_dtype = resolve_dtype(dtype, source.config.dtype, target_device)
     if source.path.suffix == ".gguf":
         # transformers would keep a `gguf` quantization_config and parse the file's metadata twice more.
-        return Skeleton(source, kind, place).load_all()
+        return Skeleton(source, compute_dtype, target_device).load_all()
     if readable_config_of(source.config, source.path) is None and source.config.model_type in ARCHITECTURES:
-        # transformers would make up missing tensors.
-        skeleton = Skeleton(source, kind, place)
+        # transformers would initialize missing tensors at random.
+        skeleton = Skeleton(source, compute_dtype, target_device)
         skeleton.check_tied_head()
         if source.renamed:
-            whole = skeleton.load_all()
-            read_generation_config_(whole, source.path)
-            return whole
+            renamed = skeleton.load_all()
+            read_generation_config_(renamed, source.path)
+            return renamed
     from transformers import AutoModelForCausalLM
 
-    # A copy, because loading writes into the config; the file itself is not read a second time.
+    # A copy, because loading writes into the config. Passing it avoids reading the file a second time.
     config = copy.deepcopy(source.config)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(source.path, config=config, dtype=kind, trust_remote_code=False)
-    return loaded.to(place).eval()
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        source.path, config=config, dtype=compute_dtype, trust_remote_code=False
+    )
+    return loaded.to(target_device).eval()
 
 
 def memory_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters and buffers, shared ones once."""
+    """Bytes of all parameters and buffers; shared ones count once."""
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
     return sum(tensor.nbytes for tensor in tensors.values())

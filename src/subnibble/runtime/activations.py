@@ -1,11 +1,11 @@
-"""Quantize a linear's input while it runs: each token by itself, group by group (`ActivationScheme`).
+"""Quantize a linear's input at run time: each token separately, group by group (`ActivationScheme`).
 
-What leaves here are whole numbers with their zero-points already taken off, so that
+The results are whole numbers from which zero-points are already subtracted, so that
 
     x = scale * number        number in -255 .. 255 (8 bits), -15 .. 15 (4), -7 .. 7 (3); of MXFP4, -12 .. 12
 
-Outlier channels, if the scheme has any, are the last group. Kept in float32, whose sums of products with weight numbers
-are those of int32 (`integer.py`). What is not finite stays so.
+Outlier channels, if the scheme has any, form the last group. The numbers are stored as float32: sums of their products
+with weight numbers are the same as in int32 (`integer.py`). Values that are not finite stay not finite.
 """
 
 from __future__ import annotations
@@ -19,15 +19,18 @@ from subnibble.tensor import mxfp4
 from subnibble.tensor.activation_scheme import ActivationScheme
 from subnibble.tensor.packed import grouped_views
 
-# Below this a scale is raised, so that a group of zeros has one; bfloat16 holds it as a normal number.
+# Smaller scales are raised to this, so that a group of zeros has a scale; bfloat16 holds it as a normal number.
 _SMALLEST_SCALE = 2.0**-120
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """numbers: (t, k) whole, float32. scales: (t, groups) float32. bounds: first and stop channel of each group.
+    """Quantized tokens.
 
-    largest: of each group, what no number is beyond.
+    numbers: (t, k) whole numbers, float32.
+    scales: (t, groups) float32.
+    bounds: first and stop channel of each group.
+    largest: for each group, a bound on the numbers' magnitude.
     """
 
     numbers: Tensor
@@ -36,37 +39,38 @@ class Quantized:
     largest: list[int]
 
     def values(self) -> Tensor:
-        """What the numbers stand for: (t, k) float32."""
+        """Dequantize: (t, k) float32."""
         widths = torch.tensor([stop - start for start, stop in self.bounds], device=self.scales.device)
         return self.numbers * self.scales.repeat_interleave(widths, dim=1)
 
 
 def quantize(x: Tensor, scheme: ActivationScheme) -> Quantized:
-    """Quantize tokens. x: (t, k) of any float type, computed in float32."""
+    """Quantize tokens. x: (t, k) of any float dtype; computed in float32."""
     wide, bounds = x.float(), scheme.group_bounds(x.shape[1])
     if scheme.outliers:
-        usual, outliers = wide.split([x.shape[1] - scheme.outliers, scheme.outliers], 1)
-        parts = quantize(usual, scheme.without_outliers), quantize(outliers, scheme.of_outliers)
+        inliers, outliers = wide.split([x.shape[1] - scheme.outliers, scheme.outliers], 1)
+        parts = quantize(inliers, scheme.without_outliers), quantize(outliers, scheme.of_outliers)
         numbers, scales = torch.cat([p.numbers for p in parts], 1), torch.cat([p.scales for p in parts], 1)
         return Quantized(numbers, scales, bounds, [*parts[0].largest, *parts[1].largest])
-    found = [_groups(view, scheme) for view, _ in grouped_views(wide, scheme)]
-    numbers, scales = (torch.cat([one[i].flatten(1) for one in found], 1) for i in range(2))
+    groups = [_groups(view, scheme) for view, _ in grouped_views(wide, scheme)]
+    numbers, scales = (torch.cat([group[i].flatten(1) for group in groups], 1) for i in range(2))
     return Quantized(numbers, scales, bounds, [_largest(scheme)] * len(bounds))
 
 
 def quantize_values(x: Tensor, scheme: ActivationScheme) -> Tensor:
-    """What tokens (t, k) become when they are quantized: float32."""
+    """Quantize and dequantize tokens x (t, k): float32."""
     return quantize(x, scheme).values()
 
 
 def _largest(scheme: ActivationScheme) -> int:
+    """A bound on the magnitude of quantized numbers."""
     if scheme.grid == "mxfp4":
         return mxfp4.LARGEST_NUMBER
     return int(2 ** (scheme.bits - 1) - 1 if scheme.zero_point == "none" else 2**scheme.bits - 1)
 
 
 def _groups(x: Tensor, scheme: ActivationScheme) -> tuple[Tensor, Tensor]:
-    """Numbers (t, groups, width) and scales (t, groups, 1) of groups (t, groups, width)."""
+    """Quantize groups x (t, groups, width): numbers (t, groups, width) and scales (t, groups, 1)."""
     if scheme.grid == "mxfp4":
         largest = x.abs().amax(-1, keepdim=True)
         scale = torch.where(largest.isfinite(), mxfp4.shared_scale(largest), torch.nan)
@@ -75,7 +79,7 @@ def _groups(x: Tensor, scheme: ActivationScheme) -> tuple[Tensor, Tensor]:
     if scheme.zero_point == "none":
         scale = _stored(scheme.clip * x.abs().amax(-1, keepdim=True) / last)
         return (x / scale).round_().clamp_(-last, last), scale
-    # The range contains 0, so that zero-points are codes.
+    # Each range is extended to contain 0, so that the zero-point is one of the codes.
     low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
     scale = _stored(scheme.clip * (high - low) / last)
     zero = (scheme.clip * -low / scale).round_().clamp_(0, last)

@@ -1,8 +1,8 @@
-"""Attention over a coded cache and a prefix at 16 bits: scores of both side by side before the softmax.
+"""Attention over a quantized cache and a 16-bit prompt prefix: one softmax over the scores of both.
 
     A = softmax([q K_Pᵀ, q K̂ᵀ] * scaling);    y = A_P V_P + A_text V̂
 
-which is what two attentions merged by their log-sum-exps would be.
+This equals two attentions merged by their log-sum-exps.
 """
 
 from __future__ import annotations
@@ -12,16 +12,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from subnibble.runtime.kv_cache import Seen, changed
+from subnibble.runtime.kv_cache import CacheView, map_view
 
-# Queries whose scores are held at once where they differ in what they see coded.
+# Number of queries whose scores are held at once if queries differ in which tokens they see quantized.
 _QUERIES = 128
 
 
 @dataclass(frozen=True)
-class PrefixSeen:
-    """Keys and values of a prefix, one for all sequences. keys, values: (heads, p, width). visible: (b or 1, 1, t, p),
-    which of its tokens a query sees.
+class PrefixView:
+    """Keys and values of a prompt prefix that all sequences share.
+
+    keys, values: (heads, p, width).
+    visible: (b or 1, 1, t, p) bool, which prefix tokens each query sees.
     """
 
     keys: Tensor
@@ -30,95 +32,110 @@ class PrefixSeen:
 
 
 def attend(
-    query: Tensor, keys: Seen, values: Seen, visible: Tensor | None, scaling: float, prefix: PrefixSeen | None = None
+    query: Tensor,
+    keys: CacheView,
+    values: CacheView,
+    visible: Tensor | None,
+    scaling: float,
+    prefix: PrefixView | None = None,
 ) -> Tensor:
-    """Attention's output (b, query heads, t, width).
+    """Compute attention's output: (b, query heads, t, width).
 
-    query: (b, query heads, t, width), the last t of n tokens; query heads that share a key-value head are neighbours.
-    keys, values: of the text, (b, heads, n, width). visible: (b or 1, 1, t, n) bool, None for all that is not later.
+    query: (b, query heads, t, width), the last t of n tokens; query heads that share a key-value head are adjacent.
+    keys, values: of the text, (b, heads, n, width).
+    visible: (b or 1, 1, t, n) bool, which tokens each query sees; None for a causal mask.
+    scaling: factor on the scores before the softmax.
+    prefix: keys and values before the text, or None.
     """
     batch, count, total = query.shape[0], query.shape[2], keys.late.shape[2]
-    plain = keys.early is None and values.early is None
-    causal = visible is None and prefix is None and plain and count in (1, total)
+    same_for_all = keys.early is None and values.early is None
+    causal = visible is None and prefix is None and same_for_all and count in (1, total)
     if visible is None and not causal:
         visible = torch.ones(1, 1, count, total, dtype=torch.bool, device=query.device).tril(total - count)
     if prefix is not None and visible is not None:
-        shown = [part.expand(batch, *part.shape[1:]) for part in (prefix.visible, visible)]
-        visible = torch.cat(shown, -1)
-    if visible is not None and not plain:
+        masks = [mask.expand(batch, *mask.shape[1:]) for mask in (prefix.visible, visible)]
+        visible = torch.cat(masks, -1)
+    if visible is not None and not same_for_all:
         return _by_query(query, keys, values, visible, scaling, prefix)
-    k, v = (_behind(prefix, name, seen.late) for name, seen in (("keys", keys), ("values", values)))
-    k, v = (part.repeat_interleave(query.shape[1] // k.shape[1], 1) for part in (k, v))
-    found: Tensor = torch.nn.functional.scaled_dot_product_attention(
+    k, v = (_after_prefix(prefix, name, view.late) for name, view in (("keys", keys), ("values", values)))
+    k, v = (tensor.repeat_interleave(query.shape[1] // k.shape[1], 1) for tensor in (k, v))
+    output: Tensor = torch.nn.functional.scaled_dot_product_attention(
         query, k, v, attn_mask=visible, is_causal=causal and count > 1, scale=scaling
     )
-    return found
+    return output
 
 
 def _by_query(
-    query: Tensor, keys: Seen, values: Seen, visible: Tensor, scaling: float, prefix: PrefixSeen | None
+    query: Tensor, keys: CacheView, values: CacheView, visible: Tensor, scaling: float, prefix: PrefixView | None
 ) -> Tensor:
-    """Where queries of one call see more or less of the cache quantized: some queries at a time.
+    """Attention if the queries of one call differ in which tokens they see quantized: `_QUERIES` queries at a time.
 
-    Computed in float32 or better, as torch's own attention does inside, and rounded to the query's type once.
+    Computed in float32 or better, as torch's attention does internally, and rounded to the query's dtype once.
     """
     wide = torch.promote_types(query.dtype, torch.float32)
     grouped = (query.to(wide) * scaling).unflatten(1, (keys.late.shape[1], -1))
-    keys, values = (changed(seen, lambda part: part.to(wide)) for seen in (keys, values))
-    offset, found = visible.shape[-1] - keys.late.shape[2], []
+    keys, values = (map_view(view, lambda tensor: tensor.to(wide)) for view in (keys, values))
+    offset, outputs = visible.shape[-1] - keys.late.shape[2], []
     for start in range(0, query.shape[2], _QUERIES):
-        shown = visible[:, :, start : start + _QUERIES]
-        # Tokens behind the last that any of these queries sees cost nothing.
-        ends = shown.flatten(0, 2).any(0).nonzero()
+        mask = visible[:, :, start : start + _QUERIES]
+        # Skip tokens after the last one that any of these queries sees.
+        ends = mask.flatten(0, 2).any(0).nonzero()
         stop = max(int(ends.max()) + 1 if ends.numel() else 0, offset)
-        k, v = (_Part(seen, start, stop - offset) for seen in (keys, values))
-        found.append(_few(grouped[..., start : start + _QUERIES, :], k, v, shown[..., :stop], prefix))
-    return torch.cat(found, -2).flatten(1, 2).to(query.dtype)
+        k, v = (_ChunkView(view, start, stop - offset) for view in (keys, values))
+        outputs.append(_chunk(grouped[..., start : start + _QUERIES, :], k, v, mask[..., :stop], prefix))
+    return torch.cat(outputs, -2).flatten(1, 2).to(query.dtype)
 
 
-class _Part:
-    """What the queries from `start` on, `_QUERIES` of them, see of the first n keys or values.
+class _ChunkView:
+    """The first n keys or values as one chunk of queries sees them: `_QUERIES` queries from query `start` on.
 
-    base: (b, heads, 1, n, width), tokens as all of these queries see them, but for those of the range first .. stop -
-    1: coded says of each query and token there whether it sees late instead.
+    base: (b, heads, 1, n, width), as every query of the chunk sees them, except tokens first .. stop - 1.
+    late: (b, heads, 1, stop - first, width), these tokens quantized.
+    quantized: (queries, stop - first) bool, whether a query sees `late` instead of `base`.
     """
 
-    def __init__(self, seen: Seen, start: int, n: int) -> None:
+    def __init__(self, view: CacheView, start: int, n: int) -> None:
         self.first = self.stop = 0
-        late = seen.late[:, :, :n]
+        late = view.late[:, :, :n]
         self.base, self.late = late.unsqueeze(2), late
-        if seen.early is None or seen.counts is None:
+        if view.early is None or view.counts is None:
             return
-        counts = seen.counts[start : start + _QUERIES].clamp(max=n)
+        counts = view.counts[start : start + _QUERIES].clamp(max=n)
         self.first, self.stop = int(counts.min()), int(counts.max())
-        self.base = torch.cat([late[:, :, : self.first], seen.early[:, :, self.first : n]], 2).unsqueeze(2)
+        self.base = torch.cat([late[:, :, : self.first], view.early[:, :, self.first : n]], 2).unsqueeze(2)
         self.late = late[:, :, self.first : self.stop].unsqueeze(2)
         self.quantized = torch.arange(self.first, self.stop, device=counts.device) < counts.unsqueeze(1)
 
 
-def _few(query: Tensor, keys: _Part, values: _Part, visible: Tensor, prefix: PrefixSeen | None) -> Tensor:
-    """Attention of some queries (b, heads, repeats, t, width), scaled already. visible: (b or 1, 1, t, p + n)."""
+def _chunk(query: Tensor, keys: _ChunkView, values: _ChunkView, visible: Tensor, prefix: PrefixView | None) -> Tensor:
+    """Attention of one chunk of queries, (b, heads, repeats, t, width), already scaled.
+
+    visible: (b or 1, 1, t, p + n).
+    """
     offset = visible.shape[-1] - keys.base.shape[-2]
-    scores = query @ _behind(prefix, "keys", keys.base).transpose(-1, -2)
+    scores = query @ _after_prefix(prefix, "keys", keys.base).transpose(-1, -2)
     if keys.first < keys.stop:
         mixed = scores[..., offset + keys.first : offset + keys.stop]
         mixed.copy_(torch.where(keys.quantized, query @ keys.late.transpose(-1, -2), mixed))
     visible = visible.unsqueeze(1)
     probs = scores.masked_fill(~visible, -torch.inf).softmax(-1)
-    # A padded query sees nothing: 0, as of torch's own attention, not 0 / 0.
+    # A padded query sees nothing: its output is 0, as in torch's attention, instead of 0 / 0.
     probs = probs.masked_fill(~visible.any(-1, keepdim=True), 0)
-    found: Tensor = probs @ _behind(prefix, "values", values.base)
+    output: Tensor = probs @ _after_prefix(prefix, "values", values.base)
     if values.first < values.stop:
         mixed = torch.where(values.quantized, probs[..., offset + values.first : offset + values.stop], 0)
-        found += mixed @ (values.late - values.base[..., values.first : values.stop, :])
-    return found
+        output += mixed @ (values.late - values.base[..., values.first : values.stop, :])
+    return output
 
 
-def _behind(prefix: PrefixSeen | None, name: str, text: Tensor) -> Tensor:
-    """Keys or values of the prefix, then of the text: (b, heads, ..., p + n, width)."""
+def _after_prefix(prefix: PrefixView | None, name: str, text: Tensor) -> Tensor:
+    """Put the prefix's keys or values before the text's: (b, heads, ..., p + n, width).
+
+    name: "keys" or "values". text: (b, heads, ..., n, width).
+    """
     if prefix is None:
         return text
-    part: Tensor = getattr(prefix, name).to(text.dtype)
+    before: Tensor = getattr(prefix, name).to(text.dtype)
     between = [1] * (text.dim() - 4)
-    part = part.view(1, part.shape[0], *between, *part.shape[1:])
-    return torch.cat([part.expand(*text.shape[:-2], *part.shape[-2:]), text], -2)
+    before = before.view(1, before.shape[0], *between, *before.shape[1:])
+    return torch.cat([before.expand(*text.shape[:-2], *before.shape[-2:]), text], -2)

@@ -1,8 +1,9 @@
-"""The packed store of a KV cache: what one layer keeps of its keys and values, and what queries see of it.
+"""The packed store of a KV cache: the keys and values that one layer stores, and what queries see of them.
 
-What a query at place t sees of a key or value at place j depends on t and j alone (`CacheScheme.coded_tokens`): so a
-text read at once and one read token by token give the same result, and scoring a text at once measures the cache as
-decoding will use it. These are the torch references; sums and codes are float32.
+Whether a query at position t sees the key or value at position j quantized depends on t and j alone
+(`CacheScheme.quantized_tokens`). So a text in one forward pass and the same text token by token give the same result,
+and scoring a text in one pass measures the cache as decoding will use it. These are the torch references; sums and
+codes are computed in float32.
 """
 
 from __future__ import annotations
@@ -17,13 +18,17 @@ from subnibble.tensor.cache_scheme import CacheScheme
 from subnibble.tensor.packed import pack_codes, unpack_codes
 
 _LARGEST_STORED = torch.finfo(torch.float16).max
-# A scale below this is raised to it, so that a constant group has one.
+# Smaller scales are raised to this, so that a constant group has a scale.
 _SMALLEST_SCALE = torch.finfo(torch.float16).smallest_normal
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Coded rows, of any leading shape. codes: (..., bytes) uint8. scales, lows: (..., groups) float16."""
+    """Quantized rows, of any leading shape.
+
+    codes: (..., bytes) uint8, packed.
+    scales, lows: (..., groups) float16.
+    """
 
     codes: Tensor
     scales: Tensor
@@ -31,23 +36,26 @@ class Rows:
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """All that is stored."""
+        """All stored tensors."""
         return self.codes, self.scales, self.lows
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Rows:
-        """The same change to all tensors."""
+        """Apply `change` to each tensor."""
         return Rows(change(self.codes), change(self.scales), change(self.lows))
 
     def append(self, other: Rows, dim: int) -> Rows:
-        """With `other` behind, along `dim`."""
+        """Append `other` along `dim`."""
         return Rows(*(torch.cat(pair, dim) for pair in zip(self.tensors, other.tensors, strict=True)))
 
 
 def quantize_rows(x: Tensor, bits: int, bounds: list[tuple[int, int]], clip: float = 1.0) -> Rows:
-    """Code rows (..., k): in each group (first, stop) of columns `low + scale * code` with codes 0 .. 2**bits - 1.
+    """Quantize rows: in each group, x is about `low + scale * code` with codes 0 .. 2**bits - 1.
 
-    The range is the group's own, shrunk by `clip` towards its middle; scale and low are rounded to float16 before codes
-    are made, so that what is stored is what was used.
+    x: (..., k).
+    bounds: first and stop column of each group.
+    clip: the share of a group's range that is kept, around its middle.
+
+    Scale and low are rounded to float16 before codes are computed, so that codes fit the stored values.
     """
     last = 2**bits - 1
     codes, scales, lows = [], [], []
@@ -65,7 +73,7 @@ def quantize_rows(x: Tensor, bits: int, bounds: list[tuple[int, int]], clip: flo
 
 
 def dequantize_rows(rows: Rows, bits: int, bounds: list[tuple[int, int]], dtype: torch.dtype) -> Tensor:
-    """The rows (..., k) that codes stand for, computed in float32 and cast once to `dtype`."""
+    """Dequantize to rows (..., k), computed in float32 and cast once to `dtype`. Inverse of `quantize_rows`."""
     width = bounds[-1][1]
     shape = rows.codes.shape[:-1]
     codes = unpack_codes(rows.codes.flatten(0, -2), bits, width).view(*shape, width)
@@ -77,11 +85,12 @@ def dequantize_rows(rows: Rows, bits: int, bounds: list[tuple[int, int]], dtype:
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What the queries of one call see of keys, or of values. late: (b, heads, n, width), as the last query does.
+class CacheView:
+    """The keys, or the values, that the queries of one call see, dense.
 
-    early: as the first query does, coded less; None where all see the same. counts: (queries,), of how many first
-    tokens each query sees the codes; None with `early`.
+    late: (b, heads, n, width), as the last query sees them.
+    early: (b, heads, n, width), quantized only as far as before this call; None if all queries see the same.
+    counts: (queries,), how many of the first tokens each query sees quantized; None if `early` is None.
     """
 
     late: Tensor
@@ -90,10 +99,11 @@ class Seen:
 
 
 class TensorStore:
-    """Keys, or values, of one layer: coded tokens, and behind them those that are still at 16 bits.
+    """The keys, or the values, of one layer: quantized tokens, followed by those that are still at 16 bits.
 
-    scheme: None keeps all as it comes. of_keys: which of the two it is, for schemes that treat them differently.
-    center: (heads, width), what is coded less; None for nothing.
+    scheme: None stores every token unquantized.
+    of_keys: whether it stores keys; some schemes treat keys and values differently.
+    center: (heads, width), subtracted before quantization; None for nothing.
     """
 
     def __init__(self, scheme: CacheScheme | None, of_keys: bool, center: Tensor | None = None) -> None:
@@ -106,14 +116,14 @@ class TensorStore:
     @property
     def nbytes(self) -> int:
         """Bytes in memory."""
-        parts = [] if self.quantized is None else list(self.quantized.tensors)
-        return sum(part.nbytes for part in (*parts, *([] if self.exact is None else [self.exact])))
+        tensors = [] if self.quantized is None else list(self.quantized.tensors)
+        return sum(tensor.nbytes for tensor in (*tensors, *([] if self.exact is None else [self.exact])))
 
     @property
     def batch(self) -> int:
         """Sequences in the store, 0 before the first token."""
-        part = self.exact if self.quantized is None else self.quantized.codes
-        return 0 if part is None else part.shape[0]
+        tensor = self.exact if self.quantized is None else self.quantized.codes
+        return 0 if tensor is None else tensor.shape[0]
 
     @property
     def length(self) -> int:
@@ -127,76 +137,78 @@ class TensorStore:
         groups = self.quantized.codes.shape[2]
         return groups * self._scheme.group_size if self._by_channel else groups
 
-    def append(self, x: Tensor) -> Seen:
-        """Add tokens x (b, heads, t, width), code what is to be coded by now; what their queries see."""
+    def append(self, x: Tensor) -> CacheView:
+        """Add tokens x (b, heads, t, width), quantize the tokens now due, and return what the new queries see."""
         first = self.length
         exact = x if self.exact is None else torch.cat([self.exact, x], 2)
         before = self._quantized_length
         scheme = self._scheme
         if scheme is None:
             self.exact = exact
-            return Seen(exact)
+            return CacheView(exact)
         total = first + x.shape[2]
         counts = [scheme.quantized_tokens(first + i + 1, self._of_keys) for i in range(x.shape[2])]
         assert not counts or counts[-1] >= before
         ready = exact[:, :, : counts[-1] - before] if counts else exact[:, :, :0]
-        # A window is none of a query's business where each sees all that it may see coded.
+        # If every query already sees all its tokens quantized, no 16-bit view is needed.
         differs = any(count < min(first + i + 1, counts[-1]) for i, count in enumerate(counts))
         early = self._read(exact, x.dtype) if differs else None
         if ready.shape[2]:
-            self._code(ready)
-        rest = exact[:, :, ready.shape[2] :]
-        # A copy, lest a few tokens hold the memory of all.
-        self.exact = rest.clone() if rest.shape[2] else None
+            self._quantize(ready)
+        waiting = exact[:, :, ready.shape[2] :]
+        # A copy, because a view of a few tokens would keep the memory of all.
+        self.exact = waiting.clone() if waiting.shape[2] else None
         assert self.length == total
-        late = self._read(rest, x.dtype)
-        return Seen(late, early, torch.tensor(counts, device=x.device) if early is not None else None)
+        late = self._read(waiting, x.dtype)
+        return CacheView(late, early, torch.tensor(counts, device=x.device) if early is not None else None)
 
     def select(self, index: Tensor) -> None:
-        """Keep these sequences of the batch, in this order; index may repeat."""
-        self._map(lambda part: part.index_select(0, index.to(part.device)))
+        """Keep the sequences at `index` (1-D, integer) of the batch, in this order; an index may repeat."""
+        self._map(lambda tensor: tensor.index_select(0, index.to(tensor.device)))
 
     def _quantized_without(self, tokens: int) -> int:
+        """How many tokens should be quantized after the last `tokens` tokens are removed."""
         left = max(self.length - tokens, 0)
         return 0 if self._scheme is None else self._scheme.quantized_tokens(left, self._of_keys)
 
     def check_crop(self, tokens: int) -> None:
-        """Raise `ValueError` if without its last `tokens` tokens what is coded would have to be uncoded."""
+        """Raise `ValueError` if removing the last `tokens` tokens needs tokens at 16 bits that are quantized by now."""
         target = self._quantized_without(tokens)
         if self._scheme is not None and self._scheme.window and target != self._quantized_length:
             raise ValueError(
-                f"without its last {tokens} tokens a cache of {self.length} would have {target} coded, and it has "
-                f"{self._quantized_length}, which cannot be uncoded; use window = 0, or decode without assistant"
+                f"cannot remove the last {tokens} of the cache's {self.length} tokens: only {target} tokens would then "
+                f"be quantized, but {self._quantized_length} are, and they cannot return to 16 bits; use window = 0, "
+                "or decode without an assistant model"
             )
 
     def crop(self, tokens: int) -> None:
-        """Forget the last `tokens` tokens; see `check_crop`."""
+        """Remove the last `tokens` tokens; raises as `check_crop` does."""
         self.check_crop(tokens)
         left, target = max(self.length - tokens, 0), self._quantized_without(tokens)
         if self.quantized is not None and target < self._quantized_length:
-            self.quantized = self.quantized.map(lambda part: part[:, :, :target].clone())
-        rest = left - target
-        self.exact = self.exact[:, :, :rest].clone() if self.exact is not None and rest else None
+            self.quantized = self.quantized.map(lambda tensor: tensor[:, :, :target].clone())
+        unquantized = left - target
+        self.exact = self.exact[:, :, :unquantized].clone() if self.exact is not None and unquantized else None
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> None:
         self.quantized = None if self.quantized is None else self.quantized.map(change)
         self.exact = None if self.exact is None else change(self.exact)
 
-    def _code(self, x: Tensor) -> None:
+    def _quantize(self, x: Tensor) -> None:
         scheme = self._scheme
         assert scheme is not None
         if self._by_channel:
-            # (b, heads, groups, width, tokens of a group): a row is a channel of one group.
+            # (b, heads, groups, width, tokens of a group): a row is one channel of one group.
             x = x.unflatten(2, (-1, scheme.group_size)).transpose(3, 4)
-            found = quantize_rows(x, scheme.bits, [(0, scheme.group_size)], scheme.clip)
+            rows = quantize_rows(x, scheme.bits, [(0, scheme.group_size)], scheme.clip)
         else:
             x = x if self.center is None else x.float() - self.center.float().unsqueeze(1)
-            found = quantize_rows(x, scheme.bits, scheme.bounds(x.shape[3]), scheme.clip)
+            rows = quantize_rows(x, scheme.bits, scheme.bounds(x.shape[3]), scheme.clip)
             self._width = x.shape[3]
-        self.quantized = found if self.quantized is None else self.quantized.append(found, 2)
+        self.quantized = rows if self.quantized is None else self.quantized.append(rows, 2)
 
     def _read(self, exact: Tensor, dtype: torch.dtype) -> Tensor:
-        """All tokens dense (b, heads, n, width): the coded ones, then `exact`."""
+        """All tokens dense, (b, heads, n, width): the quantized ones, then `exact`."""
         if self.quantized is None:
             return exact
         scheme = self._scheme
@@ -214,7 +226,7 @@ class TensorStore:
 
 @dataclass(frozen=True)
 class Coding:
-    """How the cache of one layer codes. center: of its keys, see `TensorStore`."""
+    """How one layer's cache is quantized. center: (heads, width), subtracted from keys first; None for nothing."""
 
     scheme: CacheScheme
     center: Tensor | None = None
@@ -242,6 +254,6 @@ class LayerStore:
         return self.values.batch
 
 
-def changed(seen: Seen, change: Callable[[Tensor], Tensor]) -> Seen:
-    """The same with both forms changed alike."""
-    return replace(seen, late=change(seen.late), early=None if seen.early is None else change(seen.early))
+def map_view(view: CacheView, change: Callable[[Tensor], Tensor]) -> CacheView:
+    """Apply `change` to `late` and to `early`."""
+    return replace(view, late=change(view.late), early=None if view.early is None else change(view.early))

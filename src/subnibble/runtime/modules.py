@@ -1,4 +1,4 @@
-"""Modules of a running packed model: they hold what is stored, as it is stored, and their forward calls `ops`."""
+"""Modules of a running packed model: they hold tensors in their stored form, and their forward calls `ops`."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from torch import Tensor, nn
 
 from subnibble.errors import NoWeight
 from subnibble.runtime import ops, site_input
-from subnibble.runtime.kept import Kept
+from subnibble.runtime.cached_handle import CachedHandle
 from subnibble.runtime.offloaded import has_hook, resident
 from subnibble.runtime.precision import as_written
-from subnibble.runtime.site_input import Entered
+from subnibble.runtime.site_input import PreparedInput
 from subnibble.runtime.site_memo import SiteMemo
 from subnibble.tensor.linear import Linear, PackedWeight, SiteInput
 from subnibble.tensor.packed import PackedLayout, PackedTensor
 
-# Where a head holds its `InputMix`.
+# Name of a head's submodule that is its `InputMix`.
 MIX = "mix"
 
 
 class StoredModule(nn.Module):
-    """Holds buffers that keep their stored type on `.to(dtype)`."""
+    """A module whose buffers keep their stored dtype on `.to(dtype)`."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move between devices as any module does; buffers keep their type."""
+        """Move between devices as any module does, but keep the dtype of buffers."""
         types = {name: buffer.dtype for name, buffer in self.named_buffers(recurse=False)}
         before = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -39,8 +39,9 @@ class StoredModule(nn.Module):
 
 
 class PrefixStates(StoredModule):
-    """Keys and values of a prefix in one attention: (heads, tokens, width) float16 each.
+    """Keys and values of a prompt prefix in one attention.
 
+    keys, values: (heads, tokens, width) float16 each.
     persistent: whether they are saved with the model.
     """
 
@@ -53,19 +54,20 @@ class PrefixStates(StoredModule):
         self.register_buffer("values", values, persistent)
 
     def pair(self) -> tuple[Tensor, Tensor]:
-        """Keys and values."""
+        """Keys and values, loaded if accelerate offloaded them."""
         with resident(self):
             return self.keys, self.values
 
     def extra_repr(self) -> str:
-        """Shape, for printing."""
+        """Number of tokens, for printing."""
         return f"{self.keys.shape[1]} tokens"
 
 
 class KeyCenter(StoredModule):
-    """What one attention's cache codes keys less: (heads, width) float16.
+    """The mean that one attention subtracts from keys before its cache quantizes them.
 
-    rope, key_rotation: of the `CacheScheme` that it was made for.
+    mean: (heads, width) float16.
+    rope, key_rotation: settings of the `CacheScheme` for which the mean was computed.
     """
 
     mean: Tensor
@@ -76,7 +78,7 @@ class KeyCenter(StoredModule):
         self.rope, self.key_rotation = rope, key_rotation
 
     def held(self) -> Tensor:
-        """The mean."""
+        """The mean, loaded if accelerate offloaded it."""
         with resident(self):
             return self.mean
 
@@ -86,9 +88,10 @@ class KeyCenter(StoredModule):
 
 
 class InputMix(StoredModule):
-    """A block-diagonal matrix M (d, d) float32 that meets a head's input before its table does.
+    """A block-diagonal matrix M (d, d) that multiplies a head's input before the head's table does.
 
-    matrix: (d, widest), row i of M from the first column of its block on, filled up with zeros. widths: of the blocks.
+    matrix: (d, widest block) float32; row i is row i of M from its block's first column on, padded with zeros.
+    widths: widths of the blocks.
     """
 
     matrix: Tensor
@@ -100,16 +103,16 @@ class InputMix(StoredModule):
         self.widths = widths
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (..., d) to x M, in float32 or better and rounded to x's type once."""
+        """Compute x M for x (..., d), in float32 or better and rounded to x's dtype once."""
         _ran_(self)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         rows = self.matrix.to(wide.dtype).split(self.widths)
-        parts = zip(wide.split(self.widths, -1), rows, strict=True)
+        pairs = zip(wide.split(self.widths, -1), rows, strict=True)
         with as_written(x.device):
-            return torch.cat([part @ block[:, : block.shape[0]] for part, block in parts], -1).to(x.dtype)
+            return torch.cat([channels @ block[:, : block.shape[0]] for channels, block in pairs], -1).to(x.dtype)
 
     def extra_repr(self) -> str:
-        """Widths, for printing."""
+        """Number and largest width of blocks, for printing."""
         return f"{len(self.widths)} blocks of up to {max(self.widths)}"
 
 
@@ -118,13 +121,13 @@ class PackedModule(StoredModule):
 
     def __init__(self, weight: PackedTensor) -> None:
         super().__init__()
-        self._packed: Kept[PackedTensor] = Kept()
+        self._packed: CachedHandle[PackedTensor] = CachedHandle()
         self.layout: PackedLayout = weight.layout
         for name, tensor in weight.state().items():
             self.register_buffer(name, tensor)
 
     def __getattr__(self, name: str) -> Any:
-        """As of any module, but that a packed one says what became of its `weight`."""
+        """Look up as any module does, except that `weight` raises `NoWeight`, which says what replaced it."""
         if name == "weight":
             raise _no_weight(self)
         return super().__getattr__(name)
@@ -135,9 +138,9 @@ class PackedModule(StoredModule):
 
     @property
     def packed(self) -> PackedTensor:
-        """The packed matrix, sharing the buffers."""
+        """The packed matrix; shares this module's buffers."""
         if has_hook(self):
-            # Where tensors come and go, a handle would hold on to them.
+            # No cached handle: it would keep offloaded tensors in memory.
             with resident(self):
                 return self._from_buffers()
         return self._packed.of(tuple(self._buffers.values()), self._from_buffers)
@@ -152,16 +155,17 @@ class PackedModule(StoredModule):
 
 
 class PackedLinear(PackedModule):
-    """A running `Linear`; its matrices are submodules, its vectors buffers under the names of their fields."""
+    """A running `Linear`: its matrices are submodules, its vectors are buffers named after their fields."""
 
-    def __init__(self, own: Linear) -> None:
-        super().__init__(own.weight.main)
-        self._linear: Kept[Linear] = Kept()
-        self._memo: SiteMemo[Entered] = SiteMemo()
-        # Of another's, in a tuple, so that it is not registered, saved and counted twice.
+    def __init__(self, linear: Linear) -> None:
+        super().__init__(linear.weight.main)
+        self._linear: CachedHandle[Linear] = CachedHandle()
+        self._memo: SiteMemo[PreparedInput] = SiteMemo()
+        # The linear that stores the input's steps, if it is another one. In a tuple, so that it is not registered,
+        # saved and counted twice.
         self._input: tuple[PackedLinear, ...] = ()
         self.in_features, self.out_features = self.layout.columns, self.layout.rows
-        site, bias = own.input, own.weight.bias
+        site, bias = linear.input, linear.weight.bias
         self.blocks, self.activation, self.repeated = site.blocks, site.activation, site.repeated
         self.column_scale: Tensor | None
         self.gather: Tensor | None
@@ -169,32 +173,33 @@ class PackedLinear(PackedModule):
         self.register_buffer("column_scale", site.column_scale)
         self.register_buffer("gather", site.gather)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
-        matrices = (own.weight.salient, *(own.weight.low_rank or (None, None)))
-        self.salient, self.down, self.up = (None if one is None else PackedModule(one) for one in matrices)
+        matrices = (linear.weight.salient, *(linear.weight.low_rank or (None, None)))
+        self.salient, self.down, self.up = (None if matrix is None else PackedModule(matrix) for matrix in matrices)
 
     @property
     def linear(self) -> Linear:
-        """What the linear contains, sharing its buffers."""
+        """The module as a `Linear` that shares its buffers."""
         source = self.input
         if has_hook(self) or has_hook(source):
             with resident(self), resident(source):
-                return self._made()
+                return self._build_linear()
         children = (child._buffers.values() for child in self._modules.values() if child is not None)
-        held = (*self._buffers.values(), *self._parameters.values(), *chain.from_iterable(children))
+        tensors = (*self._buffers.values(), *self._parameters.values(), *chain.from_iterable(children))
         vectors = (source._buffers["column_scale"], source._buffers["gather"])
-        return self._linear.of((*held, *vectors, source.blocks, source.activation, source.repeated), self._made)
+        parts = (*tensors, *vectors, source.blocks, source.activation, source.repeated)
+        return self._linear.of(parts, self._build_linear)
 
     @property
     def input(self) -> PackedLinear:
-        """The linear that says what becomes of the input: another reader of the same tensor, or itself."""
+        """The linear that stores the input's steps: another reader of the same tensor, or this one."""
         return self._input[0] if self._input else self
 
     def enter_as_(self, other: PackedLinear) -> None:
-        """From now on do to the input what `other` does, which stores it for both."""
+        """Share the input's steps, and their result, with `other`, which stores them for both."""
         self._input = (other,)
         other._memo.readers += 1
 
-    def _made(self) -> Linear:
+    def _build_linear(self) -> Linear:
         source = self.input
         low_rank = None if self.down is None or self.up is None else (self.down.packed, self.up.packed)
         salient = None if self.salient is None else self.salient.packed
@@ -202,19 +207,19 @@ class PackedLinear(PackedModule):
         return Linear(PackedWeight(self.packed, self.bias, salient, low_rank), site)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (..., k) to (..., m)."""
-        own = self.linear
-        site = own.input
+        """Apply the linear: x (..., k) to (..., m)."""
+        linear = self.linear
+        site = linear.input
         if site.is_plain:
-            return ops.linear(x, own)
-        return ops.product(x, self.input._memo.of(x, lambda: site_input.apply(x, site)), own)
+            return ops.linear(x, linear)
+        return ops.product(x, self.input._memo.of(x, lambda: site_input.apply(x, site)), linear)
 
     def dequantize(self) -> Tensor:
-        """The dense weight (m, k) float32 that inputs meet as they come, all terms included."""
+        """Dense weight (m, k) float32 for the untransformed input, all terms included."""
         return ops.dense_from_input(self.linear)
 
     def extra_repr(self) -> str:
-        """Shape, schemes and steps, for printing."""
+        """Shape, schemes and the input's steps, for printing."""
         steps = [self.activation.name] if self.activation is not None else []
         steps += ["gather"] if self.gather is not None else []
         steps += ["hadamard"] if self.blocks else []
@@ -222,7 +227,7 @@ class PackedLinear(PackedModule):
 
 
 class PackedEmbedding(PackedModule):
-    """Embedding table packed (n, d); rows come out in `dtype`."""
+    """A packed embedding table (n, d); its rows are returned in `dtype`."""
 
     def __init__(self, weight: PackedTensor, dtype: torch.dtype) -> None:
         super().__init__(weight)
@@ -230,17 +235,17 @@ class PackedEmbedding(PackedModule):
         self.dtype = dtype
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """As `PackedModule`; rows come out in the new type after `.to(dtype)`."""
+        """Move as `PackedModule` does; after `.to(dtype)`, rows are returned in the new dtype."""
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.get_buffer("codes").device)).dtype
         return super()._apply(fn, recurse)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """ids: integer, any shape, to (*ids.shape, d)."""
+        """Look up rows: ids (integer, any shape) to (*ids.shape, d)."""
         return ops.embedding(ids, self.packed, self.dtype)
 
 
 class TiedHead(nn.Module):
-    """Output projection that reads the embedding's packed table; it stores nothing of its own."""
+    """Output projection that reads the embedding's packed table and stores no tensor itself."""
 
     ran = False
 
@@ -251,31 +256,33 @@ class TiedHead(nn.Module):
         self.in_features, self.out_features = embedding.layout.columns, embedding.layout.rows
 
     def __getattr__(self, name: str) -> Any:
-        """As `PackedModule`."""
+        """Look up as `PackedModule` does: `weight` raises `NoWeight`."""
         if name == "weight":
             raise _no_weight(self._embedding[0])
         return super().__getattr__(name)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (..., d) to (..., n)."""
+        """Compute logits: x (..., d) to (..., n)."""
         _ran_(self)
         return ops.linear(x, Linear(PackedWeight(self._embedding[0].packed)))
 
 
 def _no_weight(module: PackedModule) -> NoWeight:
     kind = type(module).__name__
-    return NoWeight(f"this {kind} holds codes ({module.extra_repr()}) and no `weight`; its `dequantize()` is dense")
+    return NoWeight(
+        f"this {kind} holds codes ({module.extra_repr()}) and no `weight`; call `dequantize()` for the dense matrix"
+    )
 
 
 def add_output_bias_(module: nn.Module, bias: Tensor) -> None:
-    """Give a norm (which has no bias) a bias (d,) that is added to its output; stored as `<norm>.bias`."""
+    """Add a bias (d,) to the output of a norm that has none; stored as `<norm>.bias`."""
     module.register_parameter("bias", nn.Parameter(bias, requires_grad=False))
     module.ran = False  # type: ignore[assignment]
     module.register_forward_hook(_add_bias)
 
 
 def add_input_mix_(head: nn.Module, mix: InputMix) -> None:
-    """Let a head see its input through `mix`, stored under the head as `MIX`."""
+    """Multiply a head's input by `mix` before the head reads it; stored as the head's submodule `MIX`."""
     head.add_module(MIX, mix)
     head.register_forward_pre_hook(_mix_input, with_kwargs=True)
 
@@ -305,17 +312,17 @@ def _add_bias(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tenso
 
 
 def _ran_(module: Any) -> None:
-    """Note that a module, or what was added to it, took part in a pass."""
-    # Written once: torch.compile would take it for a change each time.
+    """Note that a module, or what was added to it, took part in a forward pass."""
+    # Written once: torch.compile would see a state change in each call.
     if not module.ran:
         module.ran = True
 
 
 def never_ran(module: nn.Module) -> list[str]:
-    """Paths of what was put into a model, or added to its modules, and took part in no pass so far."""
-    return [path for path, part in module.named_modules() if getattr(part, "ran", True) is False]
+    """Paths of modules that subnibble put into a model, or added to, and that took part in no forward pass yet."""
+    return [path for path, child in module.named_modules() if getattr(child, "ran", True) is False]
 
 
 def packed_modules(model: nn.Module) -> dict[str, PackedModule]:
-    """Path -> packed module of a loaded model."""
+    """All packed modules of a loaded model, by path."""
     return {path: module for path, module in model.named_modules() if isinstance(module, PackedModule)}

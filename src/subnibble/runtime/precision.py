@@ -1,4 +1,4 @@
-"""Types in which products and their inputs are computed, under autocast and float16, too."""
+"""Dtypes in which products and their inputs are computed, also under autocast and in float16."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch import Tensor
 
 
 def narrowed(wide: Tensor, dtype: torch.dtype) -> Tensor:
-    """Float32 or better in `dtype`; what float16 does not hold becomes its largest number.
+    """Cast a tensor of float32 or better to `dtype`; values beyond float16's range become its largest number.
 
-    Column scales, transforms and rounded-up scales of inputs may lead beyond it.
+    Column scales, transforms and rounded-up scales of inputs can exceed that range.
     """
     if dtype == torch.float16:
         largest = torch.finfo(dtype).max
@@ -20,7 +20,7 @@ def narrowed(wide: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def as_written(device: torch.device) -> AbstractContextManager[object]:
-    """Products in the types that are written here, under autocast, too."""
+    """Context without autocast: products are computed in the dtypes that the code writes."""
     if torch.amp.is_autocast_available(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()

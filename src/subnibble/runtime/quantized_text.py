@@ -1,6 +1,6 @@
-"""What attention sees of a text's keys and values once they are coded, for passes that keep no cache.
+"""Quantize and dequantize keys and values as the cache would, for forward passes without a cache.
 
-Of schemes with a window, as the text's last token sees them. Gradients pass as if nothing were coded.
+If the scheme has a window, tokens are quantized as the text's last token sees them. Gradients pass straight through.
 """
 
 from __future__ import annotations
@@ -15,19 +15,28 @@ from subnibble.tensor.cache_scheme import CacheScheme
 
 
 def quantized_keys(keys: Tensor, coding: Coding, positions: tuple[Tensor, Tensor]) -> Tensor:
-    """Keys (b, heads, t, width), positions put on, not turned. positions: cosines and sines, (1 or b, t, turned)."""
+    """Quantize and dequantize keys.
+
+    keys: (b, heads, t, width), with rotary positions, without the Hadamard rotation.
+    coding: how the layer's cache is quantized.
+    positions: cosines and sines of the rotary positions, (1 or b, t, rotary channels) each.
+    """
     return straight_through(keys, _quantized(keys.detach(), coding, positions))
 
 
 def quantized_values(values: Tensor, coding: Coding) -> Tensor:
-    """Values (b, heads, t, width)."""
+    """Quantize and dequantize values (b, heads, t, width)."""
     return straight_through(values, TensorStore(coding.scheme, of_keys=False).append(values.detach()).late)
 
 
 def as_quantized(keys: Tensor, scheme: CacheScheme, positions: tuple[Tensor, Tensor]) -> Tensor:
-    """Keys in the basis in which they are quantized: without positions, or rotated. Arguments: see `quantized_keys`."""
+    """Keys (b, heads, t, width) in the basis in which the cache quantizes them.
+
+    They lose their rotary positions if `scheme.rope` is "before", and are rotated by `scheme.key_rotation`.
+    keys, positions: as in `quantized_keys`.
+    """
     if scheme.rope == "before":
-        cos, sin = (part.float() for part in positions)
+        cos, sin = (tensor.float() for tensor in positions)
         return unrotate(keys.float(), cos, sin).to(keys.dtype)
     if scheme.key_rotation == "none":
         return keys
@@ -36,11 +45,11 @@ def as_quantized(keys: Tensor, scheme: CacheScheme, positions: tuple[Tensor, Ten
 
 def _quantized(keys: Tensor, coding: Coding, positions: tuple[Tensor, Tensor]) -> Tensor:
     scheme = coding.scheme
-    seen = TensorStore(scheme, True, coding.center).append(as_quantized(keys, scheme, positions)).late
+    dense = TensorStore(scheme, True, coding.center).append(as_quantized(keys, scheme, positions)).late
     if scheme.rope == "before":
-        cos, sin = (part.float() for part in positions)
-        return rotate(seen.float(), cos, sin).to(keys.dtype)
+        cos, sin = (tensor.float() for tensor in positions)
+        return rotate(dense.float(), cos, sin).to(keys.dtype)
     if scheme.key_rotation == "none":
-        return seen
-    # Queries are turned alike at run time, which is as if keys were turned back.
-    return hadamard.multiply_transposed(seen, hadamard.hadamard_blocks(keys.shape[-1]))
+        return dense
+    # At run time queries are rotated instead, which equals rotating keys back.
+    return hadamard.multiply_transposed(dense, hadamard.hadamard_blocks(keys.shape[-1]))

@@ -1,4 +1,7 @@
-"""Rotary positions put on keys, and taken off: `k = x cos + turn(x) sin`, turn(x) = (-second half, first half)."""
+"""Apply rotary positions to keys, and remove them.
+
+k = x cos + rotate_half(x) sin,    rotate_half(x) = (-second half, first half)
+"""
 
 from __future__ import annotations
 
@@ -7,22 +10,30 @@ from torch import Tensor
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Put positions on. x: (b, heads, t, width). cos, sin: (b, t, turned), of the first `rotated` channels alone."""
-    rotated = cos.shape[-1]
-    part, rest = x[..., :rotated], x[..., rotated:]
-    found = part * cos.unsqueeze(1) + _turn(part) * sin.unsqueeze(1)
-    return torch.cat([found, rest], -1) if rest.shape[-1] else found
+    """Apply rotary positions to the first r channels; the others stay unchanged.
+
+    x: (b, heads, t, width).
+    cos, sin: (b, t, r).
+    """
+    channels = cos.shape[-1]
+    rotary, plain = x[..., :channels], x[..., channels:]
+    rotated = rotary * cos.unsqueeze(1) + _rotate_half(rotary) * sin.unsqueeze(1)
+    return torch.cat([rotated, plain], -1) if plain.shape[-1] else rotated
 
 
 def unrotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Take positions off; inverse of `rotate`, whatever factor (YaRN's) cos and sin have in common."""
-    rotated = cos.shape[-1]
-    part, rest = x[..., :rotated], x[..., rotated:]
+    """Remove rotary positions: the inverse of `rotate`, also if cos and sin share a factor (as in YaRN).
+
+    x: (b, heads, t, width).
+    cos, sin: (b, t, r).
+    """
+    channels = cos.shape[-1]
+    rotary, plain = x[..., :channels], x[..., channels:]
     norm = (cos.square() + sin.square()).unsqueeze(1)
-    found = (part * cos.unsqueeze(1) - _turn(part) * sin.unsqueeze(1)) / norm
-    return torch.cat([found, rest], -1) if rest.shape[-1] else found
+    unrotated = (rotary * cos.unsqueeze(1) - _rotate_half(rotary) * sin.unsqueeze(1)) / norm
+    return torch.cat([unrotated, plain], -1) if plain.shape[-1] else unrotated
 
 
-def _turn(x: Tensor) -> Tensor:
+def _rotate_half(x: Tensor) -> Tensor:
     first, second = x.chunk(2, -1)
     return torch.cat([-second, first], -1)

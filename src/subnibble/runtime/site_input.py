@@ -1,7 +1,6 @@
-"""How a tensor enters the linears that read it: scaled, gathered, transformed, quantized, in this order.
+"""Prepare a tensor for the linears that read it: scale, gather, transform, quantize, in this order.
 
-docs/format.md specifies it. One function carries it out, for the running model, for calibration, tuning and
-distillation.
+docs/format.md specifies the steps. The running model, calibration, tuning and distillation all use these functions.
 """
 
 from __future__ import annotations
@@ -19,11 +18,12 @@ from subnibble.tensor.linear import SiteInput
 
 
 @dataclass(frozen=True)
-class Entered:
-    """A tensor as linears multiply it.
+class PreparedInput:
+    """A tensor in the form that linears multiply: after all steps of a `SiteInput`.
 
-    tokens: (t, k) in its own type where it is not quantized, else None. quantized: as whole numbers, or None.
-    rest: what is left of the first channels, where they are quantized twice, or None.
+    tokens: (t, k) in the input's dtype if it is not quantized, else None.
+    quantized: (t, k) as whole numbers, or None.
+    rest: quantization error of the first channels, quantized in turn, if they are quantized twice; else None.
     """
 
     tokens: Tensor | None
@@ -31,7 +31,7 @@ class Entered:
     rest: Quantized | None = None
 
     def values(self) -> Tensor:
-        """What the numbers stand for, the rest added: (t, k) float32."""
+        """Dequantize, `rest` included: (t, k) float32."""
         if self.quantized is None:
             assert self.tokens is not None
             return self.tokens.float()
@@ -42,7 +42,7 @@ class Entered:
 
 
 def enter(x: Tensor, site: SiteInput) -> Tensor:
-    """The steps before quantization. x: (..., k); computed in float32 or better and rounded to x's type once."""
+    """Apply the steps before quantization. x: (..., k); computed in float32 or better and rounded to x's dtype once."""
     if site.moves_nothing:
         return x
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -56,14 +56,14 @@ def enter(x: Tensor, site: SiteInput) -> Tensor:
     return narrowed(wide, x.dtype)
 
 
-def apply(x: Tensor, site: SiteInput) -> Entered:
-    """All steps. x: (..., k)."""
+def apply(x: Tensor, site: SiteInput) -> PreparedInput:
+    """Apply all steps, quantization included. x: (..., k)."""
     tokens = enter(x, site).reshape(-1, x.shape[-1])
     if site.activation is None:
-        return Entered(tokens)
+        return PreparedInput(tokens)
     with as_written(x.device):
         quantized, rest = activations.quantize(tokens, site.activation), None
         if site.repeated:
-            left = tokens[:, : site.repeated].float() - quantized.values()[:, : site.repeated]
-            rest = activations.quantize(left, site.activation)
-    return Entered(None, quantized, rest)
+            error = tokens[:, : site.repeated].float() - quantized.values()[:, : site.repeated]
+            rest = activations.quantize(error, site.activation)
+    return PreparedInput(None, quantized, rest)

@@ -1,7 +1,7 @@
-"""What the readers of one tensor make of it, made by the first and used by the others.
+"""Prepare a tensor once for all linears that read it: the first computes the result, the others reuse it.
 
-q, k and v of an attention read the same tensor: it is scaled, gathered, transformed and quantized once. What was made
-is forgotten as soon as the last reader has used it, or the tensor is gone.
+q, k and v of an attention read the same tensor: it is scaled, gathered, transformed and quantized once. The result is
+dropped as soon as the last reader has used it, or the tensor is freed.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ T = TypeVar("T")
 
 
 class SiteMemo(Generic[T]):
-    """Holds what was made of the last tensor. readers: how many linears use it."""
+    """Holds the result for the last tensor. readers: number of linears that use it."""
 
     def __init__(self, readers: int = 1) -> None:
         self.readers = readers
-        # The tensor, its version, what was made of it, and how many have used it.
+        # The tensor, its version, the result, and the number of readers that have used it.
         self._kept: tuple[weakref.ref[Tensor], int, T, int] | None = None
 
     def of(self, x: Tensor, make: Callable[[], T]) -> T:
-        """What `make` gives for `x`: made now, or by another reader of the very same tensor."""
-        # A traced call has no state between calls, and gradients of one reader must not meet another's.
+        """Return `make()` for `x`: computed now, or reused from another reader of the same tensor object."""
+        # A traced call has no state between calls, and readers must not share an autograd graph.
         if self.readers == 1 or torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
             return make()
         kept, version = self._kept, _version(x)
@@ -34,23 +34,23 @@ class SiteMemo(Generic[T]):
             used = kept[3] + 1
             self._kept = None if used == self.readers else (*kept[:3], used)
             return kept[2]
-        made = make()
-        self._kept = (weakref.ref(x, self._forget), version, made, 1)
-        return made
+        result = make()
+        self._kept = (weakref.ref(x, self._forget), version, result, 1)
+        return result
 
     def _forget(self, reference: weakref.ref[Tensor]) -> None:
         if self._kept is not None and self._kept[0] is reference:
             self._kept = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SiteMemo[T]:
-        """A copy holds nothing yet."""
+        """Copy as empty."""
         return SiteMemo(self.readers)
 
     def __reduce__(self) -> tuple[type[SiteMemo[T]], tuple[int]]:
-        """What is pickled with a module holds nothing."""
+        """Pickle as empty."""
         return SiteMemo, (self.readers,)
 
 
 def _version(x: Tensor) -> int:
-    """How often `x` was written to; tensors of inference mode do not count that."""
+    """How often `x` was written to; 0 for an inference tensor, which does not count writes."""
     return 0 if x.is_inference() else x._version

@@ -1,4 +1,4 @@
-"""How a KV cache is coded, and which tokens go before every text."""
+"""How a KV cache is quantized, and which tokens precede every text (the prompt prefix)."""
 
 from __future__ import annotations
 
@@ -20,21 +20,24 @@ PLAIN_CACHE = 16
 
 @dataclass(frozen=True)
 class CacheScheme:
-    """Codes of keys and values: `2**bits` levels from a group's lowest value to its highest, both float16.
+    """How keys and values are quantized: `2**bits` levels from a group's lowest value to its highest.
+
+    A group stores its scale and lowest value in float16.
 
     bits: 8, 4, 3 or 2.
-    group_size: channels of a token's head that share a scale, the last group shorter where they do not divide it; -1
-        for the whole head. Of keys by channel: tokens that share one.
-    key_axis: "token" codes each token's key by itself, "channel" each channel of group_size tokens (KIVI, arXiv
+    group_size: channels of a token's head that share a scale; -1 for the whole head. If it does not divide the head,
+        the last group is shorter. For keys quantized by channel: tokens that share a scale.
+    key_axis: "token" quantizes each token's key separately, "channel" each channel over group_size tokens (KIVI, arXiv
         2402.02750).
-    rope: keys are coded "after" or "before" rotary positions.
-    key_rotation: "hadamard" turns queries and keys by a Hadamard matrix a head (QuaRot, arXiv 2404.00456), or "none".
-    window: tokens that stay at 16 bits, the last ones; of keys by channel, which are coded a window at a time, those
-        that do not fill one (n mod window of n).
+    rope: quantize keys "after" or "before" rotary positions are applied.
+    key_rotation: "hadamard" rotates queries and keys by one Hadamard matrix per head (QuaRot, arXiv 2404.00456), or
+        "none".
+    window: number of last tokens that stay at 16 bits. Keys by channel are quantized one full window at a time: of n
+        tokens, the last n mod window stay at 16 bits.
     clip: the share of a group's range that is kept, around its middle.
-    key_center: "mean" codes keys less a calibrated mean of each head's channels, which is added when they are read
-        (SageAttention's smoothing of keys, arXiv 2410.02367, section 4.2, with a mean that is known before the text);
-        the model holds the means (`KeyCenter`). Or "none".
+    key_center: "mean" subtracts a calibrated mean of each head's channels before keys are quantized, and adds it when
+        they are read; the model holds the means (`KeyCenter`). This is SageAttention's smoothing of keys (arXiv
+        2410.02367, section 4.2), except that the mean is known before the text. Or "none".
     """
 
     bits: int
@@ -49,12 +52,12 @@ class CacheScheme:
     def __post_init__(self) -> None:
         if type(self.bits) is not int or self.bits not in BITS:
             known = ", ".join(map(str, BITS))
-            raise BadRecipe(f"the cache's bits are {self.bits!r}; choose one of {known}, or 16 to leave it as it is")
+            raise BadRecipe(f"the cache's bits are {self.bits!r}; choose one of {known}, or 16 to keep it unquantized")
         check_group_size(self.group_size, "cache's", "head")
-        chosen = (
+        options = (
             ("key_axis", KEY_AXES), ("rope", ROPES), ("key_rotation", KEY_ROTATIONS), ("key_center", KEY_CENTERS)
         )  # fmt: skip
-        for name, choices in chosen:
+        for name, choices in options:
             if getattr(self, name) not in choices:
                 raise BadRecipe(f"the cache's {name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}")
         if type(self.window) is not int or self.window < 0:
@@ -62,14 +65,17 @@ class CacheScheme:
         check_clip(self.clip, "cache's")
         if self.key_rotation != "none" and self.rope == "before":
             raise BadRecipe(
-                'a Hadamard matrix does not pass rotary positions: use key_rotation = "none" or rope = "after"'
+                'a Hadamard rotation does not commute with rotary positions: use key_rotation = "none" or '
+                'rope = "after"'
             )
         if self.key_axis == "channel" and self.is_centered:
-            raise BadRecipe('keys by channel have a range each and need no centre: use key_center = "none"')
+            raise BadRecipe(
+                'keys quantized by channel have one range per channel and need no centre: use key_center = "none"'
+            )
         if self.key_axis == "channel" and (self.group_size < 1 or not self.window or self.window % self.group_size):
             raise BadRecipe(
-                f"keys by channel wait at 16 bits until a window is full: window is {self.window} and must be a "
-                f"multiple of group_size, which is {self.group_size}; use 128 and 32, for example"
+                f"keys quantized by channel stay at 16 bits until a window is full: window is {self.window} and must "
+                f"be a multiple of group_size, which is {self.group_size}; use 128 and 32, for example"
             )
 
     @property
@@ -87,16 +93,16 @@ class CacheScheme:
 
     @property
     def is_centered(self) -> bool:
-        """Whether keys are coded less a mean."""
+        """Whether a mean is subtracted from keys before they are quantized."""
         return self.key_center != "none"
 
     @property
     def key_basis(self) -> tuple[str, str]:
-        """In which keys are quantized: rope and key_rotation."""
+        """The basis in which keys are quantized: (rope, key_rotation)."""
         return self.rope, self.key_rotation
 
     def bounds(self, width: int) -> list[tuple[int, int]]:
-        """First and stop channel of each group of a head of `width` channels coded token by token."""
+        """First and stop channel of each group in a head of `width` channels, for keys and values by token."""
         return group_bounds(self.group_size, width)
 
     def check_width(self, width: int) -> None:
@@ -108,13 +114,16 @@ class CacheScheme:
             )
 
     def quantized_tokens(self, tokens: int, of_keys: bool) -> int:
-        """How many of the first `tokens` tokens are coded once so many are there; the others are at 16 bits."""
+        """How many of a cache's `tokens` tokens are quantized: the first ones; the others are at 16 bits.
+
+        of_keys: True for keys, False for values.
+        """
         if of_keys and self.key_axis == "channel":
             return tokens // self.window * self.window
         return max(tokens - self.window, 0)
 
     def token_bytes(self, heads: int, width: int) -> float:
-        """Bytes of one coded token in one layer, of key and value, for so many key-value heads of `width` channels."""
+        """Bytes of one quantized token in one layer: key and value of `heads` key-value heads of `width` channels."""
         row = (width * self.bits + 7) // 8 + len(self.bounds(width)) * GROUP_BITS / 8
         keys = row
         if self.key_axis == "channel":
@@ -123,7 +132,7 @@ class CacheScheme:
         return heads * (keys + row)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain dictionary, the inverse of `from_dict`; without key_center if it is "none"."""
+        """Plain dictionary, the inverse of `from_dict`; omits `key_center` if it is "none"."""
         return {key: value for key, value in asdict(self).items() if (key, value) != ("key_center", "none")}
 
     @classmethod
@@ -134,9 +143,10 @@ class CacheScheme:
 
 @dataclass(frozen=True)
 class PrefixIds:
-    """Tokens before every text, whose keys and values are computed once and stay at 16 bits.
+    """A prompt prefix: tokens before every text. Their keys and values are computed once and stay at 16 bits.
 
-    bos: the id that the tokenizer puts before texts by itself, None if it puts none.
+    ids: the prefix's token ids.
+    bos: the id that the tokenizer itself puts before texts, None if it puts none.
     """
 
     ids: tuple[int, ...]
@@ -148,10 +158,12 @@ class PrefixIds:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Build from a dictionary; `ValueError` if it is none of a prefix."""
+        """Build from a dictionary; `ValueError` if it does not describe a prefix."""
         if set(values) != {"ids", "bos"} or not values["ids"]:
-            raise ValueError(f"a prefix with keys {sorted(values)}")
-        found = [*values["ids"], *([] if values["bos"] is None else [values["bos"]])]
-        if any(type(token) is not int or token < 0 for token in found):
-            raise ValueError("token ids of a prefix are whole numbers")
+            raise ValueError(
+                f"a prefix with keys {sorted(values)}; it must have bos and ids, and ids must not be empty"
+            )
+        tokens = [*values["ids"], *([] if values["bos"] is None else [values["bos"]])]
+        if any(type(token) is not int or token < 0 for token in tokens):
+            raise ValueError("a prefix's token ids must be whole numbers, 0 or larger")
         return cls(tuple(values["ids"]), values["bos"])

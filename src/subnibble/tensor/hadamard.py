@@ -1,8 +1,8 @@
 """Hadamard matrices, and the fast product with them.
 
 A Hadamard matrix of order n has entries +-1 and orthogonal rows. Here it is a Kronecker product of Paley's matrices of
-order q + 1 (q prime, q = 3 mod 4) and Sylvester's of order 2. Of all ways to factor n the one with the least sum is
-taken. Factors that follow each other are multiplied as one matrix while it is small: a pass over x costs more than the
+order q + 1 (q prime, q = 3 mod 4) and Sylvester's of order 2. Of all factorizations of n, the one with the least sum is
+used. Adjacent factors are multiplied as one matrix while it is small: another pass over x costs more than the
 operations that finer factors would save.
 """
 
@@ -15,20 +15,20 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-# A larger one costs more than the product behind it.
+# A larger factor costs more than the linear's product that follows it.
 _LARGEST_ONLINE_FACTOR = 512
-# Factors are multiplied as one matrix up to this order: by measurement the fastest of 16 to 256 on CPUs.
+# Adjacent factors are multiplied as one matrix up to this order: measured as the fastest of 16 to 256 on CPUs.
 _LARGEST_STAGE = 64
 
 
 def hadamard(order: int) -> Tensor | None:
-    """A matrix (order, order) of +-1 with orthogonal rows, float64, or None if the construction does not reach it."""
+    """Hadamard matrix (order, order) of +-1, float64, or None if the construction does not cover this order."""
     factors = hadamard_factors(order)
     return None if factors is None else kronecker(factors)
 
 
 def kronecker(factors: tuple[int, ...]) -> Tensor:
-    """The Kronecker product of the matrices of these orders, the first running fastest."""
+    """The Kronecker product of `paley` matrices of these orders, float64; the index of the first runs fastest."""
     matrix = torch.ones(1, 1, dtype=torch.float64, device="cpu")
     for factor in factors:
         matrix = torch.kron(paley(factor), matrix)
@@ -37,26 +37,26 @@ def kronecker(factors: tuple[int, ...]) -> Tensor:
 
 @lru_cache(maxsize=4096)
 def hadamard_factors(order: int) -> tuple[int, ...] | None:
-    """Orders of the factors of `hadamard(order)`, falling, the first running fastest; None if there are none.
+    """Orders of the factors of `hadamard(order)`, in descending order; None if there is no factorization.
 
-    Of several ways the one with the least sum, then with the most factors, then with the smallest first factor.
+    Of several factorizations it is the one with the least sum, then the most factors, then the smallest first factor.
     """
     if order == 1:
         return ()
-    found = []
+    factorizations = []
     for factor in range(2, order + 1):
         if order % factor == 0 and has_paley(factor):
-            rest = hadamard_factors(order // factor)
-            if rest is not None:
-                found.append(tuple(sorted((factor, *rest), reverse=True)))
-    return min(found, key=lambda factors: (sum(factors), -len(factors), factors), default=None)
+            others = hadamard_factors(order // factor)
+            if others is not None:
+                factorizations.append(tuple(sorted((factor, *others), reverse=True)))
+    return min(factorizations, key=lambda factors: (sum(factors), -len(factors), factors), default=None)
 
 
 def hadamard_blocks(width: int) -> tuple[int, ...]:
-    """Widths of the blocks of an online transform of `width` channels.
+    """Block widths of an online Hadamard transform of `width` channels.
 
-    One block where a matrix of that order is known whose factors are all cheap, else as many as it takes of the largest
-    power of two that divides the width; () for an odd width, which has none.
+    One block if a matrix of that order is known and all its factors are cheap. Else equal blocks of the largest power
+    of two that divides the width; () for an odd width, which has no such block.
     """
     factors = hadamard_factors(width)
     if factors is not None and max(factors, default=1) <= _LARGEST_ONLINE_FACTOR:
@@ -66,32 +66,39 @@ def hadamard_blocks(width: int) -> tuple[int, ...]:
 
 
 def multiply(x: Tensor, blocks: tuple[int, ...]) -> Tensor:
-    """`x H` with H block-diagonal, orthonormal; x itself if there are no blocks.
+    """Compute `x H` with H block-diagonal and orthonormal; return x itself if there are no blocks.
 
-    x: (..., k), k the sum of `blocks`. Computed and given in x's type.
+    x: (..., k), k the sum of `blocks`.
+    blocks: widths of the blocks.
+    Returns (..., k), computed in x's dtype.
     """
     return _multiply(x, blocks, transposed=False)
 
 
 def multiply_transposed(x: Tensor, blocks: tuple[int, ...]) -> Tensor:
-    """`x Hᵀ`, which undoes `multiply`."""
+    """Compute `x Hᵀ`, the inverse of `multiply`; same arguments."""
     return _multiply(x, blocks, transposed=True)
 
 
 def _multiply(x: Tensor, blocks: tuple[int, ...], transposed: bool) -> Tensor:
     if not blocks:
         return x
-    # Neighbours of one order are multiplied together.
+    # Adjacent blocks of one order are multiplied together.
     runs = [(order, len(list(run))) for order, run in itertools.groupby(blocks)]
     parts = x.split([order * count for order, count in runs], dim=-1)
-    done = [_block(p.unflatten(-1, (n, m)), m, transposed).flatten(-2) for p, (m, n) in zip(parts, runs, strict=True)]
-    return torch.cat(done, dim=-1) if len(done) > 1 else done[0]
+    products = [
+        _block(part.unflatten(-1, (count, order)), order, transposed).flatten(-2)
+        for part, (order, count) in zip(parts, runs, strict=True)
+    ]
+    return torch.cat(products, dim=-1) if len(products) > 1 else products[0]
 
 
 def _block(x: Tensor, order: int, transposed: bool) -> Tensor:
     factors = hadamard_factors(order)
     if factors is None:
-        raise ValueError(f"no Hadamard matrix of order {order} is known here")
+        raise ValueError(
+            f"no Hadamard matrix of order {order} can be constructed here; take block widths from `hadamard_blocks`"
+        )
     y, inner = x, 1
     for stage in _stages(factors):
         matrix = _stage_matrix(stage, x.dtype, x.device)
@@ -104,7 +111,7 @@ def _block(x: Tensor, order: int, transposed: bool) -> Tensor:
 
 
 def _stages(factors: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """Runs of factors that are multiplied as one matrix."""
+    """Group adjacent factors that are multiplied as one matrix."""
     stages: list[tuple[int, ...]] = []
     for factor in factors:
         if stages and math.prod(stages[-1]) * factor <= _LARGEST_STAGE:
@@ -116,20 +123,23 @@ def _stages(factors: tuple[int, ...]) -> list[tuple[int, ...]]:
 
 @lru_cache(maxsize=64)
 def _stage_matrix(stage: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    # It may first be asked for in inference mode, and later where gradients pass through.
+    # The cache may be filled in inference mode and read later by a pass that needs gradients.
     with torch.inference_mode(False):
         return kronecker(stage).to(device, dtype)
 
 
 def has_paley(order: int) -> bool:
-    """Whether one of the two constructions gives a matrix of this order."""
+    """Whether Sylvester's or Paley's construction gives a matrix of this order."""
     q = order - 1
     return order == 2 or (q % 4 == 3 and all(q % d for d in range(2, int(q**0.5) + 1)))
 
 
 @lru_cache(maxsize=16)
 def paley(order: int) -> Tensor:
-    """Sylvester's for 2, else Paley's first construction on the prime `order - 1`; on the CPU, as it is kept."""
+    """Sylvester's matrix for order 2, else Paley's first construction on the prime `order - 1`.
+
+    Float64, always on the CPU because it is cached.
+    """
     cpu = torch.device("cpu")
     if order == 2:
         return torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64, device=cpu)

@@ -1,6 +1,6 @@
-"""A linear of a packed model as two values: what happens to its input, and the weight that the input meets.
+"""A linear of a packed model as two values: the steps on its input, and the weight that multiplies the result.
 
-Readers of one tensor share the first; `runtime/site_input.py` applies it and `runtime/ops.py` multiplies.
+Linears that read the same tensor share the steps; `runtime/site_input.py` applies them and `runtime/ops.py` multiplies.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from subnibble.tensor.packed import PackedTensor
 
 @dataclass(frozen=True)
 class SiteInput:
-    """What happens to a tensor of k channels before it is multiplied, in this order.
+    """Steps on a tensor of k channels before it is multiplied, in this order.
 
-    column_scale: (k,), multiplies it, or None.
-    gather: (k,) integers, channel gather[j] becomes channel j, or None.
-    blocks: widths of a block-diagonal Hadamard transform, () for none.
-    activation: how it is quantized, None for not at all.
-    repeated: number of first (salient) channels that are quantized twice: what the first time left of them is quantized
-    once more. 0 for none.
+    column_scale: (k,), multiplies the tensor; or None.
+    gather: (k,) integers: channel gather[j] becomes channel j; or None.
+    blocks: block widths of a block-diagonal Hadamard transform, () for none.
+    activation: how the tensor is quantized, None if it is not.
+    repeated: number of first (salient) channels that are quantized twice: the error of the first quantization is
+        quantized in turn. 0 for none.
     """
 
     column_scale: Tensor | None = None
@@ -34,16 +34,16 @@ class SiteInput:
 
     @property
     def moves_nothing(self) -> bool:
-        """Whether channels stay as they are until they are quantized."""
+        """Whether there is no step before quantization."""
         return self.column_scale is None and self.gather is None and not self.blocks
 
     @property
     def is_plain(self) -> bool:
-        """Whether a tensor enters as it comes."""
+        """Whether there is no step at all."""
         return self.moves_nothing and self.activation is None
 
     def same_as(self, other: SiteInput) -> bool:
-        """Whether both do the same to a tensor."""
+        """Whether both have the same steps, with equal values."""
         if (self.blocks, self.activation, self.repeated) != (other.blocks, other.activation, other.repeated):
             return False
         pairs = ((self.gather, other.gather), (self.column_scale, other.column_scale))
@@ -52,12 +52,12 @@ class SiteInput:
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """A weight (m, k) that is stored packed.
+    """A packed weight (m, k) and its additional terms.
 
     main: (m, k).
     bias: (m,), or None.
-    salient: (m, r), a second weight of the first r channels (SERQ's extra K columns), or None. What is left of channels
-    that are quantized twice meets it, too.
+    salient: (m, r), a second weight of the first r channels (SERQ's extra K columns), or None. It also multiplies the
+        quantized error of channels that are quantized twice.
     low_rank: down (q, k) and up (m, q), or None: a branch `up · Q(down · x)` on the quantized input.
     """
 
@@ -67,7 +67,7 @@ class PackedWeight:
     low_rank: tuple[PackedTensor, PackedTensor] | None = None
 
     def rows(self, index: Tensor) -> PackedWeight:
-        """The outputs at `index` (1-D integer tensor), still packed."""
+        """Select the outputs at `index` (1-D integer tensor), still packed."""
         return PackedWeight(
             self.main.rows(index),
             None if self.bias is None else self.bias[index],
@@ -78,7 +78,7 @@ class PackedWeight:
 
 @dataclass(frozen=True)
 class Linear:
-    """All that a running linear contains."""
+    """A complete linear of a running model: its weight, and the steps on its input."""
 
     weight: PackedWeight
     input: SiteInput = field(default_factory=SiteInput)

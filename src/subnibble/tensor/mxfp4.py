@@ -1,4 +1,4 @@
-"""The MXFP4 number format (OCP Microscaling 1.0): E2M1 elements, one E8M0 scale for 32 of them."""
+"""The MXFP4 number format (OCP Microscaling 1.0): E2M1 elements, one E8M0 scale per 32 elements."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ import itertools
 import torch
 from torch import Tensor
 
-# Values of E2M1 codes: sign, two bits of exponent, one of mantissa.
+# Values of E2M1 codes 0 .. 15: one sign bit, two exponent bits, one mantissa bit.
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-# All are whole numbers of this.
+# Every E2M1 value is a whole multiple of this.
 E2M1_STEP = 0.5
 LARGEST_NUMBER = int(max(E2M1) / E2M1_STEP)
 _MIDDLES = tuple((low + high) / 2 for low, high in itertools.pairwise(E2M1[:8]))
-# Of the largest level, 6 = 1.5 * 2^2.
+# The exponent of the largest level, 6 = 1.5 * 2^2.
 _LARGEST_EXPONENT = 2
 _BIAS = 127
 SMALLEST_SCALE, LARGEST_SCALE = 2.0**-126, 2.0**127
 
 
 def encode_e2m1(values: Tensor) -> Tensor:
-    """Codes (0 .. 15, int64) of the nearest E2M1 number of every value; larger ones saturate at 6, ties go to even."""
+    """Codes (0 .. 15, int64) of the nearest E2M1 numbers; larger values saturate at 6, ties go to the even code."""
     sizes = values.abs()
     codes = torch.zeros(values.shape, dtype=torch.int64, device=values.device)
     for lower, middle in enumerate(_MIDDLES):
@@ -30,31 +30,34 @@ def encode_e2m1(values: Tensor) -> Tensor:
 
 
 def nearest_e2m1(values: Tensor) -> Tensor:
-    """The E2M1 numbers that `encode_e2m1` gives the codes of, in the values' type; what is not a number stays none."""
+    """Round to the E2M1 numbers that `encode_e2m1` encodes, in the values' dtype; NaN stays NaN."""
     sizes = values.abs()
-    # Levels are 1/2 apart below 2, 1 below 4, 2 from there on; even multiples of that have the even mantissa. In place
-    # and without `where`, which is several times as slow.
+    # Levels are 1/2 apart below 2, 1 apart below 4, and 2 apart from there on; even multiples of the spacing have an
+    # even mantissa. In place and without `where`, which is several times slower.
     spacing = sizes.clone().ge_(2).mul_(0.5).add_(sizes.ge_(4)).add_(0.5)
     return (values / spacing).round_().mul_(spacing).clamp_(-max(E2M1), max(E2M1))
 
 
 def decode_e2m1(codes: Tensor) -> Tensor:
-    """Values of codes 0 .. 15 of any type: float32."""
+    """Values (float32) of codes 0 .. 15 of any integer dtype."""
     return torch.tensor(E2M1, dtype=torch.float32, device=codes.device)[codes.long()]
 
 
 def shared_scale(largest: Tensor) -> Tensor:
-    """The specification's scale for groups of that largest magnitude, 2^(floor(log2 largest) - 2), float32."""
+    """The specification's scale of each group, 2^(floor(log2 largest) - 2), float32.
+
+    largest: the largest magnitude in each group, any shape.
+    """
     exponent = torch.frexp(largest.float()).exponent - 1 - _LARGEST_EXPONENT
     scale = torch.ldexp(torch.ones_like(largest, dtype=torch.float32), exponent)
     return torch.where(largest > 0, scale, SMALLEST_SCALE).clamp(SMALLEST_SCALE, LARGEST_SCALE)
 
 
 def encode_e8m0(scales: Tensor) -> Tensor:
-    """Powers of two as biased exponents, uint8."""
+    """Encode scales, which are powers of two, as biased exponents (uint8)."""
     return (torch.frexp(scales).exponent - 1 + _BIAS).to(torch.uint8)
 
 
 def decode_e8m0(exponents: Tensor) -> Tensor:
-    """Biased exponents (uint8) as powers of two, float32."""
+    """Decode biased exponents (uint8) to powers of two, float32."""
     return torch.ldexp(torch.ones_like(exponents, dtype=torch.float32), exponents.int() - _BIAS)

@@ -1,8 +1,8 @@
-"""A quantized matrix: packed codes, scales and zero-points, and the dense matrix they stand for.
+"""A quantized matrix: packed codes, scales and zero-points, and how they dequantize.
 
 Codes of a row form one bit stream, least significant bit first: code `j` of a row occupies bits
 `j*bits .. (j+1)*bits - 1`, bit `i` of the stream being bit `i % 8` of byte `i // 8`. A row starts on a byte.
-Integer zero-points are packed along the groups in the same way. docs/format.md specifies it with examples.
+Integer zero-points are packed along the groups in the same way. docs/format.md specifies the format with examples.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from subnibble.tensor import mxfp4
 from subnibble.tensor.activation_scheme import ActivationScheme
 from subnibble.tensor.scheme import Scheme
 
-# Codes of one word fill whole bytes: (codes, bytes) of a word by bit width.
+# Codes are packed in words that fill whole bytes. Bit width -> (codes, bytes) of a word.
 _WORD = {2: (4, 1), 3: (8, 3), 4: (2, 1), 8: (1, 1)}
 _SCALE_DTYPE = {
     "float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "e8m0": torch.uint8,
@@ -31,14 +31,14 @@ def scale_dtype(scheme: Scheme) -> torch.dtype:
 
 
 def stored_scales(scales: Tensor, scheme: Scheme) -> Tensor:
-    """Scales (m, n) float32, exact in the scheme's type, as they are stored."""
+    """Convert scales (m, n) float32, which the scheme's type represents exactly, to their stored form."""
     if scheme.scale_type == "e8m0":
         return mxfp4.encode_e8m0(scales)
     return scales.to(scale_dtype(scheme))
 
 
 def float_scales(stored: Tensor, scheme: Scheme) -> Tensor:
-    """Stored scales as float32; inverse of `stored_scales`."""
+    """Convert stored scales to float32; inverse of `stored_scales`."""
     if scheme.scale_type == "e8m0":
         return mxfp4.decode_e8m0(stored)
     return stored.float()
@@ -79,9 +79,10 @@ def unpack_codes(packed: Tensor, bits: int, columns: int) -> Tensor:
 
 
 def grouped_views(matrix: Tensor, scheme: Scheme | ActivationScheme) -> list[tuple[Tensor, slice]]:
-    """View (m, k) as (m, groups, width), with the slice of groups it covers: full groups, then a ragged last one.
+    """Split a matrix (m, k) into views of its groups: the full groups, then a shorter last group if there is one.
 
-    scheme: without outliers.
+    scheme: has no outliers.
+    Returns a list of (view (m, groups, width), the slice of groups that it covers).
     """
     columns = matrix.shape[1]
     bounds = scheme.group_bounds(columns)
@@ -95,11 +96,13 @@ def grouped_views(matrix: Tensor, scheme: Scheme | ActivationScheme) -> list[tup
 
 @dataclass(frozen=True)
 class QuantizedMatrix:
-    """What a rounder makes, before packing. Scales and zeros are exact in the scheme's storage type.
+    """A rounder's result before packing. The scheme's storage type represents scales and zeros exactly.
 
-    codes: (m, k) uint8. scales: (m, groups * scales_per_group) float32, a group's scales side by side.
-    zeros: (m, groups) float32, or None if the scheme has none. columns: (k,) float32 by which the columns are
-    multiplied besides, or None for 1; packing leaves them out: something else has to take them.
+    codes: (m, k) uint8.
+    scales: (m, groups * scales_per_group) float32, the scales of a group side by side.
+    zeros: (m, groups) float32, or None if the scheme has none.
+    columns: (k,) float32, additional column scales, or None for 1. Packing omits them: the caller must store them
+        elsewhere.
     """
 
     codes: Tensor
@@ -110,10 +113,13 @@ class QuantizedMatrix:
 
 @dataclass(frozen=True)
 class PackedRange:
-    """Consecutive input columns coded by one scheme.
+    """Consecutive input columns that are quantized by one scheme.
 
-    codes: (m, scheme.row_bytes(columns)) uint8. scales: (m, groups * scales_per_group) in the scheme's type.
-    zeros: integer zero-points packed like codes (uint8), real ones in the scheme's type, or None.
+    scheme: the scheme.
+    columns: number of columns.
+    codes: (m, scheme.row_bytes(columns)) uint8.
+    scales: (m, groups * scales_per_group) in the scheme's type.
+    zeros: (m, ...) integer zero-points packed like codes (uint8), (m, groups) real ones in the scheme's type, or None.
     """
 
     scheme: Scheme
@@ -124,13 +130,13 @@ class PackedRange:
 
     @classmethod
     def pack(cls, quantized: QuantizedMatrix, scheme: Scheme) -> PackedRange:
-        """Pack a coded matrix; exact, since scales and zeros are representable already."""
+        """Pack a quantized matrix; exact, because the scheme's type represents its scales and zeros exactly."""
         zeros = quantized.zeros
         if scheme.zero_point == "none":
             stored_zeros = None
         else:
             if zeros is None:
-                raise ValueError(f"scheme {scheme.name} needs zero-points and the coded matrix has none")
+                raise ValueError(f"scheme {scheme.name} needs zero-points, but the quantized matrix has none")
             integer = scheme.zero_point == "integer"
             stored_zeros = pack_codes(zeros, scheme.bits) if integer else zeros.to(scale_dtype(scheme))
         return cls(
@@ -143,7 +149,7 @@ class PackedRange:
 
     @classmethod
     def empty(cls, rows: int, columns: int, scheme: Scheme, device: str = "meta") -> PackedRange:
-        """Storage of the right shapes and types, unfilled."""
+        """Uninitialized storage of the right shapes and dtypes."""
         groups = scheme.groups(columns)
         scale = scale_dtype(scheme)
         shapes = {"none": None, "integer": scheme.row_bytes(groups), "real": groups}
@@ -158,12 +164,12 @@ class PackedRange:
         )
 
     def unpack(self) -> QuantizedMatrix:
-        """The codes, scales and zero-points, unpacked; inverse of `pack`."""
+        """Unpack codes, scales and zero-points; inverse of `pack`."""
         codes = unpack_codes(self.codes, self.scheme.bits, self.columns)
         return QuantizedMatrix(codes, float_scales(self.scales, self.scheme), self.float_zeros())
 
     def dequantize(self) -> Tensor:
-        """Dense float32 (m, columns), by the scheme's grid."""
+        """Dequantize: dense float32 (m, columns)."""
         codes = unpack_codes(self.codes, self.scheme.bits, self.columns)
         if self.scheme.grid == "sign":
             return self._on_sign_grid(codes)
@@ -187,7 +193,7 @@ class PackedRange:
     def _on_sign_grid(self, codes: Tensor) -> Tensor:
         values = torch.zeros(codes.shape, dtype=torch.float32, device=codes.device)
         scales = self.scales.float().unflatten(1, (-1, 1, self.scheme.bits))
-        # Summed from the first bit to the last, as the fit sums its levels, so that both round alike.
+        # Summed from the first bit to the last, in the order of the grid's fit, so that both round the same way.
         for bit in range(self.scheme.bits):
             signs = ((codes >> bit) & 1).float().mul_(2).sub_(1)
             for view, groups in grouped_views(signs, self.scheme):
@@ -196,8 +202,8 @@ class PackedRange:
         return values
 
     def rows(self, index: Tensor) -> PackedRange:
-        """The rows at `index` (1-D, int32 or int64), still packed; a negative index is no row."""
-        # Indexing would count negative ones from the end.
+        """Select the rows at `index` (1-D, int32 or int64), still packed; `IndexError` for a negative index."""
+        # `index_select`, because plain indexing would count negative indices from the end.
         codes, scales = self.codes.index_select(0, index), self.scales.index_select(0, index)
         zeros = None if self.zeros is None else self.zeros.index_select(0, index)
         return PackedRange(self.scheme, self.columns, codes, scales, zeros)
@@ -213,89 +219,99 @@ class PackedRange:
 
 @dataclass(frozen=True)
 class PackedTensor:
-    """A quantized matrix (m, k): ranges of input columns side by side, each with a scheme of its own."""
+    """A quantized matrix (m, k): ranges of input columns side by side, each with its own scheme."""
 
     ranges: tuple[PackedRange, ...]
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(m, k), the shape of the dense matrix."""
-        return self.ranges[0].codes.shape[0], sum(part.columns for part in self.ranges)
+        """Shape (m, k) of the dense matrix."""
+        return self.ranges[0].codes.shape[0], sum(packed.columns for packed in self.ranges)
 
     @property
     def stored_bits(self) -> int:
-        """All bits that this tensor stores, padding included."""
+        """Number of bits that this tensor stores, padding included."""
         return 8 * sum(tensor.nbytes for tensor in self.state().values())
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Dense (m, k), computed in float32 and cast once to `dtype`."""
-        return torch.cat([part.dequantize() for part in self.ranges], dim=1).to(dtype)
+        """Dequantize: dense (m, k), computed in float32 and cast once to `dtype`."""
+        return torch.cat([packed.dequantize() for packed in self.ranges], dim=1).to(dtype)
 
     def rows(self, index: Tensor) -> PackedTensor:
-        """The rows at `index` (1-D, int32 or int64), still packed; a negative index is no row."""
-        return PackedTensor(tuple(part.rows(index) for part in self.ranges))
+        """Select the rows at `index` (1-D, int32 or int64), still packed; `IndexError` for a negative index."""
+        return PackedTensor(tuple(packed.rows(index) for packed in self.ranges))
 
     def state(self) -> dict[str, Tensor]:
-        """Stored tensors by name: `codes`, `scales`, `zeros`; from the second range on `codes_1` and so on."""
+        """Stored tensors by name: `codes`, `scales`, `zeros` of the first range, `codes_1` and so on of the others."""
         tensors: dict[str, Tensor] = {}
-        for i, part in enumerate(self.ranges):
+        for i, packed in enumerate(self.ranges):
             for name in ("codes", "scales", "zeros"):
-                tensor = getattr(part, name)
+                tensor = getattr(packed, name)
                 if tensor is not None:
                     tensors[range_key(name, i)] = tensor
         return tensors
 
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor], layout: PackedLayout, where: str = "tensor") -> PackedTensor:
-        """Rebuild from stored tensors; a wrong shape or type is a `CheckpointError` naming `where`."""
+        """Rebuild from stored tensors.
+
+        state: stored tensors by name, as `state` returns them.
+        layout: the shape and schemes they must have.
+        where: path of the tensor, for errors.
+        Raises `CheckpointError` for a missing, unexpected or wrongly shaped tensor, or one of another dtype.
+        """
         ranges = []
         for i, expected in enumerate(layout.empty().ranges):
-            found: dict[str, Tensor | None] = {}
+            tensors: dict[str, Tensor | None] = {}
             for name in ("codes", "scales", "zeros"):
                 want, have = getattr(expected, name), state.get(range_key(name, i))
                 if (want is None) != (have is None) or (
                     want is not None and have is not None and (want.shape, want.dtype) != (have.shape, have.dtype)
                 ):
                     target = "nothing" if want is None else f"{want.dtype} of shape {tuple(want.shape)}"
-                    got = "nothing" if have is None else f"{have.dtype} of shape {tuple(have.shape)}"
+                    actual = "nothing" if have is None else f"{have.dtype} of shape {tuple(have.shape)}"
                     raise CheckpointError(
-                        f"{where}.{range_key(name, i)}: expected {target}, found {got}; quantize the model again"
+                        f"{where}.{range_key(name, i)}: expected {target}, found {actual}; quantize the model again"
                     )
-                found[name] = have
-            codes, scales = found["codes"], found["scales"]
+                tensors[name] = have
+            codes, scales = tensors["codes"], tensors["scales"]
             assert codes is not None
             assert scales is not None
-            ranges.append(PackedRange(expected.scheme, expected.columns, codes, scales, found["zeros"]))
+            ranges.append(PackedRange(expected.scheme, expected.columns, codes, scales, tensors["zeros"]))
         return cls(tuple(ranges))
 
     @property
     def layout(self) -> PackedLayout:
-        """Shape and schemes without the data."""
-        return PackedLayout(self.shape[0], tuple((part.columns, part.scheme) for part in self.ranges))
+        """The shape and schemes, without the data."""
+        return PackedLayout(self.shape[0], tuple((packed.columns, packed.scheme) for packed in self.ranges))
 
 
 @dataclass(frozen=True)
 class PackedLayout:
-    """Shape and schemes of a packed matrix: `rows`, and (columns, scheme) of every range."""
+    """Shape and schemes of a packed matrix.
+
+    rows: number of rows m.
+    ranges: (columns, scheme) of every range.
+    """
 
     rows: int
     ranges: tuple[tuple[int, Scheme], ...]
 
     @property
     def columns(self) -> int:
-        """Input columns over all ranges."""
+        """Number of input columns over all ranges."""
         return sum(columns for columns, _ in self.ranges)
 
     @property
     def stored_bits(self) -> int:
-        """All bits that a tensor of this layout stores."""
+        """Number of bits that a tensor of this layout stores."""
         return self.rows * sum(scheme.row_bits(columns) for columns, scheme in self.ranges)
 
     def empty(self, device: str = "meta") -> PackedTensor:
-        """Storage of the right shapes and types, unfilled."""
+        """Uninitialized storage of the right shapes and dtypes."""
         return PackedTensor(tuple(PackedRange.empty(self.rows, n, scheme, device) for n, scheme in self.ranges))
 
 
 def range_key(name: str, index: int) -> str:
-    """Stored name of a range's part: plain for the first range, numbered from the second on."""
+    """Stored name of a tensor of range `index`: `name` for the first range, `name_1` and so on for the others."""
     return name if index == 0 else f"{name}_{index}"

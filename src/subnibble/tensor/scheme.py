@@ -11,30 +11,31 @@ from subnibble.errors import BadRecipe
 BITS = (2, 3, 4, 8)
 GRIDS = ("uniform", "sign", "mxfp4")
 ZERO_POINTS = ("none", "integer", "real")
-# A sign-basis grid stores a scale a bit and searches all its levels for each weight.
+# A sign-basis grid stores one scale per bit, and rounding searches all its levels for each weight.
 _LARGEST_SIGN_BITS = 4
 SCALE_TYPES = {"float16": 16, "bfloat16": 16, "float32": 32}
-# A biased exponent, of powers of two.
+# A power of two, stored as a biased exponent.
 E8M0 = "e8m0"
 SCALE_BITS = {**SCALE_TYPES, E8M0: 8}
 WHOLE_CHANNEL = -1
-# Of the OCP Microscaling specification 1.0.
+# Group size of the OCP Microscaling specification 1.0.
 MX_GROUP = 32
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """A grid of `2**bits` levels for each row and group; a code says which.
+    """How weights are quantized: each row and group has a grid of `2**bits` levels, and a code selects one level.
 
-    grid: "uniform", `w = scale * (code - zero)` with one scale; "sign", `w = sum_k scale_k * (+1 if bit k of the
-        code is set else -1)` with a scale a bit: symmetric about 0, no level at 0, not evenly spaced; or "mxfp4",
-        `w = scale * E2M1(code)` in groups of 32 with scales that are powers of two (OCP Microscaling 1.0).
     bits: width of a code: 2, 3, 4 or 8.
-    group_size: consecutive input columns that share a scale; -1 is the whole row. A width that it does not
-        divide ends in a shorter group.
-    zero_point: of a uniform grid; a sign grid has "none". "none" puts code `2**(bits-1)` at 0, "integer" stores a
-        code-wide integer per group, "real" stores a number of `scale_type` per group.
-    scale_type: how scales and real zero-points are stored; "e8m0", a biased exponent, on an mxfp4 grid and only there.
+    group_size: consecutive input columns that share a scale; -1 for the whole row. If it does not divide the width, the
+        last group is shorter.
+    zero_point: of a uniform grid; other grids have "none". "none" puts code `2**(bits-1)` at 0, "integer" stores an
+        integer of `bits` bits per group, "real" stores a number of `scale_type` per group.
+    scale_type: how scales and real zero-points are stored: a float type, or "e8m0" (a biased exponent) on an mxfp4
+        grid, and only there.
+    grid: "uniform": `w = scale * (code - zero)` with one scale per group. "sign": `w = sum_k scale_k * (+1 if bit k of
+        the code is set else -1)` with one scale per bit: symmetric about 0, no level at 0, not evenly spaced. "mxfp4":
+        `w = scale * E2M1(code)` in groups of 32, with scales that are powers of two (OCP Microscaling 1.0).
     """
 
     bits: int
@@ -61,21 +62,22 @@ class Scheme:
                 f"a sign grid has at most {_LARGEST_SIGN_BITS} bits and no zero-point; found {self.bits} bits and "
                 f"zero_point {self.zero_point!r}: use 2, 3 or 4 bits, or a uniform grid"
             )
-        found = (self.bits, self.group_size, self.zero_point, self.scale_type)
-        if self.grid == "mxfp4" and found != (4, MX_GROUP, "none", E8M0):
+        settings = (self.bits, self.group_size, self.zero_point, self.scale_type)
+        if self.grid == "mxfp4" and settings != (4, MX_GROUP, "none", E8M0):
             raise BadRecipe(
-                f"an mxfp4 grid has 4 bits, groups of {MX_GROUP}, no zero-point and e8m0 scales; found {found[0]} "
-                f"bits, groups of {found[1]}, zero_point {found[2]!r}, {found[3]}; set bits = 4, group_size = 32"
+                f"an mxfp4 grid has 4 bits, groups of {MX_GROUP}, no zero-point and e8m0 scales; found {self.bits} "
+                f"bits, groups of {self.group_size}, zero_point {self.zero_point!r}, {self.scale_type} scales; "
+                "set bits = 4, group_size = 32"
             )
 
     @property
     def scales_per_group(self) -> int:
-        """How many scales a row stores for each group."""
+        """Number of scales that a row stores for each group."""
         return self.bits if self.grid == "sign" else 1
 
     @property
     def levels(self) -> int:
-        """Number of codes."""
+        """Number of levels, and of codes."""
         return int(2**self.bits)
 
     @property
@@ -95,15 +97,15 @@ class Scheme:
         return f"w{self.bits}{group}{kind}{scale}"
 
     def group_bounds(self, columns: int) -> list[tuple[int, int]]:
-        """Start and stop column of every group of a row of `columns`; the last may be shorter."""
+        """First and stop column of every group in a row of `columns` columns; the last group may be shorter."""
         return group_bounds(self.group_size, columns)
 
     def groups(self, columns: int) -> int:
-        """Number of groups in a row of `columns`."""
+        """Number of groups in a row of `columns` columns."""
         return len(self.group_bounds(columns))
 
     def check_width(self, columns: int, where: str) -> None:
-        """Raise `BadRecipe` if a group is larger than `where`'s row of `columns`."""
+        """Raise `BadRecipe` if a group is larger than a row of `columns` columns. where: path for the error."""
         if self.group_size > columns:
             raise BadRecipe(
                 f"group {self.group_size} is larger than the {columns} inputs of {where}; "
@@ -111,11 +113,11 @@ class Scheme:
             )
 
     def row_bytes(self, columns: int) -> int:
-        """Bytes of one row's packed codes."""
+        """Bytes of the packed codes of one row."""
         return (columns * self.bits + 7) // 8
 
     def row_bits(self, columns: int) -> int:
-        """All bits stored for one row: codes with padding, scales and zero-points."""
+        """Number of bits stored for one row: codes with padding, scales and zero-points."""
         groups = self.groups(columns)
         scale = SCALE_BITS[self.scale_type]
         zeros = {"none": 0, "integer": 8 * self.row_bytes(groups), "real": groups * scale}[self.zero_point]
@@ -132,30 +134,38 @@ class Scheme:
 
 
 def group_bounds(group_size: int, columns: int) -> list[tuple[int, int]]:
-    """Start and stop of every group of `columns` columns; the last may be shorter. group_size: -1 for one group."""
+    """First and stop column of every group of `columns` columns; the last may be shorter. -1 is one group."""
     width = columns if group_size == WHOLE_CHANNEL else group_size
     return [(start, min(start + width, columns)) for start in range(0, columns, width)]
 
 
-def check_group_size(size: Any, whose: str, whole: str) -> None:
-    """Raise `BadRecipe` unless `size` is a positive whole number, or -1. whose: possessive; whole: what -1 takes in."""
+def check_group_size(size: Any, whose: str, unit: str) -> None:
+    """Raise `BadRecipe` unless `size` is a positive whole number, or -1.
+
+    whose: possessive that names the scheme in the error, for example "cache's".
+    unit: what one group covers if the size is -1, for example "token".
+    """
     if type(size) is not int or (size != WHOLE_CHANNEL and size < 1):
-        raise BadRecipe(f"the {whose} group_size is {size!r}; give a positive number, or -1 for the whole {whole}")
+        raise BadRecipe(f"the {whose} group_size is {size!r}; give a positive number, or -1 for the whole {unit}")
 
 
 def check_clip(clip: Any, whose: str) -> None:
-    """Raise `BadRecipe` unless `clip` is a share of a range. whose: possessive."""
+    """Raise `BadRecipe` unless `clip` is in (0, 1]. whose: possessive that names the scheme in the error."""
     if isinstance(clip, bool) or not isinstance(clip, int | float) or not 0 < clip <= 1:
         raise BadRecipe(f"the {whose} clip is {clip!r}; give a number above 0 and at most 1")
 
 
-def known_fields(kind: type[Any], values: Mapping[str, Any], said: str, but: tuple[str, ...] = ()) -> Mapping[str, Any]:
-    """The values, if all their keys are fields of the dataclass `kind`, and none of `but`.
+def known_fields(
+    kind: type[Any], values: Mapping[str, Any], message: str, but: tuple[str, ...] = ()
+) -> Mapping[str, Any]:
+    """Return `values` if every key is a field of the dataclass `kind`.
 
-    `BadRecipe` names the first that is none, in the {} of `said`.
+    message: the error, with {} in place of the unknown key.
+    but: fields that do not count as known.
+    Raises `BadRecipe`, which names the first unknown key and lists the known ones.
     """
     known = {field.name for field in fields(kind)} - {*but}
     unknown = sorted(set(values) - known)
     if unknown:
-        raise BadRecipe(f"{said.format(repr(unknown[0]))}; known: {', '.join(sorted(known))}")
+        raise BadRecipe(f"{message.format(repr(unknown[0]))}; known: {', '.join(sorted(known))}")
     return values

@@ -1,4 +1,4 @@
-"""The handle that a packed linear calls is made once, and again whenever something that it is made of is replaced."""
+"""The handle that a packed linear calls is built once, and again whenever one of its parts is replaced."""
 
 from __future__ import annotations
 
