@@ -201,7 +201,7 @@ class Recipe:
         return ActivationScheme(bits, size, self.activation_zero_point, "uniform", self.activation_clip)
 
     def _scheme(self, values: Mapping[str, Any], preferences: Mapping[str, str]) -> Scheme:
-        """Weight scheme: `values` of an override, then the recipe's keys, then `preferences` of the method for "auto"."""
+        """Weight scheme: `values` of an override, else the recipe's keys, else (if "auto") the method's wish."""
         grid = _unless_auto(values.get("grid", self.grid), preferences.get("grid", "uniform"))
         zero_point = _unless_auto(values.get("zero_point", self.zero_point), preferences.get("zero_point", "integer"))
         return Scheme(
