@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from subnibble.model.transformers_api.marking import WORD
+from subnibble.model.transformers_api.marking import MARKER
 from subnibble.model.transformers_api.names import unknown
 
 
@@ -64,7 +64,7 @@ def take_named_weights_(config: Any) -> str | None:
     name: str | None = getattr(config, "transformers_weights", None)
     if name is not None:
         del config.transformers_weights
-    return None if name == WORD else name
+    return None if name == MARKER else name
 
 
 def untie_(model: Any, path: str) -> None:

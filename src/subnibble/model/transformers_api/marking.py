@@ -16,17 +16,17 @@ from typing import Any
 from subnibble.checkpoint.checksums import CHECKSUMS
 
 _KEY = "transformers_weights"
-WORD = "these weights are packed: `import subnibble` (pip install subnibble) before from_pretrained"
+MARKER = "these weights are packed: `import subnibble` (pip install subnibble) before from_pretrained"
 
 
 def marked(config: Mapping[str, Any]) -> dict[str, Any]:
     """The content of config.json with the marker added."""
-    return {**config, _KEY: WORD}
+    return {**config, _KEY: MARKER}
 
 
 def unmark_(config: Any) -> None:
     """Remove the marker from a config that transformers has read; the name of a real file stays."""
-    if getattr(config, _KEY, None) == WORD:
+    if getattr(config, _KEY, None) == MARKER:
         delattr(config, _KEY)
 
 
