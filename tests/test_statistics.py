@@ -417,7 +417,7 @@ def median_of_the_batch(self: MassivePlaces, x: Tensor, ids: Tensor) -> None:
 
 
 def unshifted(self: MassivePlaces, other: MassivePlaces) -> None:
-    self._rows += other._found
+    self._rows += other._rows
     self._windows += other._windows
 
 

@@ -120,7 +120,7 @@ def test_json_is_read_in_every_encoding_that_says_which_it_is(encoding: str, tmp
         (b'{"a": 1,\n  b: 2}', r"\(line 2, column 3: .*\); fix it there, or get it"),
         (b'{"a": "one\ntwo"}', r"\(line 1, column 11: .*\); fix it there"),
         (b"<!DOCTYPE html>\n<html>", "is a web page, not JSON; get it"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a pointer of Git LFS .*git lfs pull"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a pointer of Git LFS.*git lfs pull"),
         (b"[" * 100_000, "cannot be read as JSON .*get it"),
         (b'{"a": ' + b"9" * 5000 + b"}", "cannot be read as JSON .*get it"),
     ],

@@ -135,7 +135,9 @@ def test_file_that_cannot_be_read_says_why(tmp_path: Path, monkeypatch: pytest.M
 
     path = written(tmp_path, "closed.txt", "text")
     monkeypatch.setattr(Path, "read_bytes", refuse)
-    with pytest.raises(CalibrationError, match=r"closed\.txt cannot be read \(Permission denied\); give a text file"):
+    with pytest.raises(
+        CalibrationError, match=r"closed\.txt cannot be read \(Permission denied\); give a readable text file"
+    ):
         read_text(path, "calibration")
 
 

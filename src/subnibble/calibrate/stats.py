@@ -209,7 +209,7 @@ class Sample:
 
 
 class WeightedMean:
-    """Weighted mean of numbers, such as the mean losses of batches; summed exactly, so that order does not matter."""
+    """Weighted mean of numbers, such as mean losses of batches; the sum is rounded once, so order does not matter."""
 
     def __init__(self) -> None:
         self._products: list[float] = []

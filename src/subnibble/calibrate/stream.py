@@ -61,7 +61,7 @@ class BlockStream:
     def __init__(self, block: Block, hidden: list[Tensor], call: BlockCall) -> None:
         self._block, self._hidden, self._call = block, hidden, call
         self._device = next(block.module.parameters()).device
-        self._kept: dict[Tail, _Replay] = {}
+        self._replays: dict[Tail, _Replay] = {}
 
     def at(self, site: Site) -> Iterator[Tensor]:
         """Yield the activations at a site batch by batch, (tokens, channels) each.
@@ -76,18 +76,18 @@ class BlockStream:
 
         reader = self._block.linear(site.readers[0])
         handle = reader.register_forward_pre_hook(stop)
-        kept = []
+        batches = []
         try:
             with self._replaying():
                 for batch in range(len(self._hidden)):
                     x = self._run_to(site, batch, inputs)
                     if site.tail is not None:
-                        kept.append(x.to(self._hidden[batch].device))
+                        batches.append(x.to(self._hidden[batch].device))
                     yield x.flatten(0, -2)
         finally:
             handle.remove()
         if site.tail is not None:
-            self._kept[site.tail] = _Replay(reader, kept, site.tail.extra_outputs)
+            self._replays[site.tail] = _Replay(reader, batches, site.tail.extra_outputs)
 
     def statistics(
         self, schemes: Mapping[str, Scheme | None], activations: Mapping[str, ActivationScheme | None] | None = None
@@ -128,7 +128,7 @@ class BlockStream:
         """
         for batch, output in enumerate(self.outputs() if outputs is None else outputs):
             self._hidden[batch] = output
-        self._kept.clear()
+        self._replays.clear()
 
     def _run_to(self, site: Site, batch: int, inputs: list[Tensor]) -> Tensor:
         """Run a batch up to a site and return its activations, which a hook has appended to `inputs`."""
@@ -147,11 +147,11 @@ class BlockStream:
 
     @contextmanager
     def _replaying(self) -> Iterator[None]:
-        """Replace each module whose last input is kept by its replay."""
+        """Replace, in the block, each module that has a replay."""
         module = self._block.module
-        originals = {tail: module.get_submodule(tail.module) for tail in self._kept}
+        originals = {tail: module.get_submodule(tail.module) for tail in self._replays}
         try:
-            for tail, replay in self._kept.items():
+            for tail, replay in self._replays.items():
                 module.set_submodule(tail.module, replay)
             yield
         finally:
@@ -159,15 +159,15 @@ class BlockStream:
                 module.set_submodule(tail.module, original)
 
     def _run(self, batch: int) -> Tensor:
-        for replay in self._kept.values():
+        for replay in self._replays.values():
             replay.batch, replay.runs = batch, 0
         # A replayed attention does not update the KV cache.
-        replayed = any(tail.module == self._block.arch.attention for tail in self._kept)
+        replayed = any(tail.module == self._block.arch.attention for tail in self._replays)
         call = self._call.with_cache(None) if replayed else self._call
         hidden = self._hidden[batch]
         with torch.no_grad():
             output = run_block(self._block.module, hidden.to(self._device), call)
-        for tail, replay in self._kept.items():
+        for tail, replay in self._replays.items():
             if not replay.runs:
                 raise never_called(f"{self._block.path}.{tail.module}")
         check_finite(output, f"{self._block.path}: its output")
@@ -198,19 +198,19 @@ class _Replay(nn.Module):
     """Replaces a module whose last linear (`Tail`) has a known input, and applies that linear alone.
 
     reader: the linear.
-    kept: its input, one tensor a batch.
+    batches: its input, batch by batch.
     extra_outputs: see `Tail`.
     """
 
-    def __init__(self, reader: nn.Linear, kept: list[Tensor], extra_outputs: int) -> None:
+    def __init__(self, reader: nn.Linear, batches: list[Tensor], extra_outputs: int) -> None:
         super().__init__()
         # In a tuple, so that torch does not register the linear as a submodule.
-        self._reader, self._kept, self._extra = (reader,), kept, extra_outputs
+        self._reader, self._batches, self._extra = (reader,), batches, extra_outputs
         self.batch = self.runs = 0
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's output for the current batch; the arguments are ignored."""
         self.runs += 1
         reader = self._reader[0]
-        output = reader(self._kept[self.batch].to(reader.weight.device))
+        output = reader(self._batches[self.batch].to(reader.weight.device))
         return (output, *([None] * self._extra)) if self._extra else output

@@ -43,8 +43,8 @@ def quantize(
 ) -> None:
     """Quantize MODEL into the folder OUT.
 
-    Settings come from --recipe, from --preset, or from the defaults if --method is given; otherwise from the preset for
-    the given bits. The other options replace single settings.
+    Options change single settings of --recipe, --preset or --method.
+    Without these three, the given bits choose a preset.
     """
     start = o.starting_recipe(
         recipe, preset, method, bits=bits, activation_bits=activation_bits, kv_bits=kv_bits, grid=grid
@@ -114,8 +114,8 @@ def estimate(
 ) -> None:
     """Estimate size, memory and time of a quantization, without reading any weight.
 
-    Settings come from --recipe, from --preset, or from the defaults if --method is given; otherwise from the preset for
-    the given bits. The other options replace single settings.
+    Options change single settings of --recipe, --preset or --method.
+    Without these three, the given bits choose a preset.
     """
     start = o.starting_recipe(
         recipe, preset, method, bits=bits, activation_bits=activation_bits, kv_bits=kv_bits, grid=grid

@@ -123,7 +123,7 @@ def check_written(folder: Path) -> None:
     except CheckpointError as error:
         problem = str(error)
     if problem is not None:
-        raise NotLoadable(f"what was written would not load, so nothing was kept: {problem}")
+        raise NotLoadable(f"the written checkpoint would not load, so nothing was kept: {problem}")
 
 
 def _value_problem(source: SafetensorsSource, rules: Mapping[str, list[Rule]]) -> str | None:
