@@ -182,7 +182,7 @@ def test_activations_whose_squares_underflow_are_fed_all_the_same(
     ("method", "name", "said"),
     [
         ("gptq", "mlp.down_proj", "its output is not"),
-        ("gptq", "self_attn.v_proj", "what self_attn.o_proj reads is not"),
+        ("gptq", "self_attn.v_proj", "the input of self_attn.o_proj is not"),
         *((method, "mlp.down_proj", "its output is not") for method in ("rtn", "serq", "awq", "bisup")),
     ],
 )
@@ -194,7 +194,7 @@ def test_activations_beyond_the_compute_type_are_named_and_not_the_text(
     made = replace(made, activation_bits=8 if method == "bisup" else 16)
     with pytest.raises(NumericalFailure) as raised:
         quantize(source, tmp_path / "out", made)
-    assert f"{MIDDLE}: {said} finite: activations leave the range of float16" in str(raised.value)
+    assert f"{MIDDLE}: {said} finite: activations exceed the range of float16" in str(raised.value)
     assert 'use dtype = "bfloat16" or "float32"' in str(raised.value)
     assert not (tmp_path / "out").exists()
     if method == "gptq":

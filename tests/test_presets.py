@@ -99,7 +99,7 @@ def test_the_command_says_which_preset_bits_mean_and_writes_its_recipe(
     data = ("--calibration", token_file, "--num-windows", 4, "--window", 32, "--group-size", 16)
     code, _, err = run("quantize", folders["llama"], tmp_path / "a", "--bits", 3, *data)
     assert code == 0, err
-    assert "no method is given: this is --preset w3, by d2quant-plus" in err
+    assert "no method is given: using --preset w3, whose method is d2quant-plus" in err
     code, _, err = run("quantize", folders["llama"], tmp_path / "b", "--preset", "w3", *data)
     assert code == 0, err
     assert "no method is given" not in err

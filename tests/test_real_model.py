@@ -103,7 +103,7 @@ def test_packed_real_model_is_small_and_equal_to_its_dense_form(packed_folders: 
 @pytest.mark.slow
 def test_the_demo_speaks_and_its_best_model_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     demo(num_windows=2, window=256, max_windows=1, out=tmp_path)
-    table, *said = capsys.readouterr().out.split("says to")
+    table, *said = capsys.readouterr().out.split("answers")
     assert len(said) == 2
     assert all(len(text.split()) > 8 for text in said)
     perplexity = {line.split()[0]: float(line.split()[1]) for line in table.splitlines() if "w3" in line}

@@ -95,9 +95,9 @@ def test_settings_of_inputs_are_checked_though_nothing_uses_them(wrong: dict[str
 
 @pytest.mark.parametrize("grid", ["sign", "mxfp4"])
 def test_a_zero_point_that_nothing_would_have_is_refused(grid) -> None:
-    with pytest.raises(BadRecipe, match=f"zero_point is 'real', and no {grid} grid has one; set"):
+    with pytest.raises(BadRecipe, match=f"zero_point is 'real', but no {grid} grid has a zero-point; set"):
         Recipe(grid=grid, group_size=32, zero_point="real")
-    with pytest.raises(BadRecipe, match=f"no {grid} grid has one"):
+    with pytest.raises(BadRecipe, match=f"no {grid} grid has a zero-point"):
         Recipe(grid=grid, group_size=32, zero_point="real", overrides={Q: {"grid": grid, "group_size": 32}})
     assert Recipe(grid=grid, group_size=32, zero_point="none").zero_point == "none"
     assert Recipe(grid=grid, group_size=32, zero_point="real", overrides={Q: {"grid": "uniform"}}).grid == grid

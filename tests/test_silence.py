@@ -93,7 +93,7 @@ def test_a_registry_without_our_masks_is_noticed(monkeypatch: pytest.MonkeyPatch
 def test_a_model_that_keeps_its_attention_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     model = random_model("llama")
     monkeypatch.setattr(type(model), "set_attn_implementation", lambda self, name: None)
-    with pytest.raises(UnsupportedTransformers, match="does not take 'subnibble'"):
+    with pytest.raises(UnsupportedTransformers, match="does not accept 'subnibble'"):
         attach_cache_(model, CacheScheme(4))
 
 

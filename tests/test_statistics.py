@@ -389,14 +389,14 @@ def mean_of_means(self: WeightedMean, other: WeightedMean) -> None:
 
 
 def one_behind_the_other(self: Sample, other: Sample) -> None:
-    for first, taken in other._taken.items():
-        self._taken[self._next + first] = taken
+    for first, taken in other._sampled.items():
+        self._sampled[self._next + first] = taken
     self._next += other._next
 
 
 def anew_in_each_batch(self: Sample, x: Tensor) -> None:
     """As it once was."""
-    self._taken[self._next] = x[:: self._every].clone()
+    self._sampled[self._next] = x[:: self._every].clone()
     self._next += x.shape[0]
 
 
@@ -417,7 +417,7 @@ def median_of_the_batch(self: MassivePlaces, x: Tensor, ids: Tensor) -> None:
 
 
 def unshifted(self: MassivePlaces, other: MassivePlaces) -> None:
-    self._found += other._found
+    self._rows += other._rows
     self._windows += other._windows
 
 

@@ -72,11 +72,11 @@ def packed_zip(path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("a.txt.gz", "is gzip-compressed, no text; unpack it first"),
-        ("a.zip", "is a zip archive, no text; unpack it first"),
-        ("a.parquet", "is a Parquet table, no text; write its texts as JSON lines"),
-        ("a.npy", r"is a NumPy array, no text; let its name end in \.npy"),
-        ("a.pdf", r"is a PDF document, no text; save its text as a \.txt file"),
+        ("a.txt.gz", "is gzip-compressed, not text; unpack it first"),
+        ("a.zip", "is a zip archive, not text; unpack it first"),
+        ("a.parquet", "is a Parquet table, not text; write its texts as JSON lines"),
+        ("a.npy", r"is a NumPy array, not text; let its name end in \.npy"),
+        ("a.pdf", r"is a PDF document, not text; save its text as a \.txt file"),
     ],
 )
 @pytest.mark.parametrize("renamed", ["", "text.txt"])
@@ -117,10 +117,10 @@ def test_json_is_read_in_every_encoding_that_says_which_it_is(encoding: str, tmp
         (b"", "is empty; get it"),
         (b"\xef\xbb\xbf \n", "is empty; get it"),
         (b'{"a": [1,\n  2', r"\(line 2, column 4: .*\); it ends too early: get it"),
-        (b'{"a": 1,\n  b: 2}', r"\(line 2, column 3: .*\); mend it there, or get it"),
-        (b'{"a": "one\ntwo"}', r"\(line 1, column 11: .*\); mend it there"),
-        (b"<!DOCTYPE html>\n<html>", "is a web page and no JSON; get it"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a pointer of Git LFS .*git lfs pull"),
+        (b'{"a": 1,\n  b: 2}', r"\(line 2, column 3: .*\); fix it there, or get it"),
+        (b'{"a": "one\ntwo"}', r"\(line 1, column 11: .*\); fix it there"),
+        (b"<!DOCTYPE html>\n<html>", "is a web page, not JSON; get it"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a pointer of Git LFS.*git lfs pull"),
         (b"[" * 100_000, "cannot be read as JSON .*get it"),
         (b'{"a": ' + b"9" * 5000 + b"}", "cannot be read as JSON .*get it"),
     ],
@@ -138,5 +138,5 @@ def test_json_that_transformers_reads_must_have_no_mark_and_be_an_object(tmp_pat
         ):
             read_plain_json_file(written(tmp_path, '{"a": 1}'.encode(encoding), "a.json"))
     for content, kind in ((b"[1]", "a list"), (b'"a"', "a text"), (b"3", "a number"), (b"null", "null")):
-        with pytest.raises(CheckpointError, match=f"holds no JSON object but {kind}"):
+        with pytest.raises(CheckpointError, match=f"holds {kind} instead of a JSON object"):
             read_plain_json_file(written(tmp_path, content, "a.json"))

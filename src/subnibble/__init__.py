@@ -39,7 +39,7 @@ __all__ = [
     "unverified",
 ]
 
-# Loaded on first use, so that `subnibble --help` need not import torch.
+# Public name -> the module that defines it, imported at first use: `subnibble --help` must not import torch.
 _HOMES = {
     "Evaluation": "evaluation.evaluate",
     "Recipe": "recipe",
@@ -66,7 +66,7 @@ def __dir__() -> list[str]:
 
 
 def _register(module: object) -> None:
-    # Importing it registers; where hf/ itself is what imports transformers, it is under way already.
+    # The import registers the format. If hf/ itself triggered the import of transformers, this import is under way.
     import subnibble.hf  # noqa: F401
 
 

@@ -1,4 +1,4 @@
-"""`python -m subnibble`: the command, for where it is not on the path."""
+"""`python -m subnibble`: the `subnibble` command, for environments where it is not on the path."""
 
 from subnibble.cli.main import run
 

@@ -1,4 +1,4 @@
-"""Where to compute, and in which type."""
+"""Device and dtype of computation, by name."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ AUTO = "auto"
 
 
 def resolve_device(name: str | torch.device) -> torch.device:
-    """A torch device by name; "auto" is the accelerator if there is one, else the CPU."""
+    """The torch device called `name`; `BadRecipe` if it cannot be used on this machine.
+
+    name: a torch device or its name; "auto" is the accelerator if there is one, else the CPU.
+    """
     name = plain(name)
     if name == AUTO:
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
@@ -28,9 +31,12 @@ def resolve_device(name: str | torch.device) -> torch.device:
 
 
 def resolve_dtype(name: str | torch.dtype, stored: torch.dtype | None, device: torch.device) -> torch.dtype:
-    """The type to compute in by name; "auto" is the checkpoint's, but float32 for float16 on a CPU, where it is slow.
+    """The dtype to compute in; `BadRecipe` for an unknown name.
 
-    stored: the checkpoint's own type; None counts as float32.
+    name: a key of `DTYPES`, or "auto": the checkpoint's dtype, except float32 for a float16 checkpoint on a CPU, where
+        float16 is slow.
+    stored: dtype of the checkpoint; None counts as float32.
+    device: device that computes.
     """
     name = plain(name)
     if name == AUTO:
@@ -42,7 +48,7 @@ def resolve_dtype(name: str | torch.dtype, stored: torch.dtype | None, device: t
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a device, or in this machine's memory where the device does not say."""
+    """Free bytes on a CUDA device; for any other device, free bytes of the machine's memory."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return int(psutil.virtual_memory().available)

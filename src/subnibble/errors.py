@@ -1,44 +1,44 @@
-"""What can go wrong, as types. Every message says what, where and what to do.
+"""Exception types. Every message says what is wrong, where, and what to do.
 
-All but `SilentFailure` and `NotLoadable` are the user's to mend, so the command line prints the message alone and exits
-with 2; any other exception is a fault of subnibble's own (exit code 1).
+The user can fix every `SubnibbleError`: the command line prints its message alone and exits with code 2. Any other
+exception, `SilentFailure` and `NotLoadable` included, is a bug in subnibble (exit code 1).
 """
 
 
 class SubnibbleError(Exception):
-    """Base of everything subnibble raises on purpose."""
+    """Base of all errors that the user can fix."""
 
 
 class BadRecipe(SubnibbleError):
-    """A request that cannot be carried out as written: unknown key, method, group size or bit width."""
+    """A setting that cannot be used: an unknown key or method, or an invalid group size or bit width."""
 
 
 class BadArgument(SubnibbleError, TypeError):
-    """A Python argument of a kind that the call does not take; says what to give."""
+    """A Python argument of the wrong type; the message says what to give."""
 
 
 class NoWeight(SubnibbleError, AttributeError):
-    """A packed module was asked for the dense weight that it does not hold."""
+    """Code asked a packed module for its dense `weight`, which packed modules do not hold."""
 
 
 class UnsupportedModel(SubnibbleError):
-    """The model's architecture has no site table, or its table does not describe this checkpoint."""
+    """An architecture without a site table, or a checkpoint that does not match the table."""
 
 
 class UnsupportedTransformers(SubnibbleError):
-    """A release of transformers that names something otherwise than all releases that subnibble knows."""
+    """A transformers release whose names or behaviour differ from all releases that subnibble knows."""
 
 
 class CheckpointError(SubnibbleError):
-    """A checkpoint that is missing, truncated, inconsistent or not finite."""
+    """A checkpoint that is missing, truncated or inconsistent, or has NaN or infinite weights."""
 
 
 class CalibrationError(SubnibbleError):
-    """Calibration or evaluation text that cannot be had or does not suffice."""
+    """Calibration or evaluation text that cannot be read or is too short."""
 
 
 class NumericalFailure(SubnibbleError):
-    """An algorithm that could not finish in floating point; names the linear and the remedy."""
+    """A floating-point failure of an algorithm; the message names the linear and the remedy."""
 
 
 class OutputError(SubnibbleError):
@@ -46,12 +46,12 @@ class OutputError(SubnibbleError):
 
 
 class MissingExtra(SubnibbleError, ImportError):
-    """An optional dependency that this call needs; names the extra to install."""
+    """An optional dependency that is not installed; the message names the extra to install."""
 
 
 class SilentFailure(RuntimeError):
-    """A hook, patch or stand-in that must have been called was not: going on would give a worse model, silently."""
+    """A hook, patch or stand-in module was never called; without this error the model would silently be worse."""
 
 
 class NotLoadable(RuntimeError):
-    """What a run wrote would not load, so that nothing of it is kept."""
+    """The checkpoint that a run wrote would not load, so it is not kept."""

@@ -1,4 +1,4 @@
-"""What Python callers give for an argument: what is meant, or what to give instead."""
+"""Check the arguments of Python callers: convert what is meant, or say what to give instead."""
 
 from __future__ import annotations
 
@@ -15,9 +15,12 @@ from subnibble.paths import expanded
 
 
 def given_path(value: Any, name: str, target: str) -> Path:
-    """The path that an argument names, `~` expanded; `BadArgument` for anything else, a loaded model above all.
+    """The path given as an argument, with `~` expanded.
 
-    name: the argument's. target: what it should be, for people.
+    value: the argument.
+    name: the argument's name, for the error.
+    target: what the argument should be, for the error.
+    Raises `BadArgument` for anything that is not a path, such as a loaded model.
     """
     text = plain(value)
     if not isinstance(text, str):
@@ -28,7 +31,7 @@ def given_path(value: Any, name: str, target: str) -> Path:
 
 
 def plain(value: Any) -> Any:
-    """Paths, devices and types by their names, as recipes hold them; anything else as it is."""
+    """Paths, torch devices and dtypes as strings, as recipes hold them; any other value unchanged."""
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if isinstance(value, torch.device):
@@ -37,7 +40,7 @@ def plain(value: Any) -> Any:
 
 
 def described(value: Any) -> str:
-    """A value that does not belong where it was given, in a few words."""
+    """A few words for a wrong argument in an error message: "None", "3", "a list", "a loaded LlamaForCausalLM"."""
     if value is None or isinstance(value, bool | int | float):
         return repr(value)
     kind = type(value).__name__
@@ -46,7 +49,10 @@ def described(value: Any) -> str:
 
 
 def check_types(holder: object, target: Mapping[str, Any]) -> None:
-    """Raise `BadRecipe` for an attribute that is not of the types of its name; bool is no int."""
+    """Raise `BadRecipe` if an attribute of `holder` has the wrong type; a bool always has.
+
+    target: attribute name -> its type, or a tuple of types.
+    """
     for key, kind in target.items():
         value = getattr(holder, key)
         if not isinstance(value, kind) or isinstance(value, bool):
@@ -58,5 +64,5 @@ def _where_from(value: Any) -> str:
     if not isinstance(value, nn.Module):
         return ""
     origin = getattr(getattr(value, "config", None), "name_or_path", "")
-    came = f"the one that it was loaded from ({origin}), or " if origin else ""
-    return f": {came}one that model.save_pretrained writes"
+    source = f"the one that it was loaded from ({origin}), or " if origin else ""
+    return f": {source}one that model.save_pretrained writes"

@@ -1,4 +1,4 @@
-"""Names of files as users give them."""
+"""File names as users type them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def expanded(path: str | Path) -> Path:
-    """The path with `~` as the user's home; as it is where there is no such user."""
+    """The path with `~` or `~user` expanded; unchanged if there is no such user."""
     try:
         return Path(path).expanduser()
     except RuntimeError:
@@ -15,7 +15,7 @@ def expanded(path: str | Path) -> Path:
 
 
 def is_file(text: str) -> bool:
-    """Whether a text names a file; one that is too long for a name, or no name, does not."""
+    """Whether `text` is the name of an existing file; False for text that cannot be a file name, such as a long one."""
     try:
         return bool(text) and expanded(text).is_file()
     except (OSError, ValueError):
@@ -23,5 +23,5 @@ def is_file(text: str) -> bool:
 
 
 def absolute_path(name: str, words: Collection[str]) -> str:
-    """The full path of the file `name`; unchanged if it is one of `words`, or no file."""
+    """The absolute path of the file `name`; `name` itself if it is one of `words` or there is no such file."""
     return str(expanded(name).resolve()) if name not in words and is_file(name) else name

@@ -1,4 +1,4 @@
-"""How long steps tell their caller how far they are."""
+"""Progress callbacks of long-running calls."""
 
 from __future__ import annotations
 
@@ -8,26 +8,31 @@ from subnibble.errors import BadArgument
 
 
 class Progress(Protocol):
-    """Called after each step."""
+    """A callback, called after each step of a long-running call."""
 
     def __call__(self, done: int, total: int, doing: str) -> None:
-        """done, total: steps of the current stage; `done` starts anew with each stage. doing: for people."""
+        """Report progress.
+
+        done: finished steps of the current stage; starts again at each stage.
+        total: all steps of the current stage.
+        doing: what is being done, a few words.
+        """
 
 
 def silent(done: int, total: int, doing: str) -> None:
-    """The `Progress` that tells nobody."""
+    """A `Progress` that does nothing."""
 
 
-def given_progress(given: Any) -> Progress:
-    """The `Progress` that a caller gives; None tells nobody."""
-    if given is None:
+def given_progress(progress: Any) -> Progress:
+    """The caller's progress callback, or `silent` for None; `BadArgument` if it is not callable."""
+    if progress is None:
         return silent
-    if not callable(given):
-        raise BadArgument(f"progress is a {type(given).__name__}; give a function of (done, total, doing)")
-    found: Progress = given
-    return found
+    if not callable(progress):
+        raise BadArgument(f"progress is a {type(progress).__name__}; give a function of (done, total, doing)")
+    callback: Progress = progress
+    return callback
 
 
 def titled(progress: Progress, title: str) -> Progress:
-    """The same with `title` before what is being done."""
+    """The same callback, with `title` in front of each `doing`."""
     return lambda done, total, doing: progress(done, total, f"{title}: {doing}")

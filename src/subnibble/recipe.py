@@ -1,4 +1,4 @@
-"""A recipe: everything that decides what a quantized checkpoint holds. Written beside it as `recipe.toml`."""
+"""The recipe: all settings that decide what a quantized checkpoint holds, written into it as `recipe.toml`."""
 
 from __future__ import annotations
 
@@ -37,32 +37,42 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """What to do to a model. Unknown keys are errors; round-trips through TOML and dictionaries.
+    """All settings of one quantization. Unknown keys are errors; round-trips through TOML and dictionaries.
 
-    method: a name that `subnibble list` shows.
-    bits, group_size, scale_type: of weights, see `Scheme`.
-    grid, zero_point: see `Scheme`. "auto" leaves them to the method; where it has no wish they are "uniform" and
-        "integer". "mxfp4" as grid fixes zero_point and scale_type.
-    embedding_bits: 16, 8 or 4, for embedding and head, on a uniform grid.
-    activation_bits: of the inputs of linears while the model runs: 16 leaves them as they are; 8, 4 and 3 quantize
-        them. 4 bits beside mxfp4 weights are mxfp4.
-    activation_group_size: of these inputs, None for that of the weights.
-    activation_zero_point, activation_clip: see `ActivationScheme`.
-    kv_bits: 16 leaves the KV cache as it is; 8, 4, 3 and 2 code it.
-    kv: the other settings of `CacheScheme`.
-    system_prompt: text or a file of text that everything stands behind: its keys and values are computed by the
-        unquantized model and stay at 16 bits. "default" is the chat template's system turn, "bos" BOS alone, "auto" the
-        model's own sink tokens; see `calibrate/prompt.py`.
-    calibration: a text file or a named set; None takes "c4" if the method needs data.
-    num_windows, window: how many windows of how many tokens calibrate.
-    distill_steps: for how many steps the packed model is tuned as a whole, towards the original's predictions.
-    distill: the other settings of `Distillation`.
-    seed: draws the windows, their order in distillation, and a rotation's signs.
-    device: where to compute, a torch device or "auto".
-    dtype: of activations and weights while computing, see `device.py`.
-    options: the method's own.
-    overrides: patterns of linears ("re:..." a regular expression matched from the start, else an exact path) to bits,
-        group_size, grid, zero_point, activation_bits or skip; the first that matches holds.
+    method: name of a method; `subnibble list` shows them.
+    bits: bits of a weight: 2, 3, 4 or 8.
+    group_size: consecutive input columns of a weight that share a scale; -1: the whole row.
+    zero_point: zero-point of uniform weight grids, "none", "integer" or "real"; "auto": the method's preference, else
+        "integer". The grids "sign" and "mxfp4" have none.
+    scale_type: dtype of scales and real zero-points: "float16", "bfloat16" or "float32". The grid "mxfp4" has "e8m0".
+    grid: levels of the weights, "uniform", "sign" or "mxfp4" (see `Scheme`); "auto": the method's preference, else
+        "uniform".
+    embedding_bits: bits of the embedding and the head, on a uniform grid: 16 (not quantized), 8 or 4.
+    activation_bits: bits of the inputs of linears at run time: 16 (not quantized), 8, 4 or 3. With the grid "mxfp4", 4
+        means mxfp4 inputs.
+    activation_group_size: consecutive channels of an input that share a scale; -1: the whole token; None: as the
+        weights.
+    activation_zero_point: zero-point of uniform input grids: "none" or "integer".
+    activation_clip: share of an input's range that is kept, above 0 and at most 1; see `ActivationScheme`.
+    kv_bits: bits of the KV cache: 16 (not quantized), 8, 4, 3 or 2.
+    kv: table of the other settings of the KV cache: the fields of `CacheScheme` except bits.
+    system_prompt: prompt prefix before every text: text, a text file, "default" (the system turn that the chat template
+        writes), "bos" (the BOS token alone) or "auto" (the model's attention sinks, detected in the calibration data).
+        The unquantized model computes its keys and values, which stay at 16 bits; see `calibrate/prompt.py`.
+    calibration: calibration data, a file of text or token ids or a named set ("c4", "wikitext2", "news"); None: "c4" if
+        the method needs data.
+    num_windows: number of calibration windows.
+    window: tokens of a calibration window.
+    distill_steps: optimizer steps that tune the whole packed model towards the original's predictions; 0: no tuning.
+    distill: table of the other settings of this tuning: the fields of `Distillation` except steps.
+    seed: seed of the draw of windows, of their order in distillation, and of the signs of a rotation.
+    device: torch device that computes; "auto": an accelerator if there is one.
+    dtype: dtype of activations and weights during computation: "float32", "bfloat16", "float16", or "auto" (see
+        `device.py`).
+    options: table of options of the method; `subnibble list` shows them.
+    overrides: table of exceptions for single linears: pattern -> table with any of bits, group_size, grid, zero_point,
+        activation_bits and skip (true: not quantized). A pattern is the exact path of a linear, or "re:" and a regular
+        expression that is matched from the start of the path; the first matching pattern counts.
     """
 
     method: str = "gptq"
@@ -106,7 +116,7 @@ class Recipe:
         if self.dtype not in (AUTO, *DTYPES):
             raise BadRecipe(f"dtype is {self.dtype!r}; choose one of {AUTO}, {', '.join(DTYPES)}")
         _ = self.embedding_scheme, self.activation, self.cache_scheme()
-        # Whatever uses them: an override may.
+        # Checked even if activation_bits is 16, since an override may quantize inputs.
         size = WHOLE_CHANNEL if self.activation_group_size is None else self.activation_group_size
         ActivationScheme(8, size, self.activation_zero_point, clip=self.activation_clip)
         if self.distillation is not None:
@@ -118,49 +128,50 @@ class Recipe:
 
     @property
     def scheme(self) -> Scheme:
-        """The scheme of linears that no override touches, of a method without wishes."""
+        """Weight scheme of linears without an override, for a method without preferences."""
         return self._scheme({}, {})
 
     @property
     def activation(self) -> ActivationScheme | None:
-        """How inputs of linears are quantized that no override touches."""
+        """Activation scheme of linears without an override, for a method without preferences; None at 16 bits."""
         return self._activation({}, self.scheme)
 
     def cache_scheme(self, prefers: Callable[[int], Mapping[str, Any]] = lambda bits: {}) -> CacheScheme | None:
-        """How the KV cache is coded, None for not at all.
+        """The scheme of the KV cache, or None if it is not quantized.
 
-        prefers: the settings that the method wants at a bit width, where the recipe is silent.
+        prefers: bit width -> settings that the method prefers; the recipe's table kv goes before them.
         """
         if "bits" in self.kv:
-            raise BadRecipe("the table kv has no bits; set kv_bits")
+            raise BadRecipe("kv.bits is set; set kv_bits instead")
         if self.kv_bits == PLAIN_CACHE:
             if self.kv:
-                raise BadRecipe(f"kv.{next(iter(self.kv))} is set and kv_bits is 16; set kv_bits to 8, 4, 3 or 2")
+                raise BadRecipe(f"kv.{next(iter(self.kv))} is set, but kv_bits is 16; set kv_bits to 8, 4, 3 or 2")
             return None
         return CacheScheme.from_dict({**prefers(self.kv_bits), **self.kv, "bits": self.kv_bits})
 
     @property
     def distillation(self) -> Distillation | None:
-        """How the packed model is tuned as a whole, None for not at all."""
+        """Settings of the tuning of the whole packed model, or None if `distill_steps` is 0."""
         if "steps" in self.distill:
-            raise BadRecipe("the table distill has no steps; set distill_steps")
+            raise BadRecipe("distill.steps is set; set distill_steps instead")
         if self.distill_steps == 0:
             if self.distill:
-                raise BadRecipe(f"distill.{next(iter(self.distill))} is set and distill_steps is 0; set distill_steps")
+                raise BadRecipe(f"distill.{next(iter(self.distill))} is set, but distill_steps is 0; set distill_steps")
             return None
         return Distillation.of(self.distill_steps, self.distill)
 
     @property
     def embedding_scheme(self) -> Scheme | None:
-        """The scheme of embedding and head, or None if they stay at 16 bits."""
+        """Weight scheme of the embedding and the head, or None if they stay at 16 bits."""
         if self.embedding_bits == 16:
             return None
         return Scheme(self.embedding_bits, self.group_size, _unless_auto(self.zero_point, "integer"), self.scale_type)
 
     def scheme_of(self, path: str, prefers: Callable[[int], Mapping[str, str]] = lambda bits: {}) -> Scheme | None:
-        """The scheme of the linear at `path`, or None if an override skips it.
+        """Weight scheme of the linear at `path`, or None if an override skips it.
 
-        prefers: the grid and zero-point that the method wants there at a bit width, for what the recipe leaves open.
+        prefers: bit width -> grid and zero_point that the method prefers for this linear, used where the recipe says
+            "auto".
         """
         values = self._override(path)
         if values.get("skip", False):
@@ -168,13 +179,16 @@ class Recipe:
         return self._scheme(values, prefers(values.get("bits", self.bits)))
 
     def activation_of(self, path: str, scheme: Scheme) -> ActivationScheme | None:
-        """How the input of the linear at `path` is quantized, None for not at all. scheme: its weight's."""
+        """Activation scheme of the linear at `path`, or None if its input is not quantized.
+
+        scheme: weight scheme of the linear.
+        """
         return self._activation(self._override(path), scheme)
 
     def _override(self, path: str) -> Mapping[str, Any]:
-        for pattern, found in self.overrides.items():
+        for pattern, values in self.overrides.items():
             if matches(pattern, path):
-                return found
+                return values
         return {}
 
     def _activation(self, values: Mapping[str, Any], scheme: Scheme) -> ActivationScheme | None:
@@ -186,10 +200,10 @@ class Recipe:
             return ActivationScheme(bits, size, "none", "mxfp4", self.activation_clip)
         return ActivationScheme(bits, size, self.activation_zero_point, "uniform", self.activation_clip)
 
-    def _scheme(self, values: Mapping[str, Any], wishes: Mapping[str, str]) -> Scheme:
-        """values: an override's, which come first; wishes: the method's, which come last."""
-        grid = _unless_auto(values.get("grid", self.grid), wishes.get("grid", "uniform"))
-        zero_point = _unless_auto(values.get("zero_point", self.zero_point), wishes.get("zero_point", "integer"))
+    def _scheme(self, values: Mapping[str, Any], preferences: Mapping[str, str]) -> Scheme:
+        """Weight scheme: `values` of an override, else the recipe's keys, else (if "auto") the method's wish."""
+        grid = _unless_auto(values.get("grid", self.grid), preferences.get("grid", "uniform"))
+        zero_point = _unless_auto(values.get("zero_point", self.zero_point), preferences.get("zero_point", "integer"))
         return Scheme(
             values.get("bits", self.bits),
             values.get("group_size", self.group_size),
@@ -199,34 +213,37 @@ class Recipe:
         )
 
     def check_overrides(self, paths: list[str]) -> None:
-        """Raise `BadRecipe` for a pattern that matches none of the model's linears."""
+        """Raise `BadRecipe` for a pattern that matches no linear of the model.
+
+        paths: paths of all linears that can be quantized.
+        """
         for pattern in self.overrides:
             if not any(matches(pattern, path) for path in paths):
                 raise BadRecipe(f"override {pattern!r} matches no linear; they have names like {paths[0]}")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain dictionary without unset keys, the inverse of `from_dict`."""
+        """The recipe as a plain dictionary without keys that are None; the inverse of `from_dict`."""
         values = asdict(self)
         return {key: value for key, value in values.items() if value is not None}
 
     @classmethod
-    def of(cls, given: AnyRecipe) -> Recipe:
-        """The recipe that a caller means: one, a table of its keys, or the name of a TOML file."""
-        if isinstance(given, Recipe):
-            return given
-        if isinstance(given, Mapping):
-            return cls.from_dict(given)
-        hint = 'a Recipe, as Recipe(method="gptq", bits=4) or preset("w3"), a table of its keys, or a TOML file'
-        file = given_path(given, "recipe", hint)
+    def of(cls, recipe: AnyRecipe) -> Recipe:
+        """Convert what a caller gives as a recipe: a `Recipe`, a dictionary of its keys, or the name of a TOML file."""
+        if isinstance(recipe, Recipe):
+            return recipe
+        if isinstance(recipe, Mapping):
+            return cls.from_dict(recipe)
+        hint = 'a Recipe, as Recipe(method="gptq", bits=4) or preset("w3"), a dictionary of its keys, or a TOML file'
+        file = given_path(recipe, "recipe", hint)
         if not file.is_file():
-            raise BadRecipe(f"recipe is {str(given)!r}, which is no file; give {hint}")
+            raise BadRecipe(f"recipe is {str(recipe)!r}, which is no file; give {hint}")
         return cls.from_toml(file)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Build from a dictionary; an unknown key is an error."""
+        """Build from a dictionary of keys; `BadRecipe` for an unknown key or an invalid value."""
         if not isinstance(values, Mapping):
-            raise BadArgument(f"a recipe's table is {described(values)}; give a dictionary of its keys")
+            raise BadArgument(f"the recipe is {described(values)}; give a dictionary of its keys")
         known = [item.name for item in fields(cls)]
         unknown = sorted(set(values) - set(known), key=str)
         if unknown:
@@ -239,13 +256,16 @@ class Recipe:
 
     @classmethod
     def from_toml(cls, path: str | Path) -> Self:
-        """Read a recipe file."""
-        path = given_path(path, "a recipe's file", "the name of a TOML file")
+        """Read a recipe from a TOML file."""
+        path = given_path(path, "the recipe file", "the name of a TOML file")
         return cls.from_text(read_text_file(path, BadRecipe), str(path))
 
     @classmethod
     def from_text(cls, text: str, where: str) -> Self:
-        """Read a recipe's TOML. where: what it is of, for errors."""
+        """Build from TOML text.
+
+        where: what the text is, for errors, such as a file name.
+        """
         try:
             values = tomllib.loads(text)
         except (ValueError, RecursionError) as error:
@@ -253,36 +273,38 @@ class Recipe:
         return cls.from_dict(values)
 
 
-# What Python calls take for a recipe.
+# What Python calls accept as a recipe; see `Recipe.of`.
 AnyRecipe = Recipe | Mapping[str, Any] | str | Path
 
 
 def matches(pattern: str, path: str) -> bool:
-    """Whether an override pattern holds for a linear."""
+    """Whether an override pattern, an exact path or "re:" and a regular expression, matches the linear at `path`."""
     if pattern.startswith("re:"):
         return re.match(pattern[3:], path) is not None
     return pattern == path
 
 
 def _check_writable(recipe: Recipe) -> None:
-    """Raise `BadRecipe` for a value that `recipe.toml` cannot hold, before the hours after which it is written."""
+    """Raise `BadRecipe` for a value that TOML cannot hold: `recipe.toml` is written only after hours of work."""
     for key, value in recipe.to_dict().items():
         try:
             text = tomli_w.dumps({key: value})
         except (TypeError, ValueError, AttributeError) as error:
             raise BadRecipe(
-                f"{key} is {value!r}, which no recipe file can hold ({error}); give text or numbers"
+                f"{key} is {value!r}, which cannot be written to recipe.toml ({error}); give text or numbers"
             ) from error
         check_characters(value if isinstance(value, str) else text, key, BadRecipe)
 
 
 def _check_zero_point(recipe: Recipe) -> None:
-    """Raise `BadRecipe` for one that is given and that nothing would have."""
+    """Raise `BadRecipe` if `zero_point` is set but no weight has a uniform grid, so that nothing would use it."""
     grids = {values.get("grid", recipe.grid) for values in recipe.overrides.values()}
     uniform = recipe.embedding_bits != 16 or not grids <= set(_WITHOUT_ZERO_POINT)
     if recipe.grid in _WITHOUT_ZERO_POINT and recipe.zero_point not in ("none", AUTO) and not uniform:
-        given = recipe.zero_point
-        raise BadRecipe(f'zero_point is {given!r}, and no {recipe.grid} grid has one; set zero_point = "{AUTO}"')
+        raise BadRecipe(
+            f"zero_point is {recipe.zero_point!r}, but no {recipe.grid} grid has a zero-point; "
+            f'set zero_point = "{AUTO}"'
+        )
 
 
 def _check_override(recipe: Recipe, pattern: str, values: Any) -> None:
@@ -303,5 +325,5 @@ def _check_override(recipe: Recipe, pattern: str, values: Any) -> None:
     recipe._activation(values, recipe._scheme(values, {}))
 
 
-def _unless_auto(value: str, wish: str) -> str:
-    return wish if value == AUTO else value
+def _unless_auto(value: str, preference: str) -> str:
+    return preference if value == AUTO else value

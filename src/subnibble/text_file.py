@@ -1,7 +1,7 @@
-"""Read text and JSON that a user names or that lies beside a model: one decoder, and one set of refusals.
+"""Read the text and JSON files that a user names or that belong to a model.
 
-Read: UTF-8, with or without a byte order mark, and UTF-16 and UTF-32 that begin with one. Line ends become newlines.
-Refused, with file, place and remedy: other encodings, binary and packed files, NUL characters, damaged JSON.
+Accepted: UTF-8 with or without a byte order mark (BOM); UTF-16 and UTF-32 with a BOM. Line ends become newlines.
+Refused, with file, place and remedy: other encodings, binary and compressed files, NUL characters, damaged JSON.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from subnibble.errors import BadArgument, CheckpointError, SubnibbleError
 from subnibble.given import described
 
-# UTF-32 first: its mark begins with that of UTF-16.
+# UTF-32 before UTF-16: the UTF-32-LE mark begins with the UTF-16-LE mark.
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8"),
     (codecs.BOM_UTF32_LE, "utf-32-le"),
@@ -23,7 +23,7 @@ _MARKS = (
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
 _UNPACK = "unpack it first"
-# How files begin that hold something else than text: what they are, and what to do.
+# Files that are not text: first bytes, kind, remedy.
 _OTHER_KINDS = (
     (b"\x1f\x8b", "gzip-compressed", _UNPACK),
     (b"PK\x03\x04", "a zip archive", _UNPACK),
@@ -39,7 +39,11 @@ _GIT_LFS = "version https://git-lfs.github.com/spec/"
 
 
 def read_text_file(path: Path, error: type[SubnibbleError]) -> str:
-    """The text of a file without its byte order mark, line ends as newlines; else an `error` with place and remedy."""
+    """Read a text file, without its byte order mark and with newlines as line ends.
+
+    path: the file.
+    error: type of the error that is raised if the file cannot be read or is not text; it has place and remedy.
+    """
     content = _read_bytes(path, error)
     mark, encoding = next(((mark, name) for mark, name in _MARKS if content.startswith(mark)), (b"", "utf-8"))
     if not mark:
@@ -62,12 +66,17 @@ def read_text_file(path: Path, error: type[SubnibbleError]) -> str:
 
 
 def read_json_file(path: Path, again: str = "fetch it again") -> Any:
-    """What a JSON file beside a model holds; `CheckpointError` with place and remedy. again: how to get it whole."""
+    """Read a JSON file of a model; `CheckpointError`, with place and remedy, if that fails.
+
+    again: how to get an intact copy, for the error.
+    """
     return _parsed(read_text_file(path, CheckpointError), path, again)
 
 
 def check_plain_utf8(path: Path) -> None:
-    """Raise `CheckpointError` for a text file that other libraries, which take plain UTF-8 alone, would not read."""
+    """Raise `CheckpointError` unless the file is UTF-8 without a byte order mark, the only form that other libraries
+    read.
+    """
     read_text_file(path, CheckpointError)
     if any(_read_bytes(path, CheckpointError).startswith(mark) for mark, _ in _MARKS):
         raise CheckpointError(
@@ -77,17 +86,24 @@ def check_plain_utf8(path: Path) -> None:
 
 
 def read_plain_json_file(path: Path) -> dict[str, Any]:
-    """As `read_json_file`, for files that transformers reads, too: an object, in UTF-8 without a byte order mark."""
+    """Read a JSON object from a file that transformers reads, too: UTF-8 without a byte order mark.
+
+    Raises `CheckpointError` for any other encoding and any other JSON value.
+    """
     check_plain_utf8(path)
-    found = read_json_file(path)
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path} holds no JSON object but {_kind_of(found)}; is it another file by this name?")
-    return found
+    content = read_json_file(path)
+    if not isinstance(content, dict):
+        raise CheckpointError(
+            f"{path} holds {_kind_of(content)} instead of a JSON object; is it another file with this name?"
+        )
+    return content
 
 
 def check_characters(text: str, where: str, error: type[SubnibbleError]) -> None:
-    """Raise `error` for a text with half of a surrogate pair, which is no character and has no tokens; `BadArgument`
-    for what is no text.
+    """Raise `error` if `text` holds half of a surrogate pair, which is no character and cannot be tokenized.
+
+    where: what the text is, for the error.
+    Raises `BadArgument` if `text` is not a string.
     """
     if not isinstance(text, str):
         raise BadArgument(f"{where} is {described(text)}; give text")
@@ -96,7 +112,7 @@ def check_characters(text: str, where: str, error: type[SubnibbleError]) -> None
     except UnicodeEncodeError as fault:
         raise error(
             f"{where}: character {fault.start + 1} is {ascii(text[fault.start])[1:-1]}, half of a surrogate pair "
-            "(something cut in two, or bytes that are not UTF-8); remove it or write U+FFFD in its place"
+            "(from text cut in the middle, or bytes that are not UTF-8); remove it or write U+FFFD in its place"
         ) from fault
 
 
@@ -104,32 +120,32 @@ def _read_bytes(path: Path, error: type[SubnibbleError]) -> bytes:
     try:
         return path.read_bytes()
     except OSError as fault:
-        raise error(f"{path} cannot be read ({fault.strerror}); give a text file that can") from fault
+        raise error(f"{path} cannot be read ({fault.strerror}); give a readable text file") from fault
 
 
 def _check_kind(content: bytes, path: Path, error: type[SubnibbleError]) -> None:
     for start, kind, remedy in _OTHER_KINDS:
         if content.startswith(start):
-            raise error(f"{path} is {kind}, no text; {remedy}")
+            raise error(f"{path} is {kind}, not text; {remedy}")
 
 
 def _parsed(text: str, path: Path, again: str) -> Any:
     if not text.strip():
         raise CheckpointError(f"{path} is empty; {again}")
     if text.startswith(_GIT_LFS):
-        raise CheckpointError(f"{path} is a pointer of Git LFS and not the file itself; run `git lfs pull` there")
+        raise CheckpointError(f"{path} is a pointer of Git LFS, not the file itself; run `git lfs pull` in its folder")
     if text.lstrip().startswith("<"):
-        raise CheckpointError(f"{path} is a web page and no JSON; {again}")
+        raise CheckpointError(f"{path} is a web page, not JSON; {again}")
     try:
         return json.loads(text)
     except json.JSONDecodeError as fault:
-        whole = bool(text[fault.pos :].strip())
+        ends_early = not text[fault.pos :].strip()
         place = f"line {fault.lineno}, column {fault.colno}: {fault.msg}"
-        remedy = f"mend it there, or {again}" if whole else f"it ends too early: {again}"
+        remedy = f"it ends too early: {again}" if ends_early else f"fix it there, or {again}"
         raise CheckpointError(f"{path} cannot be read as JSON ({place}); {remedy}") from fault
-    # Numbers of thousands of digits, and thousands of brackets.
+    # Numbers with thousands of digits, or thousands of nested brackets.
     except (ValueError, RecursionError) as fault:
-        raise CheckpointError(f"{path} cannot be read as JSON ({fault}); mend it, or {again}") from fault
+        raise CheckpointError(f"{path} cannot be read as JSON ({fault}); fix it, or {again}") from fault
 
 
 def _kind_of(value: Any) -> str:

@@ -53,7 +53,7 @@ def test_several_without_a_default_are_named() -> None:
 
 @pytest.mark.parametrize("found", [5, ["a"], {"default": 5}])
 def test_a_template_that_is_no_text_is_refused(found: Any) -> None:
-    with pytest.raises(BadRecipe, match=r"chat template is (int|list), not a text; mend chat_template"):
+    with pytest.raises(BadRecipe, match=r"chat template is (int|list), not a text; fix chat_template"):
         question(with_templates(found), "hello")
 
 

@@ -96,8 +96,8 @@ def test_a_json_file_is_a_list_of_texts_or_lines_or_one_text(content: str, tmp_p
         ("a.json", '[{"text": "a"}', r"a\.json, line 1: expected an object"),
         ("a.jsonl", "[" * 100_000, r"a\.jsonl, line 1: expected an object"),
         ("a.jsonl", '{"text": ' + "9" * 5000 + "}", r"a\.jsonl, line 1: expected an object"),
-        ("a.csv", "text\none\n", r"a\.csv is a table, no text; write its texts as JSON lines"),
-        ("a.TSV", "text\none\n", r"a\.TSV is a table, no text"),
+        ("a.csv", "text\none\n", r"a\.csv is a table, not text; write its texts as JSON lines"),
+        ("a.TSV", "text\none\n", r"a\.TSV is a table, not text"),
     ],
 )
 def test_other_shapes_of_text_say_what_is_expected(name: str, content: str, said: str, tmp_path: Path) -> None:
@@ -135,7 +135,9 @@ def test_file_that_cannot_be_read_says_why(tmp_path: Path, monkeypatch: pytest.M
 
     path = written(tmp_path, "closed.txt", "text")
     monkeypatch.setattr(Path, "read_bytes", refuse)
-    with pytest.raises(CalibrationError, match=r"closed\.txt cannot be read \(Permission denied\); give a text file"):
+    with pytest.raises(
+        CalibrationError, match=r"closed\.txt cannot be read \(Permission denied\); give a readable text file"
+    ):
         read_text(path, "calibration")
 
 

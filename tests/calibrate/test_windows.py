@@ -91,7 +91,7 @@ def test_evaluation_windows_are_the_whole_text_in_order(tmp_path: Path) -> None:
 
 
 def test_too_few_windows_says_how_many_there_are(counted: Path) -> None:
-    with pytest.raises(CalibrationError, match=r"20 windows of 10 tokens and 21 are asked for.*--num-windows 20"):
+    with pytest.raises(CalibrationError, match=r"20 windows of 10 tokens, but 21 are asked for.*--num-windows 20"):
         drawn(counted, 21, 10)
 
 

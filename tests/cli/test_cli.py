@@ -91,9 +91,9 @@ def test_a_coded_cache_and_a_prompt_reach_the_checkpoint_and_every_command(
     code, said, err = run("quantize", folders["llama"], out, "--method", "none", *cache, "--system-prompt", prompt)
     assert code == 0, err
     # Three layers, two heads, key and value of 8 bytes of codes and two groups.
-    assert "192 bytes a token in the KV cache" in said
+    assert "192 KV-cache bytes per token" in said
     code, said, _ = run("inspect", out)
-    assert "192 bytes a token, kv4g8-prerope" in said
+    assert "192 bytes per token, kv4g8-prerope" in said
     assert "3 tokens at 16 bits" in said
     code, said, _ = run("inspect", out, "--json")
     assert json.loads(said)["prefix"] == {"ids": [4, 5, 6], "bos": None}
@@ -139,7 +139,7 @@ def test_effort_reaches_the_method_that_tunes(run: Run, arguments: list[object],
     assert "bisup" in out
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert [block["epochs"] for block in report["blocks"]] == [2, 2, 2]
-    assert "left out" not in err
+    assert "skipped" not in err
 
 
 def test_steps_that_were_not_finite_are_told(
@@ -155,7 +155,7 @@ def test_steps_that_were_not_finite_are_told(
     monkeypatch.setattr(TrainingWindows, "value", property(spoiled))
     code, _, err = run(*arguments, "--method", "bisup", "--activation-bits", 4, "--effort", "fast")
     assert code == 0, err
-    assert "tuning left out steps that were not finite in 3 of 3 blocks, model.layers.0 the first" in err
+    assert "tuning skipped steps that were not finite in 3 of 3 blocks, first in model.layers.0" in err
 
 
 def test_plain_table_without_json(run: Run, folders: dict[str, Path], text_file: Path) -> None:

@@ -231,8 +231,8 @@ def test_long_windows_are_cut_and_all_text_comes_by_turns() -> None:
     ("settings", "said"),
     [
         ({"distill_steps": -1}, "distill steps is -1; give a positive whole number"),
-        ({"distill": {"rate": 0.1}}, "distill.rate is set and distill_steps is 0; set distill_steps"),
-        ({"distill_steps": 2, "distill": {"steps": 3}}, "the table distill has no steps; set distill_steps"),
+        ({"distill": {"rate": 0.1}}, "distill.rate is set, but distill_steps is 0; set distill_steps"),
+        ({"distill_steps": 2, "distill": {"steps": 3}}, "distill.steps is set; set distill_steps instead"),
         ({"distill_steps": 2, "distill": {"rate": 1.5}}, "distill rate is 1.5; give a number between 0 and 1"),
         ({"distill_steps": 2, "distill": {"tokens": 0}}, "distill tokens is 0; give a positive whole number"),
         ({"distill_steps": 2, "distill": {"norms": "no"}}, "distill norms is 'no'; give true or false"),

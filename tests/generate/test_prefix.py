@@ -187,7 +187,7 @@ def test_perplexity_is_scored_behind_the_prompt(folders: dict[str, Path], text_f
     plain = evaluate(folders["llama"], Evaluation(str(text_file), window=16, dtype="float32"))
     assert found["windows"] == plain["windows"]
     assert found["perplexity"] != plain["perplexity"]
-    with pytest.raises(CalibrationError, match="behind a system prompt of 4"):
+    with pytest.raises(CalibrationError, match="after a system prompt of 4"):
         evaluate(tmp_path / "out", Evaluation(str(text_file), window=126))
 
 

@@ -64,7 +64,7 @@ def test_scales_of_a_type_that_the_config_does_not_say_are_found(
     folders: dict[str, Path], token_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plant(lambda shard: shard.update({NAME: shard[NAME].half()}), monkeypatch)
-    with pytest.raises(NotLoadable, match=re.escape(f"{NAME} is F16 of shape (80, 3) where config.json asks for")):
+    with pytest.raises(NotLoadable, match=re.escape(f"{NAME} is F16 of shape (80, 3), but config.json asks for")):
         quantize(folders["llama"], tmp_path / "out", recipe(token_file, scale_type="float32"))
     assert list(tmp_path.iterdir()) == []
 

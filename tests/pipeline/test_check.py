@@ -32,7 +32,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], type[SubnibbleError], str]] = {
     ),
     "windows too long": ("llama", {"window": 4096}, CalibrationError, "longer than the model's 128 positions"),
     "a prompt too long": (
-        "llama", {"system_prompt": " ".join(["w1"] * 100)}, CalibrationError, "behind a system prompt of 100"
+        "llama", {"system_prompt": " ".join(["w1"] * 100)}, CalibrationError, "after a system prompt of 100"
     ),
     "no prompt": ("llama", {"system_prompt": "default"}, BadRecipe, "tokenizer has no chat template"),
     "no such linear": (

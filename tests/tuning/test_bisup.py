@@ -271,7 +271,7 @@ def test_estimates_count_the_prompt(folders: dict[str, Path], token_file: Path, 
     assert behind.file_bytes - plain.file_bytes == 4 * cache_bytes(open_source(folders["llama"]).config, None)
     long = " ".join(["w5"] * 2000)
     for run in (estimate, lambda model, target: quantize(model, tmp_path / "out", target)):
-        with pytest.raises(SubnibbleError, match="windows of 24 tokens behind a system prompt of 2000 are longer"):
+        with pytest.raises(SubnibbleError, match="windows of 24 tokens after a system prompt of 2000 are longer"):
             run(folders["llama"], replace(recipe, system_prompt=long))
 
 

@@ -1,4 +1,4 @@
-"""The supported architectures, by exact `config.model_type`."""
+"""The supported architectures, by the exact `model_type` of their config."""
 
 from subnibble.arch.llama import LLAMA
 from subnibble.arch.mistral import MISTRAL
@@ -11,10 +11,14 @@ ARCHITECTURES: dict[str, Arch] = {arch.model_type: arch for arch in (LLAMA, MIST
 
 
 def find_arch(model_type: str) -> Arch:
-    """The site table of `model_type`; `UnsupportedModel` lists the supported ones."""
+    """The site table of an architecture.
+
+    model_type: `model_type` of the config, exactly.
+    Raises `UnsupportedModel`, which lists the supported architectures.
+    """
     if model_type not in ARCHITECTURES:
         raise UnsupportedModel(
             f"model_type {model_type!r} is not supported; supported: {', '.join(sorted(ARCHITECTURES))}. "
-            "A new one is a table of sites in subnibble/arch"
+            "To add one, write its table of sites in subnibble/arch"
         )
     return ARCHITECTURES[model_type]

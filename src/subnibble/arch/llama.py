@@ -1,4 +1,4 @@
-"""Llama (and what shares its block: SmolLM2, TinyLlama, ...): pre-norm, RMSNorm, rotary GQA attention, gated MLP."""
+"""Llama and models with the same block (SmolLM2, TinyLlama, ...): RMSNorm before each module, rotary GQA, gated MLP."""
 
 from subnibble.arch.site import Arch, Residual, Role, Site, Tail
 

@@ -1,4 +1,4 @@
-"""Qwen2 and Qwen2.5: Llama's block with biases on q, k and v, which edits of their rows carry along."""
+"""Qwen2 and Qwen2.5: Llama's block with biases on q, k and v. An edit of their rows edits the biases, too."""
 
 from subnibble.arch.llama import LLAMA
 from subnibble.arch.site import Arch

@@ -1,6 +1,7 @@
-"""Qwen3: Llama's block with a norm on each head's queries and keys.
+"""Qwen3: Llama's block with a norm on the queries and keys of each head.
 
-Those norms lie behind q_proj and k_proj, of whose rows edits move whole heads at most; the value path has none.
+The norms come after q_proj and k_proj. They allow our edits, which only move whole heads of the rows of q_proj and
+k_proj. The value path has no such norm.
 """
 
 from subnibble.arch.llama import LLAMA

@@ -1,7 +1,7 @@
-"""Sites: the tensors that flow between modules of a block, and what may be done to them.
+"""Sites: the activations that flow between modules of a block, and the edits that they allow.
 
-A site's channels are written by a norm's gain or by the output rows of linears, and read by the input columns of
-linears. A method edits sites, never modules by name, so that an architecture is a table of them.
+The channels of a site are written by a norm's gain or by the output rows of linears, and read by the input columns of
+linears. Methods edit sites, never modules by name; an architecture is therefore just a table of sites.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, Self
 
 
 class Role(StrEnum):
-    """What a site is in its block, by which methods ask for it."""
+    """The role of a site in its block; methods look sites up by role."""
 
     ATTENTION_IN = "attention_in"
     ATTENTION_OUT = "attention_out"
@@ -22,7 +22,12 @@ class Role(StrEnum):
 
 @dataclass(frozen=True)
 class Heads:
-    """Attention heads: query heads, key-value heads, channels a head."""
+    """Attention heads of a model.
+
+    query: number of query heads.
+    key_value: number of key-value heads.
+    width: channels of a head.
+    """
 
     query: int
     key_value: int
@@ -30,12 +35,12 @@ class Heads:
 
     @property
     def repeats(self) -> int:
-        """Query heads that share one key-value head."""
+        """Number of query heads that share one key-value head."""
         return self.query // self.key_value
 
     @classmethod
     def of(cls, config: Any) -> Self:
-        """From a transformers config; `head_dim` need not be hidden size over heads."""
+        """Read the heads from a transformers config; `head_dim` may differ from hidden size / query heads."""
         query = config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // query
         return cls(query, getattr(config, "num_key_value_heads", None) or query, width)
@@ -43,10 +48,12 @@ class Heads:
 
 @dataclass(frozen=True)
 class Tail:
-    """A module of the block whose output is the site's one reader applied to the site's tensor.
+    """A module of the block that ends in the site's only reader: its output is the reader applied to the activations.
 
-    Once the tensor is known the rest of that module need not run again. extra_outputs: how many `None` follow the
-    output in the module's returned tuple; 0 means that it returns the bare tensor.
+    Once the activations of the site are known, the rest of the module need not run again.
+
+    module: name relative to the block.
+    extra_outputs: number of `None` after the output in the tuple that the module returns; 0: it returns a bare tensor.
     """
 
     module: str
@@ -55,14 +62,20 @@ class Tail:
 
 @dataclass(frozen=True)
 class Site:
-    """One tensor of a block, module names relative to the block.
+    """One place in a block where activations flow from writers to readers; module names are relative to the block.
 
-    name: its `Role`. readers: linears whose input columns are its channels. norm: the norm whose gain writes it, or
-    None. writers: linears whose output rows write it. followers: linears whose rows are permuted with the writers'
-    but never scaled (a gate before its activation). edits: what leaves the function unchanged, of "scale" and
-    "permute". per_head: channels are heads x head width, writers have one per key-value head, and query heads that
-    share a key-value head must be edited alike. queries, keys: linears with a head's rows for each query head, for
-    each key-value head, which move when heads do. tail: see `Tail`.
+    name: `Role` of the site.
+    readers: linears whose input columns are the channels of the site.
+    norm: norm whose gain writes the site, or None.
+    writers: linears whose output rows write the site.
+    followers: linears whose rows are permuted with those of the writers, but never scaled (a gate before its
+        activation function).
+    edits: edits of the channels that leave the function of the block unchanged: "scale", "permute".
+    per_head: whether the channels are query heads x head width. The writers then have rows per key-value head, and
+        query heads that share a key-value head must be edited alike.
+    queries: linears whose rows are query heads, which move when heads are permuted.
+    keys: linears whose rows are key-value heads, which move when heads are permuted.
+    tail: module that ends in the site's only reader, or None; see `Tail`.
     """
 
     name: str
@@ -79,10 +92,11 @@ class Site:
 
 @dataclass(frozen=True)
 class Residual:
-    """The residual stream: norms and linears of every block that touch its channels, names relative to the block.
+    """The norms and linears of a block that read or write the residual stream; names are relative to the block.
 
-    norms: read it (their gains are indexed by its channels). readers: linears fed through those norms.
-    writers: linears that add to it.
+    norms: norms of the stream; their gains are indexed by its channels.
+    readers: linears that read the output of these norms.
+    writers: linears that add to the stream.
     """
 
     norms: tuple[str, ...]
@@ -92,9 +106,16 @@ class Residual:
 
 @dataclass(frozen=True)
 class Arch:
-    """An architecture: the sites of a block in data-flow order, the residual stream, and where the rest lives.
+    """An architecture: its sites, its residual stream and its module paths.
 
-    attention: the module of a block that has keys and values, relative to it; the other paths are the model's.
+    model_type: `model_type` of the config.
+    sites: sites of a block, in data-flow order.
+    residual: readers and writers of the residual stream.
+    blocks: path in the model of the list of decoder blocks.
+    embedding: path in the model of the embedding.
+    final_norm: path in the model of the norm before the head.
+    head: path in the model of the head.
+    attention: path in a block of the module that has keys and values.
     """
 
     model_type: str
@@ -116,9 +137,9 @@ class Arch:
         return {site.name: site for site in self.sites}[role]
 
     def site_of(self, linear: str) -> Site:
-        """The site that a linear, named relative to its block, reads."""
+        """The site that a linear reads. linear: name relative to the block."""
         return next(site for site in self.sites if linear in site.readers)
 
     def block_path(self, index: int) -> str:
-        """Module path of a block."""
+        """Path in the model of the block with this index."""
         return f"{self.blocks}.{index}"

@@ -1,4 +1,7 @@
-"""Turns of a conversation in a tokenizer's chat template: of several that have names, the default one."""
+"""Render turns of a conversation in the tokenizer's chat template.
+
+A tokenizer may have several named templates: the one called "default" is used.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +9,20 @@ from typing import Any
 
 from subnibble.errors import BadRecipe, MissingExtra
 
+# Characters of a template's own error that our message shows.
 _SHOWN = 200
 
 
 class RefusedTurns(BadRecipe):
-    """A chat template that does not take these turns, as many take no system turn."""
+    """The chat template refuses these turns; many refuse a system turn."""
 
 
 def in_template(tokenizer: Any, turns: list[dict[str, str]]) -> str | None:
-    """The turns in the chat template; None where there is none or it refuses them."""
+    """Text of the turns in the chat template, or None if there is no template or it refuses the turns.
+
+    tokenizer: of transformers.
+    turns: messages, {"role": ..., "content": ...} each.
+    """
     template = _default(tokenizer)
     if template is None:
         return None
@@ -25,7 +33,10 @@ def in_template(tokenizer: Any, turns: list[dict[str, str]]) -> str | None:
 
 
 def question(tokenizer: Any, message: str) -> str:
-    """A user's message in the chat template, ready for the model's turn; `BadRecipe` where that cannot be."""
+    """Text of a user's message in the chat template, up to where the model's answer begins.
+
+    Raises `BadRecipe` if there is no template, or if it is damaged or refuses the message.
+    """
     template = _default(tokenizer)
     if template is None:
         raise BadRecipe("this model's tokenizer has no chat template; generate without --chat")
@@ -33,26 +44,27 @@ def question(tokenizer: Any, message: str) -> str:
 
 
 def has_template(tokenizer: Any) -> bool:
-    """Whether there is a chat template; `BadRecipe` where there are several and none is the default."""
+    """Whether the tokenizer has a chat template; `BadRecipe` if it has several and none is called "default"."""
     return _default(tokenizer) is not None
 
 
 def _default(tokenizer: Any) -> str | None:
-    # Tokenizers of mistral-common have no such attribute.
-    found = getattr(tokenizer, "chat_template", None) or None
-    if isinstance(found, dict):
-        if "default" not in found:
+    # Tokenizers of mistral-common have no attribute chat_template.
+    template = getattr(tokenizer, "chat_template", None) or None
+    if isinstance(template, dict):
+        if "default" not in template:
             raise BadRecipe(
-                f"this model's tokenizer has chat templates for {', '.join(sorted(found))}, and none is the default; "
-                "save the one to use as chat_template.jinja beside it, or do without --chat and --system-prompt text"
+                f"this model's tokenizer has chat templates for {', '.join(sorted(template))}, and none is the "
+                "default; save the one to use as chat_template.jinja in the model's folder, or do without --chat and "
+                "--system-prompt text"
             )
-        found = found["default"]
-    if found is not None and not isinstance(found, str):
+        template = template["default"]
+    if template is not None and not isinstance(template, str):
         raise BadRecipe(
-            f"this model's chat template is {type(found).__name__}, not a text; mend chat_template in "
+            f"this model's chat template is {type(template).__name__}, not a text; fix chat_template in "
             "tokenizer_config.json"
         )
-    return found
+    return template
 
 
 def _fill(tokenizer: Any, template: str, turns: list[dict[str, str]], **settings: Any) -> str:
@@ -62,12 +74,12 @@ def _fill(tokenizer: Any, template: str, turns: list[dict[str, str]], **settings
         return str(tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False, **settings))
     except TemplateSyntaxError as error:
         raise BadRecipe(
-            f"this model's chat template is no valid Jinja (line {error.lineno}: {error.message}); mend it in "
+            f"this model's chat template is no valid Jinja (line {error.lineno}: {error.message}); fix it in "
             "chat_template.jinja or tokenizer_config.json"
         ) from error
     except ImportError as error:
         raise MissingExtra(f"the chat template cannot be used ({error}); pip install -U jinja2") from error
-    # A template is a program of the model's maker, and may raise anything.
+    # A template is a program that comes with the model, and may raise anything.
     except Exception as error:
         reason = " ".join(str(error).split())[:_SHOWN]
         raise RefusedTurns(

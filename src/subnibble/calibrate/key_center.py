@@ -1,7 +1,7 @@
-"""The mean of a block's keys, which its cache subtracts before it quantizes them (`CacheScheme.key_center`).
+"""The mean of a block's keys, which the KV cache subtracts before it quantizes them (`CacheScheme.key_center`).
 
-Some channels of a key are nearly the same for all tokens; a token's range, from its least to its largest channel, is
-mostly these. Less their mean over calibration text, what is left to code is what tells tokens apart.
+Some key channels are large and nearly the same for all tokens, and dominate the range (largest minus smallest channel)
+of every token's key. Without their mean over calibration text, keys have a smaller range: what differs between tokens.
 """
 
 from __future__ import annotations
@@ -18,36 +18,41 @@ from subnibble.runtime.kv_cache import Coding
 from subnibble.runtime.quantized_text import as_quantized
 from subnibble.tensor.cache_scheme import CacheScheme
 
-# More tokens would move a mean by next to nothing.
+# More tokens would hardly move the mean.
 _TOKENS = 10_240
 
 
 class KeyMean:
-    """Mean of ordinary tokens' keys over the first windows that hold `enough` of them: a `Statistic`, merged in order.
+    """Mean of the keys of ordinary tokens (no attention sinks); a `Statistic`, merged in the order of windows.
 
-    The window in which the last of them comes counts whole, and none after it. Sums are kept by window: where parts
-    were cut leaves no trace, not even in rounding.
+    enough: number of ordinary tokens after which no further window counts; the window that reaches it counts fully.
+
+    Sums are kept per window, so that the value does not depend on where the text was split, not even by rounding.
     """
 
     def __init__(self, enough: int = _TOKENS) -> None:
         self._enough = enough
-        # Of each window: the sum of its keys (heads, width) float64, and how many they are.
+        # For each window: the sum of its keys, (heads, width) float64, and the number of tokens in that sum.
         self._windows: list[tuple[Tensor, int]] = []
 
     @property
     def is_full(self) -> bool:
-        """Whether no window that comes would count."""
+        """Whether there are enough tokens, so that further windows do not count."""
         return sum(count for _, count in self._windows) >= self._enough
 
     def update(self, keys: Tensor, ordinary: Tensor) -> None:
-        """Add windows. keys: (windows, heads, tokens, width). ordinary: (windows, tokens) bool, tokens that count."""
+        """Add windows.
+
+        keys: (windows, heads, tokens, width).
+        ordinary: (windows, tokens) bool, whether a token counts.
+        """
         for window, mask in zip(keys, ordinary.to(keys.device), strict=True):
             if self.is_full:
                 return
             self._windows.append((window[:, mask].double().sum(1), int(mask.sum())))
 
     def merge(self, other: KeyMean) -> None:
-        """See `Statistic`."""
+        """Add the windows of `other`, which come after those of this one, until there are enough tokens."""
         for total, count in other._windows:
             if self.is_full:
                 return
@@ -55,17 +60,19 @@ class KeyMean:
 
     @property
     def value(self) -> Tensor:
-        """See `Statistic`: (heads, width) float64, of one window at least."""
+        """The mean, (heads, width) float64; at least one window must have been added."""
         (first, _), *others = self._windows
-        total = sum((own.to(first.device) for own, _ in others), first)
+        total = sum((window_sum.to(first.device) for window_sum, _ in others), first)
         return total / max(sum(count for _, count in self._windows), 1)
 
 
 def coding_of(block: Block, scheme: CacheScheme | None, hidden: list[Tensor], call: BlockCall) -> Coding | None:
-    """How the block's cache quantizes by `scheme`, None for not at all.
+    """How the KV cache of a block is quantized, with the key mean if `scheme` subtracts one; None if not quantized.
 
-    block: its keys are averaged as it is. hidden: its inputs, batches (windows, tokens, channels), none only where no
-    mean is needed. call: of `Skeleton.block_calls`.
+    block: the block, in the state in which its keys are averaged.
+    scheme: scheme of the KV cache, or None.
+    hidden: inputs of the block, batches (windows, tokens, channels); may be empty only if `scheme` needs no mean.
+    call: arguments of the block, from `Skeleton.block_calls`.
     """
     if scheme is None:
         return None
@@ -73,22 +80,24 @@ def coding_of(block: Block, scheme: CacheScheme | None, hidden: list[Tensor], ca
 
 
 def _mean(block: Block, scheme: CacheScheme, hidden: list[Tensor], call: BlockCall) -> Tensor:
-    """(heads, width) float16: of ordinary tokens' keys in the basis in which they are quantized."""
+    """Mean (heads, width) float16 of the keys of ordinary tokens, in the basis in which the cache quantizes keys."""
     device = next(block.module.parameters()).device
-    found = KeyMean()
+    key_mean = KeyMean()
     for batch in hidden:
-        if found.is_full:
+        if key_mean.is_full:
             break
         keys = _keys(block, batch.to(device), call)
-        found.update(as_quantized(keys, scheme, call.positions), ordinary_tokens(batch))
-    mean = found.value.to(torch.float16)
+        key_mean.update(as_quantized(keys, scheme, call.positions), ordinary_tokens(batch))
+    mean = key_mean.value.to(torch.float16)
     if not bool(mean.isfinite().all()):
-        raise NumericalFailure(f'{block.path}: the mean of its keys does not fit float16; use key_center = "none"')
+        raise NumericalFailure(
+            f'{block.path}: the mean of its keys exceeds the range of float16; use key_center = "none"'
+        )
     return mean
 
 
 def _keys(block: Block, hidden: Tensor, call: BlockCall) -> Tensor:
-    """Keys (b, heads, tokens, width) of a batch, positions put on. The block runs no further than to its cache."""
+    """Keys (b, heads, tokens, width) of a batch, rotary positions applied. The forward pass ends at the KV cache."""
     try:
         with torch.no_grad():
             run_block(block.module, hidden, call.with_cache(_Stop()))
@@ -98,7 +107,7 @@ def _keys(block: Block, hidden: Tensor, call: BlockCall) -> Tensor:
 
 
 class _KeysReached(Exception):
-    """Ends a forward pass at the cache."""
+    """Ends a forward pass when attention updates the KV cache; carries the keys."""
 
     def __init__(self, keys: Tensor) -> None:
         super().__init__()
@@ -106,8 +115,8 @@ class _KeysReached(Exception):
 
 
 class _Stop(BlockCache):
-    """Stands for a cache that attention updates."""
+    """Replaces the KV cache, and ends the forward pass at its first update."""
 
     def see(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """See `BlockCache`; ends the pass."""
+        """End the forward pass with `_KeysReached`. keys, values: (b, heads, tokens, width)."""
         raise _KeysReached(keys)

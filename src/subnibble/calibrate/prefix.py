@@ -1,6 +1,6 @@
-"""A prefix on its way through the full-precision model: the keys and values that each block's attention makes of it.
+"""Run a prompt prefix through the full-precision model, for its keys and values in each block.
 
-Calibration windows go through the block behind them, as texts will.
+Calibration windows then pass each block after these keys and values, as texts will when the model runs.
 """
 
 from __future__ import annotations
@@ -16,90 +16,111 @@ from subnibble.model.transformers_api.blocks import BlockCache, BlockCall, run_b
 from subnibble.runtime.kv_cache import Coding
 from subnibble.runtime.quantized_text import quantized_keys, quantized_values
 
-# Keys and values, (heads, tokens, width) each, positions put on.
+# Keys and values, (heads, tokens, width) each, rotary positions applied.
 States = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
 class PrefixStep:
-    """What one block makes of a prefix. states: keys and values. hidden: (1, tokens, channels), the block's output."""
+    """The result of one block for a prefix.
+
+    states: keys and values of the prefix.
+    hidden: output of the block, (1, tokens, channels).
+    """
 
     states: States
     hidden: Tensor
 
 
 class PrefixStream:
-    """Hidden states (1, tokens, channels) between two blocks. hidden: the embedded prefix. dtype: of the blocks."""
+    """The forward pass of a prefix, block by block; holds the hidden states (1, tokens, channels) between two blocks.
+
+    skeleton: the model.
+    hidden: output of the embedding for the prefix, (1, tokens, channels).
+    dtype: dtype of the blocks that will run.
+    """
 
     def __init__(self, skeleton: Skeleton, hidden: Tensor, dtype: torch.dtype = torch.float32) -> None:
         self._hidden = hidden.to(dtype)
         self._calls = skeleton.block_calls(hidden.shape[1], dtype)
 
     def run(self, block: Block) -> PrefixStep:
-        """What a block makes of the prefix; the stream stays where it is."""
-        kept = _Kept()
+        """Run a block on the prefix without moving past it."""
+        recorder = _Recorder()
         with torch.no_grad():
-            output = run_block(block.module, self._hidden, self._calls[block.index].with_cache(kept))
-        return PrefixStep((kept.keys[0], kept.values[0]), output)
+            output = run_block(block.module, self._hidden, self._calls[block.index].with_cache(recorder))
+        return PrefixStep((recorder.keys[0], recorder.values[0]), output)
 
     def move(self, step: PrefixStep) -> None:
-        """Move past the block that made `step`."""
+        """Move past the block that returned `step`: its output is the input of the next block."""
         self._hidden = step.hidden
 
     def advance(self, block: Block) -> States:
-        """Run a block and move past it; its keys and values."""
+        """Run a block, move past it, and return its keys and values for the prefix."""
         step = self.run(block)
         self.move(step)
         return step.states
 
 
 def half_states(states: States, where: str) -> States:
-    """The states as they are stored, float16; `NumericalFailure` naming `where` if they do not fit."""
-    keys, values = (part.to(torch.float16).contiguous() for part in states)
+    """Cast keys and values to float16, as they are stored; `NumericalFailure` if they exceed its range.
+
+    states: (heads, tokens, width) each.
+    where: what they belong to, for the error.
+    """
+    keys, values = (tensor.to(torch.float16).contiguous() for tensor in states)
     if not bool(keys.isfinite().all() and values.isfinite().all()):
-        raise NumericalFailure(f"{where}: keys or values of the system prompt do not fit float16; use another prompt")
+        raise NumericalFailure(
+            f"{where}: keys or values of the system prompt exceed the range of float16; use another prompt"
+        )
     return keys, values
 
 
 def behind(call: BlockCall, states: States | None, coding: Coding | None = None) -> BlockCall:
-    """The call of a block behind a prefix's states, None for none, its cache coded, `coding` None for not at all.
+    """Arguments of a block for windows that come after a prefix and whose keys and values are quantized.
 
-    call: of `Skeleton.block_calls` with as many tokens of past.
+    call: arguments from `Skeleton.block_calls`, whose `past` is the number of prefix tokens.
+    states: keys and values of the prefix in this block, or None without a prefix.
+    coding: how the KV cache quantizes, or None if it does not.
     """
     if states is None and coding is None:
         return call
-    # Without windows there are no positions, and nothing will be run.
+    # A call without arguments belongs to a stream without windows: it has no positions and is never run.
     return call.with_cache(_Past(states, coding, call.positions)) if call.named else call
 
 
-class _Kept(BlockCache):
-    """Stands for an empty cache: keeps what attention gives it."""
+class _Recorder(BlockCache):
+    """Replaces an empty KV cache, and records the keys and values of the one update."""
 
     keys: Tensor
     values: Tensor
 
     def see(self, keys: Tensor, values: Tensor) -> States:
-        """See `BlockCache`; given back as they are."""
+        """Record keys and values, (b, heads, tokens, width) each, and return them unchanged."""
         self.keys, self.values = keys, values
         return keys, values
 
 
 class _Past(BlockCache):
-    """Stands for a cache that holds a prefix, gives texts back as they come out of the codes, and keeps nothing."""
+    """Replaces a KV cache that holds a prefix. Texts are quantized and dequantized, and not stored."""
 
     def __init__(self, states: States | None, coding: Coding | None, positions: tuple[Tensor, Tensor]) -> None:
         super().__init__()
         self._states, self._coding, self._positions = states, coding, positions
 
     def see(self, keys: Tensor, values: Tensor) -> States:
-        """See `BlockCache`; behind the prefix's."""
+        """Quantize and dequantize a text's keys and values, and return them after those of the prefix."""
         if self._coding is not None:
             keys, values = quantized_keys(keys, self._coding, self._positions), quantized_values(values, self._coding)
         return (keys, values) if self._states is None else with_past(self._states, (keys, values))
 
 
 def with_past(past: States, new: States) -> States:
-    """A prefix's states, (heads, tokens, width), before a text's, (b, heads, tokens, width)."""
+    """Concatenate keys and values of a prefix and of texts: (b, heads, prefix tokens + tokens, width) each.
+
+    past: of the prefix, (heads, prefix tokens, width) each.
+    new: of the texts, (b, heads, tokens, width) each.
+    """
     first, second = (
         torch.cat([before.to(after).expand(after.shape[0], -1, -1, -1), after], 2)
         for before, after in zip(past, new, strict=True)

@@ -1,4 +1,4 @@
-"""The full-precision model block by block, before anything is quantized: for what must be known of all blocks first."""
+"""Run the full-precision model block by block, for what must be known of all blocks before the first is quantized."""
 
 from __future__ import annotations
 
@@ -18,10 +18,14 @@ def full_precision_blocks(
     calls: Sequence[BlockCall],
     prefix: PrefixStream | None = None,
 ) -> Iterator[tuple[Block, BlockStream]]:
-    """Every block in float32, to look at and to edit, and the stream of all windows through a copy of it.
+    """Yield each block in float32, which the caller may edit, and the stream of all windows through a copy of it.
 
-    hidden: what the embedding gives, batches (windows, tokens, channels); used up. calls: of each block. prefix:
-    embedded, of a system prompt before the windows.
+    The copy has the skeleton's dtype and does not see the edits.
+
+    skeleton: the model; each block is released when the next is asked for.
+    hidden: output of the embedding, batches (windows, tokens, channels); overwritten with the outputs of the blocks.
+    calls: arguments of each block, from `Skeleton.block_calls`.
+    prefix: stream of the system prompt before the windows, or None.
     """
     for index in range(skeleton.num_blocks):
         block = skeleton.load_block(index)

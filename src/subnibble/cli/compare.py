@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 def compare(
     model: o.Model,
     text: o.Text,
-    methods: Annotated[str, typer.Option(help="Methods, separated by commas.")] = "rtn,gptq",
-    bits: Annotated[str, typer.Option(help="Bit widths, separated by commas.")] = "3",
+    methods: Annotated[str, typer.Option(help="Methods to compare, separated by commas.")] = "rtn,gptq",
+    bits: Annotated[str, typer.Option(help="Bits of a weight, several separated by commas.")] = "3",
     group_size: o.GroupSize = None,
     grid: o.Grid = None,
     zero_point: o.ZeroPoint = None,
@@ -39,15 +39,15 @@ def compare(
     max_windows: o.MaxWindows = None,
     option: o.MethodOptions = None,
     effort: o.Effort = None,
-    out: Annotated[Path | None, typer.Option(help="Keep the checkpoints in this folder. Default: keep none.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Keep the checkpoints in this folder. Default: delete them.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace checkpoints in --out.")] = False,
     json: o.Json = False,
     device: o.Device = None,
     dtype: o.Dtype = None,
 ) -> None:
-    """Quantize MODEL by several methods and bit widths and score them all, in one run and one table.
+    """Quantize MODEL by several methods at several bit widths, and compare them in one table.
 
-    An --option goes to the methods that have it.
+    Each --option applies to the methods that have it.
     """
     option = o.with_effort(option, effort)
     o.check_options(_words(methods), option)
@@ -59,14 +59,14 @@ def compare(
             calibration=calibration, num_windows=num_windows, window=window, distill_steps=distill_steps, seed=seed,
             device=device, dtype=dtype,
         )
-        for width, method in _asked(_words(methods), numbers(bits))
+        for width, method in _arms(_words(methods), numbers(bits))
     ]  # fmt: skip
     from subnibble.evaluation.compare import compare as run
     from subnibble.evaluation.evaluate import Evaluation
 
     evaluation = Evaluation(text, 2048 if window is None else window, max_windows, device or "auto", dtype or "auto")
-    with progress("compare") as told:
-        rows = run(model, recipes, evaluation, out, overwrite=overwrite, progress=told)
+    with progress("compare") as on_progress:
+        rows = run(model, recipes, evaluation, out, overwrite=overwrite, progress=on_progress)
     if json:
         print_json([row.to_dict() for row in rows])
     else:
@@ -74,9 +74,9 @@ def compare(
 
 
 def show(rows: Sequence[Row]) -> None:
-    """Print a comparison; columns that say the same of every model are left out."""
+    """Print a comparison as a table, without columns whose values are the same in all rows."""
     columns = (
-        "model", "perplexity", "KL", "top-1", "effective bits", "activation bits", "KV bytes a token", "model bits",
+        "model", "perplexity", "KL", "top-1", "effective bits", "activation bits", "KV bytes per token", "model bits",
         "on disk", "in memory", "time",
     )  # fmt: skip
     cells = [
@@ -95,16 +95,16 @@ def show(rows: Sequence[Row]) -> None:
         )
         for row in rows
     ]
-    told = [index for index, column in enumerate(zip(*cells, strict=True)) if index == 0 or len(set(column)) > 1]
-    table([columns[index] for index in told], [[row[index] for index in told] for row in cells])
+    shown = [index for index, column in enumerate(zip(*cells, strict=True)) if index == 0 or len(set(column)) > 1]
+    table([columns[index] for index in shown], [[row[index] for index in shown] for row in cells])
 
 
-def _asked(methods: list[str], widths: list[int]) -> list[tuple[int, str]]:
-    """(bits, method) of each model to make; one alone of a method that leaves weights, whatever their bits."""
+def _arms(methods: list[str], widths: list[int]) -> list[tuple[int, str]]:
+    """(bits, method) of each quantization; a method that leaves weights unquantized runs once, at the first width."""
     from subnibble.methods import find_method
 
-    leave = {name for name in methods if find_method(name).steps({}).leaves_weights}
-    return [(width, name) for width in widths for name in methods if width == widths[0] or name not in leave]
+    unquantized = {name for name in methods if find_method(name).steps({}).leaves_weights}
+    return [(width, name) for width in widths for name in methods if width == widths[0] or name not in unquantized]
 
 
 def _words(text: str) -> list[str]:
@@ -115,7 +115,7 @@ def _words(text: str) -> list[str]:
 
 
 def numbers(text: str) -> list[int]:
-    """Bit widths separated by commas."""
+    """Parse bit widths separated by commas; `BadRecipe` for anything but whole numbers."""
     try:
         return [int(word) for word in text.split(",")]
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Output: tables, and progress as a bar on a terminal or as plain lines elsewhere."""
+"""Printing: tables, JSON, and progress as a bar on a terminal or as plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from subnibble.progress import Progress
 from subnibble.report import BlockReport, DistillReport
 
 _SECONDS_BETWEEN_LINES = 15.0
-# As a share of all: before these are done nothing is said of the time that is left.
+# Share of the steps before which no remaining time is shown: the first steps differ from the others.
 _FIRST_STEPS = 0.05
 
 
 @contextmanager
 def progress(title: str) -> Iterator[Progress]:
-    """Show how far a long step is, on stderr."""
+    """Show the progress of a long-running call on stderr; yields the callback. title: what runs."""
     if not sys.stderr.isatty():
         yield _PlainLines(title)
         return
@@ -37,7 +37,7 @@ def progress(title: str) -> Iterator[Progress]:
 
 
 class _BarTask:
-    """A bar that starts again at each stage."""
+    """A `Progress` that moves a bar, which starts again at each stage."""
 
     def __init__(self, bar: Bar, task: TaskID) -> None:
         self._bar, self._task, self._done = bar, task, 0
@@ -50,7 +50,7 @@ class _BarTask:
 
 
 class _PlainLines:
-    """A line every 15 seconds, and one at the end of each stage."""
+    """A `Progress` that prints a line every 15 seconds and at the end of each stage."""
 
     def __init__(self, title: str) -> None:
         self._title, self._done = title, 0
@@ -65,32 +65,35 @@ class _PlainLines:
             return
         self._last = now
         spent = now - self._stage
-        # The first steps are of another kind than the rest.
         known = done >= _FIRST_STEPS * total
         left = f", about {duration(spent * (total - done) / done)} left" if known and done < total else ""
         tell(f"{self._title}: {done}/{total} ({doing}), {duration(spent)}{left}")
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table: columns of words to the left, of numbers to the right."""
+    """Print a table, with columns of words aligned left and columns of numbers aligned right.
+
+    columns: titles.
+    rows: cells, as many in each row as there are columns.
+    """
     shown = Table(box=None, pad_edge=False)
     for index, name in enumerate(columns):
         numeric = all(row[index][:1].isdigit() or row[index] in ("", "-") for row in rows)
         shown.add_column(name, justify="right" if numeric else "left", no_wrap=True)
     for row in rows:
         shown.add_row(*row)
-    # Never cut a cell where the output goes to a file.
+    # Wide enough that no cell is cut when the output goes to a file.
     widest = sum(max(len(row[index]) for row in (columns, *rows)) + 2 for index in range(len(columns)))
     Console(width=None if sys.stdout.isatty() else max(widest, 80), highlight=False, markup=False).print(shown)
 
 
 def print_json(content: Any) -> None:
-    """Print machine-readable output."""
+    """Print `content` as JSON; numbers that JSON cannot hold become null."""
     say(json.dumps(_finite(content), indent=2, allow_nan=False))
 
 
 def _finite(content: Any) -> Any:
-    """The same with null for numbers that JSON cannot hold (an infinite perplexity)."""
+    """The content with None in place of numbers that JSON cannot hold, such as an infinite perplexity."""
     if isinstance(content, dict):
         return {key: _finite(value) for key, value in content.items()}
     if isinstance(content, list):
@@ -99,12 +102,12 @@ def _finite(content: Any) -> Any:
 
 
 def megabytes(count: float) -> str:
-    """Bytes, for people."""
+    """A number of bytes as text, in MB or GB."""
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def duration(seconds: float) -> str:
-    """Seconds, for people."""
+    """A number of seconds as text, in seconds, minutes or hours."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     minutes = seconds / 60
@@ -112,19 +115,19 @@ def duration(seconds: float) -> str:
 
 
 def unstable(blocks: Sequence[BlockReport]) -> str | None:
-    """What is said of blocks whose tuning met numbers that are not finite; None if all went well."""
-    found = [block.path for block in blocks if block.left_out]
-    if not found:
+    """A warning if the tuning of a block skipped steps with NaN or infinite numbers; None if no block did."""
+    paths = [block.path for block in blocks if block.left_out]
+    if not paths:
         return None
     return (
-        f"tuning left out steps that were not finite in {len(found)} of {len(blocks)} blocks, {found[0]} the first; "
+        f"tuning skipped steps that were not finite in {len(paths)} of {len(blocks)} blocks, first in {paths[0]}; "
         'see "blocks" in report.json'
     )
 
 
-def distilled(found: DistillReport) -> str:
-    """What is said of a distillation."""
+def distilled(report: DistillReport) -> str:
+    """A sentence about the result of a distillation."""
     return (
-        f"distilled in {found.steps} steps: KL from the original {found.before:.3f} before, {found.after:.3f} "
+        f"distilled in {report.steps} steps: KL from the original {report.before:.3f} before, {report.after:.3f} "
         "after, on held-out text"
     )

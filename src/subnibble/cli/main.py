@@ -1,6 +1,6 @@
-"""The `subnibble` command. Parses, calls the Python API, prints; torch and transformers are imported in commands only.
+"""The `subnibble` command: parses arguments, calls the Python API, prints. Only commands import torch and transformers.
 
-Exit codes: 0, 2 for what the user can mend, 1 for a fault of subnibble's own (or a pipe that was closed), 130 on
+Exit codes: 0 for success, 2 for errors that the user can fix, 1 for a bug in subnibble (or a closed pipe), 130 for
 Ctrl-C.
 """
 
@@ -21,12 +21,12 @@ from subnibble.cli.streams import prepare, say, tell
 from subnibble.errors import SubnibbleError
 from subnibble.version import __version__
 
-# Failures of a disk, a pipe or a terminal, which nobody here can mend.
+# Failures of a disk, a pipe or a terminal, which are no bugs of ours.
 _OUTSIDE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 
 app = typer.Typer(
     name="subnibble",
-    help="Quantize language models to 2, 3 and 4 bits, measure what was lost, run the packed result.",
+    help="Quantize language models to 2, 3 and 4 bits, measure the loss of quality, and run the packed result.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -52,14 +52,20 @@ def _version(target: bool) -> None:
 @app.callback()
 def root(
     context: typer.Context,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks; goes anywhere on the line.")] = False,
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show tracebacks; may stand anywhere on the command line.")
+    ] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
     skip_checksums: Annotated[
         bool,
-        typer.Option("--skip-checksums", help="Load packed files without comparing their SHA-256; goes anywhere, too."),
+        typer.Option(
+            "--skip-checksums", help="Do not compare the SHA-256 of packed files at loading; may stand anywhere, too."
+        ),
     ] = False,
 ) -> None:
-    """Options of the command as a whole."""
+    """Options that hold for all commands."""
     if skip_checksums:
         from subnibble.checkpoint.checksums import unverified
 
@@ -67,9 +73,9 @@ def root(
 
 
 def run() -> None:
-    """Entry point of the installed command: as `main`, without other libraries' warnings.
+    """Entry point of the installed command: runs `main` without warnings of other libraries.
 
-    They are about our calls, and our tests make errors of them. `-W` and PYTHONWARNINGS show them.
+    Such warnings concern our calls, not the user, and are errors in our tests. `-W` and PYTHONWARNINGS show them.
     """
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
@@ -79,48 +85,48 @@ def run() -> None:
 def main() -> None:
     """Run the command with this process's arguments."""
     prepare()
-    given = sys.argv[1:]
-    debug = "--debug" in given
-    # Options of the command as a whole may stand anywhere, and come first where they are parsed.
-    first = [argument for argument in ("--skip-checksums",) if argument in given]
-    arguments = [*first, *(argument for argument in given if argument not in ("--debug", "--skip-checksums"))]
-    # transformers and huggingface_hub draw bars and advice of their own between ours.
+    line = sys.argv[1:]
+    debug = "--debug" in line
+    # Options that hold for all commands may stand anywhere, but typer expects them before the command.
+    first = [argument for argument in ("--skip-checksums",) if argument in line]
+    arguments = [*first, *(argument for argument in line if argument not in ("--debug", "--skip-checksums"))]
+    # transformers and huggingface_hub would print progress bars and advice between our lines.
     for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "TRANSFORMERS_NO_ADVISORY_WARNINGS"):
         os.environ.setdefault(name, "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    # A stop from outside unwinds like Ctrl-C, so that nothing half-written stays.
+    # SIGTERM unwinds the stack like Ctrl-C, so that no half-written files stay.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         app(args=arguments)
     except SubnibbleError as error:
         _show_trace(debug)
-        _tell_of(error, f"error: {error}")
+        _print_error(error, f"error: {error}")
         sys.exit(2)
     except KeyboardInterrupt as stop:
-        _tell_of(stop)
+        _print_error(stop)
         sys.exit(130)
     except SystemExit as stop:
-        _tell_of(stop)
+        _print_error(stop)
         raise
     except Exception as error:
         _show_trace(debug)
         if isinstance(error, OSError) and error.errno in _OUTSIDE:
-            _tell_of(error, f"error: {error}")
+            _print_error(error, f"error: {error}")
             sys.exit(2)
-        _tell_of(error, f"internal error: {type(error).__name__}: {error}")
-        tell("This is a fault of subnibble; please report it with the output of the same command and --debug.")
+        _print_error(error, f"internal error: {type(error).__name__}: {error}")
+        tell("This is a bug in subnibble; please report it with the output of the same command with --debug.")
         sys.exit(1)
 
 
-def _tell_of(error: BaseException, *lines: str) -> None:
-    """Tell of an error, and what was noted on it or on what led to it: where a checkpoint was kept."""
+def _print_error(error: BaseException, *lines: str) -> None:
+    """Print lines about an error, and the notes of the error and of its causes, such as where a checkpoint was kept."""
     for line in lines:
         tell(line)
-    found: BaseException | None = error
-    while found is not None:
-        for note in getattr(found, "__notes__", ()):
+    cause: BaseException | None = error
+    while cause is not None:
+        for note in getattr(cause, "__notes__", ()):
             tell(note)
-        found = found.__cause__ or found.__context__
+        cause = cause.__cause__ or cause.__context__
 
 
 def _show_trace(target: bool) -> None:

@@ -16,75 +16,103 @@ if TYPE_CHECKING:
 
 PROMPTS = "TEXT|FILE|default|bos"
 Model = Annotated[str, typer.Argument(help="Folder, hub id or .gguf file.", metavar="MODEL")]
-Device = Annotated[str | None, typer.Option(help="Torch device; default: an accelerator if there is one.")]
-Dtype = Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16: type to compute in.")]
-MethodName = Annotated[str | None, typer.Option("--method", help="See `subnibble list`.")]
-Bits = Annotated[int | None, typer.Option(help="Bits of a code: 2, 3, 4 or 8.")]
-GroupSize = Annotated[int | None, typer.Option(help="Columns that share a scale; -1: whole row. Default 128.")]
-EmbeddingBits = Annotated[int | None, typer.Option(help="Bits of embedding and head: 16, 8 or 4. Default 16.")]
+Device = Annotated[
+    str | None, typer.Option(help="Torch device. Default: an accelerator if there is one, else the CPU.")
+]
+Dtype = Annotated[str | None, typer.Option(help="Dtype of computation: auto, float32, bfloat16 or float16.")]
+MethodName = Annotated[str | None, typer.Option("--method", help="Quantization method; `subnibble list` shows all.")]
+Bits = Annotated[int | None, typer.Option(help="Bits of a weight: 2, 3, 4 or 8.")]
+GroupSize = Annotated[
+    int | None, typer.Option(help="Input columns of a weight that share a scale; -1: whole row. Default 128.")
+]
+EmbeddingBits = Annotated[
+    int | None, typer.Option(help="Bits of the embedding and the head: 16 (not quantized), 8 or 4. Default 16.")
+]
 ActivationBits = Annotated[
-    int | None, typer.Option(help="Bits of linears' inputs while running: 16, 8, 4 or 3. Default 16: as they are.")
+    int | None, typer.Option(help="Bits of the inputs of linear layers: 16 (not quantized), 8, 4 or 3. Default 16.")
 ]
 ActivationGroupSize = Annotated[
-    int | None, typer.Option(help="Channels of an input that share a scale; -1: whole token. Default: as the weights'.")
+    int | None, typer.Option(help="Channels of an input that share a scale; -1: whole token. Default: --group-size.")
 ]
-KvBits = Annotated[int | None, typer.Option(help="Bits of the KV cache: 16, 8, 4, 3 or 2. Default 16: as it is.")]
+KvBits = Annotated[int | None, typer.Option(help="Bits of the KV cache: 16 (not quantized), 8, 4, 3 or 2. Default 16.")]
 KvOptions = Annotated[
     list[str] | None,
-    typer.Option("--kv-option", help="A setting of the KV cache, KEY=VALUE, see `subnibble list`; may be repeated."),
-]
-SystemPrompt = Annotated[
-    str | None,
     typer.Option(
-        help="Text (or a file of it) before every text, its keys and values kept at 16 bits; default: the chat "
-        "template's own; bos: BOS alone.",
-        metavar=PROMPTS,
+        "--kv-option", help="Setting of the KV cache, KEY=VALUE; `subnibble list` shows all. May be repeated."
     ),
 ]
-FoundPrompt = Annotated[
+_SYSTEM_PROMPT = (
+    "System prompt before every text, as text or a text file; its keys and values stay at 16 bits. default: the system "
+    "turn of the chat template; bos: the BOS token alone"
+)
+SystemPrompt = Annotated[str | None, typer.Option(help=f"{_SYSTEM_PROMPT}.", metavar=PROMPTS)]
+# "auto" needs calibration data, so only quantizing has it.
+PromptOrAuto = Annotated[
     str | None,
     typer.Option(
-        help="Text (or a file of it) before every text, its keys and values kept at 16 bits; default: the chat "
-        "template's own; bos: BOS alone; auto: the model's own sink tokens, found in calibration text.",
+        help=f"{_SYSTEM_PROMPT}; auto: the attention-sink tokens of the model, found in the calibration data.",
         metavar=f"{PROMPTS}|auto",
     ),
 ]
 Calibration = Annotated[
     str | None,
-    typer.Option(help="Text (.txt, .jsonl), token ids (.npy, .safetensors), or c4, wikitext2, news. Default c4."),
+    typer.Option(
+        help="Calibration data: text (.txt, .jsonl), token ids (.npy, .safetensors), c4, wikitext2 or news. Default c4."
+    ),
 ]
-NumWindows = Annotated[int | None, typer.Option(help="Calibration windows. Default 128.")]
+NumWindows = Annotated[int | None, typer.Option(help="Number of calibration windows. Default 128.")]
 Window = Annotated[int | None, typer.Option(help="Tokens of a window. Default 2048.")]
 DistillSteps = Annotated[
     int | None,
-    typer.Option(help="Steps in which the packed model is tuned as a whole towards the original. Default 0."),
+    typer.Option(help="Steps that tune the whole packed model towards the original's predictions. Default 0."),
 ]
 DistillOptions = Annotated[
     list[str] | None,
-    typer.Option("--distill-option", help="A setting of that, KEY=VALUE, see `subnibble list`; may be repeated."),
+    typer.Option(
+        "--distill-option", help="Setting of that tuning, KEY=VALUE; `subnibble list` shows all. May be repeated."
+    ),
 ]
-Grid = Annotated[str | None, typer.Option(help="uniform, sign (a scale a bit) or mxfp4. Default: the method's.")]
-ZeroPoint = Annotated[str | None, typer.Option(help="none, integer or real, of uniform grids. Default: the method's.")]
-Seed = Annotated[int | None, typer.Option(help="Draws the windows and a rotation's signs. Default 0.")]
-RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="TOML recipe; options given here go over it.")]
+Grid = Annotated[
+    str | None,
+    typer.Option(help="Grid of the weights: uniform, sign (one scale per bit) or mxfp4. Default: the method's choice."),
+]
+ZeroPoint = Annotated[
+    str | None, typer.Option(help="Zero-point of uniform grids: none, integer or real. Default: the method's choice.")
+]
+Seed = Annotated[
+    int | None, typer.Option(help="Seed of the choice of windows and of the signs of rotations. Default 0.")
+]
+RecipeFile = Annotated[
+    Path | None, typer.Option("--recipe", help="Recipe, a TOML file; options on the command line override it.")
+]
 Preset = Annotated[
-    str | None, typer.Option(help="w2, w3, w4, w4a8, w4a4, mxfp4, w4a4kv4, w3a3kv3 or kv4: our best recipe there.")
+    str | None,
+    typer.Option(help="Our best recipe for these bits: w2, w3, w4, w4a8, w4a4, mxfp4, w4a4kv4, w3a3kv3 or kv4."),
 ]
 MethodOptions = Annotated[
-    list[str] | None, typer.Option("--option", help="The method's own setting, KEY=VALUE; may be repeated.")
+    list[str] | None,
+    typer.Option("--option", help="Option of the method, KEY=VALUE; `subnibble list` shows all. May be repeated."),
 ]
 Effort = Annotated[
-    str | None, typer.Option(help="fast, default or best: how long methods that tune take. As --option effort=...")
+    str | None,
+    typer.Option(help="How long methods that tune may take: fast, default or best. Short for --option effort=..."),
 ]
-Text = Annotated[str, typer.Option(help="Text file (.txt, .jsonl), or wikitext2, news, c4.", metavar="FILE")]
-MaxWindows = Annotated[int | None, typer.Option(help="Score at most this many windows. Default: all.")]
+Text = Annotated[
+    str, typer.Option(help="Text to score: a file (.txt, .jsonl), or wikitext2, news, c4.", metavar="FILE")
+]
+MaxWindows = Annotated[int | None, typer.Option(help="Largest number of windows to score. Default: all.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else to stdout.")]
 
 
 def starting_recipe(path: Path | None, name: str | None, method: str | None, **bits: Any) -> Recipe:
-    """What a command line starts from: a file, a preset, a method's defaults or, of bits alone, their preset.
+    """The recipe that the command line then changes: a file, a preset, or the defaults if a method is named.
 
-    bits: bits, activation_bits, kv_bits and grid as given. A preset that nobody named is told of.
+    If none of the three is named, it is the preset for the given bits, and stderr says which.
+
+    path: --recipe.
+    name: --preset.
+    method: --method.
+    bits: --bits, --activation-bits, --kv-bits and --grid by their names, None if not given.
     """
     from subnibble.presets import preset, preset_for
     from subnibble.recipe import Recipe
@@ -97,9 +125,9 @@ def starting_recipe(path: Path | None, name: str | None, method: str | None, **b
         return preset(name)
     if method is not None:
         return Recipe()
-    found = preset_for(**bits)
-    tell(f"no method is given: this is --preset {found}, by {preset(found).method}")
-    return preset(found)
+    matching = preset_for(**bits)
+    tell(f"no method is given: using --preset {matching}, whose method is {preset(matching).method}")
+    return preset(matching)
 
 
 def build_recipe(
@@ -107,38 +135,47 @@ def build_recipe(
     options: list[str] | None,
     kv_options: list[str] | None = None,
     distill_options: list[str] | None = None,
-    **given: Any,
+    **settings: Any,
 ) -> Recipe:
-    """A recipe, or the default one, with what the command line gives going over it."""
+    """A recipe with the settings of the command line put in.
+
+    If the command line changes the method, the options of the old method are dropped.
+
+    recipe: the recipe to change; None: the default one.
+    options: --option, KEY=VALUE each, or None.
+    kv_options: --kv-option, KEY=VALUE each, or None.
+    distill_options: --distill-option, KEY=VALUE each, or None.
+    settings: recipe key -> value; None: not given.
+    """
     from subnibble.recipe import Recipe
 
     recipe = Recipe() if recipe is None else recipe
-    values = recipe.to_dict() | {key: value for key, value in given.items() if value is not None}
+    values = recipe.to_dict() | {key: value for key, value in settings.items() if value is not None}
     changed = values["method"] != recipe.method
-    kept = {} if changed else dict(recipe.options)
-    values["options"] = kept | dict(_parse_option(option) for option in options or [])
+    base = {} if changed else dict(recipe.options)
+    values["options"] = base | dict(_parse_option(option) for option in options or [])
     values["kv"] = {**recipe.kv, **kv_settings(kv_options)}
-    learned = (_parse_option(option, "--distill-option", "rate=0.02") for option in distill_options or [])
-    values["distill"] = {**recipe.distill, **dict(learned)}
+    distill = (_parse_option(option, "--distill-option", "rate=0.02") for option in distill_options or [])
+    values["distill"] = {**recipe.distill, **dict(distill)}
     return Recipe.from_dict(values)
 
 
 def with_effort(options: list[str] | None, effort: str | None) -> list[str]:
-    """The options, and the effort as one of them."""
+    """The options (KEY=VALUE each) with --effort added as effort=..., if it is given."""
     return [*(options or []), *([] if effort is None else [f"effort={effort}"])]
 
 
 def kv_settings(options: list[str] | None) -> dict[str, Any]:
-    """The settings of the KV cache that a command line gives."""
+    """Parse --kv-option (KEY=VALUE each) into settings of the KV cache, the fields of `CacheScheme`."""
     return dict(_parse_option(option, "--kv-option", "window=32") for option in options or [])
 
 
 def options_of(method: str, options: list[str] | None) -> list[str]:
-    """The options, as KEY=VALUE, that a method has."""
+    """Those of the options, KEY=VALUE each, that the method has."""
     from subnibble.methods import find_method
 
-    own = find_method(method).options()
-    return [text for text in options or [] if hasattr(own, _parse_option(text)[0])]
+    defaults = find_method(method).options()
+    return [text for text in options or [] if hasattr(defaults, _parse_option(text)[0])]
 
 
 def check_options(methods: list[str], options: list[str] | None) -> None:
@@ -149,7 +186,7 @@ def check_options(methods: list[str], options: list[str] | None) -> None:
 
 
 def _parse_option(text: str, flag: str = "--option", example: str = "order=natural") -> tuple[str, Any]:
-    """KEY=VALUE with VALUE as in TOML; a bare word is a string."""
+    """Parse KEY=VALUE, with VALUE as in TOML; anything that is no TOML value is a string."""
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise BadRecipe(f"{flag} {text!r}: give KEY=VALUE, for example {example}")

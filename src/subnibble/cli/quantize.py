@@ -15,7 +15,7 @@ from subnibble.cli.streams import say, tell
 
 def quantize(
     model: o.Model,
-    out: Annotated[Path, typer.Argument(help="Folder to write; appears only when complete.", metavar="OUT")],
+    out: Annotated[Path, typer.Argument(help="Folder to write; it appears only when it is complete.", metavar="OUT")],
     method: o.MethodName = None,
     bits: o.Bits = None,
     group_size: o.GroupSize = None,
@@ -26,7 +26,7 @@ def quantize(
     activation_group_size: o.ActivationGroupSize = None,
     kv_bits: o.KvBits = None,
     kv_option: o.KvOptions = None,
-    system_prompt: o.FoundPrompt = None,
+    system_prompt: o.PromptOrAuto = None,
     calibration: o.Calibration = None,
     num_windows: o.NumWindows = None,
     window: o.Window = None,
@@ -37,11 +37,15 @@ def quantize(
     preset: o.Preset = None,
     option: o.MethodOptions = None,
     effort: o.Effort = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint that is in OUT.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint in OUT.")] = False,
     device: o.Device = None,
     dtype: o.Dtype = None,
 ) -> None:
-    """Quantize MODEL into the folder OUT."""
+    """Quantize MODEL into the folder OUT.
+
+    Options change single settings of --recipe, --preset or --method.
+    Without these three, the given bits choose a preset.
+    """
     start = o.starting_recipe(
         recipe, preset, method, bits=bits, activation_bits=activation_bits, kv_bits=kv_bits, grid=grid
     )
@@ -55,22 +59,22 @@ def quantize(
     from subnibble.evaluation.compare import recipe_name
     from subnibble.pipeline.driver import quantize as run
 
-    with progress(recipe_name(replace(target, options={}))) as told:
-        report = run(model, out, target, overwrite=overwrite, progress=told)
+    with progress(recipe_name(replace(target, options={}))) as on_progress:
+        report = run(model, out, target, overwrite=overwrite, progress=on_progress)
     size = report.size
     schemes = "+".join(sorted({linear.scheme for linear in report.linears}))
     inputs = f"{size['activation_bits']:.3f} activation bits, " if target.activation_bits < 16 else ""
-    inputs += f"{size['cache_bytes']:.0f} bytes a token in the KV cache, " if target.kv_bits < 16 else ""
+    inputs += f"{size['cache_bytes']:.0f} KV-cache bytes per token, " if target.kv_bits < 16 else ""
     say(
         f"{out}: {report.method}{schemes and ' '}{schemes}, {size['effective_bits']:.3f} effective bits, {inputs}"
-        f"{size['model_bits']:.3f} bits a parameter, {megabytes(size['file_bytes'])}, "
+        f"{size['model_bits']:.3f} bits per parameter, {megabytes(size['file_bytes'])}, "
         f"{duration(report.seconds['total'])}, peak memory {megabytes(report.peak_memory)}"
     )
     if target.system_prompt is not None:
         say(f"system prompt of {report.prefix_tokens} tokens at 16 bits")
-    trouble = unstable(report.blocks)
-    if trouble is not None:
-        tell(trouble)
+    warning = unstable(report.blocks)
+    if warning is not None:
+        tell(warning)
     if report.distilled is not None:
         say(distilled(report.distilled))
     if not report.linears:
@@ -78,7 +82,7 @@ def quantize(
     worst = sorted(report.linears, key=lambda linear: -(linear.output_error or linear.weight_error))[:3]
     kind = "output" if worst[0].output_error is not None else "weight"
     names = ", ".join(f"{linear.path} {linear.output_error or linear.weight_error:.3f}" for linear in worst)
-    say(f"largest relative {kind} errors: {names}; all in {out / 'report.json'}")
+    say(f"largest relative {kind} errors: {names}; {out / 'report.json'} has all")
 
 
 def estimate(
@@ -108,7 +112,11 @@ def estimate(
     dtype: o.Dtype = None,
     json: o.Json = False,
 ) -> None:
-    """Estimate size, memory and time of a quantization before any weight is read."""
+    """Estimate size, memory and time of a quantization, without reading any weight.
+
+    Options change single settings of --recipe, --preset or --method.
+    Without these three, the given bits choose a preset.
+    """
     start = o.starting_recipe(
         recipe, preset, method, bits=bits, activation_bits=activation_bits, kv_bits=kv_bits, grid=grid
     )
@@ -121,17 +129,17 @@ def estimate(
     )  # fmt: skip
     from subnibble.pipeline.estimate import estimate as run
 
-    found = run(model, target)
+    estimated = run(model, target)
     if json:
-        print_json(found.to_dict())
+        print_json(estimated.to_dict())
         return
     rows = [
-        ("parameters", f"{found.parameters / 1e6:.1f} M"),
-        ("weights on disk", megabytes(found.file_bytes)),
-        ("effective bits", f"{found.effective_bits:.3f}"),
-        ("activation bits", f"{found.activation_bits:.3f}"),
-        ("KV cache", f"{found.cache_bytes:.0f} bytes a token"),
-        *[(f"memory: {name}", megabytes(count)) for name, count in found.memory_bytes.items()],
-        ("time, within a factor of 2 or so", duration(found.seconds)),
+        ("parameters", f"{estimated.parameters / 1e6:.1f} M"),
+        ("weights on disk", megabytes(estimated.file_bytes)),
+        ("effective bits", f"{estimated.effective_bits:.3f}"),
+        ("activation bits", f"{estimated.activation_bits:.3f}"),
+        ("KV cache", f"{estimated.cache_bytes:.0f} bytes per token"),
+        *[(f"memory: {name}", megabytes(count)) for name, count in estimated.memory_bytes.items()],
+        ("time, within a factor of about 2", duration(estimated.seconds)),
     ]
     table(("what", "estimate"), rows)

@@ -1,7 +1,7 @@
-"""What is printed always gets out: consoles that have few letters, pipes that close, terminals that go away.
+"""Printing that never stops a command: on consoles without Unicode, closed pipes and terminals that go away.
 
-`prepare` is called once, before anything is printed; commands then print by `say`, and tell of their progress by
-`tell`.
+`prepare` is called once, before anything is printed. Commands then print results with `say`, and messages and progress
+with `tell`.
 """
 
 from __future__ import annotations
@@ -11,37 +11,35 @@ import os
 import sys
 from typing import Any, TextIO
 
-# The handlers of a stream that nobody chose: under these a letter that the console lacks is an error.
-_UNCHOSEN = ("strict", "surrogateescape")
+# Default error handlers of streams, which raise for a character that the console lacks.
+_RAISING = ("strict", "surrogateescape")
 
 
 def prepare() -> None:
-    """Let no letter and no loss of the terminal stop the command."""
+    """Prepare stdout and stderr, so that neither a missing character nor a lost terminal stops the command."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
-            # Closed by whoever started us, as by >&-.
+            # The parent process closed the stream, as >&- does.
             setattr(sys, name, io.TextIOWrapper(io.FileIO(os.devnull, "w"), "utf-8", "replace"))
-        elif isinstance(stream, io.TextIOWrapper) and stream.errors in _UNCHOSEN:
+        elif isinstance(stream, io.TextIOWrapper) and stream.errors in _RAISING:
             stream.reconfigure(errors="replace")
-    if not isinstance(sys.stderr, _Unstopped):
-        sys.stderr = _Unstopped(sys.stderr)
+    if not isinstance(sys.stderr, _Unfailing):
+        sys.stderr = _Unfailing(sys.stderr)
 
 
 def say(text: str) -> None:
-    """Print a line of the command's result."""
+    """Print a line of the command's result, on stdout."""
     print(text, flush=True)
 
 
 def tell(text: str) -> None:
-    """Print a line for people, on stderr."""
+    """Print a message for the user, on stderr."""
     print(text, file=sys.stderr, flush=True)
 
 
-class _Unstopped:
-    """A stream whose end stops nobody: hours of work must not end because a terminal was closed or a log's disk is
-    full.
-    """
+class _Unfailing:
+    """A stream that ignores failed writes: a closed terminal or a full disk must not end hours of work."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -50,14 +48,14 @@ class _Unstopped:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        """Write if it can be written."""
+        """Write `text`, or drop it if that fails."""
         try:
             return self._stream.write(text)
         except OSError:
             return len(text)
 
     def flush(self) -> None:
-        """Flush if it can be flushed."""
+        """Flush, or do nothing if that fails."""
         try:
             self._stream.flush()
         except OSError:

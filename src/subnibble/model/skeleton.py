@@ -1,4 +1,4 @@
-"""A transformers model without weights, filled and emptied one module at a time from a checkpoint."""
+"""A transformers model on the meta device whose modules are filled from a checkpoint, and released, one at a time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,14 @@ from subnibble.model.transformers_api.empty import empty_causal_lm
 
 @dataclass(frozen=True)
 class Block:
-    """A decoder block with its weights loaded. path: its module path in the model."""
+    """A decoder block with its weights loaded.
+
+    index: number of the block.
+    path: path of the module in the model.
+    module: the block.
+    arch: architecture of the model.
+    heads: attention heads of the model.
+    """
 
     index: int
     path: str
@@ -29,32 +36,35 @@ class Block:
     heads: Heads
 
     def linear(self, name: str) -> nn.Linear:
-        """A linear by its name relative to the block."""
+        """The linear with this name relative to the block."""
         module = self.module.get_submodule(name)
         assert isinstance(module, nn.Linear), f"{self.path}.{name} is {type(module).__name__}"
         return module
 
     def gain(self, norm: str) -> Tensor:
-        """The gain vector of a norm of the block."""
+        """The gain of a norm, (channels,). norm: name relative to the block."""
         weight = self.module.get_submodule(norm).weight
         assert isinstance(weight, Tensor)
         return weight
 
     def twin(self, dtype: torch.dtype | None = None) -> Block:
-        """A copy that stays as it is, in another type if one is given."""
-        # Cast one by one: a copy of the whole block in its own type would be the largest thing in memory.
-        own = {
+        """A copy of the block that later edits do not change. dtype: of the copy; None: unchanged."""
+        # Cast parameter by parameter: a copy of the whole block in its current dtype would be the peak of memory.
+        copies = {
             id(parameter): nn.Parameter(parameter.detach().to(dtype, copy=True), parameter.requires_grad)
             for parameter in self.module.parameters()
         }
-        module = copy.deepcopy(self.module, own)
+        module = copy.deepcopy(self.module, copies)
         return replace(self, module=module if dtype is None else module.to(dtype))
 
 
 class Skeleton:
-    """The model's modules on the meta device, filled from `source` on request.
+    """The modules of a model on the meta device, filled from a checkpoint on request.
 
-    dtype, device: what loaded weights are cast and moved to.
+    source: the checkpoint.
+    dtype: dtype of loaded weights; blocks are loaded in float32.
+    device: device of loaded weights.
+    Raises `UnsupportedModel` or `CheckpointError` if the checkpoint does not fit a supported architecture.
     """
 
     def __init__(self, source: Source, dtype: torch.dtype, device: torch.device) -> None:
@@ -65,10 +75,11 @@ class Skeleton:
             self.model = empty_causal_lm(self.config, dtype)
         except UnsupportedTransformers:
             raise
-        # A config that is well-formed but impossible fails wherever the modules first notice.
+        # A config with impossible values fails with any error, wherever a module first uses them.
         except Exception as error:
             raise CheckpointError(
-                f"{source.path}: no model can be built of its config ({type(error).__name__}: {error})"
+                f"{source.path}: no model can be built from its config.json ({type(error).__name__}: {error}); fix it "
+                "or fetch it again"
             ) from error
         for module in self.model.modules():
             for name, buffer in module.named_buffers(recurse=False):
@@ -82,7 +93,7 @@ class Skeleton:
         return len(self._blocks())
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name -> shape of every weight the checkpoint must hold; a tied head is not among them."""
+        """Name -> shape of every weight that the checkpoint must hold; without a tied head."""
         tied_head = f"{self.arch.head}.weight" if self.tied else None
         named = self.model.named_parameters(remove_duplicate=False)
         return {name: tuple(parameter.shape) for name, parameter in named if name != tied_head}
@@ -98,12 +109,12 @@ class Skeleton:
         return shapes
 
     def site_of(self, path: str) -> Site:
-        """The site that the linear at `path` reads."""
+        """The site that the linear at `path` (in the model) reads."""
         name = path.removeprefix(f"{self.arch.blocks}.").partition(".")[2]
         return self.arch.site_of(name)
 
     def load(self, path: str, dtype: torch.dtype) -> nn.Module:
-        """Fill the module at `path` in `dtype` and give it."""
+        """Fill the module at `path` with weights in `dtype` and return it."""
         module: nn.Module = self.model.get_submodule(path)
         for name, _ in list(module.named_parameters()):
             tensor = self.source.load(f"{path}.{name}").to(self.device, dtype)
@@ -111,39 +122,40 @@ class Skeleton:
         return module
 
     def load_all(self) -> Any:
-        """Fill the whole model and give it, ready to run."""
+        """Fill the whole model and return it, ready to run."""
         for name in self.parameter_shapes():
             _set_parameter(self.model, name, self.source.load(name).to(self.device, self.dtype))
         self.model.tie_weights()
         return self.model
 
     def load_block(self, index: int) -> Block:
-        """Fill a decoder block in float32, for edits and rounding, and give it."""
+        """Fill a decoder block in float32, for edits and rounding, and return it."""
         path = self.arch.block_path(index)
         return Block(index, path, self.load(path, torch.float32), self.arch, Heads.of(self.config))
 
     def check_tied_head(self) -> None:
-        """Raise `CheckpointError` if the config ties the head to the embedding and the file holds another head."""
+        """Raise `CheckpointError` if the config ties the head to the embedding, but the file holds a different head."""
         head, embedding = f"{self.arch.head}.weight", f"{self.arch.embedding}.weight"
         if not self.tied or head not in self.source.names():
             return
         if not torch.equal(self.source.load(head), self.source.load(embedding)):
             raise CheckpointError(
-                f"{self.source.path}: config.json ties {head} to {embedding}, but the file holds different ones; "
+                f"{self.source.path}: config.json ties {head} to {embedding}, but the two differ in the file; "
                 'set "tie_word_embeddings": false in config.json'
             )
 
     def release(self, path: str) -> None:
-        """Drop the weights of the module at `path`."""
+        """Move the module at `path` back to the meta device, which frees its weights."""
         module = self.model.get_submodule(path)
         for name, parameter in list(module.named_parameters()):
             _set_parameter(module, name, torch.empty_like(parameter, device="meta", dtype=self.dtype))
 
     def block_calls(self, window: int, dtype: torch.dtype | None = None, past: int = 0) -> list[BlockCall]:
-        """What the model calls each block with, for a batch of full windows of this length; without a cache.
+        """The arguments that the model gives each block for a batch of full windows, without a KV cache.
 
-        dtype: of the hidden states, None for the skeleton's. past: tokens before the windows, whose keys and values the
-        block's attention will have.
+        window: tokens of a window.
+        dtype: dtype of the hidden states; None: that of the skeleton.
+        past: tokens before each window, whose keys and values the attention will have.
         """
         decoder, _, blocks = self.arch.blocks.rpartition(".")
         norm = self.arch.final_norm.rpartition(".")[2]

@@ -1,7 +1,7 @@
-"""Whether a packed checkpoint is what its config.json says: one set of rules, for loading and for what was written.
+"""Check that a packed checkpoint is what its config.json says, with the same rules for loading and for writing.
 
-A rule looks at one tensor's header or at one tensor's numbers, so that a whole checkpoint is checked with one tensor in
-memory. What breaks a rule is told as text; who asks says what follows from it.
+A rule looks at the header or at the values of one tensor, so that a checkpoint is checked with one tensor in memory. A
+broken rule is reported as text; the caller decides what to raise.
 """
 
 from __future__ import annotations
@@ -28,14 +28,18 @@ from subnibble.runtime.offloaded import resident
 from subnibble.tensor.packed import range_key
 from subnibble.tensor.scheme import E8M0
 
-# What is wrong with a tensor's numbers, None for nothing.
+# A tensor -> what is wrong with its values, or None.
 Rule = Callable[[Tensor], str | None]
 
 
 def header_problem(model: Any, headers: Mapping[str, Header]) -> str | None:
-    """What keeps tensors of these headers from being just those of `model`, whose modules are packed; None for nothing.
+    """The first mismatch between the tensors of a checkpoint and those that `model` needs, as text; None if they match.
 
-    transformers would make up missing ones. Tensors that are not packed may have any type: they are cast.
+    A missing tensor must be found here, because transformers would initialise it at random. Tensors that are not packed
+    may have any dtype, since they are cast.
+
+    model: a model with packed modules, empty or filled.
+    headers: tensor name -> shape and stored dtype, of the whole checkpoint.
     """
     tied = tied_weights(model)
     expected = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
@@ -46,7 +50,7 @@ def header_problem(model: Any, headers: Mapping[str, Header]) -> str | None:
         shape, kind = headers[name]
         if shape != tuple(tensor.shape) or (name in typed and kind != STORED_TYPES[tensor.dtype]):
             return (
-                f"{name} is {kind} of shape {shape} where config.json asks for {tensor.dtype} of shape "
+                f"{name} is {kind} of shape {shape}, but config.json asks for {tensor.dtype} of shape "
                 f"{tuple(tensor.shape)}; config and weights do not belong together"
             )
     spare = sorted(set(headers) - set(expected) - tied)
@@ -54,12 +58,15 @@ def header_problem(model: Any, headers: Mapping[str, Header]) -> str | None:
 
 
 def value_rules(model: Any, packed: PackedConfig) -> dict[str, list[Rule]]:
-    """Name -> rules of the numbers of each tensor that `packed` describes. model: filled or empty, its modules packed.
+    """Name -> rules for the values of each packed tensor.
 
-    Every code is one of its grid, so that codes have no rule but their shape.
+    Codes have no rules, because every bit pattern is a valid code.
+
+    model: a model with packed modules, empty or filled.
+    packed: its `quantization_config`.
     """
     rules: dict[str, list[Rule]] = {name: [not_finite] for name, _ in _stored_buffers(model)}
-    rules |= {f"{path}.bias": [not_finite] for path, e in packed.modules.items() if isinstance(e, NormBiasSpec)}
+    rules |= {f"{path}.bias": [not_finite] for path, spec in packed.modules.items() if isinstance(spec, NormBiasSpec)}
     for path, module in model.named_modules():
         if not isinstance(module, PackedModule):
             continue
@@ -72,28 +79,33 @@ def value_rules(model: Any, packed: PackedConfig) -> dict[str, list[Rule]]:
 
 
 def check_values(model: Any, packed: PackedConfig) -> None:
-    """Raise `CheckpointError` if stored numbers of a filled model are none that a writer may write."""
+    """Raise `CheckpointError` if a packed tensor of a filled model has values that no writer would write.
+
+    model: a filled model with packed modules.
+    packed: its `quantization_config`.
+    """
     for name, rules in value_rules(model, packed).items():
-        path, _, own = name.rpartition(".")
+        path, _, attribute = name.rpartition(".")
         module = model.get_submodule(path)
         with resident(module):
-            problems = [problem for rule in rules if (problem := rule(getattr(module, own)))]
+            problems = [problem for rule in rules if (problem := rule(getattr(module, attribute)))]
         if problems:
             raise CheckpointError(f"{name} {problems[0]}; fetch or quantize the model again")
 
 
 def check_ran(model: Any) -> None:
-    """Raise `SilentFailure` if something that a packed checkpoint puts into a model, or adds to its modules, took part
-    in no pass so far. A norm whose bias is not added makes a worse model, not an error.
+    """Raise `SilentFailure` if a packed module, or something added to a module, took part in no forward pass so far.
+
+    Otherwise a norm bias that is never added, for example, would give a worse model without any error.
     """
     for path in never_ran(model):
         raise never_called(f"what the packed checkpoint adds to {path}")
 
 
 def check_written(folder: Path) -> None:
-    """Raise `NotLoadable` if a packed checkpoint that was just written to `folder` would not load: a fault of ours.
+    """Raise `NotLoadable` if the packed checkpoint that was just written to `folder` would not load, a bug of ours.
 
-    All its tensors are read, one at a time.
+    Reads all tensors, one at a time.
     """
     try:
         source = SafetensorsSource(folder)
@@ -111,11 +123,11 @@ def check_written(folder: Path) -> None:
     except CheckpointError as error:
         problem = str(error)
     if problem is not None:
-        raise NotLoadable(f"what was written would not load, so nothing was kept: {problem}")
+        raise NotLoadable(f"the written checkpoint would not load, so nothing was kept: {problem}")
 
 
 def _value_problem(source: SafetensorsSource, rules: Mapping[str, list[Rule]]) -> str | None:
-    """The first tensor that breaks a rule, and how; None if all keep them. Unpacked tensors must be finite."""
+    """The first tensor that breaks a rule, and how, as text; None if there is none. Unpacked tensors must be finite."""
     for names in source.shards().values():
         for name in names:
             tensor = source.load_raw(name)
@@ -126,19 +138,21 @@ def _value_problem(source: SafetensorsSource, rules: Mapping[str, list[Rule]]) -
 
 
 def _stored_buffers(model: Any) -> list[tuple[str, Tensor]]:
-    """Buffers that keep their stored type, by name in the model."""
+    """Name in the model and tensor of each buffer that keeps its stored dtype."""
     stored = [(path, module) for path, module in model.named_modules() if isinstance(module, StoredModule)]
-    return [(f"{path}.{name}", part) for path, module in stored for name, part in module.named_buffers(recurse=False)]
+    return [
+        (f"{path}.{name}", buffer) for path, module in stored for name, buffer in module.named_buffers(recurse=False)
+    ]
 
 
 def not_finite(tensor: Tensor) -> str | None:
-    """See `Rule`, of any tensor."""
+    """A `Rule`: "is not finite" for a floating-point tensor with NaN or infinite values."""
     return "is not finite" if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()) else None
 
 
 def _not_each_once(gather: Tensor) -> str | None:
-    whole = torch.arange(gather.shape[0], device=gather.device, dtype=gather.dtype)
-    return None if torch.equal(gather.sort().values, whole) else "does not hold each channel once"
+    channels = torch.arange(gather.shape[0], device=gather.device, dtype=gather.dtype)
+    return None if torch.equal(gather.sort().values, channels) else "does not hold each channel once"
 
 
 def _no_e8m0(scales: Tensor) -> str | None:

@@ -1,4 +1,4 @@
-"""Calls of decoders and attentions, the registries of attention functions, and the cache classes."""
+"""Calls of decoders and attention modules by our names, the registration of attention functions, cache classes."""
 
 from __future__ import annotations
 
@@ -16,16 +16,21 @@ from subnibble.model.transformers_api.names import CACHE_NAMES, cache_argument, 
 
 __all__ = ["Cache", "CacheLayerMixin"]
 
-# The argument by which an attention module hands our layer of the cache on.
+# The argument in which an attention module passes our layer of the KV cache on to the attention function.
 _LAYER = "kv_layer"
 
 
 @dataclass
 class DecoderCall:
-    """A call of a decoder by our names. ids: (b, t). embedded: (b, t, d), instead of ids. mask: (b, n) or deeper.
+    """The arguments of a call of a decoder, by our names.
 
-    places: (b or 1, t), positions of the tokens. cache: what the caller passes on. keeps_cache: whether the caller
-    wants one back, None where the model's config says so. others: by transformers' names.
+    ids: token ids, (b, t), or None.
+    embedded: embedded tokens instead of ids, (b, t, d), or None.
+    mask: attention mask, (b, n) or with more dimensions, or None.
+    places: positions of the tokens, (b or 1, t), or None.
+    cache: KV cache of the caller, or None.
+    keeps_cache: whether the caller wants a KV cache back; None: as the model's config says.
+    others: all other arguments, by transformers' names.
     """
 
     ids: Tensor | None
@@ -38,17 +43,22 @@ class DecoderCall:
 
     @classmethod
     def of(cls, decoder: nn.Module, args: tuple[Any, ...], named: Mapping[str, Any]) -> Self:
-        """From what a hook sees. A cache may come under an old name, since hooks run before it is renamed."""
-        given = {**dict(zip(forward_arguments(type(decoder)), args, strict=False)), **named}
-        caches = [given.pop(name) for name in CACHE_NAMES if name in given]
+        """From the arguments of a forward hook; the cache may have an old name, since hooks run before it is renamed.
+
+        decoder: the module that is called.
+        args: positional arguments.
+        named: keyword arguments.
+        """
+        arguments = {**dict(zip(forward_arguments(type(decoder)), args, strict=False)), **named}
+        caches = [arguments.pop(name) for name in CACHE_NAMES if name in arguments]
         ids, embedded, mask, places = (
-            given.pop(name, None) for name in ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
+            arguments.pop(name, None) for name in ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
         )
         cache = next((cache for cache in caches if cache is not None), None)
-        return cls(ids, embedded, mask, places, cache, given.pop("use_cache", None), given)
+        return cls(ids, embedded, mask, places, cache, arguments.pop("use_cache", None), arguments)
 
     def arguments(self, decoder: nn.Module) -> dict[str, Any]:
-        """As the decoder takes them."""
+        """The keyword arguments of the decoder, by transformers' names."""
         return {
             **self.others,
             "input_ids": self.ids,
@@ -61,9 +71,9 @@ class DecoderCall:
 
 
 def without_cache(output: Any) -> Any:
-    """A decoder's output without the KV cache."""
+    """The output of a decoder, a tuple or an output object of transformers, without its KV cache."""
     if isinstance(output, tuple):
-        return tuple(part for part in output if not isinstance(part, Cache))
+        return tuple(item for item in output if not isinstance(item, Cache))
     names = {field.name for field in fields(output)} & set(CACHE_NAMES)
     if not names:
         raise unknown(f"calls the KV cache of {type(output).__name__} by none of the names {', '.join(CACHE_NAMES)}")
@@ -74,7 +84,13 @@ def without_cache(output: Any) -> Any:
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """A call of an attention module. hidden: (b, t, d). positions: see `BlockCall`. places: (b or 1, t), or None."""
+    """The arguments of a call of an attention module, by our names.
+
+    hidden: hidden states, (b, t, d).
+    positions: cosines and sines of the rotary positions, (1 or b, t, rotated channels) each.
+    places: positions of the tokens, (b or 1, t), or None.
+    cache: KV cache, or None.
+    """
 
     hidden: Tensor
     positions: tuple[Tensor, Tensor]
@@ -83,25 +99,38 @@ class AttentionCall:
 
     @classmethod
     def of(cls, attention: nn.Module, args: tuple[Any, ...], named: Mapping[str, Any]) -> Self:
-        """From what a hook sees."""
-        given = {**dict(zip(forward_arguments(type(attention)), args, strict=False)), **named}
-        missing = {"hidden_states", "position_embeddings"} - given.keys()
+        """From the arguments of a forward hook; `UnsupportedTransformers` if hidden states or positions are missing.
+
+        attention: the module that is called.
+        args: positional arguments.
+        named: keyword arguments.
+        """
+        arguments = {**dict(zip(forward_arguments(type(attention)), args, strict=False)), **named}
+        missing = {"hidden_states", "position_embeddings"} - arguments.keys()
         if missing:
             raise unknown(f"calls {type(attention).__name__} without {min(missing)}")
-        cache = given.get(cache_argument(attention))
-        return cls(given["hidden_states"], given["position_embeddings"], given.get("position_ids"), cache)
+        cache = arguments.get(cache_argument(attention))
+        return cls(arguments["hidden_states"], arguments["position_embeddings"], arguments.get("position_ids"), cache)
 
 
 def with_layer(named: Mapping[str, Any], layer: Any) -> dict[str, Any]:
-    """Arguments of an attention module that hand `layer` on to the attention function."""
+    """Keyword arguments of an attention module, extended so that it passes `layer` on to the attention function.
+
+    named: keyword arguments of the call.
+    layer: our layer of the KV cache.
+    """
     return {**named, _LAYER: layer}
 
 
 @dataclass(frozen=True)
 class AttentionInputs:
-    """What an attention function is called with. query: (b, query heads, t, width). mask: (b or 1, 1, t, n), or None.
+    """The arguments of an attention function, by our names.
 
-    scaling: of the scores. window: how many tokens back a query sees, None for all. layer: see `with_layer`.
+    query: queries, (b, query heads, t, width).
+    mask: attention mask, (b or 1, 1, t, n), or None.
+    scaling: factor of the scores.
+    window: number of tokens back that a query sees (sliding window); None: all.
+    layer: what `with_layer` passed on, or None.
     """
 
     query: Tensor
@@ -112,9 +141,10 @@ class AttentionInputs:
 
 
 def register_attention(name: str, function: Callable[[Any, AttentionInputs], Tensor]) -> None:
-    """Make transformers know an attention function by `name`, with masks of truth values; safe to call again.
+    """Register an attention function with transformers, with boolean masks; safe to call again.
 
-    function: (attention module, inputs) -> (b, t, query heads, width).
+    name: name of the function.
+    function: (attention module, inputs) -> output, (b, t, query heads, width).
     """
 
     def call(
@@ -130,31 +160,36 @@ def register_attention(name: str, function: Callable[[Any, AttentionInputs], Ten
 
 
 def attention_name(config: Any) -> str:
-    """Under which name transformers looks for a model's attention function."""
+    """The name of a model's attention function. config: config of the model."""
     name: str = config._attn_implementation
     return name
 
 
 def own_config_(model: Any) -> None:
-    """Give a model a copy of its config: other models may share the object, and must keep their attention."""
+    """Give a model its own copy of its config, because other models may share the object and must keep their attention
+    function.
+    """
     shared = model.config
-    own = copy.deepcopy(shared)
+    copied = copy.deepcopy(shared)
     for module in model.modules():
         if getattr(module, "config", None) is shared:
-            module.config = own
+            module.config = copied
 
 
 def set_attention_(model: Any, name: str) -> None:
-    """Let a model's attentions use the function of `name`; `UnsupportedTransformers` if they do not afterwards."""
+    """Let all attention modules of a model use the registered function `name`.
+
+    Raises `UnsupportedTransformers` if transformers does not use it afterwards.
+    """
     model.set_attn_implementation(name)
     if attention_name(model.config) != name:
-        raise unknown(f"does not take {name!r} for an attention function")
-    # Where one of the registries does not know the name, attention would be called without masks, or not at all.
+        raise unknown(f"does not accept {name!r} as an attention function")
+    # If a registry did not know the name, the function would be called without masks, or not at all.
     if name not in AttentionMaskInterface() or name not in AttentionInterface():
-        raise unknown(f"has no attention function, or no masks, by the name {name!r}")
+        raise unknown(f"has no attention function, or no masks, with the name {name!r}")
 
 
 def layer_index(attention: nn.Module) -> int:
-    """The number of the layer that an attention module is in."""
+    """The index of the layer that an attention module belongs to."""
     index: Any = attention.layer_idx
     return int(index)

@@ -1,4 +1,4 @@
-"""What a model calls its decoder blocks with, and a stand-in for the KV cache that a block's attention updates."""
+"""The arguments that a model gives its decoder blocks, and a stand-in for the KV cache that a block updates."""
 
 from __future__ import annotations
 
@@ -15,26 +15,33 @@ from subnibble.model.transformers_api.names import CACHE_NAMES, cache_argument, 
 
 
 class BlockCache(ABC):
-    """Stands for the KV cache that a block's attention updates, and counts how often it did. updates: so far."""
+    """Base of stand-ins for the KV cache that the attention of a block updates.
+
+    updates: number of updates so far; the caller checks it, so that a cache that is never used cannot go unnoticed.
+    """
 
     def __init__(self) -> None:
         self.updates = 0
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """As attention calls it."""
+        """Called by attention, like `update` of a cache of transformers; counts the call."""
         self.updates += 1
         return self.see(key_states, value_states)
 
     @abstractmethod
     def see(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """What attention sees of a text's keys and values, (b, heads, t, width) each, rotary positions applied."""
+        """Return the keys and values that attention uses for a text.
+
+        keys, values: of the text, (b, heads, t, width) each, rotary positions applied.
+        """
 
 
 @dataclass(frozen=True)
 class BlockCall:
-    """What a model calls one of its decoder blocks with, beside hidden states.
+    """The arguments of a decoder block, except the hidden states.
 
-    named: by transformers' names, without the KV cache. cache: the block's, None for none.
+    named: arguments by transformers' names, without the KV cache.
+    cache: stand-in for the KV cache, or None.
     """
 
     named: Mapping[str, Any]
@@ -42,39 +49,42 @@ class BlockCall:
 
     @property
     def positions(self) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of the tokens' rotary positions, (1 or b, t, rotated channels) each."""
+        """Cosines and sines of the rotary positions of the tokens, (1 or b, t, rotated channels) each."""
         cos, sin = self.named["position_embeddings"]
         return cos, sin
 
     @property
     def mask(self) -> Tensor | None:
-        """Which tokens a token sees, (1 or b, 1, t, n); None for all that are not later."""
+        """Attention mask, (1 or b, 1, t, n); None: causal attention to all earlier tokens."""
         mask: Tensor | None = self.named["attention_mask"]
         return mask
 
     def with_mask(self, mask: Tensor | None) -> BlockCall:
-        """The same with another mask."""
+        """The same arguments with another attention mask, (1 or b, 1, t, n) or None."""
         return replace(self, named={**self.named, "attention_mask": mask})
 
     def with_cache(self, cache: BlockCache | None) -> BlockCall:
-        """The same with another cache."""
+        """The same arguments with another KV cache, or None."""
         return replace(self, cache=cache)
 
     def to(self, dtype: torch.dtype) -> BlockCall:
-        """The same with floating-point tensors in another type."""
+        """The same arguments with floating-point tensors cast to `dtype`."""
         return replace(self, named={name: _cast(value, dtype) for name, value in self.named.items()})
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
     if isinstance(value, Tensor) and value.is_floating_point():
         return value.to(dtype)
-    return tuple(_cast(part, dtype) for part in value) if isinstance(value, tuple) else value
+    return tuple(_cast(item, dtype) for item in value) if isinstance(value, tuple) else value
 
 
 def run_block(block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
-    """The hidden states (b, t, d) that a decoder block makes of `hidden`.
+    """Run a decoder block and return its output, (b, t, d).
 
-    Raises `SilentFailure` if the call has a cache that the block's attention did not update.
+    block: the module.
+    hidden: input, (b, t, d).
+    call: the other arguments.
+    Raises `SilentFailure` if `call` has a KV cache that the attention did not update.
     """
     cache, named = call.cache, dict(call.named)
     before = 0 if cache is None else cache.updates
@@ -83,15 +93,18 @@ def run_block(block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
     output = block(hidden, **named)
     if cache is not None and cache.updates == before:
         raise never_called(f"the KV cache of a {type(block).__name__}")
-    found: Tensor = output[0] if isinstance(output, tuple) else output
-    return found
+    states: Tensor = output[0] if isinstance(output, tuple) else output
+    return states
 
 
 def record_block_calls(decoder: nn.Module, blocks: str, norm: str, hidden: Tensor, past: int) -> list[BlockCall]:
-    """What a decoder calls each of its blocks with for a batch of full windows.
+    """The arguments that a decoder gives each of its blocks for a batch of full windows.
 
-    blocks, norm: names in the decoder of its blocks and of the norm that follows them. hidden: (1, t, d), embedded
-    windows, of no content. past: tokens before the windows, whose keys and values attention will have.
+    decoder: the module; its blocks need not have weights.
+    blocks: name in the decoder of the list of blocks.
+    norm: name in the decoder of the norm after the blocks.
+    hidden: embedded windows, (1, t, d); the values do not matter.
+    past: number of tokens before each window, whose keys and values the attention will have.
     """
     inner, last = decoder.get_submodule(blocks), decoder.get_submodule(norm)
     assert isinstance(inner, nn.ModuleList)
@@ -109,7 +122,7 @@ def record_block_calls(decoder: nn.Module, blocks: str, norm: str, hidden: Tenso
 
 
 def _cache_of(tokens: int, layers: int, device: torch.device) -> DynamicCache:
-    """A cache of so many tokens of no content: masks and positions depend on its length alone."""
+    """A KV cache of `tokens` tokens without meaningful values: masks and positions depend on its length alone."""
     cache, empty = DynamicCache(), torch.empty(1, 1, tokens, 1, device=device)
     for layer in range(layers):
         cache.update(empty, empty, layer)
@@ -117,19 +130,19 @@ def _cache_of(tokens: int, layers: int, device: torch.device) -> DynamicCache:
 
 
 class _Recorder(nn.Module):
-    """Stands for a block: keeps its arguments, passes the hidden states on."""
+    """Replaces a block: records its arguments and returns the hidden states unchanged."""
 
     def __init__(self) -> None:
         super().__init__()
         self._named: dict[str, Any] | None = None
 
     def forward(self, hidden: Tensor, **named: Any) -> Tensor:
-        """hidden: (1, t, d), returned as it is."""
+        """Record the arguments. hidden: (1, t, d), returned unchanged."""
         self._named = {name: value for name, value in named.items() if name not in CACHE_NAMES}
         return hidden
 
     def call(self, where: str) -> BlockCall:
-        """What was recorded. where: names the block in errors."""
+        """The recorded arguments. where: name of the block, for errors."""
         if self._named is None:
             raise never_called(where)
         missing = {"position_embeddings", "attention_mask"} - self._named.keys()
@@ -139,8 +152,12 @@ class _Recorder(nn.Module):
 
 
 def keys_and_values(decoder: nn.Module, ids: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values of ids (1, t) in each layer, (heads, t, width) each, rotary positions applied."""
-    # Without a config the cache has no sliding layers, which would keep the last tokens alone.
+    """Keys and values of a text in each layer, (heads, t, width) each, rotary positions applied.
+
+    decoder: the module, with weights.
+    ids: token ids, (1, t).
+    """
+    # Without a config the cache has no sliding-window layers, which would keep only the last tokens.
     cache = DynamicCache()
     with torch.no_grad():
         decoder(input_ids=ids, use_cache=True, **{cache_argument(decoder): cache})

@@ -1,7 +1,7 @@
-"""Calls of transformers' models that mean something else for a packed one, wrapped in their class.
+"""Wrap two methods of `PreTrainedModel` that would go wrong for a packed model; other models are not affected.
 
-`save_pretrained` leaves the word of `marking.py` out. `resize_token_embeddings` copies rows of `weight`, which packed
-tables do not have, and puts a new head in the place of one that meets a matrix first. Other models are not touched.
+`save_pretrained` would leave out the marker of `marking.py`. `resize_token_embeddings` would copy rows of `weight`,
+which packed embeddings do not have, and would replace a head that has an input matrix by a plain one.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ _Call = Callable[..., Any]
 
 
 def wrap_calls(method: str) -> None:
-    """Wrap the calls for models of `quant_method: method`, once.
+    """Wrap the methods, once, for models with `quant_method: method`.
 
-    Called when a model is loaded: while the plug-in is imported, the class of models may not be there yet.
+    Called when a model is loaded: when the plug-in is imported, `PreTrainedModel` may not exist yet.
     """
     from transformers import PreTrainedModel
 
     for name, call in (("save_pretrained", _save), ("resize_token_embeddings", _resize)):
-        # As it stands in the class: what a class gives out is bound, of another kind, and new each time.
+        # The raw attribute of the class: normal attribute access binds it and returns a new object of another type.
         if not isinstance(inspect.getattr_static(PreTrainedModel, name), wrapt.FunctionWrapper):
             wrapt.wrap_function_wrapper(PreTrainedModel, name, _for_packed(method, call))
 
@@ -49,7 +49,9 @@ def _save(
     wrapped: _Call, model: Any, save_directory: Any, is_main_process: bool = True, *arguments: Any, **named: Any
 ) -> None:
     if named.get("push_to_hub"):
-        raise BadArgument("push_to_hub would send config.json too early; give the hub's id to model.push_to_hub")
+        raise BadArgument(
+            "push_to_hub=True would upload an incomplete config.json; call model.push_to_hub(REPO) instead"
+        )
     wrapped(save_directory, is_main_process, *arguments, **named)
     if is_main_process:
         folder = Path(save_directory)
@@ -63,7 +65,7 @@ def _resize(wrapped: _Call, model: Any, new_num_tokens: int | None = None, *argu
     if new_num_tokens in (None, table.num_embeddings) and not arguments and not named.get("pad_to_multiple_of"):
         return table
     raise BadArgument(
-        f"new_num_tokens is {new_num_tokens} and the model has {table.num_embeddings}: its embedding or head is "
-        "quantized, and rows cannot be added to codes; give the tokens to the original model and quantize that again, "
+        f"new_num_tokens is {new_num_tokens}, but the model has {table.num_embeddings} tokens, and its embedding or "
+        "head is quantized, so that no rows can be added; add the tokens to the original model and quantize it again, "
         "or quantize it with embedding_bits = 16"
     )

@@ -1,4 +1,4 @@
-"""Models without weights, and what transformers calls weights in checkpoints."""
+"""Models without weights, and the names that transformers gives to weights and weight files."""
 
 from __future__ import annotations
 
@@ -9,18 +9,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from subnibble.model.transformers_api.marking import WORD
+from subnibble.model.transformers_api.marking import MARKER
 from subnibble.model.transformers_api.names import unknown
 
 
 def empty_causal_lm(config: Any, dtype: torch.dtype) -> Any:
-    """The causal language model of `config`, its parameters (in `dtype`) on the meta device, its buffers real.
+    """Build the causal language model of a config without weights: parameters on the meta device, buffers with values.
 
-    Other threads may make modules meanwhile: only the modules made here are on the meta device.
+    Safe if other threads build modules at the same time: only this model is on the meta device.
+
+    config: of transformers; its dtype is set to `dtype`.
+    dtype: dtype of the parameters.
     """
     from transformers import AutoModelForCausalLM
 
-    # In torch's default type, since transformers would change that for the whole process; cast afterwards.
+    # Built in torch's default dtype and cast afterwards: for another dtype transformers would change that default for
+    # the whole process.
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.get_default_dtype(), trust_remote_code=False)
     model.to(dtype)
@@ -32,20 +36,20 @@ def empty_causal_lm(config: Any, dtype: torch.dtype) -> Any:
 
 
 def _make_buffers_(model: nn.Module) -> None:
-    """Give real values to buffers, which no checkpoint holds (rotary frequencies): their modules are made again."""
+    """Give values to buffers that no checkpoint holds, such as rotary frequencies, by building their modules again."""
     for path, module in list(model.named_modules()):
         if not any(buffer.is_meta for buffer in module.buffers(recurse=False)):
             continue
         if "config" not in inspect.signature(type(module)).parameters or not hasattr(module, "config"):
-            raise unknown(f"has buffers in {type(module).__name__} that are not made of the model's config")
-        again = type(module)(config=module.config)
-        if any(buffer.is_meta for buffer in again.buffers()):
+            raise unknown(f"has buffers in {type(module).__name__} that are not computed from the model's config")
+        rebuilt = type(module)(config=module.config)
+        if any(buffer.is_meta for buffer in rebuilt.buffers()):
             raise unknown(f"makes no buffers in {type(module).__name__}")
-        model.set_submodule(path, again)
+        model.set_submodule(path, rebuilt)
 
 
 def architecture_name(model_type: str) -> str | None:
-    """The class of the causal language models of a `model_type`, as config.json names it; None if there is none."""
+    """The class name of the causal language model of a `model_type`, as in config.json; None if there is none."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     name: str | None = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
@@ -53,27 +57,32 @@ def architecture_name(model_type: str) -> str | None:
 
 
 def take_named_weights_(config: Any) -> str | None:
-    """The file that a config names for its weights, None for the usual ones; taken out of it, as it is the folder's."""
+    """Remove the name of a weight file from a config and return it; None if the weights have their default names.
+
+    The name describes a folder, not the model. The marker of `marking.py` in its place is removed, too, and gives None.
+    """
     name: str | None = getattr(config, "transformers_weights", None)
     if name is not None:
         del config.transformers_weights
-    return None if name == WORD else name
+    return None if name == MARKER else name
 
 
 def untie_(model: Any, path: str) -> None:
-    """Let transformers no longer tie the weight of the module at `path`, which has none any more."""
+    """Remove the weight of the module at `path` from the weights that transformers ties, because the module has no
+    `weight` any more.
+    """
     if not isinstance(getattr(model, "all_tied_weights_keys", None), dict):
-        raise unknown("keeps the weights that a model ties elsewhere than in all_tied_weights_keys")
-    kept = {target: origin for target, origin in model.all_tied_weights_keys.items() if target != f"{path}.weight"}
-    model.all_tied_weights_keys = kept
+        raise unknown("keeps the names of tied weights elsewhere than in all_tied_weights_keys")
+    tied = {target: origin for target, origin in model.all_tied_weights_keys.items() if target != f"{path}.weight"}
+    model.all_tied_weights_keys = tied
     model._tied_weights_keys = None
 
 
 def tied_weights(model: Any) -> set[str]:
-    """Names of weights that a model has from other weights, and no checkpoint needs to hold."""
+    """Names of weights that are tied to other weights, so that a checkpoint need not hold them."""
     return set(model.all_tied_weights_keys)
 
 
 def stray_buffers(names: set[str]) -> Iterator[str]:
-    """Of names of tensors in a checkpoint, those that old releases wrote and no model needs."""
+    """The names, of tensors in a checkpoint, that are buffers of old transformers releases and not needed any more."""
     return (name for name in names if name.endswith(("rotary_emb.inv_freq", ".masked_bias")))

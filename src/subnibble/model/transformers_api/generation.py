@@ -1,4 +1,4 @@
-"""Running a model: its logits, and the cache that `generate` makes."""
+"""Run a model: its logits, `generate`, and the KV cache that `generate` uses."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from torch import Tensor
 
 from subnibble.model.transformers_api.names import CACHE_NAMES, unknown
 
-# The method by which `generate` makes its cache.
+# The method of a model in which `generate` creates its KV cache.
 _GENERATION = "_prepare_cache_for_generation"
 
 
 def logits_of(model: Any, ids: Tensor) -> Tensor:
-    """The logits (b, t, vocabulary) of ids (b, t), without a cache to go on with."""
-    found: Tensor = model(ids, use_cache=False).logits
-    return found
+    """The logits of a batch, (b, t, vocabulary), from a forward pass without a KV cache. ids: token ids, (b, t)."""
+    logits: Tensor = model(ids, use_cache=False).logits
+    return logits
 
 
 def read_generation_config_(model: Any, folder: Path) -> None:
-    """Give a model the folder's generation_config.json, if there is one, as `from_pretrained` does."""
+    """Load generation_config.json of `folder` into a model, if the file exists, as `from_pretrained` does."""
     from transformers import GenerationConfig
 
     if (folder / "generation_config.json").is_file():
@@ -32,18 +32,23 @@ def read_generation_config_(model: Any, folder: Path) -> None:
 
 
 def continued(model: Any, ids: Tensor, settings: dict[str, Any]) -> Tensor:
-    """Ids (b, t) and what `generate` puts behind them: the model is fed ids alone, whatever a tokenizer gave beside.
+    """The ids followed by the tokens that `generate` adds, (b, t + new tokens).
 
-    settings: of `generate`.
+    The model gets token ids alone, even if the tokenizer also returned token types or more.
+
+    ids: token ids, (b, t).
+    settings: other arguments of `generate`.
     """
-    found: Tensor = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
-    return found
+    output: Tensor = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
+    return output
 
 
 def set_generation_cache_(model: Any, accept: Callable[[Any], Any], check: Callable[[Any], None]) -> None:
-    """Let `generate` use a cache that `accept` gives.
+    """Let `generate` use the KV cache that `accept` returns.
 
-    accept: is given the caller's cache, or None. check: is given the generation config first, to refuse it.
+    model: changed in place.
+    accept: (the caller's cache, or None) -> the cache to use.
+    check: called first, with the generation config; may raise to refuse it.
     """
     if not hasattr(type(model), _GENERATION):
         raise unknown(f"has no {_GENERATION} in {type(model).__name__}")
@@ -57,22 +62,22 @@ def forget_generation_cache_(model: Any) -> None:
 
 @dataclass(frozen=True)
 class _GenerationCache:
-    """Stands for the model's method by which `generate` makes its cache."""
+    """Replaces the method of a model in which `generate` creates its KV cache."""
 
     accept: Callable[[Any], Any]
     check: Callable[[Any], None]
 
     def __call__(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **named: Any) -> None:
-        """Put the cache into model_kwargs."""
+        """Put the KV cache into `model_kwargs`."""
         self.check(generation_config)
-        given = [model_kwargs.pop(name) for name in CACHE_NAMES if name in model_kwargs]
-        cache = next((cache for cache in given if cache is not None), None)
+        caches = [model_kwargs.pop(name) for name in CACHE_NAMES if name in model_kwargs]
+        cache = next((cache for cache in caches if cache is not None), None)
         if generation_config.use_cache is not False or cache is not None:
             model_kwargs[_generation_name()] = self.accept(cache)
 
 
 def _generation_name() -> str:
-    """What `generate` calls the cache among a model's arguments."""
+    """The name of the KV cache among the arguments that `generate` gives a model."""
     from transformers import GenerationMixin
 
     known = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters

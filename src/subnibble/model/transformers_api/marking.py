@@ -1,8 +1,9 @@
-"""A word in config.json without which transformers alone would load a packed checkpoint, with random linears.
+"""A marker in config.json that stops transformers from loading a packed checkpoint without subnibble.
 
-Where no plug-in is registered for a `quant_method`, transformers logs a line, makes up the weights it does not find and
-goes on. `transformers_weights` names the file to load in place of model.safetensors; one that is no name of such a file
-is an error that shows it. So it says what to do, and the plug-in takes it away before files are looked for.
+If no plug-in is registered for a `quant_method`, transformers only logs a line, initialises missing weights at random,
+and goes on. The key `transformers_weights` names the file to load instead of model.safetensors; any other value is an
+error that shows the value. So the marker is a value of this key that says what to do. The plug-in removes it before
+transformers looks for files.
 """
 
 from __future__ import annotations
@@ -15,22 +16,26 @@ from typing import Any
 from subnibble.checkpoint.checksums import CHECKSUMS
 
 _KEY = "transformers_weights"
-WORD = "these weights are packed: `import subnibble` (pip install subnibble) before from_pretrained"
+MARKER = "these weights are packed: `import subnibble` (pip install subnibble) before from_pretrained"
 
 
 def marked(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What config.json holds, with the word."""
-    return {**config, _KEY: WORD}
+    """The content of config.json with the marker added."""
+    return {**config, _KEY: MARKER}
 
 
 def unmark_(config: Any) -> None:
-    """Take the word out of a config that transformers has read; the name of a file stays."""
-    if getattr(config, _KEY, None) == WORD:
+    """Remove the marker from a config that transformers has read; the name of a real file stays."""
+    if getattr(config, _KEY, None) == MARKER:
         delattr(config, _KEY)
 
 
 def complete_file(file: Path, checksums: Mapping[str, str]) -> None:
-    """Put the word, and checksums of the weight files, into a config.json that transformers wrote."""
-    found = json.loads(file.read_text(encoding="utf-8"))
-    found["quantization_config"][CHECKSUMS] = dict(checksums)
-    file.write_text(json.dumps(marked(found), indent=2) + "\n", encoding="utf-8")
+    """Add the marker and the checksums to a config.json that transformers wrote.
+
+    file: the config.json, rewritten in place.
+    checksums: name of a weight file -> SHA-256.
+    """
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config["quantization_config"][CHECKSUMS] = dict(checksums)
+    file.write_text(json.dumps(marked(config), indent=2) + "\n", encoding="utf-8")

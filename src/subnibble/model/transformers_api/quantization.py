@@ -1,6 +1,6 @@
-"""How transformers knows a format of quantized checkpoints.
+"""Register a format of quantized checkpoints with transformers.
 
-Imported while transformers imports its own quantizers, so it imports nothing else of transformers.
+This file is imported while transformers imports its own quantizers, so it must import nothing else of transformers.
 """
 
 from __future__ import annotations
@@ -27,23 +27,25 @@ _LOADING = (
 
 
 class CheckpointQuantizer(HfQuantizer):
-    """A quantizer of transformers' that only loads what is quantized already: it prepares the empty model."""
+    """Base of a transformers quantizer that only loads checkpoints that are already quantized."""
 
     requires_calibration = True
     _prepared = False
 
     def prepare_(self, model: Any, dtype: torch.dtype, files: list[str]) -> None:
-        """Replace modules of an empty model. dtype: of what comes out of them. files: that will be loaded, none for a
-        state dict.
+        """Replace modules of an empty model by packed ones, in place.
+
+        dtype: dtype of their outputs.
+        files: weight files that will be loaded; empty if transformers loads a state dict.
         """
         raise NotImplementedError
 
     def finish_(self, model: Any) -> None:
-        """Check and complete a model whose weights are loaded."""
+        """Check and complete a model after its weights are loaded, in place."""
         raise NotImplementedError
 
     def update_attn_implementation(self, config: Any) -> Any:
-        """The one hook that sees the config before transformers looks for files: takes the word out of it."""
+        """Remove the marker of `marking.py`: no other hook sees the config before transformers looks for files."""
         unmark_(config)
         return config
 
@@ -63,22 +65,27 @@ class CheckpointQuantizer(HfQuantizer):
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         raise BadArgument(
-            "a packed model has no dense form that runs alike; give the original model to work on dense weights, or "
-            "take one module's by its `dequantize()`"
+            "a packed model cannot be dequantized as a whole; use the original model for dense weights, or "
+            "`dequantize()` of a single packed module"
         )
 
     def is_serializable(self) -> bool:
-        """`save_pretrained` writes the packed tensors back as they are."""
+        """True: `save_pretrained` writes the packed tensors unchanged."""
         return True
 
     @property
     def is_trainable(self) -> bool:
-        """Packed codes have no gradient."""
+        """False: packed codes have no gradient."""
         return False
 
 
 def register_quantization(method: str, config: type, quantizer: type) -> None:
-    """Make transformers know checkpoints of `quant_method: method`; safe to call again."""
+    """Register config and quantizer of a checkpoint format with transformers; safe to call again.
+
+    method: `quant_method` in the `quantization_config` of such checkpoints.
+    config: a subclass of `QuantizationConfigMixin`.
+    quantizer: a subclass of `CheckpointQuantizer`.
+    """
     if method in AUTO_QUANTIZER_MAPPING:
         return
     for name in _LOADING:
