@@ -53,7 +53,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], type[SubnibbleError], str]] = {
         "llama", {"method": "d2quant-plus", "bits": 4, "grid": "mxfp4", "group_size": 32}, BadRecipe, "need a uniform"
     ),
     "a grid that is not learned": (
-        "llama", {"method": "omniquant", "bits": 2, "grid": "sign"}, BadRecipe, "tuning needs a uniform grid"
+        "llama", {"method": "omniquant", "bits": 2, "grid": "sign"}, BadRecipe, 'tuning needs grid = "uniform"'
     ),
     "clips of no inputs": (
         "llama", {"method": "bisup", "options": {"input_clipping": "site"}}, BadRecipe, "there are none"

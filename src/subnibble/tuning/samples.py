@@ -24,7 +24,7 @@ class Samples:
 
     inputs: (n, t, d), the block's inputs in the quantized chain.
     target: (n, t, d), the block's outputs in the full-precision chain.
-    ordinary: (n, t) bool, tokens that count in the loss (no attention sinks).
+    ordinary: (n, t) bool, tokens that count in the loss (no attention sinks, no first tokens).
     energy: mean squared norm of what the full-precision block adds to a token.
     call: the block's call arguments for t tokens.
     """
@@ -60,7 +60,7 @@ class TrainingWindows:
     def __init__(self, effort: Effort, call: BlockCall, device: torch.device | str = "cpu") -> None:
         self._effort, self._call, self._device = effort, call, device
         # Per batch: inputs, full-precision inputs and outputs, (n, t, d) each, and the mask of ordinary tokens, (n, t).
-        self._batches: list[tuple[Tensor, ...]] = []
+        self._parts: list[tuple[Tensor, ...]] = []
 
     def update(self, inputs: Tensor, exact: Tensor, target: Tensor) -> None:
         """Add windows; each tensor is (windows, tokens, channels).
@@ -76,14 +76,14 @@ class TrainingWindows:
 
     def merge(self, other: TrainingWindows) -> None:
         """Add the windows of `other` after these."""
-        for batch in other._batches:
+        for batch in other._parts:
             self._add(batch)
 
     @property
     def value(self) -> Samples:
         """The samples; raises `CalibrationError` if a window has no token to train on."""
         inputs, before, after, ordinary = (
-            torch.cat(tensors).to(self._device) for tensors in zip(*self._batches, strict=True)
+            torch.cat(tensors).to(self._device) for tensors in zip(*self._parts, strict=True)
         )
         if not bool(ordinary[:, 1:].any(1).all()):
             raise CalibrationError(
@@ -99,7 +99,7 @@ class TrainingWindows:
     @property
     def _missing(self) -> int:
         """Number of windows still to be collected."""
-        return self._effort.windows - sum(batch[0].shape[0] for batch in self._batches)
+        return self._effort.windows - sum(batch[0].shape[0] for batch in self._parts)
 
     def _add(self, batch: tuple[Tensor, ...]) -> None:
-        self._batches.append(tuple(tensor[: self._missing] for tensor in batch))
+        self._parts.append(tuple(tensor[: self._missing] for tensor in batch))
