@@ -1,4 +1,4 @@
-"""Settings of block tuning: what is learned before rounding, at what effort (BiSup, arXiv 2405.15346, reconstructed)."""
+"""Block tuning settings: what is learned before rounding, at what effort (BiSup, arXiv 2405.15346, reconstructed)."""
 
 from __future__ import annotations
 
