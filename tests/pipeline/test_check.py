@@ -65,7 +65,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], type[SubnibbleError], str]] = {
     "nothing to learn": (
         "llama",
         {"method": "rtn", "distill_steps": 3, "distill": {"tokens": 24, "scales": False, "norms": False}},
-        BadRecipe, "nothing of the model is learned",
+        BadRecipe, "the model has nothing to learn",
     ),
     "no such device": ("llama", {"device": "nope"}, SubnibbleError, "nope"),
     "a packed model": ("packed", {}, CheckpointError, "is quantized already"),
