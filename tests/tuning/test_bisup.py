@@ -298,7 +298,7 @@ def test_tuning_adds_no_bits(kind: str, folders: dict[str, Path], token_file: Pa
     ("method", "options", "said"),
     [
         ("bisup", {"over": "awq"}, "over is 'awq'; choose one of atom, quarot"),
-        ("bisup", {"outliers": 64}, "outliers is 64 and over is 'quarot'; it acts over atom alone"),
+        ("bisup", {"outliers": 64}, "outliers is 64 but over is 'quarot'; set over = "),
         ("bisup", {"smoothing": "much"}, "smoothing is 'much'"),
         ("bisup", {"input_clipping": "group"}, "input_clipping is 'group'; choose one of site, none"),
         ("bisup", {"effort": "slow"}, "effort is 'slow'"),
