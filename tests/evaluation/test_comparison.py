@@ -26,7 +26,7 @@ def test_recipes_that_differ_have_names_that_differ() -> None:
     assert len(set(names)) == 3
     assert names[2] == f"{names[0]}-2"
     assert names[:2] == [recipe_name(recipe) for recipe in recipes[:2]]
-    with pytest.raises(BadRecipe, match="is asked for 2 times"):
+    with pytest.raises(BadRecipe, match="is given 2 times"):
         recipe_names([*recipes, replace(plain)])
 
 

@@ -192,7 +192,7 @@ def test_norm_biases_are_not_folded_behind_quantized_inputs(
 ) -> None:
     values = {"method": "d2quant", "activation_bits": 8, "options": {"rotation": "none"}}
     _, model = make(folders["llama"], token_file, tmp_path / "out", **values)
-    with pytest.raises(CheckpointError, match="its readers quantize their inputs"):
+    with pytest.raises(CheckpointError, match="the linears that read it quantize their inputs"):
         fold_norm_biases_(model)
 
 
