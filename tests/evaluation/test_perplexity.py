@@ -271,5 +271,5 @@ def test_bos_of_a_tokenizer_that_makes_nothing_of_a_letter_is_none() -> None:
 def test_models_of_different_vocabularies_are_not_compared() -> None:
     ours, theirs = (SimpleNamespace(config=SimpleNamespace(vocab_size=n)) for n in (61, 64))
     check_vocabularies(ours, ours)
-    with pytest.raises(CalibrationError, match=r"61 tokens and the reference 64"):
+    with pytest.raises(CalibrationError, match=r"61 tokens and the reference's 64"):
         check_vocabularies(ours, theirs)

@@ -191,10 +191,12 @@ class Student:
         check_values(model, config)
         for index, block in enumerate(model.get_submodule(arch.blocks)):
             _learn_(block, arch, settings, dtype)
-            calls[index] = behind(calls[index], _held(block, arch), _coding(block, arch, config.cache))
-        whole = WholeModel(model, arch, calls)
-        types = {name: packed.load_raw(name).dtype for name, _ in (*_gains(whole), *_biases(whole, config))}
-        return cls(whole, config, settings, device, types)
+            calls[index] = behind(calls[index], _stored_prefix(block, arch), _coding(block, arch, config.cache))
+        student_model = WholeModel(model, arch, calls)
+        types = {
+            name: packed.load_raw(name).dtype for name, _ in (*_gains(student_model), *_biases(student_model, config))
+        }
+        return cls(student_model, config, settings, device, types)
 
     def logits(self, ids: Tensor) -> Tensor:
         """Logits (b, t, vocabulary) float32. ids: (b, t) int64."""
@@ -293,7 +295,7 @@ def _learn_(block: nn.Module, arch: Arch, settings: Distillation, dtype: torch.d
             block.set_submodule(name, StudentLinear(linear.linear, entrance, settings.learned))
 
 
-def _held(block: nn.Module, arch: Arch) -> States | None:
+def _stored_prefix(block: nn.Module, arch: Arch) -> States | None:
     """Keys and values (float32) of the prefix that a block's attention stores; None without a prefix."""
     attention = block.get_submodule(arch.attention)
     if not hasattr(attention, PREFIX):

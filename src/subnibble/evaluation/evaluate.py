@@ -70,19 +70,19 @@ class Evaluation:
             )
 
     @classmethod
-    def of(cls, given: AnyEvaluation) -> Evaluation:
+    def of(cls, evaluation: AnyEvaluation) -> Evaluation:
         """Convert a caller's argument to an `Evaluation`: an `Evaluation`, a table of its keys, or its text."""
-        if isinstance(given, Evaluation):
-            return given
-        if isinstance(given, Mapping):
+        if isinstance(evaluation, Evaluation):
+            return evaluation
+        if isinstance(evaluation, Mapping):
             known = [item.name for item in fields(cls)]
-            if unknown := sorted(set(given) - set(known), key=str):
+            if unknown := sorted(set(evaluation) - set(known), key=str):
                 raise BadRecipe(f"unknown evaluation key {unknown[0]!r}; known: {', '.join(known)}")
-            return cls(**{"text": None, **given})
-        if isinstance(given, str | Path):
-            return cls(str(given))
+            return cls(**{"text": None, **evaluation})
+        if isinstance(evaluation, str | Path):
+            return cls(str(evaluation))
         raise BadArgument(
-            f'evaluation is {described(given)}; give an Evaluation, as Evaluation("wikitext2", window=2048), a table '
+            f'evaluation is {described(evaluation)}; give an Evaluation, as Evaluation("wikitext2", window=2048), a table '
             "of its keys, a text file or a named set"
         )
 

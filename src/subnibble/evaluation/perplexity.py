@@ -154,6 +154,6 @@ def check_vocabularies(model: Any, reference: Any) -> None:
     size, reference_size = model.config.vocab_size, reference.config.vocab_size
     if size != reference_size:
         raise CalibrationError(
-            f"the model's vocabulary has {size} tokens and the reference's {reference_size}; set --reference to the model "
-            "that it was quantized from"
+            f"the model's vocabulary has {size} tokens and the reference's {reference_size}; set --reference to the "
+            "original model"
         )

@@ -22,8 +22,7 @@ _SMALLEST, _LARGEST, _LARGEST_SLACK = 1e-2, 1e2, 0.5
 class Smoothing(nn.Module):
     """Learned smoothing factors of one site's channels.
 
-    start: initial a, (channels,); (key_value * width,) at the attention output, where heads that share values share
-        factors.
+    start: initial a, (channels,); at the attention output (key_value * width,), one per channel of the values.
     unscaled: (channels,) bool, channels without a factor, or None. If heads share factors, it only removes the slack.
     heads: given for the attention output, whose factors are applied to values before they are cached; None elsewhere.
     soft: whether d is learned.
