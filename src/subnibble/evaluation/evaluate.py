@@ -82,8 +82,8 @@ class Evaluation:
         if isinstance(evaluation, str | Path):
             return cls(str(evaluation))
         raise BadArgument(
-            f'evaluation is {described(evaluation)}; give an Evaluation, as Evaluation("wikitext2", window=2048), a table '
-            "of its keys, a text file or a named set"
+            f'evaluation is {described(evaluation)}; give an Evaluation, as Evaluation("wikitext2", window=2048), '
+            "a table of its keys, a text file or a named set"
         )
 
     def windows(self, source: Source, tokenizer: Any, prefix: PrefixIds | None) -> Tensor:
