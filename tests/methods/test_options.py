@@ -174,7 +174,7 @@ def test_a_rounder_that_scales_columns_is_refused_where_they_would_meet_others(p
 
 
 def test_salient_columns_need_an_order() -> None:
-    with pytest.raises(BadRecipe, match='saliency is "none", rank 128'):
+    with pytest.raises(BadRecipe, match='saliency is "none" with rank 128'):
         METHODS["serq"].steps({"saliency": "none"})
     with pytest.raises(BadRecipe, match="permutation 'offline'"):
         METHODS["serq"].steps({"saliency": "none", "rank": 0, "permutation": "offline"})

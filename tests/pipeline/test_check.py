@@ -56,7 +56,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], type[SubnibbleError], str]] = {
         "llama", {"method": "omniquant", "bits": 2, "grid": "sign"}, BadRecipe, 'tuning needs grid = "uniform"'
     ),
     "clips of no inputs": (
-        "llama", {"method": "bisup", "options": {"input_clipping": "site"}}, BadRecipe, "there are none"
+        "llama", {"method": "bisup", "options": {"input_clipping": "site"}}, BadRecipe, "no linear has such"
     ),
     "a rank too large": ("llama", {"method": "serq", **A4}, BadRecipe, "rank 128 is larger"),
     "outliers alone": (
