@@ -78,7 +78,7 @@ COMPARE_WRONG = {
     "no windows": (["--max-windows", 0], "--max-windows at least 1"),
     "negative windows": (["--max-windows", -1], "--max-windows at least 1"),
     "window of one": (["--window", 1], "--window must be at least 2"),
-    "a method twice": (["--methods", "rtn,rtn"], "rtn-w3g16 is asked for 2 times"),
+    "a method twice": (["--methods", "rtn,rtn"], "rtn-w3g16 is given 2 times"),
     "no calibration": (["--calibration", "nope.txt"], "no such text file"),
     "unknown method": (["--methods", "rtn,nope"], "unknown method 'nope'"),
     "bits": (["--bits", "three"], "give whole numbers"),

@@ -108,7 +108,10 @@ def test_a_correction_would_undo_what_a_rounder_does_towards_full_precision_outp
     if correction == NOTHING or form == "none":
         assert Steps(rounder, correction=correction).correction == correction
     else:
-        with pytest.raises(BadRecipe, match="does not go with other terms of a linear; leave one of them out"):
+        with pytest.raises(
+            BadRecipe,
+            match="cannot be combined with salient columns, outliers or low-rank terms; leave one of them out",
+        ):
             Steps(rounder, correction=correction)
 
 
@@ -127,11 +130,11 @@ class Foreign(Rounder):
 def test_what_a_rounder_of_ones_own_cannot_do_is_refused() -> None:
     Steps(Foreign(), correction=SalientColumns(16))
     Steps(Foreign(needs_drift=True))
-    with pytest.raises(BadRecipe, match="does not go with other terms of a linear"):
+    with pytest.raises(BadRecipe, match="cannot be combined with salient columns, outliers or low-rank terms"):
         Steps(Foreign(needs_drift=True), correction=SalientColumns(16))
-    with pytest.raises(BadRecipe, match="tuning itself aims at full-precision outputs"):
+    with pytest.raises(BadRecipe, match="tuning already targets full-precision outputs"):
         Steps(GPTQ(asymmetry=Asymmetry("shifted")), tuning=Tuning(), inputs="quantized")
-    with pytest.raises(BadRecipe, match="tuning rounds on learned grids, which Foreign does not take; use GPTQ"):
+    with pytest.raises(BadRecipe, match="tuning rounds on learned grids, which Foreign does not accept; use GPTQ"):
         Steps(Foreign(), tuning=Tuning(), inputs="quantized")
 
 

@@ -240,7 +240,7 @@ def test_long_windows_are_cut_and_all_text_comes_by_turns() -> None:
         ({"distill_steps": 2, "distill": {"norm_biases": 1}}, "distill norm_biases is 1; give true or false"),
         (
             {"distill_steps": 2, "distill": dict.fromkeys(distillation.SPACES, False)},
-            "there is nothing to distill into: scales, zero_points, column_scales, norms, norm_biases, clips are all",
+            "distillation has nothing to learn: scales, zero_points, column_scales, norms, norm_biases, clips are all",
         ),
     ],
 )
@@ -269,7 +269,7 @@ def test_predictions_that_are_not_finite_are_refused_and_not_stored(
     run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(distill._Training, "_look", lambda self: math.nan)
-    with pytest.raises(NumericalFailure, match="is not finite, so it cannot be distilled; use more bits"):
+    with pytest.raises(NumericalFailure, match="are not finite, so it cannot be distilled; use more bits"):
         run("out", **METHODS["rtn"], **DISTILLED)
     assert not (tmp_path / "out").exists()
 

@@ -26,7 +26,7 @@ def test_recipes_that_differ_have_names_that_differ() -> None:
     assert len(set(names)) == 3
     assert names[2] == f"{names[0]}-2"
     assert names[:2] == [recipe_name(recipe) for recipe in recipes[:2]]
-    with pytest.raises(BadRecipe, match="is asked for 2 times"):
+    with pytest.raises(BadRecipe, match="is given 2 times"):
         recipe_names([*recipes, replace(plain)])
 
 
@@ -53,7 +53,7 @@ def test_the_original_is_scored_behind_the_prompt_of_the_others(folders: dict[st
 def test_one_prompt_at_a_time(folders: dict[str, Path], text_file: Path) -> None:
     evaluation = Evaluation(str(text_file), window=16)
     recipes = [Recipe(method="none", kv_bits=4), Recipe(method="none", kv_bits=3, system_prompt="w5")]
-    with pytest.raises(BadRecipe, match="one system prompt"):
+    with pytest.raises(BadRecipe, match="the same system prompt"):
         compare(folders["llama"], recipes, evaluation)
-    with pytest.raises(BadRecipe, match="come with their recipes"):
+    with pytest.raises(BadRecipe, match="in the recipes"):
         compare(folders["llama"], recipes[:1], replace(evaluation, kv_bits=4))

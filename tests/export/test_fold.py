@@ -132,7 +132,7 @@ def test_a_model_that_cannot_be_folded_whole_is_left_as_it_is(
 
 
 def test_a_plain_model_is_refused(folders: dict[str, Path]) -> None:
-    with pytest.raises(CheckpointError, match="not a packed one"):
+    with pytest.raises(CheckpointError, match="is not packed"):
         fold_norm_biases_(AutoModelForCausalLM.from_pretrained(folders["llama"]))
 
 

@@ -328,7 +328,7 @@ def test_what_is_asked_for_goes_over_the_checkpoints_own_cache(
     original = evaluate(folders["llama"], evaluation)["perplexity"]
     assert abs(found["plain"]["perplexity"] / original - 1) < 1e-3
     assert abs(found["own"]["perplexity"] / original - 1) > 1e-3
-    with pytest.raises(BadRecipe, match="give --kv-bits"):
+    with pytest.raises(BadRecipe, match="set --kv-bits"):
         evaluate(folders["llama"], replace(evaluation, kv={"window": 4}))
 
 

@@ -174,7 +174,7 @@ def test_a_rounder_that_scales_columns_is_refused_where_they_would_meet_others(p
 
 
 def test_salient_columns_need_an_order() -> None:
-    with pytest.raises(BadRecipe, match='saliency is "none", rank 128'):
+    with pytest.raises(BadRecipe, match='saliency is "none" with rank 128'):
         METHODS["serq"].steps({"saliency": "none"})
     with pytest.raises(BadRecipe, match="permutation 'offline'"):
         METHODS["serq"].steps({"saliency": "none", "rank": 0, "permutation": "offline"})
@@ -186,9 +186,9 @@ def test_salient_columns_need_an_order() -> None:
 # What of each method's steps does not go with tuning; nothing of the others.
 UNTUNED = {
     **dict.fromkeys(
-        ("awq", "smoothquant", "serq", "serq-plus", "d2quant", "d2quant-uniform"), "transforms|a mean shift"
+        ("awq", "smoothquant", "serq", "serq-plus", "d2quant", "d2quant-uniform"), "transforms|a mean-shift"
     ),
-    **dict.fromkeys(("gptaq", "d2quant-plus"), "a rounder without drift"),
+    **dict.fromkeys(("gptaq", "d2quant-plus"), "a rounder with asymmetry"),
     **dict.fromkeys(("l2qer", "qera"), "low-rank factors of the rounding error"),
 }
 

@@ -53,10 +53,10 @@ REFUSED: dict[str, tuple[str, dict[str, Any], type[SubnibbleError], str]] = {
         "llama", {"method": "d2quant-plus", "bits": 4, "grid": "mxfp4", "group_size": 32}, BadRecipe, "need a uniform"
     ),
     "a grid that is not learned": (
-        "llama", {"method": "omniquant", "bits": 2, "grid": "sign"}, BadRecipe, "tuning needs a uniform grid"
+        "llama", {"method": "omniquant", "bits": 2, "grid": "sign"}, BadRecipe, 'tuning needs grid = "uniform"'
     ),
     "clips of no inputs": (
-        "llama", {"method": "bisup", "options": {"input_clipping": "site"}}, BadRecipe, "there are none"
+        "llama", {"method": "bisup", "options": {"input_clipping": "site"}}, BadRecipe, "no linear has such"
     ),
     "a rank too large": ("llama", {"method": "serq", **A4}, BadRecipe, "rank 128 is larger"),
     "outliers alone": (
@@ -65,7 +65,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], type[SubnibbleError], str]] = {
     "nothing to learn": (
         "llama",
         {"method": "rtn", "distill_steps": 3, "distill": {"tokens": 24, "scales": False, "norms": False}},
-        BadRecipe, "nothing of the model is learned",
+        BadRecipe, "the model has nothing to learn",
     ),
     "no such device": ("llama", {"device": "nope"}, SubnibbleError, "nope"),
     "a packed model": ("packed", {}, CheckpointError, "is quantized already"),

@@ -177,7 +177,7 @@ def test_wider_inputs_come_closer_to_those_that_are_not_quantized(
     ({"method": "rtn", "activation_bits": 5}, "activation bits are 5; choose one of 3, 4, 8"),
     ({"method": "rtn", "grid": "mxfp4"}, "an mxfp4 grid has 4 bits, groups of 32"),
     ({"method": "d2quant-plus", "grid": "mxfp4", "group_size": 32}, "q_proj: column scales and refitted rows need"),
-    ({"method": "serq", "options": {"rank": 0, "residual": "salient"}}, "rank is 0 and residual"),
+    ({"method": "serq", "options": {"rank": 0, "residual": "salient"}}, "residual is 'salient' but rank is 0"),
 ])  # fmt: skip
 def test_what_does_not_fit_is_refused_before_anything_is_written(
     values: dict[str, Any], message: str, folders: dict[str, Path], token_file: Path, tmp_path: Path
@@ -192,7 +192,7 @@ def test_norm_biases_are_not_folded_behind_quantized_inputs(
 ) -> None:
     values = {"method": "d2quant", "activation_bits": 8, "options": {"rotation": "none"}}
     _, model = make(folders["llama"], token_file, tmp_path / "out", **values)
-    with pytest.raises(CheckpointError, match="its readers quantize their inputs"):
+    with pytest.raises(CheckpointError, match="the linears that read it quantize their inputs"):
         fold_norm_biases_(model)
 
 

@@ -260,7 +260,7 @@ def test_clips_of_inputs_that_are_not_quantized_are_refused(
 ) -> None:
     setting = SETTING | {"activation_bits": 16}
     recipe = Recipe(calibration=str(token_file), **DATA, **setting, **METHODS["quarot-clips"])
-    with pytest.raises(BadRecipe, match="learns clips of inputs quantized on a uniform grid, and there are none"):
+    with pytest.raises(BadRecipe, match="learns clips of inputs quantized on a uniform grid, but no linear has such"):
         quantize(folders["llama"], tmp_path / "out", recipe)
     assert not (tmp_path / "out").exists()
 
@@ -298,7 +298,7 @@ def test_tuning_adds_no_bits(kind: str, folders: dict[str, Path], token_file: Pa
     ("method", "options", "said"),
     [
         ("bisup", {"over": "awq"}, "over is 'awq'; choose one of atom, quarot"),
-        ("bisup", {"outliers": 64}, "outliers is 64 and over is 'quarot'; it acts over atom alone"),
+        ("bisup", {"outliers": 64}, "outliers is 64 but over is 'quarot'; set over = "),
         ("bisup", {"smoothing": "much"}, "smoothing is 'much'"),
         ("bisup", {"input_clipping": "group"}, "input_clipping is 'group'; choose one of site, none"),
         ("bisup", {"effort": "slow"}, "effort is 'slow'"),
@@ -320,7 +320,7 @@ def test_grids_without_ranges_are_refused_before_weights_are_read(
     setting: dict[str, Any], folders: dict[str, Path], token_file: Path, tmp_path: Path
 ) -> None:
     recipe = Recipe(method="omniquant", bits=3, group_size=16, calibration=str(token_file), **DATA, **setting)
-    with pytest.raises(SubnibbleError, match=r"model\.layers\.0\.self_attn\.q_proj: tuning needs a uniform grid"):
+    with pytest.raises(SubnibbleError, match=r"model\.layers\.0\.self_attn\.q_proj has .* tuning needs grid"):
         quantize(folders["llama"], tmp_path / "out", recipe)
     assert not (tmp_path / "out").exists()
 

@@ -124,5 +124,5 @@ def test_compensation_on_fixed_grids_leaves_the_grids() -> None:
 
 @pytest.mark.parametrize("scheme", [Scheme(2, 32, "none", grid="sign"), Scheme(3, 32, "real")])
 def test_grids_without_ranges_are_refused(scheme: Scheme) -> None:
-    with pytest.raises(BadRecipe, match=r"model\.x: tuning needs a uniform grid"):
+    with pytest.raises(BadRecipe, match=r"model\.x has the scheme .* but tuning needs grid = \"uniform\""):
         check_scheme(scheme, "model.x")

@@ -1,4 +1,4 @@
-"""Distillation of a packed checkpoint that is there already (`train.py`), as often as one likes."""
+"""Distill an existing packed checkpoint (`train.py`); can be repeated."""
 
 from __future__ import annotations
 
@@ -25,13 +25,18 @@ from subnibble.report import DistillReport
 def distill_checkpoint(
     folder: str | Path, original: str | Path | Source, recipe: AnyRecipe, *, progress: Progress | None = None
 ) -> DistillReport:
-    """Tune the packed checkpoint in `folder` as a whole towards `original`, the model that it was quantized from.
+    """Tune a packed checkpoint as a whole towards the model that it was quantized from.
 
-    recipe: of it calibration (None: "c4"), num_windows, window, seed, device, dtype, distill_steps and distill count.
-    The folder's own recipe.toml stays as it is, report.json lists under `distilled_later` what was done. The folder is
-    replaced in one step.
+    The folder is replaced in one step. Its recipe.toml is not changed; report.json records the run under
+    `distilled_later`.
+
+    folder: the packed checkpoint.
+    original: the unquantized model.
+    recipe: calibration (None: "c4"), num_windows, window, seed, device, dtype, distill_steps and distill are used, the
+        other settings are ignored.
+    progress: called after each step.
     """
-    recipe, told = Recipe.of(recipe), given_progress(progress)
+    recipe, on_progress = Recipe.of(recipe), given_progress(progress)
     settings = recipe.distillation
     if settings is None:
         raise BadRecipe("distill_steps is 0; give a positive number")
@@ -49,21 +54,21 @@ def distill_checkpoint(
         calibration, packed.load_tokenizer, recipe.num_windows, recipe.window, recipe.seed, source.config.vocab_size
     )
     earlier = read_report(packed.path).get("distilled_later", [])
-    found = distill(source, packed, config, settings, windows, dtype, device, recipe.seed, told)
-    done = {
-        **asdict(found.report), **settings.to_dict(), "original": str(source.path), "calibration": calibration,
+    distilled = distill(source, packed, config, settings, windows, dtype, device, recipe.seed, on_progress)
+    entry = {
+        **asdict(distilled.report), **settings.to_dict(), "original": str(source.path), "calibration": calibration,
         "num_windows": recipe.num_windows, "window": recipe.window, "seed": recipe.seed, "device": str(device),
         "dtype": str(dtype).removeprefix("torch."),
     }  # fmt: skip
-    change_checkpoint(packed, found.config, found.tensors, {"distilled_later": [*earlier, done]})
-    return found.report
+    change_checkpoint(packed, distilled.config, distilled.tensors, {"distilled_later": [*earlier, entry]})
+    return distilled.report
 
 
 def _learnable(config: PackedConfig) -> frozenset[str]:
-    """What of a checkpoint can be learned; see `learnable`."""
+    """The parameter spaces that a packed checkpoint has, a subset of `SPACES`."""
     linears = config.linears
     return learnable(
-        [scheme for spec in linears for part in spec.matrices.values() for _, scheme in part.ranges],
+        [scheme for spec in linears for matrix in spec.matrices.values() for _, scheme in matrix.ranges],
         [spec.activation for spec in linears],
         column_scales=any(spec.column_scale for spec in linears),
         norm_biases=any(isinstance(spec, NormBiasSpec) for spec in config.modules.values()),

@@ -1,7 +1,8 @@
-"""A packed linear as a differentiable function of what is learned of it; codes stay as they are.
+"""A packed linear as a differentiable function of its learned parameters; its codes are fixed.
 
-Its matrices are `learned_matrix.py`'s. Before them an input meets the stored column scales c (1 + δ), rounded as they
-will be stored with the straight-through gradient, and its clip, `input_clip.py`.
+`learned_matrix.py` implements its matrices. Before them, the input is multiplied by the column scales c (1 + δ), which
+are rounded to their stored dtype (straight-through gradient), and quantized with the learned clip of
+`tuning/input_clip.py`.
 """
 
 from __future__ import annotations
@@ -22,19 +23,21 @@ from subnibble.tuning.input_clip import bound_, can_clip, clipped, with_share
 
 
 class Entrance(nn.Module):
-    """What linears that read one tensor alike share: the tensor in their basis, quantized with a learned clip.
+    """The transformed and quantized input that several linears share, with learned clip and column scales.
 
-    site: as it is stored, once for all of them. learned: names of `Distillation`'s settings, of which it knows clips
-    and column_scales. dtype: that products are computed in.
+    site: the stored description of the input, the same for all these linears.
+    learned: names of `Distillation` settings that are on; only "clips" and "column_scales" matter here.
+    dtype: compute dtype of matrix products.
+    device: device of the parameters.
     """
 
     def __init__(self, site: SiteInput, learned: Collection[str], dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self._site, self._dtype = site, dtype
         scheme, scales = site.activation, site.column_scale
-        moves = "clips" in learned and scheme is not None and can_clip(scheme)
-        self.share = nn.Parameter(torch.zeros((), device=device), requires_grad=moves)
-        # Shares of column scales.
+        learns_clip = "clips" in learned and scheme is not None and can_clip(scheme)
+        self.share = nn.Parameter(torch.zeros((), device=device), requires_grad=learns_clip)
+        # Relative changes δ of the column scales.
         self.columns: nn.Parameter | None = None
         if scales is not None:
             start = torch.zeros_like(scales, dtype=torch.float32)
@@ -44,61 +47,68 @@ class Entrance(nn.Module):
 
     @property
     def scheme(self) -> ActivationScheme | None:
-        """As learned."""
+        """The activation scheme with the learned clip; None if inputs are not quantized."""
         scheme = self._site.activation
         return None if scheme is None else with_share(scheme, self.share.detach())
 
     @property
     def column_scale(self) -> Tensor | None:
-        """As learned, (k,) float32 of the values that its stored type has; None if there is none."""
+        """Learned column scales (k,) float32, rounded to the stored dtype; None if there are none."""
         scales = self._site.column_scale
         return None if scales is None or self.columns is None else stored_factor(scales, self.columns, scales.dtype)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """X (..., k) in the readers' basis, (t, k) float32, and the same quantized. Made once for all of them."""
+        """Transform x (..., k) into the input basis: (t, k) float32, unquantized and quantized.
+
+        Computed once for all linears that share it.
+        """
         if self._x is not x or self._seen is None:
-            own = replace(self._site, column_scale=self.column_scale)
-            tokens = site_input.enter(x, own).flatten(0, -2).float()
+            site = replace(self._site, column_scale=self.column_scale)
+            tokens = site_input.enter(x, site).flatten(0, -2).float()
             self._x, self._seen = x, (tokens, self.quantized(tokens))
         return self._seen
 
     def quantized(self, tokens: Tensor) -> Tensor:
-        """Tokens (t, k) float32 as products meet them, in the compute type."""
+        """Quantize and dequantize tokens (t, k) float32; returns the compute dtype."""
         scheme = self._site.activation
         if scheme is None:
             return tokens.to(self._dtype)
         return clipped(tokens, self.share, scheme).to(self._dtype)
 
     def between(self, inner: Tensor) -> Tensor:
-        """What is between the factors of a low-rank branch, as the second meets it."""
+        """Quantize and dequantize the tensor (t, r) between the two factors of a low-rank branch."""
         scheme = self.scheme
         if scheme is None:
             return inner
-        own = scheme.without_outliers
-        return straight_through(inner, activations.quantize_values(inner.detach(), own))
+        # The branch's inner channels have no outliers among them.
+        inner_scheme = scheme.without_outliers
+        return straight_through(inner, activations.quantize_values(inner.detach(), inner_scheme))
 
     def forget(self) -> None:
-        """Forget the last tensor."""
+        """Drop the cached input."""
         self._x = self._seen = None
 
     def learned(self, name: str) -> dict[str, list[Learned]]:
-        """What is learned, by the setting that lets it be. name: of one of the linears, in messages."""
-        found: dict[str, list[Learned]] = {"clips": [], "column_scales": []}
+        """Learned parameters by the setting that enables them.
+
+        name: the name of one of the linears, used in messages.
+        """
+        spaces: dict[str, list[Learned]] = {"clips": [], "column_scales": []}
         if self.share.requires_grad:
-            found["clips"].append(Learned(f"{name}.activation.clip", self.share))
+            spaces["clips"].append(Learned(f"{name}.activation.clip", self.share))
         if self.columns is not None and self.columns.requires_grad:
-            found["column_scales"].append(Learned(f"{name}.column_scale", self.columns))
-        return found
+            spaces["column_scales"].append(Learned(f"{name}.column_scale", self.columns))
+        return spaces
 
     def stored(self) -> dict[str, Tensor]:
-        """Column scales that were learned, by their name in each of the linears."""
+        """Learned column scales in their stored dtype, by their name in each of the linears."""
         scales, old = self.column_scale, self._site.column_scale
         if scales is None or old is None or self.columns is None or not self.columns.requires_grad:
             return {}
         return {"column_scale": scales.detach().to(old.dtype)}
 
     def bound_(self) -> None:
-        """Bring what was learned back into its range."""
+        """Clamp learned parameters to their valid range."""
         scheme = self._site.activation
         if scheme is not None:
             bound_(self.share, scheme)
@@ -108,73 +118,81 @@ class Entrance(nn.Module):
 
 
 class StudentLinear(nn.Module):
-    """A packed linear: `ops.linear` with gradients. learned: names of `Distillation`'s settings."""
+    """A packed linear with learned parameters: `ops.linear` with gradients.
 
-    def __init__(self, own: Linear, entrance: Entrance, learned: Collection[str]) -> None:
+    linear: the stored linear, (m, k).
+    entrance: its input, shared with the site's other readers.
+    learned: names of `Distillation` settings that are on.
+    """
+
+    def __init__(self, linear: Linear, entrance: Entrance, learned: Collection[str]) -> None:
         super().__init__()
-        self._own = own
-        # In a tuple: several linears share it, and it is not theirs.
+        self._linear = linear
+        # The tuple hides the module from torch: several linears share it and none may register it as a submodule.
         self._entrance = (entrance,)
-        parts = matrices_of(own.weight)
-        self._prefixes = tuple(parts)
+        matrices = matrices_of(linear.weight)
+        self._prefixes = tuple(matrices)
         self.matrices = nn.ModuleDict(
-            {name.rstrip(".") or "weight": LearnedMatrix(part, learned) for name, part in parts.items()}
+            {name.rstrip(".") or "weight": LearnedMatrix(matrix, learned) for name, matrix in matrices.items()}
         )
-        self.out_features, self.in_features = own.weight.main.shape
+        self.out_features, self.in_features = linear.weight.main.shape
 
     @property
     def entrance(self) -> Entrance:
-        """Shared with the site's other readers."""
+        """The input, shared with the site's other readers."""
         return self._entrance[0]
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (..., k) to (..., m), in x's type."""
-        weight, entrance = self._own.weight, self.entrance
-        exact, entered = entrance(x)
-        y = self._times("weight", entered)
+        """Map x (..., k) to (..., m), in x's dtype."""
+        weight, entrance = self._linear.weight, self.entrance
+        unquantized, quantized = entrance(x)
+        y = self._times("weight", quantized)
         if weight.salient is not None:
             rank = weight.salient.shape[1]
-            y = y + self._times("salient", entered[:, :rank])
-            if self._own.input.repeated:
-                rest = entrance.quantized(exact[:, :rank] - entered[:, :rank].float())
-                y = y + self._times("salient", rest)
+            y = y + self._times("salient", quantized[:, :rank])
+            if self._linear.input.repeated:
+                remainder = entrance.quantized(unquantized[:, :rank] - quantized[:, :rank].float())
+                y = y + self._times("salient", remainder)
         if weight.low_rank is not None:
-            inner = entrance.between(self._times("down", entered))
-            y = y + self._times("up", inner.to(entered.dtype))
+            inner = entrance.between(self._times("down", quantized))
+            y = y + self._times("up", inner.to(quantized.dtype))
         if weight.bias is not None:
             y = y + weight.bias.float()
         return y.to(x.dtype).view(*x.shape[:-1], y.shape[1])
 
     def _times(self, matrix: str, x: Tensor) -> Tensor:
-        """The product with one of the matrices, float32."""
-        found: Tensor = self.matrices[matrix](x)
-        return found.float()
+        """The product x wᵀ with the matrix named `matrix`, float32."""
+        product: Tensor = self.matrices[matrix](x)
+        return product.float()
 
     def learned(self, name: str) -> dict[str, list[Learned]]:
-        """What is learned of its matrices, by the setting that lets it be. name: its own, in messages."""
-        found: dict[str, list[Learned]] = {}
+        """Learned parameters of the matrices, by the setting that enables them.
+
+        name: the linear's name, used in messages.
+        """
+        spaces: dict[str, list[Learned]] = {}
         for prefix, matrix in self._learned_matrices.items():
-            for space, own in matrix.learned(f"{name}.{prefix}").items():
-                found.setdefault(space, []).extend(own)
-        return found
+            for space, parameters in matrix.learned(f"{name}.{prefix}").items():
+                spaces.setdefault(space, []).extend(parameters)
+        return spaces
 
     def stored(self) -> Mapping[str, Tensor]:
-        """What was learned, by its name in the linear."""
-        found = self.entrance.stored()
+        """Learned tensors in their stored dtype, by their names in the linear."""
+        tensors = self.entrance.stored()
         for prefix, matrix in self._learned_matrices.items():
-            found |= {f"{prefix}{name}": tensor for name, tensor in matrix.stored().items()}
-        return found
+            tensors |= {f"{prefix}{name}": tensor for name, tensor in matrix.stored().items()}
+        return tensors
 
     def bound_(self) -> None:
-        """Bring what was learned of its matrices back into its range."""
+        """Clamp learned parameters of the matrices to their valid range."""
         for matrix in self._learned_matrices.values():
             matrix.bound_()
 
     @property
     def _learned_matrices(self) -> dict[str, LearnedMatrix]:
-        """By the prefix of their stored names."""
-        found = {}
+        """The matrices by the prefix of their stored names."""
+        learned = {}
         for prefix, matrix in zip(self._prefixes, self.matrices.values(), strict=True):
             assert isinstance(matrix, LearnedMatrix)
-            found[prefix] = matrix
-        return found
+            learned[prefix] = matrix
+        return learned

@@ -1,7 +1,7 @@
-"""The two models of distillation: the original, and the packed model as a function of what is learned of it.
+"""The two models of distillation: teacher (the original) and student (the packed model with learned parameters).
 
-Both run block by block. What is inside the packed model's blocks is kept for gradients where memory allows it, else
-computed twice.
+Both run block by block. Activations inside the student's blocks are stored for the backward pass if memory allows it,
+and computed again otherwise.
 """
 
 from __future__ import annotations
@@ -34,44 +34,58 @@ from subnibble.runtime.kv_cache import Coding
 from subnibble.runtime.modules import KeyCenter, PackedLinear
 from subnibble.tensor.cache_scheme import CacheScheme, PrefixIds
 
-# Numbers, in channels of the residual stream, that a block's gradients need of a token; the share of free memory that
-# may be spent on them.
-_KEPT_OF_TOKEN, FREE_SHARE = 80, 0.25
+# Activations that the backward pass of a block needs per token, as a multiple of the residual stream's width; the share
+# of free memory that they may take.
+_STORED_PER_TOKEN, FREE_SHARE = 80, 0.25
 
 
 def states_bytes(blocks: int, tokens: int, width: int) -> int:
-    """What gradients need of so many tokens inside blocks of a residual stream of `width` channels; rough."""
-    return blocks * tokens * width * _KEPT_OF_TOKEN * torch.float32.itemsize
+    """Estimate the bytes of activations inside the blocks that a backward pass stores.
+
+    blocks: number of blocks.
+    tokens: number of tokens in the batch.
+    width: channels of the residual stream.
+    """
+    return blocks * tokens * width * _STORED_PER_TOKEN * torch.float32.itemsize
 
 
 @dataclass(frozen=True)
 class WholeModel:
-    """A model run block by block. calls: of each block, for windows of one length, behind its prefix."""
+    """A model that is run block by block.
+
+    model: a transformers causal language model.
+    arch: its architecture.
+    calls: call arguments of each block, for windows of one length after the prefix.
+    """
 
     model: Any
     arch: Arch
     calls: list[BlockCall]
 
     def keeps_states(self, tokens: int, device: torch.device) -> bool:
-        """Whether there is memory for what is inside the blocks, for so many tokens."""
+        """Whether memory suffices to store the activations inside the blocks for this many tokens."""
         needed = states_bytes(len(self.calls), tokens, self.model.config.hidden_size)
         return needed < FREE_SHARE * free_memory(device)
 
     def logits(self, ids: Tensor, keeps_states: bool) -> Tensor:
-        """(b, t, vocabulary) float32. keeps_states: of blocks, for gradients; else they are computed again there."""
+        """Logits (b, t, vocabulary) float32.
+
+        ids: (b, t) int64 token ids.
+        keeps_states: store activations inside the blocks for the backward pass; else it computes them again.
+        """
         get = self.model.get_submodule
         hidden = get(self.arch.embedding)(ids)
-        for block, own in zip(get(self.arch.blocks), self.calls, strict=True):
+        for block, call in zip(get(self.arch.blocks), self.calls, strict=True):
             if keeps_states:
-                hidden = run_block(block, hidden, own)
+                hidden = run_block(block, hidden, call)
             else:
-                hidden = checkpoint(run_block, block, hidden, own, use_reentrant=False)
-        found: Tensor = get(self.arch.head)(get(self.arch.final_norm)(hidden)).float()
-        return found
+                hidden = checkpoint(run_block, block, hidden, call, use_reentrant=False)
+        logits: Tensor = get(self.arch.head)(get(self.arch.final_norm)(hidden)).float()
+        return logits
 
 
 class Teacher:
-    """The original."""
+    """The original model, whose predictions are the targets."""
 
     def __init__(self, model: WholeModel, device: torch.device) -> None:
         self._model, self._device = model, device
@@ -80,7 +94,12 @@ class Teacher:
     def of(
         cls, source: Source, prefix: PrefixIds | None, length: int, dtype: torch.dtype, device: torch.device
     ) -> Teacher:
-        """The model of `source`, behind a prefix, for windows of `length` tokens."""
+        """Load the model of `source`.
+
+        prefix: token ids of the prompt prefix that comes before every window, or None.
+        length: tokens per window.
+        dtype: compute dtype.
+        """
         skeleton = Skeleton(source, dtype, device)
         model = skeleton.load_all()
         states: list[States | None] = [None] * skeleton.num_blocks
@@ -88,17 +107,17 @@ class Teacher:
             states = [*_states(skeleton, model, prefix)]
         past = 0 if prefix is None else len(prefix.ids)
         calls = skeleton.block_calls(length, dtype, past)
-        calls = [behind(own, state) for own, state in zip(calls, states, strict=True)]
+        calls = [behind(call, prefix_states) for call, prefix_states in zip(calls, states, strict=True)]
         return cls(WholeModel(model, skeleton.arch, calls), device)
 
     def log_probs(self, ids: Tensor) -> Tensor:
-        """Logarithms of the next token's probabilities, (b, t, vocabulary)."""
+        """Log-probabilities of the next token, (b, t, vocabulary). ids: (b, t) int64."""
         with torch.no_grad():
             return self._model.logits(ids.to(self._device), keeps_states=True).log_softmax(-1)
 
 
 def _states(skeleton: Skeleton, model: Any, prefix: PrefixIds) -> Iterator[States]:
-    """A prefix's keys and values in each block of a whole model."""
+    """Keys and values of a prefix in each block of a loaded model."""
     arch = skeleton.arch
     with torch.no_grad():
         hidden = model.get_submodule(arch.embedding)(torch.tensor([prefix.ids], device=skeleton.device))
@@ -108,9 +127,13 @@ def _states(skeleton: Skeleton, model: Any, prefix: PrefixIds) -> Iterator[State
 
 
 class Student:
-    """The packed model with what is learned of it. spaces: by the names of `Distillation`'s settings.
+    """The packed model with its learned parameters.
 
-    types: of tensors in the checkpoint, by their names; of norms' gains and biases.
+    model: the model, its packed linears in the blocks replaced by `StudentLinear`.
+    config: the checkpoint's manifest.
+    settings: what is learned.
+    types: stored dtype of each norm gain and norm bias, by its name in the checkpoint.
+    spaces (attribute): learned parameters by the `Distillation` setting that enables them.
     """
 
     def __init__(
@@ -128,7 +151,9 @@ class Student:
         packed = [path for path, module in modules.items() if isinstance(module, PackedLinear)]
         fixed = [path for path in packed if path.startswith(f"{model.arch.blocks}.")]
         if fixed:
-            raise SilentFailure(f"{fixed[0]} is packed and would not be learned; this is a fault of subnibble's")
+            raise SilentFailure(
+                f"{fixed[0]} is packed but has no learned parameters; this is a bug of subnibble, please report it"
+            )
         self._entrances = list(dict.fromkeys(linear.entrance for linear in self._linears.values()))
         gains = dict(_gains(model)) if settings.norms else {}
         biases = dict(_biases(model, config)) if settings.norm_biases else {}
@@ -148,9 +173,14 @@ class Student:
         dtype: torch.dtype,
         device: torch.device,
     ) -> Student:
-        """The checkpoint `packed`, made of `source`, which `config` describes, for windows of `length` tokens.
+        """Load a packed checkpoint.
 
-        dtype: that products are computed in.
+        source: the original model.
+        packed: the checkpoint that was quantized from it.
+        config: the checkpoint's manifest.
+        settings: what is learned.
+        length: tokens per window.
+        dtype: compute dtype of the packed linears' products; everything else is float32.
         """
         skeleton = Skeleton(source, torch.float32, device)
         past = 0 if config.prefix is None else len(config.prefix.ids)
@@ -161,22 +191,24 @@ class Student:
         check_values(model, config)
         for index, block in enumerate(model.get_submodule(arch.blocks)):
             _learn_(block, arch, settings, dtype)
-            calls[index] = behind(calls[index], _held(block, arch), _coding(block, arch, config.cache))
-        whole = WholeModel(model, arch, calls)
-        types = {name: packed.load_raw(name).dtype for name, _ in (*_gains(whole), *_biases(whole, config))}
-        return cls(whole, config, settings, device, types)
+            calls[index] = behind(calls[index], _stored_prefix(block, arch), _coding(block, arch, config.cache))
+        student_model = WholeModel(model, arch, calls)
+        types = {
+            name: packed.load_raw(name).dtype for name, _ in (*_gains(student_model), *_biases(student_model, config))
+        }
+        return cls(student_model, config, settings, device, types)
 
     def logits(self, ids: Tensor) -> Tensor:
-        """(b, t, vocabulary) float32."""
+        """Logits (b, t, vocabulary) float32. ids: (b, t) int64."""
         if self._keeps is None:
             self._keeps = self._model.keeps_states(ids.numel(), self._device)
-        found = self._model.logits(ids.to(self._device), self._keeps or not torch.is_grad_enabled())
-        # Gradients tell of what is learned alone, not of biases that stay and of the matrix in front of the head.
+        logits = self._model.logits(ids.to(self._device), self._keeps or not torch.is_grad_enabled())
+        # `_check_reached` covers learned parameters only, not fixed biases and not the matrix before the head.
         check_ran(self._model.model)
-        return found
+        return logits
 
     def bound_(self) -> None:
-        """Bring what was learned back into its range."""
+        """Clamp learned parameters to their valid range."""
         for linear in self._linears.values():
             linear.bound_()
         for entrance in self._entrances:
@@ -184,7 +216,7 @@ class Student:
 
     @contextmanager
     def as_stored(self) -> Iterator[None]:
-        """What norms have, too, as the checkpoint's types hold it; what linears have always is."""
+        """Round norm gains and biases to their stored dtype inside the context; the linears' parameters always are."""
         exact = {name: parameter.detach().clone() for name, parameter in self._norms.items()}
         with torch.no_grad():
             for name, parameter in self._norms.items():
@@ -197,25 +229,25 @@ class Student:
                     parameter.copy_(exact[name])
 
     def forget(self) -> None:
-        """Forget what sites held."""
+        """Drop the cached inputs of all sites."""
         for entrance in self._entrances:
             entrance.forget()
 
     def parameters(self) -> list[nn.Parameter]:
-        """All that is learned."""
-        return [one.parameter for space in self.spaces.values() for one in space]
+        """All learned parameters."""
+        return [learned.parameter for space in self.spaces.values() for learned in space]
 
     def tensors(self) -> dict[str, Tensor]:
-        """What was learned, by its name in the checkpoint; of norms in float32."""
-        found = {name: parameter.detach().clone() for name, parameter in self._norms.items()}
+        """Learned tensors by their names in the checkpoint; norm gains and biases in float32."""
+        tensors = {name: parameter.detach().clone() for name, parameter in self._norms.items()}
         for path, linear in self._linears.items():
             spec = self._config.modules[path]
             assert isinstance(spec, PackedLinearSpec)
-            found |= {f"{path}.{name}": tensor for name, tensor in linear.stored().items() if name in spec.parts}
-        return found
+            tensors |= {f"{path}.{name}": tensor for name, tensor in linear.stored().items() if name in spec.parts}
+        return tensors
 
     def config(self) -> PackedConfig:
-        """What config.json says now."""
+        """The manifest with the learned clips."""
         modules = dict(self._config.modules)
         for path, linear in self._linears.items():
             spec = modules[path]
@@ -226,19 +258,19 @@ class Student:
     def _spaces(
         self, gains: Mapping[str, nn.Parameter], biases: Mapping[str, nn.Parameter]
     ) -> dict[str, list[Learned]]:
-        found: dict[str, list[Learned]] = {name: [] for name in SPACES}
-        named = {linear.entrance: path for path, linear in reversed(self._linears.items())}
-        parts = [linear.learned(path) for path, linear in self._linears.items()]
-        parts += [entrance.learned(named[entrance]) for entrance in self._entrances]
-        for part in parts:
-            for space, own in part.items():
-                found[space] += own
-        found["norms"] = [Learned(name, gain, _size(gain)) for name, gain in gains.items()]
+        spaces: dict[str, list[Learned]] = {name: [] for name in SPACES}
+        paths = {linear.entrance: path for path, linear in reversed(self._linears.items())}
+        learned = [linear.learned(path) for path, linear in self._linears.items()]
+        learned += [entrance.learned(paths[entrance]) for entrance in self._entrances]
+        for of_module in learned:
+            for space, parameters in of_module.items():
+                spaces[space] += parameters
+        spaces["norms"] = [Learned(name, gain, _size(gain)) for name, gain in gains.items()]
         for name, bias in biases.items():
-            # A norm's output is as large as its gain; a bias may be 0 everywhere and has no size of its own.
+            # The gain gives the magnitude of the norm's output; the bias itself may be all zeros.
             gain = self._model.model.get_parameter(f"{name.removesuffix('.bias')}.weight")
-            found["norm_biases"].append(Learned(name, bias, _size(gain)))
-        return found
+            spaces["norm_biases"].append(Learned(name, bias, _size(gain)))
+        return spaces
 
 
 def _size(gain: Tensor) -> float:
@@ -246,22 +278,25 @@ def _size(gain: Tensor) -> float:
 
 
 def _learn_(block: nn.Module, arch: Arch, settings: Distillation, dtype: torch.dtype) -> None:
-    """Let a block's packed linears learn; readers of a site that take its tensor alike share what they make of it."""
+    """Replace a block's packed linears by `StudentLinear`; readers with the same `SiteInput` share one `Entrance`."""
     for site in arch.sites:
         shared: list[tuple[PackedLinear, Entrance]] = []
         for name in site.readers:
             linear = block.get_submodule(name)
             if not isinstance(linear, PackedLinear):
                 continue
-            entrance = next((own for other, own in shared if linear.linear.input.same_as(other.linear.input)), None)
+            entrance = next(
+                (candidate for other, candidate in shared if linear.linear.input.same_as(other.linear.input)),
+                None,
+            )
             if entrance is None:
                 entrance = Entrance(linear.linear.input, settings.learned, dtype, linear.codes.device)
                 shared.append((linear, entrance))
             block.set_submodule(name, StudentLinear(linear.linear, entrance, settings.learned))
 
 
-def _held(block: nn.Module, arch: Arch) -> States | None:
-    """The prefix's keys and values that a block's attention holds."""
+def _stored_prefix(block: nn.Module, arch: Arch) -> States | None:
+    """Keys and values (float32) of the prefix that a block's attention stores; None without a prefix."""
     attention = block.get_submodule(arch.attention)
     if not hasattr(attention, PREFIX):
         return None
@@ -270,7 +305,7 @@ def _held(block: nn.Module, arch: Arch) -> States | None:
 
 
 def _coding(block: nn.Module, arch: Arch, scheme: CacheScheme | None) -> Coding | None:
-    """How a block's cache codes, with the centre that its attention holds."""
+    """How a block's KV cache is quantized, with the key center that its attention stores; None for 16 bits."""
     if scheme is None or not scheme.is_centered:
         return None if scheme is None else Coding(scheme)
     center = block.get_submodule(f"{arch.attention}.{KEY_CENTER}")
@@ -279,7 +314,7 @@ def _coding(block: nn.Module, arch: Arch, scheme: CacheScheme | None) -> Coding 
 
 
 def _gains(model: WholeModel) -> Iterator[tuple[str, nn.Parameter]]:
-    """Gains of norms in blocks, and of the final one, by name."""
+    """Gains of the norms in blocks and of the final norm, by name."""
     arch = model.arch
     for name, parameter in model.model.named_parameters():
         inside = name.startswith((f"{arch.blocks}.", f"{arch.final_norm}."))
@@ -288,7 +323,7 @@ def _gains(model: WholeModel) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def _biases(model: WholeModel, config: PackedConfig) -> Iterator[tuple[str, nn.Parameter]]:
-    """Biases that norms got, by name."""
+    """Biases that quantization added to norms, by name."""
     for path, spec in config.modules.items():
         if isinstance(spec, NormBiasSpec):
             yield f"{path}.bias", model.model.get_parameter(f"{path}.bias")

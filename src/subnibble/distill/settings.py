@@ -1,4 +1,4 @@
-"""How a packed model is tuned as a whole, towards the original's predictions (`train.py`)."""
+"""Distillation settings: what is learned of a packed model, and for how many steps (`train.py`)."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ from subnibble.tensor.activation_scheme import ActivationScheme
 from subnibble.tensor.scheme import E8M0, Scheme, known_fields
 from subnibble.tuning.input_clip import can_clip
 
-# What can be learned, by the names of the settings that say whether it is.
+# Parameter spaces; each is also the name of the setting that enables it.
 SPACES = ("scales", "zero_points", "column_scales", "norms", "norm_biases", "clips")
 
 
 def learnable(
     weights: Iterable[Scheme], inputs: Iterable[ActivationScheme | None], column_scales: bool, norm_biases: bool
 ) -> frozenset[str]:
-    """Those of `SPACES` that a packed model has.
+    """The names in `SPACES` that a packed model has parameters for.
 
-    weights: how matrices are coded. inputs: how linears' inputs are, None for not at all. column_scales, norm_biases:
-    whether any is stored.
+    weights: scheme of each packed matrix.
+    inputs: activation scheme of each linear, None if its input is not quantized.
+    column_scales, norm_biases: whether any are stored.
     """
     quantized = list(weights)
-    there = {
+    available = {
         "scales": any(scheme.scale_type != E8M0 for scheme in quantized),
         "zero_points": any(scheme.zero_point == "real" for scheme in quantized),
         "column_scales": column_scales,
@@ -32,17 +33,24 @@ def learnable(
         "norm_biases": norm_biases,
         "clips": any(scheme is not None and can_clip(scheme) for scheme in inputs),
     }
-    return frozenset(name for name in SPACES if there[name])
+    return frozenset(name for name in SPACES if available[name])
 
 
 @dataclass(frozen=True)
 class Distillation:
-    """What is learned of a packed model whose codes stay as they are, and for how long.
+    """What is learned of a packed model with fixed codes, and for how many steps.
 
-    steps: of the optimizer. tokens: of calibration text in each step. rate: largest change of a number in one step,
-    about, as a share of it. The others say what is learned, where the model has it. scales: of weights. zero_points: of
-    weights, where they are real. column_scales: of linears that store their own. norms: gains of norms. norm_biases: of
-    norms that got one against mean shift. clips: shares of inputs' ranges that are kept, one a site.
+    steps: optimizer steps.
+    tokens: calibration tokens per step.
+    rate: approximate largest relative change of a parameter in one step.
+
+    The other fields say whether a parameter space is learned, if the model has it:
+    scales: weight scales.
+    zero_points: real weight zero-points.
+    column_scales: column scales that linears store.
+    norms: norm gains.
+    norm_biases: norm biases that correct mean shift.
+    clips: the share of the input range that is kept, per site.
     """
 
     steps: int
@@ -66,45 +74,49 @@ class Distillation:
             if not isinstance(getattr(self, name), bool):
                 raise BadRecipe(f"distill {name} is {getattr(self, name)!r}; give true or false")
         if not self.learned:
-            raise BadRecipe(f"there is nothing to distill into: {', '.join(SPACES)} are all false")
+            raise BadRecipe(f"distillation has nothing to learn: {', '.join(SPACES)} are all false; set one to true")
 
     @property
     def learned(self) -> frozenset[str]:
-        """What is learned, where the model has it: the names of the settings that say so."""
+        """Names of the parameter spaces that are enabled."""
         return frozenset(name for name in SPACES if getattr(self, name))
 
     def pieces(self, windows: int, window: int) -> tuple[int, int]:
-        """How many pieces of how many tokens so many windows give: a window longer than a step is cut into several.
+        """Number and length in tokens of the pieces; a window longer than a step is cut into several pieces.
 
-        Raises `BadRecipe` where none would be left to hold out.
+        windows: number of windows.
+        window: tokens per window.
+
+        Raises `BadRecipe` if there is only one piece, because one must be held out.
         """
         length = min(self.tokens, window)
         count = windows * (window // length)
         if count < 2:
             raise BadRecipe(
-                f"distillation holds some text out and there is one window of {window} tokens for steps of "
-                f"{self.tokens}; use more windows, or fewer tokens a step (distill.tokens)"
+                f"distillation needs text to train on and text to hold out, but there is one window of {window} tokens "
+                f"for steps of {self.tokens}; use more windows, or fewer tokens a step (distill.tokens)"
             )
         return count, length
 
-    def check_learns(self, there: Iterable[str], where: str) -> None:
-        """Raise `BadRecipe` if nothing is learned of a model, in messages `where`.
+    def check_learns(self, available: Iterable[str], where: str) -> None:
+        """Raise `BadRecipe` if no enabled parameter space exists in a model.
 
-        there: what it has that could be, by the names of the settings; see `learnable`.
+        available: names of the spaces that the model has, see `learnable`.
+        where: names the model in the message.
         """
-        if self.learned.isdisjoint(there):
+        if self.learned.isdisjoint(available):
             settings = ", ".join(f"{name} = {getattr(self, name)}" for name in SPACES)
             raise BadRecipe(
-                f"nothing of {where} is learned with distill {settings}: scales are learned on grids other than MXFP4, "
-                "zero-points where they are real, column scales and norm biases where they are stored, clips of inputs "
-                "quantized on a uniform grid; let norms be learned"
+                f"{where} has nothing to learn with distill {settings}: scales are learned on grids other than MXFP4, "
+                "zero-points if they are real, column scales and norm biases if they are stored, clips of inputs "
+                "quantized on a uniform grid; set norms = true"
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain dictionary."""
+        """The settings as a plain dictionary."""
         return asdict(self)
 
     @classmethod
     def of(cls, steps: int, others: Mapping[str, Any]) -> Self:
-        """For so many steps, with the settings of a recipe's table; an unknown key is an error."""
+        """Settings for `steps` steps with the other fields from a recipe's table; an unknown key is an error."""
         return cls(steps, **known_fields(cls, others, "unknown key {} of distill", but=("steps",)))

@@ -1,18 +1,18 @@
-"""Tune a packed model as a whole towards the original's predictions: its codes stay, its scales move.
+"""Tune a packed model as a whole towards the original's predictions, with fixed codes and learned scales.
 
-    L = mean over tokens KL(p || q),   p, q: the next token's probabilities, of the original and of the packed model
+    L = mean over tokens KL(p || q),   p, q: next-token probabilities of the original and of the packed model
 
-Learned are what costs no bits: scales and real zero-points of weights, stored column scales, gains and biases of norms,
-clips of inputs (`learned_matrix.py`, `linear.py`, `tuning/input_clip.py`). Blocks that were quantized
-one by one each answer for their own output; here they answer together for what the model says. The step is
-EfficientQAT's end-to-end one (arXiv 2407.11062, section 3.3), the original in the place of the text as teacher. The
-packed model runs as it will: inputs quantized, keys and values through the cache's codes, behind the prompt.
+Only what costs no bits is learned: scales and real zero-points of weights, stored column scales, gains and biases of
+norms, clips of inputs (`learned_matrix.py`, `linear.py`, `tuning/input_clip.py`). Quantization fits each block to its
+own output; distillation fits all blocks together to the model's output. It is EfficientQAT's end-to-end step (arXiv
+2407.11062, section 3.3) with the original model instead of the text as teacher. The packed model runs as at inference:
+with quantized inputs, a quantized KV cache and the prompt prefix.
 
-AdamW, warmed up, a cosine; steps are shares of the numbers they change, so that one rate fits all. Some windows are
-held out and looked at now and then: where the loss on them is no less than before, or where it or a gradient is not
-finite, training goes back to the best state, the start among them, at a quarter of the rate. The original is held
-beside the packed model; what is inside the latter's blocks is kept for gradients where memory allows it, else computed
-twice.
+AdamW with warm-up and a cosine schedule. Steps are relative to the parameters' magnitudes, so that one rate fits all.
+Some windows are held out and evaluated a few times. If their loss has not improved, or if it or a gradient is not
+finite, training returns to the best state so far (possibly the start) at a quarter of the rate. Both models are in
+memory. Activations inside the packed model's blocks are stored for the backward pass if memory allows it, and computed
+again otherwise.
 """
 
 from __future__ import annotations
@@ -37,15 +37,20 @@ from subnibble.report import DistillReport
 
 _WARM_UP, _LAST_RATE, _BETAS = 0.1, 0.05, (0.9, 0.95)
 _LARGEST_GRADIENT = 1.0
-# One window in so many is held out, up to so many tokens.
+# One window in _HELD_OUT is held out, up to _HELD_OUT_TOKENS tokens in all.
 _HELD_OUT, _HELD_OUT_TOKENS = 8, 4096
-# When held-out windows are looked at, as shares of all steps; and what the rate is divided by where they got worse.
-_LOOKS, _SLOWER = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1), 4
+# When the held-out loss is computed, as shares of all steps; the divisor of the rate if it has not improved.
+_EVALUATE_AT, _RATE_DIVISOR = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1), 4
 
 
 @dataclass(frozen=True)
 class Distilled:
-    """What changed. tensors: by their names in the checkpoint. config: with the clips as learned."""
+    """Result of distillation.
+
+    tensors: learned tensors by their names in the checkpoint.
+    config: the checkpoint's manifest with the learned clips.
+    report: losses and step counts.
+    """
 
     tensors: Mapping[str, Tensor]
     config: PackedConfig
@@ -63,10 +68,16 @@ def distill(
     seed: int,
     progress: Progress,
 ) -> Distilled:
-    """Tune the checkpoint `packed`, which was made of `source` and says `config` of itself.
+    """Tune a packed checkpoint; nothing is written.
 
-    settings: that let something of it be learned. windows: (n, t) ids of calibration text. dtype: that products are
-    computed in. seed: draws the order of windows.
+    source: the original model.
+    packed: the checkpoint that was quantized from it.
+    config: the checkpoint's manifest.
+    settings: what is learned; at least one enabled parameter space must exist in the checkpoint.
+    windows: (n, t) int64 token ids of calibration text.
+    dtype: compute dtype of matrix products.
+    seed: draws the order of windows.
+    progress: called after each step.
     """
     samples = _Samples.of(windows, settings)
     length = samples.trained.shape[1]
@@ -79,7 +90,7 @@ def distill(
 
 @dataclass(frozen=True)
 class _Samples:
-    """Ids (n, t) to train on and to look at, and how many of them a step takes."""
+    """Token ids (n, t) to train on and to hold out, and the number of windows per step."""
 
     trained: Tensor
     held_out: Tensor
@@ -87,14 +98,14 @@ class _Samples:
 
     @classmethod
     def of(cls, windows: Tensor, settings: Distillation) -> _Samples:
-        """Windows longer than a step are cut into several."""
+        """Split windows (n, t) into training and held-out pieces; windows longer than a step are cut into several."""
         count, length = settings.pieces(*windows.shape)
         pieces = windows[:, : windows.shape[1] // length * length].reshape(count, length)
-        held = max(1, min(count // _HELD_OUT, _HELD_OUT_TOKENS // length))
-        return cls(pieces[: count - held], pieces[count - held :], max(1, settings.tokens // length))
+        held_out = max(1, min(count // _HELD_OUT, _HELD_OUT_TOKENS // length))
+        return cls(pieces[: count - held_out], pieces[count - held_out :], max(1, settings.tokens // length))
 
     def order(self, steps: int, seed: int) -> Iterator[Tensor]:
-        """Batches of ids: all windows in some order, then in another."""
+        """Yield batches of ids: all windows in a random order, then in another."""
         generator, waiting = torch.Generator().manual_seed(seed), torch.empty(0, dtype=torch.long)
         for _ in range(steps):
             while waiting.shape[0] < self.together:
@@ -105,7 +116,7 @@ class _Samples:
 
 @dataclass
 class _Training:
-    """The loop. before, best: losses on held-out windows."""
+    """The training loop. before, best: held-out loss at the start and of the best state."""
 
     teacher: Teacher
     student: Student
@@ -123,35 +134,35 @@ class _Training:
         self.before = self.best = self._look()
         if not math.isfinite(self.before):
             raise NumericalFailure(
-                "what the packed model says is not finite, so it cannot be distilled; use more bits, or leave "
+                "the packed model's predictions are not finite, so it cannot be distilled; use more bits, or leave "
                 "distill_steps out"
             )
         self._keep()
         optimizer, rate = self._optimizer(), self.settings.rate
-        looks = {max(1, round(steps * share)) for share in _LOOKS}
+        evaluations = {max(1, round(steps * share)) for share in _EVALUATE_AT}
         for step, ids in enumerate(self.samples.order(steps, self.seed)):
             self._set_rates_(optimizer, rate, step)
             loss = self._step(ids, optimizer)
             finite = math.isfinite(loss)
-            if step + 1 in looks or not finite:
-                seen = self._look() if finite else math.inf
-                if seen < self.best:
-                    self.best = seen
+            if step + 1 in evaluations or not finite:
+                held_out = self._look() if finite else math.inf
+                if held_out < self.best:
+                    self.best = held_out
                     self._keep()
                 else:
                     self._restore()
-                    optimizer, rate = self._optimizer(), rate / _SLOWER
+                    optimizer, rate = self._optimizer(), rate / _RATE_DIVISOR
                     self.rollbacks += 1
             progress(step + 1, steps, f"distilled to a held-out loss of {self.best:.4f}")
         self._restore()
 
     def report(self) -> DistillReport:
-        """What the report says of it."""
+        """The part of the report about distillation."""
         return DistillReport(self.before, self.best, self.settings.steps, self.rollbacks)
 
     def _look(self) -> float:
-        """The loss on held-out windows, of the model as it would be stored."""
-        # What the original says of all of them would be large to keep: a number for each token and word.
+        """The held-out loss of the model as it would be stored."""
+        # The teacher's predictions are computed anew: stored, they would take a number per token and vocabulary entry.
         with torch.no_grad(), self.student.as_stored():
             loss = WeightedMean()
             for ids in self.samples.held_out.split(self.samples.together):
@@ -160,14 +171,14 @@ class _Training:
         return loss.value
 
     def _step(self, ids: Tensor, optimizer: torch.optim.Optimizer) -> float:
-        """One step; its loss, or nan, and no step, where it is not finite."""
+        """Take one step and return its loss; if loss or gradient is not finite, take none and return nan."""
         optimizer.zero_grad(set_to_none=True)
         loss = _divergence(self.teacher.log_probs(ids), self.student.logits(ids))
         loss.backward()
         self.student.forget()
         _check_reached(self.student.spaces)
         norms = [
-            torch.nn.utils.clip_grad_norm_([one.parameter for one in space], _LARGEST_GRADIENT)
+            torch.nn.utils.clip_grad_norm_([learned.parameter for learned in space], _LARGEST_GRADIENT)
             for space in self.student.spaces.values()
             if space
         ]
@@ -178,39 +189,41 @@ class _Training:
         return float(loss.detach())
 
     def _optimizer(self) -> torch.optim.Optimizer:
-        # What is no share takes steps of its own size.
+        # The unit scales the steps of parameters that are not relative changes.
         groups = [
-            {"params": [one.parameter], "unit": one.unit} for space in self.student.spaces.values() for one in space
+            {"params": [learned.parameter], "unit": learned.unit}
+            for space in self.student.spaces.values()
+            for learned in space
         ]
         return torch.optim.AdamW(groups, lr=0.0, betas=_BETAS, weight_decay=0.0)
 
     def _set_rates_(self, optimizer: torch.optim.Optimizer, rate: float, step: int) -> None:
         done = step / self.settings.steps
         cosine = _LAST_RATE + (1 - _LAST_RATE) * (1 + math.cos(math.pi * done)) / 2
-        warm = min(1.0, (step + 1) / max(1.0, _WARM_UP * self.settings.steps))
+        warm_up = min(1.0, (step + 1) / max(1.0, _WARM_UP * self.settings.steps))
         for group in optimizer.param_groups:
-            group["lr"] = rate * group["unit"] * cosine * warm
+            group["lr"] = rate * group["unit"] * cosine * warm_up
 
     def _keep(self) -> None:
         self._state = [parameter.detach().clone() for parameter in self.student.parameters()]
 
     def _restore(self) -> None:
         with torch.no_grad():
-            for parameter, kept in zip(self.student.parameters(), self._state, strict=True):
-                parameter.copy_(kept)
+            for parameter, best in zip(self.student.parameters(), self._state, strict=True):
+                parameter.copy_(best)
 
 
 def _check_reached(spaces: Mapping[str, list[Learned]]) -> None:
-    """Raise `SilentFailure` if a gradient did not reach something that is to be learned: the model never called it."""
-    lost = [one.name for space in spaces.values() for one in space if one.parameter.grad is None]
-    if lost:
+    """Raise `SilentFailure` if a learned parameter has no gradient: the model never used it."""
+    unreached = [learned.name for space in spaces.values() for learned in space if learned.parameter.grad is None]
+    if unreached:
         raise SilentFailure(
-            f"{lost[0]} is to be learned and no gradient reaches it ({len(lost)} in all): the model was run without "
-            "it. This is a fault of subnibble's; please report it, with the releases of torch and transformers"
+            f"no gradient reaches the learned parameter {unreached[0]} ({len(unreached)} in all): the model ran "
+            "without it. This is a bug of subnibble; please report it, with the releases of torch and transformers"
         )
 
 
 def _divergence(target: Tensor, logits: Tensor) -> Tensor:
-    """Mean KL(p || q) over tokens. target: log p; logits: of q; both (b, t, vocabulary)."""
-    found = nn.functional.kl_div(logits.log_softmax(-1), target, log_target=True, reduction="none")
-    return found.sum(-1).mean()
+    """Mean KL(p || q) over tokens. target: log p; logits: those of q; both (b, t, vocabulary)."""
+    divergence = nn.functional.kl_div(logits.log_softmax(-1), target, log_target=True, reduction="none")
+    return divergence.sum(-1).mean()

@@ -1,4 +1,4 @@
-"""Several quantizations of one model side by side: the same text, the same windows, one run."""
+"""Compare several quantizations of one model on the same text and windows, in one run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,14 @@ ORIGINAL = "original"
 
 @dataclass(frozen=True)
 class Row:
-    """One model of the comparison. seconds: to quantize it, None for the original. memory_bytes: loaded."""
+    """One model of the comparison.
+
+    name: `recipe_name` of the recipe, or "original".
+    effective_bits, model_bits, file_bytes, activation_bits, cache_bytes: see `Size` in `checkpoint/size.py`.
+    memory_bytes: size of the loaded model.
+    seconds: time to quantize it, None for the original.
+    scores: perplexity and distance from the original.
+    """
 
     name: str
     effective_bits: float
@@ -46,7 +53,7 @@ class Row:
     scores: Scores
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain dictionary, scores spliced in."""
+        """The row as a flat dictionary that includes the scores."""
         values = asdict(self)
         del values["scores"]
         return values | self.scores.to_dict()
@@ -61,24 +68,35 @@ def compare(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> list[Row]:
-    """Quantize `model` by each recipe and score all of them and the original on the same windows.
+    """Quantize a model by each recipe; score all results and the original on the same windows.
 
-    Recipes have one system prompt, or none; the original is scored behind the same. out: where to keep the checkpoints,
-    `recipe_names` each; None keeps none.
+    All recipes must have the same system prompt, or none; the original is scored after the same prompt.
+
+    model: folder or name of the unquantized model.
+    recipes: the recipes, or a single one.
+    evaluation: the text and windows; it sets neither a KV cache nor a system prompt.
+    out: folder in which checkpoints are kept, one subfolder per recipe (`recipe_names`); None keeps none.
+    overwrite: whether existing checkpoints in `out` may be replaced.
+    progress: called after each step.
+
+    Returns one row per model, the original first. Raises `BadRecipe` for recipes that cannot be compared.
     """
-    told, evaluation, target = given_progress(progress), Evaluation.of(evaluation), _recipes(recipes)
+    on_progress, evaluation, parsed = given_progress(progress), Evaluation.of(evaluation), _recipes(recipes)
     out = None if out is None else given_path(out, "out", "a folder to keep the checkpoints in, or leave it out")
-    names = recipe_names(target)
+    names = recipe_names(parsed)
     for name in names:
         if out is not None:
             check_output(out / name, overwrite)
-    prompts = {recipe.system_prompt for recipe in target}
-    own = evaluation.system_prompt is not None or evaluation.kv_bits is not None or evaluation.kv
-    if len(prompts) > 1 or own:
-        raise BadRecipe("models side by side have one system prompt, and cache and prompt come with their recipes")
+    prompts = {recipe.system_prompt for recipe in parsed}
+    sets_cache_or_prompt = evaluation.system_prompt is not None or evaluation.kv_bits is not None or evaluation.kv
+    if len(prompts) > 1 or sets_cache_or_prompt:
+        raise BadRecipe(
+            "all compared recipes must have the same system prompt, and the evaluation must set neither a prompt nor a "
+            "KV cache; set kv_bits, kv and system_prompt in the recipes"
+        )
     source = open_source(model)
     reads_text = {}
-    for name, recipe in zip(names, target, strict=True):
+    for name, recipe in zip(names, parsed, strict=True):
         resolved = resolve(source, recipe).recipe
         if out is not None:
             check_apart(out / name, source.path, resolved)
@@ -90,15 +108,15 @@ def compare(
     with _folder(out) as folder:
         seconds: dict[str, float | None] = {ORIGINAL: None}
         paths: dict[str, Path | Source] = {ORIGINAL: source} | {name: folder / name for name in names}
-        # Recipes that read text first, so that text which cannot be had is known before any work.
-        named = zip(names, target, strict=True)
+        # Recipes that read calibration text come first, so that unavailable text fails before any other work.
+        named = zip(names, parsed, strict=True)
         for name, recipe in sorted(named, key=lambda pair: not reads_text[pair[0]]):
-            report = quantize(source, folder / name, recipe, overwrite=overwrite, progress=titled(told, name))
+            report = quantize(source, folder / name, recipe, overwrite=overwrite, progress=titled(on_progress, name))
             seconds[name] = report.seconds["total"]
         models = {name: load_model(path, evaluation.dtype, evaluation.device) for name, path in paths.items()}
         if names:
             same_prefix_(models[names[0]], models[ORIGINAL])
-        scores = score(models, windows, bos, models[ORIGINAL], titled(told, "evaluate"))
+        scores = score(models, windows, bos, models[ORIGINAL], titled(on_progress, "evaluate"))
         rows = []
         for name, path in paths.items():
             size = measure(open_source(path))
@@ -119,29 +137,32 @@ def compare(
     return rows
 
 
-def _recipes(given: Any) -> list[Recipe]:
-    """The recipes that a caller means: several, or one alone."""
-    if isinstance(given, Recipe | Mapping | str | Path):
-        return [Recipe.of(given)]
-    if not isinstance(given, Iterable):
-        raise BadArgument(f"recipes is {described(given)}; give a list of recipes")
-    return [Recipe.of(one) for one in given]
+def _recipes(recipes: Any) -> list[Recipe]:
+    """Convert a caller's argument, several recipes or one, to a list of recipes."""
+    if isinstance(recipes, Recipe | Mapping | str | Path):
+        return [Recipe.of(recipes)]
+    if not isinstance(recipes, Iterable):
+        raise BadArgument(f"recipes is {described(recipes)}; give a list of recipes")
+    return [Recipe.of(recipe) for recipe in recipes]
 
 
 def recipe_names(recipes: Sequence[Recipe]) -> list[str]:
-    """A name for each; of those that `recipe_name` does not tell apart, the later ones with a number behind it."""
-    plain = [recipe_name(recipe) for recipe in recipes]
+    """A unique name for each recipe: `recipe_name`, with a number appended to repeated names.
+
+    Raises `BadRecipe` if a recipe occurs twice.
+    """
+    short = [recipe_name(recipe) for recipe in recipes]
     names = []
-    for index, (recipe, name) in enumerate(zip(recipes, plain, strict=True)):
+    for index, (recipe, name) in enumerate(zip(recipes, short, strict=True)):
         if recipe in recipes[:index]:
-            raise BadRecipe(f"{name} is asked for {recipes.count(recipe)} times; name each method and width once")
-        before = plain[:index].count(name)
-        names.append(f"{name}-{before + 1}" if before else name)
+            raise BadRecipe(f"{name} is given {recipes.count(recipe)} times; give each recipe once")
+        earlier = short[:index].count(name)
+        names.append(f"{name}-{earlier + 1}" if earlier else name)
     return names
 
 
 def recipe_name(recipe: Recipe) -> str:
-    """Short name of a recipe, for tables and folders: method, schemes, options as given."""
+    """Short name of a recipe for tables and folders: method, schemes and the options that it sets."""
     options = "".join(f"-{key}={value}" for key, value in sorted(recipe.options.items()))
     activation = recipe.activation
     inputs = "" if activation is None else f"-{activation.name}"

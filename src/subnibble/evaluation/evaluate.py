@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint: load it, score it on a text, count its bits."""
+"""Evaluate a checkpoint: load it, score it on a text and count its bits."""
 
 from __future__ import annotations
 
@@ -39,11 +39,15 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What to score on, and how. text: a file or named set. window: tokens. max_windows: at most, None for all.
+    """What a model is evaluated on, and how.
 
-    device, dtype: where and in which type to compute, see `device.py`. kv_bits, kv: code the KV cache so, whatever the
-    checkpoint says, as in `Recipe`; None and nothing leave it at that. system_prompt: put the model behind it, see
-    `calibrate/prompt.py`; its keys and values are the model's own.
+    text: a text file or the name of a data set.
+    window: tokens per window.
+    max_windows: largest number of windows, None for all.
+    device, dtype: device and compute dtype, see `device.py`.
+    kv_bits, kv: KV-cache settings that override the checkpoint's, as in `Recipe`; None and {} change nothing.
+    system_prompt: prompt before every window, see `calibrate/prompt.py`; the evaluated model computes its keys and
+        values. None keeps the checkpoint's prompt.
     """
 
     text: str
@@ -66,24 +70,29 @@ class Evaluation:
             )
 
     @classmethod
-    def of(cls, given: AnyEvaluation) -> Evaluation:
-        """The evaluation that a caller means: one, a table of its keys, or what its text is."""
-        if isinstance(given, Evaluation):
-            return given
-        if isinstance(given, Mapping):
+    def of(cls, evaluation: AnyEvaluation) -> Evaluation:
+        """Convert a caller's argument to an `Evaluation`: an `Evaluation`, a table of its keys, or its text."""
+        if isinstance(evaluation, Evaluation):
+            return evaluation
+        if isinstance(evaluation, Mapping):
             known = [item.name for item in fields(cls)]
-            if unknown := sorted(set(given) - set(known), key=str):
+            if unknown := sorted(set(evaluation) - set(known), key=str):
                 raise BadRecipe(f"unknown evaluation key {unknown[0]!r}; known: {', '.join(known)}")
-            return cls(**{"text": None, **given})
-        if isinstance(given, str | Path):
-            return cls(str(given))
+            return cls(**{"text": None, **evaluation})
+        if isinstance(evaluation, str | Path):
+            return cls(str(evaluation))
         raise BadArgument(
-            f'evaluation is {described(given)}; give an Evaluation, as Evaluation("wikitext2", window=2048), a table '
-            "of its keys, a text file or a named set"
+            f'evaluation is {described(evaluation)}; give an Evaluation, as Evaluation("wikitext2", window=2048), '
+            "a table of its keys, a text file or a named set"
         )
 
     def windows(self, source: Source, tokenizer: Any, prefix: PrefixIds | None) -> Tensor:
-        """The windows, in the tokens of `source`, whose tokenizer is given. prefix: what they will stand behind."""
+        """Token windows of the text, (count, window) int64.
+
+        source: the model, for its vocabulary and number of positions.
+        tokenizer: its tokenizer.
+        prefix: the prompt prefix that comes before every window, or None.
+        """
         check_positions(self.window, source.config, 0 if prefix is None else len(prefix.ids))
         windows = evaluation_windows(self.text, tokenizer, self.window, self.max_windows)
         check_vocabulary(windows, source.config.vocab_size, self.text)
@@ -93,15 +102,16 @@ class Evaluation:
         return windows
 
 
-# What Python calls take for an evaluation.
+# What Python functions accept as an evaluation.
 AnyEvaluation = Evaluation | Mapping[str, Any] | str | Path
 
 
 def prepare_(model: Any, kv_bits: int | None, kv: Mapping[str, Any], prefix: PrefixIds | None) -> None:
-    """Put a loaded model on a coded cache and behind a prefix, as far as they are asked for.
+    """Attach a quantized KV cache and a prompt prefix to a loaded model, in place, if they are given.
 
-    kv_bits, kv: as in `Evaluation`; kv alone changes settings of the cache that the model has. prefix: None for the
-    model's own.
+    model: a transformers model.
+    kv_bits, kv: as in `Evaluation`; kv without kv_bits changes settings of the model's existing quantized cache.
+    prefix: None keeps the model's prefix.
     """
     attached = attached_cache(model)
     scheme = None if attached is None else attached.scheme
@@ -110,7 +120,7 @@ def prepare_(model: Any, kv_bits: int | None, kv: Mapping[str, Any], prefix: Pre
     elif kv and scheme is not None:
         scheme = CacheScheme.from_dict({**scheme.to_dict(), **kv})
     elif kv:
-        raise BadRecipe(f"the model's KV cache is not coded, and has no {next(iter(kv))}; give --kv-bits, too")
+        raise BadRecipe(f"the model's KV cache is not quantized and has no {next(iter(kv))}; set --kv-bits, too")
     if prefix is not None:
         attach_prefix_(model, scheme, prefix)
     elif kv_bits is not None or kv:
@@ -125,44 +135,51 @@ def evaluate(
     layers: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Perplexity, bits, sizes and cost of `model`; with a `reference`, behind the same system prompt, how far it is
-    from it.
+    """Measure perplexity, bits, sizes and cost of a model, and its distance from a reference.
 
-    layers: add each packed linear's output error against the reference's; linears that were stored in another basis
-    (rotated, channels scaled) have none.
+    model: a packed or plain checkpoint.
+    evaluation: the text and settings.
+    reference: the original model, or None; it runs with the same system prompt.
+    layers: add each packed linear's output error against the reference. Linears stored in another basis (rotated, or
+        channels scaled) have none.
+    progress: called after each window.
+
+    Returns the results by report key.
     """
-    clock, evaluation, told = Clock(), Evaluation.of(evaluation), given_progress(progress)
+    clock, evaluation, on_progress = Clock(), Evaluation.of(evaluation), given_progress(progress)
     if layers and reference is None:
         raise BadRecipe("--layers compares with the original; pass --reference MODEL")
-    source, theirs = open_source(model), None if reference is None else open_source(reference, "reference")
+    source, reference_source = open_source(model), None if reference is None else open_source(reference, "reference")
     moved = _moved(source.path) if layers else set()
-    if layers and theirs is not None:
-        check_original(theirs, source)
+    if layers and reference_source is not None:
+        check_original(reference_source, source)
     size = measure(source)
     packed, tokenizer = packed_config_of(source.config), source.load_tokenizer()
-    asked = None if evaluation.system_prompt is None else prefix_ids(evaluation.system_prompt, tokenizer)
-    windows = evaluation.windows(source, tokenizer, asked or (None if packed is None else packed.prefix))
+    prompt = None if evaluation.system_prompt is None else prefix_ids(evaluation.system_prompt, tokenizer)
+    windows = evaluation.windows(source, tokenizer, prompt or (None if packed is None else packed.prefix))
     loaded = load_model(source, evaluation.dtype, evaluation.device)
-    prepare_(loaded, evaluation.kv_bits, evaluation.kv, asked)
-    original = None if theirs is None else load_model(theirs, evaluation.dtype, evaluation.device)
-    if original is not None:
-        check_vocabularies(loaded, original)
-        same_prefix_(loaded, original)
-    scores = score({"model": loaded}, windows, bos_token(tokenizer), original, told)["model"]
-    found = scores.to_dict() | size.to_dict()
-    found |= {
+    prepare_(loaded, evaluation.kv_bits, evaluation.kv, prompt)
+    reference_model = (
+        None if reference_source is None else load_model(reference_source, evaluation.dtype, evaluation.device)
+    )
+    if reference_model is not None:
+        check_vocabularies(loaded, reference_model)
+        same_prefix_(loaded, reference_model)
+    scores = score({"model": loaded}, windows, bos_token(tokenizer), reference_model, on_progress)["model"]
+    results = scores.to_dict() | size.to_dict()
+    results |= {
         "text": evaluation.text,
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "memory_bytes": memory_bytes(loaded),
         **_attached_facts(loaded),
     }
     if layers:
-        found["output_errors"] = layer_errors(loaded, original, windows, moved)
-    return found | {"seconds": clock.seconds()["total"], "peak_memory": peak_memory()}
+        results["output_errors"] = layer_errors(loaded, reference_model, windows, moved)
+    return results | {"seconds": clock.seconds()["total"], "peak_memory": peak_memory()}
 
 
 def _attached_facts(model: Any) -> dict[str, Any]:
-    """What the model ran on: bytes of a token in its KV cache, tokens of its prefix."""
+    """KV-cache bytes per token and number of prefix tokens of the evaluated model."""
     attached = attached_cache(model)
     if attached is None:
         return {"cache_bytes": cache_bytes(model.config, None), "prefix_tokens": 0}
@@ -171,12 +188,12 @@ def _attached_facts(model: Any) -> dict[str, Any]:
 
 
 def _moved(folder: Path) -> set[str]:
-    """Paths of the linears that the folder's report.json says are in another basis than the original's."""
+    """Paths of the linears that are stored in another basis than the original's, according to report.json."""
     file, report = folder / REPORT, read_report(folder)
     if not report:
         raise BadRecipe(
-            f"--layers needs {file}, which says what linears may be compared; it compares a folder that "
-            "`subnibble quantize` wrote with the original"
+            f"--layers needs {file}, which lists the linears that can be compared; evaluate a folder that "
+            "`subnibble quantize` wrote"
         )
     try:
         linears = report["linears"]
@@ -186,6 +203,6 @@ def _moved(folder: Path) -> set[str]:
     if len(moved) == len(linears):
         raise BadRecipe(
             f"--layers: all linears of {folder} are stored in another basis than the original's (rotated, or channels "
-            "scaled); their errors, as measured while quantizing, are in report.json"
+            "scaled); read their errors, measured during quantization, in report.json"
         )
     return moved

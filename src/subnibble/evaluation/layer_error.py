@@ -1,4 +1,4 @@
-"""How far each packed linear's output is from the original's, on the original's own inputs."""
+"""Relative output error of each packed linear against the original's, on the original model's inputs."""
 
 from __future__ import annotations
 
@@ -19,11 +19,14 @@ from subnibble.runtime.modules import PackedLinear
 def layer_errors(
     model: Any, reference: Any, windows: Tensor, leave_out: Collection[str] = frozenset()
 ) -> dict[str, float]:
-    """Path -> ||(W - Q) X||² / ||W X||² with X the reference's inputs of that linear on `windows`.
+    """Path -> ||(W - Q) X||² / ||W X||², with X the inputs of that linear in the reference on `windows`.
 
-    model: packed. reference: the original, dense; both transformers models. windows: (count, length) int64. One Gram
-    matrix, (inputs, inputs) float32, is held for each site of each block. leave_out: paths of linears whose stored
-    weight is not the original's rounded: in another basis.
+    Holds one Gram matrix, (inputs, inputs) float32, for each site of each block.
+
+    model: the packed transformers model.
+    reference: the original, dense transformers model.
+    windows: (count, length) int64 token ids.
+    leave_out: paths of linears that are stored in another basis and cannot be compared.
     """
     arch = find_arch(reference.config.model_type)
     readers = {

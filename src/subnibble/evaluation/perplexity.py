@@ -1,8 +1,8 @@
-"""Perplexity in one fixed way, and the distance to a reference model on the same windows.
+"""Perplexity by one fixed protocol, and the distance from a reference model on the same windows.
 
-The whole text is tokenized once without special tokens and cut into windows that do not overlap; the first token of
-each is not scored, the tail is dropped. Where the model's tokenizer begins texts with BOS, it is put before each
-window, and the same tokens are scored. Logits and sums are float32 or wider.
+The whole text is tokenized once without special tokens and cut into windows that do not overlap; the incomplete last
+window is dropped. The first token of each window is not scored. If the model's tokenizer begins texts with BOS, BOS is
+put before each window; the scored tokens are the same. Logits and sums are float32 or wider.
 """
 
 from __future__ import annotations
@@ -19,16 +19,22 @@ from subnibble.errors import CalibrationError, NumericalFailure
 from subnibble.model.transformers_api.generation import logits_of
 from subnibble.progress import Progress, silent
 
-# Positions whose full logits are compared at once: bounds memory at vocabulary x this x 4 bytes, a few times.
+# Positions whose logits are compared at once; bounds memory to a few times vocabulary x _POSITIONS x 4 bytes.
 _POSITIONS = 512
-_REMEDY = "; are the weights intact, and is the type wide enough (--dtype float32)?"
+_REMEDY = "; use an intact copy of the weights, or a wider type (--dtype float32)"
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What a model scored. kl_divergence: mean over tokens of KL(reference || model), in nats.
+    """Scores of a model on a text.
 
-    top1_agreement: share of tokens at which both find the same token likeliest; both None without a reference.
+    perplexity: exp of the mean loss over scored tokens.
+    windows: number of windows.
+    window: tokens per window.
+    bos: whether BOS was put before each window.
+    kl_divergence: mean over tokens of KL(reference || model) in nats, None without a reference.
+    top1_agreement: share of tokens at which model and reference predict the same most likely token, None without a
+        reference.
     """
 
     perplexity: float
@@ -39,7 +45,7 @@ class Scores:
     top1_agreement: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain dictionary without the comparisons that were not made."""
+        """The scores as a dictionary, without those that are None."""
         return {key: value for key, value in asdict(self).items() if value is not None}
 
 
@@ -50,10 +56,15 @@ def score(
     reference: nn.Module | None = None,
     progress: Progress = silent,
 ) -> dict[str, Scores]:
-    """Score several models on the same windows; the reference is run once a window for all of them.
+    """Score several models on the same windows; the reference runs once per window for all of them.
 
-    models: transformers causal language models. windows: (count, length) int64 token ids. bos: token to put before
-    each window, or None. `CalibrationError` if the windows are too short to score.
+    models: transformers causal language models by name.
+    windows: (count, length) int64 token ids.
+    bos: id of the token to put before each window, or None.
+    reference: the model that the others are compared with, or None.
+    progress: called after each window.
+
+    Raises `CalibrationError` if windows have fewer than two tokens.
     """
     if windows.shape[1] < 2:
         raise CalibrationError("a window of 1 token leaves nothing to score; use --window 2 or more")
@@ -61,30 +72,35 @@ def score(
     for number, window in enumerate(windows):
         target = None if reference is None else _log_probabilities(reference, window, bos)
         if target is not None and math.isnan(float(target.amax())):
-            raise NumericalFailure(f"the reference predicts no numbers on window {number}{_REMEDY}")
+            raise NumericalFailure(f"the reference's predictions on window {number} are NaN{_REMEDY}")
         for name, model in models.items():
-            known = target if model is reference else None
-            predicted = _log_probabilities(model, window, bos) if known is None else known
+            of_reference = target if model is reference else None
+            predicted = _log_probabilities(model, window, bos) if of_reference is None else of_reference
             totals[name].update(predicted, window, target)
             if not totals[name].is_finite:
                 raise NumericalFailure(f"{name}: the loss on window {number} is not finite{_REMEDY}")
         progress(number + 1, len(windows), "windows")
-    (count, length), found = windows.shape, {}
+    (count, length), scores = windows.shape, {}
     for name, total in totals.items():
         perplexity, divergence, agreement = total.value
-        found[name] = Scores(perplexity, count, length, bos is not None, divergence, agreement)
-    return found
+        scores[name] = Scores(perplexity, count, length, bos is not None, divergence, agreement)
+    return scores
 
 
 class Totals:
-    """Sums over tokens, in float64: a `Statistic` of perplexity, mean divergence and agreement."""
+    """A `Statistic` of perplexity, mean divergence and agreement; sums are float64."""
 
     def __init__(self) -> None:
         self._loss = self._divergence = 0.0
         self._tokens = self._compared = self._agreed = 0
 
     def update(self, predicted: Tensor, window: Tensor, target: Tensor | None = None) -> None:
-        """Add a window. predicted, target: log probabilities (length - 1, vocabulary) of its tokens 1.. ."""
+        """Add a window.
+
+        predicted: the model's log-probabilities of tokens 1.., (length - 1, vocabulary) float32.
+        window: (length,) int64 token ids.
+        target: the reference's log-probabilities, as `predicted`, or None.
+        """
         truth = window[1:].to(predicted.device)
         self._loss -= float(predicted.gather(1, truth.unsqueeze(1)).sum(dtype=torch.float64))
         self._tokens += truth.shape[0]
@@ -92,13 +108,13 @@ class Totals:
             return
         self._compared += truth.shape[0]
         for p, q in zip(target.split(_POSITIONS), predicted.split(_POSITIONS), strict=True):
-            # A token that the reference rules out (-inf) adds nothing.
+            # A token with probability 0 (-inf) in the reference contributes 0 to KL.
             distance = torch.where(p == -torch.inf, 0.0, p.exp() * (p - q))
             self._divergence += float(distance.sum(dtype=torch.float64))
             self._agreed += int((p.argmax(1) == q.argmax(1)).sum())
 
     def merge(self, other: Totals) -> None:
-        """See `Statistic`."""
+        """Add the sums of `other`."""
         self._loss += other._loss
         self._divergence += other._divergence
         self._tokens += other._tokens
@@ -107,12 +123,12 @@ class Totals:
 
     @property
     def is_finite(self) -> bool:
-        """Whether all that was seen predicted numbers. A divergence may be infinite."""
+        """Whether all losses so far are finite and no divergence is NaN; a divergence may be infinite."""
         return math.isfinite(self._loss) and not math.isnan(self._divergence)
 
     @property
     def value(self) -> tuple[float, float | None, float | None]:
-        """Perplexity, infinite where it overflows; mean divergence and agreement, None without targets."""
+        """Perplexity (infinite if it overflows), mean divergence and agreement (None without a reference)."""
         mean = self._loss / self._tokens
         perplexity = math.exp(mean) if mean < 700 else math.inf
         if not self._compared:
@@ -121,22 +137,23 @@ class Totals:
 
 
 def _log_probabilities(model: nn.Module, window: Tensor, bos: int | None) -> Tensor:
-    """Log probabilities (length - 1, vocabulary) float32 of tokens 1.. of the window, given those before."""
+    """Log-probabilities of the window's tokens 1.. given the tokens before, (length - 1, vocabulary) float32."""
     ids = window if bos is None else torch.cat([window.new_tensor([bos]), window])
     device = next(iter((*model.parameters(), *model.buffers()))).device
     with torch.inference_mode():
         logits = logits_of(model, ids.unsqueeze(0).to(device))[0]
         logits = logits[ids.shape[0] - window.shape[0] : -1].float()
-        for part in logits.split(_POSITIONS):
-            part.sub_(part.logsumexp(1, keepdim=True))
+        for rows in logits.split(_POSITIONS):
+            rows.sub_(rows.logsumexp(1, keepdim=True))
     assert isinstance(logits, Tensor)
     return logits
 
 
 def check_vocabularies(model: Any, reference: Any) -> None:
-    """Raise `CalibrationError` if the two do not predict over the same vocabulary."""
-    ours, theirs = model.config.vocab_size, reference.config.vocab_size
-    if ours != theirs:
+    """Raise `CalibrationError` if the vocabularies of a model and its reference differ in size."""
+    size, reference_size = model.config.vocab_size, reference.config.vocab_size
+    if size != reference_size:
         raise CalibrationError(
-            f"the model predicts {ours} tokens and the reference {theirs}; --reference must be its original"
+            f"the model's vocabulary has {size} tokens and the reference's {reference_size}; set --reference to the "
+            "original model"
         )

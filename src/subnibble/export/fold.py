@@ -1,7 +1,7 @@
-"""Fold norm biases into the linears behind them, for engines whose norms have none.
+"""Fold norm biases into the linears that read the norms, for engines whose norms have no bias.
 
-A norm's output x + mu gives a linear `W (x + mu) + b = W x + (W mu + b)`: the bias moves, the function stays. W is the
-packed weight as it runs, column scales included.
+A linear that reads a norm's output x + mu computes `W (x + mu) + b = W x + (W mu + b)`: the norm's bias mu moves into
+the linear's bias, and the function is the same. W is the packed weight as it runs, including column scales.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from subnibble.runtime.modules import MIX, PackedLinear, remove_output_bias_
 
 
 def fold_norm_biases_(model: Any) -> None:
-    """Fold in place every norm bias of a packed transformers model.
+    """Fold every norm bias of a packed transformers model into the linears that read the norm, in place.
 
-    A norm keeps its bias where not all linears behind it are packed: the final norm, if the head shares the embedding's
-    table, which has no bias to take it, or is at 16 bits. `save_pretrained` writes the folded model, whose effective
-    bits leave its biases out, as any linear's own. Raises `CheckpointError`, and changes nothing, where linears behind
-    such a norm quantize their inputs.
+    A norm keeps its bias if not all linears that read it are packed. That is the case for the final norm if the head
+    shares the embedding's table, which has no bias, or is at 16 bits. `save_pretrained` writes the folded model; its
+    effective bits do not count the new biases, as they count no linear's bias.
+
+    Raises `CheckpointError` and changes nothing if linears that read such a norm quantize their inputs.
     """
     if not hasattr(model, "get_submodule"):
         raise BadArgument(
@@ -37,35 +38,35 @@ def fold_norm_biases_(model: Any) -> None:
         raise BadArgument("model has modules on disk or offloaded, which cannot be changed; give one that is in memory")
     packed = packed_config_of(model.config)
     if packed is None:
-        raise CheckpointError("the model is not a packed one; load a folder that `subnibble quantize` wrote")
+        raise CheckpointError("the model is not packed; load a folder that `subnibble quantize` wrote")
     arch = find_arch(model.config.model_type)
     modules = dict(packed.modules)
     biased = [path for path, spec in packed.modules.items() if isinstance(spec, NormBiasSpec)]
-    behind = {path: {name: model.get_submodule(name) for name in _readers(arch, path)} for path in biased}
-    for path, readers in behind.items():
+    readers_of = {path: {name: model.get_submodule(name) for name in _readers(arch, path)} for path in biased}
+    for path, readers in readers_of.items():
         if any(_quantizes_input(module) for module in readers.values()):
             raise CheckpointError(
-                f"{path}: its readers quantize their inputs, which a folded bias would no longer be part of; quantize "
-                'the model without mean shift (mean_shift = "none"), or with activation_bits = 16'
+                f"{path}: the linears that read it quantize their inputs, and folding would remove the bias from these "
+                'inputs; quantize the model with mean_shift = "none" or activation_bits = 16'
             )
-    for path, readers in behind.items():
+    for path, readers in readers_of.items():
         if all(isinstance(module, PackedLinear) for module in readers.values()):
             norm = model.get_submodule(path)
             for name, linear in readers.items():
                 bias = norm.bias.float()
-                # What stands in front of a head meets the norm's bias, too.
-                seen = linear.get_submodule(MIX)(bias) if hasattr(linear, MIX) else bias
-                _add_(linear, linear.dequantize() @ seen, norm.bias.dtype)
-                old = modules[name]
-                assert isinstance(old, PackedLinearSpec)
-                modules[name] = replace(old, bias=True)
+                # The matrix before a head is applied to the norm's bias, too.
+                input_bias = linear.get_submodule(MIX)(bias) if hasattr(linear, MIX) else bias
+                _add_(linear, linear.dequantize() @ input_bias, norm.bias.dtype)
+                spec_before = modules[name]
+                assert isinstance(spec_before, PackedLinearSpec)
+                modules[name] = replace(spec_before, bias=True)
             remove_output_bias_(norm)
             del modules[path]
     model.config.quantization_config.packed = replace(packed, modules=modules)
 
 
 def _readers(arch: Arch, norm: str) -> list[str]:
-    """Paths of the linears that the norm at path `norm` feeds; none if it is no norm of the model's."""
+    """Paths of the linears that read the norm at path `norm`; empty for a path that is no such norm."""
     if norm == arch.final_norm:
         return [arch.head]
     for site in arch.sites:
@@ -79,7 +80,7 @@ def _quantizes_input(module: nn.Module) -> bool:
 
 
 def _add_(linear: Any, shift: torch.Tensor, dtype: torch.dtype) -> None:
-    """Add `shift` (m,) to the linear's bias, or give it one in `dtype`."""
+    """Add `shift` (m,) to the linear's bias; a linear without a bias gets one in `dtype`."""
     bias = linear.bias
     total = shift.to(dtype) if bias is None else (bias.float() + shift).to(bias.dtype)
     linear.bias = nn.Parameter(total, requires_grad=False)

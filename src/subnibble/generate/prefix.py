@@ -1,4 +1,4 @@
-"""A system prompt for a model that is there already: its keys and values as the model itself makes them, at 16 bits."""
+"""Add a system prompt to an existing model; the model computes the prompt's keys and values, stored in 16 bits."""
 
 from __future__ import annotations
 
@@ -24,14 +24,18 @@ from subnibble.tensor.cache_scheme import CacheScheme, PrefixIds
 
 
 def attach_prefix_(model: Any, scheme: CacheScheme | None, prefix: PrefixIds | None) -> None:
-    """Put a transformers model, packed or plain, on a KV cache of `scheme` and behind `prefix`.
+    """Attach a KV cache and a prompt prefix to a transformers model, packed or plain, in place.
 
-    The prefix's keys and values are the model's own, computed here, as float16. What was attached before is replaced.
+    The model computes the prefix's keys and values here; they are float16. An earlier cache and prefix are replaced.
+
+    model: the model.
+    scheme: how its KV cache is quantized, None for 16 bits.
+    prefix: token ids of the prefix, None for none.
     """
     if prefix is None:
         attach_cache_(model, scheme)
         return
-    # Before anything of the model is changed.
+    # Check first, so that a failure leaves the model unchanged.
     check_cache(model, scheme)
     states = compute_prefix(model, prefix)
     attach_cache_(model, scheme, prefix)
@@ -39,8 +43,10 @@ def attach_prefix_(model: Any, scheme: CacheScheme | None, prefix: PrefixIds | N
 
 
 def compute_prefix(model: Any, prefix: PrefixIds) -> list[States]:
-    """Keys and values (heads, tokens, width) float16 of each layer, as the model makes them without its own cache and
-    prefix.
+    """Keys and values of a prefix in each layer, (heads, tokens, width) float16 each.
+
+    The model runs without its attached KV cache and prefix. Raises `CalibrationError` if the prefix does not fit the
+    model's positions or vocabulary, `NumericalFailure` if its states do not fit float16.
     """
     check_positions(1, model.config, len(prefix.ids))
     check_vocabulary(torch.tensor(prefix.ids), model.config.vocab_size, "the system prompt")
@@ -54,10 +60,14 @@ def compute_prefix(model: Any, prefix: PrefixIds) -> list[States]:
 def add_prefix(
     folder: str | Path, prompt: str, *, dtype: str | torch.dtype = "float32", device: str | torch.device = "auto"
 ) -> PrefixIds:
-    """Give a packed checkpoint the system prompt `prompt` (`calibrate/prompt.py`), in the place of one that it has.
+    """Add a system prompt to a packed checkpoint, replacing an earlier one; returns its token ids.
 
-    Its keys and values are those of the packed model; `quantize` with a system prompt stores the unquantized one's. The
-    folder is replaced in one step; recipe.toml and whatever else is in it stays as it is.
+    The packed model computes the prompt's keys and values; `quantize` with a system prompt stores those of the
+    unquantized model. The folder is replaced in one step; recipe.toml and other files are not changed.
+
+    folder: the packed checkpoint.
+    prompt: the text, see `calibrate/prompt.py`.
+    dtype, device: compute dtype and device.
     """
     source, packed = open_packed(folder)
     prompt = plain(prompt)
@@ -65,21 +75,22 @@ def add_prefix(
     states = compute_prefix(load_model(source, dtype, device), prefix)
     arch = find_arch(source.config.model_type)
     paths = [f"{arch.block_path(index)}.{arch.attention}" for index in range(len(states))]
-    modules: dict[str, Spec] = {p: spec for p, spec in packed.modules.items() if not isinstance(spec, PrefixSpec)}
+    modules: dict[str, Spec] = {path: spec for path, spec in packed.modules.items() if not isinstance(spec, PrefixSpec)}
     modules |= {path: PrefixSpec(*keys.shape) for path, (keys, _) in zip(paths, states, strict=True)}
     tensors: dict[str, Tensor] = {}
     for path, pair in zip(paths, states, strict=True):
         tensors |= prefix_state(path, pair)
-    told = {"system_prompt_added": prompt, "prefix_tokens": len(prefix.ids)}
-    change_checkpoint(source, replace(packed, modules=modules, prefix=prefix), tensors, told)
+    report_entries = {"system_prompt_added": prompt, "prefix_tokens": len(prefix.ids)}
+    change_checkpoint(source, replace(packed, modules=modules, prefix=prefix), tensors, report_entries)
     return prefix
 
 
 def same_prefix_(model: Any, other: Any) -> None:
-    """Put `other` behind the prompt that `model` is behind, computed by itself, or behind none if it is behind none, so
-    that the two can be compared.
+    """Give `other` the prompt prefix that `model` has, or none if it has none, so that the two can be compared.
+
+    `other` computes the prefix's keys and values itself; it is changed in place.
     """
-    attached, theirs = attached_cache(model), attached_cache(other)
+    attached, other_attached = attached_cache(model), attached_cache(other)
     prefix = None if attached is None else attached.prefix
-    if prefix != (None if theirs is None else theirs.prefix):
-        attach_prefix_(other, None if theirs is None else theirs.scheme, prefix)
+    if prefix != (None if other_attached is None else other_attached.prefix):
+        attach_prefix_(other, None if other_attached is None else other_attached.scheme, prefix)

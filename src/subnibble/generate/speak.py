@@ -1,4 +1,4 @@
-"""Let a model continue a prompt."""
+"""Generate a model's continuation of a prompt."""
 
 from __future__ import annotations
 
@@ -16,10 +16,9 @@ from subnibble.tensor.cache_scheme import PrefixIds
 
 
 def chat_prompt(tokenizer: Any, message: str, prefix: PrefixIds | None = None) -> str:
-    """The message of a user in the tokenizer's chat template, ready for the model's turn.
+    """Format a user's message with the tokenizer's chat template, ready for the model's turn.
 
-    prefix: what the model stands behind; where that is a system turn, the one that the template writes by itself is
-    left out.
+    prefix: the model's prompt prefix, or None. If it is a system turn, the template's default system turn is left out.
     """
     text = question(tokenizer, message)
     replaced = prefix is not None and is_system_turn(prefix, tokenizer)
@@ -27,18 +26,25 @@ def chat_prompt(tokenizer: Any, message: str, prefix: PrefixIds | None = None) -
 
 
 def speak(model: Any, tokenizer: Any, prompt: str, tokens: int, temperature: float = 0.0, seed: int = 0) -> str:
-    """The model's continuation of `prompt` by at most `tokens` tokens, fewer where its positions end before.
+    """Return the model's continuation of a prompt.
 
-    temperature 0 takes the likeliest each time; above, seed draws, as the model's generation_config narrows it.
-    `BadRecipe` if the prompt alone is too long.
+    tokens: largest number of new tokens; fewer are generated if the model has no more positions.
+    temperature: 0 takes the most likely token each time; above 0, tokens are sampled, restricted as the model's
+        generation_config says.
+    seed: seeds the sampling.
+
+    Raises `BadRecipe` if the prompt is empty or alone too long.
     """
     ids = prompt_ids(tokenizer, prompt, "the prompt")
-    given = len(ids)
-    if given == 0:
+    prompt_length = len(ids)
+    if prompt_length == 0:
         raise BadRecipe("the prompt is empty; give some text to continue")
     inputs = torch.tensor([ids], device=model.device)
     check_vocabulary(inputs, model.config.vocab_size, "the prompt")
-    settings: dict[str, Any] = {"do_sample": temperature > 0, "max_new_tokens": _that_fit(model, given, tokens)}
+    settings: dict[str, Any] = {
+        "do_sample": temperature > 0,
+        "max_new_tokens": _tokens_that_fit(model, prompt_length, tokens),
+    }
     if temperature > 0:
         settings["temperature"] = temperature
     else:
@@ -46,17 +52,20 @@ def speak(model: Any, tokenizer: Any, prompt: str, tokens: int, temperature: flo
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         output = continued(model, inputs, settings)
-    return str(tokenizer.decode(output[0, given:], skip_special_tokens=True))
+    return str(tokenizer.decode(output[0, prompt_length:], skip_special_tokens=True))
 
 
-def _that_fit(model: Any, given: int, tokens: int) -> int:
-    """How many of `tokens` have positions behind a prompt of `given`."""
-    most = getattr(model.config, "max_position_embeddings", None)
+def _tokens_that_fit(model: Any, prompt_length: int, tokens: int) -> int:
+    """Number of new tokens, at most `tokens`, that have positions after a prompt of `prompt_length` tokens."""
+    positions = getattr(model.config, "max_position_embeddings", None)
     attached = attached_cache(model)
-    before = 0 if attached is None or attached.prefix is None else len(attached.prefix.ids)
-    if most is None:
+    prefix_length = 0 if attached is None or attached.prefix is None else len(attached.prefix.ids)
+    if positions is None:
         return tokens
-    if before + given >= most:
-        behind = f" behind a system prompt of {before}" if before else ""
-        raise BadRecipe(f"the prompt has {given} tokens{behind} and the model {most} positions; give a shorter one")
-    return min(tokens, int(most) - before - given)
+    if prefix_length + prompt_length >= positions:
+        after_prefix = f" after a system prompt of {prefix_length}" if prefix_length else ""
+        raise BadRecipe(
+            f"the prompt has {prompt_length} tokens{after_prefix} and the model {positions} positions; "
+            "give a shorter one"
+        )
+    return min(tokens, int(positions) - prefix_length - prompt_length)

@@ -1,4 +1,4 @@
-"""The methods by name. To add one: a file beside this that composes steps, and its name here."""
+"""All methods by name. To add one, write a file here that composes steps and add its `Method` to `METHODS`."""
 
 from subnibble.errors import BadRecipe
 from subnibble.methods.atom import ATOM
@@ -42,7 +42,7 @@ METHODS: dict[str, Method] = {
 
 
 def find_method(name: str) -> Method:
-    """The method called `name`; `BadRecipe` lists the known ones."""
+    """Return the method called `name`; raises `BadRecipe` with the known names if there is none."""
     if name not in METHODS:
         raise BadRecipe(f"unknown method {name!r}; known: {', '.join(METHODS)}")
     return METHODS[name]

@@ -1,11 +1,15 @@
-"""Atom (Zhao et al., arXiv 2310.19102): channels ordered by energy, the strongest at 8 bits, the rest in groups.
+"""Atom (Zhao et al., arXiv 2310.19102): channels ordered by energy, the strongest at 8 bits, the others at low bits.
 
-Channels of each site are put in rising order of their energy, the diagonal of the Gram matrix; the last `outliers` of
-them keep 8 bits, in weights and inputs. Weights are symmetric, by GPTQ on inputs that are quantized, with the recipe's
-groups; the cache's keys are coded before rotary positions. Of its settings for 4 bits the shipped recipe has symmetric
-inputs of clip 0.9. Deviations: ranges of weights are searched ("mse") where the program has the constant 0.85; each row
-has scales of its own, where two neighbours share one; linears are rounded one site after the other, on what was rounded
-before, where a block's seven go at once; the order behind attention and norms is a gather, as there.
+Channels of each site are sorted by rising energy, the diagonal of the Gram matrix; the last `outliers` channels keep
+8 bits in weights and inputs. Weights are symmetric, rounded by GPTQ on quantized inputs, in the recipe's groups. The
+KV cache's keys are quantized before rotary positions. For 4-bit inputs, the shipped recipe has the paper's symmetric
+grid with clip 0.9. As in the released program, channel orders after norms and after attention are gathers at run time.
+
+Deviations from the released program:
+- Weight ranges are searched ("mse"); there the clip is the constant 0.85.
+- Each row has its own scales; there two adjacent rows share one.
+- Sites are rounded one after the other, each on inputs that earlier rounding has changed; there the seven linears of a
+  block are rounded at once.
 """
 
 from __future__ import annotations
@@ -22,7 +26,10 @@ from subnibble.transforms.saliency import Saliency
 
 @dataclass(frozen=True)
 class Options(WeightOptions):
-    """outliers: channels at 8 bits. The others as in `methods/weights.py`, with other defaults."""
+    """Options of Atom; those not listed are described in `methods/weights.py`, some defaults differ.
+
+    outliers: number of channels at 8 bits.
+    """
 
     rounding: str = "gptq"
     inputs: str = "quantized"
@@ -30,7 +37,7 @@ class Options(WeightOptions):
 
 
 def build(options: Options) -> Steps:
-    """Steps of Atom."""
+    """Compose Atom's steps."""
     return Steps(
         rounder=rounder_of(options, options.order),
         prefers=symmetric,
@@ -43,8 +50,10 @@ def build(options: Options) -> Steps:
 
 
 def keys_before_rope(bits: int) -> Mapping[str, Any]:
-    """Keys coded without positions."""
+    """Cache preference: quantize keys before rotary positions are applied."""
     return {"rope": "before"}
 
 
-ATOM = Method("atom", "channels by energy, the strongest at 8 bits", "arXiv 2310.19102", Options, build)
+ATOM = Method(
+    "atom", "strongest channels by energy at 8 bits, the others at low bits", "arXiv 2310.19102", Options, build
+)

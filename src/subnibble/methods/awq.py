@@ -1,7 +1,7 @@
 """AWQ (Lin et al., arXiv 2306.00978): activation-aware scaling of channels, then round to nearest.
 
-The paper's search for clipped ranges by output error is the common clip search here, columns weighted by their inputs'
-second moments: a diagonal model of the output error.
+Deviation: the paper searches clipped ranges by output error. Here the common clip search does it, with columns weighted
+by the second moments of their inputs, which is a diagonal approximation of the output error.
 """
 
 from __future__ import annotations
@@ -17,16 +17,19 @@ from subnibble.transforms.awq import ActivationAwareScale
 
 @dataclass(frozen=True)
 class Options(rtn.Options):
-    """As `methods/rtn.py`; weighting: see `rounding/rtn.py`."""
+    """Options of AWQ; those not listed are described in `methods/rtn.py`.
+
+    weighting: weights of columns in the clip search, see `rounding/rtn.py`.
+    """
 
     weighting: str = "hessian"
 
 
 def build(options: Options) -> Steps:
-    """Steps of AWQ: RTN's, after the scaling."""
+    """Compose AWQ's steps: activation-aware scaling, then the steps of RTN."""
     steps = rtn.build(options)
     rounder = RTN(Clip(options.clip, options.clip_power), options.weighting)
     return replace(steps, rounder=rounder, transforms=(ActivationAwareScale(),))
 
 
-AWQ = Method("awq", "channels scaled by their activations, then nearest", "arXiv 2306.00978", Options, build)
+AWQ = Method("awq", "scale channels by their activations, then round to nearest", "arXiv 2306.00978", Options, build)

@@ -1,14 +1,16 @@
-"""BiSup (Zou et al., arXiv 2405.15346), reconstructed: error that piles up is tuned away, over another method.
+"""BiSup (Zou et al., arXiv 2405.15346), reconstructed: block tuning against accumulated error, over a base method.
 
-Of the paper, abstract and summaries were at hand, no equation: what is built is a reading of "appropriate parameter
-spaces" (fine-grained clipping, soft-constrained smoothing, stabilized low-rank compensation, `tuning/`) in OmniQuant's
-block-wise scheme, and results are to be called "BiSup (reconstructed)". Vertical: each block is tuned on the quantized
-chain's inputs towards the full-precision chain's outputs; then its linears are rounded on the learned ranges with error
-compensation, or to nearest where that leaves less held-out loss. Horizontal: the recipe's `system_prompt`, whose keys
-and values stay at 16 bits, is before every window while a block is tuned as it is at run time.
+Only the paper's abstract and summaries were available, no equations. This is our reading of its "appropriate parameter
+spaces" (fine-grained clipping, soft-constrained smoothing, stabilized low-rank compensation, see `tuning/`) in
+OmniQuant's block-wise scheme. Report results as "BiSup (reconstructed)".
 
-The steps are those of the paper's two bases, Atom and QuaRot, on quantized inputs, with `tuning` added. Blocks of any
-other method can be tuned in the same way, if its steps go with tuning (`methods/method.py`).
+Vertical (error over layers): each block is tuned on the quantized chain's inputs towards the full-precision chain's
+outputs. Then its linears are rounded on the learned ranges with error compensation, or to nearest if that gives a lower
+held-out loss. Horizontal (error over tokens): the recipe's `system_prompt`, whose keys and values stay at 16 bits,
+comes before every window during tuning, as it does at run time.
+
+The steps are those of one of the paper's two bases, Atom or QuaRot, on quantized inputs, plus `tuning`. Blocks of any
+other method can be tuned in the same way if its steps are compatible with tuning (`methods/method.py`).
 """
 
 from __future__ import annotations
@@ -26,11 +28,11 @@ BASES = {method.name: method for method in (ATOM, QUAROT)}
 
 @dataclass(frozen=True)
 class Options:
-    """Settings beside the base's own.
+    """Options of BiSup; the base method's other options keep their defaults.
 
-    over: the method below, a name in BASES.
+    over: the base method, a name in BASES.
     clipping, input_clipping, smoothing, low_rank, low_rank_rate, rank, effort, penalty: see `tuning/tuning.py`.
-    outliers: Atom's.
+    outliers: number of channels at 8 bits, if the base is Atom.
     """
 
     over: str = "quarot"
@@ -48,14 +50,16 @@ class Options:
         if self.over not in BASES:
             raise BadRecipe(f"over is {self.over!r}; choose one of {', '.join(BASES)}")
         if self.over != ATOM.name and self.outliers != Options.outliers:
-            raise BadRecipe(f"outliers is {self.outliers} and over is {self.over!r}; it acts over atom alone")
+            raise BadRecipe(
+                f'outliers is {self.outliers} but over is {self.over!r}; set over = "atom" or leave outliers out'
+            )
 
 
 def build(options: Options) -> Steps:
-    """Steps of the base, with tuning."""
-    own = {"outliers": options.outliers} if options.over == ATOM.name else {}
-    learned = {item.name: getattr(options, item.name) for item in fields(Tuning) if hasattr(options, item.name)}
-    return replace(BASES[options.over].steps(own), inputs="quantized", tuning=Tuning(**learned))
+    """Compose the base method's steps with tuning."""
+    base_options = {"outliers": options.outliers} if options.over == ATOM.name else {}
+    settings = {item.name: getattr(options, item.name) for item in fields(Tuning) if hasattr(options, item.name)}
+    return replace(BASES[options.over].steps(base_options), inputs="quantized", tuning=Tuning(**settings))
 
 
-BISUP = Method("bisup", "blocks tuned over another method", "arXiv 2405.15346, reconstructed", Options, build)
+BISUP = Method("bisup", "block tuning on top of another method", "arXiv 2405.15346, reconstructed", Options, build)

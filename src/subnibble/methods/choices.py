@@ -1,4 +1,4 @@
-"""The words that options of methods may have, for people to choose from; each is checked where it is used."""
+"""Values of method, KV-cache and distillation options as `subnibble list` shows them; checks are elsewhere."""
 
 from subnibble.corrections import mean_shift, salient
 from subnibble.methods import bisup, d2quant, method, serq, weights
@@ -33,24 +33,24 @@ OPTION_CHOICES = {
         "residual": salient.RESIDUALS,
     }.items()
 }
-# Of the KV cache, see `CacheScheme`.
+# Options of the KV cache, see `CacheScheme`.
 KV_CHOICES = {
-    "group_size": "channels, -1: the whole head; of keys by channel, tokens",
+    "group_size": "channels per scale, -1: the whole head; with key_axis = channel: tokens",
     "key_axis": ", ".join(cache_scheme.KEY_AXES),
     "rope": ", ".join(cache_scheme.ROPES),
     "key_rotation": ", ".join(cache_scheme.KEY_ROTATIONS),
-    "window": "last tokens at 16 bits",
-    "clip": "share of the range that is kept",
+    "window": "number of last tokens that stay at 16 bits",
+    "clip": "share of the value range that is kept",
     "key_center": ", ".join(cache_scheme.KEY_CENTERS),
 }
-# Of the tuning of the packed model as a whole, see `Distillation`.
+# Options of distillation, see `Distillation`.
 DISTILL_CHOICES = {
-    "tokens": "calibration tokens of a step",
-    "rate": "largest step, as a share of what is changed",
-    "scales": "true, false: scales of weights are learned",
-    "zero_points": "true, false: real zero-points are",
-    "column_scales": "true, false: column scales that linears store are",
-    "norms": "true, false: gains of norms are",
-    "norm_biases": "true, false: biases that norms got against mean shift are",
-    "clips": "true, false: clips of quantized inputs are",
+    "tokens": "calibration tokens per step",
+    "rate": "largest relative change of a parameter per step, between 0 and 1",
+    "scales": "true, false: learn weight scales",
+    "zero_points": "true, false: learn real weight zero-points",
+    "column_scales": "true, false: learn stored column scales",
+    "norms": "true, false: learn norm gains",
+    "norm_biases": "true, false: learn norm biases that correct mean shift",
+    "clips": "true, false: learn clips of quantized inputs",
 }

@@ -1,12 +1,17 @@
-"""D2Quant (arXiv 2602.02546): dual-scale quantizer on down-projections, mean shift corrected in norms, over GPTAQ.
+"""D2Quant (arXiv 2602.02546): dual-scale quantizer on down-projections, mean-shift correction in norms, with GPTAQ.
 
-`d2quant` is what the authors' program does by default: residual stream rotated by groups, GPTAQ (alpha 0.25) in
-group-aware order, `DualScale` version R (sign bases, unweighted) at 2 and 3 bits on the linears that read the MLP's
-hidden channels, a clipped grid with integer zero-points elsewhere, DAC on all channels. At 4 bits, where version R does
-not go, it is version P; with `grid = "uniform"` it is version P at any bits, as the paper's text has it. Deviations:
-the column scale is absorbed by the up-projection's stored scales, which the paper draws and the program leaves out;
-group sizes other than 128 index columns inside their own group; embeddings keep their mean; each group's rotation draws
-its own signs, where the program uses one block for all.
+`d2quant` does what the authors' program does by default:
+- the residual stream is rotated by groups;
+- weights are rounded by GPTAQ (alpha 0.25) in group-aware order;
+- the linears that read the MLP's hidden channels use `DualScale`: version R (sign bases, unweighted) at 2 and 3 bits,
+  version P at 4 bits, where version R does not exist. With `grid = "uniform"` they use version P at any bit width, as
+  in the paper's text;
+- the other linears use a clipped grid with integer zero-points;
+- DAC (the mean-shift correction) is applied to all channels.
+
+Deviations: the column scale is absorbed by the up-projection's stored scales, which the paper shows and the program
+omits; with group sizes other than 128, columns are indexed inside their own group; embeddings keep their mean; each
+group's rotation draws its own signs, while the program uses one block for all groups.
 """
 
 from __future__ import annotations
@@ -32,12 +37,16 @@ _DOWN = Role.MLP_HIDDEN
 
 @dataclass(frozen=True)
 class Options:
-    """columns: which linears get column scales: "none", "down" or "all". iterations: of their fit.
+    """Options of D2Quant.
 
-    rows: how the grids of the others are fitted: "clip", or "refit", the same alternation without column scales.
-
-    mean_shift: see `corrections/mean_shift.py`; weighting, damping, order: `rounding/gptq.py`; asymmetry, alpha:
-    `rounding/gptaq.py`; clip, clip_power: `rounding/grid.py`, of uniform grids; rotation: `transforms/rotate.py`.
+    columns: which linears get column scales: "none", "down" (readers of the MLP's hidden channels) or "all".
+    rows: how grids without column scales are fitted: "clip" (clip search) or "refit" (alternating least squares).
+    iterations: steps of the alternating fit.
+    mean_shift: see `corrections/mean_shift.py`.
+    weighting, sweeps, order, damping: see `rounding/gptq.py`.
+    asymmetry, alpha: see `rounding/gptaq.py`.
+    clip, clip_power: clip search of uniform grids, see `rounding/grid.py`.
+    rotation: rotation of the residual stream, see `transforms/rotate.py`.
     """
 
     columns: str = "down"
@@ -62,12 +71,15 @@ class Options:
 
 
 def released_grid(site: str, bits: int) -> Mapping[str, str]:
-    """Sign bases where the authors' program has them."""
+    """Grid preference: sign bases where the authors' program uses them, on down-projections at 2 and 3 bits."""
     return {"grid": "sign"} if site == _DOWN and bits in (2, 3) else {}
 
 
 def build(options: Options, prefers: Callable[[str, int], Mapping[str, str]]) -> Steps:
-    """Steps of D2Quant."""
+    """Compose D2Quant's steps.
+
+    prefers: the grid preference, see `Preference` in `methods/method.py`.
+    """
     clip = Clip(options.clip, options.clip_power)
     dual = DualScale(clip, options.iterations)
     single = RowScale(clip, options.iterations) if options.rows == "refit" else clip
@@ -93,7 +105,7 @@ def build(options: Options, prefers: Callable[[str, int], Mapping[str, str]]) ->
 
 D2QUANT = Method(
     "d2quant",
-    "column scales on down-projections, sign-basis grids, corrected norms",
+    "column scales on down-projections, sign-basis grids, norm biases",
     "arXiv 2602.02546",
     Options,
     partial(build, prefers=released_grid),

@@ -1,17 +1,18 @@
-"""d2quant-plus: D2Quant's column scales on every linear, real zero-points, rounded towards full-precision outputs.
+"""d2quant-plus: column scales and real zero-points on every linear, rounded towards full-precision outputs.
 
-What the ablation (docs/results.md) found to pay of D2Quant's parts, each in its strongest form:
+It combines the parts of D2Quant that help according to the ablation (docs/results.md), each in its strongest form:
 
-- column scales everywhere (`DualScale`, version P), not on down-projections alone: norms and the up- and
-  value-projections absorb them; only an output projection under grouped-query attention stores its own;
-- a real zero-point, so that no level is forced to 0: better than sign bases at the same bits at 2 bits, cheaper at 3;
+- column scales on all linears (`DualScale`, version P), not on down-projections alone. Norms and the up- and
+  value-projections absorb them; only an output projection under grouped-query attention stores its column scales;
+- a real zero-point, so that no level is forced to be 0. It beats sign bases of the same size at 2 bits and is smaller
+  at 3 bits;
 - fits weighted by the Hessian's diagonal;
-- GPTAQ's loss exactly (`shifted`, half-way: alpha 0.5), in group-aware order;
+- GPTAQ's exact loss (`shifted`) at half strength (alpha 0.5), in group-aware order;
 - the residual stream rotated by groups.
 
-Not in it: the mean shift in norms, and coordinate descent (`sweeps`), which lowered the calibration text's error more
-than other text's. Both are options. Side data is a scale and a zero-point of 16 bits a group, 0.11 bits a weight more
-than GPTQ's in groups of 128.
+Two parts are off by default: the mean-shift correction in norms, and coordinate descent (`sweeps`), which lowered the
+error on calibration text more than on other text. Each group stores a 16-bit scale and a 16-bit zero-point; with groups
+of 128 that is 0.11 bits per weight more than GPTQ.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from subnibble.methods.method import Method
 
 @dataclass(frozen=True)
 class Options(D2QuantOptions):
-    """As `methods/d2quant.py`, with other defaults."""
+    """Options of `methods/d2quant.py` with different defaults."""
 
     columns: str = "all"
     rows: str = "refit"
@@ -41,7 +42,7 @@ class Options(D2QuantOptions):
 
 
 def real_zero(site: str, bits: int) -> Mapping[str, str]:
-    """A stored real zero-point: a grid that need not have a level at 0."""
+    """Grid preference: a stored real zero-point, so that the grid need not have a level at 0."""
     return {"zero_point": "real"}
 
 

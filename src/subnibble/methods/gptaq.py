@@ -1,6 +1,7 @@
-"""GPTAQ (Li et al., arXiv 2504.02692): GPTQ towards the outputs that the full-precision model has on its own inputs.
+"""GPTAQ (Li et al., arXiv 2504.02692): GPTQ towards the full-precision model's outputs on full-precision inputs.
 
-`asymmetry = "released"` with alpha 0.25 is what its program does, quirk included; `rounding/gptaq.py` has the others.
+`asymmetry = "released"` with alpha 0.25 does what the released program does, quirk included; `rounding/gptaq.py`
+describes the other forms.
 """
 
 from __future__ import annotations
@@ -15,14 +16,17 @@ from subnibble.rounding.gptaq import Asymmetry
 
 @dataclass(frozen=True)
 class Options(GptqOptions):
-    """As `methods/gptq.py`; asymmetry, alpha: see `rounding/gptaq.py`."""
+    """Options of GPTAQ; those not listed are described in `methods/gptq.py`.
+
+    asymmetry, alpha: form and strength of the correction, see `rounding/gptaq.py`.
+    """
 
     asymmetry: str = "released"
     alpha: float = 0.25
 
 
 def build(options: Options) -> Steps:
-    """Steps of GPTAQ."""
+    """Compose GPTAQ's steps."""
     asymmetry = Asymmetry(options.asymmetry, options.alpha)
     return Steps(rounder=replace(rounder(options), asymmetry=asymmetry), rotation=options.rotation)
 

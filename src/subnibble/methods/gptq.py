@@ -1,6 +1,6 @@
 """GPTQ (Frantar et al., arXiv 2210.17323) with group-aware column order (Gafni et al., arXiv 2505.14638) by default.
 
-`order = "natural"` is the published form. Inputs of each linear come from the model as quantized so far.
+`order = "natural"` is the published form. Each linear's inputs come from the model as quantized so far.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ from subnibble.rounding.grid import Clip
 
 @dataclass(frozen=True)
 class Options:
-    """clip, clip_power: see `rounding/grid.py`; damping, order, weighting, sweeps: `rounding/gptq.py`.
+    """Options of GPTQ.
 
-    rotation: see `transforms/rotate.py`.
+    clip, clip_power: how weight ranges are chosen, see `rounding/grid.py`.
+    damping, order, weighting, sweeps: see `rounding/gptq.py`.
+    rotation: rotation of the residual stream, see `transforms/rotate.py`.
     """
 
     clip: str = "mse"
@@ -29,12 +31,12 @@ class Options:
 
 
 def build(options: Options) -> Steps:
-    """Steps of GPTQ."""
+    """Compose GPTQ's steps."""
     return Steps(rounder=rounder(options), rotation=options.rotation)
 
 
 def rounder(options: Options) -> Rounder:
-    """The rounder of GPTQ, which GPTAQ gives an asymmetry."""
+    """Build GPTQ's rounder; GPTAQ adds an asymmetry to it."""
     return Rounder(
         Clip(options.clip, options.clip_power),
         damping=options.damping,
@@ -44,4 +46,4 @@ def rounder(options: Options) -> Rounder:
     )
 
 
-GPTQ = Method("gptq", "column by column with error compensation", "arXiv 2210.17323", Options, build)
+GPTQ = Method("gptq", "round column by column with error compensation", "arXiv 2210.17323", Options, build)

@@ -1,4 +1,4 @@
-"""A method is data: a composition of steps that the pipeline carries out. New methods add no branches to it."""
+"""A method is data: a composition of steps that the pipeline carries out. The pipeline has no branch for any method."""
 
 from __future__ import annotations
 
@@ -17,42 +17,41 @@ from subnibble.transforms.saliency import Saliency
 from subnibble.transforms.transform import Transform
 from subnibble.tuning.tuning import Tuning
 
-# What the statistics of later linears, and their rounding, see of quantized inputs.
+# Whether calibration statistics of later linears, and their rounding, use unquantized or quantized inputs.
 INPUTS = ("exact", "quantized")
-# The grid and zero-point that a method wants, by the keys of `Scheme`, for a site's readers at a bit width.
+# The grid and zero-point that a method prefers: (site name, bits) -> settings by the keys of `Scheme`.
 Preference = Callable[[str, int], Mapping[str, str]]
-# The settings that a method wants, by the keys of `CacheScheme`, for a KV cache of so many bits.
+# The KV-cache settings that a method prefers: bits -> settings by the keys of `CacheScheme`.
 CachePreference = Callable[[int], Mapping[str, Any]]
 
 
 def no_preference(site: str, bits: int) -> Mapping[str, str]:
-    """See `Preference`."""
+    """Grid preference of a method without one."""
     return {}
 
 
 def no_cache_preference(bits: int) -> Mapping[str, Any]:
-    """See `CachePreference`."""
+    """KV-cache preference of a method without one."""
     return {}
 
 
 @dataclass(frozen=True)
 class Steps:
-    """What the pipeline does: rotates the residual stream; at each block carries out the transforms, then rounds.
+    """What the pipeline does for a method: rotate the residual stream; per block, apply transforms, then round.
 
-    rounder: of every linear but those of the sites named in `rounders`.
-    transforms: edits of a block, in this order, before anything of it is rounded.
-    rounders: rounders of some sites' readers, by role.
-    prefers: the grid that the method wants, see `Preference`; what the recipe says goes first.
-    rotation: of the residual stream, see `transforms/rotate.py`.
-    mean_shift: of the norms behind quantized linears, see `corrections/mean_shift.py`.
-    saliency: gives sites their channel order, or None.
-    correction: gives linears more terms against rounding error.
+    rounder: rounds every linear, except readers of the sites in `rounders`.
+    transforms: edits of a block, applied in this order before any of its linears is rounded.
+    rounders: role of a site -> rounder of its readers.
+    prefers: the preferred grid, see `Preference`; the recipe's own settings take precedence.
+    rotation: rotation of the residual stream, see `transforms/rotate.py`.
+    mean_shift: correction of mean shift in norms that follow quantized linears, see `corrections/mean_shift.py`.
+    saliency: how channels of a site are ordered, or None.
+    correction: further terms of a linear against rounding error.
     online: roles of sites whose readers get an online Hadamard transform.
-    inputs: "exact" calibrates on inputs, keys and values that are not quantized, "quantized" on what the running model
-        will see.
-    value_rotation: see `transforms/rotate_values.py`.
-    cache: the cache that the method wants, see `CachePreference`; what the recipe says goes first.
-    leaves_weights: no linear is rounded at all.
+    inputs: "exact" calibrates on unquantized inputs, keys and values; "quantized" on quantized ones, as at run time.
+    value_rotation: rotation of values within heads, see `transforms/rotate_values.py`.
+    cache: the preferred KV cache, see `CachePreference`; the recipe's own settings take precedence.
+    leaves_weights: whether all weights stay unrounded.
     tuning: what is learned of each block before it is rounded, or None.
     """
 
@@ -79,19 +78,20 @@ class Steps:
             raise BadRecipe(f"inputs is {self.inputs!r}; choose one of {', '.join(INPUTS)}")
         if self.orders_residual and self.rotation != "none":
             raise BadRecipe(
-                'one order of the residual stream and its rotation exclude each other; use permutation = "gather"'
+                'permutation = "offline" gives the residual stream a channel order, which cannot be combined with its '
+                'rotation; use permutation = "gather" or rotation = "none"'
             )
         if self.tuning is not None:
             _check_tuning(self)
         if self.needs_drift and self.correction != NOTHING:
             raise BadRecipe(
-                "a rounder towards full-precision outputs does not go with other terms of a linear; leave one of them "
-                "out"
+                'a rounder towards full-precision outputs (asymmetry other than "none") cannot be combined with '
+                "salient columns, outliers or low-rank terms; leave one of them out"
             )
         _check_column_scales(self)
 
     def rounder_of(self, site: str) -> Rounder:
-        """The rounder of a site's readers."""
+        """The rounder of a site's readers. site: its role."""
         return self.rounders.get(site, self.rounder)
 
     @property
@@ -108,61 +108,68 @@ class Steps:
 
     @property
     def corrects_norms(self) -> bool:
-        """Whether norms behind quantized linears get a bias against mean shift."""
+        """Whether norms that follow quantized linears get a bias that corrects mean shift."""
         return self.mean_shift != "none"
 
     @property
     def orders_residual(self) -> bool:
-        """Whether the whole residual stream gets one channel order."""
+        """Whether the residual stream gets one channel order for the whole model."""
         return self.saliency is not None and self.saliency.permutation == "offline"
 
     @property
     def needs_survey(self) -> bool:
-        """Whether a block must be observed before anything of it is rounded."""
+        """Whether statistics of a block are needed before any of its linears is rounded."""
         return bool(self.transforms) or self.saliency is not None
 
     @property
     def needs_drift(self) -> bool:
-        """Whether a rounder must know how far inputs are from the full-precision model's."""
+        """Whether a rounder needs the drift: the difference of inputs from the full-precision model's."""
         return any(rounder.needs_drift for rounder in (self.rounder, *self.rounders.values()))
 
     @property
     def needs_reference(self) -> bool:
-        """Whether the full-precision model must be run beside the quantized one."""
+        """Whether the full-precision model must run alongside the quantized one."""
         return self.needs_drift or self.tuning is not None
 
 
 def _check_tuning(steps: Steps) -> None:
-    """Raise `BadRecipe` where a step does not go with tuning, whatever the method."""
+    """Raise `BadRecipe` if a step is incompatible with tuning."""
     if steps.transforms:
-        raise BadRecipe("tuning learns factors of its own and goes without transforms; leave one of them out")
+        raise BadRecipe("tuning learns its own scaling factors and cannot follow transforms; leave one of them out")
     if steps.corrects_norms:
-        raise BadRecipe("tuning does not go with a mean shift; leave one of them out")
+        raise BadRecipe("tuning cannot be combined with a mean-shift correction; leave one of them out")
     steps.correction.check_tuned()
     for rounder in (steps.rounder, *steps.rounders.values()):
         if rounder.on(Clip()) is None:
-            raise BadRecipe(f"tuning rounds on learned grids, which {type(rounder).__name__} does not take; use GPTQ")
+            raise BadRecipe(f"tuning rounds on learned grids, which {type(rounder).__name__} does not accept; use GPTQ")
     if steps.needs_drift:
-        raise BadRecipe('tuning itself aims at full-precision outputs; use a rounder without drift, asymmetry = "none"')
+        raise BadRecipe('tuning already targets full-precision outputs; use a rounder with asymmetry = "none"')
     if steps.inputs != "quantized":
-        raise BadRecipe('tuning sees inputs as they will run; use inputs = "quantized"')
+        raise BadRecipe('tuning needs inputs that are quantized as at run time; use inputs = "quantized"')
 
 
 def _check_column_scales(steps: Steps) -> None:
-    """Raise `BadRecipe` where column scales of a rounder would meet other channels than theirs, or other terms."""
+    """Raise `BadRecipe` if a rounder's column scales would apply to the wrong channels or to other terms."""
     rounders = (steps.rounder, *steps.rounders.values())
     others = steps.saliency is not None or steps.correction != NOTHING
-    # Under other terms no linear may have column scales, else those alone whose input is not transformed.
+    # With a channel order or other terms, no rounder may scale columns; otherwise, none at online-transformed sites.
     if any(rounder.scales_columns for rounder in (rounders if others else map(steps.rounder_of, steps.online))):
         raise BadRecipe(
-            "a rounder that scales columns goes with neither a channel order, nor other terms of a linear, nor an "
-            "online transform of its input; leave one of them out"
+            "a rounder that scales columns cannot be combined with a channel order, with salient columns, outliers or "
+            "low-rank terms, or with an online transform of its input; leave one of them out"
         )
 
 
 @dataclass(frozen=True)
 class Method:
-    """A named composition. options: a frozen dataclass of the method's own settings; build: settings to steps."""
+    """A named composition of steps.
+
+    name: the name that recipes use.
+    summary: one line for `subnibble list`.
+    source: the publication.
+    options: frozen dataclass of the method's options.
+    build: function from options to steps.
+    """
 
     name: str
     summary: str
@@ -171,11 +178,14 @@ class Method:
     build: Callable[[Any], Steps]
 
     def steps(self, options: Mapping[str, Any]) -> Steps:
-        """What the pipeline does for a recipe's table of options; see `configure`."""
+        """The steps for a recipe's table of options, checked by `configure`."""
         return self.build(self.configure(options))
 
     def configure(self, values: Mapping[str, Any]) -> Any:
-        """The method's options from a recipe's table, defaults filled in; unknown keys and wrong types are errors."""
+        """The method's options from a recipe's table, with defaults filled in.
+
+        Raises `BadRecipe` for unknown keys and wrong types.
+        """
         defaults = self.options()
         known = {item.name: getattr(defaults, item.name) for item in fields(self.options)}
         for key, value in values.items():

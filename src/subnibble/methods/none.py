@@ -1,6 +1,6 @@
-"""No weight is rounded: for a coded KV cache, a system prompt or a quantized embedding alone.
+"""No weight is rounded: for a quantized KV cache, a system prompt or a quantized embedding alone.
 
-Matrices of 32 bits are stored at 16, as everywhere.
+32-bit matrices are stored in 16 bits, as with every method.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from subnibble.rounding.rtn import RTN
 
 @dataclass(frozen=True)
 class Options:
-    """None."""
+    """No options."""
 
 
 def build(options: Options) -> Steps:
-    """Steps that leave every linear alone."""
+    """Compose steps that round no linear."""
     return Steps(rounder=RTN(), leaves_weights=True)
 
 
-NONE = Method("none", "weights stay: KV cache, prefix, embedding alone", "-", Options, build)
+NONE = Method("none", "round no weight: for the KV cache, prompt or embedding alone", "-", Options, build)

@@ -1,8 +1,8 @@
-"""OmniQuant (Shao et al., arXiv 2308.13137): learned clipping and learned equivalent transformation, to nearest.
+"""OmniQuant (Shao et al., arXiv 2308.13137): learned clipping and learned equivalent transformation, round to nearest.
 
-A composition of what `bisup` tunes: ranges of each row and group, and factors that keep the function, both block by
-block. Deviations: factors of queries and keys are left out, and so is, as in the released program for Llama, that of
-down_proj; ranges start at the clip search's instead of 98 %.
+Uses two of the parameter spaces that `bisup` tunes: ranges of each row and group, and smoothing factors that keep the
+function, both learned block by block. Deviations: queries and keys have no factors, nor has down_proj, as in the
+released program for Llama; ranges start at the result of the clip search instead of 98 %.
 """
 
 from __future__ import annotations
@@ -17,15 +17,20 @@ from subnibble.tuning.tuning import Tuning
 
 @dataclass(frozen=True)
 class Options:
-    """effort: see `tuning/tuning.py`."""
+    """Options of OmniQuant.
+
+    effort: amount of data and epochs, a name in `EFFORTS` (`tuning/tuning.py`).
+    """
 
     effort: str = "default"
 
 
 def build(options: Options) -> Steps:
-    """Steps of OmniQuant."""
+    """Compose OmniQuant's steps."""
     tuning = Tuning(smoothing="hard", low_rank="none", effort=options.effort, unsmoothed=(Role.MLP_HIDDEN,))
     return Steps(rounder=RTN(), tuning=tuning, inputs="quantized")
 
 
-OMNIQUANT = Method("omniquant", "learned clipping and smoothing", "arXiv 2308.13137", Options, build)
+OMNIQUANT = Method(
+    "omniquant", "learned clipping and smoothing, then round to nearest", "arXiv 2308.13137", Options, build
+)

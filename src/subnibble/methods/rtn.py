@@ -1,4 +1,4 @@
-"""RTN: round to nearest. The floor that every other method is measured against."""
+"""RTN: round to nearest. The baseline for every other method."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from subnibble.rounding.rtn import RTN as Rounder
 
 @dataclass(frozen=True)
 class Options:
-    """clip, clip_power: see `rounding/grid.py`; rotation: `transforms/rotate.py`."""
+    """Options of RTN.
+
+    clip, clip_power: how weight ranges are chosen, see `rounding/grid.py`.
+    rotation: rotation of the residual stream, see `transforms/rotate.py`.
+    """
 
     clip: str = "mse"
     clip_power: float = 2.0
@@ -19,8 +23,8 @@ class Options:
 
 
 def build(options: Options) -> Steps:
-    """Steps of RTN."""
+    """Compose RTN's steps."""
     return Steps(rounder=Rounder(Clip(options.clip, options.clip_power)), rotation=options.rotation)
 
 
-RTN = Method("rtn", "round to nearest; needs no data", "baseline", Options, build)
+RTN = Method("rtn", "round to nearest; needs no calibration data", "baseline", Options, build)

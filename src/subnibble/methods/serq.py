@@ -1,14 +1,18 @@
-"""SERQ (arXiv 2603.08185): flattened activations, error of salient channels in one low-rank matrix, offline orders.
+"""SERQ (arXiv 2603.08185): flattened activations, a second weight for salient channels, offline channel orders.
 
 The three stages are a transform (`transforms/flatten.py`), a correction (`corrections/salient.py`) and a channel order
-(`transforms/saliency.py`). `serq` is the paper's form with GPTQ: factors are the largest activations, channels in their
-falling order, 128 of them salient, the coarse weight in the second matrix (appendix A.3 and the released program), a
-symmetric grid whose range is not searched for. `rounding = "rtn"` is the form of its section 4 where the salient set
-fills whole groups. Deviations: factors and orders are those of the model as quantized up to the block, not of the
-original; heads that share a key-value head take the larger factor; factors and orders are folded or gathered where the
-released program divides and gathers online in every linear; the recipe's grids may be searched (`clip = "mse"`). Grids
-are this project's: a symmetric 4-bit one has the scale max|w| / 7.5 and levels -8 .. 7 where the program has max|w| /
-7; an input's range always contains 0, so that its zero-point is a code, and its scale is a bfloat16 number.
+(`transforms/saliency.py`). `serq` is the paper's form with GPTQ: channels are divided by their largest activation and
+sorted by it in falling order, the first 128 are salient, the second matrix holds their coarse weight (appendix A.3 and
+the released program), and grids are symmetric without a range search. With `rounding = "rtn"` it is the form of the
+paper's section 4 if the salient channels fill whole groups.
+
+Deviations:
+- Factors and orders come from the model as quantized up to the block, not from the original.
+- Heads that share a key-value head use the larger of their factors.
+- Factors and orders are folded or gathered; the released program divides and gathers online in every linear.
+- Grid ranges may be searched (`clip = "mse"`).
+- A symmetric 4-bit grid has scale max|w| / 7.5 and levels -8 .. 7; the program has max|w| / 7.
+- An input's range always contains 0, so that its zero-point is a code; its scale is a bfloat16 number.
 """
 
 from __future__ import annotations
@@ -38,17 +42,19 @@ SALIENCIES = ("none", *SCORES)
 
 @dataclass(frozen=True)
 class Options(RoundingOptions):
-    """SERQ's own settings; the others as in `methods/weights.py`. weighting: of the main matrix, the second one's grids
-    are fitted without.
+    """Options of SERQ; those not listed are described in `methods/weights.py`.
 
-    rank: salient channels, 0 for none.
-    residual: `corrections/salient.py`.
-    flattening: "none"; "powers" for alpha and beta everywhere; "search" for each site's own, see
-        `transforms/flatten.py`: the search rounds to nearest and takes channels in the order of their sizes, `rank` of
-        them salient, whatever rounding, saliency and permutation say.
-    saliency: `transforms/saliency.py`; "none", too, where there are no salient channels.
-    permutation: "gather" lets linears gather their channels, "offline" moves all channels in the weights, see
-        `transforms/saliency.py`.
+    weighting: weighting of the main matrix's grids only; the second matrix's grids are fitted without.
+    rank: number of salient channels, 0 for none.
+    residual: whether salient inputs are quantized twice, see `corrections/salient.py`.
+    flattening: "none"; "powers" uses `alpha` and `beta` at all sites; "search" searches both for each site, see
+        `transforms/flatten.py`. The search rounds to nearest and orders channels by magnitude with `rank` salient ones,
+        regardless of `rounding`, `saliency` and `permutation`.
+    alpha, beta: exponents of flattening, see `transforms/flatten.py`.
+    saliency: the score that orders channels, see `transforms/saliency.py`, or "none", allowed only without salient
+        channels.
+    permutation: "gather" lets linears gather their channels at run time; "offline" moves all channels in the weights,
+        see `transforms/saliency.py`.
     """
 
     rounding: str = "gptq"
@@ -66,20 +72,20 @@ class Options(RoundingOptions):
         if self.rank < 0:
             raise BadRecipe(f"rank is {self.rank}; give a number of salient channels, 0 for none")
         if self.rank == 0 and self.residual != "none":
-            raise BadRecipe(f'rank is 0 and residual {self.residual!r}; give salient channels, or residual = "none"')
+            raise BadRecipe(f'residual is {self.residual!r} but rank is 0; set rank > 0, or residual = "none"')
         if self.flattening not in FLATTENINGS:
             raise BadRecipe(f"flattening is {self.flattening!r}; choose one of {', '.join(FLATTENINGS)}")
         if self.saliency not in SALIENCIES:
             raise BadRecipe(f"saliency is {self.saliency!r}; choose one of {', '.join(SALIENCIES)}")
         if self.saliency == "none" and (self.rank, self.permutation) != (0, "gather"):
             raise BadRecipe(
-                f'saliency is "none", rank {self.rank} and permutation {self.permutation!r}; without an order use '
-                "rank = 0 and leave permutation out"
+                f'saliency is "none" with rank {self.rank} and permutation {self.permutation!r}; without a channel '
+                "order, set rank = 0 and leave permutation out"
             )
 
 
 def build(options: Options) -> Steps:
-    """Steps of SERQ."""
+    """Compose SERQ's steps."""
     fitter = Clip(options.clip, options.clip_power)
     correction = SalientColumns(options.rank, fitter, options.residual) if options.rank else NOTHING
     return Steps(
@@ -104,26 +110,26 @@ def _flattening(options: Options, correction: Correction) -> tuple[Transform, ..
 
 @dataclass(frozen=True)
 class _QuantizedError:
-    """Squared output error with weights rounded to nearest, salient columns twice, and inputs quantized."""
+    """Squared output error with quantized inputs and weights rounded to nearest, salient columns with two weights."""
 
     rounder: RTN
     correction: Correction
 
-    def __call__(self, found: SiteStatistics) -> Loss:
-        """The error as a function of a linear's name, weight (m, k) and tokens (t, k)."""
-        return partial(self._error, found)
+    def __call__(self, statistics: SiteStatistics) -> Loss:
+        """Return the error as a function of a linear's name, weight (m, k) and tokens (t, k)."""
+        return partial(self._error, statistics)
 
-    def _error(self, found: SiteStatistics, name: str, weight: Tensor, tokens: Tensor) -> float:
-        scheme, activation = found.schemes[name], found.activations[name]
+    def _error(self, statistics: SiteStatistics, name: str, weight: Tensor, tokens: Tensor) -> float:
+        scheme, activation = statistics.schemes[name], statistics.activations[name]
         assert scheme is not None
         round_main = RoundMain(self.rounder, scheme, name)
         _, main, salient = self.correction.round(weight, tokens.T @ tokens, scheme, round_main)
         dense = main.dequantize()
         if salient is not None:
             dense[:, : salient.columns] += salient.dequantize()
-        own = SiteInput(activation=activation, repeated=self.correction.repeated)
-        seen = site_input.apply(tokens, own).values()
-        return float((seen @ dense.T - tokens @ weight.T).square().sum())
+        site = SiteInput(activation=activation, repeated=self.correction.repeated)
+        quantized = site_input.apply(tokens, site).values()
+        return float((quantized @ dense.T - tokens @ weight.T).square().sum())
 
 
-SERQ = Method("serq", "flattened activations, salient channels twice", "arXiv 2603.08185", Options, build)
+SERQ = Method("serq", "flattened activations, a second weight for salient channels", "arXiv 2603.08185", Options, build)

@@ -1,7 +1,8 @@
-"""SmoothQuant (Xiao et al., arXiv 2211.10438): activation outliers move into weights behind norms, alpha 0.5.
+"""SmoothQuant (Xiao et al., arXiv 2211.10438): move activation outliers after norms into the weights, alpha 0.5.
 
-Weights and activations take the recipe's bits and groups; the paper has 8 bits. `rounding = "gptq"` is beyond it, and
-so is the clip search, weighted by the inputs' second moments: unweighted, it would cut off the scaled-up columns.
+Weights and activations have the recipe's bits and groups; the paper has 8 bits. Two options are not in the paper:
+`rounding = "gptq"`, and the clip search, which is weighted by the inputs' second moments because without weights it
+would clip the scaled-up columns.
 """
 
 from __future__ import annotations
@@ -15,14 +16,17 @@ from subnibble.transforms.flatten import NormFlatten
 
 @dataclass(frozen=True)
 class Options(WeightOptions):
-    """alpha: see `transforms/flatten.py`; the others as in `methods/weights.py`."""
+    """Options of SmoothQuant; those not listed are described in `methods/weights.py`.
+
+    alpha: exponent of the activations' magnitude, 1 - alpha that of the weights', see `transforms/flatten.py`.
+    """
 
     alpha: float = 0.5
     weighting: str = "hessian"
 
 
 def build(options: Options) -> Steps:
-    """Steps of SmoothQuant."""
+    """Compose SmoothQuant's steps."""
     return Steps(
         rounder=rounder_of(options, options.order),
         transforms=(NormFlatten(options.alpha, 1 - options.alpha),),
@@ -31,4 +35,4 @@ def build(options: Options) -> Steps:
     )
 
 
-SMOOTHQUANT = Method("smoothquant", "activation outliers moved into weights", "arXiv 2211.10438", Options, build)
+SMOOTHQUANT = Method("smoothquant", "move activation outliers into weights", "arXiv 2211.10438", Options, build)

@@ -1,4 +1,4 @@
-"""How weights are rounded by the methods that treat activations as well: to nearest, or by GPTQ."""
+"""Options of weight rounding, to nearest or by GPTQ, for methods that also quantize activations."""
 
 from __future__ import annotations
 
@@ -16,8 +16,13 @@ ROUNDINGS = ("rtn", "gptq")
 
 @dataclass(frozen=True)
 class RoundingOptions:
-    """rounding: "rtn" or "gptq". clip, clip_power: `rounding/grid.py`; damping, weighting: `rounding/gptq.py`,
-    `rounding/rtn.py`; inputs: `methods/method.py`.
+    """Options of weight rounding.
+
+    rounding: "rtn" or "gptq".
+    clip, clip_power: how weight ranges are chosen, see `rounding/grid.py`.
+    damping: damping of the Gram matrix, see `rounding/gptq.py`.
+    weighting: weights of columns in fits, see `rounding/gptq.py` and `rounding/rtn.py`.
+    inputs: "exact" or "quantized" calibration inputs, see `Steps` in `methods/method.py`.
     """
 
     rounding: str = "rtn"
@@ -34,19 +39,23 @@ class RoundingOptions:
 
 @dataclass(frozen=True)
 class WeightOptions(RoundingOptions):
-    """order: of columns, `rounding/order.py`; rotation: `transforms/rotate.py`. The others as above."""
+    """Rounding options plus column order and rotation.
+
+    order: order in which GPTQ rounds columns, see `rounding/order.py`.
+    rotation: rotation of the residual stream, see `transforms/rotate.py`.
+    """
 
     order: str = "natural"
     rotation: str = "none"
 
 
 def symmetric(site: str, bits: int) -> Mapping[str, str]:
-    """The wish for weights without zero-points; see `Preference`."""
+    """Grid preference: symmetric weights, without zero-points."""
     return {"zero_point": "none"}
 
 
 def rounder_of(options: RoundingOptions, order: str = "natural") -> Rounder:
-    """The rounder that options ask for. order: in which GPTQ visits columns."""
+    """Build the rounder for `options`. order: order in which GPTQ rounds columns."""
     clip = Clip(options.clip, options.clip_power)
     if options.rounding == "rtn":
         return RTN(clip, options.weighting)

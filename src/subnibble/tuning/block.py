@@ -1,14 +1,16 @@
-"""A block as it will run quantized, and as a differentiable function of what is learned of it.
+"""A block as it will run quantized, as a differentiable function of its learned parameters.
 
-A twin of the block in float32 has its linears replaced: each enters its input into its basis, quantizes it by the
-runtime's own operation (its gradient passes straight through) and multiplies it by a weight that is smoothed, given
-its low-rank part and rounded to nearest on learned ranges. Keys and values go through the codes of the cache. Factors
-of a site stand before its readers here; `settle_` folds them into what writes the site.
+`TunedBlock` holds a float32 copy of the block whose linears are replaced. Each linear applies the input's channel order
+and online transform, quantizes the input with the runtime's own operation (straight-through gradient) and multiplies it
+by a weight that is smoothed, corrected by a low-rank term and rounded to nearest on learned ranges. Keys and values are
+quantized as in the KV cache. During tuning, smoothing factors divide the input of a site's readers; `settle_` folds
+them into the modules that write the site.
 
-A further learned transform that folds into weights, say a rotation of values within their heads, goes where `Smoothing`
-is: a module that a site's `TunedInput` holds. Its `inputs` is what readers meet and its `values` what is cached, its
-`fold_` edits a block; `TunedLinear` turns readers' weights by it, under the low-rank part, which `settle_` turns back;
-its parameters get a name in `parameters` and a step size in `train.py`.
+Another learned transform that folds into weights, for example a rotation of values within heads, is built like
+`Smoothing`: a module held by a site's `TunedInput`. Its `inputs` transforms what the readers receive, its `values` what
+is cached, and its `fold_` edits a block. `TunedLinear` applies it to the readers' weights before it adds the low-rank
+term, and `settle_` applies the inverse to that term. Its parameters need a name in `parameters` and a learning rate in
+`train.py`.
 """
 
 from __future__ import annotations
@@ -32,12 +34,18 @@ from subnibble.tuning.linear import Frame, TunedInput, TunedLinear
 from subnibble.tuning.smoothing import Smoothing
 from subnibble.tuning.tuning import Tuning
 
-# Of a smoothing's start: the largest input's share, OmniQuant's alpha.
+# Exponent of max |x| in the initial smoothing factors: OmniQuant's alpha.
 _ALPHA = 0.5
 
 
 class TunedBlock:
-    """See the module. block: in float32, which stays as it is until `settle_`. generator: draws what starts random."""
+    """A block as a differentiable function of its learned parameters.
+
+    block: the float32 block; not modified before `settle_`.
+    frame: what surrounds the learned parameters: schemes, bases, cache, prefix.
+    tuning: what is learned.
+    generator: draws the random initial values.
+    """
 
     def __init__(self, block: Block, frame: Frame, tuning: Tuning, generator: torch.Generator) -> None:
         self.tuning, self.prefix = tuning, frame.prefix
@@ -61,55 +69,67 @@ class TunedBlock:
         for parameter in self.parameters().values():
             parameter.requires_grad_(True)
 
-    def smooth_(self, block: Block, largest: Mapping[str, Tensor]) -> None:
-        """Give every site that may be scaled its factors. largest: (channels,), magnitudes of its inputs, by name."""
+    def smooth_(self, block: Block, abs_max: Mapping[str, Tensor]) -> None:
+        """Give initial smoothing factors to every site that may be scaled.
+
+        abs_max: site name -> max |x| of each input channel, (channels,).
+        """
         for site in block.arch.sites:
             if "scale" not in site.edits or site.name in self.tuning.unsmoothed or self.tuning.smoothing == "none":
                 continue
-            kept = self._kept(site)
-            start = _start(block, site, largest[site.name])
+            outliers = self._outlier_channels(site)
+            start = _start(block, site, abs_max[site.name])
             heads = block.heads if site.per_head else None
-            self.sites[site.name].smoothing = Smoothing(start, kept, heads, self.tuning.smoothing == "soft")
+            self.sites[site.name].smoothing = Smoothing(start, outliers, heads, self.tuning.smoothing == "soft")
 
     def forget_smoothing_start_(self) -> None:
-        """Let all factors start at 1."""
+        """Set all smoothing factors to 1."""
         for entrance in self.sites.values():
             if entrance.smoothing is not None:
                 entrance.smoothing.start_at_one_()
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """All that is learned, by name: what a name begins with says which space it belongs to."""
-        found: dict[str, nn.Parameter] = {}
+        """Learned parameters by name; the name's first component is the parameter space."""
+        parameters: dict[str, nn.Parameter] = {}
         for name, linear in self.linears.items():
             if linear.clipping is not None and self.tuning.clipping != "none":
-                found |= {f"clipping.{name}.{key}": value for key, value in linear.clipping.named_parameters()}
+                parameters |= {f"clipping.{name}.{key}": value for key, value in linear.clipping.named_parameters()}
             if linear.low_rank is not None:
-                found |= {f"low_rank.{name}.{key}": value for key, value in linear.low_rank.named_parameters()}
+                parameters |= {f"low_rank.{name}.{key}": value for key, value in linear.low_rank.named_parameters()}
         for name, entrance in self.sites.items():
             if entrance.clip is not None:
-                found[f"input_clipping.{name}"] = entrance.clip
+                parameters[f"input_clipping.{name}"] = entrance.clip
             if entrance.smoothing is not None:
-                found |= {f"smoothing.{name}.{key}": value for key, value in entrance.smoothing.named_parameters()}
-        return found
+                parameters |= {f"smoothing.{name}.{key}": value for key, value in entrance.smoothing.named_parameters()}
+        return parameters
 
     def penalty(self) -> Tensor:
-        """λ mean(d²) over all channels of all sites."""
+        """λ mean(d²), the mean taken over all channels of all sites."""
         smoothings = [entrance.smoothing for entrance in self.sites.values()]
         slacks = [one.slack for one in smoothings if one is not None and one.slack is not None]
         return self.tuning.penalty * _mean_square(slacks)
 
     def __call__(self, hidden: Tensor, call: BlockCall) -> Tensor:
-        """The block's output. hidden: (b, t, d) float32. call: of the block, for t tokens."""
+        """Run the block; returns (b, t, d).
+
+        hidden: (b, t, d) float32.
+        call: the block's call arguments for t tokens.
+        """
         for entrance in self.sites.values():
             entrance.forget()
         return run_block(self.module, hidden, call.with_cache(_Cache(self, call.positions)))
 
     def largest(self, hidden: Tensor, call: BlockCall, ordinary: Tensor) -> dict[str, Tensor]:
-        """Largest magnitudes (channels,) of each site's tensor over the ordinary tokens, (b, t) bool."""
-        found: dict[str, AbsMax] = {}
+        """Site name -> max |x| of each channel, (channels,), over the ordinary tokens.
+
+        hidden: (b, t, d) float32.
+        call: the block's call arguments for t tokens.
+        ordinary: (b, t) bool, the tokens to include.
+        """
+        statistics: dict[str, AbsMax] = {}
 
         def note(name: str, x: Tensor) -> None:
-            found.setdefault(name, AbsMax(x.shape[-1], x.device)).update(x.detach()[ordinary])
+            statistics.setdefault(name, AbsMax(x.shape[-1], x.device)).update(x.detach()[ordinary])
 
         handles = [
             self.linears[site.readers[0]].register_forward_pre_hook(lambda _, args, name=site.name: note(name, args[0]))
@@ -119,87 +139,93 @@ class TunedBlock:
             self(hidden, call)
         for handle in handles:
             handle.remove()
-        return {name: largest.value for name, largest in found.items()}
+        return {name: statistic.value for name, statistic in statistics.items()}
 
     def settle_(self, block: Block) -> None:
-        """Carry out on the float32 `block` what was learned: factors folded, slacks and low-rank parts merged. This
-        block, too, is then one without factors, on the same weights and ranges, and `prefix` what the settled one makes
-        of it.
+        """Apply what was learned to the float32 `block`: fold smoothing factors, merge slacks and low-rank terms.
+
+        Afterwards this object has the same weights as `block`, keeps its learned ranges and has no smoothing factors;
+        its `prefix` holds the keys and values of the settled block.
         """
         with torch.no_grad():
             if self.prefix is not None:
                 self.prefix = self.prefix[0], self._values(self.prefix[1])
             for site in block.arch.sites:
                 smoothing = self.sites[site.name].smoothing
-                wide = torch.ones(()) if smoothing is None else smoothing.wide()
+                factors = torch.ones(()) if smoothing is None else smoothing.wide()
                 for name in site.readers:
                     weight, low_rank = block.linear(name).weight, self.linears[name].low_rank
                     if smoothing is not None:
-                        weight.mul_(self.linears[name].factors(smoothing) / wide)
+                        weight.mul_(self.linears[name].factors(smoothing) / factors)
                     if low_rank is not None:
-                        # As it was learned, behind the factors that come next.
-                        weight.add_(low_rank.product() / wide.to(weight.device))
+                        # The term was learned on the scaled weight; `fold_` multiplies by the factors below.
+                        weight.add_(low_rank.product() / factors.to(weight.device))
                         self.linears[name].low_rank = None
             for site in block.arch.sites:
                 entrance = self.sites[site.name]
                 if entrance.smoothing is not None:
                     entrance.smoothing.fold_(block, site)
                     entrance.smoothing = None
-        own = dict(self.module.named_parameters()) | dict(self.module.named_buffers())
+        tensors = dict(self.module.named_parameters()) | dict(self.module.named_buffers())
         for name, parameter in block.module.named_parameters():
-            own[name].data.copy_(parameter.data)
+            tensors[name].data.copy_(parameter.data)
 
     def bound_(self) -> None:
-        """Bring what was learned back into its range."""
+        """Clamp learned parameters to their valid range."""
         for entrance in self.sites.values():
             entrance.bound_()
 
     def activations(self) -> dict[str, ActivationScheme | None]:
-        """How each linear's input is quantized, as learned."""
-        found = {}
+        """Linear name -> activation scheme with the learned clip; None if inputs are not quantized."""
+        schemes = {}
         for site in self._arch.sites:
             for name in site.readers:
-                found[name] = self.sites[site.name].learned(self._frame.activations[name])
-        return found
+                schemes[name] = self.sites[site.name].learned(self._frame.activations[name])
+        return schemes
 
     def grids(self, names: tuple[str, ...]) -> FixedGrids:
-        """The learned ranges of linears on top of each other."""
+        """Learned grids of several linears, their rows stacked."""
         return FixedGrids.stacked([self.linears[name].fitted() for name in names])
 
     def fix_(self, name: str, weight: Tensor, second: Tensor | None = None) -> None:
-        """Let a linear run on a weight (m, k), in its basis, that was rounded elsewhere.
+        """Make a linear run on a given weight that was rounded elsewhere.
 
-        second: (m, r), the part of it that salient columns' second weight is.
+        weight: (m, k), dequantized, in the linear's input basis.
+        second: (m, r), the part of it that the salient columns' second weight holds, or None.
         """
         linear = self.linears[name]
         linear.fixed = weight if second is None else linear.with_second(weight, second)
 
-    def _kept(self, site: Site) -> Tensor | None:
-        """Channels at 8 bits, which need no factors."""
+    def _outlier_channels(self, site: Site) -> Tensor | None:
+        """Mask (channels,) of outlier channels, which have 8 bits and need no factors; None without any."""
         order, outliers = self._frame.bases[site.name].order, self._frame.correction.outliers
         if order is None or not outliers:
             return None
-        kept = torch.zeros_like(order, dtype=torch.bool)
-        kept[order[-outliers:]] = True
-        return kept
+        mask = torch.zeros_like(order, dtype=torch.bool)
+        mask[order[-outliers:]] = True
+        return mask
 
     def _values(self, values: Tensor) -> Tensor:
-        """Values (..., key-value heads, t, width) as they are cached: divided by their factors."""
+        """Values (..., key-value heads, t, width) divided by their smoothing factors, as they are cached."""
         for entrance in self.sites.values():
             if entrance.smoothing is not None:
                 values = entrance.smoothing.values(values)
         return values
 
     def use_coding(self, coding: Coding | None) -> None:
-        """Quantize keys and values by `coding` from now on, None for not at all."""
+        """Set how keys and values are quantized from now on; None keeps them at 16 bits."""
         self._coding = coding
 
     def seen(self, keys: Tensor, values: Tensor, positions: tuple[Tensor, Tensor]) -> States:
-        """What attention sees of a text's keys and values (b, heads, t, width), the prefix before them."""
+        """Keys and values as attention reads them: quantized and dequantized, the unquantized prefix put before them.
+
+        keys, values: (b, heads, t, width) of the text.
+        positions: cosines and sines of the rotary embedding.
+        """
         coding, prefix = self._coding, self.prefix
         values = self._values(values)
         prefix = None if prefix is None else (prefix[0], self._values(prefix[1]))
-        # Norms of queries and keys (Qwen3) give float32; attention takes one type.
+        # Query and key norms (Qwen3) return float32, but attention needs a single dtype.
         values = values.to(keys.dtype)
         if coding is not None:
             keys, values = quantized_keys(keys, coding, positions), quantized_values(values, coding)
@@ -207,33 +233,34 @@ class TunedBlock:
 
 
 class _Cache(BlockCache):
-    """Stands for the cache that attention updates."""
+    """Replaces the KV cache that attention updates."""
 
     def __init__(self, block: TunedBlock, positions: tuple[Tensor, Tensor]) -> None:
         super().__init__()
         self._block, self._positions = block, positions
 
     def see(self, keys: Tensor, values: Tensor) -> States:
-        """See `BlockCache`."""
+        """Keys and values as attention reads them, (b, heads, prefix + t, width) each."""
         return self._block.seen(keys, values, self._positions)
 
 
-def _mean_square(parts: Sequence[Tensor]) -> Tensor:
-    """Over all numbers of all parts, 0 of none."""
-    return torch.cat([part.square().flatten() for part in parts]).mean() if parts else torch.zeros(())
+def _mean_square(tensors: Sequence[Tensor]) -> Tensor:
+    """Mean square over all elements of all tensors; 0 if there are none."""
+    return torch.cat([tensor.square().flatten() for tensor in tensors]).mean() if tensors else torch.zeros(())
 
 
-def _start(block: Block, site: Site, largest: Tensor) -> Tensor:
-    """Logarithms of a site's first factors, with mean 0: max |x|^alpha / max |w|^(1 - alpha)."""
-    columns = torch.stack([block.linear(name).weight.detach().abs().amax(0) for name in site.readers]).amax(0)
+def _start(block: Block, site: Site, input_max: Tensor) -> Tensor:
+    """Logarithms of a site's initial factors max |x|^alpha / max |w|^(1 - alpha), shifted to mean 0."""
+    weight_max = torch.stack([block.linear(name).weight.detach().abs().amax(0) for name in site.readers]).amax(0)
     heads = block.heads
     if site.per_head:
-        largest, columns = (
-            part.view(heads.key_value, heads.repeats, heads.width).amax(1).flatten() for part in (largest, columns)
+        input_max, weight_max = (
+            maxima.view(heads.key_value, heads.repeats, heads.width).amax(1).flatten()
+            for maxima in (input_max, weight_max)
         )
-    alive = (largest > 0) & (columns > 0)
-    tiny = torch.finfo(columns.dtype).tiny
-    logs = _ALPHA * largest.clamp(min=tiny).log() - (1 - _ALPHA) * columns.clamp(min=tiny).log()
-    logs = torch.where(alive, logs, logs[alive].mean() if bool(alive.any()) else 0.0)
+    nonzero = (input_max > 0) & (weight_max > 0)
+    tiny = torch.finfo(weight_max.dtype).tiny
+    logs = _ALPHA * input_max.clamp(min=tiny).log() - (1 - _ALPHA) * weight_max.clamp(min=tiny).log()
+    logs = torch.where(nonzero, logs, logs[nonzero].mean() if bool(nonzero.any()) else 0.0)
     centred: Tensor = logs - logs.mean()
     return centred

@@ -1,10 +1,10 @@
-"""Fine-grained weight clipping: the share of its range that each row keeps in each group is learned.
+"""Learned weight clipping: for each row and group, the learned share of the weight range that its grid covers.
 
     high = σ(γ) max(W, 0),   low = σ(β) min(W, 0);   symmetric: high = -low = σ(γ) max |W|
 
-(OmniQuant's learned weight clipping, arXiv 2308.13137, section 3.2, a group at a time.) γ and β start where the clip
-search of the method below stands, so that nothing is lost before anything is learned. Scales are rounded to their
-stored type, as they will be.
+This is OmniQuant's learned weight clipping (arXiv 2308.13137, section 3.2), applied per group. γ and β start at the
+ranges that the base method's clip search finds, so that training starts from its result. Scales are rounded to their
+stored dtype, as in the checkpoint.
 """
 
 from __future__ import annotations
@@ -19,12 +19,17 @@ from subnibble.tensor.packed import scale_dtype
 from subnibble.tensor.scheme import Scheme
 from subnibble.tuning.fake_quant import fake_quantize, rounded
 
-# Shares a little below 1: at 1 itself the sigmoid has no inverse.
+# Initial shares stay below 1, where the sigmoid has no finite inverse.
 _LARGEST_SHARE = 0.995
 
 
 class Clipping(nn.Module):
-    """Grids of one weight (m, k), as its input meets it. start: how ranges are chosen to begin with."""
+    """Learned grids of one weight.
+
+    weight: (m, k), in its input basis.
+    scheme: bits, group size and zero-point of the grids.
+    start: how the initial ranges are chosen.
+    """
 
     _unit: Tensor
 
@@ -32,23 +37,25 @@ class Clipping(nn.Module):
         super().__init__()
         self._scheme, self._width = scheme, _width(scheme, weight.shape[1])
         bounds = scheme.group_bounds(weight.shape[1])
-        kept = torch.cat([grid.fit(weight[:, first:stop], scheme, start)[0] for first, stop in bounds], 1).unsqueeze(-1)
+        scales = torch.cat([grid.fit(weight[:, first:stop], scheme, start)[0] for first, stop in bounds], 1).unsqueeze(
+            -1
+        )
         low, high = self._extremes(self._groups(weight))
-        share = torch.where(high > low, kept * (scheme.levels - 1) / (high - low), 1.0)
+        share = torch.where(high > low, scales * (scheme.levels - 1) / (high - low), 1.0)
         logits = share.clamp(max=_LARGEST_SHARE).logit()
-        # With it the start is what was found to the last bit.
+        # This factor makes the initial ranges bit-exact despite the clamped share.
         self.register_buffer("_unit", share / logits.sigmoid())
         self.upper = nn.Parameter(logits)
         self.lower = nn.Parameter(logits.clone()) if scheme.zero_point == "integer" else None
 
     def forward(self, weight: Tensor) -> Tensor:
-        """The weight (m, k) rounded to nearest."""
+        """Round a weight (m, k) to nearest on the learned grids; returns the dequantized weight (m, k)."""
         groups = self._groups(weight)
-        found = fake_quantize(groups, *self._grids(groups), self._scheme.levels).flatten(1)
-        return found[:, : weight.shape[1]]
+        dequantized = fake_quantize(groups, *self._grids(groups), self._scheme.levels).flatten(1)
+        return dequantized[:, : weight.shape[1]]
 
     def fitted(self, weight: Tensor) -> list[Fitted]:
-        """The grid of each group, as learned, for a weight (m, k)."""
+        """The learned grid of each group of a weight (m, k)."""
         with torch.no_grad():
             scale, zero = self._grids(self._groups(weight))
             zero = zero.expand_as(scale)
@@ -58,21 +65,21 @@ class Clipping(nn.Module):
             ]
 
     def _groups(self, weight: Tensor) -> Tensor:
-        """(m, groups, width), the last group filled up with zeros, which every range holds."""
-        spare = -weight.shape[1] % self._width
-        filled = nn.functional.pad(weight, (0, spare)) if spare else weight
-        found: Tensor = filled.unflatten(1, (-1, self._width))
-        return found
+        """(m, groups, width), the last group padded with zeros, which every range contains."""
+        padding = -weight.shape[1] % self._width
+        padded = nn.functional.pad(weight, (0, padding)) if padding else weight
+        groups: Tensor = padded.unflatten(1, (-1, self._width))
+        return groups
 
     def _extremes(self, groups: Tensor) -> tuple[Tensor, Tensor]:
-        """The least and the largest value of a range that is kept whole, (m, groups, 1)."""
+        """Smallest and largest value of the unclipped range, (m, groups, 1) each."""
         if self._scheme.zero_point == "none":
             high = groups.abs().amax(-1, keepdim=True)
             return -high, high
         return groups.amin(-1, keepdim=True).clamp(max=0), groups.amax(-1, keepdim=True).clamp(min=0)
 
     def _grids(self, groups: Tensor) -> tuple[Tensor, Tensor]:
-        """Scales (m, groups, 1), in stored precision, and zero-points."""
+        """Scales (m, groups, 1), rounded to their stored dtype, and zero-points, broadcastable to them."""
         scheme = self._scheme
         last = scheme.levels - 1
         low, high = self._extremes(groups)
@@ -93,8 +100,8 @@ def check_scheme(scheme: Scheme, path: str) -> None:
     """Raise `BadRecipe` if the linear at `path` has a grid whose ranges cannot be learned."""
     if scheme.grid != "uniform" or scheme.zero_point == "real":
         raise BadRecipe(
-            f'{path}: tuning needs a uniform grid with zero_point "none" or "integer", and finds {scheme.name}; set '
-            "these, or choose a method without tuning"
+            f'{path} has the scheme {scheme.name}, but tuning needs grid = "uniform" and zero_point "none" or '
+            '"integer"; set these, or choose a method without tuning'
         )
 
 

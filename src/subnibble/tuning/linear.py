@@ -1,4 +1,4 @@
-"""A linear of a tuned block as it will run, and what the readers of a site share of its input."""
+"""A linear of a tuned block as it will run quantized, and the input that the readers of a site share."""
 
 from __future__ import annotations
 
@@ -28,11 +28,16 @@ from subnibble.tuning.tuning import Tuning
 
 @dataclass(frozen=True)
 class Frame:
-    """What a block is tuned within. schemes, activations: of its linears, None for not at all. bases: of its sites.
+    """Everything around a block's learned parameters that tuning does not change.
 
-    coding: of keys and values, None for 16 bits. prefix: its states in this block, or None. correction: what linears
-    have besides the codes of one grid. clip: how ranges of weights are chosen where nothing is learned yet.
-    dtype: that products are computed in.
+    schemes: linear name -> weight scheme, None if the weight is not quantized.
+    activations: linear name -> activation scheme, None if the input is not quantized.
+    bases: site name -> input basis (channel order and online transform).
+    coding: how keys and values are quantized, None for 16 bits.
+    prefix: keys and values of the prompt prefix in this block, or None.
+    correction: the linears' terms besides the main quantized matrix.
+    clip: how the initial weight ranges are chosen.
+    dtype: compute dtype of matrix products.
     """
 
     schemes: Mapping[str, Scheme | None]
@@ -46,10 +51,13 @@ class Frame:
 
 
 class TunedInput:
-    """What readers of a site share: factors, basis, and the input as each activation scheme leaves it.
+    """The input of a site as its readers share it: smoothing, basis, and the quantized input for each scheme.
 
-    smoothing: its factors, None without. clip: by what share of it the inputs' clip is moved, None where it stays.
-    repeated: see `SiteInput`.
+    basis: channel order and online transform of the site.
+    dtype: compute dtype of the result.
+    repeated: number of first channels that are quantized twice, see `SiteInput`.
+    smoothing (attribute): the site's smoothing, or None.
+    clip (attribute): scalar, relative change of the activation clip, or None if it is not learned.
     """
 
     def __init__(self, basis: InputBasis, dtype: torch.dtype, repeated: int = 0) -> None:
@@ -62,47 +70,48 @@ class TunedInput:
         self._entered: dict[ActivationScheme | None, Tensor] = {}
 
     def learn_clip(self, schemes: set[ActivationScheme | None], device: torch.device) -> None:
-        """Let the clip of inputs be learned, where one of the readers' schemes has one."""
+        """Make the activation clip learnable if one of the readers' `schemes` has a clip."""
         self._schemes = [scheme for scheme in schemes if scheme is not None and can_clip(scheme)]
         if self._schemes:
             self.clip = nn.Parameter(torch.zeros((), device=device))
 
     def learned(self, scheme: ActivationScheme | None) -> ActivationScheme | None:
-        """A reader's scheme with the clip as learned."""
+        """A reader's activation scheme with the learned clip; None if its input is not quantized."""
         if scheme is None or self.clip is None or not can_clip(scheme):
             return scheme
         return with_share(scheme, self.clip.detach())
 
     def bound_(self) -> None:
-        """Bring the clip back into its range."""
+        """Clamp the learned clip to its valid range."""
         if self.clip is not None:
             for scheme in self._schemes:
                 bound_(self.clip, scheme)
 
     def forget(self) -> None:
-        """Forget the last input."""
+        """Drop the cached input."""
         self._x, self._entered = None, {}
 
     def enter(self, x: Tensor, scheme: ActivationScheme | None) -> Tensor:
-        """X (..., k) as a reader multiplies it, repeated channels' remainder behind, if it is quantized.
+        """Smooth, transform and quantize x (..., k); returns (..., k), or (..., k + repeated) if it is quantized.
 
-        All readers hand over the same tensor; it is quantized once.
+        The last `repeated` columns are the remainder of the channels that are quantized twice. All readers pass the
+        same tensor, and it is quantized once per scheme.
         """
         if self._x is not x:
             self._x, self._entered = x, {}
         if scheme not in self._entered:
-            own = x.flatten(0, -2).float()
+            tokens = x.flatten(0, -2).float()
             if self.smoothing is not None:
-                own = self.smoothing.inputs(own)
-            own = site_input.enter(own, self._site)
+                tokens = self.smoothing.inputs(tokens)
+            tokens = site_input.enter(tokens, self._site)
             if scheme is not None:
-                own = self._quantized(own, scheme)
-            self._entered[scheme] = own.to(self._dtype).view(*x.shape[:-1], -1)
+                tokens = self._quantized(tokens, scheme)
+            self._entered[scheme] = tokens.to(self._dtype).view(*x.shape[:-1], -1)
         return self._entered[scheme]
 
     def _quantized(self, x: Tensor, scheme: ActivationScheme) -> Tensor:
-        """What tokens (t, k) become: (t, k + repeated)."""
-        # The numbers are those of `site_input.apply`, as a test says. Here gradients reach the tokens and the clip.
+        """Quantize and dequantize tokens (t, k), append the quantized remainder: (t, k + repeated)."""
+        # The values equal those of `site_input.apply` (tested); here gradients also reach the tokens and the clip.
         values, repeated = self._once(x, scheme), self._site.repeated
         if not repeated:
             return values
@@ -116,7 +125,15 @@ class TunedInput:
 
 
 class TunedLinear(nn.Module):
-    """A linear as it will run."""
+    """A linear of a tuned block as it will run quantized.
+
+    linear: the float32 linear, (m, k).
+    entrance: the site's input, shared with the other readers.
+    frame: schemes, bases and corrections of the block.
+    name: the linear's name in the block.
+    tuning: what is learned.
+    generator: draws the initial low-rank factors.
+    """
 
     weight: Tensor
     bias: Tensor | None
@@ -135,7 +152,7 @@ class TunedLinear(nn.Module):
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().clone())
         self._entrance, self._frame = (entrance,), frame
         self._scheme, self._activation = frame.schemes[name], frame.activations[name]
-        # Of which the remainder meets the second weight, as it runs (see `SiteInput`).
+        # The second weight also multiplies the remainder of these first channels (see `SiteInput`).
         self._repeated = 0 if None in (self._scheme, self._activation) else frame.correction.repeated
         self.fixed: Tensor | None = None
         self.clipping: Clipping | None = None
@@ -150,25 +167,25 @@ class TunedLinear(nn.Module):
             self.low_rank = Compensation(rows, columns, tuning.rank, generator, device)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (..., k) to (..., m)."""
+        """Map x (..., k) to (..., m), in the compute dtype."""
         entered = self._entrance[0].enter(x, self._activation)[..., : self.weight.shape[1] + self._repeated]
         dtype = self._frame.dtype
         bias = None if self.bias is None else self.bias.to(dtype)
         return nn.functional.linear(entered, self._rounded().to(dtype), bias)
 
     def fitted(self) -> list[Fitted]:
-        """The learned grids of its groups."""
+        """The learned grid of each group."""
         assert self.clipping is not None
         with torch.no_grad():
             main, _ = self._split(self._exact())
             return self.clipping.fitted(main)
 
     def factors(self, smoothing: Smoothing) -> Tensor:
-        """By which columns are multiplied; a linear that is not quantized keeps the function."""
+        """Smoothing factors (k,) of the weight's columns; without slack if the weight is not quantized."""
         return smoothing.wide() if self._scheme is None else smoothing.of_weights()
 
     def _exact(self) -> Tensor:
-        """The weight before it is rounded, in its basis."""
+        """The weight (m, k) before rounding: smoothed, with its low-rank term, in the input basis."""
         weight, smoothing = self.weight, self._entrance[0].smoothing
         if smoothing is not None:
             weight = weight * self.factors(smoothing)
@@ -177,32 +194,37 @@ class TunedLinear(nn.Module):
         return self._entrance[0].basis.columns(weight)
 
     def _rounded(self) -> Tensor:
-        """The weight as inputs meet it, (m, k), and the second weight of those that are repeated."""
+        """The weight that `enter`'s result is multiplied by: (m, k), or (m, k + repeated) with the second weight."""
         if self.fixed is not None:
             return self.fixed
         weight = self._exact()
         if self.clipping is None or self._scheme is None:
             return weight
-        left, second = self._split(weight)
-        main: Tensor = self.clipping(left)
+        on_grids, second = self._split(weight)
+        main: Tensor = self.clipping(on_grids)
         if second is not None:
             return self.with_second(main + second, second)
-        last = self._frame.correction.last(weight.detach(), self._scheme)
-        if last is None:
+        outliers = self._frame.correction.last(weight.detach(), self._scheme)
+        if outliers is None:
             return main
-        return torch.cat([main, straight_through(weight[:, main.shape[1] :], last)], 1)
+        return torch.cat([main, straight_through(weight[:, main.shape[1] :], outliers)], 1)
 
     def with_second(self, weight: Tensor, second: Tensor) -> Tensor:
-        """A weight (m, k), and behind it the second weight, (m, r or more), of the inputs that are repeated."""
+        """Append to a weight (m, k) the second weight's columns of the channels that are quantized twice.
+
+        second: (m, r or more), the salient columns' second weight. Returns (m, k + repeated).
+        """
         return torch.cat([weight, second[:, : self._repeated]], 1) if self._repeated else weight
 
     def _split(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What learned ranges hold of a weight (m, k), and the salient columns' second weight, of no gradient and with
-        zeros behind: (m, k), or None without.
+        """Split a weight (m, k) into the part on learned grids and the salient columns' second weight.
+
+        The second weight has no gradient and is padded with zeros to (m, k); None without salient columns. Without
+        them, outlier columns are left out of the first part.
         """
         correction, columns = self._frame.correction, weight.shape[1]
-        coarse = None if self._scheme is None else correction.second(weight.detach(), self._scheme)
-        if coarse is None:
+        salient = None if self._scheme is None else correction.second(weight.detach(), self._scheme)
+        if salient is None:
             return weight[:, : columns - correction.outliers], None
-        second = nn.functional.pad(coarse, (0, columns - coarse.shape[1]))
+        second = nn.functional.pad(salient, (0, columns - salient.shape[1]))
         return weight - second, second

@@ -1,14 +1,16 @@
-"""Train what is learned of a block on the quantized chain's inputs towards the full-precision chain's outputs.
+"""Train a block's learned parameters on the quantized chain's inputs towards the full-precision chain's outputs.
 
     L = mean over ordinary tokens ||F^q(h^q) - F(h)||² / mean over the same ||F(h) - h||²  +  λ mean(d²)
 
-h^q, h: the block's inputs in the model as quantized so far and in the full-precision model, as in OmniQuant (arXiv
-2308.13137, eq. 1). Sink tokens, whose states are huge, and the first token of each window are left out. Two stages:
-ranges and factors, then everything, low-rank parts warmed up. AdamW; a cosine over each stage; gradients clipped to
-norm 1. Of all epochs the state with the least loss on held-out windows is kept, the start among them; the second stage
-begins with it, and a stage ends early where some epochs found none better. A step whose loss or gradient is not finite
-is left out; where so many are that none is taken any more, or where held-out windows are not finite, training goes back
-to the best state at half the step.
+h^q is the block's input in the model as quantized so far, h its input in the full-precision model, as in OmniQuant
+(arXiv 2308.13137, eq. 1). Attention sinks, whose hidden states are huge, and the first token of each window do not
+count. Stage 1 trains ranges and smoothing factors, stage 2 everything, with a warm-up for low-rank terms. AdamW, a
+cosine schedule over each stage, gradients clipped to norm 1.
+
+Training keeps the state with the lowest held-out loss over all epochs, including the start. Stage 2 begins from it. A
+stage ends early after several epochs without a better state. A step whose loss or gradient is not finite is skipped.
+After several such steps in a row, or if the held-out loss is not finite, training returns to the best state at half
+the learning rate.
 """
 
 from __future__ import annotations
@@ -27,23 +29,27 @@ from subnibble.tuning.block import TunedBlock
 from subnibble.tuning.samples import Samples
 from subnibble.tuning.tuning import Effort
 
-# Of AdamW, by parameter space; that of low-rank parts is the tuning's own.
+# AdamW learning rates by parameter space; `Tuning.low_rank_rate` gives the one of low-rank terms.
 _RATES = {"clipping": 3e-2, "input_clipping": 1e-2, "smoothing": 1e-2}
 _LAST_RATE = 0.05
 _WARM_UP = 0.1
 _LARGEST_GRADIENT = 1.0
-# Tokens of held-out windows that are run together: weights are rounded anew each time.
-_LOOKED_AT_TOGETHER = 2048
-# Epochs without a better state after which a stage ends.
+# Held-out tokens per forward pass: large, because each pass rounds the weights anew.
+_HELD_OUT_BATCH = 2048
+# A stage ends after this many epochs without a better state.
 _PATIENCE = 5
-# Steps on end that are not finite after which what is learned must be at fault, not a window.
+# After this many consecutive non-finite steps, roll back: the parameters are bad, not one window.
 _LOST = 4
 
 
 @dataclass(frozen=True)
 class Trained:
-    """How it went. before, after: held-out loss. epochs: that were run. rollbacks: to the best state. left_out: steps
-    that were not finite.
+    """Outcome of training a block.
+
+    before, after: held-out loss.
+    epochs: number of epochs that were run.
+    rollbacks: how often training returned to the best state.
+    left_out: number of skipped (non-finite) steps.
     """
 
     before: float
@@ -54,11 +60,18 @@ class Trained:
 
 
 def train_(
-    block: TunedBlock, samples: Samples, effort: Effort, generator: torch.Generator, told: Callable[[float], None]
+    block: TunedBlock, samples: Samples, effort: Effort, generator: torch.Generator, on_loss: Callable[[float], None]
 ) -> Trained:
-    """Train in place. generator: draws the order of windows. told: is called with the held-out loss, epoch by epoch."""
+    """Train a block's parameters in place.
+
+    block: its `parameters` are trained.
+    samples: training and held-out windows.
+    effort: epochs of each stage and tokens per step.
+    generator: draws the order of windows.
+    on_loss: called with the best held-out loss so far, before training and after each epoch.
+    """
     best = before = held_out_loss(block, samples)
-    told(before)
+    on_loss(before)
     parameters = block.parameters()
     state = _copied(parameters)
     rate, epochs, rollbacks, left_out = 1.0, 0, 0, 0
@@ -73,37 +86,41 @@ def train_(
         _restore_(parameters, state)
         optimizer = _optimizer(learned, rates)
         total = count * math.ceil(samples.trained / _per_step(samples, effort))
-        step = lost = worse = 0
+        step = bad_steps = epochs_without_gain = 0
         for _ in range(count):
             for batch in _batches(samples, effort, generator):
                 _set_rates_(optimizer, rate, step / max(total, 1))
                 step += 1
                 finite = _step_(block, samples, batch, optimizer, learned)
-                lost = 0 if finite else lost + 1
+                bad_steps = 0 if finite else bad_steps + 1
                 left_out += not finite
-                if lost == _LOST:
+                if bad_steps == _LOST:
                     break
-            loss = held_out_loss(block, samples) if lost < _LOST else math.nan
-            epochs, worse = epochs + 1, worse + 1
+            loss = held_out_loss(block, samples) if bad_steps < _LOST else math.nan
+            epochs, epochs_without_gain = epochs + 1, epochs_without_gain + 1
             if loss < best:
-                best, state, worse = loss, _copied(parameters), 0
+                best, state, epochs_without_gain = loss, _copied(parameters), 0
             elif not math.isfinite(loss):
                 _restore_(parameters, state)
                 optimizer = _optimizer(learned, rates)
-                rate, rollbacks, lost = rate / 2, rollbacks + 1, 0
-            told(best)
-            if worse == _PATIENCE:
+                rate, rollbacks, bad_steps = rate / 2, rollbacks + 1, 0
+            on_loss(best)
+            if epochs_without_gain == _PATIENCE:
                 break
     _restore_(parameters, state)
     return Trained(before, best, epochs, rollbacks, left_out)
 
 
 def held_out_loss(block: Callable[[Tensor, BlockCall], Tensor], samples: Samples) -> float:
-    """The loss on held-out windows, without penalty. block: hidden states (b, t, d) and a call, to the output."""
-    together = max(1, _LOOKED_AT_TOGETHER // samples.inputs.shape[1])
+    """Mean loss on the held-out windows, without the penalty.
+
+    block: function of hidden states (b, t, d) float32 and the call arguments; returns the output (b, t, d).
+    samples: its held-out windows are used.
+    """
+    batch_size = max(1, _HELD_OUT_BATCH // samples.inputs.shape[1])
     loss = WeightedMean()
     with torch.no_grad():
-        for batch in torch.tensor(samples.held_out).split(together):
+        for batch in torch.tensor(samples.held_out).split(batch_size):
             loss.update(float(_loss(block, samples, batch)), int(samples.ordinary[batch].sum()))
     return loss.value
 
@@ -115,13 +132,13 @@ def _step_(
     optimizer: torch.optim.Optimizer,
     learned: Mapping[str, Tensor],
 ) -> bool:
-    """One step; False, and none, if it is not finite."""
+    """Take one step; if loss or gradient is not finite, take none and return False."""
     optimizer.zero_grad(set_to_none=True)
     loss = _loss(block, samples, batch) + block.penalty()
     loss.backward()
-    idle = [name for name, value in learned.items() if value.grad is None]
-    if idle:
-        raise never_called(f"what {idle[0]} of a tuned block is learned for")
+    unreached = [name for name, value in learned.items() if value.grad is None]
+    if unreached:
+        raise never_called(f"the module that uses the learned parameter {unreached[0]} of a tuned block")
     norm = torch.nn.utils.clip_grad_norm_(list(learned.values()), _LARGEST_GRADIENT)
     if not bool(torch.isfinite(norm)):
         return False
@@ -131,8 +148,8 @@ def _step_(
 
 
 def _loss(block: Callable[[Tensor, BlockCall], Tensor], samples: Samples, batch: Tensor) -> Tensor:
-    found = block(samples.inputs[batch].float(), samples.call)
-    error = (found.float() - samples.target[batch].float()).square().sum(-1)
+    output = block(samples.inputs[batch].float(), samples.call)
+    error = (output.float() - samples.target[batch].float()).square().sum(-1)
     ordinary = samples.ordinary[batch]
     return (error * ordinary).sum() / (samples.energy * ordinary.sum().clamp(min=1))
 
@@ -155,11 +172,11 @@ def _optimizer(learned: Mapping[str, Tensor], rates: Mapping[str, float]) -> tor
 
 
 def _set_rates_(optimizer: torch.optim.Optimizer, rate: float, done: float) -> None:
-    """Step sizes where so much of a stage is done."""
+    """Set the learning rates for the fraction `done` of a stage."""
     cosine = _LAST_RATE + (1 - _LAST_RATE) * (1 + math.cos(math.pi * done)) / 2
     for group in optimizer.param_groups:
-        warm = min(1.0, (done + _WARM_UP / 10) / _WARM_UP) if group["space"] == "low_rank" else 1.0
-        group["lr"] = rate * group["rate"] * cosine * warm
+        warm_up = min(1.0, (done + _WARM_UP / 10) / _WARM_UP) if group["space"] == "low_rank" else 1.0
+        group["lr"] = rate * group["rate"] * cosine * warm_up
 
 
 def _copied(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""What is learned of each block before it is rounded, and at what effort (BiSup, arXiv 2405.15346, reconstructed)."""
+"""Block tuning settings: what is learned before rounding, at what effort (BiSup, arXiv 2405.15346, reconstructed)."""
 
 from __future__ import annotations
 
@@ -14,9 +14,13 @@ LOW_RANKS = ("merge", "none")
 
 @dataclass(frozen=True)
 class Effort:
-    """windows, tokens: how many calibration windows are trained on, and how many of each one's first tokens.
+    """How much data and how many epochs block tuning uses.
 
-    first, second: epochs of clipping and smoothing alone, then of everything. batch: tokens of one step.
+    windows: number of calibration windows.
+    tokens: number of first tokens used of each window.
+    first: epochs of stage 1 (clipping and smoothing alone).
+    second: epochs of stage 2 (everything).
+    batch: tokens per step.
     """
 
     windows: int
@@ -28,7 +32,7 @@ class Effort:
 
 EFFORTS = {
     "fast": Effort(windows=64, tokens=512, first=0, second=2, batch=512),
-    # What the paper's class of methods has (OmniQuant, DuQuant): 20 epochs on 128 windows of 2048 tokens.
+    # As in comparable methods (OmniQuant, DuQuant): 20 epochs on 128 windows of 2048 tokens.
     "default": Effort(windows=128, tokens=2048, first=10, second=10, batch=2048),
     "best": Effort(windows=256, tokens=2048, first=20, second=20, batch=2048),
 }
@@ -36,16 +40,17 @@ EFFORTS = {
 
 @dataclass(frozen=True)
 class Tuning:
-    """Parameter spaces and effort.
+    """Parameter spaces of block tuning, and its effort.
 
-    clipping: "group" learns the share of its range that each row keeps in each group, "none" leaves it.
-    input_clipping: "site" learns the same of a site's quantized inputs, or "none".
-    smoothing: "soft", "hard" (the same factors for inputs and weights) or "none".
-    low_rank: "merge" learns a matrix of `rank` that is added to each weight before it is rounded, or "none".
-    low_rank_rate: AdamW's step of its factors.
+    clipping: "group" learns the share of the weight range that is kept, per row and group; "none" does not.
+    input_clipping: "site" learns the share of the input range that is kept, per site; "none" does not.
+    smoothing: "soft" (weight factors may differ from input factors), "hard" (the same factors) or "none".
+    low_rank: "merge" learns a matrix of rank `rank` that is added to each weight before rounding, or "none".
+    low_rank_rate: AdamW learning rate of that matrix's factors.
+    rank: rank of that matrix.
     effort: a name in EFFORTS.
     penalty: λ of soft smoothing.
-    unsmoothed: roles of sites that keep their channels.
+    unsmoothed: roles of sites that are not smoothed.
     """
 
     clipping: str = "group"
@@ -73,4 +78,4 @@ class Tuning:
         if not 0 < self.low_rank_rate < 1:
             raise BadRecipe(f"low_rank_rate is {self.low_rank_rate!r}; give a number between 0 and 1")
         if not 0 <= self.penalty < float("inf"):
-            raise BadRecipe(f"penalty is {self.penalty!r}; give a number from 0 on")
+            raise BadRecipe(f"penalty is {self.penalty!r}; give a finite number, 0 or larger")
