@@ -1,8 +1,8 @@
 """Read a packed checkpoint (docs/format.md, version 1) as the canonical content of `content.py`.
 
 It depends on the stored format only and imports nothing from the package, so renames inside the package do not affect
-it. A commit that changes the format must change this file with it, because each side of a comparison is read by the file
-of its own tree. An unknown tensor or key is an error, because what is not read is not compared.
+it. A commit that changes the format must change this file with it, because each side of a comparison is read by the
+file of its own tree. An unknown tensor or key is an error, because what is not read is not compared.
 """
 
 from __future__ import annotations
