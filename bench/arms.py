@@ -1,9 +1,9 @@
-"""Arms of the benches: a method and its settings each, as differences from another arm or from the bench's own table.
+"""Arms of the benches. An arm is a method with its settings, written as changes to another arm or to `SHARED`.
 
     python bench/arms.py weight_only d2quant-plus-sign > d2quant-plus-sign.toml
 
-prints the recipe of an arm, for `subnibble quantize --recipe`. Keys are a recipe's; all others are options of the
-method.
+prints the recipe of an arm, for `subnibble quantize --recipe`. In a table of changes, names of recipe keys set those
+keys; all other names are options of the method.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from subnibble.recipe import Recipe
 
-# Name -> the arm that it starts from ("" for none) and what is different.
+# Arm -> (the arm that it is based on, or "" for none; its changes to that arm).
 Arms = Mapping[str, tuple[str, Mapping[str, Any]]]
-# What all arms of a bench share; rows set bits, groups and inputs anew.
+# Recipe keys that all arms of a bench share. A row overrides bits, group size and activation bits.
 SHARED: Mapping[str, Mapping[str, Any]] = {
     "weight_only": {"bits": 2, "embedding_bits": 8},
     "weight_activation": {"bits": 4, "activation_bits": 4, "embedding_bits": 8},
@@ -41,7 +41,7 @@ _WEIGHT_ONLY: Arms = {
     "gptq-gar-sign": ("gptq-gar", {"grid": "sign", "weighting": "hessian"}),
     "gptq-gar-sign-unweighted": ("gptq-gar", {"grid": "sign"}),
     "gptq-gar-distilled": ("gptq-gar", _DISTILLED),
-    # D2Quant's parts over GPTQ, one at a time.
+    # GPTQ with one part of D2Quant each.
     "gptq-gar-dual": ("d2quant-unrotated-no-asymmetry", {"mean_shift": "none"}),
     "gptq-gar-shift": ("d2quant-unrotated-no-asymmetry", {"grid": "uniform", "columns": "none"}),
     "gptaq": ("", {"method": "gptaq"}),
@@ -50,7 +50,7 @@ _WEIGHT_ONLY: Arms = {
     "gptaq-rotated": ("gptaq", {"rotation": "groups"}),
     "gptaq-rotated-full": ("gptaq", {"rotation": "full"}),
     "gptaq-shifted-rotated": ("gptaq-shifted", {"rotation": "groups"}),
-    # The clip power that all other arms have; the authors' program has 2.4.
+    # Clip power 2.0 as in all other arms; the authors' program has 2.4.
     "d2quant": ("", {"method": "d2quant", "clip_power": 2.0}),
     "d2quant-released": ("d2quant", {"clip_power": 2.4}),
     "d2quant-uniform": ("d2quant", {"grid": "uniform"}),
@@ -82,7 +82,7 @@ _WEIGHT_ACTIVATION: Arms = {
     "smoothquant": ("", {"method": "smoothquant"}),
     "l2qer": ("", {"method": "l2qer", "factor_bits": 4}),
     "qera": ("", {"method": "qera", "factor_bits": 4}),
-    # The KV cache stays at 16 bits, so values are not rotated.
+    # Without rotated values, because the KV cache stays at 16 bits.
     "quarot": ("", {"method": "quarot", "value_rotation": "none"}),
     "quarot-rtn": ("quarot", {"rounding": "rtn"}),
     "serq": ("", {"method": "serq"}),
@@ -146,7 +146,7 @@ _WEIGHT_ACTIVATION_KV: Arms = {
     },
     "kv": ("", {"method": "none", "activation_bits": 16, "embedding_bits": 16}),
     "kv-window": ("kv", {"kv": {"window": 32}}),
-    # KIVI's form.
+    # As in KIVI.
     "kv-by-channel": ("kv-window", {"kv": {"key_axis": "channel", "group_size": 32}}),
     "kv-centered": ("kv", _CENTERED),
     "kv-before-rope": ("kv", {"kv": {"rope": "before"}}),
@@ -162,14 +162,19 @@ ARMS: Mapping[str, Arms] = {
 
 
 def recipe_of(bench: str, arm: str, **settings: Any) -> Recipe:
-    """The recipe of an arm. settings: a recipe's keys, which a row sets."""
+    """Return the recipe of an arm.
+
+    bench: a key of `ARMS`.
+    arm: the name of one of its arms.
+    settings: recipe keys that the row sets, such as bits and group_size.
+    """
     from subnibble.recipe import Recipe
 
     return Recipe.from_dict({**_values(bench, arm), **settings})
 
 
 def _values(bench: str, arm: str) -> dict[str, Any]:
-    """The recipe's table of an arm; what a base says stays where the arm says nothing."""
+    """Recipe keys of an arm, as a dictionary: those of its base, with the arm's changes."""
     from subnibble.recipe import Recipe
 
     if not arm:
@@ -177,19 +182,21 @@ def _values(bench: str, arm: str) -> dict[str, Any]:
     base, changes = ARMS[bench][arm]
     keys = {item.name for item in fields(Recipe)}
     values = _values(bench, base)
-    own = {key: value for key, value in changes.items() if key not in keys}
+    options = {key: value for key, value in changes.items() if key not in keys}
     plain = {key: value for key, value in changes.items() if key in keys - {"kv"}}
-    # Options belong to a method.
-    kept = {} if changes.get("method", values.get("method")) != values.get("method") else values["options"]
-    return {**values, **plain, "options": {**kept, **own}, "kv": {**values["kv"], **changes.get("kv", {})}}
+    # Options belong to a method, so an arm of another method does not inherit them.
+    same_method = changes.get("method", values.get("method")) == values.get("method")
+    inherited = values["options"] if same_method else {}
+    return {**values, **plain, "options": {**inherited, **options}, "kv": {**values["kv"], **changes.get("kv", {})}}
 
 
 def main() -> None:
-    named = sys.argv[1:]
-    if len(named) != 2 or named[0] not in ARMS or named[1] not in ARMS[named[0]]:
+    """Print the recipe of the arm that the command line names."""
+    arguments = sys.argv[1:]
+    if len(arguments) != 2 or arguments[0] not in ARMS or arguments[1] not in ARMS[arguments[0]]:
         benches = "\n".join(f"{bench}: {', '.join(arms)}" for bench, arms in ARMS.items())
         sys.exit(f"usage: arms.py BENCH ARM\n{benches}")
-    print(recipe_of(*named).to_toml(), end="")
+    print(recipe_of(*arguments).to_toml(), end="")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""What a call of a packed linear costs beside its product: one token, one thread.
+"""Time the overhead of one call of a packed linear, on one token and one thread.
 
     python bench/call_cost.py
 
-Beside the product are the module's own steps, from the call to what `ops.linear` is given. Each figure is the least of
-many rounds in which both are timed in turn, so that another program's work falls on both.
+The overhead is the time of a call less that of its product (`ops.linear`). Each figure is the minimum of many rounds.
+Every round times the call, the product and a dense product in turn, so that other programs slow down all of them.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ if TYPE_CHECKING:
     from subnibble.runtime.modules import PackedLinear
 
 SHAPES = ((192, 576), (4096, 4096))
-# More for the smaller one.
+# Rounds by number of rows: more for the smaller linear, whose calls are short.
 ROUNDS = {192: 1000, 4096: 30}
 
 
 def main() -> None:
+    """Print the table of times as Markdown."""
     from subnibble.rounding.grid import Clip, quantized
     from subnibble.runtime.modules import PackedLinear
     from subnibble.tensor.activation_scheme import ActivationScheme
@@ -34,12 +35,12 @@ def main() -> None:
 
     torch.set_num_threads(1)
     scheme = Scheme(4, 128)
-    columns = ("weight", "inputs", "call, us", "product, us", "beside it, us", "dense float32, us")
+    columns = ("weight", "inputs", "call, us", "product, us", "overhead, us", "dense float32, us")
     cells = []
     for rows, width in SHAPES:
         matrix = quantized(torch.randn(rows, width), scheme, Clip("minmax"))
         weight = PackedTensor((PackedRange.pack(matrix, scheme),))
-        for name, more in {
+        for inputs, terms in {
             "16 bits": {},
             "4 bits": {"activation": ActivationScheme(4, 128)},
             "4 bits, gathered": {
@@ -48,31 +49,31 @@ def main() -> None:
                 "column_scale": torch.ones(width, dtype=torch.float16),
             },
         }.items():
-            call, product, plain = timed(PackedLinear(Linear(PackedWeight(weight), SiteInput(**more))).eval())
+            call, product, plain = timed(PackedLinear(Linear(PackedWeight(weight), SiteInput(**terms))).eval())
             figures = [f"{1e6 * value:.0f}" for value in (call, product, call - product, plain)]
-            cells.append([f"{rows} x {width}", name, *figures])
+            cells.append([f"{rows} x {width}", inputs, *figures])
     print_table(columns, cells)
 
 
 def timed(module: PackedLinear) -> list[float]:
-    """Seconds of a call, of its product alone and of a dense float32 product of its shape."""
+    """Return seconds of one call of `module`, of its product alone, and of a dense float32 product of its shape."""
     from subnibble.runtime import ops
 
-    x, own, dense = torch.randn(1, module.in_features), module.linear, module.packed.dequantize()
-    calls = (lambda: module(x), lambda: ops.linear(x, own), lambda: torch.nn.functional.linear(x, dense))
+    x, packed, dense = torch.randn(1, module.in_features), module.linear, module.packed.dequantize()
+    calls = (lambda: module(x), lambda: ops.linear(x, packed), lambda: torch.nn.functional.linear(x, dense))
     return least(ROUNDS[module.out_features], *calls)
 
 
 def least(rounds: int, *calls: Callable[[], object]) -> list[float]:
-    """The least seconds of each call over many rounds."""
-    found = [float("inf")] * len(calls)
+    """Return the least seconds of each call over `rounds` rounds."""
+    seconds = [float("inf")] * len(calls)
     with torch.inference_mode():
         for _ in range(rounds):
             for index, call in enumerate(calls):
                 start = time.perf_counter()
                 call()
-                found[index] = min(found[index], time.perf_counter() - start)
-    return found
+                seconds[index] = min(seconds[index], time.perf_counter() - start)
+    return seconds
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the benches share: one quantization measured in a process of its own, and a table that grows by such rows."""
+"""Shared parts of the benches: measure one quantization in its own process, collect rows, print tables."""
 
 from __future__ import annotations
 
@@ -25,33 +25,40 @@ HERE = Path(__file__).parent
 
 
 def parts_of(text: str, form: str, numbers: int) -> tuple[list[str], list[int]]:
-    """A row as written on the command line, split at colons: words, and at its end so many whole numbers.
+    """Split the name of a row, as given on the command line, into words and whole numbers.
 
-    form: how a row is written, for the message of the `ArgumentTypeError`; what it has in brackets may be left out and
-    is the number before then. The last number, windows, is above 0.
+    text: parts separated by colons, the numbers last.
+    form: the form that `text` must have, shown in the error. A last part in brackets is optional; without it, the
+        number before it is repeated.
+    numbers: how many numbers there are. The last one, a number of windows, must be above 0.
+
+    Raises `ArgumentTypeError` if `text` does not have this form.
     """
-    parts, most = text.split(":"), form.count(":") + 1
-    if "[" in form and len(parts) == most - 1:
+    parts, count = text.split(":"), form.count(":") + 1
+    if "[" in form and len(parts) == count - 1:
         parts.append(parts[-1])
     words, counts = parts[:-numbers], parts[-numbers:]
-    if len(parts) != most or not all(part.isdecimal() for part in counts) or int(counts[-1]) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r}: give {form}, whole numbers at its end and the last above 0")
+    if len(parts) != count or not all(part.isdecimal() for part in counts) or int(counts[-1]) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r}: give {form}; it ends with whole numbers, the last of them above 0")
     return words, [int(part) for part in counts]
 
 
 def texts(wikitext: Path) -> dict[str, str]:
-    """Name -> what `read_text` takes; WikiText is left out, with one message, where its file is not."""
+    """Return the test texts: name -> argument of `read_text`.
+
+    wikitext: folder with test.raw.txt. If the file is missing, a message says so and WikiText-2 is left out.
+    """
     file = wikitext / "test.raw.txt"
     if not file.is_file():
-        print(f"{file} is not there: rows on WikiText-2 are left out (--wikitext DIR)", file=sys.stderr)
+        print(f"{file} does not exist: no rows on WikiText-2; name its folder with --wikitext DIR", file=sys.stderr)
         return {"news": "news"}
     return {"news": "news", "wikitext2": str(file)}
 
 
 def with_data(recipe: Recipe, windows: int) -> Recipe:
-    """The recipe calibrated as all rows are, on news in bfloat16, if it needs data.
+    """Return the recipe with the calibration of all rows: news, in bfloat16, if it needs data.
 
-    On `windows` times 2048 tokens; a recipe with shorter windows has them cut into so many more.
+    windows: number of windows of 2048 tokens. A recipe with shorter windows gets more of them, of the same text in all.
     """
     from subnibble.methods import find_method
     from subnibble.pipeline.plan import needs_data
@@ -69,10 +76,13 @@ def measure_row(
     exact_inputs: bool = False,
     change: Callable[[Any, Any], None] | None = None,
 ) -> list[Any]:
-    """Quantize the demo's model by `recipe` (None: not at all) and score it: facts for each text.
+    """Quantize the demo's model and score it; return one row per text.
 
-    exact_inputs: score the same codes with inputs that are not quantized, too. change: of the loaded model, given with
-    its tokenizer, before it is scored.
+    recipe: how to quantize; None scores the original.
+    windows: number of windows of 2048 tokens to score.
+    names: the texts to score, as `texts` returns them.
+    exact_inputs: also score the same codes with inputs that are not quantized.
+    change: called with the loaded model and its tokenizer before scoring, to edit the model.
     """
     from subnibble import quantize
     from subnibble.calibrate.tokens import bos_token
@@ -110,24 +120,24 @@ def measure_row(
             bos = bos_token(tokenizer)
             return [score({"m": loaded}, cut, bos)["m"].perplexity for cut in cuts.values()]
 
-        rows = [{"text": name, "perplexity": found} for name, found in zip(cuts, perplexities(), strict=True)]
+        rows = [{"text": name, "perplexity": value} for name, value in zip(cuts, perplexities(), strict=True)]
         if exact_inputs:
             for module in packed_modules(loaded).values():
                 module.activation = None
-            for row, found in zip(rows, perplexities(), strict=True):
-                row["perplexity_exact_inputs"] = found
+            for row, value in zip(rows, perplexities(), strict=True):
+                row["perplexity_exact_inputs"] = value
         return [row | facts for row in rows]
 
 
 def environment() -> dict[str, Any]:
-    """What a row was made with: the commit of this tree, releases, the processor's instruction set and threads."""
+    """Return what a row depends on: commit of this tree, releases, instruction set of the processor, threads."""
     import torch
     import transformers
 
     command = ["git", "-C", str(HERE), "describe", "--always", "--dirty"]
-    told = subprocess.run(command, check=False, capture_output=True, text=True)
+    described = subprocess.run(command, check=False, capture_output=True, text=True)
     return {
-        "commit": told.stdout.strip(),
+        "commit": described.stdout.strip(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
@@ -136,32 +146,37 @@ def environment() -> dict[str, Any]:
 
 
 def by_spec(rows: list[dict[str, Any]], spec: type[T]) -> dict[T, dict[str, dict[str, Any]]]:
-    """Rows by what they are of, then by text. spec: a dataclass whose fields are fields of the rows."""
-    found: dict[T, dict[str, dict[str, Any]]] = {}
+    """Return the rows as spec -> text -> row. spec: a dataclass whose fields are also fields of the rows."""
+    by_text: dict[T, dict[str, dict[str, Any]]] = {}
     for row in rows:
-        found.setdefault(spec(**{item.name: row[item.name] for item in fields(spec)}), {})[row["text"]] = row
-    return found
+        by_text.setdefault(spec(**{item.name: row[item.name] for item in fields(spec)}), {})[row["text"]] = row
+    return by_text
 
 
 def score_cells(of_spec: dict[str, dict[str, Any]]) -> list[str]:
-    """Perplexity on news and on WikiText-2, empty where there is none."""
+    """Cells of perplexity on news and WikiText-2; empty if not measured. of_spec: text -> row."""
     return [f"{of_spec[text]['perplexity']:.2f}" if text in of_spec else "" for text in ("news", "wikitext2")]
 
 
 def share_cell(of_spec: dict[str, dict[str, Any]], share: Callable[[str], float | None], style: str) -> str:
-    """A share for each text that has one, in percent. style: how a percentage is written, as in format strings."""
-    found = (share(text) for text in of_spec)
-    return " / ".join(f"{100 * value:{style}} %" for value in found if value is not None)
+    """Cell with a share for each text, in percent.
+
+    of_spec: text -> row.
+    share: the share on a text, or None to leave it out.
+    style: format specification of the percentage.
+    """
+    shares = (share(text) for text in of_spec)
+    return " / ".join(f"{100 * value:{style}} %" for value in shares if value is not None)
 
 
 def cost_cells(row: dict[str, Any]) -> list[str]:
-    """Seconds and peak memory of quantizing, empty for what was not quantized; the commit of rows that know theirs."""
+    """Cells of seconds and peak memory of quantizing (empty for the original), and of the row's commit, if known."""
     cost = [f"{row['seconds']:.0f}", f"{row['peak_memory'] / 1e9:.1f}"] if "seconds" in row else ["", ""]
     return [*cost, row.get("commit", "")]
 
 
 def print_table(columns: tuple[str, ...], rows: Iterable[list[str]]) -> None:
-    """A table as Markdown."""
+    """Print a table as Markdown. rows: cells of each row, one per column."""
     print("| " + " | ".join(columns) + " |")
     print("|" + "---|" * len(columns))
     for cells in rows:
@@ -169,7 +184,10 @@ def print_table(columns: tuple[str, ...], rows: Iterable[list[str]]) -> None:
 
 
 def gap_left(row: dict[str, Any] | None, base: dict[str, Any] | None, original: dict[str, Any] | None) -> float | None:
-    """log(perplexity / original's) over the same of `base`; None where a row is missing."""
+    """Return the share of the log-perplexity gap between `base` and `original` that `row` leaves.
+
+    log(p_row / p_original) / log(p_base / p_original), with p the perplexity; None if a row is missing.
+    """
     if row is None or base is None or original is None:
         return None
     logs = [math.log(one["perplexity"] / original["perplexity"]) for one in (row, base)]
@@ -185,18 +203,30 @@ def run(
     target: Callable[[argparse.Namespace], Iterable[Any]],
     show: Callable[[list[dict[str, Any]]], None],
 ) -> None:
-    """The bench's command line: make the rows that are missing, each in its own process, and print the table.
+    """Run a bench's command line: measure the rows that are missing, each in its own process, and print the table.
 
-    spec: a dataclass of what a row is of. measured: rows of one spec on some texts. wanted: specs to make.
+    parser: has the bench's own options; the shared ones are added here.
+    results: the default results file.
+    key: fields that identify a row.
+    spec: a dataclass that describes one quantization.
+    measured: rows of one spec on the given texts.
+    target: specs to measure, from the parsed arguments.
+    show: prints the table of all rows.
     """
-    parser.add_argument("--wikitext", type=Path, default=HERE.parent.parent / "shared" / "data" / "wikitext-2")
-    parser.add_argument("--results", type=Path, default=results)
-    parser.add_argument("--print", action="store_true", help="print the finished rows and run none")
+    parser.add_argument(
+        "--wikitext",
+        type=Path,
+        default=HERE.parent.parent / "shared" / "data" / "wikitext-2",
+        metavar="DIR",
+        help="folder with WikiText-2 raw test as test.raw.txt",
+    )
+    parser.add_argument("--results", type=Path, default=results, help="results file")
+    parser.add_argument("--print", action="store_true", help="print finished rows, measure none")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
         values, names = json.loads(arguments.child)
-        print("ROWS " + json.dumps([{**values, **row} for row in _made(measured, spec(**values), names)]))
+        print("ROWS " + json.dumps([{**values, **row} for row in _measured_rows(measured, spec(**values), names)]))
         return
     table = Rows(arguments.results, key)
     if not arguments.print:
@@ -209,15 +239,17 @@ def run(
             command = [sys.executable, sys.argv[0], "--child", json.dumps([asdict(one), missing])]
             child = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
             if child.returncode:
-                sys.exit(f"{one} was not made (exit code {child.returncode}); rows before it are kept")
+                sys.exit(f"{one} failed with exit code {child.returncode}; the rows before it are kept")
             line = next(line for line in child.stdout.splitlines() if line.startswith("ROWS "))
             for row in json.loads(line.removeprefix("ROWS ")):
                 table.append(row)
     show(table.rows)
 
 
-def _made(measured: Callable[..., list[dict[str, Any]]], spec: Any, names: dict[str, str]) -> list[dict[str, Any]]:
-    """The rows of `spec`; what cannot be asked for ends the process with its message alone."""
+def _measured_rows(
+    measured: Callable[..., list[dict[str, Any]]], spec: Any, names: dict[str, str]
+) -> list[dict[str, Any]]:
+    """Return the rows of `spec`; an error of ours ends the process with its message, without a traceback."""
     from subnibble.errors import SubnibbleError
 
     try:

@@ -1,8 +1,8 @@
-"""Where the time of one GPTQ run goes, step by step, on SmolLM2-135M.
+"""Profile one GPTQ run on SmolLM2-135M, step by step.
 
     python bench/profile_gptq.py [--num-windows 16] [--dtype float32]
 
-Prints a Markdown table of seconds and shares, and how many operations a second the matrix products reached.
+Prints a Markdown table of seconds and shares, and the speed of the matrix products in GFLOP/s.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ MEANING = {
     "forward": "activations through the blocks (each attention and MLP once, each reader once more)",
     "gram": "Gram matrices of the sites' tensors, up to the diagonal",
     "round": "factorization, clip search and column loop",
-    "measure error": "output error of every linear, and of round-to-nearest beside it",
+    "measure error": "output error of every linear, and of round-to-nearest for comparison",
     "read text": "calibration text and tokenizer",
     "read": "weights, dequantized from GGUF",
     "write": "packed shards, tokenizer, config",
@@ -25,9 +25,10 @@ MEANING = {
 
 
 def main() -> None:
+    """Quantize the model once and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--num-windows", type=int, default=16)
-    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--num-windows", type=int, default=16, help="calibration windows")
+    parser.add_argument("--dtype", default="float32", help="type of the activations, float32 or bfloat16")
     arguments = parser.parse_args()
     from subnibble import Recipe, quantize
     from subnibble.checkpoint.opening import open_source
@@ -48,7 +49,7 @@ def main() -> None:
             print(f"| {name} | {spent:.1f} | {100 * spent / seconds['total']:.0f} % | {MEANING[name]} |")
     config, tokens = source.config, report.calibration_tokens
     wide, narrow = config.intermediate_size, config.hidden_size
-    # Half of each product.
+    # Only half of each Gram matrix is computed, because it is symmetric.
     gram = tokens * config.num_hidden_layers * (3 * narrow**2 + wide**2)
     forward = 2 * tokens * sum(rows * columns for rows, columns in (linear.shape for linear in report.linears))
     print(

@@ -1,11 +1,11 @@
-"""Output error of every linear of SmolLM2-135M by the number of salient channels: whether it falls as the rank grows.
+"""Measure the output error of every linear of SmolLM2-135M by rank, the number of SERQ's salient channels.
 
     python bench/rank_error.py [--row ARM ...]
     python bench/rank_error.py --print
 
-ARM is one of SERQ's in `arms.py`, with rounding to nearest or GPTQ, at ranks from 0 to 256. Each is
-quantized to 4 bits, inputs at 4 bits, in groups of 128, on 4 windows of 2048 tokens of news. Finished rows are appended
-to the results file and skipped when they are there.
+ARM is one of SERQ's arms in `arms.py`, with GPTQ or rounding to nearest, at ranks from 0 to 256. Each quantizes weights
+and inputs to 4 bits in groups of 128, calibrated on 4 windows of 2048 tokens of news. Finished rows are appended to the
+results file; later runs skip them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,10 @@ ARMS = {f"{method}{'' if rank == 128 else f'-rank-{rank}'}": rank for method in 
 
 
 def measured(arm: str) -> dict[str, Any]:
-    """The row of one arm; output_errors: of every linear, in the model's order, over the output's energy."""
+    """Quantize by one arm and return its row.
+
+    Its output_errors are those of every linear, in the model's order, each over the energy of the linear's output.
+    """
     from subnibble import quantize
     from subnibble.packaged.model import find_model
 
@@ -40,26 +43,29 @@ def measured(arm: str) -> dict[str, Any]:
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    """Print mean errors, and in how many linears they fall from the rank before, as Markdown."""
+    """Print mean errors by rank, and in how many linears the error is below that of the next smaller rank."""
     print_table(("arm", "rank", "mean output error", "linears where it falls"), _cells(rows))
 
 
 def _cells(rows: list[dict[str, Any]]) -> list[list[str]]:
-    found = {row["arm"]: row["output_errors"] for row in rows}
-    made = [arm for arm in ARMS if arm in found]
-    falls = dict.fromkeys(made, "")
-    for one, more in itertools.pairwise(made):
-        if ARMS[one] < ARMS[more]:
-            pairs = zip(found[one], found[more], strict=True)
-            falls[more] = f"{sum(b < a for a, b in pairs)} of {len(found[more])}"
-    return [[arm, str(ARMS[arm]), f"{statistics.mean(found[arm]):.5f}", falls[arm]] for arm in made]
+    errors = {row["arm"]: row["output_errors"] for row in rows}
+    measured_arms = [arm for arm in ARMS if arm in errors]
+    falls = dict.fromkeys(measured_arms, "")
+    for smaller, larger in itertools.pairwise(measured_arms):
+        if ARMS[smaller] < ARMS[larger]:
+            pairs = zip(errors[smaller], errors[larger], strict=True)
+            falls[larger] = f"{sum(b < a for a, b in pairs)} of {len(errors[larger])}"
+    return [[arm, str(ARMS[arm]), f"{statistics.mean(errors[arm]):.5f}", falls[arm]] for arm in measured_arms]
 
 
 def main() -> None:
+    """Measure the arms that are missing and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--row", action="append", choices=tuple(ARMS), metavar="ARM")
-    parser.add_argument("--results", type=Path, default=HERE / "results" / "rank_error.json")
-    parser.add_argument("--print", action="store_true", help="print the finished rows and run none")
+    parser.add_argument(
+        "--row", action="append", choices=tuple(ARMS), metavar="ARM", help="measure this arm only; may be repeated"
+    )
+    parser.add_argument("--results", type=Path, default=HERE / "results" / "rank_error.json", help="results file")
+    parser.add_argument("--print", action="store_true", help="print finished rows, measure none")
     arguments = parser.parse_args()
     table = Rows(arguments.results, ("arm", "windows"))
     for arm in () if arguments.print else arguments.row or ARMS:

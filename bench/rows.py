@@ -1,4 +1,4 @@
-"""Rows of a growing table: finished ones are appended to a JSON file and skipped by later runs."""
+"""A results file that grows: finished rows are appended to a JSON list, and later runs skip them."""
 
 from __future__ import annotations
 
@@ -9,18 +9,22 @@ from typing import Any
 
 
 class Rows:
-    """A JSON list of flat rows; `key` names the fields that tell rows apart."""
+    """Rows of a results file, each a flat dictionary.
+
+    path: the JSON file; it need not exist yet.
+    key: names of the fields that identify a row.
+    """
 
     def __init__(self, path: Path, key: tuple[str, ...]) -> None:
         self._path, self._key = path, key
         self.rows: list[dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else []
 
     def has(self, row: dict[str, Any]) -> bool:
-        """Whether a row with the same key fields is there."""
+        """Return whether the file has a row with the same key fields."""
         return any(all(old.get(k) == row.get(k) for k in self._key) for old in self.rows)
 
     def append(self, row: dict[str, Any]) -> None:
-        """Add a finished row; the file is replaced in one step."""
+        """Append a finished row; the file is replaced in one step, so that an interrupted run cannot damage it."""
         self.rows.append(row)
         self._path.parent.mkdir(parents=True, exist_ok=True)
         part = self._path.with_suffix(".part")

@@ -1,11 +1,11 @@
-"""How fast a packed model runs beside its original: prompt and decoding, one thread, through transformers.
+"""Compare the speed of packed models with their original: prompt and decoding, one thread, through transformers.
 
     python bench/speed.py [--row PRESET ...]
     python bench/speed.py --print
 
-Each preset packs SmolLM2-135M (without distillation, calibrated on 2 windows of 512 tokens: neither changes what runs)
-and lets it generate in turn with the original in float32. Figures are tokens a second of the process's CPU time, the
-best of several rounds. Finished rows are appended to the results file and skipped when they are there.
+Each preset packs SmolLM2-135M, without distillation and calibrated on 2 windows of 512 tokens, because neither changes
+the operations that run. The packed model and the original in float32 generate in turn. Figures are tokens per second of
+CPU time, the best of several rounds. Finished rows are appended to the results file; later runs skip them.
 """
 
 from __future__ import annotations
@@ -27,12 +27,15 @@ KEY = ("preset",)
 
 
 def main() -> None:
+    """Measure the presets that are missing, each in its own process, and print the table."""
     from subnibble.presets import PRESETS
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--row", action="append", choices=PRESETS, metavar="PRESET")
-    parser.add_argument("--results", type=Path, default=HERE / "results" / "speed.json")
-    parser.add_argument("--print", action="store_true", help="print the finished rows and run none")
+    parser.add_argument(
+        "--row", action="append", choices=PRESETS, metavar="PRESET", help="measure this preset only; may be repeated"
+    )
+    parser.add_argument("--results", type=Path, default=HERE / "results" / "speed.json", help="results file")
+    parser.add_argument("--print", action="store_true", help="print finished rows, measure none")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     table = Rows(arguments.results, KEY)
@@ -48,7 +51,7 @@ def main() -> None:
 
 
 def measured(preset: str) -> dict[str, Any]:
-    """The row of a preset."""
+    """Pack the model by a preset, time it and its original, and return the row."""
     import torch
 
     from subnibble import preset as preset_recipe

@@ -1,17 +1,21 @@
-"""Weights, activations and KV cache quantized, or the cache alone, on SmolLM2-135M: perplexity, bits, bytes a token.
+"""Measure a quantized KV cache, alone or with quantized weights and activations, on SmolLM2-135M.
 
     python bench/weight_activation_kv.py [--wikitext DIR] [--only NAME] [--row ARM:SETTING:PROMPT:WINDOWS ...]
     python bench/weight_activation_kv.py --print
 
-Finished rows are appended to the results file and skipped when they are there. Arms are those of
-`arms.py`, and `original`. Those named kv leave weights and inputs at 16 bits: their settings are
-KV2, KV3, KV4 and KV8. The others have W4A4KV4 and W3A3KV3, in groups of 128, 64 or of whole channels and tokens
-(`channel`); cached keys and values share a scale a head and token. PROMPT is none, bos, default (the chat template's
-system turn) or auto (the model's sink tokens): its keys and values stay at 16 bits, it stands before each window and is
-not scored; compare with `original` and the same prompt. default-late is default for a model that was quantized without
-it, its keys and values the packed model's own; default-coded the same with these coded like any token's. WINDOWS of
-2048 tokens calibrate (news, computed in bfloat16; arms that are named fast cut them into windows of 512) and as many
-are scored, in float32, on the last 400 news articles and, with --wikitext, on WikiText-2 raw test.
+Finished rows have perplexity, bits, and the cache's bytes per token. They are appended to the results file; later runs
+skip them.
+
+ARM is an arm of `arms.py`, or `original` with an empty SETTING.
+SETTING is KV2, KV3, KV4 or KV8 for arms named kv, which leave weights and inputs at 16 bits. For other arms it is
+W4A4KV4 or W3A3KV3 followed by g128, g64 or channel (whole rows of weights and whole tokens). Unless an arm says
+otherwise, the keys, and the values, of one token and head share a scale.
+PROMPT is put before each window and not scored; its keys and values stay at 16 bits. It is none, bos, default (the chat
+template's system turn) or auto (the model's attention sinks). default-late adds default to a model that was quantized
+without a prompt, with keys and values computed by the packed model; default-coded also quantizes these like those of
+any token. Compare with `original` after the same prompt.
+WINDOWS windows of 2048 tokens of news calibrate, in bfloat16 (arms named fast cut them into windows of 512), and as
+many are scored, in float32, on the last 400 news articles and, with --wikitext, on WikiText-2 raw test.
 """
 
 from __future__ import annotations
@@ -52,21 +56,25 @@ SETTINGS: dict[str, dict[str, Any]] = {
     for name, size in (("g128", 128), ("g64", 64), ("channel", -1))
 }
 PROMPTS = ("none", "bos", "default", "auto", "default-late", "default-coded")
-# Arms at W3A3KV3 that show what each part of tuning gives.
+# Arms whose blocks are tuned or whose model is distilled. At W3A3KV3 they show what each part of tuning gives.
 TUNED = tuple(arm for arm in ALL if arm.startswith(("bisup", "omniquant")) or arm.endswith("-distilled"))
 SHOWN = (
     "bisup-quarot-fast-composed", "bisup-atom-fast-composed", "quarot-distilled", "atom-distilled",
     "bisup-quarot-fast", "bisup-atom-fast", "omniquant-fast",
 )  # fmt: skip
 PLAIN = tuple(arm for arm in ALL if arm not in TUNED)
-
-
 BOTH = ("W4A4KV4g128", "W3A3KV3g128")
 
 
 @dataclass(frozen=True)
 class Spec:
-    """One quantization: which arm at which setting, behind which system prompt, on how many windows."""
+    """One quantization.
+
+    arm: an arm of `arms.py`, or "original".
+    setting: a key of `CACHES` or `SETTINGS`; "" for the original.
+    prompt: one of `PROMPTS`.
+    windows: windows of 2048 tokens, both to calibrate and to score.
+    """
 
     arm: str
     setting: str
@@ -75,7 +83,7 @@ class Spec:
 
 
 def specs(only: str | None) -> list[Spec]:
-    """All rows to make, most telling first."""
+    """Return the rows of one part of the table (None: of all parts), the most important first."""
     chosen = {
         "original": [Spec("original", "", prompt, 16) for prompt in PROMPTS[:4]],
         "cache": [Spec(arm, s, p, 16) for p in PROMPTS[:3] for s in CACHES for arm in CACHE_ALONE],
@@ -91,10 +99,10 @@ def specs(only: str | None) -> list[Spec]:
 
 
 def parse_spec(text: str) -> Spec:
-    """A row as written on the command line, for example kv:KV4:bos:16 or quarot:W4A4KV4g128:none:16."""
+    """Parse a row as written on the command line, for example kv:KV4:bos:16 or quarot:W4A4KV4g128:none:16."""
     (arm, setting, prompt), (windows,) = parts_of(text, FORM, 1)
     settings = CACHES if arm in CACHE_ALONE else {"": {}} if arm == "original" else SETTINGS
-    # How a model is put behind a prompt afterwards is asked of quantized ones alone.
+    # default-late and default-coded add a prompt after quantization, which the original does not have.
     prompts = [name for name in PROMPTS if arm != "original" or "-" not in name]
     if arm not in (*ARMS, "original") or setting not in settings or prompt not in prompts:
         raise argparse.ArgumentTypeError(
@@ -105,7 +113,7 @@ def parse_spec(text: str) -> Spec:
 
 
 def measured(spec: Spec, names: dict[str, str]) -> list[dict[str, Any]]:
-    """Rows of `spec` on each text."""
+    """Measure `spec` and return one row per text."""
     from subnibble import Recipe
 
     name, _, kind = spec.prompt.partition("-")
@@ -116,12 +124,12 @@ def measured(spec: Spec, names: dict[str, str]) -> list[dict[str, Any]]:
         return measure_row(plain if prompt else None, spec.windows, names)
     prompted = {} if prompt is None else {"system_prompt": prompt}
     recipe = arms.recipe_of(BENCH, spec.arm, **{**CACHES, **SETTINGS}[spec.setting], **prompted)
-    change = {"": None, "late": put_behind_, "coded": put_behind_coded_}[kind]
+    change = {"": None, "late": add_prompt_, "coded": add_quantized_prompt_}[kind]
     return measure_row(with_data(recipe, spec.windows), spec.windows, names, change=change)
 
 
-def put_behind_(model: Any, tokenizer: Any) -> None:
-    """Put a model that was quantized without a prompt behind the chat template's."""
+def add_prompt_(model: Any, tokenizer: Any) -> None:
+    """Add the chat template's system turn as prefix to a model that was quantized without one."""
     from subnibble.calibrate.prompt import prefix_ids
     from subnibble.generate.prefix import attach_prefix_
     from subnibble.hf.attention import attached_cache
@@ -130,8 +138,8 @@ def put_behind_(model: Any, tokenizer: Any) -> None:
     attach_prefix_(model, None if attached is None else attached.scheme, prefix_ids("default", tokenizer))
 
 
-def put_behind_coded_(model: Any, tokenizer: Any) -> None:
-    """The same, the prompt's keys and values coded as a text's."""
+def add_quantized_prompt_(model: Any, tokenizer: Any) -> None:
+    """Like `add_prompt_`, but with the prefix's keys and values quantized like those of a text."""
     import torch
 
     from subnibble.calibrate.prompt import prefix_ids
@@ -158,48 +166,55 @@ def put_behind_coded_(model: Any, tokenizer: Any) -> None:
 def show(rows: list[dict[str, Any]]) -> None:
     """Print the table as Markdown, best first in each setting.
 
-    "Over the original" is by how much perplexity is above that of the original behind the same prompt.
+    "Over the original" is the increase of perplexity over the original after the same prompt.
     """
-    found = by_spec(rows, Spec)
-    order = sorted(found, key=lambda s: (-s.windows, s.setting, s.prompt, found[s]["news"]["perplexity"]))
+    measurements = by_spec(rows, Spec)
+    order = sorted(measurements, key=lambda s: (-s.windows, s.setting, s.prompt, measurements[s]["news"]["perplexity"]))
     columns = (
         "arm", "setting", "prompt", "windows", "weight bits", "activation bits", "KV, bytes a token", "news",
         "WikiText-2", "over the original", "quantize, s", "peak, GB", "commit",
     )  # fmt: skip
-    print_table(columns, (_cells(found, spec) for spec in order))
+    print_table(columns, (_cells(measurements, spec) for spec in order))
 
 
-def _cells(found: dict[Spec, dict[str, dict[str, Any]]], spec: Spec) -> list[str]:
-    one = found[spec]["news"]
+def _cells(measurements: dict[Spec, dict[str, dict[str, Any]]], spec: Spec) -> list[str]:
+    on_news = measurements[spec]["news"]
     return [
         spec.arm,
         spec.setting,
         spec.prompt,
         str(spec.windows),
-        f"{one['effective_bits']:.3f}",
-        f"{one['activation_bits']:.3f}",
-        f"{one['cache_bytes']:.0f}",
-        *score_cells(found[spec]),
-        share_cell(found[spec], lambda text: _over(found, spec, text), "+.1f"),
-        *cost_cells(one),
+        f"{on_news['effective_bits']:.3f}",
+        f"{on_news['activation_bits']:.3f}",
+        f"{on_news['cache_bytes']:.0f}",
+        *score_cells(measurements[spec]),
+        share_cell(measurements[spec], lambda text: _over(measurements, spec, text), "+.1f"),
+        *cost_cells(on_news),
     ]
 
 
-def _over(found: dict[Spec, dict[str, dict[str, Any]]], spec: Spec, text: str) -> float | None:
-    """By which share of it an arm's perplexity is above the original's behind the same prompt; None without its row."""
+def _over(measurements: dict[Spec, dict[str, dict[str, Any]]], spec: Spec, text: str) -> float | None:
+    """Relative increase of perplexity over the original after the same prompt; None if the original has no row."""
     prompt = spec.prompt.partition("-")[0]
-    original = found.get(replace(spec, arm="original", setting="", prompt=prompt), {}).get(text)
+    original = measurements.get(replace(spec, arm="original", setting="", prompt=prompt), {}).get(text)
     if original is None or spec.arm == "original":
         return None
-    return float(found[spec][text]["perplexity"] / original["perplexity"] - 1)
+    return float(measurements[spec][text]["perplexity"] / original["perplexity"] - 1)
 
 
 def main() -> None:
+    """Run the bench's command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=("original", "cache", "table", "prompt", "tuned", "ablation"))
-    parser.add_argument("--row", action="append", type=parse_spec, metavar=FORM)
+    parser.add_argument(
+        "--only",
+        choices=("original", "cache", "table", "prompt", "tuned", "ablation"),
+        help="measure the missing rows of one part of the table",
+    )
+    parser.add_argument(
+        "--row", action="append", type=parse_spec, metavar=FORM, help="measure this row only; may be repeated"
+    )
     results = HERE / "results" / "weight_activation_kv.json"
-    run(parser, results, KEY, Spec, measured, lambda given: given.row or specs(given.only), show)
+    run(parser, results, KEY, Spec, measured, lambda arguments: arguments.row or specs(arguments.only), show)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,17 @@
-"""Weight-only methods on SmolLM2-135M: perplexity, bits, time and memory of each arm.
+"""Measure weight-only methods on SmolLM2-135M: perplexity, bits, time and memory of each arm.
 
     python bench/weight_only.py [--wikitext DIR] [--only headline|table|ablation] [--row ARM:BITS:GROUP:WINDOWS ...]
     python bench/weight_only.py --print
 
-Finished rows are appended to the results file and skipped when they are there, so the table grows over several runs.
-Every row runs in a process of its own, so that its peak memory is its own. Arms are those of `arms.py`. Headline
-rows calibrate on 64 windows of 2048 tokens and score 64; table and ablation rows 16 and 16, the ablation at 2 bits.
-Calibration: the first 2000 news articles, computed in bfloat16; scored in float32 on the last 400 news articles and,
-with --wikitext, on WikiText-2 raw test.
+Finished rows are appended to the results file and later runs skip them, so the table grows over several runs. Every row
+runs in its own process, so that its peak memory includes no other row's.
+
+ARM is an arm of `arms.py`, or `original` (original:16:0:WINDOWS).
+WINDOWS windows of 2048 tokens calibrate, and as many are scored: 64 in headline rows, 16 in table and ablation rows.
+The ablation is at 2 bits.
+
+Calibration uses the first 2000 news articles, in bfloat16. Scores are computed in float32 on the last 400 news articles
+and, with --wikitext, on WikiText-2 raw test.
 """
 
 from __future__ import annotations
@@ -41,14 +45,20 @@ BASELINES = (
     "gptaq", "gptaq-corrected", "gptaq-shifted", "gptaq-rotated", "gptaq-rotated-full", "gptaq-shifted-rotated",
 )  # fmt: skip
 D2QUANT = ("d2quant", "d2quant-uniform", "d2quant-plus")
-# The methods, what they are built on, and the best of the other baselines in the table.
+# D2Quant and ours, GPTQ as the reference, and the best baseline of the table.
 HEADLINE = ("gptq-gar", "d2quant-plus", "d2quant", "gptaq-shifted-rotated")
 ABLATION = tuple(arm for arm in ARMS if arm not in (*BASELINES, *D2QUANT))
 
 
 @dataclass(frozen=True)
 class Spec:
-    """One quantization: which arm at which size, with how many windows of calibration and of text."""
+    """One quantization.
+
+    arm: an arm of `arms.py`, or "original".
+    bits: bits of a weight's code; 16 for the original.
+    group_size: weights per scale, -1 for a whole row; 0 for the original.
+    windows: windows of 2048 tokens, both to calibrate and to score.
+    """
 
     arm: str
     bits: int
@@ -57,7 +67,7 @@ class Spec:
 
 
 def specs(only: str | None) -> list[Spec]:
-    """All rows to make, most telling first."""
+    """Return the rows of one part of the table (None: of all parts), the most important first."""
     headline = [
         Spec("original", 16, 0, 64),
         *(Spec(arm, bits, 128, 64) for arm in HEADLINE for bits in (2, 3)),
@@ -71,7 +81,7 @@ def specs(only: str | None) -> list[Spec]:
             for arm in ("rtn", "gptq-gar", "gptaq", "d2quant-uniform", "d2quant-plus")
         ),
     ]
-    # At 2 bits, where the parts differ most. An integer zero-point leaves d2quant-plus as many bits as baselines have.
+    # At 2 bits, where the parts differ most. With integer zero-points d2quant-plus has as many bits as the baselines.
     cheap = [Spec("d2quant-plus-integer", bits, g, 16) for bits, g in ((2, 64), (3, 64), (3, 128))]
     ablation = [*(Spec(arm, 2, 128, 16) for arm in ABLATION), *cheap, Spec("d2quant-plus-sweeps", 3, 128, 16)]
     chosen = {"headline": headline, "table": table, "ablation": ablation, None: [*headline, *table, *ablation]}
@@ -79,17 +89,17 @@ def specs(only: str | None) -> list[Spec]:
 
 
 def parse_spec(text: str) -> Spec:
-    """A row as written on the command line, for example gptq-gar:3:128:64."""
+    """Parse a row as written on the command line, for example gptq-gar:3:128:64."""
     (arm,), (bits, group_size, windows) = parts_of(text, FORM, 3)
     if arm not in (*ARMS, "original"):
-        raise argparse.ArgumentTypeError(f"{arm!r} is no arm; choose one of original, {', '.join(ARMS)}")
+        raise argparse.ArgumentTypeError(f"unknown arm {arm!r}; choose one of original, {', '.join(ARMS)}")
     if arm == "original" and (bits, group_size) != (16, 0):
-        raise argparse.ArgumentTypeError(f"{text!r}: the original has no bits or groups; give original:16:0:{windows}")
+        raise argparse.ArgumentTypeError(f"{text!r}: the original is not quantized; give original:16:0:{windows}")
     return Spec(arm, bits, group_size, windows)
 
 
 def measured(spec: Spec, names: dict[str, str]) -> list[dict[str, Any]]:
-    """Rows of `spec` on each text."""
+    """Measure `spec` and return one row per text."""
     if spec.arm == "original":
         return measure_row(None, spec.windows, names)
     recipe = arms.recipe_of(BENCH, spec.arm, bits=spec.bits, group_size=spec.group_size)
@@ -99,48 +109,55 @@ def measured(spec: Spec, names: dict[str, str]) -> list[dict[str, Any]]:
 def show(rows: list[dict[str, Any]]) -> None:
     """Print the table as Markdown, best first in each setting.
 
-    The gap is log(perplexity / original's) over the same of gptq-gar at the same bits, group and windows: 100 % is what
-    that leaves, 0 % the original.
+    "Gap left" is the share of gptq-gar's log-perplexity gap to the original that an arm leaves, at the same bits, group
+    size and windows: 100 % is as bad as gptq-gar, 0 % as good as the original.
     """
-    found = by_spec(rows, Spec)
-    order = sorted(found, key=lambda s: (-s.windows, s.bits, s.group_size, found[s]["news"]["perplexity"]))
+    measurements = by_spec(rows, Spec)
+    order = sorted(
+        measurements, key=lambda s: (-s.windows, s.bits, s.group_size, measurements[s]["news"]["perplexity"])
+    )
     columns = (
         "arm", "bits", "group", "windows", "effective bits", "file, MB", "news", "WikiText-2", "gap left",
         "quantize, s", "peak, GB", "commit",
     )  # fmt: skip
-    print_table(columns, (_cells(found, spec) for spec in order))
+    print_table(columns, (_cells(measurements, spec) for spec in order))
 
 
-def _cells(found: dict[Spec, dict[str, dict[str, Any]]], spec: Spec) -> list[str]:
-    one = found[spec]["news"]
+def _cells(measurements: dict[Spec, dict[str, dict[str, Any]]], spec: Spec) -> list[str]:
+    on_news = measurements[spec]["news"]
     return [
         spec.arm,
         str(spec.bits),
         str(spec.group_size or ""),
         str(spec.windows),
-        f"{one['effective_bits']:.3f}",
-        f"{one['file_bytes'] / 1e6:.1f}",
-        *score_cells(found[spec]),
-        share_cell(found[spec], lambda text: _gap(found, spec, text), ".0f"),
-        *cost_cells(one),
+        f"{on_news['effective_bits']:.3f}",
+        f"{on_news['file_bytes'] / 1e6:.1f}",
+        *score_cells(measurements[spec]),
+        share_cell(measurements[spec], lambda text: _gap(measurements, spec, text), ".0f"),
+        *cost_cells(on_news),
     ]
 
 
-def _gap(found: dict[Spec, dict[str, dict[str, Any]]], spec: Spec, text: str) -> float | None:
-    """Share of gptq-gar's log-perplexity gap to the original that an arm leaves; None without the rows for it."""
+def _gap(measurements: dict[Spec, dict[str, dict[str, Any]]], spec: Spec, text: str) -> float | None:
+    """Share of gptq-gar's log-perplexity gap to the original that an arm leaves; None if a row for it is missing."""
     rows = (
-        found.get(other, {}).get(text)
+        measurements.get(other, {}).get(text)
         for other in (spec, replace(spec, arm="gptq-gar"), Spec("original", 16, 0, spec.windows))
     )
     return gap_left(*rows)
 
 
 def main() -> None:
+    """Run the bench's command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=("headline", "table", "ablation"))
-    parser.add_argument("--row", action="append", type=parse_spec, metavar=FORM)
+    parser.add_argument(
+        "--only", choices=("headline", "table", "ablation"), help="measure the missing rows of one part of the table"
+    )
+    parser.add_argument(
+        "--row", action="append", type=parse_spec, metavar=FORM, help="measure this row only; may be repeated"
+    )
     results = HERE / "results" / "weight_only.json"
-    run(parser, results, KEY, Spec, measured, lambda given: given.row or specs(given.only), show)
+    run(parser, results, KEY, Spec, measured, lambda arguments: arguments.row or specs(arguments.only), show)
 
 
 if __name__ == "__main__":

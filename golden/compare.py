@@ -1,4 +1,4 @@
-"""Compare two contents part by part: what differs first, and how much."""
+"""Compare two contents part by part: the first difference, and how much differs in all."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_WHOLE = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32}
+_INTEGER_TYPES = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32}
 
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How far real numbers may be apart: steps of their stored type (ulps), or a share of the larger magnitude.
+    """How far floating-point numbers may differ. Codes, orders, texts, types and shapes must always be equal.
 
-    Codes, orders, texts, types and shapes must be the same whatever it says.
+    ulps: steps of the stored type.
+    relative: share of the larger magnitude.
     """
 
     ulps: int = 0
@@ -24,21 +25,26 @@ class Tolerance:
 
     @classmethod
     def of(cls, text: str) -> Tolerance:
-        """From "3ulp" or "1e-6"; `ValueError` for anything else."""
+        """Parse "3ulp" or "1e-6"; raise `ValueError` for anything else."""
         ulps = re.fullmatch(r"(\d+)ulps?", text)
-        found = cls(ulps=int(ulps[1])) if ulps else cls(relative=float(text))
-        if not 0 <= found.relative < 1:
-            raise ValueError(f"a tolerance of {text}")
-        return found
+        tolerance = cls(ulps=int(ulps[1])) if ulps else cls(relative=float(text))
+        if not 0 <= tolerance.relative < 1:
+            raise ValueError(f"a tolerance of {text}; give 2ulp, or a share below 1 such as 1e-6")
+        return tolerance
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What differs between two contents.
+    """The differences between two contents.
 
-    first: the first difference, in words; "" for none. parts: how many of `of` parts differ. codes: how many codes,
-    zero-points and places of orders do. numbers: how many real numbers do. largest: difference between two of them.
-    excused: real numbers that differ within the tolerance; `ulps` and `relative` are the most that these do.
+    first: the first difference, in words; "" for none.
+    parts: number of parts that differ.
+    of: number of parts.
+    codes: number of codes, zero-points and entries of orders that differ.
+    numbers: number of floating-point numbers that differ.
+    largest: the largest difference of two of these numbers.
+    excused: number of floating-point numbers that differ within the tolerance.
+    ulps, relative: the largest difference among the excused numbers.
     """
 
     first: str
@@ -57,7 +63,7 @@ class Comparison:
         return not self.first
 
     def __str__(self) -> str:
-        """For a table."""
+        """The text for the table."""
         if not self.same:
             return (
                 f"differs first in {self.first}; {self.parts} of {self.of} parts differ, in {self.codes} codes and "
@@ -73,7 +79,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class _Part:
-    """Of one part: the first difference beyond the tolerance ("" for none), and counts as of `Comparison`."""
+    """The differences of one part, with fields as in `Comparison`."""
 
     first: str = ""
     codes: int = 0
@@ -87,11 +93,11 @@ class _Part:
 def compare(
     old: Mapping[str, Tensor | str], new: Mapping[str, Tensor | str], tolerance: Tolerance | None = None
 ) -> Comparison:
-    """Compare contents in the order of `new`; what it does not have comes last."""
+    """Compare two contents in the order of `new`; parts that only `old` has come last."""
     names = [*new, *(name for name in old if name not in new)]
     within = tolerance or Tolerance()
-    found = {name: _compare_part(old.get(name), new.get(name), within) for name in names}
-    wrong = {name: part for name, part in found.items() if part.first}
+    parts = {name: _compare_part(old.get(name), new.get(name), within) for name in names}
+    wrong = {name: part for name, part in parts.items() if part.first}
     return Comparison(
         first=next((f"{name}{part.first}" for name, part in wrong.items()), ""),
         parts=len(wrong),
@@ -99,9 +105,9 @@ def compare(
         codes=sum(part.codes for part in wrong.values()),
         numbers=sum(part.numbers for part in wrong.values()),
         largest=max((part.largest for part in wrong.values()), default=0.0),
-        excused=sum(part.excused for part in found.values()),
-        ulps=max((part.ulps for part in found.values()), default=0),
-        relative=max((part.relative for part in found.values()), default=0.0),
+        excused=sum(part.excused for part in parts.values()),
+        ulps=max((part.ulps for part in parts.values()), default=0),
+        relative=max((part.relative for part in parts.values()), default=0.0),
     )
 
 
@@ -112,20 +118,20 @@ def _compare_part(old: Tensor | str | None, new: Tensor | str | None, within: To
         return _Part() if isinstance(old, str) and old == new else _Part(_text_difference(_shown(old), _shown(new)))
     if (old.dtype, old.shape) != (new.dtype, new.shape):
         return _Part(f": {_shown(old)} -> {_shown(new)}")
-    if old.dtype not in _WHOLE:
+    if old.dtype not in _INTEGER_TYPES:
         differ = old != new
         return _Part(_first(old, new, differ), codes=int(differ.sum())) if bool(differ.any()) else _Part()
     return _compare_numbers(old, new, within)
 
 
 def _compare_numbers(old: Tensor, new: Tensor, within: Tolerance) -> _Part:
-    # 0 and -0 are the same number; one that is not a number is the same as itself.
+    # 0 and -0 have the same step, so they are equal, and so are two NaNs of the same bits.
     ulps = (_steps(old) - _steps(new)).abs()
     a, b = old.double(), new.double()
     gap = (a - b).abs().nan_to_num(nan=torch.inf, posinf=torch.inf).masked_fill(ulps == 0, 0)
     relative = (gap / torch.maximum(a.abs(), b.abs()).clamp(min=5e-324)).nan_to_num(nan=torch.inf, posinf=torch.inf)
     relative = relative.masked_fill(ulps == 0, 0)
-    # What is not finite on one side is beyond any tolerance.
+    # A number that is not finite on one side is beyond any tolerance.
     excused = ((ulps <= within.ulps) | (relative <= within.relative)) & torch.isfinite(gap)
     differ = (ulps > 0) & ~excused
     if bool(differ.any()):
@@ -135,8 +141,8 @@ def _compare_numbers(old: Tensor, new: Tensor, within: Tolerance) -> _Part:
 
 
 def _steps(numbers: Tensor) -> Tensor:
-    """(...) int64: how many numbers of the type lie between each and 0, with its sign."""
-    kind = _WHOLE[numbers.dtype]
+    """(...) int64: the number of steps of the type from 0 to each number, with its sign."""
+    kind = _INTEGER_TYPES[numbers.dtype]
     bits = numbers.contiguous().view(kind).long()
     return torch.where(bits < 0, -(bits - torch.iinfo(kind).min), bits)
 
@@ -147,10 +153,10 @@ def _first(old: Tensor, new: Tensor, differ: Tensor) -> str:
 
 
 def _text_difference(old: str, new: str) -> str:
-    """From a little before where two texts part."""
+    """Both texts from 20 characters before their first difference."""
     pairs = zip(old, new, strict=False)
-    parted = next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(old), len(new)))
-    start = max(parted - 20, 0)
+    first = next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(old), len(new)))
+    start = max(first - 20, 0)
     shown = [f"{'...' if start else ''}{text[start : start + 60]}" for text in (old, new)]
     return f": {shown[0]} -> {shown[1]}"
 

@@ -1,7 +1,7 @@
-"""Toy models, their tokenizer and calibration text, made from integers by formula: the same bits on every machine.
+"""Toy models with tokenizer and calibration text, computed from an integer formula: the same bits on every machine.
 
-A random generator may differ between versions and CPU paths. Here every weight is a small whole number from a hash in
-integer arithmetic, times a power of two. Channels, rows and groups are not all alike: `_spoil_` lists what is planted.
+Random generators may differ between versions and CPUs. So every weight is a small whole number, from a hash in integer
+arithmetic, times a power of two. `_add_irregularities_` adds outliers, constant rows and the like.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _TYPES = {"llama": torch.float32, "llama-tied": torch.bfloat16, "qwen2": torch.b
 
 
 def hashed(count: int, salt: int) -> Tensor:
-    """(count,) int64 from 0 to 2**31 - 2, without a pattern to the eye."""
+    """Return (count,) int64 pseudo-random numbers from 0 to 2**31 - 2. salt: selects the sequence."""
     index = torch.arange(1, count + 1, dtype=torch.int64)
     value = (index * 48271 + salt * 69621) % _PRIME
     value = (value * value + index) % _PRIME
@@ -59,14 +59,14 @@ def hashed(count: int, salt: int) -> Tensor:
 
 
 def numbers(shape: torch.Size, salt: int) -> Tensor:
-    """Whole numbers of `shape` from -1536 to 1533, as float32: a bell of width 512."""
+    """Return float32 whole numbers of `shape` from -1536 to 1533, bell-shaped with standard deviation 512."""
     count = shape.numel()
     parts = [hashed(count, 3 * salt + part) % 1024 for part in range(3)]
     return (sum(parts) - 1536).float().view(shape)  # type: ignore[union-attr]
 
 
 def write_models(folder: Path) -> dict[str, Path]:
-    """Write every toy model as a Hugging Face folder under `folder`, calibration text with it: name -> its folder."""
+    """Write every toy model, with calibration text, as a Hugging Face folder under `folder`; return name -> folder."""
     models = {name: _write_model(name, folder / name) for name in CONFIGS}
     for model in models.values():
         write_text(model)
@@ -74,7 +74,7 @@ def write_models(folder: Path) -> dict[str, Path]:
 
 
 def write_text(folder: Path) -> None:
-    """Text of words that the tokenizer knows, low numbers more often than high ones, and the same as token ids."""
+    """Write calibration text, and the same text as token ids. Its words are tokens; low ids occur more often."""
     bounds = 1 + hashed(WORDS, 901) % (VOCABULARY - 1)
     words = hashed(WORDS, 902) % bounds
     (folder / TEXT).write_text(" ".join(f"w{word}" for word in words.tolist()))
@@ -87,7 +87,7 @@ def _write_model(name: str, folder: Path) -> Path:
     config.dtype = _TYPES[name]
     config.save_pretrained(folder)
     tensors = {path: numbers(shape, salt) for salt, (path, shape) in enumerate(_shapes(config).items(), 1)}
-    _spoil_(tensors)
+    _add_irregularities_(tensors)
     save_file({path: part.to(_TYPES[name]) for path, part in tensors.items()}, folder / "model.safetensors")
     words = {f"w{i}": i for i in range(VOCABULARY - 1)} | {"<unk>": VOCABULARY - 1}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
@@ -97,7 +97,7 @@ def _write_model(name: str, folder: Path) -> Path:
 
 
 def _shapes(config: PreTrainedConfig) -> dict[str, torch.Size]:
-    """Shapes of a model's tensors by name."""
+    """Shapes of a model's tensors, by name."""
     width, hidden = config.hidden_size, config.intermediate_size
     head = getattr(config, "head_dim", None) or width // config.num_attention_heads
     queries, keys = head * config.num_attention_heads, head * config.num_key_value_heads
@@ -121,8 +121,8 @@ def _shapes(config: PreTrainedConfig) -> dict[str, torch.Size]:
     return {name: torch.Size(shape) for name, shape in shapes.items()}
 
 
-def _spoil_(tensors: dict[str, Tensor]) -> None:
-    """Scale by powers of two, and plant outliers, a constant row, groups of zeros and a channel that is never fed."""
+def _add_irregularities_(tensors: dict[str, Tensor]) -> None:
+    """Scale by powers of two; add outliers, a constant row, a group of zeros, and a channel that is always 0."""
     for path, part in tensors.items():
         if "norm" in path:
             part.copy_(1 + part * 2.0**-11)
@@ -133,7 +133,7 @@ def _spoil_(tensors: dict[str, Tensor]) -> None:
             part.mul_(2.0**-9)
             part[:, 9] *= 4
         else:
-            # Outputs about as large as inputs: the square root of the width, to a power of two.
+            # Divide by about the square root of the width, as a power of two, to keep outputs as large as inputs.
             part.mul_(2.0 ** -(9 + part.shape[1].bit_length() // 2))
             part[:, 17] *= 4
             part[1] = 0.375

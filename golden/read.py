@@ -1,8 +1,8 @@
 """Read a packed checkpoint (docs/format.md, version 1) as the canonical content of `content.py`.
 
-It knows the written format alone and imports nothing of the package, so that what is renamed inside is no matter. A
-commit that changes the format changes this file with it: each side of a comparison is read by its own. Whatever it does
-not know, a tensor or a key, is an error: what is not read is not compared.
+It depends on the stored format only and imports nothing from the package, so renames inside the package do not affect
+it. A commit that changes the format must change this file with it, because each side of a comparison is read by the
+file of its own tree. An unknown tensor or key is an error, because what is not read is not compared.
 """
 
 from __future__ import annotations
@@ -20,35 +20,33 @@ from torch import Tensor
 Content = dict[str, Tensor | str]
 
 _CONFIG_KEYS = {"quant_method", "format_version", "schemes", "activations", "cache", "prefix", "modules", "sha256"}
-# Of config.json: names the writer, or is no part of the model.
+# Keys of config.json that name the writer or are no part of the model.
 _NOT_COMPARED = {"quantization_config", "transformers_weights", "transformers_version", "_name_or_path"}
-
-
-# What a linear does to its input, which another reader may store for it.
-_OF_INPUT = {"column_scale", "gather", "hadamard", "activation", "residual"}
+# Keys for what a linear does to its input. With `input`, another linear stores them.
+_INPUT_KEYS = {"column_scale", "gather", "hadamard", "activation", "residual"}
 
 
 class UnreadContentError(Exception):
-    """Something in a checkpoint that this reader does not know."""
+    """A checkpoint has something that this reader does not know."""
 
 
 def read(folder: Path) -> Content:
-    """The content of the packed checkpoint in `folder`, in no particular order of modules."""
+    """Return the content of the packed checkpoint in `folder`, with its modules in no particular order."""
     config = json.loads((folder / "config.json").read_text())
     return content_of(config, stored_in(folder))
 
 
 def stored_in(folder: Path) -> dict[str, Tensor]:
-    """All stored tensors by name."""
+    """Return all stored tensors, by name."""
     return {name: part for file in sorted(folder.glob("*.safetensors")) for name, part in load_file(file).items()}
 
 
 def content_of(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Content:
-    """The content of what config.json says and weight files hold."""
+    """Return the content of a checkpoint. config: its config.json. tensors: all stored tensors, by name."""
     stored = dict(tensors)
     packed = config.get("quantization_config") or {"schemes": {}, "modules": {}}
     if unknown := set(packed) - _CONFIG_KEYS:
-        raise UnreadContentError(f"quantization_config has keys {sorted(unknown)}")
+        raise UnreadContentError(f"quantization_config has unknown keys {sorted(unknown)}")
     content: Content = {
         f"config/{key}": _text(value) for key, value in sorted(config.items()) if key not in _NOT_COMPARED
     }
@@ -64,99 +62,102 @@ def content_of(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Cont
     for name in sorted(stored):
         path, _, part = name.rpartition(".")
         if part == "bias" and path.endswith("norm") and path not in biased:
-            raise UnreadContentError(f"{path} has a bias that config.json does not name")
+            raise UnreadContentError(f"{path} has a bias that config.json does not list")
         if part not in ("weight", "bias"):
-            raise UnreadContentError(f"tensor {name} belongs to nothing that config.json names")
+            raise UnreadContentError(f"tensor {name} belongs to nothing that config.json lists")
         content[f"{path}/{part}"] = stored[name]
     return content
 
 
 def _with_inputs(modules: Mapping[str, Any], stored: dict[str, Tensor]) -> dict[str, Any]:
-    """Modules, those that enter as another does with its keys; `stored` gets copies of its tensors for them."""
-    found = {path: dict(entry) for path, entry in modules.items()}
-    for path, entry in found.items():
+    """Return the modules with `input` resolved: the other linear's input keys are copied into their entries.
+
+    `stored` gets copies of the other linear's tensors.
+    """
+    resolved = {path: dict(entry) for path, entry in modules.items()}
+    for path, entry in resolved.items():
         source = entry.pop("input", None)
         if source is None:
             continue
-        if own := _OF_INPUT & entry.keys():
-            raise UnreadContentError(f"{path} enters as {source} and has {sorted(own)}")
-        entry |= {key: modules[source][key] for key in _OF_INPUT & modules[source].keys()}
+        if extra := _INPUT_KEYS & entry.keys():
+            raise UnreadContentError(f"{path} uses the input of {source} and also has {sorted(extra)}")
+        entry |= {key: modules[source][key] for key in _INPUT_KEYS & modules[source].keys()}
         stored |= {f"{path}.{key}": stored[f"{source}.{key}"] for key in ("gather", "column_scale") if key in entry}
-    return found
+    return resolved
 
 
 class _Labels:
-    """What labels of schemes and activations stand for."""
+    """The schemes and activation schemes of a checkpoint, by label."""
 
     def __init__(self, schemes: Mapping[str, Any], activations: Mapping[str, Any]) -> None:
         self.schemes, self.activations = schemes, activations
 
 
 def _module(path: str, entry: dict[str, Any], stored: dict[str, Tensor], labels: _Labels) -> Content:
-    """The parts of a module that config.json names; their tensors are taken out of `stored`, but for plain ones."""
+    """Return the parts of a module in config.json, and remove their tensors, except plain ones, from `stored`."""
     kind = entry.pop("kind")
-    found: Content = {}
+    parts: Content = {}
     match kind:
         case "linear" | "embedding":
             rows = entry.pop("rows")
-            found = _matrix(f"{path}/", f"{path}.", rows, entry.pop("ranges"), stored, labels)
-            found |= _terms(path, kind, rows, entry, stored, labels)
+            parts = _matrix(f"{path}/", f"{path}.", rows, entry.pop("ranges"), stored, labels)
+            parts |= _terms(path, kind, rows, entry, stored, labels)
         case "tied_head":
-            found[f"{path}/tied"] = entry.pop("table")
+            parts[f"{path}/tied"] = entry.pop("table")
         case "norm_bias":
-            # The bias is a plain tensor of its name.
+            # The bias itself is read as a plain tensor.
             if stored[f"{path}.bias"].shape != (entry.pop("rows"),):
-                raise UnreadContentError(f"{path} has a bias of another width")
+                raise UnreadContentError(f"{path}.bias has a shape other than `rows`")
         case "input_mix":
             matrix, widths = stored.pop(f"{path}.matrix"), entry.pop("widths")
             blocks = [rows[:, :width] for rows, width in zip(matrix.split(widths), widths, strict=True)]
-            found[f"{path.removesuffix('.mix')}/mix"] = torch.block_diag(*blocks)
+            parts[f"{path.removesuffix('.mix')}/mix"] = torch.block_diag(*blocks)
         case "prefix":
             shape = tuple(entry.pop(key) for key in ("heads", "tokens", "width"))
             for name in ("keys", "values"):
-                found[f"{path}/prefix/{name}"] = _of_shape(stored, f"{path}.prefix.{name}", shape)
+                parts[f"{path}/prefix/{name}"] = _of_shape(stored, f"{path}.prefix.{name}", shape)
         case "key_center":
             attention, shape = path.removesuffix(".key_center"), (entry.pop("heads"), entry.pop("width"))
-            found[f"{attention}/key_center"] = _of_shape(stored, f"{path}.mean", shape)
-            found[f"{attention}/key_basis"] = _text({key: entry.pop(key) for key in ("rope", "key_rotation")})
+            parts[f"{attention}/key_center"] = _of_shape(stored, f"{path}.mean", shape)
+            parts[f"{attention}/key_basis"] = _text({key: entry.pop(key) for key in ("rope", "key_rotation")})
         case _:
-            raise UnreadContentError(f"{path} is of the kind {kind!r}")
+            raise UnreadContentError(f"{path} is of the unknown kind {kind!r}")
     if entry:
-        raise UnreadContentError(f"{path} has keys {sorted(entry)}")
-    return found
+        raise UnreadContentError(f"{path} has unknown keys {sorted(entry)}")
+    return parts
 
 
 def _terms(
     path: str, kind: str, rows: int, entry: dict[str, Any], stored: dict[str, Tensor], labels: _Labels
 ) -> Content:
-    """What a packed linear has beside its weight."""
-    found: Content = {}
+    """Return the parts of a packed linear other than its weight, and remove their tensors from `stored`."""
+    parts: Content = {}
     if kind != "embedding" and entry.pop("bias") != (f"{path}.bias" in stored):
-        raise UnreadContentError(f"{path} has a bias where it should not, or has none")
+        raise UnreadContentError(f"{path}: config.json and the weight files disagree about its bias")
     if entry.pop("column_scale", False):
-        found[f"{path}/column_scale"] = stored.pop(f"{path}.column_scale")
+        parts[f"{path}/column_scale"] = stored.pop(f"{path}.column_scale")
     if entry.pop("gather", False):
-        found[f"{path}/gather"] = stored.pop(f"{path}.gather").long()
+        parts[f"{path}/gather"] = stored.pop(f"{path}.gather").long()
     if widths := entry.pop("hadamard", []):
-        found[f"{path}/hadamard"] = _text(widths)
+        parts[f"{path}/hadamard"] = _text(widths)
     if (label := entry.pop("activation", None)) is not None:
-        found[f"{path}/activation"] = _text({"outliers": 0, **labels.activations[label]})
+        parts[f"{path}/activation"] = _text({"outliers": 0, **labels.activations[label]})
     if (ranges := entry.pop("salient", None)) is not None:
-        found |= _matrix(f"{path}/salient/", f"{path}.salient.", rows, ranges, stored, labels)
+        parts |= _matrix(f"{path}/salient/", f"{path}.salient.", rows, ranges, stored, labels)
     if (residual := entry.pop("residual", "none")) != "none":
-        found[f"{path}/residual"] = residual
+        parts[f"{path}/residual"] = residual
     if (branch := entry.pop("low_rank", None)) is not None:
         rank = branch["rank"]
-        found |= _matrix(f"{path}/low_rank/down/", f"{path}.down.", rank, branch["down"], stored, labels)
-        found |= _matrix(f"{path}/low_rank/up/", f"{path}.up.", rows, branch["up"], stored, labels)
-    return found
+        parts |= _matrix(f"{path}/low_rank/down/", f"{path}.down.", rank, branch["down"], stored, labels)
+        parts |= _matrix(f"{path}/low_rank/up/", f"{path}.up.", rows, branch["up"], stored, labels)
+    return parts
 
 
 def _matrix(
     name: str, prefix: str, rows: int, ranges: list[Any], stored: dict[str, Tensor], labels: _Labels
 ) -> Content:
-    """A packed matrix. name: of its parts in the content. prefix: of its tensors."""
-    found: Content = {}
+    """Return the parts of a packed matrix. name: start of their names in the content. prefix: of the tensors' names."""
+    parts: Content = {}
     described, start = [], 0
     for index, (columns, label) in enumerate(ranges):
         scheme = dict(labels.schemes[label])
@@ -168,20 +169,20 @@ def _matrix(
         if codes.shape[0] != rows:
             raise UnreadContentError(f"{prefix}codes{ending} has {codes.shape[0]} rows, not {rows}")
         scales = stored.pop(f"{prefix}scales{ending}")
-        found[f"{name}{index}/codes"] = codes
-        found[f"{name}{index}/scales"] = torch.exp2(scales.float() - 127) if scheme["scale_type"] == "e8m0" else scales
+        parts[f"{name}{index}/codes"] = codes
+        parts[f"{name}{index}/scales"] = torch.exp2(scales.float() - 127) if scheme["scale_type"] == "e8m0" else scales
         if scheme["zero_point"] != "none":
             zeros = stored.pop(f"{prefix}zeros{ending}")
-            whole = scheme["zero_point"] == "integer"
-            found[f"{name}{index}/zeros"] = unpacked(zeros, scheme["bits"], groups) if whole else zeros
-    return {f"{name}ranges": _text(described), **found}
+            is_packed = scheme["zero_point"] == "integer"
+            parts[f"{name}{index}/zeros"] = unpacked(zeros, scheme["bits"], groups) if is_packed else zeros
+    return {f"{name}ranges": _text(described), **parts}
 
 
 def unpacked(stream: Tensor, bits: int, count: int) -> Tensor:
-    """Codes (m, count) uint8 of a bit stream (m, bytes) uint8, least significant bit first."""
-    found = np.unpackbits(stream.numpy(), axis=1, bitorder="little")[:, : count * bits]
-    worth = (1 << np.arange(bits)).astype(np.uint8)
-    return torch.from_numpy((found.reshape(-1, count, bits) * worth).sum(-1, dtype=np.uint8))
+    """Return the codes (m, count) uint8 of a bit stream (m, bytes) uint8, least significant bit first."""
+    stream_bits = np.unpackbits(stream.numpy(), axis=1, bitorder="little")[:, : count * bits]
+    place_values = (1 << np.arange(bits)).astype(np.uint8)
+    return torch.from_numpy((stream_bits.reshape(-1, count, bits) * place_values).sum(-1, dtype=np.uint8))
 
 
 def _of_shape(stored: dict[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:

@@ -1,4 +1,4 @@
-"""What is quantized: recipes by name, in this commit's words, and how older commits call what was renamed since."""
+"""The recipes to compare, with this commit's names, and the renames that translate them for older commits."""
 
 from __future__ import annotations
 
@@ -9,13 +9,17 @@ from typing import Any
 
 from golden.models import TEXT, TOKENS
 
-# In a `Rename`: any value, which goes over as it is.
+# In a `Rename`: any value; it is carried over unchanged.
 ANY = "<any>"
 
 
 @dataclass(frozen=True)
 class Case:
-    """model: a toy's name in `models.py`. keys: the recipe's, but for those of `USUAL` that it does not change."""
+    """A recipe on a toy model.
+
+    model: name of the toy in `models.py`.
+    keys: recipe keys that `USUAL` does not have or that differ from it.
+    """
 
     model: str
     keys: Mapping[str, Any]
@@ -23,13 +27,17 @@ class Case:
 
 @dataclass(frozen=True)
 class Rename:
-    """A recipe that holds the keys `new` holds the keys `old` instead, before this rename; tables may be nested."""
+    """A rename of recipe keys or values.
+
+    new: keys and values of this commit, possibly in nested tables. A recipe that contains all of them is translated.
+    old: the keys and values that replace them for commits before the rename.
+    """
 
     new: Mapping[str, Any]
     old: Mapping[str, Any]
 
 
-# The newest first. README.md says when to add one.
+# Newest first. README.md says when to add one.
 RENAMES: tuple[Rename, ...] = (
     Rename({"method": "d2quant-plus"}, {"method": "dualfit"}),
     Rename({"method": "serq-plus"}, {"method": "twinfit"}),
@@ -69,7 +77,7 @@ RECIPES: dict[str, Case] = {
     "d2quant-4": _case("qwen2", "d2quant", bits=4),
     "d2quant-plus": _case("qwen3", "d2quant-plus", bits=2),
     "d2quant-plus-tied": _case("llama-tied", "d2quant-plus", bits=3, scale_type="bfloat16"),
-    # Weights and inputs.
+    # Weights and activations.
     "smoothquant": _case("llama", "smoothquant", bits=8, activation_bits=8, activation_zero_point="none"),
     "l2qer": _case("llama", "l2qer", {"rank": 8}, activation_bits=8),
     "qera": _case("qwen2", "qera", {"rank": 8, "factor_bits": 4}, **_A4),
@@ -78,7 +86,7 @@ RECIPES: dict[str, Case] = {
     "serq-offline": _case("llama", "serq", {"rank": 32, "permutation": "offline"}, **_A4),
     "serq-mxfp4": _case("qwen3", "serq", {"rank": 32}, grid="mxfp4", activation_bits=4),
     "serq-plus": _case("llama", "serq-plus", {"rank": 32}, **_A4),
-    # Weights, inputs and the cache.
+    # Weights, activations and KV cache.
     "quarot": _case("llama", "quarot", **_A4, **_KV4),
     "quarot-grouped": _case("qwen3", "quarot", bits=3, activation_bits=3, kv_bits=3),
     "atom": _case("llama", "atom", {"outliers": 16}, **_A4, **_KV4),
@@ -90,7 +98,7 @@ RECIPES: dict[str, Case] = {
         "llama-tied", "none", kv_bits=2, kv={"key_axis": "channel", "group_size": 8, "window": 16}
     ),
     "none-cache-centered": _case("qwen3", "none", kv_bits=3, kv={"key_rotation": "hadamard", "key_center": "mean"}),
-    # Parts of a model beside its linears.
+    # Parts of a model other than linears.
     "prefix": _case("llama", "gptq", bits=3, system_prompt="w1 w2 w3"),
     "prefix-quarot": _case("qwen3", "quarot", system_prompt="w5 w6", **_A4, **_KV4),
     "prefix-centered": _case(
@@ -117,51 +125,53 @@ RECIPES: dict[str, Case] = {
 
 
 def recipe_of(case: Case, model: Path) -> dict[str, Any]:
-    """The recipe of a case. model: its folder, which has the calibration, too."""
-    # transformers gives Qwen2 a tokenizer of its own, which does not know the toys' words.
+    """Return the recipe keys of a case. model: folder of its toy model, with the calibration text."""
+    # transformers loads Qwen2's own tokenizer class, which does not know the toys' words: calibrate on token ids.
     return {**USUAL, **case.keys, "calibration": str(model / (TOKENS if case.model == "qwen2" else TEXT))}
 
 
 def translated(recipe: Mapping[str, Any], renames: Sequence[Rename]) -> dict[str, Any]:
-    """A recipe in the words of before `renames`, which come newest first."""
-    found = _copy(recipe)
+    """Return the recipe with the names from before `renames`, which are given newest first."""
+    translation = _copy(recipe)
     for rename in renames:
-        if _holds(found, rename.new):
-            kept: dict[str, Any] = {}
-            _take_(found, rename.new, kept)
-            _put_(found, rename.old, kept)
-    return found
+        if _contains(translation, rename.new):
+            carried: dict[str, Any] = {}
+            _remove_(translation, rename.new, carried)
+            _insert_(translation, rename.old, carried)
+    return translation
 
 
 def _copy(table: Mapping[str, Any]) -> dict[str, Any]:
     return {key: _copy(value) if isinstance(value, Mapping) else value for key, value in table.items()}
 
 
-def _holds(table: Any, target: Mapping[str, Any]) -> bool:
+def _contains(table: Any, target: Mapping[str, Any]) -> bool:
+    """Whether a table has all keys and values of `target`."""
     if not isinstance(table, Mapping):
         return False
     return all(
-        key in table and (_holds(table[key], value) if isinstance(value, Mapping) else value in (ANY, table[key]))
+        key in table and (_contains(table[key], value) if isinstance(value, Mapping) else value in (ANY, table[key]))
         for key, value in target.items()
     )
 
 
-def _take_(table: dict[str, Any], target: Mapping[str, Any], kept: dict[str, Any]) -> None:
-    """Take the keys `wanted` out of a table; the value that was any goes to `kept`."""
+def _remove_(table: dict[str, Any], target: Mapping[str, Any], carried: dict[str, Any]) -> None:
+    """Remove the keys of `target` from a table; the value of the key that has `ANY` goes to `carried`."""
     for key, value in target.items():
         if isinstance(value, Mapping):
-            _take_(table[key], value, kept)
+            _remove_(table[key], value, carried)
             if not table[key]:
                 del table[key]
             continue
-        found = table.pop(key)
+        removed = table.pop(key)
         if value == ANY:
-            kept[ANY] = found
+            carried[ANY] = removed
 
 
-def _put_(table: dict[str, Any], given: Mapping[str, Any], kept: Mapping[str, Any]) -> None:
-    for key, value in given.items():
+def _insert_(table: dict[str, Any], entries: Mapping[str, Any], carried: Mapping[str, Any]) -> None:
+    """Insert `entries` into a table; `ANY` stands for the value in `carried`."""
+    for key, value in entries.items():
         if isinstance(value, Mapping):
-            _put_(table.setdefault(key, {}), value, kept)
+            _insert_(table.setdefault(key, {}), value, carried)
         else:
-            table[key] = kept[ANY] if value == ANY else value
+            table[key] = carried[ANY] if value == ANY else value

@@ -1,6 +1,6 @@
-"""One side of a comparison, in a process of its own: quantize every recipe, read what was written, keep the content.
+"""One side of a comparison, in its own process: quantize by every recipe, read the checkpoint, save the content.
 
-PYTHONPATH decides whose package is imported; --source says whose it must be.
+PYTHONPATH decides which tree's package is imported; --source says which one it must be.
 """
 
 from __future__ import annotations
@@ -17,23 +17,27 @@ from golden import content
 
 
 def main() -> None:
-    """Command of `__main__.py`."""
+    """Run the command that `__main__.py` starts."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--source", type=Path, required=True, help="the folder that subnibble must come from")
-    parser.add_argument("--reader", type=Path, required=True, help="the side's own read.py")
+    parser.add_argument("--reader", type=Path, required=True, help="the read.py of this side")
     parser.add_argument("--jobs", type=Path, required=True, help='JSON: name -> {"model": folder, "recipe": keys}')
-    parser.add_argument("--out", type=Path, required=True, help="where contents go")
-    given = parser.parse_args()
+    parser.add_argument("--out", type=Path, required=True, help="folder for the contents")
+    arguments = parser.parse_args()
     import subnibble
 
-    found = Path(subnibble.__file__).resolve()
-    if not found.is_relative_to(given.source.resolve()):
-        raise SystemExit(f"subnibble came from {found}, not from {given.source}")
-    make(json.loads(given.jobs.read_text()), reader(given.reader), given.out)
+    imported = Path(subnibble.__file__).resolve()
+    if not imported.is_relative_to(arguments.source.resolve()):
+        raise SystemExit(f"subnibble was imported from {imported}, not from {arguments.source}; check PYTHONPATH")
+    make(json.loads(arguments.jobs.read_text()), reader(arguments.reader), arguments.out)
 
 
 def make(jobs: Mapping[str, Any], read: Callable[[Path], content.Content], out: Path) -> None:
-    """Write the content of every job into `out`, as `NAME`, or why there is none, as `NAME.error`."""
+    """Run every job and write its content into `out` as `NAME`, or the error of a failed one as `NAME.error`.
+
+    jobs: name -> {"model": folder, "recipe": keys}.
+    read: reads the content of a packed checkpoint's folder.
+    """
     import subnibble
 
     for name, job in jobs.items():
@@ -42,13 +46,13 @@ def make(jobs: Mapping[str, Any], read: Callable[[Path], content.Content], out: 
             subnibble.quantize(job["model"], folder, job["recipe"])
             content.save(content.ordered(read(folder)), out / name)
         except Exception as error:
-            # A recipe that fails is one row of the table; the others still say something.
+            # A failed recipe is one row of the table; the others still run.
             (out / f"{name}.error").write_text(f"{type(error).__name__}: {error}")
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def reader(file: Path) -> Callable[[Path], content.Content]:
-    """`read` of a read.py, whichever tree it is in."""
+    """Return the function `read` of the given read.py."""
     spec = importlib.util.spec_from_file_location("golden_reader", file)
     assert spec is not None
     assert spec.loader is not None
