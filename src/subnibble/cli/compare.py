@@ -4,63 +4,43 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from subnibble.cli import options as o
 from subnibble.cli.console import duration, megabytes, print_json, progress, table
+from subnibble.cli.recipe_options import takes_recipe_options
 from subnibble.errors import BadRecipe
 
 if TYPE_CHECKING:
     from subnibble.evaluation.compare import Row
 
 
+@takes_recipe_options(method=None, bits=None, recipe=None, preset=None)
 def compare(
     model: o.Model,
     text: o.Text,
+    given: dict[str, Any],
     methods: Annotated[str, typer.Option(help="Methods to compare, separated by commas.")] = "rtn,gptq",
     bits: Annotated[str, typer.Option(help="Bits of a weight, several separated by commas.")] = "3",
-    group_size: o.GroupSize = None,
-    grid: o.Grid = None,
-    zero_point: o.ZeroPoint = None,
-    embedding_bits: o.EmbeddingBits = None,
-    activation_bits: o.ActivationBits = None,
-    activation_group_size: o.ActivationGroupSize = None,
-    kv_bits: o.KvBits = None,
-    kv_option: o.KvOptions = None,
-    system_prompt: o.SystemPrompt = None,
-    calibration: o.Calibration = None,
-    num_windows: o.NumWindows = None,
-    window: o.Window = None,
-    distill_steps: o.DistillSteps = None,
-    distill_option: o.DistillOptions = None,
-    seed: o.Seed = None,
     max_windows: o.MaxWindows = None,
-    option: o.MethodOptions = None,
-    effort: o.Effort = None,
     out: Annotated[Path | None, typer.Option(help="Keep the checkpoints in this folder. Default: delete them.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace checkpoints in --out.")] = False,
     json: o.Json = False,
-    device: o.Device = None,
-    dtype: o.Dtype = None,
 ) -> None:
     """Quantize MODEL by several methods at several bit widths, and compare them in one table.
 
     Each --option applies to the methods that have it.
     """
-    option = o.with_effort(option, effort)
+    values = dict(given)
+    window, device, dtype = (values[name] for name in ("window", "device", "dtype"))
+    option = o.with_effort(values.pop("option"), values.pop("effort"))
     o.check_options(_words(methods), option)
     recipes = [
-        o.build_recipe(
-            None, o.options_of(method, option), kv_option, distill_option, method=method, bits=width,
-            group_size=group_size, grid=grid, zero_point=zero_point, embedding_bits=embedding_bits, kv_bits=kv_bits,
-            system_prompt=system_prompt, activation_bits=activation_bits, activation_group_size=activation_group_size,
-            calibration=calibration, num_windows=num_windows, window=window, distill_steps=distill_steps, seed=seed,
-            device=device, dtype=dtype,
-        )
+        o.build_recipe(None, o.options_of(method, option), method=method, bits=width, **values)
         for width, method in _arms(_words(methods), numbers(bits))
-    ]  # fmt: skip
+    ]
     from subnibble.evaluation.compare import compare as run
     from subnibble.evaluation.evaluate import Evaluation
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -130,11 +131,22 @@ def starting_recipe(path: Path | None, name: str | None, method: str | None, **b
     return preset(matching)
 
 
+def recipe_of(given: Mapping[str, Any]) -> Recipe:
+    """The recipe that a command line asks for.
+
+    given: values of `RECIPE_OPTIONS` by name; None: not on the command line.
+    """
+    values = dict(given)
+    bits = {name: values[name] for name in ("bits", "activation_bits", "kv_bits", "grid")}
+    start = starting_recipe(values.pop("recipe"), values.pop("preset"), values["method"], **bits)
+    return build_recipe(start, with_effort(values.pop("option"), values.pop("effort")), **values)
+
+
 def build_recipe(
     recipe: Recipe | None,
     options: list[str] | None,
-    kv_options: list[str] | None = None,
-    distill_options: list[str] | None = None,
+    kv_option: list[str] | None = None,
+    distill_option: list[str] | None = None,
     **settings: Any,
 ) -> Recipe:
     """A recipe with the settings of the command line put in.
@@ -143,8 +155,8 @@ def build_recipe(
 
     recipe: the recipe to change; None: the default one.
     options: --option, KEY=VALUE each, or None.
-    kv_options: --kv-option, KEY=VALUE each, or None.
-    distill_options: --distill-option, KEY=VALUE each, or None.
+    kv_option: --kv-option, KEY=VALUE each, or None.
+    distill_option: --distill-option, KEY=VALUE each, or None.
     settings: recipe key -> value; None: not given.
     """
     from subnibble.recipe import Recipe
@@ -154,8 +166,8 @@ def build_recipe(
     changed = values["method"] != recipe.method
     base = {} if changed else dict(recipe.options)
     values["options"] = base | dict(_parse_option(option) for option in options or [])
-    values["kv"] = {**recipe.kv, **kv_settings(kv_options)}
-    distill = (_parse_option(option, "--distill-option", "rate=0.02") for option in distill_options or [])
+    values["kv"] = {**recipe.kv, **kv_settings(kv_option)}
+    distill = (_parse_option(option, "--distill-option", "rate=0.02") for option in distill_option or [])
     values["distill"] = {**recipe.distill, **dict(distill)}
     return Recipe.from_dict(values)
 

@@ -4,58 +4,29 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from subnibble.cli import options as o
 from subnibble.cli.console import distilled, duration, megabytes, print_json, progress, table, unstable
+from subnibble.cli.recipe_options import takes_recipe_options
 from subnibble.cli.streams import say, tell
 
 
+@takes_recipe_options(system_prompt=o.FoundPrompt)
 def quantize(
     model: o.Model,
     out: Annotated[Path, typer.Argument(help="Folder to write; it appears only when it is complete.", metavar="OUT")],
-    method: o.MethodName = None,
-    bits: o.Bits = None,
-    group_size: o.GroupSize = None,
-    grid: o.Grid = None,
-    zero_point: o.ZeroPoint = None,
-    embedding_bits: o.EmbeddingBits = None,
-    activation_bits: o.ActivationBits = None,
-    activation_group_size: o.ActivationGroupSize = None,
-    kv_bits: o.KvBits = None,
-    kv_option: o.KvOptions = None,
-    system_prompt: o.PromptOrAuto = None,
-    calibration: o.Calibration = None,
-    num_windows: o.NumWindows = None,
-    window: o.Window = None,
-    distill_steps: o.DistillSteps = None,
-    distill_option: o.DistillOptions = None,
-    seed: o.Seed = None,
-    recipe: o.RecipeFile = None,
-    preset: o.Preset = None,
-    option: o.MethodOptions = None,
-    effort: o.Effort = None,
+    given: dict[str, Any],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint in OUT.")] = False,
-    device: o.Device = None,
-    dtype: o.Dtype = None,
 ) -> None:
     """Quantize MODEL into the folder OUT.
 
     Options change single settings of --recipe, --preset or --method.
     Without these three, the given bits choose a preset.
     """
-    start = o.starting_recipe(
-        recipe, preset, method, bits=bits, activation_bits=activation_bits, kv_bits=kv_bits, grid=grid
-    )
-    target = o.build_recipe(
-        start, o.with_effort(option, effort), kv_option, distill_option, method=method, bits=bits,
-        group_size=group_size, grid=grid, zero_point=zero_point, embedding_bits=embedding_bits,
-        activation_bits=activation_bits, activation_group_size=activation_group_size, kv_bits=kv_bits,
-        system_prompt=system_prompt, calibration=calibration, num_windows=num_windows, window=window,
-        distill_steps=distill_steps, seed=seed, device=device, dtype=dtype,
-    )  # fmt: skip
+    target = o.recipe_of(given)
     from subnibble.evaluation.compare import recipe_name
     from subnibble.pipeline.driver import quantize as run
 
@@ -85,48 +56,14 @@ def quantize(
     say(f"largest relative {kind} errors: {names}; {out / 'report.json'} has all")
 
 
-def estimate(
-    model: o.Model,
-    method: o.MethodName = None,
-    bits: o.Bits = None,
-    group_size: o.GroupSize = None,
-    grid: o.Grid = None,
-    zero_point: o.ZeroPoint = None,
-    embedding_bits: o.EmbeddingBits = None,
-    activation_bits: o.ActivationBits = None,
-    activation_group_size: o.ActivationGroupSize = None,
-    kv_bits: o.KvBits = None,
-    kv_option: o.KvOptions = None,
-    system_prompt: o.SystemPrompt = None,
-    calibration: o.Calibration = None,
-    num_windows: o.NumWindows = None,
-    window: o.Window = None,
-    distill_steps: o.DistillSteps = None,
-    distill_option: o.DistillOptions = None,
-    seed: o.Seed = None,
-    recipe: o.RecipeFile = None,
-    preset: o.Preset = None,
-    option: o.MethodOptions = None,
-    effort: o.Effort = None,
-    device: o.Device = None,
-    dtype: o.Dtype = None,
-    json: o.Json = False,
-) -> None:
+@takes_recipe_options()
+def estimate(model: o.Model, given: dict[str, Any], json: o.Json = False) -> None:
     """Estimate size, memory and time of a quantization, without reading any weight.
 
     Options change single settings of --recipe, --preset or --method.
     Without these three, the given bits choose a preset.
     """
-    start = o.starting_recipe(
-        recipe, preset, method, bits=bits, activation_bits=activation_bits, kv_bits=kv_bits, grid=grid
-    )
-    target = o.build_recipe(
-        start, o.with_effort(option, effort), kv_option, distill_option, method=method, bits=bits,
-        group_size=group_size, grid=grid, zero_point=zero_point, embedding_bits=embedding_bits,
-        activation_bits=activation_bits, activation_group_size=activation_group_size, kv_bits=kv_bits,
-        system_prompt=system_prompt, calibration=calibration, num_windows=num_windows, window=window,
-        distill_steps=distill_steps, seed=seed, device=device, dtype=dtype,
-    )  # fmt: skip
+    target = o.recipe_of(given)
     from subnibble.pipeline.estimate import estimate as run
 
     estimated = run(model, target)
