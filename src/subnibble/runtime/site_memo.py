@@ -29,11 +29,11 @@ class SiteMemo(Generic[T]):
         # A traced call has no state between calls, and readers must not share an autograd graph.
         if self.readers == 1 or torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
             return make()
-        kept, version = self._kept, _version(x)
-        if kept is not None and kept[0]() is x and kept[1] == version:
-            used = kept[3] + 1
-            self._kept = None if used == self.readers else (*kept[:3], used)
-            return kept[2]
+        memo, version = self._kept, _version(x)
+        if memo is not None and memo[0]() is x and memo[1] == version:
+            used = memo[3] + 1
+            self._kept = None if used == self.readers else (*memo[:3], used)
+            return memo[2]
         result = make()
         self._kept = (weakref.ref(x, self._forget), version, result, 1)
         return result
