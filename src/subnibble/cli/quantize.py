@@ -14,7 +14,7 @@ from subnibble.cli.recipe_options import takes_recipe_options
 from subnibble.cli.streams import say, tell
 
 
-@takes_recipe_options(system_prompt=o.FoundPrompt)
+@takes_recipe_options(system_prompt=o.PromptOrAuto)
 def quantize(
     model: o.Model,
     out: Annotated[Path, typer.Argument(help="Folder to write; it appears only when it is complete.", metavar="OUT")],
