@@ -86,7 +86,7 @@ def test_a_packed_module_says_what_became_of_its_weight(name: str, packed: dict[
 
 
 def test_a_packed_model_has_no_dense_form(packed: dict[str, Path]) -> None:
-    with pytest.raises(SubnibbleError, match="give the original model"):
+    with pytest.raises(SubnibbleError, match="use the original model"):
         load(packed["llama"]).dequantize()
 
 
