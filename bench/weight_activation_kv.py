@@ -145,18 +145,21 @@ def add_quantized_prompt_(model: Any, tokenizer: Any) -> None:
     from subnibble.calibrate.prompt import prefix_ids
     from subnibble.generate.prefix import compute_prefix
     from subnibble.hf.attention import attach_cache_, attached_cache, set_prefix_
-    from subnibble.runtime.kv_cache import Coding
+    from subnibble.runtime.kv_cache import CacheQuantizer
     from subnibble.runtime.quantized_text import quantized_keys, quantized_values
 
     attached = attached_cache(model)
     assert attached is not None
     assert attached.scheme is not None
     assert attached.scheme.key_center == "none"
-    coding, prefix = Coding(attached.scheme), prefix_ids("default", tokenizer)
+    cache_quantizer, prefix = CacheQuantizer(attached.scheme), prefix_ids("default", tokenizer)
     states = compute_prefix(model, prefix)
     positions = model.model.rotary_emb(torch.zeros(1, 1), torch.arange(len(prefix.ids)).unsqueeze(0))
     quantized = [
-        (quantized_keys(keys[None].float(), coding, positions)[0], quantized_values(values[None].float(), coding)[0])
+        (
+            quantized_keys(keys[None].float(), cache_quantizer, positions)[0],
+            quantized_values(values[None].float(), cache_quantizer)[0],
+        )
         for keys, values in states
     ]
     attach_cache_(model, attached.scheme, prefix)

@@ -142,7 +142,7 @@ def check_quantized_linears(model: torch.nn.Module) -> None:
             branches.append((activations.quantize(between, terms.input.activation).values(), up.dequantize()))
         if terms.weight.salient is not None:
             branches.append((seen[:, : terms.weight.salient.shape[1]], terms.weight.salient.dequantize()))
-        if terms.input.repeated:
+        if terms.input.requantized:
             rank = terms.weight.salient.shape[1]
             rest = activations.quantize(inner[:, :rank] - seen[:, :rank], terms.input.activation).values()
             branches.append((rest, terms.weight.salient.dequantize()))

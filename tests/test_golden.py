@@ -113,7 +113,7 @@ def test_what_is_read_gives_the_dense_weights_of_the_package(
             assert same(gather, None if terms.input.gather is None else terms.input.gather.long())
             assert same(scale, terms.input.column_scale)
             assert json.loads(str(found.get(f"{path}/hadamard", "[]"))) == list(module.blocks)
-            assert found.get(f"{path}/residual", "none") == ("salient" if module.repeated else "none")
+            assert found.get(f"{path}/residual", "none") == ("salient" if module.requantized else "none")
             known = None if module.activation is None else {"outliers": 0, **module.activation.to_dict()}
             assert json.loads(str(found.get(f"{path}/activation", "null"))) == known
 

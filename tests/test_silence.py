@@ -15,7 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from conftest import random_model
 from subnibble import Recipe, quantize
-from subnibble.calibrate.prefix import behind
+from subnibble.calibrate.prefix import after_prefix
 from subnibble.calibrate.stream import BlockStream
 from subnibble.checkpoint.safetensors_source import SafetensorsSource
 from subnibble.distill.checkpoint import distill_checkpoint
@@ -29,7 +29,7 @@ from subnibble.model.transformers_api.quantization import CheckpointQuantizer
 from subnibble.pipeline import passage
 from subnibble.pipeline.input_hook import InputHook
 from subnibble.runtime import modules
-from subnibble.runtime.kv_cache import Coding
+from subnibble.runtime.kv_cache import CacheQuantizer
 from subnibble.runtime.modules import TiedHead
 from subnibble.tensor.cache_scheme import CacheScheme, PrefixIds
 from subnibble.tuning.block import TunedBlock
@@ -203,7 +203,7 @@ def test_a_coded_cache_that_calibration_never_asks_is_noticed(until: str, block:
     forward = attention_of_block.forward
     names = {"cache", "past_key_values"}
     attention_of_block.forward = lambda **named: forward(**{k: v for k, v in named.items() if k not in names})
-    stream = BlockStream(own, hidden_states(), behind(call, None, Coding(CacheScheme(4))))
+    stream = BlockStream(own, hidden_states(), after_prefix(call, None, CacheQuantizer(CacheScheme(4))))
     with pytest.raises(SilentFailure, match="the KV cache of"):
         list(stream.outputs() if until == "the end" else stream.at(own.arch.site(until)))
 

@@ -201,11 +201,11 @@ def test_a_prompt_while_quantizing_is_in_the_mean(
     recipe = recipe_of("none", token_file, bits=8, **BASES[basis])
     quantize(folder, tmp_path / "plain", recipe)
     quantize(folder, tmp_path / "out", Recipe.from_dict(recipe.to_dict() | {"system_prompt": "w5 w9 w2"}))
-    plain, behind = load(tmp_path / "plain"), load(tmp_path / "out")
-    own = [model.model.layers[1].self_attn.key_center.mean for model in (plain, behind)]
+    plain, after_prefix = load(tmp_path / "plain"), load(tmp_path / "out")
+    own = [model.model.layers[1].self_attn.key_center.mean for model in (plain, after_prefix)]
     assert not torch.equal(*own)
-    quantized = keys_to_code(behind, windows(token_file), monkeypatch)
-    for block, keys in zip(behind.model.layers, quantized, strict=True):
+    quantized = keys_to_code(after_prefix, windows(token_file), monkeypatch)
+    for block, keys in zip(after_prefix.model.layers, quantized, strict=True):
         stored, target = block.self_attn.key_center.mean.float(), keys.mean(1)
         assert float((stored - target).norm() / target.norm()) < 0.02
 

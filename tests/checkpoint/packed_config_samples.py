@@ -36,7 +36,7 @@ WHOLE = PackedLinearSpec(
     blocks=(128, 64),
     activation=A4,
     salient=PackedLayout(64, ((32, MX),)),
-    repeated=32,
+    requantized=32,
     low_rank=(PackedLayout(8, ((192, W8),)), PackedLayout(64, ((8, W8),))),
 )
 COMPOSED = PackedConfig({**CONFIG.modules, DOWN: WHOLE})

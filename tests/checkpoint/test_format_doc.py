@@ -197,7 +197,7 @@ def test_the_documented_linear_gives_the_documented_output() -> None:
     assert found.scales.tolist() == [LINEAR["scales"]]
     # The example tells the terms apart.
     nothing = {"bias": None, "column_scale": None, "gather": None, "blocks": (), "activation": None, "low_rank": None,
-               "repeated": 0}  # fmt: skip
+               "requantized": 0}  # fmt: skip
     for name, value in nothing.items():
         assert not torch.equal(linear(x, changed(terms, **{name: value})), torch.tensor([LINEAR["y"]])), name
 

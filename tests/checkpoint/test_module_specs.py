@@ -87,7 +87,7 @@ def test_a_gather_is_stored_in_16_bits_where_that_holds_its_channels(columns, st
         ({"activation": A8}, 192 * 8 + 24),
         # 16 extra columns repeat codes, scale and zero-point; a residual repeats them once more.
         ({"activation": A8, **ONE_TERM["salient"]}, 192 * 8 + 24 + 16 * 8 + 24),
-        ({"activation": A8, **ONE_TERM["salient"], "repeated": 16}, 192 * 8 + 24 + 2 * (16 * 8 + 24)),
+        ({"activation": A8, **ONE_TERM["salient"], "requantized": 16}, 192 * 8 + 24 + 2 * (16 * 8 + 24)),
         ({"activation": A8, **ONE_TERM["low_rank"]}, 192 * 8 + 24 + 4 * 8 + 24),
         # 64 outliers are a group of 8 bits with a scale; there are none between the factors.
         ({"activation": replace(A4, outliers=64), **ONE_TERM["low_rank"]}, 128 * 4 + 20 + 64 * 8 + 16 + 4 * 4 + 20),

@@ -56,7 +56,7 @@ def gram() -> Tensor:
 
 
 def stack(correction: Correction) -> Stack:
-    return Stack("block", ("w",), (ROWS,), SCHEME, INPUTS, correction.repeated, "w")
+    return Stack("block", ("w",), (ROWS,), SCHEME, INPUTS, correction.requantized, "w")
 
 
 @every_correction
@@ -65,7 +65,7 @@ def test_what_is_planned_is_what_is_made(correction: Correction) -> None:
     _, packed, salient = found
     (branch,) = correction.branches([weight() - packed.dequantize()], gram(), torch.ones(COLUMNS), SCHEME)
     inputs, second = correction.inputs(INPUTS), None if salient is None else PackedTensor((salient,))
-    made = built(packed, activation=inputs, salient=second, repeated=correction.repeated, low_rank=branch)
+    made = built(packed, activation=inputs, salient=second, requantized=correction.requantized, low_rank=branch)
     plain = PackedLinearSpec(PackedLayout(ROWS, ((COLUMNS, SCHEME),)), bias=False, activation=inputs)
     assert correction.planned(plain, SCHEME) == linear_spec(made)
     schemes = {part.scheme for part in packed.ranges} | ({SCHEME} if salient is None else {salient.scheme})
@@ -166,7 +166,7 @@ def test_a_rounder_must_say_that_it_scales_columns(
     """Else its scales may meet channels in another order than theirs."""
 
     class Silent(DualScale):
-        scales_columns = False
+        has_column_scales = False
 
     steps = Steps(RTN(Silent()), saliency=Saliency())
     monkeypatch.setitem(METHODS, "silent", Method("silent", "a test", "a test", Options, lambda options: steps))

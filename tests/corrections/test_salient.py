@@ -118,4 +118,4 @@ def test_bad_values_name_the_choices(values: dict[str, object], message: str) ->
 
 
 def test_the_remainder_runs_through_the_coarse_weight_where_it_is_asked_for() -> None:
-    assert [SalientColumns(8, residual=word).repeated for word in ("none", "salient")] == [0, 8]
+    assert [SalientColumns(8, residual=word).requantized for word in ("none", "salient")] == [0, 8]

@@ -71,12 +71,12 @@ def student(terms: Linear, learned: Collection[str] = SPACES) -> StudentLinear:
     return StudentLinear(terms, Entrance(terms.input, learned, torch.float32, CPU), learned)
 
 
-def rank_terms(repeated: int) -> Linear:
+def rank_terms(requantized: int) -> Linear:
     return built(
         packed(ROWS, COLUMNS, SCHEMES["integer"]),
         activation=INPUTS["integer"],
         salient=packed(ROWS, 16, SCHEMES["integer"], 2),
-        repeated=repeated,
+        requantized=requantized,
     )
 
 
@@ -109,7 +109,7 @@ TERMS = {
         for w in SCHEMES
         for a in INPUTS
     },
-    **{f"salient, {repeated} of them twice": rank_terms(repeated) for repeated in (0, 16)},
+    **{f"salient, {requantized} of them twice": rank_terms(requantized) for requantized in (0, 16)},
     "salient on exact": built(
         packed(ROWS, COLUMNS, SCHEMES["integer"]), salient=packed(ROWS, 16, SCHEMES["real"], 2)
     ),

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from conftest import CONFIGS
 from kv_calls import cache_of, passing
 from subnibble import Recipe, quantize
-from subnibble.calibrate.prefix import PrefixStream, behind
+from subnibble.calibrate.prefix import PrefixStream, after_prefix
 from subnibble.calibrate.stream import BlockStream
 from subnibble.checkpoint.manifest import packed_config_of
 from subnibble.checkpoint.opening import open_source
@@ -165,7 +165,7 @@ def test_calibration_sees_what_the_model_makes_of_a_text_behind_the_prompt(name:
     for index in range(skeleton.num_blocks):
         block = skeleton.load_block(index)
         assert all(torch.equal(*pair) for pair in zip(prefix.run(block).states, prefix.run(block).states, strict=True))
-        BlockStream(block, hidden, behind(calls[index], prefix.advance(block))).advance()
+        BlockStream(block, hidden, after_prefix(calls[index], prefix.advance(block))).advance()
         with torch.no_grad():
             whole = run_block(block.module, whole, plain[index])
         torch.testing.assert_close(hidden[0], whole[:, len(IDS) :], rtol=1e-4, atol=1e-4)
@@ -295,9 +295,9 @@ def test_a_reference_is_scored_behind_the_same_prompt(
     assert found["kl_divergence"] < 1e-4
     alone = evaluate(folders["llama"], evaluation, tmp_path / "out")
     assert alone["kl_divergence"] < 1e-4
-    behind = evaluate(folders["llama"], replace(evaluation, system_prompt=PROMPT), folders["llama"])
-    assert behind["kl_divergence"] == 0
-    assert abs(behind["perplexity"] / found["perplexity"] - 1) < 1e-3
+    after_prefix = evaluate(folders["llama"], replace(evaluation, system_prompt=PROMPT), folders["llama"])
+    assert after_prefix["kl_divergence"] == 0
+    assert abs(after_prefix["perplexity"] / found["perplexity"] - 1) < 1e-3
 
 
 def test_any_model_can_be_scored_on_a_coded_cache(folders: dict[str, Path], text_file: Path, tmp_path: Path) -> None:

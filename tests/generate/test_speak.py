@@ -59,8 +59,8 @@ def test_words_end_where_positions_do(prompt: int, model: Any, tokenizer: Any) -
     for given, expected in ((room - 1, 1), (room - 3, 3), (4, 5)):
         text = " ".join(["w3", "w7"] * room).split()[:given]
         assert len(speak(model, tokenizer, " ".join(text), 5).split()) == expected
-    behind = "" if prompt == 0 else " after a system prompt of 6"
-    with pytest.raises(BadRecipe, match=f"{room} tokens{behind} and the model 128 positions; give a shorter one"):
+    after_prefix = "" if prompt == 0 else " after a system prompt of 6"
+    with pytest.raises(BadRecipe, match=f"{room} tokens{after_prefix} and the model 128 positions; give a shorter one"):
         speak(model, tokenizer, " ".join(["w3"] * room), 5)
 
 

@@ -210,8 +210,8 @@ def test_generate_with_and_without_the_prefix_in_its_ids() -> None:
     whole = torch.cat([prefix.expand(2, -1), text], 1)
     settings = {"max_new_tokens": 6, "do_sample": False}
     alone = model.generate(text, attention_mask=torch.ones_like(text), **settings)
-    behind = model.generate(whole, attention_mask=torch.ones_like(whole), **settings)
-    assert torch.equal(behind[:, PREFIX:], alone)
+    after_prefix = model.generate(whole, attention_mask=torch.ones_like(whole), **settings)
+    assert torch.equal(after_prefix[:, PREFIX:], alone)
     # One row with, one without, which is padded.
     mixed = torch.cat([whole[:1], torch.nn.functional.pad(text[1:], (PREFIX, 0))])
     mask = torch.ones_like(mixed)

@@ -168,7 +168,7 @@ def every_term(bias: torch.Tensor) -> Linear:
         blocks=(32, 16),
         activation=ActivationScheme(4, 24, clip=0.95),
         salient=rounded(80, 33, Scheme(4, 32, "none", "e8m0", "mxfp4"), 1),
-        repeated=33,
+        requantized=33,
         low_rank=(rounded(5, 48, Scheme(8, -1, "none"), 2), rounded(80, 5, Scheme(8, -1, "none", "bfloat16"), 3)),
     )
 
@@ -207,8 +207,8 @@ def test_a_linear_with_every_term_survives_save_and_load_bit_for_bit(composed: P
         logits = model(ids).logits
         assert torch.equal(logits, torch.load(composed.parent / "logits.pt"))
         # Every term matters: a model without one is another.
-        for change in ({"activation": None}, {"blocks": ()}, {"gather": None}, {"salient": None, "repeated": 0},
-                       {"repeated": 0}, {"low_rank": None}, {"column_scale": None}):  # fmt: skip
+        for change in ({"activation": None}, {"blocks": ()}, {"gather": None}, {"salient": None, "requantized": 0},
+                       {"requantized": 0}, {"low_rank": None}, {"column_scale": None}):  # fmt: skip
             other = copy.deepcopy(model)
             other.set_submodule(UP_PROJ, PackedLinear(changed(linear.linear, **change)))
             assert not torch.equal(other(ids).logits, logits), change

@@ -49,10 +49,10 @@ def runs_with(method: str, options: dict[str, Any]) -> float:
     """Squared error of the packed linear that the method makes of the same, through the runtime."""
     steps = METHODS[method].steps({"rounding": "rtn", **options})
     correction, x, scheme = steps.correction, tokens(), SCHEMES[method]
-    stack = Stack("block", (NAME,), (ROWS,), scheme, INPUTS, correction.repeated, NAME)
+    stack = Stack("block", (NAME,), (ROWS,), scheme, INPUTS, correction.requantized, NAME)
     _, main, salient = round_stack(stack, weight(), Observed(x.T @ x), steps.rounder, correction)
     second = None if salient is None else PackedTensor((salient,))
-    terms = built(main, activation=INPUTS, salient=second, repeated=correction.repeated)
+    terms = built(main, activation=INPUTS, salient=second, requantized=correction.requantized)
     return float((ops.linear(x, terms) - x @ weight().T).square().sum())
 
 

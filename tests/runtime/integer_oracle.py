@@ -169,7 +169,7 @@ def oracle(x: Tensor, terms: Linear, scheme: ActivationScheme) -> Tensor:
     y = oracle_product(codes, terms.weight.main, np.zeros((len(x), terms.weight.main.shape[0]), np.float32))
     if terms.weight.salient is not None:
         y = oracle_product(codes, terms.weight.salient, y)
-        if terms.input.repeated:
+        if terms.input.requantized:
             rank = terms.weight.salient.shape[1]
             rest = quantize(x[:, :rank].float() - entered.values()[:, :rank], scheme)
             y = oracle_product(codes_of(rest, scheme), terms.weight.salient, y)

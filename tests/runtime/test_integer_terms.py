@@ -32,19 +32,19 @@ from subnibble.tensor.packed import PackedTensor
 from subnibble.tensor.scheme import Scheme
 
 
-def salient_terms(repeated: int = 0) -> Linear:
+def salient_terms(requantized: int = 0) -> Linear:
     """37 salient columns inside the first groups of the weight and of the input."""
     return built(
         weight_of([(COLUMNS, Scheme(4, 32))]),
         salient=weight_of([(37, Scheme(8, 16, "none"))], seed=9),
-        repeated=repeated,
+        requantized=requantized,
     )
 
 
 @pytest.mark.parametrize("activation", INPUTS)
-@pytest.mark.parametrize("repeated", [0, 37])
-def test_salient_columns_and_residuals_are_those_of_the_oracle(repeated, activation) -> None:
-    terms, scheme, x = salient_terms(repeated), INPUTS[activation], tokens()
+@pytest.mark.parametrize("requantized", [0, 37])
+def test_salient_columns_and_residuals_are_those_of_the_oracle(requantized, activation) -> None:
+    terms, scheme, x = salient_terms(requantized), INPUTS[activation], tokens()
     assert torch.equal(ops.linear(x, changed(terms, activation=scheme)), oracle(x, terms, scheme))
 
 
@@ -68,7 +68,8 @@ def test_the_residual_brings_salient_channels_nearer(activation) -> None:
     channels = torch.zeros(7, COLUMNS)
     channels[:, :37] = x[:, :37]
     plain, mended = (
-        ops.linear(channels, changed(salient_terms(), activation=scheme, repeated=repeated)) for repeated in (0, 37)
+        ops.linear(channels, changed(salient_terms(), activation=scheme, requantized=requantized))
+        for requantized in (0, 37)
     )
     weight = salient_terms().weight
     dense, salient = (part.dequantize().double()[:, :37] for part in (weight.main, weight.salient))
@@ -100,13 +101,13 @@ def every_term() -> Linear:
 
 
 TERM_FAULTS = {
-    "salient left out": {"salient": None, "repeated": 0},
-    "residual left out": {"repeated": 0},
+    "salient left out": {"salient": None, "requantized": 0},
+    "residual left out": {"requantized": 0},
     "low rank left out": {"low_rank": None},
     "bias left out": {"bias": None},
     "salient of 36 columns": {
         "salient": PackedTensor((weight_range(ROWS, 36, Scheme(8, 16, "none"), 9),)),
-        "repeated": 36,
+        "requantized": 36,
     },
     "another up": {
         "low_rank": (

@@ -33,7 +33,7 @@ def every_term(activation: ActivationScheme | None = None, **others: object) -> 
         blocks=BLOCKS,
         activation=activation,
         salient=PackedTensor((PackedRange.pack(QuantizedMatrix(codes, torch.exp2(exponents), None), mx),)),
-        repeated=37,
+        requantized=37,
         low_rank=(
             PackedTensor((packed_range(6, 139, Scheme(8, 64, "none", "bfloat16"), 5),)),
             PackedTensor((packed_range(ROWS, 6, Scheme(4, -1, "integer", "float32"), 6),)),
@@ -84,7 +84,11 @@ def test_terms_of_a_linear_are_those_it_was_built_of_and_share_its_buffers(activ
     terms = every_term(ACTIVATIONS[activation])
     linear, x = PackedLinear(terms), inputs(139)
     found = linear.linear
-    assert (found.input.blocks, found.input.activation, found.input.repeated) == (BLOCKS, ACTIVATIONS[activation], 37)
+    assert (found.input.blocks, found.input.activation, found.input.requantized) == (
+        BLOCKS,
+        ACTIVATIONS[activation],
+        37,
+    )
     assert found.input.gather is linear.gather
     assert found.weight.salient.ranges[0].codes is linear.salient.codes
     assert torch.equal(linear(x), ops.linear(x, terms))
@@ -161,7 +165,7 @@ NO_TERM = {
     "gather": None,
     "blocks": (),
     "salient": None,
-    "repeated": 0,
+    "requantized": 0,
     "low_rank": None,
 }
 SOME_TERMS = {
@@ -170,7 +174,7 @@ SOME_TERMS = {
     "no column scale": {"column_scale": None},
     "no gather": {"gather": None},
     "no transform": {"blocks": ()},
-    "no salient": {"salient": None, "repeated": 0},
+    "no salient": {"salient": None, "requantized": 0},
     "no branch": {"low_rank": None},
     **{
         f"only {name}": {key: value for key, value in NO_TERM.items() if key != name}
@@ -227,7 +231,7 @@ def blocks_reversed(x: Tensor, terms: Linear) -> Tensor:
 def salient_at_the_end(x: Tensor, terms: Linear) -> Tensor:
     value, _ = entered(x, terms)
     part = value.float()[..., -37:] @ terms.weight.salient.dequantize().T
-    return ops.linear(x, changed(terms, salient=None, repeated=0)) + part
+    return ops.linear(x, changed(terms, salient=None, requantized=0)) + part
 
 
 def branch_on_the_raw_input(x: Tensor, terms: Linear) -> Tensor:
@@ -257,13 +261,13 @@ def test_the_oracle_of_terms_rejects_a_planted_fault(fault) -> None:
 @pytest.mark.parametrize("left_out", ["bias", "column_scale", "gather", "blocks", "salient", "low_rank"])
 def test_the_oracle_of_terms_rejects_a_term_left_out(left_out) -> None:
     terms, x = every_term(), inputs(139)
-    others = {"salient": None, "repeated": 0} if left_out == "salient" else {left_out: NO_TERM[left_out]}
+    others = {"salient": None, "requantized": 0} if left_out == "salient" else {left_out: NO_TERM[left_out]}
     assert not within_term_bound(ops.linear(x, changed(terms, **others)), x, terms)
 
 
 def test_inputs_that_are_not_quantized_leave_no_residual() -> None:
     x = inputs(139)
-    assert torch.equal(ops.linear(x, every_term(repeated=37)), ops.linear(x, every_term(repeated=0)))
+    assert torch.equal(ops.linear(x, every_term(requantized=37)), ops.linear(x, every_term(requantized=0)))
 
 
 def test_inputs_in_8_bits_come_near_the_dense_weight() -> None:

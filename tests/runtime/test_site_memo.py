@@ -19,7 +19,7 @@ from subnibble.tensor.linear import Linear
 
 def readers() -> list[PackedLinear]:
     """Three linears that do the same to their input, the first of which holds what that takes."""
-    terms = every_term(ActivationScheme(4, 16), repeated=37)
+    terms = every_term(ActivationScheme(4, 16), requantized=37)
     first = PackedLinear(terms)
     site = replace(terms.input, gather=None, column_scale=None)
     others = [PackedLinear(Linear(terms.weight.rows(torch.arange(n)), site)) for n in (5, 3)]

@@ -267,8 +267,8 @@ def test_clips_of_inputs_that_are_not_quantized_are_refused(
 
 def test_estimates_count_the_prompt(folders: dict[str, Path], token_file: Path, tmp_path: Path) -> None:
     recipe = Recipe(calibration=str(token_file), **DATA, **SETTING, **METHODS["quarot"])
-    plain, behind = (estimate(folders["llama"], replace(recipe, system_prompt=p)) for p in (None, PROMPT))
-    assert behind.file_bytes - plain.file_bytes == 4 * cache_bytes(open_source(folders["llama"]).config, None)
+    plain, after_prefix = (estimate(folders["llama"], replace(recipe, system_prompt=p)) for p in (None, PROMPT))
+    assert after_prefix.file_bytes - plain.file_bytes == 4 * cache_bytes(open_source(folders["llama"]).config, None)
     long = " ".join(["w5"] * 2000)
     for run in (estimate, lambda model, target: quantize(model, tmp_path / "out", target)):
         with pytest.raises(SubnibbleError, match="windows of 24 tokens after a system prompt of 2000 are longer"):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from conftest import CONFIGS
-from subnibble.calibrate.prefix import PrefixStream, States, behind
+from subnibble.calibrate.prefix import PrefixStream, States, after_prefix
 from subnibble.checkpoint.safetensors_source import SafetensorsSource
 from subnibble.corrections.correction import NOTHING, Correction
 from subnibble.corrections.outliers import OutlierColumns
@@ -21,7 +21,7 @@ from subnibble.model.transformers_api.blocks import run_block
 from subnibble.rounding import grid
 from subnibble.rounding.rtn import RTN
 from subnibble.runtime import activations
-from subnibble.runtime.kv_cache import Coding
+from subnibble.runtime.kv_cache import CacheQuantizer
 from subnibble.tensor.activation_scheme import ActivationScheme
 from subnibble.tensor.cache_scheme import CacheScheme
 from subnibble.tensor.hadamard import hadamard_blocks
@@ -64,7 +64,7 @@ class Case:
             dict.fromkeys(names, WEIGHTS if quantized else None),
             dict.fromkeys(names, INPUTS if quantized else None),
             bases,
-            Coding(CacheScheme(8)) if quantized else None,
+            CacheQuantizer(CacheScheme(8)) if quantized else None,
             self.states,
             correction,
             grid.Clip(),
@@ -79,7 +79,7 @@ class Case:
 
     def output(self, states: States | None) -> Tensor:
         with torch.no_grad():
-            output = run_block(self.block.module, self.hidden, behind(self.call, states))
+            output = run_block(self.block.module, self.hidden, after_prefix(self.call, states))
         return output[0] if isinstance(output, tuple) else output
 
     def of(self, tuned: TunedBlock) -> Tensor:
@@ -229,7 +229,7 @@ def test_learned_clips_of_inputs_stay_in_their_range(folders: dict[str, Path]) -
 def test_inputs_and_cache_are_quantized(folders: dict[str, Path]) -> None:
     case = Case(folders["llama"], quantized=True)
     whole = case.of(case.tuned())
-    for key, value in {"coding": None, "activations": dict.fromkeys(case.block.arch.linears)}.items():
+    for key, value in {"cache_quantizer": None, "activations": dict.fromkeys(case.block.arch.linears)}.items():
         other = Case(folders["llama"], quantized=True)
         other.frame = replace(other.frame, **{key: value})
         assert not torch.equal(other.of(other.tuned()), whole)

@@ -30,12 +30,12 @@ BASES = {
 
 
 @pytest.mark.parametrize("share", [None, -0.25], ids=["clip", "learned clip"])
-@pytest.mark.parametrize("repeated", [0, 12])
+@pytest.mark.parametrize("requantized", [0, 12])
 @pytest.mark.parametrize("basis", BASES)
 @pytest.mark.parametrize("name", SCHEMES)
-def test_a_tuned_input_is_the_one_that_runs(name: str, basis: str, repeated: int, share: float | None) -> None:
+def test_a_tuned_input_is_the_one_that_runs(name: str, basis: str, requantized: int, share: float | None) -> None:
     scheme, own = SCHEMES[name], BASES[basis]
-    tuned = TunedInput(own, torch.float32, repeated)
+    tuned = TunedInput(own, torch.float32, requantized)
     if share is not None:
         tuned.learn_clip({scheme}, torch.device("cpu"))
         if tuned.clip is not None:
@@ -44,12 +44,12 @@ def test_a_tuned_input_is_the_one_that_runs(name: str, basis: str, repeated: int
 
     found = tuned.enter(x.requires_grad_(True), scheme).flatten(0, 1)
 
-    site = SiteInput(gather=own.order, blocks=own.blocks, activation=tuned.learned(scheme), repeated=repeated)
+    site = SiteInput(gather=own.order, blocks=own.blocks, activation=tuned.learned(scheme), requantized=requantized)
     made = site_input.apply(x.detach(), site)
     assert torch.equal(found[:, :CHANNELS], replace(made, rest=None).values())
     if made.rest is not None:
         assert torch.equal(found[:, CHANNELS:], made.rest.values())
-    assert found.shape[1] == CHANNELS + (0 if scheme is None else repeated)
+    assert found.shape[1] == CHANNELS + (0 if scheme is None else requantized)
     # Gradients reach the input through all of it.
     found.sum().backward()
     assert bool((x.grad != 0).any())

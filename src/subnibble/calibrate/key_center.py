@@ -14,7 +14,7 @@ from subnibble.errors import NumericalFailure
 from subnibble.model.skeleton import Block
 from subnibble.model.transformers_api.blocks import BlockCache, BlockCall, run_block
 from subnibble.model.transformers_api.names import never_called
-from subnibble.runtime.kv_cache import Coding
+from subnibble.runtime.kv_cache import CacheQuantizer
 from subnibble.runtime.quantized_text import as_quantized
 from subnibble.tensor.cache_scheme import CacheScheme
 
@@ -66,7 +66,9 @@ class KeyMean:
         return total / max(sum(count for _, count in self._windows), 1)
 
 
-def coding_of(block: Block, scheme: CacheScheme | None, hidden: list[Tensor], call: BlockCall) -> Coding | None:
+def cache_quantizer_of(
+    block: Block, scheme: CacheScheme | None, hidden: list[Tensor], call: BlockCall
+) -> CacheQuantizer | None:
     """How the KV cache of a block is quantized, with the key mean if `scheme` subtracts one; None if not quantized.
 
     block: the block, in the state in which its keys are averaged.
@@ -76,7 +78,7 @@ def coding_of(block: Block, scheme: CacheScheme | None, hidden: list[Tensor], ca
     """
     if scheme is None:
         return None
-    return Coding(scheme, _mean(block, scheme, hidden, call) if scheme.is_centered else None)
+    return CacheQuantizer(scheme, _mean(block, scheme, hidden, call) if scheme.is_centered else None)
 
 
 def _mean(block: Block, scheme: CacheScheme, hidden: list[Tensor], call: BlockCall) -> Tensor:

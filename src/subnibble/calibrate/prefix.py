@@ -13,7 +13,7 @@ from torch import Tensor
 from subnibble.errors import NumericalFailure
 from subnibble.model.skeleton import Block, Skeleton
 from subnibble.model.transformers_api.blocks import BlockCache, BlockCall, run_block
-from subnibble.runtime.kv_cache import Coding
+from subnibble.runtime.kv_cache import CacheQuantizer
 from subnibble.runtime.quantized_text import quantized_keys, quantized_values
 
 # Keys and values, (heads, tokens, width) each, rotary positions applied.
@@ -76,17 +76,17 @@ def half_states(states: States, where: str) -> States:
     return keys, values
 
 
-def behind(call: BlockCall, states: States | None, coding: Coding | None = None) -> BlockCall:
+def after_prefix(call: BlockCall, states: States | None, cache_quantizer: CacheQuantizer | None = None) -> BlockCall:
     """Arguments of a block for windows that come after a prefix and whose keys and values are quantized.
 
     call: arguments from `Skeleton.block_calls`, whose `past` is the number of prefix tokens.
     states: keys and values of the prefix in this block, or None without a prefix.
-    coding: how the KV cache quantizes, or None if it does not.
+    cache_quantizer: how the KV cache quantizes, or None if it does not.
     """
-    if states is None and coding is None:
+    if states is None and cache_quantizer is None:
         return call
     # A call without arguments belongs to a stream without windows: it has no positions and is never run.
-    return call.with_cache(_Past(states, coding, call.positions)) if call.named else call
+    return call.with_cache(_Past(states, cache_quantizer, call.positions)) if call.named else call
 
 
 class _Recorder(BlockCache):
@@ -104,14 +104,19 @@ class _Recorder(BlockCache):
 class _Past(BlockCache):
     """Replaces a KV cache that holds a prefix. Texts are quantized and dequantized, and not stored."""
 
-    def __init__(self, states: States | None, coding: Coding | None, positions: tuple[Tensor, Tensor]) -> None:
+    def __init__(
+        self, states: States | None, cache_quantizer: CacheQuantizer | None, positions: tuple[Tensor, Tensor]
+    ) -> None:
         super().__init__()
-        self._states, self._coding, self._positions = states, coding, positions
+        self._states, self._cache_quantizer, self._positions = states, cache_quantizer, positions
 
     def see(self, keys: Tensor, values: Tensor) -> States:
         """Quantize and dequantize a text's keys and values, and return them after those of the prefix."""
-        if self._coding is not None:
-            keys, values = quantized_keys(keys, self._coding, self._positions), quantized_values(values, self._coding)
+        if self._cache_quantizer is not None:
+            keys, values = (
+                quantized_keys(keys, self._cache_quantizer, self._positions),
+                quantized_values(values, self._cache_quantizer),
+            )
         return (keys, values) if self._states is None else with_past(self._states, (keys, values))
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
-from subnibble.calibrate.prefix import PrefixStream, behind
+from subnibble.calibrate.prefix import PrefixStream, after_prefix
 from subnibble.calibrate.stream import BlockStream
 from subnibble.model.skeleton import Block, Skeleton
 from subnibble.model.transformers_api.blocks import BlockCall
@@ -31,7 +31,7 @@ def full_precision_blocks(
         block = skeleton.load_block(index)
         twin = block.twin(skeleton.dtype)
         states = None if prefix is None else prefix.advance(block)
-        stream = BlockStream(twin, hidden, behind(calls[index], states))
+        stream = BlockStream(twin, hidden, after_prefix(calls[index], states))
         yield block, stream
         stream.advance()
         skeleton.release(block.path)

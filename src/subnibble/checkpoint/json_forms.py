@@ -99,4 +99,4 @@ RANGES = Form(
 )
 FACTORS = Form(_write_factors, _read_factors)
 # The number of channels quantized twice, written as a word: "salient" for all salient channels, "none" for 0.
-RESIDUAL = Form(lambda repeated: ("salient" if repeated else "none",), _read_residual)
+RESIDUAL = Form(lambda requantized: ("salient" if requantized else "none",), _read_residual)

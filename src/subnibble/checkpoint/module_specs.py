@@ -171,7 +171,7 @@ class PackedLinearSpec(ModuleSpec):
     blocks: widths of a block-diagonal Hadamard transform of the input; they add up to k. () for none.
     activation: how inputs are quantized, None for not at all.
     salient: layout of a second weight of the first r channels, (m, r), or None.
-    repeated: number of first channels that are quantized twice: r, or 0 for none.
+    requantized: number of first channels that are quantized twice: r, or 0 for none.
     low_rank: layouts of down (q, k) and up (m, q), or None.
     input: path of another linear that reads the same tensor and stores the input terms of both; None if this linear
         stores its own.
@@ -185,14 +185,14 @@ class PackedLinearSpec(ModuleSpec):
     blocks: Annotated[tuple[int, ...], Term(forms.COUNTS, ("hadamard",))] = ()
     activation: Annotated[ActivationScheme | None, Term(forms.ACTIVATION)] = None
     salient: Annotated[PackedLayout | None, Term(forms.RANGES, prefixes=("salient.",))] = None
-    repeated: Annotated[int, Term(forms.RESIDUAL, ("residual",))] = 0
+    requantized: Annotated[int, Term(forms.RESIDUAL, ("residual",))] = 0
     low_rank: Annotated[tuple[PackedLayout, PackedLayout] | None, Term(forms.FACTORS, prefixes=("down.", "up."))] = None
     input: Annotated[str | None, Term(forms.TEXT)] = None
 
     def __post_init__(self) -> None:
         columns, rows = self.layout.columns, self.layout.rows
-        if self.repeated and (self.salient is None or self.repeated != self.salient.columns):
-            raise ValueError(f"{self.repeated} channels are quantized twice, but only all salient channels can be")
+        if self.requantized and (self.salient is None or self.requantized != self.salient.columns):
+            raise ValueError(f"{self.requantized} channels are quantized twice, but only all salient channels can be")
         if self.blocks and sum(self.blocks) != columns:
             raise ValueError(f"Hadamard blocks {self.blocks} do not add up to {columns} columns")
         if any(hadamard_factors(width) is None for width in self.blocks):
@@ -231,7 +231,7 @@ class PackedLinearSpec(ModuleSpec):
         bits = self.activation.token_bits(self.layout.columns)
         if self.salient is not None:
             # The salient weight is extra columns of the product: the same codes are read again for it.
-            bits += self.activation.token_bits(self.salient.columns) * (2 if self.repeated else 1)
+            bits += self.activation.token_bits(self.salient.columns) * (2 if self.requantized else 1)
         if self.low_rank is not None:
             bits += self.activation.without_outliers.token_bits(self.low_rank[0].rows)
         return bits

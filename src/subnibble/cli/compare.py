@@ -83,7 +83,7 @@ def _arms(methods: list[str], widths: list[int]) -> list[tuple[int, str]]:
     """(bits, method) of each quantization; a method that leaves weights unquantized runs once, at the first width."""
     from subnibble.methods import find_method
 
-    unquantized = {name for name in methods if find_method(name).steps({}).leaves_weights}
+    unquantized = {name for name in methods if find_method(name).steps({}).rounds_no_weights}
     return [(width, name) for width in widths for name in methods if width == widths[0] or name not in unquantized]
 
 

@@ -85,7 +85,7 @@ class Correction:
         return 0
 
     @property
-    def repeated(self) -> int:
+    def requantized(self) -> int:
         """Number of first channels whose inputs are quantized twice; see `SiteInput`."""
         return 0
 

@@ -58,7 +58,7 @@ class SalientColumns(Correction):
         return self.rank
 
     @property
-    def repeated(self) -> int:
+    def requantized(self) -> int:
         """Number of salient channels if their remainder is quantized, too; otherwise 0."""
         return 0 if self.residual == "none" else self.rank
 
@@ -76,8 +76,8 @@ class SalientColumns(Correction):
 
     def planned(self, spec: PackedLinearSpec, weight: Scheme) -> PackedLinearSpec:
         """The spec with R, from shapes alone; see `Correction`."""
-        repeated = 0 if spec.activation is None else self.repeated
-        return replace(spec, salient=PackedLayout(spec.layout.rows, ((self.rank, weight),)), repeated=repeated)
+        requantized = 0 if spec.activation is None else self.requantized
+        return replace(spec, salient=PackedLayout(spec.layout.rows, ((self.rank, weight),)), requantized=requantized)
 
     def round(self, weight: Tensor, gram: Tensor | None, scheme: Scheme, round_main: RoundMain) -> Rounded:
         """Round R, then the main weight without R; see `Correction`."""

@@ -150,7 +150,7 @@ class StudentLinear(nn.Module):
         if weight.salient is not None:
             rank = weight.salient.shape[1]
             y = y + self._times("salient", quantized[:, :rank])
-            if self._linear.input.repeated:
+            if self._linear.input.requantized:
                 remainder = entrance.quantized(unquantized[:, :rank] - quantized[:, :rank].float())
                 y = y + self._times("salient", remainder)
         if weight.low_rank is not None:

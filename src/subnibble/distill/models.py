@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from subnibble.arch.site import Arch, Heads
-from subnibble.calibrate.prefix import PrefixStream, States, behind
+from subnibble.calibrate.prefix import PrefixStream, States, after_prefix
 from subnibble.checkpoint.manifest import PackedConfig
 from subnibble.checkpoint.module_specs import KEY_CENTER, PREFIX, NormBiasSpec, PackedLinearSpec
 from subnibble.checkpoint.safetensors_source import SafetensorsSource
@@ -30,7 +30,7 @@ from subnibble.model.load_packed import fill_, pack_modules_
 from subnibble.model.skeleton import Block, Skeleton
 from subnibble.model.transformers_api.blocks import BlockCall, run_block
 from subnibble.model.verify import check_ran, check_values
-from subnibble.runtime.kv_cache import Coding
+from subnibble.runtime.kv_cache import CacheQuantizer
 from subnibble.runtime.modules import KeyCenter, PackedLinear
 from subnibble.tensor.cache_scheme import CacheScheme, PrefixIds
 
@@ -107,7 +107,7 @@ class Teacher:
             states = [*_states(skeleton, model, prefix)]
         past = 0 if prefix is None else len(prefix.ids)
         calls = skeleton.block_calls(length, dtype, past)
-        calls = [behind(call, prefix_states) for call, prefix_states in zip(calls, states, strict=True)]
+        calls = [after_prefix(call, prefix_states) for call, prefix_states in zip(calls, states, strict=True)]
         return cls(WholeModel(model, skeleton.arch, calls), device)
 
     def log_probs(self, ids: Tensor) -> Tensor:
@@ -191,7 +191,9 @@ class Student:
         check_values(model, config)
         for index, block in enumerate(model.get_submodule(arch.blocks)):
             _learn_(block, arch, settings, dtype)
-            calls[index] = behind(calls[index], _stored_prefix(block, arch), _coding(block, arch, config.cache))
+            calls[index] = after_prefix(
+                calls[index], _stored_prefix(block, arch), _cache_quantizer(block, arch, config.cache)
+            )
         student_model = WholeModel(model, arch, calls)
         types = {
             name: packed.load_raw(name).dtype for name, _ in (*_gains(student_model), *_biases(student_model, config))
@@ -304,13 +306,13 @@ def _stored_prefix(block: nn.Module, arch: Arch) -> States | None:
     return states.keys.float(), states.values.float()
 
 
-def _coding(block: nn.Module, arch: Arch, scheme: CacheScheme | None) -> Coding | None:
+def _cache_quantizer(block: nn.Module, arch: Arch, scheme: CacheScheme | None) -> CacheQuantizer | None:
     """How a block's KV cache is quantized, with the key center that its attention stores; None for 16 bits."""
     if scheme is None or not scheme.is_centered:
-        return None if scheme is None else Coding(scheme)
+        return None if scheme is None else CacheQuantizer(scheme)
     center = block.get_submodule(f"{arch.attention}.{KEY_CENTER}")
     assert isinstance(center, KeyCenter)
-    return Coding(scheme, center.mean)
+    return CacheQuantizer(scheme, center.mean)
 
 
 def _gains(model: WholeModel) -> Iterator[tuple[str, nn.Parameter]]:

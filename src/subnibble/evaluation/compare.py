@@ -169,7 +169,7 @@ def recipe_name(recipe: Recipe) -> str:
     cache = recipe.cache_scheme(_steps(recipe).cache)
     cached = "" if cache is None else f"-{cache.name}"
     distilled = f"-distilled{recipe.distill_steps}" if recipe.distill_steps else ""
-    weights = "" if _steps(recipe).leaves_weights else f"-{recipe.scheme.name}"
+    weights = "" if _steps(recipe).rounds_no_weights else f"-{recipe.scheme.name}"
     return f"{recipe.method}{weights}{inputs}{cached}{options}{distilled}"
 
 

@@ -67,7 +67,7 @@ class Steps:
     inputs: str = "exact"
     value_rotation: str = "none"
     cache: CachePreference = no_cache_preference
-    leaves_weights: bool = False
+    rounds_no_weights: bool = False
     tuning: Tuning | None = None
 
     def __post_init__(self) -> None:
@@ -153,7 +153,7 @@ def _check_column_scales(steps: Steps) -> None:
     rounders = (steps.rounder, *steps.rounders.values())
     others = steps.saliency is not None or steps.correction != NOTHING
     # With a channel order or other terms, no rounder may scale columns; otherwise, none at online-transformed sites.
-    if any(rounder.scales_columns for rounder in (rounders if others else map(steps.rounder_of, steps.online))):
+    if any(rounder.has_column_scales for rounder in (rounders if others else map(steps.rounder_of, steps.online))):
         raise BadRecipe(
             "a rounder that scales columns cannot be combined with a channel order, with salient columns, outliers or "
             "low-rank terms, or with an online transform of its input; leave one of them out"

@@ -18,7 +18,7 @@ class Options:
 
 def build(options: Options) -> Steps:
     """Compose steps that round no linear."""
-    return Steps(rounder=RTN(), leaves_weights=True)
+    return Steps(rounder=RTN(), rounds_no_weights=True)
 
 
 NONE = Method("none", "round no weight: for the KV cache, prompt or embedding alone", "-", Options, build)

@@ -14,8 +14,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from subnibble.calibrate.key_center import coding_of
-from subnibble.calibrate.prefix import behind
+from subnibble.calibrate.key_center import cache_quantizer_of
+from subnibble.calibrate.prefix import after_prefix
 from subnibble.calibrate.stats import value_over
 from subnibble.calibrate.stream import BlockStream
 from subnibble.corrections.correction import Correction, Rounded
@@ -33,7 +33,7 @@ from subnibble.report.clock import Clock
 from subnibble.rounding import grid
 from subnibble.rounding.rounder import OnGrids, Rounder
 from subnibble.rounding.rtn import RTN
-from subnibble.runtime.kv_cache import Coding
+from subnibble.runtime.kv_cache import CacheQuantizer
 from subnibble.tensor.cache_scheme import PrefixIds
 from subnibble.tensor.packed import PackedRange, PackedTensor
 from subnibble.tuning.block import TunedBlock
@@ -153,8 +153,8 @@ class Tuner:
         block, call, exact = prepared.block, prepared.call, streams.full_precision
         dtype = self.resolved.skeleton.dtype
         with self.clock.step("key center"):
-            coding = coding_of(block.twin(dtype), self.resolved.plan.cache, streams.hidden, call)
-        reference = BlockStream(block.twin(dtype), exact, behind(call, prepared.states))
+            cache_quantizer = cache_quantizer_of(block.twin(dtype), self.resolved.plan.cache, streams.hidden, call)
+        reference = BlockStream(block.twin(dtype), exact, after_prefix(call, prepared.states))
         with self.clock.step("forward"):
             outputs = list(reference.outputs())
         with self.clock.step("tune"):
@@ -162,16 +162,16 @@ class Tuner:
             device = next(block.module.parameters()).device
             windows = TrainingWindows(effort, self.calls[block.index], device)
             samples = value_over(windows, zip(streams.hidden, exact, outputs, strict=True))
-            tuned, trained = self._train(block, self._frame(prepared, coding), samples)
+            tuned, trained = self._train(block, self._frame(prepared, cache_quantizer), samples)
             tuned.settle_(block)
         return BlockTuning(tuned, samples, trained, reference, outputs)
 
-    def _frame(self, prepared: Prepared, coding: Coding | None) -> Frame:
+    def _frame(self, prepared: Prepared, cache_quantizer: CacheQuantizer | None) -> Frame:
         steps, dtype = self.resolved.steps, self.resolved.skeleton.dtype
         schemes, inputs = self.resolved.plan.of_block(prepared.block)
         rounder = steps.rounder
         clip = rounder.fitter if isinstance(rounder, OnGrids) and isinstance(rounder.fitter, grid.Clip) else grid.Clip()
-        return Frame(schemes, inputs, prepared.bases, coding, prepared.states, steps.correction, clip, dtype)
+        return Frame(schemes, inputs, prepared.bases, cache_quantizer, prepared.states, steps.correction, clip, dtype)
 
     def _train(self, block: Block, frame: Frame, samples: Samples) -> tuple[TunedBlock, Trained]:
         # A seed of its own for every block, so that blocks do not share random numbers.
@@ -221,8 +221,8 @@ def round_tuned(
     def round_tuned_stack(
         stack: Stack, weight: Tensor, observed: Observed, rounder: Rounder, correction: Correction
     ) -> Rounded:
-        if passage.coding is not None:
-            tuning.block.use_coding(passage.coding)
+        if passage.cache_quantizer is not None:
+            tuning.block.use_cache_quantizer(passage.cache_quantizer)
         return tuning.round(stack, weight, observed, rounder, correction)
 
     tuned = Candidate(passage, round_block(passage, learned, round_tuned_stack, on_site))

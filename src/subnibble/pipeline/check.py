@@ -164,7 +164,7 @@ def _check_sites(steps: Steps, arch: Arch) -> None:
 
 def _check_weights(recipe: Recipe, steps: Steps, skeleton: Skeleton, schemes: dict[str, Scheme | None]) -> None:
     """Raise `BadRecipe` if a scheme does not fit its linear, its rounder, the tuning or the correction."""
-    if steps.leaves_weights:
+    if steps.rounds_no_weights:
         if recipe.activation_bits < PLAIN_ACTIVATIONS:
             raise BadRecipe(
                 f"method {recipe.method} leaves all linears unquantized, but activation_bits is "
@@ -207,7 +207,7 @@ def _check_rotation(steps: Steps, arch: Arch) -> None:
 def _check_purpose(recipe: Recipe, steps: Steps, plan: Plan) -> None:
     """Raise `BadRecipe` if the recipe would leave the model as it is."""
     others = (plan.cache, recipe.system_prompt, recipe.embedding_scheme)
-    if steps.leaves_weights and others == (None, None, None):
+    if steps.rounds_no_weights and others == (None, None, None):
         raise BadRecipe(
             f"method {recipe.method} leaves all weights unquantized, and there is nothing else to do; set kv_bits, "
             "system_prompt or embedding_bits"

@@ -33,8 +33,8 @@ def quantized_tokens(x: Tensor, view: Quantization, basis: InputBasis) -> Tensor
     The remainder of salient channels, which is quantized a second time, is added in full, as if it met both of their
     weights; the running model multiplies it only by the coarse one.
     """
-    scheme, repeated = view
-    site = SiteInput(None, basis.order, basis.blocks, scheme, repeated)
+    scheme, requantized = view
+    site = SiteInput(None, basis.order, basis.blocks, scheme, requantized)
     return basis.natural(site_input.apply(x, site).values())
 
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from subnibble.arch.site import Site
-from subnibble.calibrate.key_center import coding_of
-from subnibble.calibrate.prefix import behind
+from subnibble.calibrate.key_center import cache_quantizer_of
+from subnibble.calibrate.prefix import after_prefix
 from subnibble.calibrate.stats import value_over
 from subnibble.calibrate.stream import BlockStream
 from subnibble.corrections.mean_shift import MeanShift
@@ -27,7 +27,7 @@ from subnibble.pipeline.plan import Resolved
 from subnibble.pipeline.prepare import Prepared
 from subnibble.pipeline.streams import Streams
 from subnibble.report.clock import Clock
-from subnibble.runtime.kv_cache import Coding
+from subnibble.runtime.kv_cache import CacheQuantizer
 from subnibble.runtime.modules import add_output_bias_, never_ran
 from subnibble.tensor.cache_scheme import CacheScheme
 from subnibble.tuning.samples import Samples
@@ -45,7 +45,7 @@ class Passage:
     stream: hidden states of the quantized model through `block`.
     reference: hidden states of the full-precision model through an unquantized copy, None if no step needs it.
     teacher: hidden states of the quantized model through an unquantized copy, None if no step needs it.
-    coding: how the block's KV cache quantizes, None before its key projections are rounded or without quantization.
+    cache_quantizer: of the block's KV cache; None before its key projections are rounded, or if the cache is plain.
     hooks: hooks on `block` that quantize inputs.
     """
 
@@ -56,7 +56,7 @@ class Passage:
     stream: BlockStream
     reference: BlockStream | None
     teacher: BlockStream | None
-    coding: Coding | None = None
+    cache_quantizer: CacheQuantizer | None = None
     hooks: list[InputHook] = field(default_factory=list)
 
     @classmethod
@@ -73,7 +73,7 @@ class Passage:
         reference: the full-precision stream, if the caller has one already.
         """
         steps, dtype, teacher = resolved.steps, resolved.skeleton.dtype, None
-        block, before = prepared.block.twin(dtype), behind(prepared.call, prepared.states)
+        block, before = prepared.block.twin(dtype), after_prefix(prepared.call, prepared.states)
         if reference is None and streams.hidden and (steps.needs_reference or steps.corrects_norms):
             twin = prepared.block.twin(dtype)
             reference = BlockStream(twin, streams.full_precision, before) if steps.needs_reference else None
@@ -129,7 +129,7 @@ class Passage:
         """
         prepared = self.prepared
         with self.clock.step("key center"), self._quantizing(inputs):
-            self.coding = coding_of(self.block, scheme, self.streams.hidden, prepared.call)
+            self.cache_quantizer = cache_quantizer_of(self.block, scheme, self.streams.hidden, prepared.call)
         if applies:
             self.stream = BlockStream(self.block, self.streams.hidden, self._after_prefix(prepared.call))
 
@@ -150,7 +150,7 @@ class Passage:
 
     def _after_prefix(self, call: BlockCall) -> BlockCall:
         """The call with the prompt prefix's keys and values in its cache, and the cache quantized."""
-        return behind(call, self.prepared.states, self.coding)
+        return after_prefix(call, self.prepared.states, self.cache_quantizer)
 
     def output_error(self, samples: Samples) -> float:
         """The held-out loss of the block with the linears rounded so far; see `tuning/train.py`."""

@@ -71,7 +71,7 @@ def plan_schemes(recipe: Recipe, steps: Steps, skeleton: Skeleton) -> dict[str, 
     The scheme is None if an override skips the linear or the method quantizes no weights.
     """
     paths = skeleton.linear_shapes()
-    if steps.leaves_weights:
+    if steps.rounds_no_weights:
         return dict.fromkeys(paths)
     return {path: recipe.scheme_of(path, partial(steps.prefers, skeleton.site_of(path).name)) for path in paths}
 
@@ -109,7 +109,7 @@ def stores_column_scales(steps: Steps, schemes: Mapping[str, Scheme | None], ske
     whose scales are powers of two (E8M0).
     """
     scheme, site = schemes[path], skeleton.site_of(path)
-    if scheme is None or not steps.rounder_of(site.name).scales_columns:
+    if scheme is None or not steps.rounder_of(site.name).has_column_scales:
         return False
     block = next(path.removesuffix(name) for name in site.readers if path.endswith(f".{name}"))
     share_scheme = {schemes[f"{block}{name}"] for name in site.readers} == {scheme}

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from subnibble.arch.site import Site
-from subnibble.calibrate.prefix import PrefixStep, States, behind
+from subnibble.calibrate.prefix import PrefixStep, States, after_prefix
 from subnibble.calibrate.stream import BlockStream, SiteStatistics
 from subnibble.errors import NumericalFailure
 from subnibble.methods.method import Steps
@@ -59,7 +59,7 @@ def prepare(block: Block, resolved: Resolved, streams: Streams, clock: Clock) ->
     if steps.needs_survey:
         with clock.step("forward"):
             schemes = resolved.plan.of_block(block)
-            before = behind(call, None if prefix is None else prefix.run(block).states)
+            before = after_prefix(call, None if prefix is None else prefix.run(block).states)
             statistics = BlockStream(block.twin(resolved.skeleton.dtype), streams.hidden, before).statistics(*schemes)
     with clock.step("transform"):
         bases = _transform_(block, steps, statistics)

@@ -28,7 +28,7 @@ from subnibble.report.clock import Clock
 from subnibble.rounding import grid
 from subnibble.rounding.error import relative_errors
 from subnibble.rounding.rounder import Rounder, Rounding
-from subnibble.runtime.kv_cache import Coding
+from subnibble.runtime.kv_cache import CacheQuantizer
 from subnibble.tensor.activation_scheme import ActivationScheme
 from subnibble.tensor.linear import Linear, PackedWeight, SiteInput
 from subnibble.tensor.packed import PackedTensor
@@ -46,7 +46,7 @@ class Stack:
     heights: number of output rows of each linear.
     scheme: how the weights are quantized.
     activation: how the common input is quantized, or None.
-    repeated: number of salient channels whose input is quantized twice; see `SiteInput`.
+    requantized: number of salient channels whose input is quantized twice; see `SiteInput`.
     where: names the linears in errors.
     """
 
@@ -55,7 +55,7 @@ class Stack:
     heights: tuple[int, ...]
     scheme: Scheme
     activation: ActivationScheme | None
-    repeated: int
+    requantized: int
     where: str
 
     def rows(self, device: torch.device) -> tuple[Tensor, ...]:
@@ -90,7 +90,7 @@ class RoundedBlock:
     bases: name of a site -> channel order and Hadamard transform of its readers' input.
     absorbed: (site, column scales (channels,)) that the site's upstream weights are to absorb.
     prefix: keys and values of the system prompt, (heads, tokens, width) each, or None.
-    coding: how the block's KV cache quantizes, or None.
+    cache_quantizer: how the block's KV cache quantizes, or None.
     linears: report of each rounded linear by name, with effective_bits still NaN.
     """
 
@@ -100,7 +100,7 @@ class RoundedBlock:
     bases: Mapping[str, InputBasis]
     absorbed: tuple[tuple[Site, Tensor], ...]
     prefix: States | None
-    coding: Coding | None
+    cache_quantizer: CacheQuantizer | None
     linears: Mapping[str, LinearReport]
 
 
@@ -139,7 +139,9 @@ def round_block(
             inputs = _unseen_inputs(terms, keys) if steps.inputs == "exact" else {}
             passage.use_cache(plan.cache, inputs, steps.sees_cache)
         on_site(number, f"block {block.index} {site.name}")
-    return RoundedBlock(block, terms, exact, prepared.bases, tuple(absorbed), prepared.states, passage.coding, linears)
+    return RoundedBlock(
+        block, terms, exact, prepared.bases, tuple(absorbed), prepared.states, passage.cache_quantizer, linears
+    )
 
 
 def _round_site(
@@ -182,7 +184,7 @@ def _view(stack: Stack, steps: Steps) -> View:
     """How calibration quantizes the stack's input, or None."""
     if steps.inputs == "exact" or stack.activation is None:
         return None
-    return stack.activation, stack.repeated
+    return stack.activation, stack.requantized
 
 
 def _unseen_inputs(terms: Mapping[str, Linear], names: set[str]) -> dict[str, Quantization]:
@@ -194,7 +196,7 @@ def _unseen_inputs(terms: Mapping[str, Linear], names: set[str]) -> dict[str, Qu
     for name in names & terms.keys():
         site_input = terms[name].input
         if site_input.activation is not None:
-            inputs[name] = site_input.activation, site_input.repeated
+            inputs[name] = site_input.activation, site_input.requantized
     return inputs
 
 
@@ -210,17 +212,17 @@ def _stacks(site: Site, block: Block, resolved: Resolved) -> list[Stack]:
     for (scheme, activation), names in groups.items():
         where = f"{block.path}.{{{', '.join(names)}}}" if len(names) > 1 else f"{block.path}.{names[0]}"
         heights = tuple(block.linear(name).out_features for name in names)
-        repeated = 0 if activation is None else resolved.steps.correction.repeated
-        stacks.append(Stack(block.path, tuple(names), heights, scheme, activation, repeated, where))
+        requantized = 0 if activation is None else resolved.steps.correction.requantized
+        stacks.append(Stack(block.path, tuple(names), heights, scheme, activation, requantized, where))
     return stacks
 
 
 def _check_promise(rounding: Rounding, rounder: Rounder, where: str) -> None:
-    """Raise `TypeError` if a rounder returns column scales, but its `scales_columns` is False.
+    """Raise `TypeError` if a rounder returns column scales, but its `has_column_scales` is False.
 
-    The checks of the method's steps rely on `scales_columns`: column scales do not go with some other steps.
+    The checks of the method's steps rely on `has_column_scales`: column scales do not go with some other steps.
     """
-    if rounding.quantized.columns is not None and not rounder.scales_columns:
+    if rounding.quantized.columns is not None and not rounder.has_column_scales:
         name = type(rounder).__name__
         raise TypeError(f"{where}: {name} returned column scales, but its scales_columns is False; let it return True")
 
@@ -276,7 +278,7 @@ def round_readers(
         errors = relative_errors(weight, dense, statistics.gram, stack.heights)
         floors = relative_errors(natural, grid.nearest(natural, stack.scheme), observed.gram, stack.heights)
         dense = basis.natural(dense)
-    site = SiteInput(stored, None, basis.blocks, stack.activation, stack.repeated)
+    site = SiteInput(stored, None, basis.blocks, stack.activation, stack.requantized)
     stacked = PackedWeight(main, None, None if salient is None else PackedTensor((salient,)))
     terms = {
         name: Linear(replace(stacked.rows(index), low_rank=branch), site)

@@ -188,8 +188,8 @@ def _attention(rounded: RoundedBlock, moved: Mapping[str, Tensor]) -> tuple[dict
         states = stored_states(rounded.prefix, block, rounded.absorbed, moved)
         tensors |= prefix_state(attention, states)
         specs[attention] = PrefixSpec(*states[0].shape)
-    coding = rounded.coding
-    if coding is not None and coding.center is not None:
-        center, where = stored_center(coding.center, block, moved), f"{attention}.{KEY_CENTER}"
-        tensors[f"{where}.mean"], specs[where] = center, KeyCenterSpec.of(center, coding.scheme)
+    cache_quantizer = rounded.cache_quantizer
+    if cache_quantizer is not None and cache_quantizer.center is not None:
+        center, where = stored_center(cache_quantizer.center, block, moved), f"{attention}.{KEY_CENTER}"
+        tensors[f"{where}.mean"], specs[where] = center, KeyCenterSpec.of(center, cache_quantizer.scheme)
     return tensors, specs

@@ -84,7 +84,7 @@ class DualScale(_Alternating):
     iterations: number of alternations.
     """
 
-    scales_columns: ClassVar[bool] = True
+    has_column_scales: ClassVar[bool] = True
 
     def fit(self, group: Tensor, scheme: Scheme, weights: Tensor | None, index: int = 0) -> Fitted:
         """Fit the grid and the column scales of `group` (m, g); see `Fitter`."""

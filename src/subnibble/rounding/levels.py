@@ -60,7 +60,7 @@ class Fitter:
     scales_columns: whether `fit` also gives column scales.
     """
 
-    scales_columns: ClassVar[bool] = False
+    has_column_scales: ClassVar[bool] = False
 
     def check(self, scheme: Scheme, where: str) -> None:
         """Raise `BadRecipe` if it cannot fit the grid of `scheme`. where: the linear, for the message."""

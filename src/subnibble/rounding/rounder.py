@@ -42,7 +42,7 @@ class Rounder:
         return False
 
     @property
-    def scales_columns(self) -> bool:
+    def has_column_scales(self) -> bool:
         """Whether its codes come with column scales, by which the dequantized columns are multiplied."""
         return False
 
@@ -78,9 +78,9 @@ class OnGrids(Rounder):
     fitter: Fitter = field(default_factory=Clip)
 
     @property
-    def scales_columns(self) -> bool:
+    def has_column_scales(self) -> bool:
         """Whether the fitter gives column scales."""
-        return self.fitter.scales_columns
+        return self.fitter.has_column_scales
 
     def check(self, scheme: Scheme, where: str) -> None:
         """Raise `BadRecipe` if the fitter cannot fit the grid of `scheme` for the linear `where`."""

@@ -225,7 +225,7 @@ class TensorStore:
 
 
 @dataclass(frozen=True)
-class Coding:
+class CacheQuantizer:
     """How one layer's cache is quantized. center: (heads, width), subtracted from keys first; None for nothing."""
 
     scheme: CacheScheme

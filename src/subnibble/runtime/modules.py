@@ -166,7 +166,7 @@ class PackedLinear(PackedModule):
         self._input: tuple[PackedLinear, ...] = ()
         self.in_features, self.out_features = self.layout.columns, self.layout.rows
         site, bias = linear.input, linear.weight.bias
-        self.blocks, self.activation, self.repeated = site.blocks, site.activation, site.repeated
+        self.blocks, self.activation, self.requantized = site.blocks, site.activation, site.requantized
         self.column_scale: Tensor | None
         self.gather: Tensor | None
         self.bias: nn.Parameter | None
@@ -186,7 +186,7 @@ class PackedLinear(PackedModule):
         children = (child._buffers.values() for child in self._modules.values() if child is not None)
         tensors = (*self._buffers.values(), *self._parameters.values(), *chain.from_iterable(children))
         vectors = (source._buffers["column_scale"], source._buffers["gather"])
-        parts = (*tensors, *vectors, source.blocks, source.activation, source.repeated)
+        parts = (*tensors, *vectors, source.blocks, source.activation, source.requantized)
         return self._linear.of(parts, self._build_linear)
 
     @property
@@ -203,7 +203,7 @@ class PackedLinear(PackedModule):
         source = self.input
         low_rank = None if self.down is None or self.up is None else (self.down.packed, self.up.packed)
         salient = None if self.salient is None else self.salient.packed
-        site = SiteInput(source.column_scale, source.gather, source.blocks, source.activation, source.repeated)
+        site = SiteInput(source.column_scale, source.gather, source.blocks, source.activation, source.requantized)
         return Linear(PackedWeight(self.packed, self.bias, salient, low_rank), site)
 
     def forward(self, x: Tensor) -> Tensor:

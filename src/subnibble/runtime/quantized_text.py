@@ -7,26 +7,26 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from subnibble.runtime.kv_cache import Coding, TensorStore
+from subnibble.runtime.kv_cache import CacheQuantizer, TensorStore
 from subnibble.runtime.rotary import rotate, unrotate
 from subnibble.runtime.straight_through import straight_through
 from subnibble.tensor import hadamard
 from subnibble.tensor.cache_scheme import CacheScheme
 
 
-def quantized_keys(keys: Tensor, coding: Coding, positions: tuple[Tensor, Tensor]) -> Tensor:
+def quantized_keys(keys: Tensor, cache_quantizer: CacheQuantizer, positions: tuple[Tensor, Tensor]) -> Tensor:
     """Quantize and dequantize keys.
 
     keys: (b, heads, t, width), with rotary positions, without the Hadamard rotation.
-    coding: how the layer's cache is quantized.
+    cache_quantizer: how the layer's cache is quantized.
     positions: cosines and sines of the rotary positions, (1 or b, t, rotary channels) each.
     """
-    return straight_through(keys, _quantized(keys.detach(), coding, positions))
+    return straight_through(keys, _quantized(keys.detach(), cache_quantizer, positions))
 
 
-def quantized_values(values: Tensor, coding: Coding) -> Tensor:
+def quantized_values(values: Tensor, cache_quantizer: CacheQuantizer) -> Tensor:
     """Quantize and dequantize values (b, heads, t, width)."""
-    return straight_through(values, TensorStore(coding.scheme, of_keys=False).append(values.detach()).late)
+    return straight_through(values, TensorStore(cache_quantizer.scheme, of_keys=False).append(values.detach()).late)
 
 
 def as_quantized(keys: Tensor, scheme: CacheScheme, positions: tuple[Tensor, Tensor]) -> Tensor:
@@ -43,9 +43,9 @@ def as_quantized(keys: Tensor, scheme: CacheScheme, positions: tuple[Tensor, Ten
     return hadamard.multiply(keys, hadamard.hadamard_blocks(keys.shape[-1]))
 
 
-def _quantized(keys: Tensor, coding: Coding, positions: tuple[Tensor, Tensor]) -> Tensor:
-    scheme = coding.scheme
-    dense = TensorStore(scheme, True, coding.center).append(as_quantized(keys, scheme, positions)).late
+def _quantized(keys: Tensor, cache_quantizer: CacheQuantizer, positions: tuple[Tensor, Tensor]) -> Tensor:
+    scheme = cache_quantizer.scheme
+    dense = TensorStore(scheme, True, cache_quantizer.center).append(as_quantized(keys, scheme, positions)).late
     if scheme.rope == "before":
         cos, sin = (tensor.float() for tensor in positions)
         return rotate(dense.float(), cos, sin).to(keys.dtype)

@@ -63,7 +63,7 @@ def apply(x: Tensor, site: SiteInput) -> PreparedInput:
         return PreparedInput(tokens)
     with as_written(x.device):
         quantized, rest = activations.quantize(tokens, site.activation), None
-        if site.repeated:
-            error = tokens[:, : site.repeated].float() - quantized.values()[:, : site.repeated]
+        if site.requantized:
+            error = tokens[:, : site.requantized].float() - quantized.values()[:, : site.requantized]
             rest = activations.quantize(error, site.activation)
     return PreparedInput(None, quantized, rest)

@@ -22,7 +22,7 @@ class SiteInput:
     gather: (k,) integers: channel gather[j] becomes channel j; or None.
     blocks: block widths of a block-diagonal Hadamard transform, () for none.
     activation: how the tensor is quantized, None if it is not.
-    repeated: number of first (salient) channels that are quantized twice: the error of the first quantization is
+    requantized: number of first (salient) channels that are quantized twice: the error of the first quantization is
         quantized in turn. 0 for none.
     """
 
@@ -30,7 +30,7 @@ class SiteInput:
     gather: Tensor | None = None
     blocks: tuple[int, ...] = ()
     activation: ActivationScheme | None = None
-    repeated: int = 0
+    requantized: int = 0
 
     @property
     def moves_nothing(self) -> bool:
@@ -44,7 +44,7 @@ class SiteInput:
 
     def same_as(self, other: SiteInput) -> bool:
         """Whether both have the same steps, with equal values."""
-        if (self.blocks, self.activation, self.repeated) != (other.blocks, other.activation, other.repeated):
+        if (self.blocks, self.activation, self.requantized) != (other.blocks, other.activation, other.requantized):
             return False
         pairs = ((self.gather, other.gather), (self.column_scale, other.column_scale))
         return all(a is b is None or (a is not None and b is not None and torch.equal(a, b)) for a, b in pairs)

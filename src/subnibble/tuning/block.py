@@ -27,7 +27,7 @@ from subnibble.calibrate.stats import AbsMax
 from subnibble.model.skeleton import Block
 from subnibble.model.transformers_api.blocks import BlockCache, BlockCall, run_block
 from subnibble.rounding.fixed import FixedGrids
-from subnibble.runtime.kv_cache import Coding
+from subnibble.runtime.kv_cache import CacheQuantizer
 from subnibble.runtime.quantized_text import quantized_keys, quantized_values
 from subnibble.tensor.activation_scheme import ActivationScheme
 from subnibble.tuning.linear import Frame, TunedInput, TunedLinear
@@ -49,13 +49,13 @@ class TunedBlock:
 
     def __init__(self, block: Block, frame: Frame, tuning: Tuning, generator: torch.Generator) -> None:
         self.tuning, self.prefix = tuning, frame.prefix
-        self._arch, self._frame, self._coding = block.arch, frame, frame.coding
+        self._arch, self._frame, self._cache_quantizer = block.arch, frame, frame.cache_quantizer
         self.module = copy.deepcopy(block.module)
         self.sites: dict[str, TunedInput] = {}
         self.linears: dict[str, TunedLinear] = {}
         for site in block.arch.sites:
             entrance = self.sites[site.name] = TunedInput(
-                frame.bases[site.name], frame.dtype, frame.correction.repeated
+                frame.bases[site.name], frame.dtype, frame.correction.requantized
             )
             if tuning.input_clipping != "none":
                 entrance.learn_clip(
@@ -212,9 +212,9 @@ class TunedBlock:
                 values = entrance.smoothing.values(values)
         return values
 
-    def use_coding(self, coding: Coding | None) -> None:
+    def use_cache_quantizer(self, cache_quantizer: CacheQuantizer | None) -> None:
         """Set how keys and values are quantized from now on; None keeps them at 16 bits."""
-        self._coding = coding
+        self._cache_quantizer = cache_quantizer
 
     def seen(self, keys: Tensor, values: Tensor, positions: tuple[Tensor, Tensor]) -> States:
         """Keys and values as attention reads them: quantized and dequantized, the unquantized prefix put before them.
@@ -222,13 +222,13 @@ class TunedBlock:
         keys, values: (b, heads, t, width) of the text.
         positions: cosines and sines of the rotary embedding.
         """
-        coding, prefix = self._coding, self.prefix
+        cache_quantizer, prefix = self._cache_quantizer, self.prefix
         values = self._values(values)
         prefix = None if prefix is None else (prefix[0], self._values(prefix[1]))
         # Query and key norms (Qwen3) return float32, but attention needs a single dtype.
         values = values.to(keys.dtype)
-        if coding is not None:
-            keys, values = quantized_keys(keys, coding, positions), quantized_values(values, coding)
+        if cache_quantizer is not None:
+            keys, values = quantized_keys(keys, cache_quantizer, positions), quantized_values(values, cache_quantizer)
         return (keys, values) if prefix is None else with_past(prefix, (keys, values))
 
 

@@ -13,7 +13,7 @@ from subnibble.corrections.correction import Correction
 from subnibble.rounding import grid
 from subnibble.rounding.levels import Fitted
 from subnibble.runtime import activations, site_input
-from subnibble.runtime.kv_cache import Coding
+from subnibble.runtime.kv_cache import CacheQuantizer
 from subnibble.runtime.straight_through import straight_through
 from subnibble.tensor.activation_scheme import ActivationScheme
 from subnibble.tensor.linear import SiteInput
@@ -33,7 +33,7 @@ class Frame:
     schemes: linear name -> weight scheme, None if the weight is not quantized.
     activations: linear name -> activation scheme, None if the input is not quantized.
     bases: site name -> input basis (channel order and online transform).
-    coding: how keys and values are quantized, None for 16 bits.
+    cache_quantizer: how keys and values are quantized, None for 16 bits.
     prefix: keys and values of the prompt prefix in this block, or None.
     correction: the linears' terms besides the main quantized matrix.
     clip: how the initial weight ranges are chosen.
@@ -43,7 +43,7 @@ class Frame:
     schemes: Mapping[str, Scheme | None]
     activations: Mapping[str, ActivationScheme | None]
     bases: Mapping[str, InputBasis]
-    coding: Coding | None
+    cache_quantizer: CacheQuantizer | None
     prefix: States | None
     correction: Correction
     clip: grid.Clip
@@ -55,14 +55,14 @@ class TunedInput:
 
     basis: channel order and online transform of the site.
     dtype: compute dtype of the result.
-    repeated: number of first channels that are quantized twice, see `SiteInput`.
+    requantized: number of first channels that are quantized twice, see `SiteInput`.
     smoothing (attribute): the site's smoothing, or None.
     clip (attribute): scalar, relative change of the activation clip, or None if it is not learned.
     """
 
-    def __init__(self, basis: InputBasis, dtype: torch.dtype, repeated: int = 0) -> None:
+    def __init__(self, basis: InputBasis, dtype: torch.dtype, requantized: int = 0) -> None:
         self.basis, self._dtype = basis, dtype
-        self._site = SiteInput(gather=basis.order, blocks=basis.blocks, repeated=repeated)
+        self._site = SiteInput(gather=basis.order, blocks=basis.blocks, requantized=requantized)
         self.smoothing: Smoothing | None = None
         self.clip: nn.Parameter | None = None
         self._schemes: list[ActivationScheme] = []
@@ -94,7 +94,7 @@ class TunedInput:
     def enter(self, x: Tensor, scheme: ActivationScheme | None) -> Tensor:
         """Smooth, transform and quantize x (..., k); returns (..., k), or (..., k + repeated) if it is quantized.
 
-        The last `repeated` columns are the remainder of the channels that are quantized twice. All readers pass the
+        The last `requantized` columns are the remainder of the channels that are quantized twice. All readers pass the
         same tensor, and it is quantized once per scheme.
         """
         if self._x is not x:
@@ -112,10 +112,10 @@ class TunedInput:
     def _quantized(self, x: Tensor, scheme: ActivationScheme) -> Tensor:
         """Quantize and dequantize tokens (t, k), append the quantized remainder: (t, k + repeated)."""
         # The values equal those of `site_input.apply` (tested); here gradients also reach the tokens and the clip.
-        values, repeated = self._once(x, scheme), self._site.repeated
-        if not repeated:
+        values, requantized = self._once(x, scheme), self._site.requantized
+        if not requantized:
             return values
-        remainder = x[:, :repeated] - values[:, :repeated]
+        remainder = x[:, :requantized] - values[:, :requantized]
         return torch.cat([values, self._once(remainder, scheme)], 1)
 
     def _once(self, x: Tensor, scheme: ActivationScheme) -> Tensor:
@@ -153,7 +153,7 @@ class TunedLinear(nn.Module):
         self._entrance, self._frame = (entrance,), frame
         self._scheme, self._activation = frame.schemes[name], frame.activations[name]
         # The second weight also multiplies the remainder of these first channels (see `SiteInput`).
-        self._repeated = 0 if None in (self._scheme, self._activation) else frame.correction.repeated
+        self._repeated = 0 if None in (self._scheme, self._activation) else frame.correction.requantized
         self.fixed: Tensor | None = None
         self.clipping: Clipping | None = None
         self.low_rank: Compensation | None = None
