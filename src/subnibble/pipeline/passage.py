@@ -78,7 +78,7 @@ class Passage:
             twin = prepared.block.twin(dtype)
             reference = BlockStream(twin, streams.full_precision, before) if steps.needs_reference else None
             teacher = BlockStream(twin, streams.hidden, before) if steps.corrects_norms else None
-        # The KV cache quantizes from `use_cache` on, which is called once the key projections are rounded.
+        # The KV cache quantizes from `quantize_cache` on, which is called once the key projections are rounded.
         stream = BlockStream(block, streams.hidden, before)
         return cls(prepared, block, streams, clock, stream, reference, teacher)
 
@@ -118,7 +118,7 @@ class Passage:
         if view is not None:
             self.hooks.append(self._hook(name, view))
 
-    def use_cache(self, scheme: CacheScheme, inputs: Mapping[str, Quantization], applies: bool) -> None:
+    def quantize_cache(self, scheme: CacheScheme, inputs: Mapping[str, Quantization], applies: bool) -> None:
         """Compute how the block's KV cache quantizes, and quantize keys and values from now on.
 
         Call it once the key projections are rounded, because the mean of the keys depends on them.

@@ -137,7 +137,7 @@ def round_block(
             absorbed += [] if rounded.absorbed is None else [(site, rounded.absorbed)]
         if plan.cache is not None and set(site.readers) & keys:
             inputs = _unseen_inputs(terms, keys) if steps.inputs == "exact" else {}
-            passage.use_cache(plan.cache, inputs, steps.sees_cache)
+            passage.quantize_cache(plan.cache, inputs, steps.sees_cache)
         on_site(number, f"block {block.index} {site.name}")
     return RoundedBlock(
         block, terms, exact, prepared.bases, tuple(absorbed), prepared.states, passage.cache_quantizer, linears
