@@ -12,7 +12,7 @@ from typing import Any
 from subnibble.calibrate.prompt import prefix_ids
 from subnibble.calibrate.tokens import bos_token
 from subnibble.checkpoint.opening import open_source
-from subnibble.checkpoint.size import measure
+from subnibble.checkpoint.size import Size, measure
 from subnibble.checkpoint.source import Source
 from subnibble.checkpoint.writer import check_output
 from subnibble.errors import BadArgument, BadRecipe
@@ -87,13 +87,7 @@ def compare(
     for name in names:
         if out is not None:
             check_output(out / name, overwrite)
-    prompts = {recipe.system_prompt for recipe in parsed}
-    sets_cache_or_prompt = evaluation.system_prompt is not None or evaluation.kv_bits is not None or evaluation.kv
-    if len(prompts) > 1 or sets_cache_or_prompt:
-        raise BadRecipe(
-            "all compared recipes must have the same system prompt, and the evaluation must set neither a prompt nor a "
-            "KV cache; set kv_bits, kv and system_prompt in the recipes"
-        )
+    prompt = _shared_prompt(parsed, evaluation)
     source = open_source(model)
     reads_text = {}
     for name, recipe in zip(names, parsed, strict=True):
@@ -102,7 +96,6 @@ def compare(
             check_apart(out / name, source.path, resolved)
         reads_text[name] = resolved.calibration is not None
     tokenizer = source.load_tokenizer()
-    prompt = next(iter(prompts), None)
     windows = evaluation.windows(source, tokenizer, None if prompt is None else prefix_ids(prompt, tokenizer))
     bos = bos_token(tokenizer)
     with _folder(out) as folder:
@@ -117,24 +110,29 @@ def compare(
         if names:
             same_prefix_(models[names[0]], models[ORIGINAL])
         scores = score(models, windows, bos, models[ORIGINAL], titled(on_progress, "evaluate"))
-        rows = []
-        for name, path in paths.items():
-            size = measure(open_source(path))
-            memory = memory_bytes(models[name])
-            rows.append(
-                Row(
-                    name,
-                    size.effective_bits,
-                    size.model_bits,
-                    size.file_bytes,
-                    size.activation_bits,
-                    size.cache_bytes,
-                    memory,
-                    seconds[name],
-                    scores[name],
-                )
-            )
-    return rows
+        return [
+            _row(name, measure(open_source(path)), memory_bytes(models[name]), seconds[name], scores[name])
+            for name, path in paths.items()
+        ]
+
+
+def _shared_prompt(recipes: Sequence[Recipe], evaluation: Evaluation) -> str | None:
+    """The system prompt of all recipes; `BadRecipe` if they differ, or if the evaluation sets a prompt or a cache."""
+    prompts = {recipe.system_prompt for recipe in recipes}
+    sets_cache_or_prompt = evaluation.system_prompt is not None or evaluation.kv_bits is not None or evaluation.kv
+    if len(prompts) > 1 or sets_cache_or_prompt:
+        raise BadRecipe(
+            "all compared recipes must have the same system prompt, and the evaluation must set neither a prompt nor a "
+            "KV cache; set kv_bits, kv and system_prompt in the recipes"
+        )
+    return next(iter(prompts), None)
+
+
+def _row(name: str, size: Size, memory: int, seconds: float | None, scores: Scores) -> Row:
+    return Row(
+        name, size.effective_bits, size.model_bits, size.file_bytes, size.activation_bits, size.cache_bytes, memory,
+        seconds, scores,
+    )  # fmt: skip
 
 
 def _recipes(recipes: Any) -> list[Recipe]:

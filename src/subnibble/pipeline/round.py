@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -26,7 +26,7 @@ from subnibble.pipeline.plan import Resolved
 from subnibble.report import LinearReport
 from subnibble.report.clock import Clock
 from subnibble.rounding import grid
-from subnibble.rounding.error import relative_errors
+from subnibble.rounding.error import RelativeError, relative_errors
 from subnibble.rounding.rounder import Rounder, Rounding
 from subnibble.runtime.kv_cache import CacheQuantizer
 from subnibble.tensor.activation_scheme import ActivationScheme
@@ -284,24 +284,38 @@ def round_readers(
         name: Linear(replace(stacked.rows(index), low_rank=branch), site)
         for name, index, branch in zip(stack.names, rows, branches, strict=True)
     }
-    linears = {
+    notes = {**rounding.notes, **_notes(correction, basis)}
+    reports = _reports(stack, terms, errors, floors, seconds, notes)
+    weights = {name: dense[index] for name, index in zip(stack.names, rows, strict=True)}
+    return RoundedStack(terms, reports, weights, absorbed)
+
+
+def _reports(
+    stack: Stack,
+    terms: Mapping[str, Linear],
+    errors: Sequence[RelativeError],
+    floors: Sequence[RelativeError],
+    seconds: float,
+    notes: Mapping[str, float],
+) -> dict[str, LinearReport]:
+    """What the report says of each linear of a stack; `store.py` adds effective_bits.
+
+    errors, floors: of the rounded weights, and of rounding to nearest, in the stack's order.
+    """
+    return {
         name: LinearReport(
             path=f"{stack.block}.{name}",
             shape=terms[name].weight.main.shape,
             scheme=stack.scheme.name,
-            # `store.py` fills it in, once the stored tensors are known.
             effective_bits=math.nan,
             weight_error=error.weight,
             output_error=error.output,
             nearest_error=floor.output,
             seconds=seconds,
-            notes={**rounding.notes, **_notes(correction, basis)},
+            notes=dict(notes),
         )
         for name, error, floor in zip(stack.names, errors, floors, strict=True)
     }
-    return RoundedStack(
-        terms, linears, {name: dense[index] for name, index in zip(stack.names, rows, strict=True)}, absorbed
-    )
 
 
 def round_stack(stack: Stack, weight: Tensor, observed: Observed, rounder: Rounder, correction: Correction) -> Rounded:
