@@ -186,9 +186,12 @@ def _view(stack: Stack, steps: Steps) -> View:
 
 
 def _unseen_inputs(terms: Mapping[str, Linear], names: set[str]) -> dict[str, Quantization]:
-    """How the inputs of these linears are quantized at run time, by name; only rounded linears with quantized inputs.
+    """Name of a linear -> how its input is quantized at run time.
 
-    terms: linears rounded so far, by name. names: the linears asked for.
+    Includes those of `names` that are rounded and have a quantized input.
+
+    terms: linears rounded so far, by name.
+    names: names of linears.
     """
     inputs = {}
     for name in names & terms.keys():
@@ -218,7 +221,7 @@ def _stacks(site: Site, block: Block, resolved: Resolved) -> list[Stack]:
 def _check_promise(rounding: Rounding, rounder: Rounder, where: str) -> None:
     """Raise `TypeError` if a rounder returns column scales, but its `scales_columns` is False.
 
-    The checks of the method's steps rely on `scales_columns`: column scales do not go with some other steps.
+    `Steps` checks `scales_columns`, because some steps cannot be combined with column scales.
     """
     if rounding.quantized.columns is not None and not rounder.scales_columns:
         name = type(rounder).__name__
@@ -240,7 +243,7 @@ def round_readers(
     stack: the linears.
     natural: (m, k) float32, their weights for the input before channel order and Hadamard transform.
     basis: channel order and Hadamard transform of the input.
-    observed: statistics of the input before these.
+    observed: statistics of the input before channel order and Hadamard transform.
     correction: terms besides the codes.
     rounded: rounds a weight (m, k) in the basis, given the statistics in the basis.
     absorbs: whether upstream weights can absorb column scales (k,).
@@ -268,7 +271,7 @@ def round_readers(
         _add_branches_(dense, rows, branches)
     if not bool(torch.isfinite(dense).all()):
         raise NumericalFailure(
-            f"{stack.where}: the rounded weight is not finite, because values leave the range of their stored type; "
+            f"{stack.where}: the rounded weight is not finite, because values exceed the range of their stored type; "
             "use another method, or another grid for these linears by an override"
         )
     seconds = round(time.perf_counter() - start, 3)
@@ -287,7 +290,7 @@ def round_readers(
             path=f"{stack.block}.{name}",
             shape=terms[name].weight.main.shape,
             scheme=stack.scheme.name,
-            # `store.py` fills it in, once the stored tensors are known.
+            # `store.py` fills this in, once the stored tensors are known.
             effective_bits=math.nan,
             weight_error=error.weight,
             output_error=error.output,
@@ -308,7 +311,7 @@ def round_stack(stack: Stack, weight: Tensor, observed: Observed, rounder: Round
     stack: the linears.
     weight: (m, k) float32, in the basis of the input (after channel order and Hadamard transform).
     observed: statistics of the input, in the same basis.
-    rounder: makes the codes.
+    rounder: computes the codes.
     correction: adds terms besides the codes.
 
     Returns the codes with the rounder's notes, the packed weight, and the packed second weight of salient columns or
@@ -337,6 +340,6 @@ def _add_branches_(dense: Tensor, rows: tuple[Tensor, ...], branches: list[Branc
 
 
 def _notes(correction: Correction, basis: InputBasis) -> dict[str, float]:
-    """The report's notes on a linear: number of salient channels, and of blocks of the online Hadamard transform."""
+    """Notes for the report on a linear: number of salient channels, number of blocks of the Hadamard transform."""
     counts = {"rank": correction.salient, "hadamard_blocks": len(basis.blocks)}
     return {name: count for name, count in counts.items() if count}
