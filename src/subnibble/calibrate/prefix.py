@@ -1,6 +1,6 @@
 """Run a prompt prefix through the full-precision model, for its keys and values in each block.
 
-Calibration windows then pass each block after these keys and values, as texts will when the model runs.
+In each block, calibration windows then come after these keys and values, as texts do at run time.
 """
 
 from __future__ import annotations
