@@ -77,7 +77,7 @@ def half_states(states: States, where: str) -> States:
 
 
 def behind(call: BlockCall, states: States | None, coding: Coding | None = None) -> BlockCall:
-    """Arguments of a block for windows that come after a prefix and whose keys and values are quantized.
+    """Block arguments for windows that come after ("behind") a prefix, and whose keys and values may be quantized.
 
     call: arguments from `Skeleton.block_calls`, whose `past` is the number of prefix tokens.
     states: keys and values of the prefix in this block, or None without a prefix.

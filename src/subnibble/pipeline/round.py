@@ -47,7 +47,7 @@ class Stack:
     scheme: how the weights are quantized.
     activation: how the common input is quantized, or None.
     repeated: number of salient channels whose input is quantized twice; see `SiteInput`.
-    where: names the linears in errors.
+    where: path of the linears, for errors.
     """
 
     block: str
@@ -136,7 +136,7 @@ def round_block(
             linears |= rounded.linears
             absorbed += [] if rounded.absorbed is None else [(site, rounded.absorbed)]
         if plan.cache is not None and set(site.readers) & keys:
-            inputs = _unseen_inputs(terms, keys) if steps.inputs == "exact" else {}
+            inputs = _run_time_inputs(terms, keys) if steps.inputs == "exact" else {}
             passage.use_cache(plan.cache, inputs, steps.sees_cache)
         on_site(number, f"block {block.index} {site.name}")
     return RoundedBlock(block, terms, exact, prepared.bases, tuple(absorbed), prepared.states, passage.coding, linears)
@@ -155,7 +155,7 @@ def _round_site(
 
         def rounded(weight: Tensor, statistics: Observed, stack: Stack = stack) -> Rounded:
             result = rounds(stack, weight, statistics, rounder, steps.correction)
-            _check_promise(result[0], rounder, stack.where)
+            _check_column_scales(result[0], rounder, stack.where)
             return result
 
         def absorbs(columns: Tensor, stack: Stack = stack) -> bool:
@@ -185,7 +185,7 @@ def _view(stack: Stack, steps: Steps) -> View:
     return stack.activation, stack.repeated
 
 
-def _unseen_inputs(terms: Mapping[str, Linear], names: set[str]) -> dict[str, Quantization]:
+def _run_time_inputs(terms: Mapping[str, Linear], names: set[str]) -> dict[str, Quantization]:
     """Name of a linear -> how its input is quantized at run time.
 
     Includes those of `names` that are rounded and have a quantized input.
@@ -218,7 +218,7 @@ def _stacks(site: Site, block: Block, resolved: Resolved) -> list[Stack]:
     return stacks
 
 
-def _check_promise(rounding: Rounding, rounder: Rounder, where: str) -> None:
+def _check_column_scales(rounding: Rounding, rounder: Rounder, where: str) -> None:
     """Raise `TypeError` if a rounder returns column scales, but its `scales_columns` is False.
 
     `Steps` checks `scales_columns`, because some steps cannot be combined with column scales.
@@ -241,7 +241,7 @@ def round_readers(
     """Round a stack of weights, and measure its errors.
 
     stack: the linears.
-    natural: (m, k) float32, their weights for the input before channel order and Hadamard transform.
+    natural: (m, k) float32, their weights in the natural basis: before channel order and Hadamard transform.
     basis: channel order and Hadamard transform of the input.
     observed: statistics of the input before channel order and Hadamard transform.
     correction: terms besides the codes.

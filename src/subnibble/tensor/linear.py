@@ -22,8 +22,8 @@ class SiteInput:
     gather: (k,) integers: channel gather[j] becomes channel j; or None.
     blocks: block widths of a block-diagonal Hadamard transform, () for none.
     activation: how the tensor is quantized, None if it is not.
-    repeated: number of first (salient) channels that are quantized twice: the error of the first quantization is
-        quantized in turn. 0 for none.
+    repeated: number of first (salient) channels that are quantized twice: the error of the first quantization is itself
+        quantized. 0 for none.
     """
 
     column_scale: Tensor | None = None
