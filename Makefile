@@ -1,4 +1,4 @@
-# Everything runs in a virtual environment of its own. TORCH chooses the PyTorch build (README, "Install").
+# Everything runs in a virtual environment of its own. TORCH chooses the PyTorch build (docs/commands.md, "Install").
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0

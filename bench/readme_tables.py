@@ -1,8 +1,9 @@
-"""The README's two tables, from finished rows of the other benches.
+"""Print the README's two tables from stored results of the other benches.
 
     python bench/readme_tables.py
 
-Every line names its row: `python bench/BENCH.py --row ROW` makes it, speeds are rows of `bench/speed.py`.
+Every line names its row. `python bench/weight_only.py --row ROW` measures it; so do `weight_activation.py` and
+`weight_activation_kv.py` for rows with quantized inputs or KV cache, and `speed.py` for speeds.
 """
 
 from __future__ import annotations

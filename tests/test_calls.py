@@ -97,7 +97,7 @@ def test_every_public_call_is_tried() -> None:
 
 @pytest.mark.parametrize("name", ["gptq", "no-such-file.toml", "."])
 def test_the_name_of_no_recipe_file_is_refused_with_what_a_recipe_is(name: str) -> None:
-    with pytest.raises(BadRecipe, match=r"no file; give a Recipe, as Recipe\(method"):
+    with pytest.raises(BadRecipe, match=r"not a file; give a Recipe, as Recipe\(method"):
         subnibble.estimate("model", name)
 
 

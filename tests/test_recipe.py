@@ -278,9 +278,9 @@ def test_a_pattern_that_matches_no_linear_is_an_error_that_names_it() -> None:
 @pytest.mark.parametrize(
     ("pattern", "values", "message"),
     [
-        ("re:(", {"bits": 4}, "is no regular expression"),
-        ("re:(", {"skip": True}, "is no regular expression"),
-        ("re:a{99999999999999999999}", {"bits": 4}, "is no regular expression"),
+        ("re:(", {"bits": 4}, "is not a regular expression"),
+        ("re:(", {"skip": True}, "is not a regular expression"),
+        ("re:a{99999999999999999999}", {"bits": 4}, "is not a regular expression"),
         (Q, {"bit": 4}, "unknown key 'bit'"),
         (
             Q,

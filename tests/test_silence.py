@@ -100,7 +100,7 @@ def test_a_model_that_keeps_its_attention_is_noticed(monkeypatch: pytest.MonkeyP
 def test_generate_with_another_cache_is_noticed() -> None:
     model = on_a_coded_cache()
     del model._prepare_cache_for_generation
-    with pytest.raises(BadRecipe, match="cannot go on with a DynamicCache"):
+    with pytest.raises(BadRecipe, match="cannot continue with a DynamicCache"):
         model.generate(IDS, max_new_tokens=2)
 
 

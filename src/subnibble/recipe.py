@@ -44,14 +44,15 @@ class Recipe:
     group_size: consecutive input columns of a weight that share a scale; -1: the whole row.
     zero_point: zero-point of uniform weight grids, "none", "integer" or "real"; "auto": the method's preference, else
         "integer". The grids "sign" and "mxfp4" have none.
-    scale_type: dtype of scales and real zero-points: "float16", "bfloat16" or "float32". The grid "mxfp4" has "e8m0".
+    scale_type: dtype of scales and real zero-points: "float16", "bfloat16" or "float32". Ignored by the grid "mxfp4",
+        whose scales are always "e8m0".
     grid: levels of the weights, "uniform", "sign" or "mxfp4" (see `Scheme`); "auto": the method's preference, else
         "uniform".
     embedding_bits: bits of the embedding and the head, on a uniform grid: 16 (not quantized), 8 or 4.
     activation_bits: bits of the inputs of linears at run time: 16 (not quantized), 8, 4 or 3. With the grid "mxfp4", 4
         means mxfp4 inputs.
-    activation_group_size: consecutive channels of an input that share a scale; -1: the whole token; None: as the
-        weights.
+    activation_group_size: consecutive channels of an input that share a scale; -1: the whole token; None: the
+        group_size of the weights.
     activation_zero_point: zero-point of uniform input grids: "none" or "integer".
     activation_clip: share of an input's range that is kept, above 0 and at most 1; see `ActivationScheme`.
     kv_bits: bits of the KV cache: 16 (not quantized), 8, 4, 3 or 2.
@@ -65,7 +66,7 @@ class Recipe:
     window: tokens of a calibration window.
     distill_steps: optimizer steps that tune the whole packed model towards the original's predictions; 0: no tuning.
     distill: table of the other settings of this tuning: the fields of `Distillation` except steps.
-    seed: seed of the draw of windows, of their order in distillation, and of the signs of a rotation.
+    seed: seed for choosing windows, for their order in distillation, and for the signs of rotations.
     device: torch device that computes; "auto": an accelerator if there is one.
     dtype: dtype of activations and weights during computation: "float32", "bfloat16", "float16", or "auto" (see
         `device.py`).
@@ -139,7 +140,7 @@ class Recipe:
     def cache_scheme(self, prefers: Callable[[int], Mapping[str, Any]] = lambda bits: {}) -> CacheScheme | None:
         """The scheme of the KV cache, or None if it is not quantized.
 
-        prefers: bit width -> settings that the method prefers; the recipe's table kv goes before them.
+        prefers: bit width -> settings that the method prefers; the recipe's table kv overrides them.
         """
         if "bits" in self.kv:
             raise BadRecipe("kv.bits is set; set kv_bits instead")
@@ -201,7 +202,11 @@ class Recipe:
         return ActivationScheme(bits, size, self.activation_zero_point, "uniform", self.activation_clip)
 
     def _scheme(self, values: Mapping[str, Any], preferences: Mapping[str, str]) -> Scheme:
-        """Weight scheme: `values` of an override, else the recipe's keys, else (if "auto") the method's wish."""
+        """Weight scheme. A setting comes from the override, else from the recipe; "auto" means the preference.
+
+        values: table of the override.
+        preferences: grid and zero_point that the method prefers.
+        """
         grid = _unless_auto(values.get("grid", self.grid), preferences.get("grid", "uniform"))
         zero_point = _unless_auto(values.get("zero_point", self.zero_point), preferences.get("zero_point", "integer"))
         return Scheme(
@@ -236,7 +241,7 @@ class Recipe:
         hint = 'a Recipe, as Recipe(method="gptq", bits=4) or preset("w3"), a dictionary of its keys, or a TOML file'
         file = given_path(recipe, "recipe", hint)
         if not file.is_file():
-            raise BadRecipe(f"recipe is {str(recipe)!r}, which is no file; give {hint}")
+            raise BadRecipe(f"recipe is {str(recipe)!r}, which is not a file; give {hint}")
         return cls.from_toml(file)
 
     @classmethod
@@ -264,7 +269,7 @@ class Recipe:
     def from_text(cls, text: str, where: str) -> Self:
         """Build from TOML text.
 
-        where: what the text is, for errors, such as a file name.
+        where: names the text in errors, for example a file name.
         """
         try:
             values = tomllib.loads(text)
@@ -285,7 +290,7 @@ def matches(pattern: str, path: str) -> bool:
 
 
 def _check_writable(recipe: Recipe) -> None:
-    """Raise `BadRecipe` for a value that TOML cannot hold: `recipe.toml` is written only after hours of work."""
+    """Raise `BadRecipe` for a value that TOML cannot hold: writing `recipe.toml` would fail, after hours of work."""
     for key, value in recipe.to_dict().items():
         try:
             text = tomli_w.dumps({key: value})
@@ -297,7 +302,7 @@ def _check_writable(recipe: Recipe) -> None:
 
 
 def _check_zero_point(recipe: Recipe) -> None:
-    """Raise `BadRecipe` if `zero_point` is set but no weight has a uniform grid, so that nothing would use it."""
+    """Raise `BadRecipe` if `zero_point` is set but unused, because no weight has a uniform grid."""
     grids = {values.get("grid", recipe.grid) for values in recipe.overrides.values()}
     uniform = recipe.embedding_bits != 16 or not grids <= set(_WITHOUT_ZERO_POINT)
     if recipe.grid in _WITHOUT_ZERO_POINT and recipe.zero_point not in ("none", AUTO) and not uniform:
@@ -319,7 +324,7 @@ def _check_override(recipe: Recipe, pattern: str, values: Any) -> None:
         try:
             re.compile(pattern[3:])
         except (re.error, OverflowError) as error:
-            raise BadRecipe(f"override {pattern!r} is no regular expression: {error}") from error
+            raise BadRecipe(f"override {pattern!r} is not a regular expression: {error}") from error
     if values.get("grid") in _WITHOUT_ZERO_POINT and values.get("zero_point", "none") not in ("none", AUTO):
         raise BadRecipe(f"override {pattern!r}: a {values['grid']} grid has no zero-point; leave zero_point out")
     recipe._activation(values, recipe._scheme(values, {}))

@@ -412,7 +412,7 @@ def test_groups_larger_than_a_head_are_refused() -> None:
 def test_additive_masks_are_refused() -> None:
     model = model_of("llama")
     attach_cache_(model, CacheScheme(4))
-    with pytest.raises(BadRecipe, match="truth values"):
+    with pytest.raises(BadRecipe, match="only boolean"):
         logits(model, ids(5), attention_mask=torch.zeros(2, 1, 5, 5))
 
 

@@ -168,7 +168,7 @@ def test_clips_of_inputs_are_stored_as_learned(
     found = set()
     for block, one in zip(model.model.layers, tuned, strict=True):
         for name, scheme in one.block.activations().items():
-            assert block.get_submodule(name).linear.activation == scheme
+            assert block.get_submodule(name).linear.input.activation == scheme
             found.add(scheme.clip)
     assert len(found) > 3
     # Nothing is learned of the clip unless it is asked for.

@@ -48,7 +48,7 @@ class Heads:
 
 @dataclass(frozen=True)
 class Tail:
-    """A module of the block that ends in the site's only reader: its output is the reader applied to the activations.
+    """A module of the block whose last step is the site's only reader, so that the reader's output is the module's.
 
     Once the activations of the site are known, the rest of the module need not run again.
 

@@ -1,6 +1,6 @@
 """Run a prompt prefix through the full-precision model, for its keys and values in each block.
 
-Calibration windows then pass each block after these keys and values, as texts will when the model runs.
+In each block, calibration windows then come after these keys and values, as texts do at run time.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def half_states(states: States, where: str) -> States:
 
 
 def after_prefix(call: BlockCall, states: States | None, cache_quantizer: CacheQuantizer | None = None) -> BlockCall:
-    """Arguments of a block for windows that come after a prefix and whose keys and values are quantized.
+    """Block arguments for windows that come after a prefix, and whose keys and values may be quantized.
 
     call: arguments from `Skeleton.block_calls`, whose `past` is the number of prefix tokens.
     states: keys and values of the prefix in this block, or None without a prefix.

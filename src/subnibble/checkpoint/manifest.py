@@ -1,7 +1,7 @@
 """The manifest of the packed checkpoint format, version 1 (docs/format.md): `quantization_config` in config.json.
 
 It lists every module whose tensors differ from those of the plain model. The tensors are ordinary safetensors:
-`<module path>.codes`, `.scales`, `.zeros`, and others for some kinds of modules. Until release 0.2.0, version 1 may
+`<module path>.codes`, `.scales`, `.zeros`; some kinds of modules have other tensors. Until release 0.2.0, version 1 may
 still change; after that, every change of the format gets a new version number.
 """
 
@@ -58,7 +58,8 @@ class PackedConfig:
                 other = self.modules.get(spec.input)
                 if not isinstance(other, PackedLinearSpec) or other.input is not None or not spec.enters_as(other):
                     raise ValueError(
-                        f"{path} shares the input of {spec.input}, which is no packed linear with the same input terms"
+                        f"{path} shares the input of {spec.input}, which is not a packed linear with the same input "
+                        "terms"
                     )
         cache = self.cache
         if cache is not None and cache.is_centered and cache.key_basis not in self._centers:
@@ -144,7 +145,7 @@ def stored_shapes(packed: PackedConfig) -> dict[str, tuple[int, ...]]:
 
 
 def packed_config_of(config: Any) -> PackedConfig | None:
-    """Read the `PackedConfig` from a transformers config; None if it is not of a subnibble checkpoint."""
+    """Read the `PackedConfig` from a transformers config; None if the config is not that of a subnibble checkpoint."""
     values = getattr(config, "quantization_config", None)
     if values is not None and not isinstance(values, Mapping):
         values = values.to_dict()

@@ -1,9 +1,9 @@
 """Module specs: what a packed checkpoint stores for each kind of module, in `quantization_config` and as tensors.
 
-Each spec is a dataclass, and each of its fields is a row of the storage table: its `Term` says how JSON writes the
-field and which tensors it stores. JSON, linears at run time, empty tensors, sizes and estimates all derive from these
-rows. JSON omits a field that has its default. To add a term to linears, add a row here and a field of the same name to
-`SiteInput` or `PackedWeight`. A stored bias may have any float type; `parts` describes it as float32.
+Each spec is a dataclass, and each of its fields is a row of the storage table: the field's `Term` says how the field is
+written to JSON and which tensors it stores. JSON, linears at run time, empty tensors, sizes and estimates all derive
+from these rows. JSON omits a field that has its default. To add a term to linears, add a row here and a field of the
+same name to `SiteInput` or `PackedWeight`. A stored bias may have any float type; `parts` describes it as float32.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def gather_type(columns: int) -> torch.dtype:
 class Stored:
     """The type and shape of a stored tensor.
 
-    dtype: the type, or a function from a vector's length to it.
+    dtype: the type, or a function from the length of a vector to its type.
     shape: a function from the module's spec to the shape.
     """
 
@@ -63,7 +63,7 @@ class Term:
     keys: JSON keys of the field; () for the name of the field.
     vector: the tensor that is stored under the field's name if the field is true.
     prefixes: prefixes of the names of stored packed matrices, one for each layout in the field.
-    default: the field's default, which JSON omits; `MISSING` if there is none. Do not set it: `terms` does.
+    default: the field's default, which JSON omits; `MISSING` if there is none. `ModuleSpec.terms` sets it.
     """
 
     form: forms.Form
@@ -162,7 +162,7 @@ def with_input(values: Mapping[str, Any], modules: Mapping[str, Any]) -> Mapping
 
 @dataclass(frozen=True)
 class PackedLinearSpec(ModuleSpec):
-    """A linear with a packed weight: a `Linear` without its numbers. The weight is (m, k).
+    """A linear with a packed weight (m, k): the description of a `Linear`, without its tensors.
 
     layout: of the weight: m rows, and the column ranges with their schemes.
     bias: whether it has a bias, (m,).
@@ -339,7 +339,7 @@ class InputMixSpec(ModuleSpec):
 
 
 def input_mix_state(path: str, blocks: tuple[Tensor, ...]) -> tuple[dict[str, Tensor], dict[str, Spec]]:
-    """Return the stored tensor, by name, and the spec, by path, of the blocks in front of a head.
+    """Return the stored tensor, by name, and the spec, by path, of the `InputMix` of a head.
 
     path: of the head.
     blocks: square matrices on the diagonal, each (width, width).

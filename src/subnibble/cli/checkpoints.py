@@ -85,7 +85,7 @@ def distill(
     calibration: o.Calibration = None,
     num_windows: o.NumWindows = None,
     window: o.Window = None,
-    seed: Annotated[int | None, typer.Option(help="Seed for the choice and order of windows. Default 0.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed for choosing and ordering windows. Default 0.")] = None,
     device: o.Device = None,
     dtype: o.Dtype = None,
 ) -> None:

@@ -31,7 +31,10 @@ def demo(
     out: Annotated[Path | None, typer.Option(help="Keep the checkpoints in this folder. Default: delete them.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace checkpoints in --out.")] = False,
 ) -> None:
-    """Quantize SmolLM2-135M by GPTQ and by d2quant-plus, compare both with the original, and let the best answer."""
+    """Quantize SmolLM2-135M by GPTQ and d2quant-plus, compare both with the original, and answer a question.
+
+    The original and the model of d2quant-plus answer.
+    """
     file = find_model()
     from subnibble.checkpoint.opening import open_source
     from subnibble.evaluation.compare import compare, recipe_name

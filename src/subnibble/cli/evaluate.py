@@ -19,7 +19,7 @@ def evaluate(
     window: Annotated[int, typer.Option(help="Tokens of a window.")] = 2048,
     max_windows: o.MaxWindows = None,
     reference: Reference = None,
-    kv_bits: o.KvBits = None,
+    kv_bits: o.LoadedKvBits = None,
     kv_option: o.KvOptions = None,
     system_prompt: o.SystemPrompt = None,
     layers: Annotated[
@@ -73,8 +73,8 @@ def generate(
     temperature: Annotated[
         float, typer.Option(help="Sampling temperature; 0 takes the most likely token.", min=0.0)
     ] = 0.0,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.", min=0, max=2**63 - 1)] = 0,
-    kv_bits: o.KvBits = None,
+    seed: Annotated[int, typer.Option(help="Seed for sampling.", min=0, max=2**63 - 1)] = 0,
+    kv_bits: o.LoadedKvBits = None,
     kv_option: o.KvOptions = None,
     system_prompt: o.SystemPrompt = None,
     device: o.Device = None,

@@ -53,7 +53,7 @@ def _version(target: bool) -> None:
 def root(
     context: typer.Context,
     debug: Annotated[
-        bool, typer.Option("--debug", help="Show tracebacks; may stand anywhere on the command line.")
+        bool, typer.Option("--debug", help="Show tracebacks; allowed anywhere on the command line.")
     ] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
@@ -61,11 +61,12 @@ def root(
     skip_checksums: Annotated[
         bool,
         typer.Option(
-            "--skip-checksums", help="Do not compare the SHA-256 of packed files at loading; may stand anywhere, too."
+            "--skip-checksums",
+            help="Do not check the SHA-256 of packed files when they are loaded; allowed anywhere, too.",
         ),
     ] = False,
 ) -> None:
-    """Options that hold for all commands."""
+    """Options of all commands."""
     if skip_checksums:
         from subnibble.checkpoint.checksums import unverified
 
@@ -87,7 +88,7 @@ def main() -> None:
     prepare()
     line = sys.argv[1:]
     debug = "--debug" in line
-    # Options that hold for all commands may stand anywhere, but typer expects them before the command.
+    # Options of all commands are allowed anywhere on the line, but typer expects them before the command.
     first = [argument for argument in ("--skip-checksums",) if argument in line]
     arguments = [*first, *(argument for argument in line if argument not in ("--debug", "--skip-checksums"))]
     # transformers and huggingface_hub would print progress bars and advice between our lines.

@@ -35,7 +35,9 @@ ActivationBits = Annotated[
 ActivationGroupSize = Annotated[
     int | None, typer.Option(help="Channels of an input that share a scale; -1: whole token. Default: --group-size.")
 ]
-KvBits = Annotated[int | None, typer.Option(help="Bits of the KV cache: 16 (not quantized), 8, 4, 3 or 2. Default 16.")]
+_KV_BITS = "Bits of the KV cache: 16 (not quantized), 8, 4, 3 or 2."
+KvBits = Annotated[int | None, typer.Option(help=f"{_KV_BITS} Default 16.")]
+LoadedKvBits = Annotated[int | None, typer.Option(help=f"{_KV_BITS} Default: as MODEL was quantized.")]
 KvOptions = Annotated[
     list[str] | None,
     typer.Option(
@@ -65,12 +67,14 @@ NumWindows = Annotated[int | None, typer.Option(help="Number of calibration wind
 Window = Annotated[int | None, typer.Option(help="Tokens of a window. Default 2048.")]
 DistillSteps = Annotated[
     int | None,
-    typer.Option(help="Steps that tune the whole packed model towards the original's predictions. Default 0."),
+    typer.Option(
+        help="Steps of distillation: tune the whole packed model towards the original's predictions. Default 0."
+    ),
 ]
 DistillOptions = Annotated[
     list[str] | None,
     typer.Option(
-        "--distill-option", help="Setting of that tuning, KEY=VALUE; `subnibble list` shows all. May be repeated."
+        "--distill-option", help="Setting of distillation, KEY=VALUE; `subnibble list` shows all. May be repeated."
     ),
 ]
 Grid = Annotated[
@@ -80,9 +84,7 @@ Grid = Annotated[
 ZeroPoint = Annotated[
     str | None, typer.Option(help="Zero-point of uniform grids: none, integer or real. Default: the method's choice.")
 ]
-Seed = Annotated[
-    int | None, typer.Option(help="Seed of the choice of windows and of the signs of rotations. Default 0.")
-]
+Seed = Annotated[int | None, typer.Option(help="Seed for choosing windows and the signs of rotations. Default 0.")]
 RecipeFile = Annotated[
     Path | None, typer.Option("--recipe", help="Recipe, a TOML file; options on the command line override it.")
 ]
@@ -96,7 +98,9 @@ MethodOptions = Annotated[
 ]
 Effort = Annotated[
     str | None,
-    typer.Option(help="How long methods that tune may take: fast, default or best. Short for --option effort=..."),
+    typer.Option(
+        help="Time that a method spends on tuning blocks: fast, default or best. Short for --option effort=..."
+    ),
 ]
 Text = Annotated[
     str, typer.Option(help="Text to score: a file (.txt, .jsonl), or wikitext2, news, c4.", metavar="FILE")
@@ -106,9 +110,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else 
 
 
 def starting_recipe(path: Path | None, name: str | None, method: str | None, **bits: Any) -> Recipe:
-    """The recipe that the command line then changes: a file, a preset, or the defaults if a method is named.
+    """The recipe before the command line changes it: a file, a preset, or the defaults if a method is named.
 
-    If none of the three is named, it is the preset for the given bits, and stderr says which.
+    If none of the three is named, it is the preset for the given bits, and stderr names it.
 
     path: --recipe.
     name: --preset.
@@ -149,7 +153,7 @@ def build_recipe(
     distill_option: list[str] | None = None,
     **settings: Any,
 ) -> Recipe:
-    """A recipe with the settings of the command line put in.
+    """A recipe changed by the settings of the command line.
 
     If the command line changes the method, the options of the old method are dropped.
 

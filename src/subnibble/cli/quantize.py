@@ -25,6 +25,7 @@ def quantize(
 
     Options change single settings of --recipe, --preset or --method.
     Without these three, the given bits choose a preset.
+    The defaults below are those of --method; a recipe or preset has its own.
     """
     target = o.recipe_of(given)
     from subnibble.evaluation.compare import recipe_name
@@ -62,6 +63,7 @@ def estimate(model: o.Model, given: dict[str, Any], json: o.Json = False) -> Non
 
     Options change single settings of --recipe, --preset or --method.
     Without these three, the given bits choose a preset.
+    The defaults below are those of --method; a recipe or preset has its own.
     """
     target = o.recipe_of(given)
     from subnibble.pipeline.estimate import estimate as run

@@ -65,7 +65,7 @@ class RoundMain:
 
 @dataclass(frozen=True)
 class Correction:
-    """What a linear gets beside its codes; this base class adds nothing.
+    """Additional terms of a linear besides its codes; this base class adds none.
 
     needs_data: whether it needs calibration text.
     needs_sizes: whether it needs the mean magnitudes of the inputs on that text.
@@ -105,11 +105,11 @@ class Correction:
         return ()
 
     def inputs(self, scheme: ActivationScheme) -> ActivationScheme:
-        """The activation scheme with this correction. scheme: without it."""
+        """The activation scheme of a linear with this correction. scheme: the same without the correction."""
         return scheme
 
     def planned(self, spec: PackedLinearSpec, weight: Scheme) -> PackedLinearSpec:
-        """The spec of a linear with the weights it adds, from shapes alone.
+        """Add the weights of this correction to the spec of a linear, from shapes alone.
 
         spec: the linear without the correction.
         weight: scheme of the main weight.
@@ -130,7 +130,7 @@ class Correction:
     def branches(
         self, errors: Sequence[Tensor], gram: Tensor | None, sizes: Tensor | None, scheme: Scheme
     ) -> list[Branch | None]:
-        """Packed low-rank factors of the rounding error of each linear that reads one input; None for none.
+        """Packed low-rank factors of the rounding error, for each of the linears that read one input, or None.
 
         errors: weight minus dequantized weight of each linear, (m, k).
         gram: (k, k), sum of x xᵀ over the input, or None if not known.
@@ -140,11 +140,11 @@ class Correction:
         return [None] * len(errors)
 
     def second(self, weight: Tensor, scheme: Scheme) -> Tensor | None:
-        """The second weight (m, salient) of `weight` (m, k), dequantized; None for none."""
+        """The second weight (m, salient) of `weight` (m, k), dequantized; None if there is none."""
         return None
 
     def last(self, weight: Tensor, scheme: Scheme) -> Tensor | None:
-        """The last columns of `weight` (m, k) rounded on their own and dequantized: (m, outliers); None for none."""
+        """The last columns of `weight` (m, k), rounded separately and dequantized: (m, outliers), or None."""
         return None
 
 

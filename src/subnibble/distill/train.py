@@ -2,11 +2,11 @@
 
     L = mean over tokens KL(p || q),   p, q: next-token probabilities of the original and of the packed model
 
-Only what costs no bits is learned: scales and real zero-points of weights, stored column scales, gains and biases of
-norms, clips of inputs (`learned_matrix.py`, `linear.py`, `tuning/input_clip.py`). Quantization fits each block to its
-own output; distillation fits all blocks together to the model's output. It is EfficientQAT's end-to-end step (arXiv
-2407.11062, section 3.3) with the original model instead of the text as teacher. The packed model runs as at inference:
-with quantized inputs, a quantized KV cache and the prompt prefix.
+Only parameters that cost no further bits are learned: scales and real zero-points of weights, stored column scales,
+gains and biases of norms, clips of inputs (`learned_matrix.py`, `linear.py`, `tuning/input_clip.py`). Quantization fits
+each block to its own output; distillation fits all blocks together to the model's output. It is EfficientQAT's
+end-to-end step (arXiv 2407.11062, section 3.3) with the original model instead of the text as teacher. The packed model
+runs as at inference: with quantized inputs, a quantized KV cache and the prompt prefix.
 
 AdamW with warm-up and a cosine schedule. Steps are relative to the parameters' magnitudes, so that one rate fits all.
 Some windows are held out and evaluated a few times. If their loss has not improved, or if it or a gradient is not
@@ -105,7 +105,7 @@ class _Samples:
         return cls(pieces[: count - held_out], pieces[count - held_out :], max(1, settings.tokens // length))
 
     def order(self, steps: int, seed: int) -> Iterator[Tensor]:
-        """Yield batches of ids: all windows in a random order, then in another."""
+        """Yield batches of ids: all windows in random order, in a new order for each pass."""
         generator, waiting = torch.Generator().manual_seed(seed), torch.empty(0, dtype=torch.long)
         for _ in range(steps):
             while waiting.shape[0] < self.together:
@@ -162,7 +162,7 @@ class _Training:
 
     def _look(self) -> float:
         """The held-out loss of the model as it would be stored."""
-        # The teacher's predictions are computed anew: stored, they would take a number per token and vocabulary entry.
+        # The teacher's predictions are computed again; storing them would take a number per token and vocabulary entry.
         with torch.no_grad(), self.student.as_stored():
             loss = WeightedMean()
             for ids in self.samples.held_out.split(self.samples.together):
@@ -189,7 +189,7 @@ class _Training:
         return float(loss.detach())
 
     def _optimizer(self) -> torch.optim.Optimizer:
-        # The unit scales the steps of parameters that are not relative changes.
+        # `unit` scales the steps of parameters that do not stand for relative changes.
         groups = [
             {"params": [learned.parameter], "unit": learned.unit}
             for space in self.student.spaces.values()
@@ -224,6 +224,6 @@ def _check_reached(spaces: Mapping[str, list[Learned]]) -> None:
 
 
 def _divergence(target: Tensor, logits: Tensor) -> Tensor:
-    """Mean KL(p || q) over tokens. target: log p; logits: those of q; both (b, t, vocabulary)."""
+    """Mean KL(p || q) over tokens. target: log p. logits: of q. Both are (b, t, vocabulary)."""
     divergence = nn.functional.kl_div(logits.log_softmax(-1), target, log_target=True, reduction="none")
     return divergence.sum(-1).mean()

@@ -6,8 +6,8 @@ No modeling file is involved. `attach_cache_` gives the model
   repeat the prefix. `generate` gets the same kind of cache;
 - a hook on each attention. It passes positions to that attention's cache layer, because transformers passes the layer
   only keys to which positions are already applied. It also passes the layer to the attention function;
-- that function, under the name `subnibble` in transformers' registry. It rotates queries if keys are stored rotated,
-  and attends over prefix and cache (`runtime/attention.py`).
+- the attention function, registered in transformers as `subnibble`. It rotates queries if keys are stored rotated, and
+  attends over prefix and cache (`runtime/attention.py`).
 
 The prefix comes before the text and is not part of it: token ids, masks and lengths in `generate` and `forward` are
 those of the text alone. Two kinds of input tokens stay in the ids but are hidden: the prefix's ids at the start of an
@@ -84,7 +84,7 @@ class Attached:
             return cache
         kind = "KVCache of another scheme or prefix" if isinstance(cache, KVCache) else type(cache).__name__
         raise BadRecipe(
-            f"the model has a subnibble KV cache attached and cannot go on with a {kind}: leave the cache "
+            f"the model has a subnibble KV cache attached and cannot continue with a {kind}: leave the cache "
             "and cache_implementation out, or pass the cache that the model itself returned"
         )
 
@@ -236,7 +236,7 @@ def _check_generation(attached: Attached, config: Any) -> None:
     if config.cache_implementation is not None:
         raise BadRecipe("the model has a subnibble KV cache attached; leave cache_implementation out")
     if config.prefill_chunk_size is not None and attached.prefix is not None:
-        raise BadRecipe("a model with a prefix must get a text in one piece; leave prefill_chunk_size out")
+        raise BadRecipe("a model with a prefix must get the whole text in one call; leave prefill_chunk_size out")
 
 
 @dataclass(frozen=True)
@@ -307,8 +307,9 @@ def repeated_prefix(ids: Tensor, mask: Tensor | None, prefix: PrefixIds) -> Tens
 
 
 def _after_decoder(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-    """A forward hook: checks that attention read the cache, and removes the cache from the output if the caller
-    did not ask for it; some models remove it themselves.
+    """A forward hook: check that attention has read the cache, and remove the cache from the output if not asked for.
+
+    Some models remove it themselves.
     """
     call = DecoderCall.of(module, args, kwargs)
     if isinstance(call.cache, KVCache):
@@ -335,7 +336,10 @@ def _announce(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tup
             "quantized cache; detach the cache first (`detach_cache_`)"
         )
     if cache.prefix is not None and not hasattr(module, PREFIX):
-        raise BadRecipe("the model has a prefix's ids but not its keys and values; give it both (`attach_prefix_`)")
+        raise BadRecipe(
+            "the model has the ids of a prefix but not its keys and values; attach both with "
+            "`subnibble.generate.prefix.attach_prefix_`"
+        )
     index = layer_index(module)
     layer = cache.layer(index)
     if index == 0 and cache.scheme is not None and cache.scheme.rope == "before":
@@ -351,7 +355,7 @@ def cached_attention(module: Any, inputs: AttentionInputs) -> Tensor:
     if layer is None:
         raise never_called("the hook that gives an attention its layer of the KV cache")
     if inputs.mask is not None and inputs.mask.dtype != torch.bool:
-        raise BadRecipe("a model on a subnibble KV cache takes masks of truth values (bool), or of two dimensions")
+        raise BadRecipe("a model with a subnibble KV cache takes only boolean or two-dimensional attention masks")
     # Under autocast, values may have another dtype than queries and keys, to which rotary positions were applied.
     keys, values = (map_view(view, lambda tensor: tensor.to(query.dtype)) for view in layer.take())
     blocks = layer.blocks(query)

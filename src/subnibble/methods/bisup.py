@@ -4,10 +4,10 @@ Only the paper's abstract and summaries were available, no equations. This is ou
 spaces" (fine-grained clipping, soft-constrained smoothing, stabilized low-rank compensation, see `tuning/`) in
 OmniQuant's block-wise scheme. Report results as "BiSup (reconstructed)".
 
-Vertical (error over layers): each block is tuned on the quantized chain's inputs towards the full-precision chain's
-outputs. Then its linears are rounded on the learned ranges with error compensation, or to nearest if that gives a lower
-held-out loss. Horizontal (error over tokens): the recipe's `system_prompt`, whose keys and values stay at 16 bits,
-comes before every window during tuning, as it does at run time.
+Vertical (error over layers): each block is tuned so that, on the inputs that the quantized model gives it, its outputs
+match those of the full-precision model. Then its linears are rounded on the learned ranges with error compensation, or
+to nearest if that gives a lower held-out loss. Horizontal (error over tokens): the recipe's `system_prompt`, whose keys
+and values stay at 16 bits, comes before every window during tuning, as it does at run time.
 
 The steps are those of one of the paper's two bases, Atom or QuaRot, on quantized inputs, plus `tuning`. Blocks of any
 other method can be tuned in the same way if its steps are compatible with tuning (`methods/method.py`).

@@ -52,7 +52,7 @@ class Steps:
     value_rotation: rotation of values within heads, see `transforms/rotate_values.py`.
     cache: the preferred KV cache, see `CachePreference`; the recipe's own settings take precedence.
     leaves_weights: whether all weights stay unrounded.
-    tuning: what is learned of each block before it is rounded, or None.
+    tuning: which parameters of a block are trained before it is rounded, or None.
     """
 
     rounder: Rounder

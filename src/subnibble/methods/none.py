@@ -1,4 +1,4 @@
-"""No weight is rounded: for a quantized KV cache, a system prompt or a quantized embedding alone.
+"""Round no weight of a linear; quantize only the KV cache or the embedding, or add only a system prompt.
 
 32-bit matrices are stored in 16 bits, as with every method.
 """
@@ -21,4 +21,4 @@ def build(options: Options) -> Steps:
     return Steps(rounder=RTN(), rounds_no_weights=True)
 
 
-NONE = Method("none", "round no weight: for the KV cache, prompt or embedding alone", "-", Options, build)
+NONE = Method("none", "weights not rounded; for a KV cache, prompt or embedding alone", "-", Options, build)

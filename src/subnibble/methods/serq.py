@@ -7,12 +7,13 @@ the released program), and grids are symmetric without a range search. With `rou
 paper's section 4 if the salient channels fill whole groups.
 
 Deviations:
-- Factors and orders come from the model as quantized up to the block, not from the original.
+- Factors and orders are computed on the model whose earlier blocks are quantized, not on the original.
 - Heads that share a key-value head use the larger of their factors.
-- Factors and orders are folded or gathered; the released program divides and gathers online in every linear.
+- Factors are folded into weights, and orders are folded or gathered at run time; the released program divides and
+  gathers at run time in every linear.
 - Grid ranges may be searched (`clip = "mse"`).
 - A symmetric 4-bit grid has scale max|w| / 7.5 and levels -8 .. 7; the program has max|w| / 7.
-- An input's range always contains 0, so that its zero-point is a code; its scale is a bfloat16 number.
+- An input's range always contains 0, so that its zero-point is one of the codes; its scale is a bfloat16 number.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ SALIENCIES = ("none", *SCORES)
 class Options(RoundingOptions):
     """Options of SERQ; those not listed are described in `methods/weights.py`.
 
-    weighting: weighting of the main matrix's grids only; the second matrix's grids are fitted without.
+    weighting: weighting of the grid fits of the main matrix; grids of the second matrix are fitted without weights.
     rank: number of salient channels, 0 for none.
     residual: whether salient inputs are quantized twice, see `corrections/salient.py`.
     flattening: "none"; "powers" uses `alpha` and `beta` at all sites; "search" searches both for each site, see

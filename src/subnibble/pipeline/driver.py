@@ -1,11 +1,11 @@
 """The driver: stream a checkpoint through a method, one block at a time, into a packed checkpoint.
 
     check the recipe on the model       `check.py`, before weights are read
-    survey the full-precision model     its sink tokens, one channel order of the residual stream, if needed
-    rotate                              gains fused into linears, residual stream rotated, if the method asks
+    survey the full-precision model     find sink tokens and a channel order of the residual stream, if needed
+    rotate                              fuse norm gains into linears, rotate the residual stream, if the method asks
     embed text and system prompt        the prompt's keys and values come from the full-precision model
     for block in checkpoint:            one block in memory at a time
-        prepare                         apply the method's transforms, which keep the function
+        prepare                         apply the method's transforms, which do not change the block's function
         tune                            train the block's parameters before rounding, if the method asks
         for site in block.sites:        in data-flow order (`round.py`)
             correct the site's norm     against the mean shift of the linears quantized so far, if the method asks
@@ -16,6 +16,9 @@
         write the block's shard
     correct the final norm; pack embedding and head
     tune the packed model as a whole    distillation, if the recipe asks
+
+A site is a tensor inside a block; its readers are the linears that multiply it, its writers the modules that produce it
+(`arch/site.py`). The streams are the hidden states of all windows between two blocks (`streams.py`).
 
 Only this file and `round.py` define the order; a method defines what each step does. The stages of a block are frozen
 values: `Prepared`, `Observed`, `RoundedBlock`, `StoredBlock`. The next block needs only the streams; config and report
@@ -117,7 +120,7 @@ def _run(
             writer.write_shard(stored.tensors)
         blocks.append(stored.without_tensors())
         skeleton.release(block.path)
-        # Frees their memory before the next block is loaded, which is as large.
+        # Free this memory before the next block is loaded: it is as large.
         del block, stored
         on_site(index + 1, 0, f"block {index}")
     after = AfterBlocks(skeleton, surveyed.edit, clock).stored(streams, resolved.recipe.embedding_scheme)
@@ -178,7 +181,7 @@ def _quantize_block(
     clock: Clock,
     on_site: Callable[[int, str], None],
 ) -> StoredBlock:
-    """Quantize a loaded float32 block, and advance the streams past it. The block is edited in place: do not reuse it.
+    """Quantize a loaded float32 block, and advance the streams past it. Edits the block in place: do not reuse it.
 
     tuner: None if the method does not tune.
     on_site: called with the number of finished sites and the name of the last one.

@@ -1,4 +1,4 @@
-"""Statistics of a site's tensor, gathered before its readers are rounded, on the input as each reader will see it."""
+"""Gather statistics of a site's tensor before its readers are rounded, in the form in which each reader gets it."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def quantized_tokens(x: Tensor, view: Quantization, basis: InputBasis) -> Tensor
     basis: channel order and Hadamard transform before the quantization; the result is transformed back.
 
     The result is float32, because bfloat16 would round an 8-bit code times its scale by up to half a quantization step.
-    The remainder of salient channels, which is quantized a second time, is added in full, as if it met both of their
-    weights; the running model multiplies it only by the coarse one.
+    The second quantization of the salient channels is added in full, as if both of their weights multiplied it. The
+    running model multiplies it only by their second weight.
     """
     scheme, requantized = view
     site = SiteInput(None, basis.order, basis.blocks, scheme, requantized)
@@ -84,7 +84,11 @@ class Watch:
         )
 
     def update(self, x: Tensor, target: Tensor | None) -> None:
-        """Add tokens. x: (t, k), as fed now. target: (t, k), the same tokens in the full-precision model, or None."""
+        """Add tokens.
+
+        x: (t, k), in the quantized model.
+        target: (t, k), the same tokens in the full-precision model, or None.
+        """
         self.gram.update(x)
         if self.sizes is not None:
             self.sizes.update(x)

@@ -36,16 +36,16 @@ from subnibble.tuning.train import held_out_loss
 
 @dataclass
 class Passage:
-    """A block that gets its rounded linears site after site, and the streams of hidden states through it.
+    """A block whose linears are replaced by rounded ones, site after site, and the streams of hidden states through it.
 
     prepared: the block after the method's transforms, float32.
-    block: a copy of it in the compute type, which gets the rounded linears.
+    block: a copy in the compute type; `put` replaces the weights of its linears by rounded ones.
     streams: hidden states of all windows before the block.
     clock: counts the seconds of each step.
     stream: hidden states of the quantized model through `block`.
     reference: hidden states of the full-precision model through an unquantized copy, None if no step needs it.
     teacher: hidden states of the quantized model through an unquantized copy, None if no step needs it.
-    cache_quantizer: of the block's KV cache; None before its key projections are rounded, or if the cache is plain.
+    cache_quantizer: of the block's KV cache; None if it is not quantized, and until the key projections are rounded.
     hooks: hooks on `block` that quantize inputs.
     """
 
@@ -68,7 +68,7 @@ class Passage:
         clock: Clock,
         reference: BlockStream | None = None,
     ) -> Self:
-        """Start the pass through a prepared block of which no linear is rounded yet.
+        """Start the pass through a prepared block; none of its linears is rounded yet.
 
         reference: the full-precision stream, if the caller has one already.
         """
@@ -78,7 +78,7 @@ class Passage:
             twin = prepared.block.twin(dtype)
             reference = BlockStream(twin, streams.full_precision, before) if steps.needs_reference else None
             teacher = BlockStream(twin, streams.hidden, before) if steps.corrects_norms else None
-        # The KV cache quantizes from `quantize_cache` on, which is called once the key projections are rounded.
+        # The KV cache is not quantized yet: `quantize_cache` is called once the key projections are rounded.
         stream = BlockStream(block, streams.hidden, before)
         return cls(prepared, block, streams, clock, stream, reference, teacher)
 
@@ -92,7 +92,7 @@ class Passage:
         return zip(self.stream.at(site), self.reference.at(site), strict=True)
 
     def shift_norm(self, site: Site, norm: str, teacher: BlockStream) -> Tensor:
-        """Give the site's norm a bias that undoes the mean shift of the linears rounded so far.
+        """Give the site's norm a bias that cancels the mean shift caused by the linears rounded so far.
 
         norm: name of the norm in the block.
         teacher: see `Passage`.
@@ -124,7 +124,7 @@ class Passage:
         Call it once the key projections are rounded, because the mean of the keys depends on them.
 
         scheme: how keys and values are quantized.
-        inputs: name of a key projection -> how its input is quantized at run time, if calibration leaves it exact.
+        inputs: name of a key projection -> how its input is quantized at run time, if calibration does not quantize it.
         applies: whether later sites of the block see quantized keys and values.
         """
         prepared = self.prepared

@@ -23,7 +23,7 @@ from subnibble.transforms.input_basis import InputBasis
 class Prepared:
     """A block after the transforms.
 
-    block: float32; these weights are rounded, not their copies in the compute type.
+    block: the float32 block, whose weights are rounded. Forward passes run on copies in the compute type.
     bases: name of a site -> channel order and Hadamard transform of its readers' input.
     call: arguments of the block's forward pass.
     prefix: keys, values and output of the block for the system prompt, or None.
@@ -69,7 +69,7 @@ def prepare(block: Block, resolved: Resolved, streams: Streams, clock: Clock) ->
 
 
 def _transform_(block: Block, steps: Steps, statistics: SiteStatistics | None) -> dict[str, InputBasis]:
-    """Apply the transforms in place; return the basis of each site's input by name of the site.
+    """Apply the transforms in place; return site name -> basis of the site's input.
 
     statistics: of the block before the transforms, None if no step needs them.
     """
@@ -80,7 +80,7 @@ def _transform_(block: Block, steps: Steps, statistics: SiteStatistics | None) -
         try:
             transform(block, statistics)
         except NumericalFailure as error:
-            # A rounder that a transform's search calls does not know the block, so the error names it here.
+            # A transform's search may call a rounder, which does not know the block's path; it is added here.
             raise NumericalFailure(f"{block.path}: {str(error).removeprefix(block.path).lstrip()}") from error
     if steps.saliency is not None:
         for site in block.arch.sites:
@@ -90,6 +90,6 @@ def _transform_(block: Block, steps: Steps, statistics: SiteStatistics | None) -
 
 
 def _online(block: Block, site: Site, steps: Steps) -> InputBasis:
-    """The basis of the site's input: an online Hadamard transform if the method asks for one, no channel order yet."""
+    """The basis of the site's input without a channel order: an online Hadamard transform if the method asks for it."""
     width = block.linear(site.readers[0]).in_features
     return InputBasis(blocks=hadamard_blocks(width) if site.name in steps.online else ())

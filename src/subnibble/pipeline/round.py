@@ -47,7 +47,7 @@ class Stack:
     scheme: how the weights are quantized.
     activation: how the common input is quantized, or None.
     requantized: number of salient channels whose input is quantized twice; see `SiteInput`.
-    where: names the linears in errors.
+    where: path of the linears, for errors.
     """
 
     block: str
@@ -136,7 +136,7 @@ def round_block(
             linears |= rounded.linears
             absorbed += [] if rounded.absorbed is None else [(site, rounded.absorbed)]
         if plan.cache is not None and set(site.readers) & keys:
-            inputs = _unseen_inputs(terms, keys) if steps.inputs == "exact" else {}
+            inputs = _run_time_inputs(terms, keys) if steps.inputs == "exact" else {}
             passage.quantize_cache(plan.cache, inputs, steps.sees_cache)
         on_site(number, f"block {block.index} {site.name}")
     return RoundedBlock(
@@ -157,7 +157,7 @@ def _round_site(
 
         def rounded(weight: Tensor, statistics: Observed, stack: Stack = stack) -> Rounded:
             result = rounds(stack, weight, statistics, rounder, steps.correction)
-            _check_promise(result[0], rounder, stack.where)
+            _check_column_scales(result[0], rounder, stack.where)
             return result
 
         def absorbs(columns: Tensor, stack: Stack = stack) -> bool:
@@ -187,10 +187,13 @@ def _view(stack: Stack, steps: Steps) -> View:
     return stack.activation, stack.requantized
 
 
-def _unseen_inputs(terms: Mapping[str, Linear], names: set[str]) -> dict[str, Quantization]:
-    """How the inputs of these linears are quantized at run time, by name; only rounded linears with quantized inputs.
+def _run_time_inputs(terms: Mapping[str, Linear], names: set[str]) -> dict[str, Quantization]:
+    """Name of a linear -> how its input is quantized at run time.
 
-    terms: linears rounded so far, by name. names: the linears asked for.
+    Includes those of `names` that are rounded and have a quantized input.
+
+    terms: linears rounded so far, by name.
+    names: names of linears.
     """
     inputs = {}
     for name in names & terms.keys():
@@ -217,10 +220,10 @@ def _stacks(site: Site, block: Block, resolved: Resolved) -> list[Stack]:
     return stacks
 
 
-def _check_promise(rounding: Rounding, rounder: Rounder, where: str) -> None:
+def _check_column_scales(rounding: Rounding, rounder: Rounder, where: str) -> None:
     """Raise `TypeError` if a rounder returns column scales, but its `has_column_scales` is False.
 
-    The checks of the method's steps rely on `has_column_scales`: column scales do not go with some other steps.
+    `Steps` checks `has_column_scales`, because some steps cannot be combined with column scales.
     """
     if rounding.quantized.columns is not None and not rounder.has_column_scales:
         name = type(rounder).__name__
@@ -240,9 +243,9 @@ def round_readers(
     """Round a stack of weights, and measure its errors.
 
     stack: the linears.
-    natural: (m, k) float32, their weights for the input before channel order and Hadamard transform.
+    natural: (m, k) float32, their weights in the natural basis: before channel order and Hadamard transform.
     basis: channel order and Hadamard transform of the input.
-    observed: statistics of the input before these.
+    observed: statistics of the input before channel order and Hadamard transform.
     correction: terms besides the codes.
     rounded: rounds a weight (m, k) in the basis, given the statistics in the basis.
     absorbs: whether upstream weights can absorb column scales (k,).
@@ -270,7 +273,7 @@ def round_readers(
         _add_branches_(dense, rows, branches)
     if not bool(torch.isfinite(dense).all()):
         raise NumericalFailure(
-            f"{stack.where}: the rounded weight is not finite, because values leave the range of their stored type; "
+            f"{stack.where}: the rounded weight is not finite, because values exceed the range of their stored type; "
             "use another method, or another grid for these linears by an override"
         )
     seconds = round(time.perf_counter() - start, 3)
@@ -324,7 +327,7 @@ def round_stack(stack: Stack, weight: Tensor, observed: Observed, rounder: Round
     stack: the linears.
     weight: (m, k) float32, in the basis of the input (after channel order and Hadamard transform).
     observed: statistics of the input, in the same basis.
-    rounder: makes the codes.
+    rounder: computes the codes.
     correction: adds terms besides the codes.
 
     Returns the codes with the rounder's notes, the packed weight, and the packed second weight of salient columns or
@@ -353,6 +356,6 @@ def _add_branches_(dense: Tensor, rows: tuple[Tensor, ...], branches: list[Branc
 
 
 def _notes(correction: Correction, basis: InputBasis) -> dict[str, float]:
-    """The report's notes on a linear: number of salient channels, and of blocks of the online Hadamard transform."""
+    """Notes for the report on a linear: number of salient channels, number of blocks of the Hadamard transform."""
     counts = {"rank": correction.salient, "hadamard_blocks": len(basis.blocks)}
     return {name: count for name, count in counts.items() if count}

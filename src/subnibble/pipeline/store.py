@@ -115,8 +115,8 @@ def _ordered(
 ) -> tuple[dict[str, Linear], dict[str, Tensor], dict[str, Tensor]]:
     """Carry out the channel orders of inputs: move rows of upstream weights, or give readers a gather.
 
-    Returns the packed linears, the float32 parameters, and name of a linear -> (rows,) int64, the row index before the
-    move of each row after it.
+    Returns the packed linears, the float32 parameters, and a mapping from the name of a linear to (rows,) int64: entry
+    i is the old index of the row that is now row i.
     """
     moved: dict[str, Tensor] = {}
     for site in rounded.block.arch.sites:
@@ -139,7 +139,7 @@ def _ordered(
 def _offline_rows(rounded: RoundedBlock, site: Site) -> dict[str, Tensor] | None:
     """Name of an upstream linear -> (rows,) int64, the new order of its rows, as `offline_rows` gives it.
 
-    None if the site needs no order, or if rows cannot carry it out: then its readers gather.
+    None if the site needs no order, or if moving rows cannot carry it out. In the latter case its readers gather.
     """
     basis = rounded.bases[site.name]
     if basis.order is None or basis.blocks or not all(name in rounded.terms for name in site.readers):
@@ -148,7 +148,7 @@ def _offline_rows(rounded: RoundedBlock, site: Site) -> dict[str, Tensor] | None
 
 
 def _inputs(site: Site, terms: Mapping[str, Linear]) -> dict[str, str]:
-    """Name of a reader -> the earlier reader that treats the site's tensor alike and stores for both how."""
+    """Name of a reader -> name of an earlier reader with the same input steps, which stores them for both."""
     firsts, shared = list[str](), dict[str, str]()
     for name in site.readers:
         linear = terms.get(name)
@@ -179,7 +179,7 @@ def _edited(rounded: RoundedBlock, steps: Steps) -> set[str]:
 def _attention(rounded: RoundedBlock, moved: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Spec]]:
     """Tensors and specs of the attention module: keys and values of the prompt prefix, mean of the keys.
 
-    moved: name of a linear -> (rows,), where each of its rows came from.
+    moved: name of a linear -> (rows,), the old index of each of its rows.
     """
     block, attention = rounded.block, f"{rounded.block.path}.{rounded.block.arch.attention}"
     tensors: dict[str, Tensor] = {}

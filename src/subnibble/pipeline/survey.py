@@ -42,9 +42,9 @@ class Survey:
 
 
 def survey(resolved: Resolved, windows: Tensor | None, table: Tensor, clock: Clock) -> Survey:
-    """Find the model's sink tokens and the channel order of its residual stream, if a step needs them.
+    """Find the model's sink tokens and a channel order of its residual stream, if a step needs them.
 
-    Each of the two runs the full-precision model on calibration windows.
+    Each of these two searches runs the full-precision model on calibration windows.
 
     windows: (n, t) token ids, None without calibration.
     table: (vocabulary, channels), the original embedding.
@@ -64,7 +64,7 @@ def start(resolved: Resolved, surveyed: Survey, table: Tensor, stored: PackedTen
     """Embed the windows and the prompt prefix: the streams before the first block.
 
     table: (vocabulary, channels), the embedding after rotation or reordering, not quantized.
-    stored: the same embedding as the packed model will run it, packed or in 16 bits.
+    stored: the same embedding in the form that the packed model will use, packed or in 16 bits.
     """
     skeleton, windows = resolved.skeleton, surveyed.windows
     prefix = embedded_prefix(skeleton, surveyed.prefix, table)
@@ -82,7 +82,7 @@ def start(resolved: Resolved, surveyed: Survey, table: Tensor, stored: PackedTen
 
 
 def _sinks(resolved: Resolved, windows: Tensor, table: Tensor) -> PrefixIds:
-    """The prompt prefix of the tokens that the model turns into attention sinks on these windows."""
+    """The prompt prefix that consists of the tokens that act as attention sinks on these windows."""
     source = resolved.skeleton.source
     sinks = sink_tokens(_blocks(resolved, None, windows, table), windows)
     prefix = sink_prefix(sinks, source.load_tokenizer())
@@ -93,7 +93,7 @@ def _sinks(resolved: Resolved, windows: Tensor, table: Tensor) -> PrefixIds:
 def _blocks(
     resolved: Resolved, prefix: PrefixIds | None, windows: Tensor, table: Tensor
 ) -> Iterator[tuple[Block, BlockStream]]:
-    """Load the full-precision model's blocks one after the other, each with the windows' stream through it."""
+    """Load the full-precision model's blocks one after the other; yield each with the windows' `BlockStream`."""
     skeleton, window = resolved.skeleton, resolved.recipe.window
     hidden = [embedded(ids, table, skeleton.dtype) for ids in batches(windows)]
     calls = skeleton.block_calls(window, past=past(prefix))

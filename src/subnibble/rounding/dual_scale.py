@@ -4,7 +4,8 @@
 
 The paper and the released program use different inner grids. Both are here, each fitted by alternating least squares.
 
-Version R (released program; sign-basis grids). Start: c_j = mean_i |w_ij| and greedy row scales. Then alternate:
+Version R (released program; sign-basis grids). B_kj = +-1 is bit k of the code in column j, for one row, and r_k its
+scale. Start: c_j = mean_i |w_ij| and greedy row scales. Then alternate:
 
     row scales   r = G⁻¹ p,  G_kl = sum_j h_j c_j² B_kj B_lj,  p_k = sum_j h_j c_j B_kj w_j
     column scale c_j = sum_i w_ij S_ij / sum_i S_ij²,  S = sum_k r_k B_k
@@ -55,7 +56,7 @@ _EPS = 1e-12
 
 @dataclass(frozen=True)
 class _Alternating(Fitter):
-    """What both fitters share.
+    """The fields and the check that both fitters share.
 
     clip: the clip search of version P; a candidate is accepted only if it lowers the weighted squared error.
     iterations: number of alternations; 15 in the released program.

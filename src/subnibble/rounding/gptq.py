@@ -10,8 +10,8 @@ Differences from the released program:
 - The column order may be group-aware (`order.py`).
 - U comes from one Cholesky factorization of the flipped matrix and one triangular inversion.
 - If the factorization fails, the damping is raised tenfold and the retry counted; past the limit, `NumericalFailure`.
-- A block holds every group that starts inside it to its end, so the result does not depend on the block size, whatever
-  the group size. Exception: GPTAQ's `released` form depends on it.
+- A group that starts after a block's first column also ends in that block, so the result does not depend on the block
+  size, whatever the group size. Exception: GPTAQ's `released` form depends on it.
 
 The loop also applies GPTAQ's correction for inputs that differ from the full-precision model's (`gptaq.py`).
 """
@@ -128,7 +128,7 @@ class GPTQ(OnGrids):
 def factorize(gram: Tensor, order: Tensor, damping: float, where: str) -> Factor:
     """Damp the Gram matrix and factorize it.
 
-    gram: (k, k), sum of x xᵀ, in natural order.
+    gram: (k, k), sum of x xᵀ, in natural order (the weight's own column order).
     order: (k,), columns in visiting order.
     damping: first damping to try, as a fraction of the mean diagonal; ten times as much after each failure.
     where: the linears, for error messages.
@@ -168,7 +168,7 @@ def round_columns(
 ) -> QuantizedMatrix:
     """Run the column loop.
 
-    weight: (m, k) float32, columns in natural order, as are the result's.
+    weight: (m, k) float32, columns in natural order; the result has the same order.
     factor, plan: the factorized Gram matrix and the visiting order.
     options: block size, fitter and sweeps.
     push: GPTAQ's correction, or None.
@@ -227,7 +227,7 @@ def _dead_targets(w: Tensor, scheme: Scheme) -> Tensor:
 def _fit_group(
     w: Tensor, start: int, factor: Factor, plan: ColumnPlan, scheme: Scheme, options: GPTQ
 ) -> list[ColumnGrid]:
-    """Fit the grid of the group whose columns come at `start` and after in visiting order; one entry per column."""
+    """Fit the grid of the group that starts at position `start` of the visiting order; return one entry per column."""
     index, width = _group_starts(plan)[start]
     weights = None if factor.weights is None else factor.weights[start : start + width]
     fitted = options.fitter.fit(w[start : start + width].T.float(), scheme, weights, index)

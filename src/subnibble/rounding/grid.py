@@ -137,7 +137,7 @@ def fit(
 
 
 def quantized(weight: Tensor, scheme: Scheme, fitter: Fitter, weights: Tensor | None = None) -> QuantizedMatrix:
-    """Round to nearest on a grid fitted to each group. Every method's RTN is this function.
+    """Round to nearest on a grid fitted to each group. All methods that round to nearest use this function.
 
     weight: (m, k).
     fitter: fits each group's grid.
@@ -212,7 +212,7 @@ def too_wide(span: float, scheme: Scheme) -> NumericalFailure:
 
 
 def smallest_scale(scheme: Scheme) -> float:
-    """The smallest scale that is stored; groups that are all zero, or nearly, get it."""
+    """The smallest scale that is stored: that of groups whose weights are all 0 or nearly 0."""
     stored = scale_dtype(scheme)
     return torch.finfo(stored).smallest_normal * 2.0**-10 if stored == torch.float16 else _NEGLIGIBLE
 

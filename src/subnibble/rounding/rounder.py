@@ -26,7 +26,7 @@ class Rounding:
 
 
 class Rounder:
-    """Rounds all linears that read one input, stacked: rows are independent, so they go together.
+    """Rounds the stacked weights of all linears that read one input; rows are independent of each other.
 
     The defaults here suit a rounder that needs nothing but the weight; subclasses override what differs.
     """

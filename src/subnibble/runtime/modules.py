@@ -19,7 +19,7 @@ from subnibble.runtime.site_memo import SiteMemo
 from subnibble.tensor.linear import Linear, PackedWeight, SiteInput
 from subnibble.tensor.packed import PackedLayout, PackedTensor
 
-# Name of a head's submodule that is its `InputMix`.
+# Name of the submodule in which a head holds its `InputMix`.
 MIX = "mix"
 
 
@@ -88,9 +88,9 @@ class KeyCenter(StoredModule):
 
 
 class InputMix(StoredModule):
-    """A block-diagonal matrix M (d, d) that multiplies a head's input before the head's table does.
+    """A block-diagonal matrix M (d, d) that multiplies a head's input before the head's own table multiplies it.
 
-    matrix: (d, widest block) float32; row i is row i of M from its block's first column on, padded with zeros.
+    matrix: (d, widest block) float32; row i is row i of M, cut to the columns of its block and padded with zeros.
     widths: widths of the blocks.
     """
 
@@ -161,8 +161,8 @@ class PackedLinear(PackedModule):
         super().__init__(linear.weight.main)
         self._linear: CachedHandle[Linear] = CachedHandle()
         self._memo: SiteMemo[PreparedInput] = SiteMemo()
-        # The linear that stores the input's steps, if it is another one. In a tuple, so that it is not registered,
-        # saved and counted twice.
+        # Another linear, if it stores the input's steps for this one. In a tuple, so that it is not registered, saved
+        # and counted twice.
         self._input: tuple[PackedLinear, ...] = ()
         self.in_features, self.out_features = self.layout.columns, self.layout.rows
         site, bias = linear.input, linear.weight.bias
@@ -312,14 +312,14 @@ def _add_bias(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tenso
 
 
 def _ran_(module: Any) -> None:
-    """Note that a module, or what was added to it, took part in a forward pass."""
+    """Record that a forward pass has used a module, or the bias or matrix that was added to it."""
     # Written once: torch.compile would see a state change in each call.
     if not module.ran:
         module.ran = True
 
 
 def never_ran(module: nn.Module) -> list[str]:
-    """Paths of modules that subnibble put into a model, or added to, and that took part in no forward pass yet."""
+    """Paths of the modules that subnibble added to a model or extended, and that no forward pass has used yet."""
     return [path for path, child in module.named_modules() if getattr(child, "ran", True) is False]
 
 

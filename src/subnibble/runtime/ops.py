@@ -79,7 +79,7 @@ def dense_from_input(layer: Linear) -> Tensor:
 def _integer(x: activations.Quantized, residual: activations.Quantized | None, layer: Linear) -> Tensor:
     """Multiply whole numbers (t, k): (t, m) float32.
 
-    residual: quantization error of the salient channels, quantized in turn; or None.
+    residual: the quantization error of the salient channels, itself quantized; or None.
     """
     weight, tokens, device = layer.weight, x.numbers.shape[0], x.numbers.device
     y = torch.zeros(tokens, weight.main.shape[0], dtype=torch.float32, device=device)

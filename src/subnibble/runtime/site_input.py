@@ -23,7 +23,7 @@ class PreparedInput:
 
     tokens: (t, k) in the input's dtype if it is not quantized, else None.
     quantized: (t, k) as whole numbers, or None.
-    rest: quantization error of the first channels, quantized in turn, if they are quantized twice; else None.
+    rest: if the first channels are quantized twice, the quantization error of the first time, quantized; else None.
     """
 
     tokens: Tensor | None

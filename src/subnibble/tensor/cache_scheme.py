@@ -35,9 +35,9 @@ class CacheScheme:
     window: number of last tokens that stay at 16 bits. Keys by channel are quantized one full window at a time: of n
         tokens, the last n mod window stay at 16 bits.
     clip: the share of a group's range that is kept, around its middle.
-    key_center: "mean" subtracts a calibrated mean of each head's channels before keys are quantized, and adds it when
-        they are read; the model holds the means (`KeyCenter`). This is SageAttention's smoothing of keys (arXiv
-        2410.02367, section 4.2), except that the mean is known before the text. Or "none".
+    key_center: "none", or "mean": subtract a calibrated mean of each head's channels before keys are quantized, and add
+        it when they are read; the model holds the means (`KeyCenter`). SageAttention smooths keys in the same way
+        (arXiv 2410.02367, section 4.2), but computes the mean from the text itself.
     """
 
     bits: int

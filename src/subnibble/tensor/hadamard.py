@@ -15,7 +15,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-# A larger factor costs more than the linear's product that follows it.
+# Multiplying by a larger factor costs more than multiplying by the linear's weight afterwards.
 _LARGEST_ONLINE_FACTOR = 512
 # Adjacent factors are multiplied as one matrix up to this order: measured as the fastest of 16 to 256 on CPUs.
 _LARGEST_STAGE = 64
@@ -55,8 +55,8 @@ def hadamard_factors(order: int) -> tuple[int, ...] | None:
 def hadamard_blocks(width: int) -> tuple[int, ...]:
     """Block widths of an online Hadamard transform of `width` channels.
 
-    One block if a matrix of that order is known and all its factors are cheap. Else equal blocks of the largest power
-    of two that divides the width; () for an odd width, which has no such block.
+    One block if a matrix of that order can be constructed from factors that are all cheap. Otherwise equal blocks of
+    the largest power of two that divides the width; () for an odd width, which has no such block.
     """
     factors = hadamard_factors(width)
     if factors is not None and max(factors, default=1) <= _LARGEST_ONLINE_FACTOR:

@@ -23,7 +23,7 @@ class SiteInput:
     blocks: block widths of a block-diagonal Hadamard transform, () for none.
     activation: how the tensor is quantized, None if it is not.
     requantized: number of first (salient) channels that are quantized twice: the error of the first quantization is
-        quantized in turn. 0 for none.
+        itself quantized. 0 for none.
     """
 
     column_scale: Tensor | None = None

@@ -1,7 +1,7 @@
 """A quantized matrix: packed codes, scales and zero-points, and how they dequantize.
 
 Codes of a row form one bit stream, least significant bit first: code `j` of a row occupies bits
-`j*bits .. (j+1)*bits - 1`, bit `i` of the stream being bit `i % 8` of byte `i // 8`. A row starts on a byte.
+`j*bits .. (j+1)*bits - 1`, and bit `i` of the stream is bit `i % 8` of byte `i // 8`. Each row starts on a new byte.
 Integer zero-points are packed along the groups in the same way. docs/format.md specifies the format with examples.
 """
 
@@ -81,7 +81,7 @@ def unpack_codes(packed: Tensor, bits: int, columns: int) -> Tensor:
 def grouped_views(matrix: Tensor, scheme: Scheme | ActivationScheme) -> list[tuple[Tensor, slice]]:
     """Split a matrix (m, k) into views of its groups: the full groups, then a shorter last group if there is one.
 
-    scheme: has no outliers.
+    scheme: a scheme without outliers.
     Returns a list of (view (m, groups, width), the slice of groups that it covers).
     """
     columns = matrix.shape[1]
@@ -96,7 +96,7 @@ def grouped_views(matrix: Tensor, scheme: Scheme | ActivationScheme) -> list[tup
 
 @dataclass(frozen=True)
 class QuantizedMatrix:
-    """A rounder's result before packing. The scheme's storage type represents scales and zeros exactly.
+    """A rounder's result before packing. Its scales and zeros are exact in the scheme's storage type.
 
     codes: (m, k) uint8.
     scales: (m, groups * scales_per_group) float32, the scales of a group side by side.

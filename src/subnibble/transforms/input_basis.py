@@ -16,9 +16,9 @@ from subnibble.tensor import hadamard
 
 @dataclass(frozen=True)
 class InputBasis:
-    """The order and the transform of one input.
+    """The order and the transform of one input. The natural basis has neither.
 
-    order: (k,) int64, channel order[j] becomes channel j; None for natural order.
+    order: (k,) int64, channel order[j] becomes channel j; None for the natural order, which is that of the model.
     blocks: widths of H's blocks; () for no H.
     """
 

@@ -1,4 +1,4 @@
-"""A block as it will run quantized, as a differentiable function of its learned parameters.
+"""Simulate a quantized block as a differentiable function of its learned parameters.
 
 `TunedBlock` holds a float32 copy of the block whose linears are replaced. Each linear applies the input's channel order
 and online transform, quantizes the input with the runtime's own operation (straight-through gradient) and multiplies it
@@ -104,7 +104,7 @@ class TunedBlock:
         return parameters
 
     def penalty(self) -> Tensor:
-        """λ mean(d²), the mean taken over all channels of all sites."""
+        """λ mean(d²), with d the smoothing's slacks and the mean over all channels of all sites."""
         smoothings = [entrance.smoothing for entrance in self.sites.values()]
         slacks = [one.slack for one in smoothings if one is not None and one.slack is not None]
         return self.tuning.penalty * _mean_square(slacks)
@@ -188,7 +188,7 @@ class TunedBlock:
         return FixedGrids.stacked([self.linears[name].fitted() for name in names])
 
     def fix_(self, name: str, weight: Tensor, second: Tensor | None = None) -> None:
-        """Make a linear run on a given weight that was rounded elsewhere.
+        """Let a linear use a given weight, which was rounded elsewhere, instead of its learned one.
 
         weight: (m, k), dequantized, in the linear's input basis.
         second: (m, r), the part of it that the salient columns' second weight holds, or None.
@@ -197,7 +197,7 @@ class TunedBlock:
         linear.fixed = weight if second is None else linear.with_second(weight, second)
 
     def _outlier_channels(self, site: Site) -> Tensor | None:
-        """Mask (channels,) of outlier channels, which have 8 bits and need no factors; None without any."""
+        """Mask (channels,) of outlier channels, which have 8 bits and need no factors; None if there are none."""
         order, outliers = self._frame.bases[site.name].order, self._frame.correction.outliers
         if order is None or not outliers:
             return None
@@ -217,7 +217,7 @@ class TunedBlock:
         self._cache_quantizer = cache_quantizer
 
     def seen(self, keys: Tensor, values: Tensor, positions: tuple[Tensor, Tensor]) -> States:
-        """Keys and values as attention reads them: quantized and dequantized, the unquantized prefix put before them.
+        """Keys and values as attention reads them: quantized and dequantized, preceded by the unquantized prefix.
 
         keys, values: (b, heads, t, width) of the text.
         positions: cosines and sines of the rotary embedding.
