@@ -90,16 +90,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Without --all, leave out tests marked `slow`, and cases of tests marked `pairwise` whose pairs others have."""
+    """Without --all, leave out tests marked `slow`, and cases of tests marked `pairwise` or `each_value` whose pairs or
+    values others have.
+    """
     if config.getoption("--all"):
         return
-    crossed: dict[str, list[pytest.Function]] = {}
+    crossed: dict[tuple[str, int], list[pytest.Function]] = {}
     for item in items:
-        if isinstance(item, pytest.Function) and item.get_closest_marker("pairwise"):
-            crossed.setdefault(item.nodeid.partition("[")[0], []).append(item)
+        for mark, strength in (("each_value", 1), ("pairwise", 2)):
+            if isinstance(item, pytest.Function) and item.get_closest_marker(mark):
+                crossed.setdefault((item.nodeid.partition("[")[0], strength), []).append(item)
     left_out = {item for item in items if item.get_closest_marker("slow")}
-    for cases in crossed.values():
-        kept = cover([{name: repr(value) for name, value in case.callspec.params.items()} for case in cases])
+    for (_, strength), cases in crossed.items():
+        values = [{name: repr(value) for name, value in case.callspec.params.items()} for case in cases]
+        kept = cover(values, strength)
         left_out |= set(cases) - {cases[index] for index in kept}
     items[:] = [item for item in items if item not in left_out]
     config.hook.pytest_deselected(items=list(left_out))

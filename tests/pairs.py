@@ -56,12 +56,13 @@ def pairs_of(row: Row) -> set[Pair]:
     return set(itertools.combinations(row.items(), 2))
 
 
-def cover(cases: Sequence[Mapping[str, object]]) -> list[int]:
-    """Indices of few of the cases (argument -> value's name) that hold every pair of values which any case holds.
+def cover(cases: Sequence[Mapping[str, object]], strength: int) -> list[int]:
+    """Indices of few of the cases (argument -> value's name) that hold all values (strength 1) or all pairs of values
+    (strength 2) which any case holds.
 
-    Greedy: each round takes the case with the most pairs that are still missing, the first of those that tie.
+    Greedy: each round takes the case with most that is still missing, the first of those that tie.
     """
-    held = [set(itertools.combinations(sorted(case.items()), 2 if len(case) > 1 else 1)) for case in cases]
+    held = [set(itertools.combinations(sorted(case.items()), min(strength, len(case)))) for case in cases]
     left = set().union(*held)
     chosen = []
     while left:

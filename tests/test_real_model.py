@@ -24,7 +24,7 @@ from subnibble.packaged.model import find_model
 
 # Each is nearer to the original than the one before.
 METHODS = ("rtn", "gptq", "d2quant-plus")
-BLOCKS = 8
+BLOCKS = 4
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_gguf_gives_the_weights_that_transformers_gives(source: GgufSource, orig
 def test_each_method_is_nearer_to_the_original_than_the_one_before(
     packed_folders: dict[str, Path], shallow: Path, source: GgufSource
 ) -> None:
-    windows = evaluation_windows("news", source.load_tokenizer(), 512, 4)
+    windows = evaluation_windows("news", source.load_tokenizer(), 512, 2)
     models = {name: load_model(folder) for name, folder in packed_folders.items()}
     scores = score(models, windows, None, load_model(shallow))
     for worse, better in itertools.pairwise(METHODS):

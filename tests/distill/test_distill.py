@@ -112,6 +112,7 @@ def run(folders: dict[str, Path], token_file: Path, tmp_path: Path) -> Any:
 
 
 # transformers reads a qwen2 folder's tokenizer as one of bytes, which the tiny one is not: no prompt there.
+@pytest.mark.each_value
 @pytest.mark.parametrize(
     ("name", "kind"),
     [(n, k) for n in CONFIGS for k in METHODS if "qwen2" not in n or "system_prompt" not in METHODS[k]],

@@ -44,6 +44,7 @@ def quantized(folder: Path, out: Path, tokens: Path, **settings: Any) -> Path:
     return out
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
 @pytest.mark.parametrize("kind", STORED)
 def test_the_loaded_checkpoint_is_the_student_bit_for_bit(

@@ -45,6 +45,7 @@ COUNTED: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "qwen2-untied"])
 @pytest.mark.parametrize("case", COUNTED)
 def test_sizes_are_those_of_what_is_written(

@@ -59,6 +59,7 @@ STAGES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("options", STAGES.values(), ids=STAGES)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_stage_of_serq_leaves_the_function_where_bits_are_many(

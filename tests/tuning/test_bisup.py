@@ -94,6 +94,7 @@ def first_output(model: torch.nn.Module, inputs: Tensor) -> Tensor:
     return seen[0][0] if isinstance(seen[0], tuple) else seen[0]
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("kind", METHODS)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_block_that_was_trained_is_the_block_that_runs(
