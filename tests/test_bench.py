@@ -86,6 +86,13 @@ def test_docs_show_the_errors_by_rank(capsys: pytest.CaptureFixture[str]) -> Non
     assert table in (ROOT / "docs" / "results-activations.md").read_text()
 
 
+def test_docs_show_the_speeds(capsys: pytest.CaptureFixture[str]) -> None:
+    bench("speed").show(rows("speed"))
+    table = capsys.readouterr().out
+    assert table.count("\n") > 8
+    assert table in (ROOT / "docs" / "profile.md").read_text()
+
+
 def test_readme_shows_what_was_measured(capsys: pytest.CaptureFixture[str]) -> None:
     bench("readme_tables").main()
     tables = capsys.readouterr().out.split("\n\n")
