@@ -38,7 +38,7 @@ METHODS = (
     ("2-bit weights", "GPTQ", "GPTQModel, llm-compressor", "weight_only", "gptq-gar:2:128:16"),
     ("", "**d2quant-plus**", "subnibble", "weight_only", "d2quant-plus:2:128:16"),
     ("W4A4", "SmoothQuant", "llm-compressor, ModelOpt", "weight_activation", "smoothquant:W4A4g128:16"),
-    ("", "QuaRot", "llm-compressor", "weight_activation", "quarot:W4A4g128:16"),
+    ("", "QuaRot", "", "weight_activation", "quarot:W4A4g128:16"),
     ("", "SERQ as published", "", "weight_activation", "serq:W4A4g128:16"),
     ("", "**serq-plus**", "subnibble", "weight_activation", "serq-plus:W4A4g128:16"),
     ("W4A4KV4", "QuaRot", "", "weight_activation_kv", "quarot:W4A4KV4g128:none:16"),

@@ -153,7 +153,7 @@ def test_what_ran_once_is_not_asked_again(shifted: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(shifted)
     model(IDS)
     model.model.norm._forward_hooks.clear()
-    model(IDS)
+    assert bool(torch.isfinite(model(IDS).logits).all())
 
 
 def test_loading_without_packed_modules_is_noticed(shifted: Path, monkeypatch: pytest.MonkeyPatch) -> None:

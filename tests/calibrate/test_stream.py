@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig
 
 from subnibble.arch.llama import ATTENTION_IN, ATTENTION_OUT, LLAMA, MLP_HIDDEN, MLP_IN
 from subnibble.arch.site import Heads, Site
@@ -18,6 +17,7 @@ from subnibble.model.skeleton import Block
 from subnibble.model.transformers_api.blocks import BlockCall, run_block
 from subnibble.model.transformers_api.names import CACHE_NAMES
 from subnibble.tensor.scheme import Scheme
+from tiny_llama import tiny_llama
 
 LENGTH = 11
 BATCHES = (3, 1, 2)
@@ -30,18 +30,7 @@ every_subset = pytest.mark.parametrize(
 
 def recorded(index: int) -> tuple[Block, list[Tensor], BlockCall]:
     """A block of a tiny random Llama, its inputs by batch, and what the model calls it with."""
-    config = LlamaConfig(
-        vocab_size=61,
-        hidden_size=48,
-        intermediate_size=80,
-        num_hidden_layers=2,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        head_dim=16,
-        initializer_range=0.2,
-    )
-    torch.manual_seed(5)
-    model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    model = tiny_llama(5).requires_grad_(False)
     layer = model.model.layers[index]
     for norm in (layer.input_layernorm, layer.post_attention_layernorm):
         norm.weight.copy_(torch.randn(48) + 1)
@@ -56,7 +45,7 @@ def recorded(index: int) -> tuple[Block, list[Tensor], BlockCall]:
     for count in BATCHES:
         model(torch.randint(0, 61, (count, LENGTH)), use_cache=False)
     handle.remove()
-    return Block(index, LLAMA.block_path(index), layer, LLAMA, Heads.of(config)), hidden, BlockCall(named)
+    return Block(index, LLAMA.block_path(index), layer, LLAMA, Heads.of(model.config)), hidden, BlockCall(named)
 
 
 def plain(block: Block, hidden: list[Tensor], call: BlockCall) -> tuple[dict[str, Tensor], list[Tensor]]:

@@ -72,6 +72,7 @@ def test_streams_that_are_closed_take_everything(monkeypatch: pytest.MonkeyPatch
     with console.progress("work") as told:
         told(1, 1, "done")
     for stream in (sys.stdout, sys.stderr):
+        assert stream is not None
         stream.close()
 
 
@@ -92,10 +93,13 @@ def test_a_terminal_that_goes_away_does_not_stop_the_work(terminal: bool, monkey
     monkeypatch.setattr(gone, "isatty", lambda: terminal, raising=False)
     monkeypatch.setattr(sys, "stderr", gone)
     streams.prepare()
+    steps = []
     with console.progress("work") as told:
         for done in range(1, 4):
             told(done, 3, "working")
+            steps.append(done)
     streams.tell("done")
+    assert steps == [1, 2, 3]
 
 
 def test_what_was_kept_is_told_of_with_the_error(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

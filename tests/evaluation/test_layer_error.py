@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig
 
 from linears import built
 from subnibble.arch.llama import LLAMA
@@ -15,25 +14,11 @@ from subnibble.rounding import grid
 from subnibble.runtime.modules import PackedLinear
 from subnibble.tensor.packed import PackedRange, PackedTensor
 from subnibble.tensor.scheme import Scheme
+from tiny_llama import tiny_llama
 
 # Group 19 divides none of the widths 48, 80 and 96.
 SCHEME = Scheme(3, 19)
 ALL = tuple(f"model.layers.{index}.{name}" for index in range(2) for name in LLAMA.linears)
-
-
-def llama() -> Any:
-    config = LlamaConfig(
-        vocab_size=61,
-        hidden_size=48,
-        intermediate_size=80,
-        num_hidden_layers=2,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        head_dim=16,
-        initializer_range=0.2,
-    )
-    torch.manual_seed(3)
-    return AutoModelForCausalLM.from_config(config).eval()
 
 
 def packed(reference: Any, paths: tuple[str, ...]) -> Any:
@@ -72,7 +57,7 @@ def explicit(model: Any, reference: Any, fed: Any, paths: tuple[str, ...]) -> di
 
 @pytest.mark.parametrize("paths", [ALL, ALL[:1], ALL[2:3], (ALL[5], ALL[13])], ids=["all", "q", "v", "two"])
 def test_layer_error_equals_the_explicit_ratio_on_the_reference_inputs(paths: tuple[str, ...]) -> None:
-    reference = llama()
+    reference = tiny_llama(3)
     model = packed(reference, paths)
     found, expected = layer_errors(model, reference, windows()), explicit(model, reference, reference, paths)
     assert set(found) == set(paths)
@@ -81,7 +66,7 @@ def test_layer_error_equals_the_explicit_ratio_on_the_reference_inputs(paths: tu
 
 
 def test_comparison_rejects_inputs_of_the_packed_model() -> None:
-    reference = llama()
+    reference = tiny_llama(3)
     model = packed(reference, ALL)
     found = layer_errors(model, reference, windows())
     packed_inputs = explicit(model, reference, model, ALL)
@@ -90,7 +75,7 @@ def test_comparison_rejects_inputs_of_the_packed_model() -> None:
 
 
 def test_layer_error_of_a_linear_that_lost_nothing_is_zero_and_of_zeros_is_one() -> None:
-    reference = llama()
+    reference = tiny_llama(3)
     path, zeros = ALL[4], ALL[6]
     model = packed(reference, (path, zeros))
     reference.get_submodule(path).weight.data.copy_(model.get_submodule(path).packed.dequantize())
@@ -100,6 +85,6 @@ def test_layer_error_of_a_linear_that_lost_nothing_is_zero_and_of_zeros_is_one()
 
 
 def test_measuring_leaves_no_hooks_behind() -> None:
-    reference = llama()
+    reference = tiny_llama(3)
     layer_errors(packed(reference, ALL), reference, windows())
     assert all(not module._forward_pre_hooks for module in reference.modules())

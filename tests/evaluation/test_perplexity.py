@@ -7,29 +7,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig
 
 from subnibble.calibrate.tokens import bos_token
 from subnibble.errors import CalibrationError, NumericalFailure
 from subnibble.evaluation.perplexity import check_vocabularies, score
+from tiny_llama import VOCABULARY, tiny_llama
 
-VOCABULARY, BOS = 61, 1
+BOS = 1
 FLOAT32 = torch.finfo(torch.float32).eps
-
-
-def llama(seed: int, dtype: torch.dtype = torch.float32) -> Any:
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=48,
-        intermediate_size=80,
-        num_hidden_layers=2,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        head_dim=16,
-        initializer_range=0.2,
-    )
-    torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
 class Bigram(nn.Module):
@@ -86,7 +71,7 @@ def agree(a: Tensor, b: Tensor) -> bool:
 
 
 @pytest.mark.parametrize("bos", [None, BOS])
-@pytest.mark.parametrize("make", [llama, bigram])
+@pytest.mark.parametrize("make", [tiny_llama, bigram])
 def test_score_equals_an_independent_float64_computation(bos: int | None, make: Any) -> None:
     model, reference, ids = make(1), make(2), windows()
     assert agree(found(model, ids, bos, reference), oracle(model, ids, bos, reference))
@@ -97,7 +82,7 @@ def test_score_equals_an_independent_float64_computation(bos: int | None, make: 
     ["first token scored", "off by one", "off by one back", "reversed", "BOS left out", "last window alone"],
 )
 def test_comparison_rejects_planted_fault(fault: str) -> None:
-    model, reference, ids = llama(1), llama(2), windows()
+    model, reference, ids = tiny_llama(1), tiny_llama(2), windows()
     right = found(model, ids, BOS, reference)
     wrong = oracle(model, ids, BOS, reference, fault)
     assert not agree(right, wrong)
@@ -120,21 +105,21 @@ def test_bos_changes_the_context_and_not_the_tokens_scored() -> None:
     assert plain.perplexity == with_bos.perplexity
     assert plain.kl_divergence == with_bos.kl_divergence
     assert (plain.bos, with_bos.bos) == (False, True)
-    contextual = [score({"m": llama(1)}, ids, bos)["m"].perplexity for bos in (None, BOS, BOS + 1)]
+    contextual = [score({"m": tiny_llama(1)}, ids, bos)["m"].perplexity for bos in (None, BOS, BOS + 1)]
     assert len(set(contextual)) == 3
 
 
 @pytest.mark.parametrize("bos", [None, BOS])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_model_is_at_no_distance_from_itself(bos: int | None, dtype: torch.dtype) -> None:
-    model = llama(1, dtype)
+    model = tiny_llama(1, dtype)
     scores = score({"m": model}, windows(), bos, reference=model)["m"]
     assert scores.kl_divergence == 0
     assert scores.top1_agreement == 1
 
 
 def test_divergence_is_positive_between_two_models_and_not_symmetric() -> None:
-    a, b = llama(1), llama(2)
+    a, b = tiny_llama(1), tiny_llama(2)
     forward, backward = (score({"m": m}, windows(), None, r)["m"].kl_divergence for m, r in ((a, b), (b, a)))
     assert forward is not None
     assert backward is not None
@@ -204,12 +189,12 @@ def test_models_scored_together_score_as_alone_and_share_one_reference_run() -> 
 
 
 def test_scores_without_a_reference_claim_no_comparison() -> None:
-    scores = score({"m": llama(1)}, windows(), None)["m"]
+    scores = score({"m": tiny_llama(1)}, windows(), None)["m"]
     assert scores.kl_divergence is None
     assert scores.top1_agreement is None
     assert set(scores.to_dict()) == {"perplexity", "windows", "window", "bos"}
     assert (scores.windows, scores.window) == (5, 23)
-    compared = score({"m": llama(1)}, windows(), None, llama(1))["m"].to_dict()
+    compared = score({"m": tiny_llama(1)}, windows(), None, tiny_llama(1))["m"].to_dict()
     assert compared["kl_divergence"] == 0
 
 
