@@ -45,6 +45,10 @@ class OutputError(SubnibbleError):
     """An output folder that cannot be written."""
 
 
+class BadJournal(SubnibbleError):
+    """The unfinished work of an earlier run that cannot be resumed: of another run or version, or damaged."""
+
+
 class MissingExtra(SubnibbleError, ImportError):
     """An optional dependency that is not installed; the message names the extra to install."""
 

@@ -17,11 +17,12 @@ from subnibble.checkpoint.safetensors_source import SafetensorsSource
 from subnibble.checkpoint.size import measure
 from subnibble.checkpoint.source import expect_shapes
 from subnibble.checkpoint.weight_files import INDEX
-from subnibble.checkpoint.writer import CheckpointWriter, contents
+from subnibble.checkpoint.writer import CheckpointWriter
 from subnibble.errors import CheckpointError, OutputError
 from subnibble.given import given_path
 from subnibble.model.transformers_api.marking import marked
 from subnibble.model.verify import check_written
+from subnibble.resume.commit import contents
 from subnibble.text_file import read_json_file
 
 REPORT = "report.json"

@@ -1,0 +1,222 @@
+"""Open the work folder of a run: lock it, and continue an earlier run of the same command, or start a new one."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from subnibble.errors import (
+    BadArgument,
+    BadJournal,
+    BadRecipe,
+    CalibrationError,
+    NotLoadable,
+    NumericalFailure,
+    OutputError,
+    SilentFailure,
+    UnsupportedModel,
+)
+from subnibble.resume import commit
+from subnibble.resume.commit import CHECKPOINT
+from subnibble.resume.durable import make_folder, remove, remove_folder
+from subnibble.resume.fingerprint import differences, plain
+from subnibble.resume.journal import JOURNAL, Journal
+from subnibble.resume.runs import register, unregister, work_folders
+
+# What to do with the unfinished work of an earlier run.
+RESUME = ("auto", "never", "must")
+# In the work folder: the file that is locked.
+_LOCK = "lock"
+# Errors that the same command would meet again in the same place.
+_WOULD_RECUR = (
+    BadArgument, BadRecipe, CalibrationError, NotLoadable, NumericalFailure, SilentFailure, UnsupportedModel,
+)  # fmt: skip
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+
+
+class Run:
+    """A context manager that owns the work folder of one run.
+
+    Leaving the context without `finish` keeps the work folder if a step is recorded and the same command can go on from
+    there; a note on the error says so. It removes the folder otherwise.
+
+    final: the folder that the run writes; or, for a run that only prints, the path that names its work folder.
+    command: name of the command.
+    fingerprint: everything that the result depends on; see `fingerprint.py`. {} for a run without steps.
+    resume: "auto" continues an earlier run if its fingerprint is the same, and refuses if it is not. "never" discards
+        it. "must" refuses if there is none.
+    folder: the work folder.
+    journal: the finished steps.
+    is_committed: whether the earlier run was killed after its checkpoint was complete: it is in `final` now, and only
+        `finish` is left to call.
+
+    Entering raises `OutputError` if another process runs on the same folder or the folder cannot be written, and
+    `BadJournal` if the earlier run cannot be continued.
+    """
+
+    def __init__(self, final: Path, command: str, fingerprint: Mapping[str, Any], resume: str = "auto") -> None:
+        self.final, self.command, self._fingerprint = final.resolve(), command, plain(fingerprint)
+        self._resume = checked_resume(resume)
+        self.folder = Path()
+        self.journal = Journal(self.folder, command, self._fingerprint)
+        self.is_committed = False
+        self._handle: int | None = None
+        self._finished = False
+
+    @property
+    def checkpoint(self) -> Path:
+        """The folder in which the checkpoint grows."""
+        return self.folder / CHECKPOINT
+
+    @property
+    def is_resumed(self) -> bool:
+        """Whether an earlier run is being continued, or this one has recorded a step."""
+        return bool(self.journal.steps)
+
+    def __enter__(self) -> Self:
+        inside, beside = work_folders(self.final)
+        try:
+            self.folder = next((folder for folder in (inside, beside) if folder.is_dir()), None) or (
+                inside if self.final.is_dir() else beside
+            )
+            self._handle = self._lock()
+        except OSError as error:
+            raise OutputError(f"{self.final}: cannot be created ({error.strerror}); choose another folder") from error
+        try:
+            self._open()
+        except BaseException:
+            self._unlock()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            is_kept = self.is_resumed and not self._finished and _may_go_on(error)
+            if not is_kept:
+                self._discard()
+            elif error is not None:
+                error.add_note(
+                    f"The work so far (last: {self.journal.last}) is kept in {self.folder}; the same "
+                    "command goes on from there, and --resume never starts anew."
+                )
+        finally:
+            self._unlock()
+        if isinstance(error, OSError) and error.errno in _DISK:
+            state = "the work so far is kept: the same command goes on from there" if is_kept else "nothing was kept"
+            remedy = "free space or choose another disk" if error.errno != errno.EACCES else "make it writable"
+            raise OutputError(f"{self.final}: {error.strerror}; {state}. To mend it, {remedy}") from error
+
+    def commit(self) -> None:
+        """Move the checkpoint in the work folder to `final`. Raises `OutputError` if that fails."""
+        commit.commit(self.folder, self.final)
+        self.finish()
+
+    def finish(self) -> None:
+        """Mark the run as finished: leaving the context removes its work folder."""
+        # Without a journal the folder means nothing, also if removing the rest is interrupted.
+        remove(self.folder / JOURNAL)
+        self._finished = True
+
+    def _open(self) -> None:
+        """Read the journal of an earlier run and decide whether to continue it."""
+        if commit.has_begun(self.folder):
+            # The earlier run was complete: its checkpoint goes to its place, whatever happens now.
+            commit.finish(self.folder, self.final)
+            journal = Journal.read(self.folder)
+            if self._resume != "never" and journal is not None and not self._changes(journal):
+                self.journal, self.is_committed = journal, True
+                return
+            self._clear()
+        if self._resume == "never":
+            self._clear()
+        journal = Journal.read(self.folder)
+        if journal is None or not journal.steps:
+            if self._resume == "must":
+                self._discard()
+                raise BadJournal(f"{self.final}: there is no unfinished run to resume; leave --resume out")
+            self._clear()
+            self.journal = Journal(self.folder, self.command, self._fingerprint)
+        else:
+            self._check_same(journal)
+            self.journal = journal
+            journal.tidy()
+        register(self.folder)
+
+    def _changes(self, journal: Journal) -> list[str]:
+        """What differs between the run of a journal and this one, a few words each."""
+        then = {"command": journal.command, **journal.fingerprint}
+        return differences(then, {"command": self.command, **self._fingerprint})
+
+    def _check_same(self, journal: Journal) -> None:
+        changed = self._changes(journal)
+        if changed:
+            shown = "; ".join(changed[:8]) + ("; ..." if len(changed) > 8 else "")
+            raise BadJournal(
+                f"{self.folder} holds the unfinished work of another run: {shown}. Repeat the earlier command to finish "
+                "it, choose another folder, or start anew with --resume never"
+            )
+
+    def _lock(self) -> int:
+        """Lock the work folder for this process; the system releases the lock when the process ends."""
+        while True:
+            make_folder(self.folder)
+            handle = os.open(self.folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                owner = os.pread(handle, 32, 0).decode(errors="replace").strip()
+                os.close(handle)
+                raise OutputError(
+                    f"{self.final}: another run (process {owner or 'unknown'}) is writing it; wait for its end or "
+                    "choose another folder"
+                ) from error
+            try:
+                is_same = os.path.samestat(os.fstat(handle), (self.folder / _LOCK).stat())
+            except FileNotFoundError:
+                is_same = False
+            if is_same:
+                os.ftruncate(handle, 0)
+                os.pwrite(handle, str(os.getpid()).encode(), 0)
+                return handle
+            # The process that held the lock has removed the folder in the meantime.
+            os.close(handle)
+
+    def _unlock(self) -> None:
+        if self._handle is not None:
+            os.close(self._handle)
+            self._handle = None
+
+    def _clear(self) -> None:
+        """Remove everything in the work folder except the lock."""
+        remove(self.folder / JOURNAL)
+        for path in self.folder.iterdir():
+            if path.is_dir():
+                remove_folder(path)
+            elif path.name != _LOCK:
+                path.unlink()
+
+    def _discard(self) -> None:
+        """Remove the work folder."""
+        unregister(self.folder)
+        # The journal first, so that an interrupted removal leaves nothing that could be resumed.
+        (self.folder / JOURNAL).unlink(missing_ok=True)
+        remove_folder(self.folder)
+
+
+def checked_resume(resume: Any) -> str:
+    """The argument `resume`, if it is one of `RESUME`; raises `BadArgument` otherwise."""
+    if resume not in RESUME:
+        raise BadArgument(f"resume is {resume!r}; give one of {', '.join(RESUME)}")
+    return str(resume)
+
+
+def _may_go_on(error: BaseException | None) -> bool:
+    """Whether the same command can get further after this error: not if it would fail again in the same place."""
+    return error is not None and not isinstance(error, _WOULD_RECUR)
