@@ -74,8 +74,8 @@ def test_more_iterations_never_raise_the_loss(kind: str, bits: int, weighted: bo
 def test_column_weights_lower_the_loss_they_weight(kind: str) -> None:
     w, h = awkward(64, 128), column_weights(128).square()
     scheme = scheme_of(kind)
-    given, plain = (loss(DualScale().fit(w, scheme, weights), w, h) for weights in (h, None))
-    assert given < 0.96 * plain
+    weighted, plain = (loss(DualScale().fit(w, scheme, weights), w, h) for weights in (h, None))
+    assert weighted < 0.96 * plain
 
 
 @every_kind

@@ -14,10 +14,10 @@ from torch import nn
 
 from subnibble.arch import find_arch
 from subnibble.arch.site import Arch
+from subnibble.arguments import described
 from subnibble.checkpoint.manifest import packed_config_of
 from subnibble.checkpoint.module_specs import NormBiasSpec, PackedLinearSpec
 from subnibble.errors import BadArgument, CheckpointError
-from subnibble.given import described
 from subnibble.runtime.modules import MIX, PackedLinear, remove_output_bias_
 
 
