@@ -236,11 +236,11 @@ def rotate_outside_(model: Any, rotation: Rotation) -> None:
 
 
 def rotated_model(model: Any, rotation: Rotation) -> Any:
-    twin = copy.deepcopy(model)
-    for block in blocks(twin):
+    rotated = copy.deepcopy(model)
+    for block in blocks(rotated):
         rotate_block_(block, rotation)
-    rotate_outside_(twin, rotation)
-    return twin
+    rotate_outside_(rotated, rotation)
+    return rotated
 
 
 def departures(found: Any, target: Any, q: Tensor) -> tuple[float, float]:
@@ -272,8 +272,8 @@ def test_a_rotated_block_has_gains_of_one_and_untouched_heads(name: str) -> None
     model = exact_model(name)
     made = make_rotation("full", model.config.hidden_size, Scheme(4, 32), 2, CPU)
     assert made is not None
-    twin = rotated_model(model, made)
-    for old, new in zip(blocks(model), blocks(twin), strict=True):
+    rotated = rotated_model(model, made)
+    for old, new in zip(blocks(model), blocks(rotated), strict=True):
         for norm in new.arch.residual.norms:
             assert torch.equal(new.gain(norm), torch.ones_like(new.gain(norm)))
         for linear in new.arch.residual.readers:
@@ -288,70 +288,70 @@ def test_a_rotated_block_has_gains_of_one_and_untouched_heads(name: str) -> None
 
 
 def gain_not_fused(model: Any, rotation: Rotation) -> Any:
-    twin = copy.deepcopy(model)
-    for block in blocks(twin, without_norms(ARCHITECTURES[model.config.model_type])):
+    rotated = copy.deepcopy(model)
+    for block in blocks(rotated, without_norms(ARCHITECTURES[model.config.model_type])):
         rotate_block_(block, rotation)
-    rotate_outside_(twin, rotation)
-    return twin
+    rotate_outside_(rotated, rotation)
+    return rotated
 
 
 def gain_fused_but_not_reset(model: Any, rotation: Rotation) -> Any:
-    twin = rotated_model(model, rotation)
-    twin.model.layers[1].post_attention_layernorm.weight.copy_(model.model.layers[1].post_attention_layernorm.weight)
-    return twin
+    rotated = rotated_model(model, rotation)
+    rotated.model.layers[1].post_attention_layernorm.weight.copy_(model.model.layers[1].post_attention_layernorm.weight)
+    return rotated
 
 
 def attention_bias_not_rotated(model: Any, rotation: Rotation) -> Any:
-    twin = rotated_model(model, rotation)
-    twin.model.layers[1].self_attn.o_proj.bias.copy_(model.model.layers[1].self_attn.o_proj.bias)
-    return twin
+    rotated = rotated_model(model, rotation)
+    rotated.model.layers[1].self_attn.o_proj.bias.copy_(model.model.layers[1].self_attn.o_proj.bias)
+    return rotated
 
 
 def mlp_bias_not_rotated(model: Any, rotation: Rotation) -> Any:
-    twin = rotated_model(model, rotation)
-    twin.model.layers[2].mlp.down_proj.bias.copy_(model.model.layers[2].mlp.down_proj.bias)
-    return twin
+    rotated = rotated_model(model, rotation)
+    rotated.model.layers[2].mlp.down_proj.bias.copy_(model.model.layers[2].mlp.down_proj.bias)
+    return rotated
 
 
 def head_without_the_final_gain(model: Any, rotation: Rotation) -> Any:
-    twin = rotated_model(model, rotation)
-    twin.lm_head.weight.copy_(model.lm_head.weight @ whole(rotation))
-    return twin
+    rotated = rotated_model(model, rotation)
+    rotated.lm_head.weight.copy_(model.lm_head.weight @ whole(rotation))
+    return rotated
 
 
 def final_gain_kept(model: Any, rotation: Rotation) -> Any:
-    twin = rotated_model(model, rotation)
-    twin.model.norm.weight.copy_(model.model.norm.weight)
-    return twin
+    rotated = rotated_model(model, rotation)
+    rotated.model.norm.weight.copy_(model.model.norm.weight)
+    return rotated
 
 
 def writer_rotated_the_other_way(model: Any, rotation: Rotation) -> Any:
-    twin = rotated_model(model, rotation)
-    twin.model.layers[0].mlp.down_proj.weight.copy_(whole(rotation) @ model.model.layers[0].mlp.down_proj.weight)
-    return twin
+    rotated = rotated_model(model, rotation)
+    rotated.model.layers[0].mlp.down_proj.weight.copy_(whole(rotation) @ model.model.layers[0].mlp.down_proj.weight)
+    return rotated
 
 
 def reader_not_rotated(model: Any, rotation: Rotation) -> Any:
-    twin = rotated_model(model, rotation)
+    rotated = rotated_model(model, rotation)
     layer = model.model.layers[1]
-    twin.model.layers[1].self_attn.k_proj.weight.copy_(layer.self_attn.k_proj.weight * layer.input_layernorm.weight)
-    return twin
+    rotated.model.layers[1].self_attn.k_proj.weight.copy_(layer.self_attn.k_proj.weight * layer.input_layernorm.weight)
+    return rotated
 
 
 def embedding_without_its_mean(model: Any, rotation: Rotation) -> Any:
     """What QuaRot's program does: exact for LayerNorm alone."""
-    twin = copy.deepcopy(model)
-    twin.model.embed_tokens.weight.sub_(twin.model.embed_tokens.weight.mean(-1, keepdim=True))
-    return rotated_model(twin, rotation)
+    rotated = copy.deepcopy(model)
+    rotated.model.embed_tokens.weight.sub_(rotated.model.embed_tokens.weight.mean(-1, keepdim=True))
+    return rotated_model(rotated, rotation)
 
 
 def one_sign_of_the_last_block_wrong(model: Any, rotation: Rotation) -> Any:
     last = rotation.blocks[-1].clone()
     last[:, 3] *= -1
-    twin = rotated_model(model, rotation)
+    rotated = rotated_model(model, rotation)
     rows = Rotation((*rotation.blocks[:-1], last)).rows(model.model.layers[1].self_attn.o_proj.weight)
-    twin.model.layers[1].self_attn.o_proj.weight.copy_(rows)
-    return twin
+    rotated.model.layers[1].self_attn.o_proj.weight.copy_(rows)
+    return rotated
 
 
 FAULTS: list[Callable[[Any, Rotation], Any]] = [

@@ -47,7 +47,7 @@ class Block:
         assert isinstance(weight, Tensor)
         return weight
 
-    def twin(self, dtype: torch.dtype | None = None) -> Block:
+    def copy(self, dtype: torch.dtype | None = None) -> Block:
         """A copy of the block that later edits do not change. dtype: of the copy; None: unchanged."""
         # Cast parameter by parameter: a copy of the whole block in its current dtype would be the peak of memory.
         copies = {

@@ -153,8 +153,8 @@ class Tuner:
         block, call, exact = prepared.block, prepared.call, streams.full_precision
         dtype = self.resolved.skeleton.dtype
         with self.clock.step("key center"):
-            cache_quantizer = cache_quantizer_of(block.twin(dtype), self.resolved.plan.cache, streams.hidden, call)
-        reference = BlockStream(block.twin(dtype), exact, after_prefix(call, prepared.states))
+            cache_quantizer = cache_quantizer_of(block.copy(dtype), self.resolved.plan.cache, streams.hidden, call)
+        reference = BlockStream(block.copy(dtype), exact, after_prefix(call, prepared.states))
         with self.clock.step("forward"):
             outputs = list(reference.outputs())
         with self.clock.step("tune"):
@@ -212,7 +212,7 @@ def round_tuned(
     streams: advanced past the block that is returned.
     on_site: called with the number of finished sites and the name of the last one.
     """
-    untuned = prepared.twin()
+    untuned = prepared.copy()
     tuning = tuner(prepared, streams)
     learned = replace(resolved, plan=tuning.plan(resolved.plan, prepared.block.path))
     # Tuning changed the block, so the prompt prefix has other keys and values now.
