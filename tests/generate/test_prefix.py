@@ -161,7 +161,7 @@ def test_calibration_sees_what_the_model_makes_of_a_text_behind_the_prompt(name:
     whole = embed(torch.cat([torch.tensor([IDS]).expand(2, -1), window], 1))
     prefix = PrefixStream(skeleton, embed(torch.tensor([IDS])))
     hidden, plain = [embed(window)], skeleton.block_calls(len(IDS) + window.shape[1])
-    calls = skeleton.block_calls(window.shape[1], past=len(IDS))
+    calls = skeleton.block_calls(window.shape[1], prefix_length=len(IDS))
     for index in range(skeleton.num_blocks):
         block = skeleton.load_block(index)
         assert all(torch.equal(*pair) for pair in zip(prefix.run(block).states, prefix.run(block).states, strict=True))

@@ -144,7 +144,7 @@ def test_products_may_be_of_half_the_width(name: str, folders: dict[str, Path]) 
     case = Case(folders[name], quantized=True)
     target = case.of(case.tuned())
     skeleton = Skeleton(SafetensorsSource(folders[name]), torch.bfloat16, torch.device("cpu"))
-    case.call = skeleton.block_calls(TOKENS, past=PREFIX)[1]
+    case.call = skeleton.block_calls(TOKENS, prefix_length=PREFIX)[1]
     case.frame = replace(case.frame, dtype=torch.bfloat16)
     found = case.of(case.tuned())
     assert not torch.equal(found, target)

@@ -27,7 +27,7 @@ from subnibble.pipeline.passage import Passage
 from subnibble.pipeline.plan import Plan, Resolved
 from subnibble.pipeline.prepare import Prepared
 from subnibble.pipeline.round import RoundedBlock, Stack, round_block, round_stack
-from subnibble.pipeline.streams import Streams, past
+from subnibble.pipeline.streams import Streams, prefix_length
 from subnibble.report import BlockReport
 from subnibble.report.clock import Clock
 from subnibble.rounding import grid
@@ -142,7 +142,9 @@ class Tuner:
         if tuning is None:
             return None
         tokens = min(EFFORTS[tuning.effort].tokens, resolved.recipe.window)
-        return cls(resolved, tuning, resolved.skeleton.block_calls(tokens, past=past(prefix)), clock, on_loss)
+        return cls(
+            resolved, tuning, resolved.skeleton.block_calls(tokens, prefix_length=prefix_length(prefix)), clock, on_loss
+        )
 
     def tunes(self, block: Block) -> bool:
         """Whether the block is tuned: at least one of its linears will be rounded."""

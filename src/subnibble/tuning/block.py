@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from subnibble.arch.site import Site
-from subnibble.calibrate.prefix import States, with_past
+from subnibble.calibrate.prefix import States, after_states
 from subnibble.calibrate.stats import AbsMax
 from subnibble.model.skeleton import Block
 from subnibble.model.transformers_api.blocks import BlockCache, BlockCall, run_block
@@ -216,7 +216,7 @@ class TunedBlock:
         """Set how keys and values are quantized from now on; None keeps them at 16 bits."""
         self._cache_quantizer = cache_quantizer
 
-    def seen(self, keys: Tensor, values: Tensor, positions: tuple[Tensor, Tensor]) -> States:
+    def attended(self, keys: Tensor, values: Tensor, positions: tuple[Tensor, Tensor]) -> States:
         """Keys and values as attention reads them: quantized and dequantized, preceded by the unquantized prefix.
 
         keys, values: (b, heads, t, width) of the text.
@@ -229,7 +229,7 @@ class TunedBlock:
         values = values.to(keys.dtype)
         if cache_quantizer is not None:
             keys, values = quantized_keys(keys, cache_quantizer, positions), quantized_values(values, cache_quantizer)
-        return (keys, values) if prefix is None else with_past(prefix, (keys, values))
+        return (keys, values) if prefix is None else after_states(prefix, (keys, values))
 
 
 class _Cache(BlockCache):
@@ -239,9 +239,9 @@ class _Cache(BlockCache):
         super().__init__()
         self._block, self._positions = block, positions
 
-    def see(self, keys: Tensor, values: Tensor) -> States:
+    def attended(self, keys: Tensor, values: Tensor) -> States:
         """Keys and values as attention reads them, (b, heads, prefix + t, width) each."""
-        return self._block.seen(keys, values, self._positions)
+        return self._block.attended(keys, values, self._positions)
 
 
 def _mean_square(tensors: Sequence[Tensor]) -> Tensor:
