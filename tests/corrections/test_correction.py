@@ -78,7 +78,7 @@ def test_what_tuning_rounds_is_what_rounding_to_nearest_makes(correction: Correc
     """`second` and `last`, by which blocks are tuned, are the parts that end up stored."""
     w = weight()
     _, packed, salient = round_stack(stack(correction), w, Observed(), RTN(), correction)
-    second, last = correction.second(w, SCHEME), correction.last(w, SCHEME)
+    salient, outliers = correction.salient_weight(w, SCHEME), correction.outlier_weight(w, SCHEME)
     if salient is not None:
         assert second is not None
         assert torch.equal(second, salient.dequantize())

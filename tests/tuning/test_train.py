@@ -31,8 +31,8 @@ def samples(case: Case) -> Samples:
 
 
 def coarse(case: Case) -> Case:
-    schemes = {name: replace(scheme, bits=2) for name, scheme in case.frame.schemes.items() if scheme is not None}
-    case.frame = replace(case.frame, schemes=schemes)
+    schemes = {name: replace(scheme, bits=2) for name, scheme in case.context.schemes.items() if scheme is not None}
+    case.context = replace(case.context, schemes=schemes)
     return case
 
 

@@ -89,10 +89,10 @@ class OutlierColumns(Correction):
         if compensation is not None:
             outliers = outliers + (weight[:, :split] - main.dequantize()) @ compensation.to(outliers.dtype)
         outlier_scheme = self.scheme(scheme)
-        last = PackedRange.pack(grid.quantized(outliers, outlier_scheme, Clip("minmax")), outlier_scheme)
-        return rounding, PackedTensor((main, last)), None
+        outlier_range = PackedRange.pack(grid.quantized(outliers, outlier_scheme, Clip("minmax")), outlier_scheme)
+        return rounding, PackedTensor((main, outlier_range)), None
 
-    def last(self, weight: Tensor, scheme: Scheme) -> Tensor:
+    def outlier_weight(self, weight: Tensor, scheme: Scheme) -> Tensor:
         """The outlier columns of `weight` (m, k), rounded and dequantized: (m, count)."""
         return grid.nearest(weight[:, -self.count :], self.scheme(scheme))
 
