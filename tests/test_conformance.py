@@ -26,7 +26,7 @@ from subnibble.report import Report
 from subnibble.rounding.error import relative_errors
 from subnibble.runtime import activations
 from subnibble.runtime.integer import multiply_add_
-from subnibble.runtime.modules import InputMix, PackedEmbedding, PackedLinear, TiedHead, add_output_bias_
+from subnibble.runtime.modules import HeadInputMatrix, PackedEmbedding, PackedLinear, TiedHead, add_output_bias_
 from subnibble.tensor import hadamard
 from subnibble.tensor.activation_scheme import ActivationScheme
 from subnibble.tensor.packed import PackedRange, QuantizedMatrix
@@ -103,9 +103,9 @@ def dense_copy(source: Path, packed: torch.nn.Module) -> torch.nn.Module:
             stored[f"{path}.weight"] = module.packed.dequantize()
         elif isinstance(module, TiedHead):
             stored[f"{path}.weight"] = module._embedding[0].packed.dequantize()
-        elif isinstance(module, InputMix):
+        elif isinstance(module, HeadInputMatrix):
             head = dense.get_submodule(path.rpartition(".")[0])
-            head.register_forward_pre_hook(lambda _, args, mix=module: (mix(args[0]),))
+            head.register_forward_pre_hook(lambda _, args, matrix=module: (matrix(args[0]),))
     for path, spec in packed_config_of(packed.config).modules.items():
         if isinstance(spec, NormBiasSpec):
             add_output_bias_(dense.get_submodule(path), torch.empty(spec.rows))

@@ -25,7 +25,7 @@ from packed_config_samples import (
 
 from subnibble.checkpoint.manifest import PackedConfig, packed_config_of, stored_shapes
 from subnibble.checkpoint.module_specs import (
-    InputMixSpec,
+    HeadInputSpec,
     NormBiasSpec,
     PackedEmbeddingSpec,
     PackedLinearSpec,
@@ -232,7 +232,7 @@ def test_a_transformers_config_is_packed_only_if_it_says_so() -> None:
 
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=5).map(tuple))
 def test_a_matrix_in_front_of_the_head_survives_json(widths) -> None:
-    config = PackedConfig({**CONFIG.modules, f"{HEAD}.mix": InputMixSpec(widths)})
+    config = PackedConfig({**CONFIG.modules, f"{HEAD}.mix": HeadInputSpec(widths)})
     values = through_json(config)
     assert PackedConfig.from_dict(values) == config
     assert stored_shapes(config)[f"{HEAD}.mix.matrix"] == (sum(widths), max(widths))

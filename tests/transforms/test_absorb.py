@@ -19,7 +19,7 @@ from subnibble import Recipe
 from subnibble.arch.llama import ATTENTION_IN, ATTENTION_OUT, MLP_HIDDEN, MLP_IN
 from subnibble.arch.site import Heads, Site
 from subnibble.checkpoint.manifest import PackedConfig
-from subnibble.checkpoint.module_specs import InputMixSpec
+from subnibble.checkpoint.module_specs import HeadInputSpec
 from subnibble.pipeline import round as rounding
 from subnibble.pipeline import store
 from subnibble.rounding.dual_scale import DualScale
@@ -402,7 +402,7 @@ def test_an_absorbed_checkpoint_is_the_explicit_one_with_the_same_codes(
 def without_mix(folder: Path) -> dict[str, Any]:
     """What config.json would say without what stands in front of a rotated model's tied head."""
     config = PackedConfig.from_dict(json.loads((folder / "config.json").read_text())["quantization_config"])
-    modules = {path: entry for path, entry in config.modules.items() if not isinstance(entry, InputMixSpec)}
+    modules = {path: entry for path, entry in config.modules.items() if not isinstance(entry, HeadInputSpec)}
     assert len(modules) == len(config.modules) - 1
     return PackedConfig(modules).to_dict()
 

@@ -416,7 +416,7 @@ def test_a_rotated_checkpoint_is_the_same_function(
 def test_planted_faults_of_a_tied_heads_matrix_move_the_logits(
     fault: str, rotation: str, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = Rotation.head_mix
+    right = Rotation.head_input
 
     def wrong(self: Rotation, gain: Tensor) -> tuple[Tensor, ...]:
         found = right(self, torch.ones_like(gain) if fault == "gain left out" else gain)
@@ -424,7 +424,7 @@ def test_planted_faults_of_a_tied_heads_matrix_move_the_logits(
             return tuple(torch.eye(block.shape[0]) for block in found)
         return found if fault == "gain left out" else (found[0].roll(1, 0), *found[1:])
 
-    monkeypatch.setattr(Rotation, "head_mix", wrong)
+    monkeypatch.setattr(Rotation, "head_input", wrong)
     states, logits = stored_departures("llama-tied", rotation, folders, tmp_path / "out")
     assert states < STORED
     assert logits > 3 * STORED

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from subnibble.checkpoint import json_forms as forms
 from subnibble.errors import CheckpointError
-from subnibble.runtime.modules import MIX
+from subnibble.runtime.modules import HEAD_INPUT
 from subnibble.tensor.activation_scheme import ActivationScheme
 from subnibble.tensor.cache_scheme import CacheScheme
 from subnibble.tensor.hadamard import hadamard_factors
@@ -326,8 +326,8 @@ class TiedHeadSpec(ModuleSpec):
 
 
 @dataclass(frozen=True)
-class InputMixSpec(ModuleSpec):
-    """A block-diagonal matrix that multiplies a head's input, at a path that ends in `MIX`. widths: of its blocks."""
+class HeadInputSpec(ModuleSpec):
+    """A block-diagonal matrix that multiplies a head's input. Its path ends in `HEAD_INPUT`. widths: of its blocks."""
 
     kind = "input_mix"
     tensors: ClassVar = {"matrix": Stored(torch.float32, lambda s: (sum(s.widths), max(s.widths)))}
@@ -338,15 +338,15 @@ class InputMixSpec(ModuleSpec):
             raise ValueError("an input_mix matrix has no blocks")
 
 
-def input_mix_state(path: str, blocks: tuple[Tensor, ...]) -> tuple[dict[str, Tensor], dict[str, Spec]]:
-    """Return the stored tensor, by name, and the spec, by path, of the `InputMix` of a head.
+def head_input_state(path: str, blocks: tuple[Tensor, ...]) -> tuple[dict[str, Tensor], dict[str, Spec]]:
+    """Return the stored tensor, by name, and the spec, by path, of the `HeadInputMatrix` of a head.
 
     path: of the head.
     blocks: square matrices on the diagonal, each (width, width).
     """
-    widths, where = tuple(block.shape[0] for block in blocks), f"{path}.{MIX}"
+    widths, where = tuple(block.shape[0] for block in blocks), f"{path}.{HEAD_INPUT}"
     rows = [torch.nn.functional.pad(block.float(), (0, max(widths) - block.shape[0])) for block in blocks]
-    return {f"{where}.matrix": torch.cat(rows)}, {where: InputMixSpec(widths)}
+    return {f"{where}.matrix": torch.cat(rows)}, {where: HeadInputSpec(widths)}
 
 
 @dataclass(frozen=True)
@@ -415,5 +415,5 @@ class KeyCenterSpec(ModuleSpec):
         return cls(center.shape[0], center.shape[1], *scheme.key_basis)
 
 
-Spec = PackedLinearSpec | PackedEmbeddingSpec | TiedHeadSpec | InputMixSpec | NormBiasSpec | PrefixSpec | KeyCenterSpec
+Spec = PackedLinearSpec | PackedEmbeddingSpec | TiedHeadSpec | HeadInputSpec | NormBiasSpec | PrefixSpec | KeyCenterSpec
 _KINDS: dict[str, type[Spec]] = {spec.kind: spec for spec in Spec.__args__}

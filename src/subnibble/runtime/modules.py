@@ -19,8 +19,8 @@ from subnibble.runtime.site_memo import SiteMemo
 from subnibble.tensor.linear import Linear, PackedWeight, SiteInput
 from subnibble.tensor.packed import PackedLayout, PackedTensor
 
-# Name of the submodule in which a head holds its `InputMix`.
-MIX = "mix"
+# Name of the submodule in which a head holds its `HeadInputMatrix`.
+HEAD_INPUT = "mix"
 
 
 class StoredModule(nn.Module):
@@ -87,7 +87,7 @@ class KeyCenter(StoredModule):
         return f"{tuple(self.mean.shape)}, rope={self.rope}, key_rotation={self.key_rotation}"
 
 
-class InputMix(StoredModule):
+class HeadInputMatrix(StoredModule):
     """A block-diagonal matrix M (d, d) that multiplies a head's input before the head's own table multiplies it.
 
     matrix: (d, widest block) float32; row i is row i of M, cut to the columns of its block and padded with zeros.
@@ -281,18 +281,20 @@ def add_output_bias_(module: nn.Module, bias: Tensor) -> None:
     module.register_forward_hook(_add_bias)
 
 
-def add_input_mix_(head: nn.Module, mix: InputMix) -> None:
-    """Multiply a head's input by `mix` before the head reads it; stored as the head's submodule `MIX`."""
-    head.add_module(MIX, mix)
-    head.register_forward_pre_hook(_mix_input, with_kwargs=True)
+def add_head_input_(head: nn.Module, matrix: HeadInputMatrix) -> None:
+    """Multiply a head's input by `matrix` before the head reads it; stored as the head's submodule `HEAD_INPUT`."""
+    head.add_module(HEAD_INPUT, matrix)
+    head.register_forward_pre_hook(_transform_head_input, with_kwargs=True)
 
 
-def _mix_input(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    mix = module.get_submodule(MIX)
+def _transform_head_input(
+    module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    matrix = module.get_submodule(HEAD_INPUT)
     if args:
-        return (mix(args[0]), *args[1:]), named
+        return (matrix(args[0]), *args[1:]), named
     name, x = next(iter(named.items()))
-    return args, {**named, name: mix(x)}
+    return args, {**named, name: matrix(x)}
 
 
 def remove_output_bias_(module: nn.Module) -> None:

@@ -49,7 +49,7 @@ class ResidualEdit(Protocol):
     def head(self, weight: Tensor, gain: Tensor) -> Tensor:
         """The table (n, d) of a head that is not tied, edited. gain: (d,), the final norm's, before the edit."""
 
-    def head_mix(self, gain: Tensor) -> tuple[Tensor, ...]:
+    def head_input(self, gain: Tensor) -> tuple[Tensor, ...]:
         """Blocks of the matrix M that multiplies a tied head's input: square, float32; () for none.
 
         gain: (d,), the final norm's, before the edit.
@@ -81,7 +81,7 @@ class Rotation:
         """W diag(gain) Q (n, d) for the head's table W, float32."""
         return self.columns(weight.float() * gain.float())
 
-    def head_mix(self, gain: Tensor) -> tuple[Tensor, ...]:
+    def head_input(self, gain: Tensor) -> tuple[Tensor, ...]:
         """The blocks of M = Qᵀ diag(gain) Q, float32."""
         widths = [block.shape[0] for block in self.blocks]
         pairs = zip(self.blocks, gain.double().split(widths), strict=True)
