@@ -131,9 +131,9 @@ def codes_of(case: Case, inputs: Inputs) -> dict[str, Any]:
     if quantized.zeros is not None:
         # -0 and 0 are one.
         found["zeros"] = (quantized.zeros + 0.0).tolist()
-    if quantized.columns is not None:
+    if quantized.column_scales is not None:
         # Of what absorbs them, or as they are stored.
-        found["columns"] = quantized.columns.half().tolist()
+        found["columns"] = quantized.column_scales.half().tolist()
     return found
 
 

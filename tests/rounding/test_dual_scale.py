@@ -109,7 +109,7 @@ def test_row_scales_alone_lie_between_the_clip_search_and_the_dual_scale(zero_po
     for fitter in (grid.Clip(), RowScale(), DualScale()):
         fitted = fitter.fit(w, scheme, None)
         losses.append(float((fitted.decode(fitted.encode(w)) - w).square().sum()))
-    assert RowScale().fit(w, scheme, None).columns is None
+    assert RowScale().fit(w, scheme, None).column_scales is None
     assert losses[2] < 0.95 * losses[1]
     assert losses[1] <= losses[0] * 1.001
 

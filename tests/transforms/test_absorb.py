@@ -69,7 +69,7 @@ def magnitudes(tensor: PackedTensor) -> Tensor:
     for part in tensor.ranges:
         if part.scheme.grid == "sign":
             sums = part.scales.double().unflatten(1, (-1, part.scheme.bits)).sum(-1)
-            bounds = part.scheme.group_bounds(part.columns)
+            bounds = part.scheme.group_bounds(part.num_columns)
             widths = torch.tensor([stop - start for start, stop in bounds])
             parts.append(sums.repeat_interleave(widths, dim=1))
         else:
@@ -347,8 +347,8 @@ def run(source: Path, tokens: Path, out: Path, absorb: Any = absorb_, allowed: A
 
     def rounded(self: DualScale, group: Tensor, scheme: Scheme, weights: Tensor | None, index: int) -> Fitted:
         found = fit(self, group, scheme, weights, index)
-        assert found.columns is not None
-        return replace(found, columns=found.columns.half().float())
+        assert found.column_scales is not None
+        return replace(found, column_scales=found.column_scales.half().float())
 
     recipe = Recipe(
         method="d2quant", bits=3, group_size=16, calibration=str(tokens), num_windows=2, window=32,

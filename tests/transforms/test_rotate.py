@@ -113,10 +113,10 @@ def test_rows_and_columns_are_products_with_the_matrix_in_float64() -> None:
     assert rotation is not None
     q, generator = whole(rotation), torch.Generator().manual_seed(1)
     wide, tall, vector = (torch.randn(size, generator=generator) for size in ((7, 48), (48, 5), (48,)))
-    assert torch.equal(rotation.columns(wide), (wide.double() @ q).float())
-    assert torch.equal(rotation.rows(tall), (q.T @ tall.double()).float())
-    assert torch.equal(rotation.rows(vector), (q.T @ vector.double()).float())
-    assert rotation.columns(wide.bfloat16()).dtype == torch.bfloat16
+    assert torch.equal(rotation.rotate_columns(wide), (wide.double() @ q).float())
+    assert torch.equal(rotation.rotate_rows(tall), (q.T @ tall.double()).float())
+    assert torch.equal(rotation.rotate_rows(vector), (q.T @ vector.double()).float())
+    assert rotation.rotate_columns(wide.bfloat16()).dtype == torch.bfloat16
     # Q is not its own inverse, so that a transpose too many shows.
     assert float((q - q.T).abs().max()) > 0.1
 
@@ -125,12 +125,12 @@ def test_a_table_is_turned_a_few_rows_at_a_time(monkeypatch: pytest.MonkeyPatch)
     rotation = make_rotation("groups", 48, Scheme(4, 32), 3, CPU)
     assert rotation is not None
     table = torch.randn(7, 48, generator=torch.Generator().manual_seed(1))
-    at_once = rotation.columns(table)
+    at_once = rotation.rotate_columns(table)
     monkeypatch.setattr(rotate, "_ROWS", 3)
     made: list[int] = []
     double = Tensor.double
     monkeypatch.setattr(Tensor, "double", lambda part: made.append(part.shape[0]) or double(part))
-    assert torch.equal(rotation.columns(table), at_once)
+    assert torch.equal(rotation.rotate_columns(table), at_once)
     assert sorted(set(made)) == [1, 3]
 
 
@@ -349,7 +349,7 @@ def one_sign_of_the_last_block_wrong(model: Any, rotation: Rotation) -> Any:
     last = rotation.blocks[-1].clone()
     last[:, 3] *= -1
     rotated = rotated_model(model, rotation)
-    rows = Rotation((*rotation.blocks[:-1], last)).rows(model.model.layers[1].self_attn.o_proj.weight)
+    rows = Rotation((*rotation.blocks[:-1], last)).rotate_rows(model.model.layers[1].self_attn.o_proj.weight)
     rotated.model.layers[1].self_attn.o_proj.weight.copy_(rows)
     return rotated
 
@@ -453,6 +453,6 @@ def test_signs_come_before_mixing(name: str) -> None:
     w = torch.randn(8, 128, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     for rotation in rotations:
         assert rotation is not None
-        assert float(rotation.columns(constant).abs().max()) < 4
-    one, other = (rotation.columns(w).abs() for rotation in rotations if rotation is not None)
+        assert float(rotation.rotate_columns(constant).abs().max()) < 4
+    one, other = (rotation.rotate_columns(w).abs() for rotation in rotations if rotation is not None)
     assert float((one - other).abs().max()) > 0.5

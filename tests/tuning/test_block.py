@@ -179,7 +179,7 @@ def test_learned_grids_round_as_the_tuned_block_does(correction: Correction, fol
     trained = case.of(tuned)
     for site in case.block.arch.sites:
         natural = torch.cat([case.block.linear(name).weight for name in site.readers])
-        weight = case.context.bases[site.name].columns(natural)
+        weight = case.context.bases[site.name].to_basis(natural)
         main, rounder = weight.clone(), RTN(tuned.grids(site.readers))
         if isinstance(correction, OutlierColumns):
             main = main[:, :-8]

@@ -70,7 +70,7 @@ class OutlierColumns(Correction):
 
     def planned(self, spec: PackedLinearSpec, weight: Scheme) -> PackedLinearSpec:
         """The spec with the last columns in 8 bits, from shapes alone; see `Correction`."""
-        ranges = (spec.layout.columns - self.count, weight), (self.count, self.scheme(weight))
+        ranges = (spec.layout.num_columns - self.count, weight), (self.count, self.scheme(weight))
         return replace(spec, layout=PackedLayout(spec.layout.rows, ranges))
 
     def round(self, weight: Tensor, gram: Tensor | None, scheme: Scheme, round_main: RoundMain) -> Rounded:

@@ -118,7 +118,7 @@ def replace_module(model: Any, path: str, module: nn.Module, spec: Any, dtype: t
     Raises `CheckpointError` if `spec` does not fit the model.
     """
     if isinstance(spec, PackedLinearSpec | PackedEmbeddingSpec):
-        packed_shape = (spec.layout.rows, spec.layout.columns)
+        packed_shape = (spec.layout.rows, spec.layout.num_columns)
         model_shape = tuple(getattr(module, "weight", torch.empty(0)).shape)
         if packed_shape != model_shape:
             raise CheckpointError(

@@ -151,7 +151,7 @@ class PackedModule(StoredModule):
     def extra_repr(self) -> str:
         """Shape and schemes, for printing."""
         schemes = "+".join(scheme.name for _, scheme in self.layout.ranges)
-        return f"{self.layout.columns} -> {self.layout.rows}, {schemes}"
+        return f"{self.layout.num_columns} -> {self.layout.rows}, {schemes}"
 
 
 class PackedLinear(PackedModule):
@@ -164,7 +164,7 @@ class PackedLinear(PackedModule):
         # Another linear, if it stores the input's steps for this one. In a tuple, so that it is not registered, saved
         # and counted twice.
         self._input: tuple[PackedLinear, ...] = ()
-        self.in_features, self.out_features = self.layout.columns, self.layout.rows
+        self.in_features, self.out_features = self.layout.num_columns, self.layout.rows
         site, bias = linear.input, linear.weight.bias
         self.blocks, self.activation, self.requantized = site.blocks, site.activation, site.requantized
         self.column_scale: Tensor | None
@@ -231,7 +231,7 @@ class PackedEmbedding(PackedModule):
 
     def __init__(self, weight: PackedTensor, dtype: torch.dtype) -> None:
         super().__init__(weight)
-        self.num_embeddings, self.embedding_dim = self.layout.rows, self.layout.columns
+        self.num_embeddings, self.embedding_dim = self.layout.rows, self.layout.num_columns
         self.dtype = dtype
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -253,7 +253,7 @@ class TiedHead(nn.Module):
         super().__init__()
         # In a tuple, so that the table is not registered, saved and counted twice.
         self._embedding = (embedding,)
-        self.in_features, self.out_features = embedding.layout.columns, embedding.layout.rows
+        self.in_features, self.out_features = embedding.layout.num_columns, embedding.layout.rows
 
     def __getattr__(self, name: str) -> Any:
         """Look up as `PackedModule` does: `weight` raises `NoWeight`."""

@@ -159,7 +159,7 @@ class TunedLinear(nn.Module):
         self.low_rank: Compensation | None = None
         if self._scheme is None:
             return
-        main, _ = self._split(entrance.basis.columns(linear.weight.detach()))
+        main, _ = self._split(entrance.basis.to_basis(linear.weight.detach()))
         self.clipping = Clipping(main, self._scheme, context.clip)
         if tuning.low_rank != "none":
             rows, columns = linear.weight.shape
@@ -191,7 +191,7 @@ class TunedLinear(nn.Module):
             weight = weight * self.factors(smoothing)
         if self.low_rank is not None:
             weight = weight + self.low_rank.product()
-        return self._entrance[0].basis.columns(weight)
+        return self._entrance[0].basis.to_basis(weight)
 
     def _rounded(self) -> Tensor:
         """The weight that `enter`'s result is multiplied by: (m, k), or (m, k + repeated) with the second weight."""
