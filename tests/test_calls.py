@@ -64,9 +64,9 @@ WRONG = [
 def test_an_argument_of_another_kind_is_refused_by_name_with_what_to_give(
     call: str, name: str, value: Any, folders: dict[str, Path], packed: dict[str, Path], tmp_path: Path
 ) -> None:
-    given = arguments(call, folders, packed, tmp_path)
+    call_arguments = arguments(call, folders, packed, tmp_path)
     with pytest.raises(BadArgument, match="; give ") as caught:
-        CALLS[call](**given | {name: value})
+        CALLS[call](**call_arguments | {name: value})
     assert isinstance(caught.value, TypeError)
     assert name.removesuffix("s") in str(caught.value)
     assert not (tmp_path / "out").exists()
@@ -82,12 +82,12 @@ def test_a_loaded_model_is_refused_with_where_it_came_from(
     call: str, name: str, folders: dict[str, Path], packed: dict[str, Path], tmp_path: Path
 ) -> None:
     model = random_model("llama")
-    given = arguments(call, folders, packed, tmp_path) | {name: model}
+    call_arguments = arguments(call, folders, packed, tmp_path) | {name: model}
     with pytest.raises(BadArgument, match=r"a loaded LlamaForCausalLM; give .*save_pretrained"):
-        CALLS[call](**given)
+        CALLS[call](**call_arguments)
     model.config.name_or_path = "here/it/is"
     with pytest.raises(BadArgument, match=r"loaded from \(here/it/is\), or"):
-        CALLS[call](**given)
+        CALLS[call](**call_arguments)
 
 
 def test_every_public_call_is_tried() -> None:
@@ -106,9 +106,9 @@ def test_a_recipe_may_be_a_table_or_a_file(folders: dict[str, Path], tmp_path: P
     file = tmp_path / "recipe.toml"
     file.write_text(recipe.to_toml())
     expected = subnibble.estimate(folders["llama"], recipe).file_bytes
-    for given in (RTN, file, str(file), PurePosixPath(file)):
-        assert Recipe.of(given) == recipe
-        assert subnibble.estimate(folders["llama"], given).file_bytes == expected
+    for recipe_argument in (RTN, file, str(file), PurePosixPath(file)):
+        assert Recipe.of(recipe_argument) == recipe
+        assert subnibble.estimate(folders["llama"], recipe_argument).file_bytes == expected
     subnibble.quantize(folders["llama"], str(tmp_path / "out"), RTN)
     assert Recipe.from_toml(tmp_path / "out" / "recipe.toml").method == "rtn"
     with pytest.raises(BadRecipe, match="unknown recipe key 'bit'"):

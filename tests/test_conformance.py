@@ -26,7 +26,7 @@ from subnibble.report import Report
 from subnibble.rounding.error import relative_errors
 from subnibble.runtime import activations
 from subnibble.runtime.integer import multiply_add_
-from subnibble.runtime.modules import InputMix, PackedEmbedding, PackedLinear, TiedHead, add_output_bias_
+from subnibble.runtime.modules import HeadInputMatrix, PackedEmbedding, PackedLinear, TiedHead, add_output_bias_
 from subnibble.tensor import hadamard
 from subnibble.tensor.activation_scheme import ActivationScheme
 from subnibble.tensor.packed import PackedRange, QuantizedMatrix
@@ -87,32 +87,32 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
         return model(ids).logits
 
 
-def dense_twin(source: Path, packed: torch.nn.Module) -> torch.nn.Module:
+def dense_copy(source: Path, packed: torch.nn.Module) -> torch.nn.Module:
     """The original model, holding everything that the packed one stores, its packed matrices dense."""
     config = AutoConfig.from_pretrained(source)
     config.tie_word_embeddings = False
-    twin = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    dense = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     stored = dict(packed.named_parameters(remove_duplicate=False))
     for path, module in packed.named_modules():
         if isinstance(module, PackedLinear):
             stored[f"{path}.weight"] = module.packed.dequantize()
             if module.column_scale is not None:
                 scale = module.column_scale.float()
-                twin.get_submodule(path).register_forward_pre_hook(lambda _, args, scale=scale: args[0] * scale)
+                dense.get_submodule(path).register_forward_pre_hook(lambda _, args, scale=scale: args[0] * scale)
         elif isinstance(module, PackedEmbedding):
             stored[f"{path}.weight"] = module.packed.dequantize()
         elif isinstance(module, TiedHead):
             stored[f"{path}.weight"] = module._embedding[0].packed.dequantize()
-        elif isinstance(module, InputMix):
-            head = twin.get_submodule(path.rpartition(".")[0])
-            head.register_forward_pre_hook(lambda _, args, mix=module: (mix(args[0]),))
+        elif isinstance(module, HeadInputMatrix):
+            head = dense.get_submodule(path.rpartition(".")[0])
+            head.register_forward_pre_hook(lambda _, args, matrix=module: (matrix(args[0]),))
     for path, spec in packed_config_of(packed.config).modules.items():
         if isinstance(spec, NormBiasSpec):
-            add_output_bias_(twin.get_submodule(path), torch.empty(spec.rows))
-    assert set(stored) == set(dict(twin.named_parameters()))
-    for name, parameter in twin.named_parameters():
+            add_output_bias_(dense.get_submodule(path), torch.empty(spec.rows))
+    assert set(stored) == set(dict(dense.named_parameters()))
+    for name, parameter in dense.named_parameters():
         parameter.data = stored[name].data
-    return twin
+    return dense
 
 
 def check_quantized_linears(model: torch.nn.Module) -> None:
@@ -229,7 +229,7 @@ def check_method(method: str, source: Path, tokens: Path, out: Path, settings: d
     model = AutoModelForCausalLM.from_pretrained(out / "a", dtype=torch.float32)
     assert {p for p, m in packed_modules(model).items() if isinstance(m, PackedLinear)} >= set(linears)
     if recipe.activation is None:
-        assert torch.equal(logits(model), logits(dense_twin(source, model)))
+        assert torch.equal(logits(model), logits(dense_copy(source, model)))
     else:
         check_quantized_linears(model)
     check_reported(report, source, model)

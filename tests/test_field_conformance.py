@@ -231,9 +231,9 @@ def test_a_field_is_what_it_was_asked_to_be_once_written_and_runs(
 def test_a_calibration_of_every_kind_runs(
     calibration: str, small: Path, token_file: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    given = {"ids": str(token_file), "text": str(text_file), "none": None}[calibration]
-    go_through(small, tmp_path / "out", text_file, Recipe(**{**BASE, "calibration": given}))
-    assert written(Recipe, "calibration", tmp_path / "out") == [given]
+    calibration_setting = {"ids": str(token_file), "text": str(text_file), "none": None}[calibration]
+    go_through(small, tmp_path / "out", text_file, Recipe(**{**BASE, "calibration": calibration_setting}))
+    assert written(Recipe, "calibration", tmp_path / "out") == [calibration_setting]
 
 
 # What two fields, or groups of them, do to each other: the keys of each of their values.

@@ -111,7 +111,7 @@ def test_the_command_says_which_preset_bits_mean_and_writes_its_recipe(
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("options", "message"),
     [
         (("--preset", "w3", "--method", "gptq"), "give it without --method"),
         (("--preset", "w9"), "preset is 'w9'"),
@@ -119,9 +119,9 @@ def test_the_command_says_which_preset_bits_mean_and_writes_its_recipe(
     ],
 )
 def test_what_a_command_line_cannot_mean_is_refused(
-    given: tuple, message: str, run: Run, folders: dict[str, Path], tmp_path: Path
+    options: tuple, message: str, run: Run, folders: dict[str, Path], tmp_path: Path
 ) -> None:
     for command in (("quantize", folders["llama"], tmp_path / "out"), ("estimate", folders["llama"])):
-        code, _, err = run(*command, *given)
+        code, _, err = run(*command, *options)
         assert code == 2
         assert message in err

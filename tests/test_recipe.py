@@ -447,7 +447,7 @@ def test_d2quant_on_a_uniform_grid_is_version_p_everywhere() -> None:
             scheme = Recipe(bits=bits, group_size=16, grid="uniform").scheme_of(DOWN, partial(steps.prefers, site))
             assert scheme == Scheme(bits, 16)
             fitted = steps.rounder_of(site).fitter.fit(weight, scheme, None)
-            assert (fitted.columns is not None) == (site == "mlp_hidden")
+            assert (fitted.column_scales is not None) == (site == "mlp_hidden")
             assert fitted.levels.scales.shape == (6, 1)
 
 

@@ -136,7 +136,7 @@ def test_a_norm_that_adds_no_bias_is_noticed(part: str, shifted: Path) -> None:
 
 def test_a_head_that_meets_no_matrix_is_noticed(shifted: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(shifted)
-    forget_hooks(model.lm_head, lambda hook: hook.__name__ == "_mix_input")
+    forget_hooks(model.lm_head, lambda hook: hook.__name__ == "_transform_head_input")
     with pytest.raises(SilentFailure, match=r"lm_head\.mix"):
         model(IDS)
 
@@ -249,7 +249,7 @@ def test_a_tuned_copy_that_learns_nothing_is_noticed(
         quantized(folders["llama"], token_file, tmp_path / "out", "omniquant", activation_bits=4)
 
 
-@pytest.mark.parametrize(("hook", "part"), [("_add_bias", "norm"), ("_mix_input", r"lm_head\.mix")])
+@pytest.mark.parametrize(("hook", "part"), [("_add_bias", "norm"), ("_transform_head_input", r"lm_head\.mix")])
 def test_what_is_not_learned_and_never_runs_while_distilling_is_noticed(
     hook: str,
     part: str,

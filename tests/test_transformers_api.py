@@ -81,7 +81,7 @@ def test_a_cache_of_another_name_is_an_error_that_names_the_release() -> None:
 
 
 class _Cache(BlockCache):
-    def see(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def attended(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return keys, values
 
 
@@ -115,11 +115,11 @@ def test_a_decoder_that_skips_its_blocks_is_an_error() -> None:
     model = random_model("llama").model
     kept = model.forward
     hidden = torch.zeros(1, 4, 48)
-    assert len(record_block_calls(model, "layers", "norm", hidden, past=2)) == 3
+    assert len(record_block_calls(model, "layers", "norm", hidden, prefix_length=2)) == 3
     model.config.num_hidden_layers = 2
     try:
         with pytest.raises(SilentFailure, match="block 2 was never called"):
-            record_block_calls(model, "layers", "norm", hidden, past=0)
+            record_block_calls(model, "layers", "norm", hidden, prefix_length=0)
     finally:
         model.config.num_hidden_layers = 3
     assert model.forward == kept

@@ -5,8 +5,8 @@ from __future__ import annotations
 import psutil
 import torch
 
+from subnibble.arguments import plain
 from subnibble.errors import BadRecipe
-from subnibble.given import plain
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 AUTO = "auto"

@@ -23,7 +23,7 @@ def silent(done: int, total: int, doing: str) -> None:
     """A `Progress` that does nothing."""
 
 
-def given_progress(progress: Any) -> Progress:
+def as_progress(progress: Any) -> Progress:
     """The caller's progress callback, or `silent` for None; `BadArgument` if it is not callable."""
     if progress is None:
         return silent

@@ -11,10 +11,10 @@ from typing import Any, Self
 
 import tomli_w
 
+from subnibble.arguments import as_path, check_types, described, plain
 from subnibble.device import AUTO, DTYPES
 from subnibble.distill.settings import Distillation
 from subnibble.errors import BadArgument, BadRecipe
-from subnibble.given import check_types, described, given_path, plain
 from subnibble.tensor.activation_scheme import ActivationScheme
 from subnibble.tensor.cache_scheme import PLAIN_CACHE, CacheScheme
 from subnibble.tensor.scheme import E8M0, WHOLE_CHANNEL, Scheme
@@ -239,7 +239,7 @@ class Recipe:
         if isinstance(recipe, Mapping):
             return cls.from_dict(recipe)
         hint = 'a Recipe, as Recipe(method="gptq", bits=4) or preset("w3"), a dictionary of its keys, or a TOML file'
-        file = given_path(recipe, "recipe", hint)
+        file = as_path(recipe, "recipe", hint)
         if not file.is_file():
             raise BadRecipe(f"recipe is {str(recipe)!r}, which is not a file; give {hint}")
         return cls.from_toml(file)
@@ -262,7 +262,7 @@ class Recipe:
     @classmethod
     def from_toml(cls, path: str | Path) -> Self:
         """Read a recipe from a TOML file."""
-        path = given_path(path, "the recipe file", "the name of a TOML file")
+        path = as_path(path, "the recipe file", "the name of a TOML file")
         return cls.from_text(read_text_file(path, BadRecipe), str(path))
 
     @classmethod

@@ -11,8 +11,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from subnibble.arguments import described
 from subnibble.errors import BadArgument, CheckpointError, SubnibbleError
-from subnibble.given import described
 
 # UTF-32 before UTF-16: the UTF-32-LE mark begins with the UTF-16-LE mark.
 _MARKS = (

@@ -175,8 +175,8 @@ def test_it_is_stored_and_saved_again(folder: Path, token_file: Path, tmp_path: 
     assert packed_config_of(again.config) == packed_config_of(model.config)
     assert torch.equal(logits(again, ids), target)
     # The recipe beside it makes the same bytes.
-    twin = quantize(folder, tmp_path / "twin", Recipe.from_toml(tmp_path / "out" / "recipe.toml"))
-    assert twin.weights_sha256 == report.weights_sha256
+    again = quantize(folder, tmp_path / "again", Recipe.from_toml(tmp_path / "out" / "recipe.toml"))
+    assert again.weights_sha256 == report.weights_sha256
     detach_cache_(model)
     model.save_pretrained(tmp_path / "plain")
     assert attached_cache(load(tmp_path / "plain")) is None

@@ -24,7 +24,7 @@ from subnibble.tensor.packed import PackedLayout, PackedTensor, pack_codes, scal
 from subnibble.tensor.scheme import Scheme
 
 DOC = (Path(__file__).parents[2] / "docs" / "format.md").read_text(encoding="utf-8")
-CONFIG, VECTORS, WITH_TERMS, TOKENS, LINEAR, WITH_CACHE, ROWS, WITH_CENTER, WITH_MIX = (
+CONFIG, VECTORS, WITH_TERMS, TOKENS, LINEAR, WITH_CACHE, ROWS, WITH_CENTER, WITH_HEAD_INPUT = (
     json.loads(block) for block in re.findall(r"```json\n(.*?)```", DOC, re.DOTALL)
 )
 DOWN = "model.layers.0.mlp.down_proj"
@@ -58,7 +58,7 @@ def test_the_examples_are_found() -> None:
     assert len(E2M1_ROWS) == 2
     assert {token["activation"].get("outliers", 0) > 0 for token in TOKENS} == {False, True}
     assert len(KRONECKER) == 6
-    assert stored_shapes(PackedConfig.from_dict(WITH_MIX))["lm_head.mix.matrix"] == (40, 16)
+    assert stored_shapes(PackedConfig.from_dict(WITH_HEAD_INPUT))["lm_head.mix.matrix"] == (40, 16)
     assert {spec["kind"] for spec in WITH_TERMS["modules"].values()} == {"linear"}
     kinds = {spec["kind"] for spec in CONFIG["modules"].values()}
     assert kinds == {"linear", "embedding", "tied_head", "norm_bias"}
@@ -86,8 +86,8 @@ def test_stored_rows_have_the_documented_weights(vector) -> None:
 
 @pytest.mark.parametrize(
     "config",
-    [CONFIG, WITH_TERMS, WITH_CACHE, WITH_CENTER, WITH_MIX],
-    ids=["linears", "terms", "cache", "center", "mix"],
+    [CONFIG, WITH_TERMS, WITH_CACHE, WITH_CENTER, WITH_HEAD_INPUT],
+    ids=["linears", "terms", "cache", "center", "head input"],
 )
 def test_the_documented_config_is_read_and_written_back_the_same(config) -> None:
     assert PackedConfig.from_dict(config).to_dict() == config

@@ -38,9 +38,9 @@ def parts(tmp_path: Path) -> list[Path]:
     return files
 
 
-@pytest.mark.parametrize("given", [0, 1])
-def test_all_parts_are_read_whichever_is_given(given: int, parts: list[Path]) -> None:
-    source = open_source(parts[given])
+@pytest.mark.parametrize("index", [0, 1])
+def test_all_parts_are_read_whichever_is_given(index: int, parts: list[Path]) -> None:
+    source = open_source(parts[index])
     assert source.path == parts[0]
     assert source.file_bytes() == sum(part.stat().st_size for part in parts)
     read = load_model(source, "float32", "cpu")

@@ -25,7 +25,7 @@ from packed_config_samples import (
 
 from subnibble.checkpoint.manifest import PackedConfig, packed_config_of, stored_shapes
 from subnibble.checkpoint.module_specs import (
-    InputMixSpec,
+    HeadInputSpec,
     NormBiasSpec,
     PackedEmbeddingSpec,
     PackedLinearSpec,
@@ -62,10 +62,10 @@ activations = st.one_of(
 def composed(draw) -> PackedLinearSpec:
     """A linear with any terms that fit it, or none."""
     layout, rank = draw(layouts), draw(st.integers(1, 9))
-    few = st.tuples(st.integers(1, layout.columns), schemes).map(lambda part: (part,))
+    few = st.tuples(st.integers(1, layout.num_columns), schemes).map(lambda part: (part,))
     salient = draw(st.one_of(st.none(), few.map(lambda part: PackedLayout(layout.rows, part))))
     low_rank = (
-        PackedLayout(rank, ((layout.columns, draw(schemes)),)),
+        PackedLayout(rank, ((layout.num_columns, draw(schemes)),)),
         PackedLayout(layout.rows, ((rank, draw(schemes)),)),
     )
     return PackedLinearSpec(
@@ -73,10 +73,10 @@ def composed(draw) -> PackedLinearSpec:
         draw(st.booleans()),
         draw(st.booleans()),
         draw(st.booleans()),
-        draw(st.sampled_from([(), hadamard_blocks(layout.columns), (1,) * layout.columns])),
+        draw(st.sampled_from([(), hadamard_blocks(layout.num_columns), (1,) * layout.num_columns])),
         draw(st.one_of(st.none(), activations)),
         salient,
-        draw(st.sampled_from([0, salient.columns])) if salient is not None else 0,
+        draw(st.sampled_from([0, salient.num_columns])) if salient is not None else 0,
         draw(st.sampled_from([None, low_rank])),
     )
 
@@ -232,7 +232,7 @@ def test_a_transformers_config_is_packed_only_if_it_says_so() -> None:
 
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=5).map(tuple))
 def test_a_matrix_in_front_of_the_head_survives_json(widths) -> None:
-    config = PackedConfig({**CONFIG.modules, f"{HEAD}.mix": InputMixSpec(widths)})
+    config = PackedConfig({**CONFIG.modules, f"{HEAD}.mix": HeadInputSpec(widths)})
     values = through_json(config)
     assert PackedConfig.from_dict(values) == config
     assert stored_shapes(config)[f"{HEAD}.mix.matrix"] == (sum(widths), max(widths))

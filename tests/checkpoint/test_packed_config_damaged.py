@@ -7,7 +7,7 @@ import pytest
 from packed_config_samples import COMPOSED, CONFIG, DOWN, HEAD, NORM, SCALED, TABLE, Q, through_json
 
 from subnibble.checkpoint.manifest import PackedConfig
-from subnibble.checkpoint.module_specs import InputMixSpec
+from subnibble.checkpoint.module_specs import HeadInputSpec
 from subnibble.errors import CheckpointError
 
 
@@ -198,7 +198,7 @@ def test_a_damaged_activation_scheme_is_an_error(broken) -> None:
 
 @pytest.mark.parametrize("widths", [[], [0], [16, -1], [1.0], "16", 16, None])
 def test_damaged_widths_of_such_a_matrix_are_refused(widths) -> None:
-    values = through_json(PackedConfig({f"{HEAD}.mix": InputMixSpec((16,))}))
+    values = through_json(PackedConfig({f"{HEAD}.mix": HeadInputSpec((16,))}))
     values["modules"][f"{HEAD}.mix"]["widths"] = widths
     with pytest.raises(CheckpointError, match="mine is damaged"):
         PackedConfig.from_dict(values, "mine")

@@ -92,7 +92,7 @@ def test_the_hub_gives_what_goes_with_a_model_and_no_other_folders(
 
     asked: dict[str, Any] = {}
     monkeypatch.setattr(
-        huggingface_hub, "snapshot_download", lambda repo, **given: asked.update(given) or str(tmp_path)
+        huggingface_hub, "snapshot_download", lambda repo, **kwargs: asked.update(kwargs) or str(tmp_path)
     )
     download("owner/name")
     wanted = [

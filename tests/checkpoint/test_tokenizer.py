@@ -213,8 +213,8 @@ def test_a_bos_beyond_the_models_table_is_refused(folder: Path, text_file: Path,
 
 def test_half_a_character_on_the_command_line_is_refused(folder: Path, tmp_path: Path, run: Run) -> None:
     for option in ("--prompt", "--system-prompt"):
-        given = {"--prompt": "w1", option: "w1 \udcff"}
-        words = [word for pair in given.items() for word in pair]
+        options = {"--prompt": "w1", option: "w1 \udcff"}
+        words = [word for pair in options.items() for word in pair]
         code, _, err = run("generate", folder, *words)
         assert code == 2
         assert "half of a surrogate pair" in err

@@ -75,19 +75,19 @@ def test_what_is_planned_is_what_is_made(correction: Correction) -> None:
 
 @every_correction
 def test_what_tuning_rounds_is_what_rounding_to_nearest_makes(correction: Correction) -> None:
-    """`second` and `last`, by which blocks are tuned, are the parts that end up stored."""
+    """`salient_weight` and `outlier_weight`, by which blocks are tuned, are the parts that end up stored."""
     w = weight()
     _, packed, salient = round_stack(stack(correction), w, Observed(), RTN(), correction)
-    second, last = correction.second(w, SCHEME), correction.last(w, SCHEME)
+    salient_weight, outlier_weight = correction.salient_weight(w, SCHEME), correction.outlier_weight(w, SCHEME)
     if salient is not None:
-        assert second is not None
-        assert torch.equal(second, salient.dequantize())
+        assert salient_weight is not None
+        assert torch.equal(salient_weight, salient.dequantize())
     if correction.outliers:
-        assert last is not None
-        assert torch.equal(last, packed.dequantize()[:, -correction.outliers :])
+        assert outlier_weight is not None
+        assert torch.equal(outlier_weight, packed.dequantize()[:, -correction.outliers :])
     else:
-        assert last is None
-    assert (second is None) == (correction.salient == 0)
+        assert outlier_weight is None
+    assert (salient_weight is None) == (correction.salient == 0)
 
 
 def test_nothing_is_the_rounder_alone() -> None:

@@ -47,7 +47,7 @@ def rounded(rounder, weight, gram, count=8):
 def test_to_nearest_each_part_is_its_own() -> None:
     weight, _ = problem()
     _, packed = rounded(RTN(Clip("minmax")), weight, None)
-    assert [(part.columns, part.scheme.bits) for part in packed.ranges] == [(32, 3), (8, 8)]
+    assert [(part.num_columns, part.scheme.bits) for part in packed.ranges] == [(32, 3), (8, 8)]
     dense = packed.dequantize()
     assert torch.equal(dense[:, :32], grid.nearest(weight[:, :32], SCHEME))
     assert torch.equal(dense[:, 32:], grid.nearest(weight[:, 32:], Scheme(8, -1, "none")))

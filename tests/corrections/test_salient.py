@@ -47,7 +47,7 @@ def dense(rounded: Rounded) -> Tensor:
     _, main, salient = rounded
     total = main.dequantize()
     if salient is not None:
-        total[:, : salient.columns] += salient.dequantize()
+        total[:, : salient.num_columns] += salient.dequantize()
     return total
 
 
@@ -89,7 +89,7 @@ def test_a_second_weight_takes_most_of_the_output_error(rounding: RoundMain) -> 
     w = weight()
     made = SalientColumns(RANK, MINMAX).round(w, gram(), SCHEME, rounding)
     alone = dense(NOTHING.round(w, None, SCHEME, TO_NEAREST))
-    assert made[2].columns == RANK
+    assert made[2].num_columns == RANK
     assert output_error(w, dense(made)) < 0.5 * output_error(w, alone)
 
 

@@ -103,11 +103,11 @@ def rotated(matrix: LearnedRange, found: list[Tensor]) -> list[Tensor]:
 
 
 def without_scale(matrix: LearnedRange, found: list[Tensor]) -> list[Tensor]:
-    return [*found[:-1], found[-1] / matrix._seen_scales()[0].unsqueeze(-1)]
+    return [*found[:-1], found[-1] / matrix._learned_scales()[0].unsqueeze(-1)]
 
 
 def of_the_old_scale(matrix: LearnedRange, found: list[Tensor]) -> list[Tensor]:
-    return [*found[:-1], found[-1] * (matrix._scales / matrix._seen_scales())[0].unsqueeze(-1)]
+    return [*found[:-1], found[-1] * (matrix._scales / matrix._learned_scales())[0].unsqueeze(-1)]
 
 
 def without_zero(matrix: LearnedRange, found: list[Tensor]) -> list[Tensor]:
@@ -161,7 +161,7 @@ def test_each_range_moves_by_itself() -> None:
     assert set(matrix.stored()) == {"scales", "scales_1"}
     assert torch.equal(matrix.dense(), after.dequantize())
     upstream = drawn(ROWS, COLUMNS, seed=3)
-    parts = upstream.split([part.columns for part in before.ranges], 1)
+    parts = upstream.split([part.num_columns for part in before.ranges], 1)
     target = [LearnedMatrix(PackedTensor((part,)), BOTH).gradients(own)[0]
               for part, own in zip(before.ranges, parts, strict=True)]  # fmt: skip
     found = matrix.gradients(upstream)

@@ -196,7 +196,7 @@ def test_gradients_of_column_scales_are_those_of_the_inputs_that_they_multiply(a
     # Of y = f(x c (1 + δ)): (1 + δ_j) dL/dδ_j = Σ_t x_tj dL/dx_tj.
     terms = changed(TERMS["scaled"], activation=INPUTS[activation], column_scale=1 + drawn(COLUMNS, seed=6) / 8)
     linear, x = moved(student(terms)), drawn(TOKENS, COLUMNS, seed=4).requires_grad_(True)
-    columns = linear.entrance.columns
+    columns = linear.entrance.scale_change
     assert columns is not None
 
     to_x, found = torch.autograd.grad(linear(x), [x, columns], drawn(TOKENS, ROWS, seed=5))
@@ -208,7 +208,7 @@ def test_gradients_of_column_scales_are_those_of_the_inputs_that_they_multiply(a
 def test_gradients_of_column_scales_are_finite_differences() -> None:
     terms = changed(TERMS["scaled"], activation=None, column_scale=1 + drawn(COLUMNS, seed=6) / 8)
     linear, x, upstream = student(terms), drawn(TOKENS, COLUMNS, seed=4), drawn(TOKENS, ROWS, seed=5)
-    columns, scales = linear.entrance.columns, terms.input.column_scale
+    columns, scales = linear.entrance.scale_change, terms.input.column_scale
     assert columns is not None
     assert scales is not None
 
@@ -227,7 +227,7 @@ def test_readers_of_one_entrance_store_the_column_scales_that_they_share() -> No
     terms = TERMS["scaled"]
     entrance = Entrance(terms.input, SPACES, torch.float32, CPU)
     readers, x = [StudentLinear(terms, entrance, SPACES) for _ in range(2)], drawn(TOKENS, COLUMNS)
-    columns = entrance.columns
+    columns = entrance.scale_change
     assert columns is not None
 
     alone = torch.autograd.grad(readers[0](x).sum(), [columns])[0]

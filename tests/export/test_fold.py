@@ -13,7 +13,7 @@ from subnibble.checkpoint.manifest import packed_config_of
 from subnibble.checkpoint.module_specs import NormBiasSpec
 from subnibble.errors import CheckpointError
 from subnibble.export.fold import fold_norm_biases_
-from subnibble.runtime.modules import InputMix, add_input_mix_
+from subnibble.runtime.modules import HeadInputMatrix, add_head_input_
 
 IDS = torch.arange(40).view(2, 20) % 96
 
@@ -141,8 +141,8 @@ def test_a_bias_goes_through_what_stands_in_front_of_a_head(
 ) -> None:
     model = packed(folders["llama"], token_file, tmp_path / "a", {})
     width = model.config.hidden_size
-    mix = torch.randn(width, width, generator=torch.Generator().manual_seed(0)) / width**0.5
-    add_input_mix_(model.lm_head, InputMix(mix, (width,)))
+    matrix = torch.randn(width, width, generator=torch.Generator().manual_seed(0)) / width**0.5
+    add_head_input_(model.lm_head, HeadInputMatrix(matrix, (width,)))
     before = logits(model)
     fold_norm_biases_(model)
     assert biased(model) == set()

@@ -129,9 +129,9 @@ def test_a_coded_cache_reaches_the_loaded_model_and_the_files(
     # The recipe beside it makes the same bytes, and leaves to the method what was left to it.
     resolved = Recipe.from_toml(tmp_path / "out" / "recipe.toml")
     assert resolved.kv == recipe.kv
-    twin = quantize(folders["llama"], tmp_path / "twin", resolved)
-    assert twin.weights_sha256 == report.weights_sha256
-    assert (tmp_path / "twin" / "config.json").read_text() == (tmp_path / "out" / "config.json").read_text()
+    again = quantize(folders["llama"], tmp_path / "again", resolved)
+    assert again.weights_sha256 == report.weights_sha256
+    assert (tmp_path / "again" / "config.json").read_text() == (tmp_path / "out" / "config.json").read_text()
 
 
 @pytest.mark.parametrize("method", ["rtn", "gptq"])
@@ -161,7 +161,7 @@ def test_calibration_sees_what_the_model_makes_of_a_text_behind_the_prompt(name:
     whole = embed(torch.cat([torch.tensor([IDS]).expand(2, -1), window], 1))
     prefix = PrefixStream(skeleton, embed(torch.tensor([IDS])))
     hidden, plain = [embed(window)], skeleton.block_calls(len(IDS) + window.shape[1])
-    calls = skeleton.block_calls(window.shape[1], past=len(IDS))
+    calls = skeleton.block_calls(window.shape[1], prefix_length=len(IDS))
     for index in range(skeleton.num_blocks):
         block = skeleton.load_block(index)
         assert all(torch.equal(*pair) for pair in zip(prefix.run(block).states, prefix.run(block).states, strict=True))

@@ -56,8 +56,8 @@ def test_words_end_where_positions_do(prompt: int, model: Any, tokenizer: Any) -
     if prompt:
         attach_prefix_(model, None, PrefixIds(tuple(range(prompt)), None))
     room = POSITIONS - prompt
-    for given, expected in ((room - 1, 1), (room - 3, 3), (4, 5)):
-        text = " ".join(["w3", "w7"] * room).split()[:given]
+    for num_words, expected in ((room - 1, 1), (room - 3, 3), (4, 5)):
+        text = " ".join(["w3", "w7"] * room).split()[:num_words]
         assert len(speak(model, tokenizer, " ".join(text), 5).split()) == expected
     after_prefix = "" if prompt == 0 else " after a system prompt of 6"
     with pytest.raises(BadRecipe, match=f"{room} tokens{after_prefix} and the model 128 positions; give a shorter one"):

@@ -17,7 +17,7 @@ import subnibble
 from spoiled_checkpoint import renew_checksums
 from subnibble import Recipe
 from subnibble.hf import load_model, memory_bytes, packed_modules
-from test_conformance import dense_twin
+from test_conformance import dense_copy
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2"])
@@ -26,11 +26,11 @@ def test_generation_is_that_of_the_dense_model(
     name: str, beams: int, packed: dict[str, Path], folders: dict[str, Path]
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(packed[name], dtype=torch.float32)
-    twin = dense_twin(folders[name], model)
+    dense = dense_copy(folders[name], model)
     ids = torch.tensor([[0, 0, 5, 9, 12], [3, 4, 5, 6, 7]])
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
     settings = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False, "num_beams": beams, "pad_token_id": 0}
-    assert torch.equal(model.generate(ids, **settings), twin.generate(ids, **settings))
+    assert torch.equal(model.generate(ids, **settings), dense.generate(ids, **settings))
 
 
 def test_left_padding_in_a_batch_changes_nothing(packed: dict[str, Path]) -> None:
@@ -56,10 +56,10 @@ def test_linears_keep_packed_codes_in_memory(packed: dict[str, Path], folders: d
 def test_tied_head_stays_tied(packed: dict[str, Path]) -> None:
     model = AutoModelForCausalLM.from_pretrained(packed["qwen2"])
     assert "lm_head" not in {name.split(".")[0] for name in model.state_dict()}
-    twin = copy.deepcopy(model)
-    twin.model.embed_tokens.scales.zero_()
+    dense = copy.deepcopy(model)
+    dense.model.embed_tokens.scales.zero_()
     ids = torch.tensor([[1, 2, 3]])
-    assert not bool(twin(ids).logits.any())
+    assert not bool(dense(ids).logits.any())
     assert bool(model(ids).logits.any())
     model.tie_weights()
     assert bool(model(ids).logits.any())

@@ -102,19 +102,19 @@ def test_keys_coded_before_positions_are_those_of_an_attention_that_codes_them_t
     from subnibble.runtime.kv_cache import dequantize_rows, quantize_rows
 
     model, tokens, scheme = model_of("llama"), ids(11), SCHEMES["before-rope"]
-    twin = copy.deepcopy(model)
+    model_copy = copy.deepcopy(model)
     bounds = scheme.bounds(16)
 
     def quantized(module, args, output):
         heads = output.unflatten(-1, (-1, 16))
         return dequantize_rows(quantize_rows(heads, scheme.bits, bounds), scheme.bits, bounds, output.dtype).flatten(-2)
 
-    for block in twin.model.layers:
+    for block in model_copy.model.layers:
         block.self_attn.k_proj.register_forward_hook(quantized)
         block.self_attn.v_proj.register_forward_hook(quantized)
     attach_cache_(model, scheme)
     # Positions are taken off in float32.
-    torch.testing.assert_close(logits(model, tokens), logits(twin, tokens), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits(model, tokens), logits(model_copy, tokens), rtol=1e-4, atol=1e-4)
 
 
 def test_turned_keys_at_many_bits_are_the_plain_ones() -> None:
@@ -328,10 +328,10 @@ def test_a_deep_copy_has_a_cache_of_its_own_and_can_be_detached() -> None:
     plain = logits(model, tokens)
     attach_cache_(model, CacheScheme(2))
     target = logits(model, tokens)
-    twin = copy.deepcopy(model)
-    assert_close(logits(twin, tokens), target)
-    detach_cache_(twin)
-    assert_close(logits(twin, tokens), plain)
+    model_copy = copy.deepcopy(model)
+    assert_close(logits(model_copy, tokens), target)
+    detach_cache_(model_copy)
+    assert_close(logits(model_copy, tokens), plain)
     assert_close(logits(model, tokens), target)
 
 

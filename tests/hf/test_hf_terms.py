@@ -27,7 +27,7 @@ from subnibble.tensor.activation_scheme import ActivationScheme
 from subnibble.tensor.linear import Linear
 from subnibble.tensor.packed import PackedRange, PackedTensor
 from subnibble.tensor.scheme import Scheme
-from test_conformance import dense_twin
+from test_conformance import dense_copy
 
 O_PROJ = "model.layers.1.self_attn.o_proj"
 
@@ -79,13 +79,13 @@ def tensor_of(folder: Path, name: str) -> torch.Tensor:
 
 def test_generation_with_column_scales_is_that_of_the_dense_model(scaled: Path, folders: dict[str, Path]) -> None:
     model = AutoModelForCausalLM.from_pretrained(scaled, dtype=torch.float32)
-    twin = dense_twin(folders["llama"], model)
+    dense = dense_copy(folders["llama"], model)
     ids = torch.tensor([[1, 2, 5, 9, 12], [3, 4, 5, 6, 7]])
     settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
-    assert torch.equal(model.generate(ids, **settings), twin.generate(ids, **settings))
+    assert torch.equal(model.generate(ids, **settings), dense.generate(ids, **settings))
     with torch.no_grad():
         logits = model(ids).logits
-        assert torch.equal(logits, twin(ids).logits)
+        assert torch.equal(logits, dense(ids).logits)
         # The scales matter: without one of them the model is another.
         model.get_submodule(O_PROJ).column_scale.fill_(1)
         assert float((model(ids).logits - logits).norm() / logits.norm()) > 1e-3

@@ -112,11 +112,11 @@ def test_with_the_plug_in_all_load_as_without_the_word(saved: dict[str, Path], t
 
 def test_a_copy_saves_itself_and_not_the_model_that_it_is_a_copy_of(packed: dict[str, Path], tmp_path: Path) -> None:
     model = load(packed["llama"])
-    twin = copy.deepcopy(model)
-    twin.model.norm.weight.data.mul_(2)
-    twin.save_pretrained(tmp_path / "twin")
-    assert torch.equal(logits(load(tmp_path / "twin")), logits(twin))
-    assert not torch.equal(logits(twin), logits(model))
+    model_copy = copy.deepcopy(model)
+    model_copy.model.norm.weight.data.mul_(2)
+    model_copy.save_pretrained(tmp_path / "copy")
+    assert torch.equal(logits(load(tmp_path / "copy")), logits(model_copy))
+    assert not torch.equal(logits(model_copy), logits(model))
 
 
 def test_a_model_that_nobody_needs_is_freed_at_once(packed: dict[str, Path]) -> None:

@@ -32,8 +32,8 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
             "kv": {"key_center": "mean", "key_rotation": "hadamard", "group_size": 16},
         },
     ),
-    "mix before a head": ("llama-tied", {"method": "quarot"}),
-    "mix before a table": ("qwen2", {"method": "quarot", "embedding_bits": 8}),
+    "matrix before a head": ("llama-tied", {"method": "quarot"}),
+    "matrix before a table": ("qwen2", {"method": "quarot", "embedding_bits": 8}),
 }  # fmt: skip
 
 

@@ -48,5 +48,5 @@ def rounded(fitted: Fitted, w: Tensor) -> Tensor:
 
 
 def columns_of(fitted: Fitted) -> Tensor:
-    assert fitted.columns is not None
-    return fitted.columns
+    assert fitted.column_scales is not None
+    return fitted.column_scales

@@ -108,21 +108,21 @@ def inputs_of(salt: int) -> Inputs:
     return Inputs(weight, x.T @ x, (full - x).T @ x)
 
 
-def disturbed(given: Inputs, salt: int) -> Inputs:
+def disturbed(inputs: Inputs, salt: int) -> Inputs:
     """Every number moved by up to `DISTURBANCE` of itself; the Gram matrix stays symmetric."""
 
-    def moved(matrix: Tensor, symmetric: bool = False) -> Tensor:
+    def changed(matrix: Tensor, symmetric: bool = False) -> Tensor:
         share = whole(*matrix.shape, 1000, 7 * salt + matrix.shape[0]) / 1000
         share = (share + share.T) / 2 if symmetric else share
         return matrix * (1 + DISTURBANCE * share)
 
-    return Inputs(moved(given.weight), moved(given.gram, symmetric=True), moved(given.drift))
+    return Inputs(changed(inputs.weight), changed(inputs.gram, symmetric=True), changed(inputs.drift))
 
 
-def codes_of(case: Case, given: Inputs) -> dict[str, Any]:
+def codes_of(case: Case, inputs: Inputs) -> dict[str, Any]:
     """What a rounder makes, as the file has it: a row of codes as hexadecimal digits, two a code at 8 bits."""
-    weight = given.weight if isinstance(case.rounder, GPTQ) else given.weight.float()
-    quantized = case.rounder(weight, given.gram, case.scheme, "a linear", given.drift).quantized
+    weight = inputs.weight if isinstance(case.rounder, GPTQ) else inputs.weight.float()
+    quantized = case.rounder(weight, inputs.gram, case.scheme, "a linear", inputs.drift).quantized
     digits = 2 if case.scheme.bits == 8 else 1
     found: dict[str, Any] = {
         "codes": ["".join(f"{code:0{digits}x}" for code in row) for row in quantized.codes.tolist()],
@@ -131,9 +131,9 @@ def codes_of(case: Case, given: Inputs) -> dict[str, Any]:
     if quantized.zeros is not None:
         # -0 and 0 are one.
         found["zeros"] = (quantized.zeros + 0.0).tolist()
-    if quantized.columns is not None:
+    if quantized.column_scales is not None:
         # Of what absorbs them, or as they are stored.
-        found["columns"] = quantized.columns.half().tolist()
+        found["columns"] = quantized.column_scales.half().tolist()
     return found
 
 

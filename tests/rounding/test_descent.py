@@ -31,7 +31,7 @@ def problem(seed: int = 0) -> tuple[Tensor, Tensor]:
 
 def dense(quantized: QuantizedMatrix, scheme: Scheme) -> Tensor:
     w = PackedRange.pack(quantized, scheme).dequantize().double()
-    return w if quantized.columns is None else w * quantized.columns.double()
+    return w if quantized.column_scales is None else w * quantized.column_scales.double()
 
 
 def damped(gram: Tensor) -> Tensor:

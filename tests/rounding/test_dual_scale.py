@@ -74,8 +74,8 @@ def test_more_iterations_never_raise_the_loss(kind: str, bits: int, weighted: bo
 def test_column_weights_lower_the_loss_they_weight(kind: str) -> None:
     w, h = awkward(64, 128), column_weights(128).square()
     scheme = scheme_of(kind)
-    given, plain = (loss(DualScale().fit(w, scheme, weights), w, h) for weights in (h, None))
-    assert given < 0.96 * plain
+    weighted, plain = (loss(DualScale().fit(w, scheme, weights), w, h) for weights in (h, None))
+    assert weighted < 0.96 * plain
 
 
 @every_kind
@@ -109,7 +109,7 @@ def test_row_scales_alone_lie_between_the_clip_search_and_the_dual_scale(zero_po
     for fitter in (grid.Clip(), RowScale(), DualScale()):
         fitted = fitter.fit(w, scheme, None)
         losses.append(float((fitted.decode(fitted.encode(w)) - w).square().sum()))
-    assert RowScale().fit(w, scheme, None).columns is None
+    assert RowScale().fit(w, scheme, None).column_scales is None
     assert losses[2] < 0.95 * losses[1]
     assert losses[1] <= losses[0] * 1.001
 

@@ -29,8 +29,8 @@ def inputs(tokens: int = 300, columns: int = 45, seed: int = 1) -> Tensor:
 
 
 def dense(quantized: QuantizedMatrix, scheme: Scheme) -> Tensor:
-    assert quantized.columns is not None
-    return PackedRange.pack(quantized, scheme).dequantize() * quantized.columns
+    assert quantized.column_scales is not None
+    return PackedRange.pack(quantized, scheme).dequantize() * quantized.column_scales
 
 
 def fit_groups(
@@ -55,8 +55,8 @@ def fit_groups(
 def matches(quantized: QuantizedMatrix, scheme: Scheme, expected: tuple[Tensor, Tensor, Tensor]) -> tuple[bool, bool]:
     """Whether codes and column scales agree exactly, and whether the weights do."""
     codes, c, values = expected
-    assert quantized.columns is not None
-    exact = torch.equal(quantized.codes.float(), codes) and torch.equal(quantized.columns, c)
+    assert quantized.column_scales is not None
+    exact = torch.equal(quantized.codes.float(), codes) and torch.equal(quantized.column_scales, c)
     return exact, torch.equal(dense(quantized, scheme), values)
 
 
@@ -74,10 +74,10 @@ def test_gptq_on_a_diagonal_gram_rounds_to_nearest_on_the_dual_grid(
     scheme = scheme_of(kind, 2, group_size, "float16")
     plan = plan_columns(order, diagonal, scheme)
     quantized = GPTQ(DualScale(), order=order, weighting=weighting)(w, torch.diag(diagonal), scheme, "w").quantized
-    assert quantized.columns is not None
-    assert quantized.columns.shape == (45,)
+    assert quantized.column_scales is not None
+    assert quantized.column_scales.shape == (45,)
     for start, stop in scheme.group_bounds(45):
-        assert float(quantized.columns[start:stop].log().mean()) == pytest.approx(0, abs=1e-5)
+        assert float(quantized.column_scales[start:stop].log().mean()) == pytest.approx(0, abs=1e-5)
     h = diagonal if weighting == "hessian" else None
     assert matches(quantized, scheme, fit_groups(w, plan, scheme, h)) == (True, True)
 
@@ -98,7 +98,7 @@ def columnwise(w: Tensor, gram: Tensor, plan: ColumnPlan, scheme: Scheme, fault:
     h.diagonal().add_(0.01 * h.diagonal().mean())
     w, untouched = w.clone(), w.clone()
     codes, c = torch.empty_like(w), torch.empty(w.shape[1])
-    left = plan.columns.tolist()
+    left = plan.order.tolist()
     for _, columns in plan.groups:
         source = untouched if fault == "grid of the original weights" else w
         fitted = DualScale().fit(source[:, columns].float(), scheme, None)
@@ -124,10 +124,10 @@ def test_column_loop_equals_explicit_inverses_on_the_dual_grid_and_rejects_plant
         scheme = scheme_of(kind, 3, group_size)
         plan = plan_columns(order, gram.diagonal(), scheme)
         quantized = GPTQ(DualScale(), order=order, block=5)(w, gram, scheme, "w").quantized
-        assert quantized.columns is not None
+        assert quantized.column_scales is not None
         expected = columnwise(w, gram, plan, scheme)
         assert torch.equal(quantized.codes.double(), expected[0])
-        torch.testing.assert_close(quantized.columns, expected[1], rtol=1e-4, atol=0)
+        torch.testing.assert_close(quantized.column_scales, expected[1], rtol=1e-4, atol=0)
         if order == "gar":
             faults = ("grid of the original weights", "index in the block", "index in the sorted group")
             for fault in (*faults, "error in units of c"):
@@ -141,12 +141,12 @@ def test_blocks_do_not_matter_to_the_dual_grid(kind: str, order: str, group_size
     scheme = scheme_of(kind, 2, group_size)
     run = partial(GPTQ, DualScale(), order=order, weighting="hessian")
     single = run(block=1)(w, gram, scheme, "w").quantized
-    assert single.columns is not None
+    assert single.column_scales is not None
     for block in (5, 128):
         found = run(block=block)(w, gram, scheme, "w").quantized
-        assert found.columns is not None
+        assert found.column_scales is not None
         assert torch.equal(found.codes, single.codes)
-        torch.testing.assert_close(found.columns, single.columns, rtol=1e-5, atol=0)
+        torch.testing.assert_close(found.column_scales, single.column_scales, rtol=1e-5, atol=0)
 
 
 @every_kind

@@ -32,11 +32,11 @@ def test_codes_are_what_they_were(name: str) -> None:
 
 @every_case
 def test_no_code_is_near_to_where_it_would_change(name: str) -> None:
-    given = inputs_of(CASES[name].salt)
+    inputs = inputs_of(CASES[name].salt)
     for salt in range(6):
-        moved = disturbed(given, salt)
-        assert not torch.equal(moved.weight, given.weight)
-        assert codes_of(CASES[name], moved) == GOLDEN[name]
+        changed = disturbed(inputs, salt)
+        assert not torch.equal(changed.weight, inputs.weight)
+        assert codes_of(CASES[name], changed) == GOLDEN[name]
 
 
 @pytest.mark.parametrize("salt", sorted({case.salt for case in CASES.values()}))
@@ -58,8 +58,8 @@ def changed(name: str, rounder: Any) -> bool:
 def test_a_column_whose_error_is_dropped_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     factorize = gptq.factorize
 
-    def without_one(*given: Any) -> gptq.Factor:
-        factor = factorize(*given)
+    def without_one(*args: Any) -> gptq.Factor:
+        factor = factorize(*args)
         u = factor.u.clone()
         u[3, 4:] = 0
         return replace(factor, u=u)

@@ -79,7 +79,7 @@ def test_without_a_form_drift_is_not_read(order: str) -> None:
 def test_propagation_is_the_drift_through_the_inverse_of_what_lies_behind(order: str, alpha: float) -> None:
     x = inputs()
     gram, drift = statistics(x, drifted(x))
-    columns = plan_columns(order, gram.diagonal(), Scheme(4, 16)).columns
+    columns = plan_columns(order, gram.diagonal(), Scheme(4, 16)).order
     h, r = damped(gram)[columns][:, columns], drift[columns][:, columns]
     u = factorize(gram, columns, DAMPING, "w").u
 

@@ -40,7 +40,7 @@ def eliminated(
     original, w = w.clone(), w.clone()
     w[:, dead] = 0
     codes = torch.full(w.shape, -1, dtype=torch.int64)
-    left, position = plan.columns.tolist(), 0
+    left, position = plan.order.tolist(), 0
     for _, columns in plan.groups:
         fitted = MINMAX.fit(w[:, columns].float(), scheme, None)
         for j in columns.tolist():
@@ -65,7 +65,7 @@ def columnwise(
     w: Tensor, gram: Tensor, drift: Tensor, plan: ColumnPlan, scheme: Scheme, alpha: float, fault: str
 ) -> Tensor:
     """Codes (m, k) of `corrected` with the published P, in one block, with one planted fault (or "none")."""
-    order = plan.columns
+    order = plan.order
     h, r = damped(gram)[order][:, order], drift[order][:, order]
     u = torch.linalg.cholesky(torch.linalg.inv(h), upper=True)
     if fault == "drift in natural order":

@@ -98,7 +98,7 @@ def obq(
 
 def columnwise(weight: Tensor, gram: Tensor, plan: ColumnPlan, scheme: Scheme, damping: float, fault: str) -> Tensor:
     """GPTQ written a second time, one column at a time, with one planted fault (or "none")."""
-    order = plan.columns
+    order = plan.order
     if fault == "no damping":
         damping = 1e-9
     h = gram[order][:, order].clone()
@@ -210,7 +210,7 @@ def test_blocks_cover_all_columns_and_cut_no_group_that_starts_inside(widths: li
 @every_order
 def test_factor_is_upper_and_squares_to_the_inverse_of_the_damped_gram(order: str) -> None:
     gram = gram_of(inputs())
-    columns = plan_columns(order, gram.diagonal(), Scheme(4, 16)).columns
+    columns = plan_columns(order, gram.diagonal(), Scheme(4, 16)).order
     before = gram.clone()
     factor = factorize(gram, columns, 0.03, WHERE)
     assert torch.equal(gram, before)
@@ -365,7 +365,7 @@ def test_stacked_rows_are_rounded_as_alone() -> None:
     scheme = Scheme(3, 16)
     w, gram = weights().double(), gram_of(inputs())
     plan = plan_columns("gar", gram.diagonal(), scheme)
-    factor = factorize(gram, plan.columns, 0.01, WHERE)
+    factor = factorize(gram, plan.order, 0.01, WHERE)
     whole = round_columns(w, factor, plan, scheme, GPTQ(MSE))
     for row in range(9):
         alone = round_columns(w[row : row + 1], factor, plan, scheme, GPTQ(MSE))

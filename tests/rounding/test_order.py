@@ -24,7 +24,7 @@ def diagonal(columns: int, seed: int) -> Tensor:
 def test_natural_order_visits_columns_from_left_to_right(size: tuple[int, int, int]) -> None:
     columns, group_size, seed = size
     plan = plan_columns("natural", diagonal(columns, seed), Scheme(4, group_size))
-    assert torch.equal(plan.columns, torch.arange(columns))
+    assert torch.equal(plan.order, torch.arange(columns))
     assert [index for index, _ in plan.groups] == list(range(len(plan.groups)))
 
 
@@ -39,8 +39,8 @@ def test_every_group_is_whole_and_visited_once(order: str, size: tuple[int, int,
     bounds = scheme.group_bounds(columns)
     for index, visited in plan.groups:
         assert sorted(visited.tolist()) == list(range(*bounds[index]))
-    assert plan.columns.dtype == torch.int64
-    assert sorted(plan.columns.tolist()) == list(range(columns))
+    assert plan.order.dtype == torch.int64
+    assert sorted(plan.order.tolist()) == list(range(columns))
 
 
 @settings(deadline=None, max_examples=60)
@@ -64,20 +64,20 @@ def test_gar_of_a_known_diagonal() -> None:
     d = torch.tensor([1.0, 5.0, 0.0, 7.0, 2.0, 2.0, 3.0])
     plan = plan_columns("gar", d, Scheme(4, 3))
     assert [index for index, _ in plan.groups] == [1, 0, 2]
-    assert plan.columns.tolist() == [3, 4, 5, 1, 0, 2, 6]
+    assert plan.order.tolist() == [3, 4, 5, 1, 0, 2, 6]
 
 
 def test_ragged_last_group_may_come_first() -> None:
     d = torch.ones(11)
     d[9] = 4
     plan = plan_columns("gar", d, Scheme(4, 4))
-    assert plan.columns.tolist() == [9, 8, 10, 0, 1, 2, 3, 4, 5, 6, 7]
+    assert plan.order.tolist() == [9, 8, 10, 0, 1, 2, 3, 4, 5, 6, 7]
     assert [index for index, _ in plan.groups] == [2, 0, 1]
 
 
 def test_whole_row_group_is_sorted_as_one() -> None:
     d = torch.tensor([0.0, 3.0, 1.0, 2.0])
-    assert plan_columns("gar", d, Scheme(4, -1)).columns.tolist() == [1, 3, 2, 0]
+    assert plan_columns("gar", d, Scheme(4, -1)).order.tolist() == [1, 3, 2, 0]
 
 
 def test_unknown_order_is_a_bad_recipe_that_lists_the_known() -> None:

@@ -110,8 +110,8 @@ def codes_of(x: Quantized, scheme: ActivationScheme) -> Codes:
 def weight_planes(part: PackedRange) -> list[tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32] | None]]:
     """Codes (m, n) int64, scales and zero-points of every column (m, n), None for 0; a plane for each sign bit."""
     quantized, scheme = part.unpack(), part.scheme
-    width = part.columns if scheme.group_size == -1 else scheme.group_size
-    group = np.arange(part.columns) // width
+    width = part.num_columns if scheme.group_size == -1 else scheme.group_size
+    group = np.arange(part.num_columns) // width
     codes, scales = quantized.codes.numpy().astype(np.int64), quantized.scales.numpy()
     if scheme.grid == "mxfp4":
         return [(E2M1_HALVES[codes], (scales / np.float32(2))[:, group], None)]
@@ -119,16 +119,16 @@ def weight_planes(part: PackedRange) -> list[tuple[NDArray[np.int64], NDArray[np
         bits = scheme.bits
         return [(codes >> b & 1, 2 * scales[:, b::bits][:, group], None) for b in range(bits)]
     if quantized.zeros is None:
-        middle = np.full((len(codes), part.columns), scheme.levels // 2, np.float32)
+        middle = np.full((len(codes), part.num_columns), scheme.levels // 2, np.float32)
         return [(codes, scales[:, group], middle)]
     return [(codes, scales[:, group], quantized.zeros.numpy()[:, group])]
 
 
 def segments(part: PackedRange, start: int, x: Codes) -> list[tuple[int, int]]:
     """First and stop column of runs between edges of the weight's groups and of the input's."""
-    width = part.columns if part.scheme.group_size == -1 else part.scheme.group_size
-    stop = min(part.columns, x.codes.shape[1] - start)
-    edges = {*range(0, part.columns, width), *(e - start for e in x.edges), stop}
+    width = part.num_columns if part.scheme.group_size == -1 else part.scheme.group_size
+    stop = min(part.num_columns, x.codes.shape[1] - start)
+    edges = {*range(0, part.num_columns, width), *(e - start for e in x.edges), stop}
     inside = sorted(e for e in edges if 0 <= e <= stop)
     return list(itertools.pairwise(inside))
 
@@ -158,7 +158,7 @@ def oracle_product(x: Codes, weight: PackedTensor, y: NDArray[np.float32]) -> ND
                         np.float32
                     )
                 y = y + (product * s_w) * s_x
-        start += part.columns
+        start += part.num_columns
     return y
 
 

@@ -52,8 +52,8 @@ def dense(weight: PackedTensor) -> Tensor:
     parts = []
     for part in weight.ranges:
         quantized = part.unpack()
-        width = part.columns if part.scheme.group_size == -1 else part.scheme.group_size
-        group = torch.arange(part.columns) // width
+        width = part.num_columns if part.scheme.group_size == -1 else part.scheme.group_size
+        group = torch.arange(part.num_columns) // width
         zeros = torch.tensor(2.0 ** (part.scheme.bits - 1)) if quantized.zeros is None else quantized.zeros[:, group]
         parts.append(quantized.scales[:, group] * (quantized.codes.float() - zeros))
     return torch.cat(parts, dim=1).double()

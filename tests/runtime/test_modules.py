@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from linears import built
 from subnibble.runtime.modules import (
-    InputMix,
+    HeadInputMatrix,
     PackedEmbedding,
     PackedLinear,
     TiedHead,
-    add_input_mix_,
+    add_head_input_,
     add_output_bias_,
 )
 from subnibble.tensor.packed import PackedRange, PackedTensor, QuantizedMatrix
@@ -309,7 +309,7 @@ def test_a_matrix_in_front_of_a_head_is_block_diagonal_and_keeps_its_type(dtype)
     rows = torch.cat([nn.functional.pad(block, (0, 16 - block.shape[0])) for block in blocks])
     head = nn.Linear(39, 5, bias=False)
     nn.init.normal_(head.weight, generator=generator)
-    add_input_mix_(head, InputMix(rows, (16, 16, 7)))
+    add_head_input_(head, HeadInputMatrix(rows, (16, 16, 7)))
     head = head.to(dtype)
     assert head.mix.matrix.dtype == torch.float32
     x = torch.randn(2, 3, 39, generator=generator).to(dtype)

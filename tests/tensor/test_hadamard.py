@@ -224,6 +224,6 @@ def test_gradients_pass_through_a_product_that_was_first_used_in_inference_mode(
     with torch.inference_mode():
         multiply(torch.ones(1, 176, dtype=torch.float16), blocks)
     x = torch.ones(1, 176, dtype=torch.float16, requires_grad=True)
-    given = inputs(176, torch.float16)[0, :1]
-    (gradient,) = torch.autograd.grad(multiply(x, blocks), x, given)
-    assert within_bound(gradient, given, orthonormal(blocks).T)
+    outer_gradient = inputs(176, torch.float16)[0, :1]
+    (gradient,) = torch.autograd.grad(multiply(x, blocks), x, outer_gradient)
+    assert within_bound(gradient, outer_gradient, orthonormal(blocks).T)

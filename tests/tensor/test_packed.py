@@ -206,7 +206,7 @@ def scale_off_by_two_percent(part: PackedRange) -> PackedRange:
 
 
 def one_code_off_by_one(part: PackedRange) -> PackedRange:
-    codes = unpack_codes(part.codes, part.scheme.bits, part.columns).clone()
+    codes = unpack_codes(part.codes, part.scheme.bits, part.num_columns).clone()
     codes[2, -1] ^= 1
     return replace(part, codes=pack_codes(codes, part.scheme.bits))
 

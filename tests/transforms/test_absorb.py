@@ -19,7 +19,7 @@ from subnibble import Recipe
 from subnibble.arch.llama import ATTENTION_IN, ATTENTION_OUT, MLP_HIDDEN, MLP_IN
 from subnibble.arch.site import Heads, Site
 from subnibble.checkpoint.manifest import PackedConfig
-from subnibble.checkpoint.module_specs import InputMixSpec
+from subnibble.checkpoint.module_specs import HeadInputSpec
 from subnibble.pipeline import round as rounding
 from subnibble.pipeline import store
 from subnibble.rounding.dual_scale import DualScale
@@ -69,7 +69,7 @@ def magnitudes(tensor: PackedTensor) -> Tensor:
     for part in tensor.ranges:
         if part.scheme.grid == "sign":
             sums = part.scales.double().unflatten(1, (-1, part.scheme.bits)).sum(-1)
-            bounds = part.scheme.group_bounds(part.columns)
+            bounds = part.scheme.group_bounds(part.num_columns)
             widths = torch.tensor([stop - start for start, stop in bounds])
             parts.append(sums.repeat_interleave(widths, dim=1))
         else:
@@ -347,8 +347,8 @@ def run(source: Path, tokens: Path, out: Path, absorb: Any = absorb_, allowed: A
 
     def rounded(self: DualScale, group: Tensor, scheme: Scheme, weights: Tensor | None, index: int) -> Fitted:
         found = fit(self, group, scheme, weights, index)
-        assert found.columns is not None
-        return replace(found, columns=found.columns.half().float())
+        assert found.column_scales is not None
+        return replace(found, column_scales=found.column_scales.half().float())
 
     recipe = Recipe(
         method="d2quant", bits=3, group_size=16, calibration=str(tokens), num_windows=2, window=32,
@@ -402,7 +402,7 @@ def test_an_absorbed_checkpoint_is_the_explicit_one_with_the_same_codes(
 def without_mix(folder: Path) -> dict[str, Any]:
     """What config.json would say without what stands in front of a rotated model's tied head."""
     config = PackedConfig.from_dict(json.loads((folder / "config.json").read_text())["quantization_config"])
-    modules = {path: entry for path, entry in config.modules.items() if not isinstance(entry, InputMixSpec)}
+    modules = {path: entry for path, entry in config.modules.items() if not isinstance(entry, HeadInputSpec)}
     assert len(modules) == len(config.modules) - 1
     return PackedConfig(modules).to_dict()
 

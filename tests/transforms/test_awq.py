@@ -40,7 +40,7 @@ def loaded(folder: Path) -> tuple[Block, list[Tensor], dict[str, Any]]:
     return skeleton.load_block(1), [hidden[:3], hidden[3:]], skeleton.block_calls(TOKENS)[1]
 
 
-def twin(block: Block) -> Block:
+def copy_of(block: Block) -> Block:
     return replace(block, module=copy.deepcopy(block.module))
 
 
@@ -122,7 +122,7 @@ def test_awq_leaves_the_function_unchanged(
     name: str, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     block, hidden, call = loaded(folders[name])
-    edited = twin(block)
+    edited = copy_of(block)
     found = statistics(block, hidden, call, schemes(block))
     factors = chosen(edited, found, monkeypatch)
     assert set(factors) == {site.name for site in block.arch.sites}
@@ -135,7 +135,7 @@ def test_planted_faults_of_the_scaling_move_the_output(
     fault: str, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     block, hidden, call = loaded(folders["llama"])
-    edited = twin(block)
+    edited = copy_of(block)
     found = statistics(block, hidden, call, schemes(block))
 
     def faulty(block: Block, site: Site, factors: Tensor) -> None:
@@ -159,7 +159,7 @@ def test_the_chosen_alpha_has_the_least_output_error_of_all_and_never_more_than_
 ) -> None:
     block, hidden, call = loaded(folders[name])
     found = statistics(block, hidden, call, schemes(block, gate_proj=Scheme(2, 32, "real"), k_proj=None))
-    factors = chosen(twin(block), found, monkeypatch)
+    factors = chosen(copy_of(block), found, monkeypatch)
     improved = 0
     for site in block.arch.sites:
         x = site_tokens(block, site, hidden, call)
@@ -186,14 +186,14 @@ def test_weights_that_lie_on_their_grid_are_not_scaled(
         codes[:, ::16], codes[:, 1::16] = 0, 7
         weight.copy_((codes - 4) / 8)
         assert torch.equal(nearest(weight, W3), weight)
-    factors = chosen(twin(block), statistics(block, hidden, call, schemes(block)), monkeypatch)
+    factors = chosen(copy_of(block), statistics(block, hidden, call, schemes(block)), monkeypatch)
     assert torch.equal(factors["mlp_in"], torch.ones(48))
     assert not torch.equal(factors["attention_in"], torch.ones(48))
 
 
 def test_one_step_tries_no_scaling_alone(folders: dict[str, Path]) -> None:
     block, hidden, call = loaded(folders["llama"])
-    edited = twin(block)
+    edited = copy_of(block)
     ActivationAwareScale(steps=1)(edited, statistics(block, hidden, call, schemes(block)))
     for parameter, before in zip(edited.module.parameters(), block.module.parameters(), strict=True):
         assert torch.equal(parameter, before)
@@ -206,7 +206,7 @@ def test_a_huge_channel_is_rounded_with_less_output_error_than_without_scaling(
     block, hidden, call = loaded(folders[name])
     with torch.no_grad():
         block.gain("post_attention_layernorm")[13] = 60
-    edited = twin(block)
+    edited = copy_of(block)
     ActivationAwareScale()(edited, statistics(block, hidden, call, schemes(block)))
     site = next(site for site in block.arch.sites if site.name == "mlp_in")
     x, scaled = (site_tokens(each, site, hidden, call) for each in (block, edited))
@@ -267,7 +267,7 @@ def test_nothing_is_scaled_where_all_is_skipped_or_no_site_may_be(folders: dict[
 
 def test_a_partly_skipped_site_is_scaled_with_all_its_readers(folders: dict[str, Path]) -> None:
     block, hidden, call = loaded(folders["llama"])
-    edited = twin(block)
+    edited = copy_of(block)
     found = statistics(block, hidden, call, schemes(block, gate_proj=None, down_proj=None))
     ActivationAwareScale()(edited, found)
     assert not torch.equal(edited.linear("mlp.gate_proj").weight, block.linear("mlp.gate_proj").weight)
@@ -278,7 +278,7 @@ def test_a_silent_channel_gets_a_finite_factor(folders: dict[str, Path], monkeyp
     block, hidden, call = loaded(folders["llama"])
     with torch.no_grad():
         block.gain("input_layernorm")[3] = 0
-    edited = twin(block)
+    edited = copy_of(block)
     factors = chosen(edited, statistics(block, hidden, call, schemes(block)), monkeypatch)
     for values in factors.values():
         assert bool(torch.isfinite(values).all())
@@ -294,4 +294,4 @@ def test_activations_that_overflow_are_refused_by_name(folders: dict[str, Path])
         replace(found, grams=found.grams | {"mlp_in": found.grams["mlp_in"] * torch.inf}),
     ):
         with pytest.raises(NumericalFailure, match=r"model.layers.1 mlp_in: activations are not finite.*--dtype"):
-            ActivationAwareScale()(twin(block), spoiled)
+            ActivationAwareScale()(copy_of(block), spoiled)

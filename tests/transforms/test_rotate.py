@@ -113,10 +113,10 @@ def test_rows_and_columns_are_products_with_the_matrix_in_float64() -> None:
     assert rotation is not None
     q, generator = whole(rotation), torch.Generator().manual_seed(1)
     wide, tall, vector = (torch.randn(size, generator=generator) for size in ((7, 48), (48, 5), (48,)))
-    assert torch.equal(rotation.columns(wide), (wide.double() @ q).float())
-    assert torch.equal(rotation.rows(tall), (q.T @ tall.double()).float())
-    assert torch.equal(rotation.rows(vector), (q.T @ vector.double()).float())
-    assert rotation.columns(wide.bfloat16()).dtype == torch.bfloat16
+    assert torch.equal(rotation.rotate_columns(wide), (wide.double() @ q).float())
+    assert torch.equal(rotation.rotate_rows(tall), (q.T @ tall.double()).float())
+    assert torch.equal(rotation.rotate_rows(vector), (q.T @ vector.double()).float())
+    assert rotation.rotate_columns(wide.bfloat16()).dtype == torch.bfloat16
     # Q is not its own inverse, so that a transpose too many shows.
     assert float((q - q.T).abs().max()) > 0.1
 
@@ -125,12 +125,12 @@ def test_a_table_is_turned_a_few_rows_at_a_time(monkeypatch: pytest.MonkeyPatch)
     rotation = make_rotation("groups", 48, Scheme(4, 32), 3, CPU)
     assert rotation is not None
     table = torch.randn(7, 48, generator=torch.Generator().manual_seed(1))
-    at_once = rotation.columns(table)
+    at_once = rotation.rotate_columns(table)
     monkeypatch.setattr(rotate, "_ROWS", 3)
     made: list[int] = []
     double = Tensor.double
     monkeypatch.setattr(Tensor, "double", lambda part: made.append(part.shape[0]) or double(part))
-    assert torch.equal(rotation.columns(table), at_once)
+    assert torch.equal(rotation.rotate_columns(table), at_once)
     assert sorted(set(made)) == [1, 3]
 
 
@@ -236,11 +236,11 @@ def rotate_outside_(model: Any, rotation: Rotation) -> None:
 
 
 def rotated_model(model: Any, rotation: Rotation) -> Any:
-    twin = copy.deepcopy(model)
-    for block in blocks(twin):
+    rotated = copy.deepcopy(model)
+    for block in blocks(rotated):
         rotate_block_(block, rotation)
-    rotate_outside_(twin, rotation)
-    return twin
+    rotate_outside_(rotated, rotation)
+    return rotated
 
 
 def departures(found: Any, target: Any, q: Tensor) -> tuple[float, float]:
@@ -272,8 +272,8 @@ def test_a_rotated_block_has_gains_of_one_and_untouched_heads(name: str) -> None
     model = exact_model(name)
     made = make_rotation("full", model.config.hidden_size, Scheme(4, 32), 2, CPU)
     assert made is not None
-    twin = rotated_model(model, made)
-    for old, new in zip(blocks(model), blocks(twin), strict=True):
+    rotated = rotated_model(model, made)
+    for old, new in zip(blocks(model), blocks(rotated), strict=True):
         for norm in new.arch.residual.norms:
             assert torch.equal(new.gain(norm), torch.ones_like(new.gain(norm)))
         for linear in new.arch.residual.readers:
@@ -288,70 +288,70 @@ def test_a_rotated_block_has_gains_of_one_and_untouched_heads(name: str) -> None
 
 
 def gain_not_fused(model: Any, rotation: Rotation) -> Any:
-    twin = copy.deepcopy(model)
-    for block in blocks(twin, without_norms(ARCHITECTURES[model.config.model_type])):
+    rotated = copy.deepcopy(model)
+    for block in blocks(rotated, without_norms(ARCHITECTURES[model.config.model_type])):
         rotate_block_(block, rotation)
-    rotate_outside_(twin, rotation)
-    return twin
+    rotate_outside_(rotated, rotation)
+    return rotated
 
 
 def gain_fused_but_not_reset(model: Any, rotation: Rotation) -> Any:
-    twin = rotated_model(model, rotation)
-    twin.model.layers[1].post_attention_layernorm.weight.copy_(model.model.layers[1].post_attention_layernorm.weight)
-    return twin
+    rotated = rotated_model(model, rotation)
+    rotated.model.layers[1].post_attention_layernorm.weight.copy_(model.model.layers[1].post_attention_layernorm.weight)
+    return rotated
 
 
 def attention_bias_not_rotated(model: Any, rotation: Rotation) -> Any:
-    twin = rotated_model(model, rotation)
-    twin.model.layers[1].self_attn.o_proj.bias.copy_(model.model.layers[1].self_attn.o_proj.bias)
-    return twin
+    rotated = rotated_model(model, rotation)
+    rotated.model.layers[1].self_attn.o_proj.bias.copy_(model.model.layers[1].self_attn.o_proj.bias)
+    return rotated
 
 
 def mlp_bias_not_rotated(model: Any, rotation: Rotation) -> Any:
-    twin = rotated_model(model, rotation)
-    twin.model.layers[2].mlp.down_proj.bias.copy_(model.model.layers[2].mlp.down_proj.bias)
-    return twin
+    rotated = rotated_model(model, rotation)
+    rotated.model.layers[2].mlp.down_proj.bias.copy_(model.model.layers[2].mlp.down_proj.bias)
+    return rotated
 
 
 def head_without_the_final_gain(model: Any, rotation: Rotation) -> Any:
-    twin = rotated_model(model, rotation)
-    twin.lm_head.weight.copy_(model.lm_head.weight @ whole(rotation))
-    return twin
+    rotated = rotated_model(model, rotation)
+    rotated.lm_head.weight.copy_(model.lm_head.weight @ whole(rotation))
+    return rotated
 
 
 def final_gain_kept(model: Any, rotation: Rotation) -> Any:
-    twin = rotated_model(model, rotation)
-    twin.model.norm.weight.copy_(model.model.norm.weight)
-    return twin
+    rotated = rotated_model(model, rotation)
+    rotated.model.norm.weight.copy_(model.model.norm.weight)
+    return rotated
 
 
 def writer_rotated_the_other_way(model: Any, rotation: Rotation) -> Any:
-    twin = rotated_model(model, rotation)
-    twin.model.layers[0].mlp.down_proj.weight.copy_(whole(rotation) @ model.model.layers[0].mlp.down_proj.weight)
-    return twin
+    rotated = rotated_model(model, rotation)
+    rotated.model.layers[0].mlp.down_proj.weight.copy_(whole(rotation) @ model.model.layers[0].mlp.down_proj.weight)
+    return rotated
 
 
 def reader_not_rotated(model: Any, rotation: Rotation) -> Any:
-    twin = rotated_model(model, rotation)
+    rotated = rotated_model(model, rotation)
     layer = model.model.layers[1]
-    twin.model.layers[1].self_attn.k_proj.weight.copy_(layer.self_attn.k_proj.weight * layer.input_layernorm.weight)
-    return twin
+    rotated.model.layers[1].self_attn.k_proj.weight.copy_(layer.self_attn.k_proj.weight * layer.input_layernorm.weight)
+    return rotated
 
 
 def embedding_without_its_mean(model: Any, rotation: Rotation) -> Any:
     """What QuaRot's program does: exact for LayerNorm alone."""
-    twin = copy.deepcopy(model)
-    twin.model.embed_tokens.weight.sub_(twin.model.embed_tokens.weight.mean(-1, keepdim=True))
-    return rotated_model(twin, rotation)
+    rotated = copy.deepcopy(model)
+    rotated.model.embed_tokens.weight.sub_(rotated.model.embed_tokens.weight.mean(-1, keepdim=True))
+    return rotated_model(rotated, rotation)
 
 
 def one_sign_of_the_last_block_wrong(model: Any, rotation: Rotation) -> Any:
     last = rotation.blocks[-1].clone()
     last[:, 3] *= -1
-    twin = rotated_model(model, rotation)
-    rows = Rotation((*rotation.blocks[:-1], last)).rows(model.model.layers[1].self_attn.o_proj.weight)
-    twin.model.layers[1].self_attn.o_proj.weight.copy_(rows)
-    return twin
+    rotated = rotated_model(model, rotation)
+    rows = Rotation((*rotation.blocks[:-1], last)).rotate_rows(model.model.layers[1].self_attn.o_proj.weight)
+    rotated.model.layers[1].self_attn.o_proj.weight.copy_(rows)
+    return rotated
 
 
 FAULTS: list[Callable[[Any, Rotation], Any]] = [
@@ -416,7 +416,7 @@ def test_a_rotated_checkpoint_is_the_same_function(
 def test_planted_faults_of_a_tied_heads_matrix_move_the_logits(
     fault: str, rotation: str, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = Rotation.head_mix
+    right = Rotation.head_input
 
     def wrong(self: Rotation, gain: Tensor) -> tuple[Tensor, ...]:
         found = right(self, torch.ones_like(gain) if fault == "gain left out" else gain)
@@ -424,7 +424,7 @@ def test_planted_faults_of_a_tied_heads_matrix_move_the_logits(
             return tuple(torch.eye(block.shape[0]) for block in found)
         return found if fault == "gain left out" else (found[0].roll(1, 0), *found[1:])
 
-    monkeypatch.setattr(Rotation, "head_mix", wrong)
+    monkeypatch.setattr(Rotation, "head_input", wrong)
     states, logits = stored_departures("llama-tied", rotation, folders, tmp_path / "out")
     assert states < STORED
     assert logits > 3 * STORED
@@ -453,6 +453,6 @@ def test_signs_come_before_mixing(name: str) -> None:
     w = torch.randn(8, 128, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     for rotation in rotations:
         assert rotation is not None
-        assert float(rotation.columns(constant).abs().max()) < 4
-    one, other = (rotation.columns(w).abs() for rotation in rotations if rotation is not None)
+        assert float(rotation.rotate_columns(constant).abs().max()) < 4
+    one, other = (rotation.rotate_columns(w).abs() for rotation in rotations if rotation is not None)
     assert float((one - other).abs().max()) > 0.5

@@ -55,7 +55,7 @@ def test_an_online_transform_behind_it_mixes_heads_channels_again() -> None:
     one_channel[0, 5] = 1
 
     def channels_reached(rotation: ValueRotation) -> int:
-        mixed = hadamard.multiply(rotation.columns(one_channel), (heads * width,))
+        mixed = hadamard.multiply(rotation.rotate_columns(one_channel), (heads * width,))
         return int((mixed.abs() > 1e-9).sum())
 
     assert channels_reached(unsigned) == heads

@@ -151,7 +151,7 @@ def test_a_basis_leaves_products_and_undoes_itself(blocks: tuple[int, ...], orde
     order = torch.randperm(40, generator=generator) if ordered else None
     basis = InputBasis(order, blocks)
     weight, x, y = (torch.randn(12, 40, generator=generator, dtype=torch.float64) for _ in range(3))
-    torch.testing.assert_close(basis.columns(x) @ basis.columns(weight).T, x @ weight.T)
-    torch.testing.assert_close(basis.natural(basis.columns(weight)), weight)
-    seen = basis.columns(y).T @ basis.columns(x)
-    torch.testing.assert_close(basis.both(y.T @ x), seen)
+    torch.testing.assert_close(basis.to_basis(x) @ basis.to_basis(weight).T, x @ weight.T)
+    torch.testing.assert_close(basis.natural(basis.to_basis(weight)), weight)
+    seen = basis.to_basis(y).T @ basis.to_basis(x)
+    torch.testing.assert_close(basis.both_to_basis(y.T @ x), seen)

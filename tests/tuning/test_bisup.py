@@ -108,7 +108,7 @@ def test_the_block_that_was_trained_is_the_block_that_runs(
     tuned, told = tuned_blocks(monkeypatch), []
     if "qwen2" in name:
         # transformers reads a qwen2 folder's tokenizer as one of bytes, which the tiny one is not.
-        monkeypatch.setattr("subnibble.pipeline.check.given_prefix", lambda *args: PrefixIds((5, 9, 2, 7), None))
+        monkeypatch.setattr("subnibble.pipeline.check.prompt_prefix", lambda *args: PrefixIds((5, 9, 2, 7), None))
     recipe = Recipe(calibration=str(token_file), system_prompt=PROMPT, **DATA, **SETTING, **METHODS[kind])
     report = quantize(
         folders[name], tmp_path / "out", recipe, progress=lambda done, total, doing: told.append((done, total, doing))

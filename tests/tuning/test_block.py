@@ -29,7 +29,7 @@ from subnibble.tensor.packed import PackedRange
 from subnibble.tensor.scheme import Scheme
 from subnibble.transforms.input_basis import InputBasis
 from subnibble.tuning.block import TunedBlock
-from subnibble.tuning.linear import Frame
+from subnibble.tuning.linear import BlockContext
 from subnibble.tuning.tuning import Tuning
 
 TOKENS, PREFIX = 12, 3
@@ -60,7 +60,7 @@ class Case:
             channels = self.block.linear(site.readers[0]).in_features
             order = torch.randperm(channels, generator=generator) if rotated else None
             bases[site.name] = InputBasis(order, hadamard_blocks(channels) if rotated else ())
-        self.frame = Frame(
+        self.context = BlockContext(
             dict.fromkeys(names, WEIGHTS if quantized else None),
             dict.fromkeys(names, INPUTS if quantized else None),
             bases,
@@ -72,7 +72,7 @@ class Case:
         )
 
     def tuned(self, **options: Any) -> TunedBlock:
-        tuned = TunedBlock(self.block, self.frame, Tuning(**{"rank": 4, **options}), torch.Generator().manual_seed(1))
+        tuned = TunedBlock(self.block, self.context, Tuning(**{"rank": 4, **options}), torch.Generator().manual_seed(1))
         ordinary = torch.ones(self.hidden.shape[:2], dtype=torch.bool)
         tuned.smooth_(self.block, tuned.largest(self.hidden, self.call, ordinary))
         return tuned
@@ -126,7 +126,7 @@ def test_a_settled_block_is_the_one_that_was_trained(name: str, folders: dict[st
     case = Case(folders[name], quantized=False)
     # Slacks and low-rank parts change the function: a scheme is needed for them, and one that rounds next to nothing.
     fine = dict.fromkeys(case.block.arch.linears, Scheme(8, 4, "none", "float32"))
-    case.frame = replace(case.frame, schemes=fine)
+    case.context = replace(case.context, schemes=fine)
     tuned = case.tuned()
     with torch.no_grad():
         for linear in tuned.linears.values():
@@ -144,8 +144,8 @@ def test_products_may_be_of_half_the_width(name: str, folders: dict[str, Path]) 
     case = Case(folders[name], quantized=True)
     target = case.of(case.tuned())
     skeleton = Skeleton(SafetensorsSource(folders[name]), torch.bfloat16, torch.device("cpu"))
-    case.call = skeleton.block_calls(TOKENS, past=PREFIX)[1]
-    case.frame = replace(case.frame, dtype=torch.bfloat16)
+    case.call = skeleton.block_calls(TOKENS, prefix_length=PREFIX)[1]
+    case.context = replace(case.context, dtype=torch.bfloat16)
     found = case.of(case.tuned())
     assert not torch.equal(found, target)
     assert case.distance(found, target) < 0.1
@@ -179,7 +179,7 @@ def test_learned_grids_round_as_the_tuned_block_does(correction: Correction, fol
     trained = case.of(tuned)
     for site in case.block.arch.sites:
         natural = torch.cat([case.block.linear(name).weight for name in site.readers])
-        weight = case.frame.bases[site.name].columns(natural)
+        weight = case.context.bases[site.name].to_basis(natural)
         main, rounder = weight.clone(), RTN(tuned.grids(site.readers))
         if isinstance(correction, OutlierColumns):
             main = main[:, :-8]
@@ -203,7 +203,7 @@ def test_learned_clips_of_inputs_stay_in_their_range(folders: dict[str, Path]) -
     case = Case(folders["llama"], quantized=True)
     names = case.block.arch.linears
     some = {**dict.fromkeys(names, INPUTS), names[0]: replace(INPUTS, clip=0.5), names[-1]: None}
-    case.frame = replace(case.frame, activations=some)
+    case.context = replace(case.context, activations=some)
     tuned = case.tuned(input_clipping="site")
     assert tuned.activations() == some
     plain = case.of(case.tuned())
@@ -231,7 +231,7 @@ def test_inputs_and_cache_are_quantized(folders: dict[str, Path]) -> None:
     whole = case.of(case.tuned())
     for key, value in {"cache_quantizer": None, "activations": dict.fromkeys(case.block.arch.linears)}.items():
         other = Case(folders["llama"], quantized=True)
-        other.frame = replace(other.frame, **{key: value})
+        other.context = replace(other.context, **{key: value})
         assert not torch.equal(other.of(other.tuned()), whole)
 
 
@@ -241,7 +241,7 @@ def test_the_remainder_of_salient_inputs_is_quantized_too(input_clipping: str, f
     case = Case(folders["llama"], quantized=False, correction=twice)
     site = case.block.arch.sites[0]
     scheme = ActivationScheme(3, 16, clip=0.9)
-    case.frame = replace(case.frame, activations=dict.fromkeys(case.block.arch.linears, scheme))
+    case.context = replace(case.context, activations=dict.fromkeys(case.block.arch.linears, scheme))
     tuned = case.tuned(input_clipping=input_clipping, smoothing="none")
     x = torch.cat([*case.hidden], 0).requires_grad_()
     entered = tuned.sites[site.name].enter(x, scheme)

@@ -31,8 +31,8 @@ def samples(case: Case) -> Samples:
 
 
 def coarse(case: Case) -> Case:
-    schemes = {name: replace(scheme, bits=2) for name, scheme in case.frame.schemes.items() if scheme is not None}
-    case.frame = replace(case.frame, schemes=schemes)
+    schemes = {name: replace(scheme, bits=2) for name, scheme in case.context.schemes.items() if scheme is not None}
+    case.context = replace(case.context, schemes=schemes)
     return case
 
 
@@ -108,7 +108,7 @@ def test_a_stage_ends_where_epochs_bring_nothing_and_the_next_begins_with_the_be
     watched = tuned.parameters()["clipping.mlp.up_proj.upper"]
     seen: list[torch.Tensor] = []
 
-    def scripted(block: TunedBlock, given: Samples) -> float:
+    def scripted(block: TunedBlock, samples: Samples) -> float:
         seen.append(watched.detach().clone())
         return next(losses)
 
@@ -135,9 +135,9 @@ def test_held_out_windows_are_not_trained_on(folders: dict[str, Path], monkeypat
     data, stepped = samples(case), []
     step = train._step_
 
-    def noted(block: TunedBlock, given: Samples, batch: torch.Tensor, *rest: object) -> bool:
+    def noted(block: TunedBlock, samples: Samples, batch: torch.Tensor, *rest: object) -> bool:
         stepped.extend(batch.tolist())
-        return step(block, given, batch, *rest)
+        return step(block, samples, batch, *rest)
 
     monkeypatch.setattr(train, "_step_", noted)
     train_(case.tuned(), data, EFFORT, torch.Generator().manual_seed(0), lambda loss: None)

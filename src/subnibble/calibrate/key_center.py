@@ -119,6 +119,6 @@ class _KeysReached(Exception):
 class _Stop(BlockCache):
     """Replaces the KV cache, and ends the forward pass at its first update."""
 
-    def see(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    def attended(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """End the forward pass with `_KeysReached`. keys, values: (b, heads, tokens, width)."""
         raise _KeysReached(keys)

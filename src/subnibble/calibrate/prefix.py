@@ -79,14 +79,14 @@ def half_states(states: States, where: str) -> States:
 def after_prefix(call: BlockCall, states: States | None, cache_quantizer: CacheQuantizer | None = None) -> BlockCall:
     """Block arguments for windows that come after a prefix, and whose keys and values may be quantized.
 
-    call: arguments from `Skeleton.block_calls`, whose `past` is the number of prefix tokens.
+    call: arguments from `Skeleton.block_calls`, whose `prefix_length` is the number of prefix tokens.
     states: keys and values of the prefix in this block, or None without a prefix.
     cache_quantizer: how the KV cache quantizes, or None if it does not.
     """
     if states is None and cache_quantizer is None:
         return call
     # A call without arguments belongs to a stream without windows: it has no positions and is never run.
-    return call.with_cache(_Past(states, cache_quantizer, call.positions)) if call.named else call
+    return call.with_cache(_PrefixCache(states, cache_quantizer, call.positions)) if call.named else call
 
 
 class _Recorder(BlockCache):
@@ -95,13 +95,13 @@ class _Recorder(BlockCache):
     keys: Tensor
     values: Tensor
 
-    def see(self, keys: Tensor, values: Tensor) -> States:
+    def attended(self, keys: Tensor, values: Tensor) -> States:
         """Record keys and values, (b, heads, tokens, width) each, and return them unchanged."""
         self.keys, self.values = keys, values
         return keys, values
 
 
-class _Past(BlockCache):
+class _PrefixCache(BlockCache):
     """Replaces a KV cache that holds a prefix. Texts are quantized and dequantized, and not stored."""
 
     def __init__(
@@ -110,24 +110,24 @@ class _Past(BlockCache):
         super().__init__()
         self._states, self._cache_quantizer, self._positions = states, cache_quantizer, positions
 
-    def see(self, keys: Tensor, values: Tensor) -> States:
+    def attended(self, keys: Tensor, values: Tensor) -> States:
         """Quantize and dequantize a text's keys and values, and return them after those of the prefix."""
         if self._cache_quantizer is not None:
             keys, values = (
                 quantized_keys(keys, self._cache_quantizer, self._positions),
                 quantized_values(values, self._cache_quantizer),
             )
-        return (keys, values) if self._states is None else with_past(self._states, (keys, values))
+        return (keys, values) if self._states is None else after_states(self._states, (keys, values))
 
 
-def with_past(past: States, new: States) -> States:
+def after_states(prefix: States, new: States) -> States:
     """Concatenate keys and values of a prefix and of texts: (b, heads, prefix tokens + tokens, width) each.
 
-    past: of the prefix, (heads, prefix tokens, width) each.
+    prefix: of the prefix, (heads, prefix tokens, width) each.
     new: of the texts, (b, heads, tokens, width) each.
     """
     first, second = (
         torch.cat([before.to(after).expand(after.shape[0], -1, -1, -1), after], 2)
-        for before, after in zip(past, new, strict=True)
+        for before, after in zip(prefix, new, strict=True)
     )
     return first, second

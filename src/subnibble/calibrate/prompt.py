@@ -58,7 +58,7 @@ def prefix_ids(prompt: str, tokenizer: Any) -> PrefixIds:
     return PrefixIds(tuple(map(int, ids)), added)
 
 
-def given_prefix(prompt: str | None, load_tokenizer: Callable[[], Any]) -> PrefixIds | None:
+def prompt_prefix(prompt: str | None, load_tokenizer: Callable[[], Any]) -> PrefixIds | None:
     """Tokens of the prefix for a system prompt; None without a prompt, and for "auto", which is resolved later.
 
     prompt: as in `prefix_ids`, or None.

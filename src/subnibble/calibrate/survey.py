@@ -29,9 +29,9 @@ def full_precision_blocks(
     """
     for index in range(skeleton.num_blocks):
         block = skeleton.load_block(index)
-        twin = block.twin(skeleton.dtype)
+        block_copy = block.copy(skeleton.dtype)
         states = None if prefix is None else prefix.advance(block)
-        stream = BlockStream(twin, hidden, after_prefix(calls[index], states))
+        stream = BlockStream(block_copy, hidden, after_prefix(calls[index], states))
         yield block, stream
         stream.advance()
         skeleton.release(block.path)

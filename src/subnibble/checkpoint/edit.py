@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from subnibble.arguments import as_path
 from subnibble.checkpoint.checksums import CHECKSUMS, check_files, weights_checksum
 from subnibble.checkpoint.config import CONFIG
 from subnibble.checkpoint.manifest import PackedConfig, packed_config_of, stored_shapes
@@ -19,7 +20,6 @@ from subnibble.checkpoint.source import expect_shapes
 from subnibble.checkpoint.weight_files import INDEX
 from subnibble.checkpoint.writer import CheckpointWriter
 from subnibble.errors import CheckpointError, OutputError
-from subnibble.given import given_path
 from subnibble.model.transformers_api.marking import marked
 from subnibble.model.verify import check_written
 from subnibble.resume.commit import contents
@@ -34,7 +34,7 @@ def open_packed(folder: str | Path) -> tuple[SafetensorsSource, PackedConfig]:
     Returns the source and its `PackedConfig`.
     Raises `CheckpointError` if the folder holds no packed checkpoint, or a damaged one.
     """
-    if not given_path(folder, "folder", "a folder that subnibble quantize wrote").is_dir():
+    if not as_path(folder, "folder", "a folder that subnibble quantize wrote").is_dir():
         raise CheckpointError(f"{folder} is no folder; give a local checkpoint that subnibble quantize wrote")
     source = open_source(folder)
     packed = packed_config_of(source.config)

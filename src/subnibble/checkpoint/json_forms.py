@@ -79,7 +79,7 @@ def _read_residual(labels: Labels, earlier: Mapping[str, Any], value: Any) -> in
     salient = earlier.get("salient")
     if typed(value, str) != "salient" or salient is None:
         raise ValueError(f"residual is {value!r} with{'' if salient else 'out'} salient columns")
-    return int(salient.columns)
+    return int(salient.num_columns)
 
 
 FLAG = _plain(lambda value: typed(value, bool))

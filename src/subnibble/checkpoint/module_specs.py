@@ -19,7 +19,7 @@ from torch import Tensor
 
 from subnibble.checkpoint import json_forms as forms
 from subnibble.errors import CheckpointError
-from subnibble.runtime.modules import MIX
+from subnibble.runtime.modules import HEAD_INPUT
 from subnibble.tensor.activation_scheme import ActivationScheme
 from subnibble.tensor.cache_scheme import CacheScheme
 from subnibble.tensor.hadamard import hadamard_factors
@@ -160,6 +160,10 @@ def with_input(values: Mapping[str, Any], modules: Mapping[str, Any]) -> Mapping
     return {**values, **{key: modules[source][key] for key in keys & modules[source].keys()}}
 
 
+def _per_column(spec: PackedLinearSpec) -> tuple[int, ...]:
+    return (spec.layout.num_columns,)
+
+
 @dataclass(frozen=True)
 class PackedLinearSpec(ModuleSpec):
     """A linear with a packed weight (m, k): the description of a `Linear`, without its tensors.
@@ -180,8 +184,8 @@ class PackedLinearSpec(ModuleSpec):
     kind = "linear"
     layout: Annotated[PackedLayout, Term(forms.MATRIX, ("rows", "ranges"), prefixes=("",))]
     bias: Annotated[bool, Term(forms.FLAG, vector=Stored(torch.float32, lambda s: (s.layout.rows,)))]
-    column_scale: Annotated[bool, Term(forms.FLAG, vector=Stored(torch.float16, lambda s: (s.layout.columns,)))] = False
-    gather: Annotated[bool, Term(forms.FLAG, vector=Stored(gather_type, lambda s: (s.layout.columns,)))] = False
+    column_scale: Annotated[bool, Term(forms.FLAG, vector=Stored(torch.float16, _per_column))] = False
+    gather: Annotated[bool, Term(forms.FLAG, vector=Stored(gather_type, _per_column))] = False
     blocks: Annotated[tuple[int, ...], Term(forms.COUNTS, ("hadamard",))] = ()
     activation: Annotated[ActivationScheme | None, Term(forms.ACTIVATION)] = None
     salient: Annotated[PackedLayout | None, Term(forms.RANGES, prefixes=("salient.",))] = None
@@ -190,15 +194,15 @@ class PackedLinearSpec(ModuleSpec):
     input: Annotated[str | None, Term(forms.TEXT)] = None
 
     def __post_init__(self) -> None:
-        columns, rows = self.layout.columns, self.layout.rows
-        if self.requantized and (self.salient is None or self.requantized != self.salient.columns):
+        columns, rows = self.layout.num_columns, self.layout.rows
+        if self.requantized and (self.salient is None or self.requantized != self.salient.num_columns):
             raise ValueError(f"{self.requantized} channels are quantized twice, but only all salient channels can be")
         if self.blocks and sum(self.blocks) != columns:
             raise ValueError(f"Hadamard blocks {self.blocks} do not add up to {columns} columns")
         if any(hadamard_factors(width) is None for width in self.blocks):
             raise ValueError(f"no Hadamard matrix is known for one of the orders {self.blocks}")
-        if self.salient is not None and (self.salient.rows != rows or self.salient.columns > columns):
-            raise ValueError(f"{self.salient.columns} salient columns do not fit a weight of {rows} x {columns}")
+        if self.salient is not None and (self.salient.rows != rows or self.salient.num_columns > columns):
+            raise ValueError(f"{self.salient.num_columns} salient columns do not fit a weight of {rows} x {columns}")
         outliers = 0 if self.activation is None else self.activation.outliers
         if outliers >= columns or (outliers and self.salient is not None):
             raise ValueError(
@@ -206,7 +210,7 @@ class PackedLinearSpec(ModuleSpec):
             )
         if self.low_rank is not None:
             down, up = self.low_rank
-            if (down.columns, up.rows) != (columns, rows) or up.columns != down.rows:
+            if (down.num_columns, up.rows) != (columns, rows) or up.num_columns != down.rows:
                 raise ValueError(f"a low-rank branch does not fit a weight of {rows} x {columns}")
 
     @property
@@ -217,7 +221,7 @@ class PackedLinearSpec(ModuleSpec):
     def enters_as(self, other: PackedLinearSpec) -> bool:
         """Whether both treat their input alike, so that one of them can store the input terms of both."""
         alike = all(getattr(self, name) == getattr(other, name) for name in INPUT_TERMS)
-        return alike and self.layout.columns == other.layout.columns
+        return alike and self.layout.num_columns == other.layout.num_columns
 
     @property
     def stored_bits(self) -> int:
@@ -227,11 +231,11 @@ class PackedLinearSpec(ModuleSpec):
     def token_bits(self) -> int:
         """Return the bits of one token's input, including extra columns; 16 per channel if inputs are not quantized."""
         if self.activation is None:
-            return 16 * self.layout.columns
-        bits = self.activation.token_bits(self.layout.columns)
+            return 16 * self.layout.num_columns
+        bits = self.activation.token_bits(self.layout.num_columns)
         if self.salient is not None:
             # The salient weight is extra columns of the product: the same codes are read again for it.
-            bits += self.activation.token_bits(self.salient.columns) * (2 if self.requantized else 1)
+            bits += self.activation.token_bits(self.salient.num_columns) * (2 if self.requantized else 1)
         if self.low_rank is not None:
             bits += self.activation.without_outliers.token_bits(self.low_rank[0].rows)
         return bits
@@ -326,8 +330,8 @@ class TiedHeadSpec(ModuleSpec):
 
 
 @dataclass(frozen=True)
-class InputMixSpec(ModuleSpec):
-    """A block-diagonal matrix that multiplies a head's input, at a path that ends in `MIX`. widths: of its blocks."""
+class HeadInputSpec(ModuleSpec):
+    """A block-diagonal matrix that multiplies a head's input. Its path ends in `HEAD_INPUT`. widths: of its blocks."""
 
     kind = "input_mix"
     tensors: ClassVar = {"matrix": Stored(torch.float32, lambda s: (sum(s.widths), max(s.widths)))}
@@ -338,15 +342,15 @@ class InputMixSpec(ModuleSpec):
             raise ValueError("an input_mix matrix has no blocks")
 
 
-def input_mix_state(path: str, blocks: tuple[Tensor, ...]) -> tuple[dict[str, Tensor], dict[str, Spec]]:
-    """Return the stored tensor, by name, and the spec, by path, of the `InputMix` of a head.
+def head_input_state(path: str, blocks: tuple[Tensor, ...]) -> tuple[dict[str, Tensor], dict[str, Spec]]:
+    """Return the stored tensor, by name, and the spec, by path, of the `HeadInputMatrix` of a head.
 
     path: of the head.
     blocks: square matrices on the diagonal, each (width, width).
     """
-    widths, where = tuple(block.shape[0] for block in blocks), f"{path}.{MIX}"
+    widths, where = tuple(block.shape[0] for block in blocks), f"{path}.{HEAD_INPUT}"
     rows = [torch.nn.functional.pad(block.float(), (0, max(widths) - block.shape[0])) for block in blocks]
-    return {f"{where}.matrix": torch.cat(rows)}, {where: InputMixSpec(widths)}
+    return {f"{where}.matrix": torch.cat(rows)}, {where: HeadInputSpec(widths)}
 
 
 @dataclass(frozen=True)
@@ -415,5 +419,5 @@ class KeyCenterSpec(ModuleSpec):
         return cls(center.shape[0], center.shape[1], *scheme.key_basis)
 
 
-Spec = PackedLinearSpec | PackedEmbeddingSpec | TiedHeadSpec | InputMixSpec | NormBiasSpec | PrefixSpec | KeyCenterSpec
+Spec = PackedLinearSpec | PackedEmbeddingSpec | TiedHeadSpec | HeadInputSpec | NormBiasSpec | PrefixSpec | KeyCenterSpec
 _KINDS: dict[str, type[Spec]] = {spec.kind: spec for spec in Spec.__args__}

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from subnibble.arguments import as_path
 from subnibble.checkpoint.gguf_source import GgufSource
 from subnibble.checkpoint.safetensors_source import SafetensorsSource
 from subnibble.checkpoint.side_files import SIDE_FILES, TEMPLATE_FOLDER
 from subnibble.checkpoint.source import Source
 from subnibble.errors import CheckpointError
-from subnibble.given import given_path
 
 
 def open_source(model: str | Path | Source, name: str = "model") -> Source:
@@ -21,7 +21,7 @@ def open_source(model: str | Path | Source, name: str = "model") -> Source:
     """
     if isinstance(model, Source):
         return model
-    path = given_path(model, name, "a model folder, a hub id or a .gguf file")
+    path = as_path(model, name, "a model folder, a hub id or a .gguf file")
     if path.is_dir():
         return SafetensorsSource(path)
     if path.is_file():

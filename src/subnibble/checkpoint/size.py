@@ -101,10 +101,10 @@ def _packed(source: Source, packed: PackedConfig) -> tuple[int, int, int]:
             bits += source.stored_bits(f"{path}.bias")
         elif isinstance(spec, PackedLinearSpec) and path.startswith(f"{blocks}."):
             bits += spec.stored_bits
-            weights += spec.layout.rows * spec.layout.columns
+            weights += spec.layout.rows * spec.layout.num_columns
     for spec in packed.modules.values():
         if isinstance(spec, PackedLinearSpec | PackedEmbeddingSpec):
-            parameters += spec.layout.rows * spec.layout.columns
+            parameters += spec.layout.rows * spec.layout.num_columns
     packed_names = {name for name in stored_shapes(packed) if not name.endswith(".bias")}
     parameters += sum(numel(source.shape(name)) for name in source.names() if name not in packed_names)
     return bits, weights, parameters
@@ -116,5 +116,5 @@ def _activation_bits(source: Source, packed: PackedConfig | None) -> float:
     linears = [
         spec for path, spec in modules.items() if isinstance(spec, PackedLinearSpec) and path.startswith(f"{blocks}.")
     ]
-    channels = sum(spec.layout.columns for spec in linears)
+    channels = sum(spec.layout.num_columns for spec in linears)
     return sum(spec.token_bits() for spec in linears) / channels if channels else 16.0

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def compare(
     model: o.Model,
     text: o.Text,
-    given: dict[str, Any],
+    settings: dict[str, Any],
     methods: Annotated[str, typer.Option(help="Methods to compare, separated by commas.")] = "rtn,gptq",
     bits: Annotated[str, typer.Option(help="Bits of a weight, several separated by commas.")] = "3",
     max_windows: o.MaxWindows = None,
@@ -33,7 +33,7 @@ def compare(
 
     Each --option applies to the methods that have it.
     """
-    values = dict(given)
+    values = dict(settings)
     window, device, dtype = (values[name] for name in ("window", "device", "dtype"))
     option = o.with_effort(values.pop("option"), values.pop("effort"))
     o.check_options(_words(methods), option)

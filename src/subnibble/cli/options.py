@@ -135,12 +135,12 @@ def starting_recipe(path: Path | None, name: str | None, method: str | None, **b
     return preset(matching)
 
 
-def recipe_of(given: Mapping[str, Any]) -> Recipe:
+def recipe_of(settings: Mapping[str, Any]) -> Recipe:
     """The recipe that a command line asks for.
 
-    given: values of `RECIPE_OPTIONS` by name; None: not on the command line.
+    settings: values of `RECIPE_OPTIONS` by name; None: not on the command line.
     """
-    values = dict(given)
+    values = dict(settings)
     bits = {name: values[name] for name in ("bits", "activation_bits", "kv_bits", "grid")}
     start = starting_recipe(values.pop("recipe"), values.pop("preset"), values["method"], **bits)
     return build_recipe(start, with_effort(values.pop("option"), values.pop("effort")), **values)

@@ -18,7 +18,7 @@ from subnibble.cli.streams import say, tell
 def quantize(
     model: o.Model,
     out: Annotated[Path, typer.Argument(help="Folder to write; it appears only when it is complete.", metavar="OUT")],
-    given: dict[str, Any],
+    settings: dict[str, Any],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint in OUT.")] = False,
 ) -> None:
     """Quantize MODEL into the folder OUT.
@@ -27,7 +27,7 @@ def quantize(
     Without these three, the given bits choose a preset.
     The defaults below are those of --method; a recipe or preset has its own.
     """
-    target = o.recipe_of(given)
+    target = o.recipe_of(settings)
     from subnibble.evaluation.compare import recipe_name
     from subnibble.pipeline.driver import quantize as run
 
@@ -58,14 +58,14 @@ def quantize(
 
 
 @takes_recipe_options()
-def estimate(model: o.Model, given: dict[str, Any], json: o.Json = False) -> None:
+def estimate(model: o.Model, settings: dict[str, Any], json: o.Json = False) -> None:
     """Estimate size, memory and time of a quantization, without reading any weight.
 
     Options change single settings of --recipe, --preset or --method.
     Without these three, the given bits choose a preset.
     The defaults below are those of --method; a recipe or preset has its own.
     """
-    target = o.recipe_of(given)
+    target = o.recipe_of(settings)
     from subnibble.pipeline.estimate import estimate as run
 
     estimated = run(model, target)

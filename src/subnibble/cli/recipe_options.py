@@ -38,7 +38,7 @@ RECIPE_OPTIONS: dict[str, Any] = {
 
 
 def takes_recipe_options(**changes: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command the options of a recipe; their values arrive in its argument `given`, None if not on the line.
+    """Give a command the options of a recipe; their values arrive in its argument `settings`, None if not on the line.
 
     changes: other types for some options; None leaves an option out.
     """
@@ -50,13 +50,13 @@ def takes_recipe_options(**changes: Any) -> Callable[[Callable[..., None]], Call
             inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None, annotation=kind)
             for name, kind in chosen.items()
         ]
-        first = [p for p in declared.values() if p.name != "given" and p.default is inspect.Parameter.empty]
-        last = [p for p in declared.values() if p.name != "given" and p.default is not inspect.Parameter.empty]
+        first = [p for p in declared.values() if p.name != "settings" and p.default is inspect.Parameter.empty]
+        last = [p for p in declared.values() if p.name != "settings" and p.default is not inspect.Parameter.empty]
         parameters = [*first, *added, *last]
 
         @functools.wraps(command)
         def run(**values: Any) -> None:
-            command(given={name: values.pop(name) for name in chosen}, **values)
+            command(settings={name: values.pop(name) for name in chosen}, **values)
 
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in parameters}

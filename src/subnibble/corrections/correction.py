@@ -139,11 +139,11 @@ class Correction:
         """
         return [None] * len(errors)
 
-    def second(self, weight: Tensor, scheme: Scheme) -> Tensor | None:
+    def salient_weight(self, weight: Tensor, scheme: Scheme) -> Tensor | None:
         """The second weight (m, salient) of `weight` (m, k), dequantized; None if there is none."""
         return None
 
-    def last(self, weight: Tensor, scheme: Scheme) -> Tensor | None:
+    def outlier_weight(self, weight: Tensor, scheme: Scheme) -> Tensor | None:
         """The last columns of `weight` (m, k), rounded separately and dequantized: (m, outliers), or None."""
         return None
 

@@ -73,7 +73,7 @@ class LowRank(Correction):
 
     def planned(self, spec: PackedLinearSpec, weight: Scheme) -> PackedLinearSpec:
         """The spec with both factors, from shapes alone; see `Correction`."""
-        rows, columns, scheme = spec.layout.rows, spec.layout.columns, self.scheme(weight)
+        rows, columns, scheme = spec.layout.rows, spec.layout.num_columns, self.scheme(weight)
         rank = min(self.rank, rows, columns)
         factors = PackedLayout(rank, ((columns, scheme),)), PackedLayout(rows, ((rank, scheme),))
         return replace(spec, low_rank=factors)

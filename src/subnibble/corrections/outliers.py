@@ -70,7 +70,7 @@ class OutlierColumns(Correction):
 
     def planned(self, spec: PackedLinearSpec, weight: Scheme) -> PackedLinearSpec:
         """The spec with the last columns in 8 bits, from shapes alone; see `Correction`."""
-        ranges = (spec.layout.columns - self.count, weight), (self.count, self.scheme(weight))
+        ranges = (spec.layout.num_columns - self.count, weight), (self.count, self.scheme(weight))
         return replace(spec, layout=PackedLayout(spec.layout.rows, ranges))
 
     def round(self, weight: Tensor, gram: Tensor | None, scheme: Scheme, round_main: RoundMain) -> Rounded:
@@ -89,10 +89,10 @@ class OutlierColumns(Correction):
         if compensation is not None:
             outliers = outliers + (weight[:, :split] - main.dequantize()) @ compensation.to(outliers.dtype)
         outlier_scheme = self.scheme(scheme)
-        last = PackedRange.pack(grid.quantized(outliers, outlier_scheme, Clip("minmax")), outlier_scheme)
-        return rounding, PackedTensor((main, last)), None
+        outlier_range = PackedRange.pack(grid.quantized(outliers, outlier_scheme, Clip("minmax")), outlier_scheme)
+        return rounding, PackedTensor((main, outlier_range)), None
 
-    def last(self, weight: Tensor, scheme: Scheme) -> Tensor:
+    def outlier_weight(self, weight: Tensor, scheme: Scheme) -> Tensor:
         """The outlier columns of `weight` (m, k), rounded and dequantized: (m, count)."""
         return grid.nearest(weight[:, -self.count :], self.scheme(scheme))
 

@@ -87,6 +87,6 @@ class SalientColumns(Correction):
         rounding = round_main(main, gram)
         return rounding, PackedTensor((PackedRange.pack(rounding.quantized, scheme),)), salient
 
-    def second(self, weight: Tensor, scheme: Scheme) -> Tensor:
+    def salient_weight(self, weight: Tensor, scheme: Scheme) -> Tensor:
         """R of `weight` (m, k), dequantized: (m, rank)."""
         return grid.nearest(weight[:, : self.rank], scheme, self.fitter)

@@ -17,7 +17,7 @@ from subnibble.device import resolve_device, resolve_dtype
 from subnibble.distill.settings import learnable
 from subnibble.distill.train import distill
 from subnibble.errors import BadRecipe
-from subnibble.progress import Progress, given_progress
+from subnibble.progress import Progress, as_progress
 from subnibble.recipe import AnyRecipe, Recipe
 from subnibble.report import DistillReport
 
@@ -36,7 +36,7 @@ def distill_checkpoint(
         other settings are ignored.
     progress: called after each step.
     """
-    recipe, on_progress = Recipe.of(recipe), given_progress(progress)
+    recipe, on_progress = Recipe.of(recipe), as_progress(progress)
     settings = recipe.distillation
     if settings is None:
         raise BadRecipe("distill_steps is 0; give a positive number")

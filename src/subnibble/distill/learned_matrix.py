@@ -63,7 +63,7 @@ class LearnedMatrix(nn.Module):
 
     def __init__(self, packed: PackedTensor, learned: Collection[str]) -> None:
         super().__init__()
-        self.parts = nn.ModuleList(LearnedRange(part, learned) for part in packed.ranges)
+        self.ranges = nn.ModuleList(LearnedRange(column_range, learned) for column_range in packed.ranges)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `x wᵀ`: (t, k) to (t, m), in x's dtype."""
@@ -72,16 +72,18 @@ class LearnedMatrix(nn.Module):
 
     def dense(self) -> Tensor:
         """The dequantized matrix (m, k) float32, as it will be stored; differentiable in the learned parameters."""
-        return torch.cat([part.dense() for part in self._parts], 1)
+        return torch.cat([column_range.dense() for column_range in self._ranges], 1)
 
     def gradients(self, of_dense: Tensor) -> list[Tensor]:
         """Gradients of the parameters, in the order of `parameters()`.
 
         of_dense: (m, k) float32, the gradient of the dense matrix.
         """
-        of_ranges = of_dense.split([part.range.columns for part in self._parts], 1)
+        of_ranges = of_dense.split([column_range.range.num_columns for column_range in self._ranges], 1)
         return [
-            grad for part, of_range in zip(self._parts, of_ranges, strict=True) for grad in part.gradients(of_range)
+            grad
+            for column_range, of_range in zip(self._ranges, of_ranges, strict=True)
+            for grad in column_range.gradients(of_range)
         ]
 
     def learned(self, name: str) -> dict[str, list[Learned]]:
@@ -90,59 +92,61 @@ class LearnedMatrix(nn.Module):
         name: the matrix's name, used in messages.
         """
         spaces: dict[str, list[Learned]] = {"scales": [], "zero_points": []}
-        for i, part in enumerate(self._parts):
-            if part.share.requires_grad:
-                spaces["scales"].append(Learned(f"{name}{range_key('scales', i)}", part.share))
-            if part.shift is not None and part.shift.requires_grad:
+        for i, column_range in enumerate(self._ranges):
+            if column_range.share.requires_grad:
+                spaces["scales"].append(Learned(f"{name}{range_key('scales', i)}", column_range.share))
+            if column_range.shift is not None and column_range.shift.requires_grad:
                 # The unit makes a zero-point step move weights as far as a scale step does.
-                spaces["zero_points"].append(Learned(f"{name}{range_key('zeros', i)}", part.shift, part.mean_level()))
+                spaces["zero_points"].append(
+                    Learned(f"{name}{range_key('zeros', i)}", column_range.shift, column_range.mean_level())
+                )
         return spaces
 
     def stored(self) -> dict[str, Tensor]:
         """The learned tensors in their stored dtype, by their names in the matrix."""
         tensors: dict[str, Tensor] = {}
-        for i, part in enumerate(self._parts):
-            if part.share.requires_grad:
-                tensors[range_key("scales", i)] = part.stored_scales()
-            if part.shift is not None and part.shift.requires_grad:
-                tensors[range_key("zeros", i)] = part.stored_zeros()
+        for i, column_range in enumerate(self._ranges):
+            if column_range.share.requires_grad:
+                tensors[range_key("scales", i)] = column_range.stored_scales()
+            if column_range.shift is not None and column_range.shift.requires_grad:
+                tensors[range_key("zeros", i)] = column_range.stored_zeros()
         return tensors
 
     def bound_(self) -> None:
         """Clamp learned parameters to their valid range."""
-        for part in self._parts:
-            part.bound_()
+        for column_range in self._ranges:
+            column_range.bound_()
 
     @property
-    def _parts(self) -> Iterator[LearnedRange]:
-        for part in self.parts:
-            assert isinstance(part, LearnedRange)
-            yield part
+    def _ranges(self) -> Iterator[LearnedRange]:
+        for column_range in self.ranges:
+            assert isinstance(column_range, LearnedRange)
+            yield column_range
 
 
 class LearnedRange(nn.Module):
     """A column range of a packed matrix, with one scheme.
 
-    part: the stored range, (m, columns).
+    packed_range: the stored range, (m, columns).
     learned: names of `Distillation` settings that are on.
     share (attribute): δ, (planes, m, groups).
     shift (attribute): ζ, (m, groups, 1); None without real zero-points.
     """
 
-    def __init__(self, part: PackedRange, learned: Collection[str]) -> None:
+    def __init__(self, packed_range: PackedRange, learned: Collection[str]) -> None:
         super().__init__()
-        integer_planes = planes(part)
-        first, stop = part.scheme.group_bounds(part.columns)[0]
-        padding = -part.columns % (stop - first)
+        integer_planes = planes(packed_range)
+        first, stop = packed_range.scheme.group_bounds(packed_range.num_columns)[0]
+        padding = -packed_range.num_columns % (stop - first)
         numbers = torch.stack([plane.numbers for plane in integer_planes])
         dtype = torch.int8 if numbers.numel() == 0 or float(numbers.abs().amax()) < 2**7 else torch.int16
-        self.range = part
+        self.range = packed_range
         # Integers (planes, m, groups, width), the last group padded with zeros.
         self._numbers = nn.functional.pad(numbers, (0, padding)).unflatten(2, (-1, stop - first)).to(dtype)
         self._scales = torch.stack([plane.scales for plane in integer_planes])
         zeros = integer_planes[0].zeros
         self._zeros = None if zeros is None else zeros.unsqueeze(-1)
-        learns_scales = "scales" in learned and part.scheme.scale_type != E8M0
+        learns_scales = "scales" in learned and packed_range.scheme.scale_type != E8M0
         self.share = nn.Parameter(torch.zeros_like(self._scales), requires_grad=learns_scales)
         self.shift: nn.Parameter | None = None
         if self._zeros is not None:
@@ -150,10 +154,10 @@ class LearnedRange(nn.Module):
 
     def dense(self) -> Tensor:
         """The dequantized range, (m, columns) float32."""
-        scales, zeros = self._seen_scales().unsqueeze(-1), self._seen_zeros()
+        scales, zeros = self._learned_scales().unsqueeze(-1), self._learned_zeros()
         dense = sum(self._level(p, zeros) * scales[p] for p in range(scales.shape[0]))
         assert isinstance(dense, Tensor)
-        return dense.flatten(1)[:, : self.range.columns]
+        return dense.flatten(1)[:, : self.range.num_columns]
 
     def gradients(self, of_dense: Tensor) -> list[Tensor]:
         """Gradients of the parameters, in the order of `parameters()`.
@@ -162,28 +166,28 @@ class LearnedRange(nn.Module):
         """
         width = self._numbers.shape[3]
         with torch.no_grad():
-            grouped = nn.functional.pad(of_dense, (0, -self.range.columns % width)).unflatten(1, (-1, width))
-            zeros = self._seen_zeros()
+            grouped = nn.functional.pad(of_dense, (0, -self.range.num_columns % width)).unflatten(1, (-1, width))
+            zeros = self._learned_zeros()
             sums = [(grouped * self._level(p, zeros)).sum(-1) for p in range(self._scales.shape[0])]
             gradients = [torch.stack(sums) * self._scales]
             if self.shift is not None:
-                gradients.append(-(grouped.sum(-1) * self._seen_scales()[0]).unsqueeze(-1))
+                gradients.append(-(grouped.sum(-1) * self._learned_scales()[0]).unsqueeze(-1))
         return gradients
 
     def stored_scales(self) -> Tensor:
         """Scales (m, groups * planes) in the stored dtype, the planes of one group adjacent."""
-        scales = self._seen_scales().detach().to(scale_dtype(self.range.scheme))
+        scales = self._learned_scales().detach().to(scale_dtype(self.range.scheme))
         return scales.permute(1, 2, 0).flatten(1).contiguous()
 
     def stored_zeros(self) -> Tensor:
         """Real zero-points (m, groups) in the stored dtype."""
-        zeros = self._seen_zeros()
+        zeros = self._learned_zeros()
         assert zeros is not None
         return zeros.detach().squeeze(-1).to(scale_dtype(self.range.scheme)).contiguous()
 
     def mean_level(self) -> float:
         """Mean of |n - z|: how far a weight moves on average, in grid steps, if its scale doubles."""
-        level = self._level(0, self._zeros).flatten(1)[:, : self.range.columns]
+        level = self._level(0, self._zeros).flatten(1)[:, : self.range.num_columns]
         return float(level.abs().mean())
 
     def bound_(self) -> None:
@@ -193,13 +197,13 @@ class LearnedRange(nn.Module):
             if self.shift is not None:
                 self.shift.clamp_(-self.range.scheme.levels, self.range.scheme.levels)
 
-    def _seen_scales(self) -> Tensor:
+    def _learned_scales(self) -> Tensor:
         """Learned scales (planes, m, groups) float32, rounded to the stored dtype; powers of two are not learned."""
         if self.range.scheme.scale_type == E8M0:
             return self._scales
         return stored_factor(self._scales, self.share, scale_dtype(self.range.scheme))
 
-    def _seen_zeros(self) -> Tensor | None:
+    def _learned_zeros(self) -> Tensor | None:
         """Learned zero-points (m, groups, 1) float32, rounded to the stored dtype; None without real zero-points."""
         if self._zeros is None or self.shift is None:
             return None

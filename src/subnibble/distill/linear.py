@@ -38,12 +38,12 @@ class Entrance(nn.Module):
         learns_clip = "clips" in learned and scheme is not None and can_clip(scheme)
         self.share = nn.Parameter(torch.zeros((), device=device), requires_grad=learns_clip)
         # Relative changes δ of the column scales.
-        self.columns: nn.Parameter | None = None
+        self.scale_change: nn.Parameter | None = None
         if scales is not None:
             start = torch.zeros_like(scales, dtype=torch.float32)
-            self.columns = nn.Parameter(start, requires_grad="column_scales" in learned)
+            self.scale_change = nn.Parameter(start, requires_grad="column_scales" in learned)
         self._x: Tensor | None = None
-        self._seen: tuple[Tensor, Tensor] | None = None
+        self._entered: tuple[Tensor, Tensor] | None = None
 
     @property
     def scheme(self) -> ActivationScheme | None:
@@ -55,18 +55,22 @@ class Entrance(nn.Module):
     def column_scale(self) -> Tensor | None:
         """Learned column scales (k,) float32, rounded to the stored dtype; None if there are none."""
         scales = self._site.column_scale
-        return None if scales is None or self.columns is None else stored_factor(scales, self.columns, scales.dtype)
+        return (
+            None
+            if scales is None or self.scale_change is None
+            else stored_factor(scales, self.scale_change, scales.dtype)
+        )
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Transform x (..., k) into the input basis: (t, k) float32, unquantized and quantized.
 
         Computed once for all linears that share it.
         """
-        if self._x is not x or self._seen is None:
+        if self._x is not x or self._entered is None:
             site = replace(self._site, column_scale=self.column_scale)
             tokens = site_input.enter(x, site).flatten(0, -2).float()
-            self._x, self._seen = x, (tokens, self.quantized(tokens))
-        return self._seen
+            self._x, self._entered = x, (tokens, self.quantized(tokens))
+        return self._entered
 
     def quantized(self, tokens: Tensor) -> Tensor:
         """Quantize and dequantize tokens (t, k) float32; returns the compute dtype."""
@@ -86,7 +90,7 @@ class Entrance(nn.Module):
 
     def forget(self) -> None:
         """Drop the cached input."""
-        self._x = self._seen = None
+        self._x = self._entered = None
 
     def learned(self, name: str) -> dict[str, list[Learned]]:
         """Learned parameters by the setting that enables them.
@@ -96,14 +100,14 @@ class Entrance(nn.Module):
         spaces: dict[str, list[Learned]] = {"clips": [], "column_scales": []}
         if self.share.requires_grad:
             spaces["clips"].append(Learned(f"{name}.activation.clip", self.share))
-        if self.columns is not None and self.columns.requires_grad:
-            spaces["column_scales"].append(Learned(f"{name}.column_scale", self.columns))
+        if self.scale_change is not None and self.scale_change.requires_grad:
+            spaces["column_scales"].append(Learned(f"{name}.column_scale", self.scale_change))
         return spaces
 
     def stored(self) -> dict[str, Tensor]:
         """Learned column scales in their stored dtype, by their name in each of the linears."""
         scales, old = self.column_scale, self._site.column_scale
-        if scales is None or old is None or self.columns is None or not self.columns.requires_grad:
+        if scales is None or old is None or self.scale_change is None or not self.scale_change.requires_grad:
             return {}
         return {"column_scale": scales.detach().to(old.dtype)}
 
@@ -112,9 +116,9 @@ class Entrance(nn.Module):
         scheme = self._site.activation
         if scheme is not None:
             bound_(self.share, scheme)
-        if self.columns is not None:
+        if self.scale_change is not None:
             with torch.no_grad():
-                self.columns.clamp_(min=SMALLEST_SHARE)
+                self.scale_change.clamp_(min=SMALLEST_SHARE)
 
 
 class StudentLinear(nn.Module):

@@ -105,8 +105,8 @@ class Teacher:
         states: list[States | None] = [None] * skeleton.num_blocks
         if prefix is not None:
             states = [*_states(skeleton, model, prefix)]
-        past = 0 if prefix is None else len(prefix.ids)
-        calls = skeleton.block_calls(length, dtype, past)
+        prefix_length = 0 if prefix is None else len(prefix.ids)
+        calls = skeleton.block_calls(length, dtype, prefix_length)
         calls = [after_prefix(call, prefix_states) for call, prefix_states in zip(calls, states, strict=True)]
         return cls(WholeModel(model, skeleton.arch, calls), device)
 
@@ -183,8 +183,8 @@ class Student:
         dtype: compute dtype of the packed linears' products; everything else is float32.
         """
         skeleton = Skeleton(source, torch.float32, device)
-        past = 0 if config.prefix is None else len(config.prefix.ids)
-        calls = skeleton.block_calls(length, torch.float32, past)
+        prefix_length = 0 if config.prefix is None else len(config.prefix.ids)
+        calls = skeleton.block_calls(length, torch.float32, prefix_length)
         model, arch = skeleton.model, skeleton.arch
         pack_modules_(model, config, torch.float32)
         fill_(model, packed, torch.float32, device)

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from subnibble.arguments import as_path, described
 from subnibble.calibrate.prompt import prefix_ids
 from subnibble.calibrate.tokens import bos_token
 from subnibble.checkpoint.opening import open_source
@@ -19,13 +20,12 @@ from subnibble.errors import BadArgument, BadRecipe
 from subnibble.evaluation.evaluate import AnyEvaluation, Evaluation
 from subnibble.evaluation.perplexity import Scores, score
 from subnibble.generate.prefix import same_prefix_
-from subnibble.given import described, given_path
 from subnibble.hf import load_model, memory_bytes
 from subnibble.methods import find_method
 from subnibble.methods.method import Steps
 from subnibble.pipeline.check import check_apart, resolve
 from subnibble.pipeline.driver import quantize
-from subnibble.progress import Progress, given_progress, titled
+from subnibble.progress import Progress, as_progress, titled
 from subnibble.recipe import AnyRecipe, Recipe
 
 ORIGINAL = "original"
@@ -81,8 +81,8 @@ def compare(
 
     Returns one row per model, the original first. Raises `BadRecipe` for recipes that cannot be compared.
     """
-    on_progress, evaluation, parsed = given_progress(progress), Evaluation.of(evaluation), _recipes(recipes)
-    out = None if out is None else given_path(out, "out", "a folder to keep the checkpoints in, or leave it out")
+    on_progress, evaluation, parsed = as_progress(progress), Evaluation.of(evaluation), _recipes(recipes)
+    out = None if out is None else as_path(out, "out", "a folder to keep the checkpoints in, or leave it out")
     names = recipe_names(parsed)
     for name in names:
         if out is not None:

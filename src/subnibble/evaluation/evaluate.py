@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from subnibble.arguments import check_types, described, plain
 from subnibble.calibrate.prompt import prefix_ids
 from subnibble.calibrate.tokens import bos_token, check_vocabulary
 from subnibble.calibrate.windows import check_positions, evaluation_windows
@@ -23,10 +24,9 @@ from subnibble.errors import BadArgument, BadRecipe, CheckpointError
 from subnibble.evaluation.layer_error import layer_errors
 from subnibble.evaluation.perplexity import check_vocabularies, score
 from subnibble.generate.prefix import attach_prefix_, same_prefix_
-from subnibble.given import check_types, described, plain
 from subnibble.hf import load_model, memory_bytes
 from subnibble.hf.attention import attached_cache, change_scheme_
-from subnibble.progress import Progress, given_progress
+from subnibble.progress import Progress, as_progress
 from subnibble.recipe import Recipe
 from subnibble.report.clock import Clock, peak_memory
 from subnibble.tensor.cache_scheme import CacheScheme, PrefixIds
@@ -146,7 +146,7 @@ def evaluate(
 
     Returns the results by report key.
     """
-    clock, evaluation, on_progress = Clock(), Evaluation.of(evaluation), given_progress(progress)
+    clock, evaluation, on_progress = Clock(), Evaluation.of(evaluation), as_progress(progress)
     if layers and reference is None:
         raise BadRecipe("--layers compares with the original; pass --reference MODEL")
     source, reference_source = open_source(model), None if reference is None else open_source(reference, "reference")

@@ -14,11 +14,11 @@ from torch import nn
 
 from subnibble.arch import find_arch
 from subnibble.arch.site import Arch
+from subnibble.arguments import described
 from subnibble.checkpoint.manifest import packed_config_of
 from subnibble.checkpoint.module_specs import NormBiasSpec, PackedLinearSpec
 from subnibble.errors import BadArgument, CheckpointError
-from subnibble.given import described
-from subnibble.runtime.modules import MIX, PackedLinear, remove_output_bias_
+from subnibble.runtime.modules import HEAD_INPUT, PackedLinear, remove_output_bias_
 
 
 def fold_norm_biases_(model: Any) -> None:
@@ -55,7 +55,7 @@ def fold_norm_biases_(model: Any) -> None:
             for name, linear in readers.items():
                 bias = norm.bias.float()
                 # The matrix before a head is applied to the norm's bias, too.
-                input_bias = linear.get_submodule(MIX)(bias) if hasattr(linear, MIX) else bias
+                input_bias = linear.get_submodule(HEAD_INPUT)(bias) if hasattr(linear, HEAD_INPUT) else bias
                 _add_(linear, linear.dequantize() @ input_bias, norm.bias.dtype)
                 spec_before = modules[name]
                 assert isinstance(spec_before, PackedLinearSpec)

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from subnibble.arch import find_arch
+from subnibble.arguments import plain
 from subnibble.calibrate.prefix import States, half_states
 from subnibble.calibrate.prompt import prefix_ids
 from subnibble.calibrate.tokens import check_vocabulary
 from subnibble.calibrate.windows import check_positions
 from subnibble.checkpoint.edit import change_checkpoint, open_packed
 from subnibble.checkpoint.module_specs import PrefixSpec, Spec, prefix_state
-from subnibble.given import plain
 from subnibble.hf import load_model
 from subnibble.hf.attention import attach_cache_, attached_cache, check_cache, detached, set_prefix_
 from subnibble.model.transformers_api.blocks import keys_and_values

@@ -272,16 +272,16 @@ class _BeforeDecoder:
         return (), call.arguments(module)
 
 
-def _positions(mask: Tensor | None, past: int, tokens: Tensor) -> Tensor:
+def _positions(mask: Tensor | None, length: int, tokens: Tensor) -> Tensor:
     """Positions (b or 1, t) of new tokens in their texts; padding and hidden tokens do not count.
 
     mask: (b, n), 0 where a token does not count; None if all count.
-    past: number of tokens in the cache.
+    length: number of tokens in the cache.
     tokens: the new ones, (b, t, ...).
     """
     new = tokens.shape[1]
     if mask is None:
-        return torch.arange(past, past + new, device=tokens.device).unsqueeze(0)
+        return torch.arange(length, length + new, device=tokens.device).unsqueeze(0)
     return (mask.long().cumsum(1) - 1).clamp(min=0)[:, -new:]
 
 

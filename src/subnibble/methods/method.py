@@ -140,7 +140,7 @@ def _check_tuning(steps: Steps) -> None:
         raise BadRecipe("tuning cannot be combined with a mean-shift correction; leave one of them out")
     steps.correction.check_tuned()
     for rounder in (steps.rounder, *steps.rounders.values()):
-        if rounder.on(Clip()) is None:
+        if rounder.with_fitter(Clip()) is None:
             raise BadRecipe(f"tuning rounds on learned grids, which {type(rounder).__name__} does not accept; use GPTQ")
     if steps.needs_drift:
         raise BadRecipe('tuning already targets full-precision outputs; use a rounder with asymmetry = "none"')

@@ -127,7 +127,7 @@ class _QuantizedError:
         _, main, salient = self.correction.round(weight, tokens.T @ tokens, scheme, round_main)
         dense = main.dequantize()
         if salient is not None:
-            dense[:, : salient.columns] += salient.dequantize()
+            dense[:, : salient.num_columns] += salient.dequantize()
         site = SiteInput(activation=activation, requantized=self.correction.requantized)
         quantized = site_input.apply(tokens, site).values()
         return float((quantized @ dense.T - tokens @ weight.T).square().sum())

@@ -13,7 +13,7 @@ from subnibble.checkpoint.manifest import PackedConfig
 from subnibble.checkpoint.module_specs import (
     KEY_CENTER,
     PREFIX,
-    InputMixSpec,
+    HeadInputSpec,
     KeyCenterSpec,
     NormBiasSpec,
     PackedEmbeddingSpec,
@@ -26,19 +26,19 @@ from subnibble.checkpoint.safetensors_source import SafetensorsSource
 from subnibble.errors import CheckpointError
 from subnibble.model.transformers_api.empty import untie_
 from subnibble.runtime.modules import (
-    InputMix,
+    HeadInputMatrix,
     KeyCenter,
     PackedEmbedding,
     PackedLinear,
     PrefixStates,
     TiedHead,
-    add_input_mix_,
+    add_head_input_,
     add_output_bias_,
 )
 
 # Order of replacement, which the JSON need not have: a tied head needs the packed embedding, and an input matrix needs
 # the head that it belongs to.
-_LATER = {TiedHeadSpec: 1, InputMixSpec: 2}
+_LATER = {TiedHeadSpec: 1, HeadInputSpec: 2}
 
 
 def pack_modules_(model: Any, packed: PackedConfig, dtype: torch.dtype) -> None:
@@ -52,7 +52,7 @@ def pack_modules_(model: Any, packed: PackedConfig, dtype: torch.dtype) -> None:
     for path, spec in sorted(packed.modules.items(), key=lambda item: _LATER.get(type(item[1]), 0)):
         try:
             # Key centres and input matrices are added to their parent module, which does not have them yet.
-            added = isinstance(spec, KeyCenterSpec | InputMixSpec)
+            added = isinstance(spec, KeyCenterSpec | HeadInputSpec)
             module = model.get_submodule(path.rpartition(".")[0] if added else path)
         except AttributeError as error:
             raise CheckpointError(
@@ -118,7 +118,7 @@ def replace_module(model: Any, path: str, module: nn.Module, spec: Any, dtype: t
     Raises `CheckpointError` if `spec` does not fit the model.
     """
     if isinstance(spec, PackedLinearSpec | PackedEmbeddingSpec):
-        packed_shape = (spec.layout.rows, spec.layout.columns)
+        packed_shape = (spec.layout.rows, spec.layout.num_columns)
         model_shape = tuple(getattr(module, "weight", torch.empty(0)).shape)
         if packed_shape != model_shape:
             raise CheckpointError(
@@ -139,13 +139,13 @@ def replace_module(model: Any, path: str, module: nn.Module, spec: Any, dtype: t
                 )
             model.set_submodule(path, TiedHead(embedding))
             untie_(model, path)
-        case InputMixSpec(widths):
+        case HeadInputSpec(widths):
             if sum(widths) != getattr(module, "in_features", None):
                 raise CheckpointError(
                     f"{path} has {sum(widths)} channels, and the model's head has another number; config.json does not "
                     "belong to these weights"
                 )
-            add_input_mix_(module, InputMix(spec.parts["matrix"], widths))
+            add_head_input_(module, HeadInputMatrix(spec.parts["matrix"], widths))
         case NormBiasSpec():
             add_output_bias_(module, spec.parts["bias"].to(dtype))
         case PrefixSpec():

@@ -47,7 +47,7 @@ class Block:
         assert isinstance(weight, Tensor)
         return weight
 
-    def twin(self, dtype: torch.dtype | None = None) -> Block:
+    def copy(self, dtype: torch.dtype | None = None) -> Block:
         """A copy of the block that later edits do not change. dtype: of the copy; None: unchanged."""
         # Cast parameter by parameter: a copy of the whole block in its current dtype would be the peak of memory.
         copies = {
@@ -150,17 +150,17 @@ class Skeleton:
         for name, parameter in list(module.named_parameters()):
             _set_parameter(module, name, torch.empty_like(parameter, device="meta", dtype=self.dtype))
 
-    def block_calls(self, window: int, dtype: torch.dtype | None = None, past: int = 0) -> list[BlockCall]:
+    def block_calls(self, window: int, dtype: torch.dtype | None = None, prefix_length: int = 0) -> list[BlockCall]:
         """The arguments that the model gives each block for a batch of full windows, without a KV cache.
 
         window: tokens of a window.
         dtype: dtype of the hidden states; None: that of the skeleton.
-        past: tokens before each window, whose keys and values the attention will have.
+        prefix_length: tokens before each window, whose keys and values the attention will have.
         """
         decoder, _, blocks = self.arch.blocks.rpartition(".")
         norm = self.arch.final_norm.rpartition(".")[2]
         hidden = torch.zeros(1, window, self.config.hidden_size, dtype=dtype or self.dtype, device=self.device)
-        return record_block_calls(self.model.get_submodule(decoder), blocks, norm, hidden, past)
+        return record_block_calls(self.model.get_submodule(decoder), blocks, norm, hidden, prefix_length)
 
     def _blocks(self) -> nn.ModuleList:
         blocks = self.model.get_submodule(self.arch.blocks)

@@ -27,7 +27,7 @@ from subnibble.pipeline.passage import Passage
 from subnibble.pipeline.plan import Plan, Resolved
 from subnibble.pipeline.prepare import Prepared
 from subnibble.pipeline.round import RoundedBlock, Stack, round_block, round_stack
-from subnibble.pipeline.streams import Streams, past
+from subnibble.pipeline.streams import Streams, prefix_length
 from subnibble.report import BlockReport
 from subnibble.report.clock import Clock
 from subnibble.rounding import grid
@@ -37,7 +37,7 @@ from subnibble.runtime.kv_cache import CacheQuantizer
 from subnibble.tensor.cache_scheme import PrefixIds
 from subnibble.tensor.packed import PackedRange, PackedTensor
 from subnibble.tuning.block import TunedBlock
-from subnibble.tuning.linear import Frame
+from subnibble.tuning.linear import BlockContext
 from subnibble.tuning.samples import Samples, TrainingWindows
 from subnibble.tuning.train import Trained, held_out_loss, train_
 from subnibble.tuning.tuning import EFFORTS, Tuning
@@ -75,7 +75,7 @@ class BlockTuning:
         """
         grids = self.block.grids(stack.names)
         attempts = [round_stack(stack, weight, observed, RTN(grids), correction)]
-        compensating = rounder.on(grids) if rounder.needs_gram else None
+        compensating = rounder.with_fitter(grids) if rounder.needs_gram else None
         if compensating is not None:
             attempts.append(round_stack(stack, weight, observed, compensating, correction))
         losses = []
@@ -109,11 +109,11 @@ class BlockTuning:
 
     def _fix_(self, stack: Stack, main: PackedTensor, salient: PackedRange | None) -> None:
         """Let the linears of the stack run on their rounded weights."""
-        dense, second = main.dequantize(), None if salient is None else salient.dequantize()
-        if second is not None:
-            dense[:, : second.shape[1]] += second
+        dense, salient_weight = main.dequantize(), None if salient is None else salient.dequantize()
+        if salient_weight is not None:
+            dense[:, : salient_weight.shape[1]] += salient_weight
         for name, index in zip(stack.names, stack.rows(dense.device), strict=True):
-            self.block.fix_(name, dense[index], None if second is None else second[index])
+            self.block.fix_(name, dense[index], None if salient_weight is None else salient_weight[index])
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,9 @@ class Tuner:
         if tuning is None:
             return None
         tokens = min(EFFORTS[tuning.effort].tokens, resolved.recipe.window)
-        return cls(resolved, tuning, resolved.skeleton.block_calls(tokens, past=past(prefix)), clock, on_loss)
+        return cls(
+            resolved, tuning, resolved.skeleton.block_calls(tokens, prefix_length=prefix_length(prefix)), clock, on_loss
+        )
 
     def tunes(self, block: Block) -> bool:
         """Whether the block is tuned: at least one of its linears will be rounded."""
@@ -153,8 +155,8 @@ class Tuner:
         block, call, exact = prepared.block, prepared.call, streams.full_precision
         dtype = self.resolved.skeleton.dtype
         with self.clock.step("key center"):
-            cache_quantizer = cache_quantizer_of(block.twin(dtype), self.resolved.plan.cache, streams.hidden, call)
-        reference = BlockStream(block.twin(dtype), exact, after_prefix(call, prepared.states))
+            cache_quantizer = cache_quantizer_of(block.copy(dtype), self.resolved.plan.cache, streams.hidden, call)
+        reference = BlockStream(block.copy(dtype), exact, after_prefix(call, prepared.states))
         with self.clock.step("forward"):
             outputs = list(reference.outputs())
         with self.clock.step("tune"):
@@ -162,22 +164,24 @@ class Tuner:
             device = next(block.module.parameters()).device
             windows = TrainingWindows(effort, self.calls[block.index], device)
             samples = value_over(windows, zip(streams.hidden, exact, outputs, strict=True))
-            tuned, trained = self._train(block, self._frame(prepared, cache_quantizer), samples)
+            tuned, trained = self._train(block, self._context(prepared, cache_quantizer), samples)
             tuned.settle_(block)
         return BlockTuning(tuned, samples, trained, reference, outputs)
 
-    def _frame(self, prepared: Prepared, cache_quantizer: CacheQuantizer | None) -> Frame:
+    def _context(self, prepared: Prepared, cache_quantizer: CacheQuantizer | None) -> BlockContext:
         steps, dtype = self.resolved.steps, self.resolved.skeleton.dtype
         schemes, inputs = self.resolved.plan.of_block(prepared.block)
         rounder = steps.rounder
         clip = rounder.fitter if isinstance(rounder, OnGrids) and isinstance(rounder.fitter, grid.Clip) else grid.Clip()
-        return Frame(schemes, inputs, prepared.bases, cache_quantizer, prepared.states, steps.correction, clip, dtype)
+        return BlockContext(
+            schemes, inputs, prepared.bases, cache_quantizer, prepared.states, steps.correction, clip, dtype
+        )
 
-    def _train(self, block: Block, frame: Frame, samples: Samples) -> tuple[TunedBlock, Trained]:
+    def _train(self, block: Block, context: BlockContext, samples: Samples) -> tuple[TunedBlock, Trained]:
         # A seed of its own for every block, so that blocks do not share random numbers.
         seed = (self.resolved.recipe.seed * 1_000_003 + block.index) % 2**63
         generator = torch.Generator().manual_seed(seed)
-        tuned = TunedBlock(block, frame, self.tuning, generator)
+        tuned = TunedBlock(block, context, self.tuning, generator)
         plain = held_out_loss(tuned, samples)
         if not math.isfinite(plain):
             dtype = str(self.resolved.skeleton.dtype).removeprefix("torch.")
@@ -212,7 +216,7 @@ def round_tuned(
     streams: advanced past the block that is returned.
     on_site: called with the number of finished sites and the name of the last one.
     """
-    untuned = prepared.twin()
+    untuned = prepared.copy()
     tuning = tuner(prepared, streams)
     learned = replace(resolved, plan=tuning.plan(resolved.plan, prepared.block.path))
     # Tuning changed the block, so the prompt prefix has other keys and values now.

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from subnibble.arch.site import Arch, Heads
-from subnibble.calibrate.prompt import AUTO, given_prefix
+from subnibble.calibrate.prompt import AUTO, prompt_prefix
 from subnibble.calibrate.tokens import check_vocabulary
 from subnibble.calibrate.windows import check_positions
 from subnibble.checkpoint.manifest import check_plain
@@ -73,7 +73,7 @@ def resolve(model: str | Path | Source, recipe: Recipe) -> Resolved:
     _check_rotation(steps, skeleton.arch)
     rotation = plan_rotation(recipe, steps, skeleton)
     value_rotation = make_value_rotation(steps.value_rotation, Heads.of(skeleton.config).width, recipe.seed)
-    prefix = given_prefix(recipe.system_prompt, source.load_tokenizer)
+    prefix = prompt_prefix(recipe.system_prompt, source.load_tokenizer)
     _check_purpose(recipe, steps, plan)
     check_tokens(recipe, source, prefix, "the system prompt")
     complete = resolved_recipe(recipe, options, device, dtype)

@@ -33,11 +33,11 @@ from pathlib import Path
 
 from torch import Tensor
 
+from subnibble.arguments import as_path
 from subnibble.calibrate.windows import calibration_windows
 from subnibble.checkpoint.manifest import PackedConfig
 from subnibble.checkpoint.source import Source
 from subnibble.checkpoint.writer import CheckpointWriter, check_output
-from subnibble.given import given_path
 from subnibble.model.skeleton import Block
 from subnibble.model.verify import check_written
 from subnibble.pipeline.block_tuning import Tuner, round_tuned
@@ -51,7 +51,7 @@ from subnibble.pipeline.round import round_block, round_stack
 from subnibble.pipeline.store import StoredBlock, store
 from subnibble.pipeline.streams import Streams
 from subnibble.pipeline.survey import Survey, start, survey
-from subnibble.progress import Progress, given_progress
+from subnibble.progress import Progress, as_progress
 from subnibble.recipe import AnyRecipe, Recipe
 from subnibble.report import Report
 from subnibble.report.clock import Clock
@@ -76,8 +76,8 @@ def quantize(
 
     Raises a `SubnibbleError` that says what to do, before any weight is read if possible.
     """
-    on_progress, parsed = given_progress(progress), Recipe.of(recipe)
-    final = given_path(out, "out", "the folder to write")
+    on_progress, parsed = as_progress(progress), Recipe.of(recipe)
+    final = as_path(out, "out", "the folder to write")
     check_output(final, overwrite)
     clock = Clock()
     resolved = resolve(model, parsed)

@@ -100,12 +100,12 @@ def _memory(steps: Steps, skeleton: Skeleton, tokens: int, distilled: Distillati
     tails = [site.readers[0] for site in skeleton.arch.sites if site.tail is not None]
     tail_channels = sum(linears[first + reader][1] for reader in tails)
     hidden = skeleton.config.hidden_size
-    has_twin = steps.needs_reference or steps.corrects_norms or steps.needs_survey
+    has_copy = steps.needs_reference or steps.corrects_norms or steps.needs_survey
     streams = 2 if steps.needs_reference else 1
     parts = {
         "this process now": psutil.Process().memory_info().rss,
         # One float32 copy, one or two in the compute type, and working copies of the largest linear.
-        "block": block * (item * (2 if has_twin else 1) + _FLOAT_BYTES)
+        "block": block * (item * (2 if has_copy else 1) + _FLOAT_BYTES)
         + 3 * _FLOAT_BYTES * max(rows * columns for rows, columns in linears.values()),
         "statistics": (3 + streams) * _FLOAT_BYTES * widest**2 if tokens else 0,
         "embedding": numel(shapes[f"{skeleton.arch.embedding}.weight"]) * (_FLOAT_BYTES + 2),

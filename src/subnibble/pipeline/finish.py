@@ -15,7 +15,7 @@ from subnibble.model.skeleton import Skeleton
 from subnibble.model.transformers_api.marking import marked
 from subnibble.pipeline.plan import Resolved
 from subnibble.pipeline.store import StoredBlock
-from subnibble.pipeline.streams import past
+from subnibble.pipeline.streams import prefix_length
 from subnibble.pipeline.survey import Survey
 from subnibble.progress import Progress
 from subnibble.report import DistillReport, Report
@@ -75,7 +75,7 @@ def write_report(
         linears=tuple(linear for block in blocks for linear in block.linears),
         size=measure(open_source(writer.folder)).to_dict(),
         calibration_tokens=0 if surveyed.windows is None else surveyed.windows.numel(),
-        prefix_tokens=past(surveyed.prefix),
+        prefix_tokens=prefix_length(surveyed.prefix),
         seconds=clock.seconds(),
         peak_memory=peak_memory(),
         weights_sha256=weights_checksum(writer.checksums),

@@ -58,8 +58,8 @@ class Observed:
 
     def seen_in(self, basis: InputBasis) -> Observed:
         """The statistics of the input transformed into `basis`."""
-        gram, drift = (None if matrix is None else basis.both(matrix) for matrix in (self.gram, self.drift))
-        return Observed(gram, drift, None if self.sizes is None else basis.columns(self.sizes.unsqueeze(0))[0])
+        gram, drift = (None if matrix is None else basis.both_to_basis(matrix) for matrix in (self.gram, self.drift))
+        return Observed(gram, drift, None if self.sizes is None else basis.to_basis(self.sizes.unsqueeze(0))[0])
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from subnibble.checkpoint.module_specs import (
     PackedLinearSpec,
     Spec,
     TiedHeadSpec,
-    input_mix_state,
+    head_input_state,
 )
 from subnibble.corrections.mean_shift import MeanShift
 from subnibble.model.skeleton import Skeleton
@@ -103,8 +103,8 @@ class AfterBlocks:
         """
         skeleton, head = self.skeleton, self.skeleton.arch.head
         if skeleton.tied:
-            mix = () if self.edit is None else self.edit.head_mix(self._final_gain())
-            return input_mix_state(head, mix) if mix else ({}, {})
+            blocks = () if self.edit is None else self.edit.head_input(self._final_gain())
+            return head_input_state(head, blocks) if blocks else ({}, {})
         with self.clock.step("read"):
             weight = skeleton.source.load(f"{head}.weight").to(skeleton.device)
             if self.edit is not None:

@@ -73,11 +73,11 @@ class Passage:
         reference: the full-precision stream, if the caller has one already.
         """
         steps, dtype, teacher = resolved.steps, resolved.skeleton.dtype, None
-        block, before = prepared.block.twin(dtype), after_prefix(prepared.call, prepared.states)
+        block, before = prepared.block.copy(dtype), after_prefix(prepared.call, prepared.states)
         if reference is None and streams.hidden and (steps.needs_reference or steps.corrects_norms):
-            twin = prepared.block.twin(dtype)
-            reference = BlockStream(twin, streams.full_precision, before) if steps.needs_reference else None
-            teacher = BlockStream(twin, streams.hidden, before) if steps.corrects_norms else None
+            block_copy = prepared.block.copy(dtype)
+            reference = BlockStream(block_copy, streams.full_precision, before) if steps.needs_reference else None
+            teacher = BlockStream(block_copy, streams.hidden, before) if steps.corrects_norms else None
         # The KV cache is not quantized yet: `quantize_cache` is called once the key projections are rounded.
         stream = BlockStream(block, streams.hidden, before)
         return cls(prepared, block, streams, clock, stream, reference, teacher)

@@ -39,9 +39,9 @@ class Prepared:
         """Keys and values of the system prompt in this block, (heads, tokens, width) each, or None."""
         return None if self.prefix is None else self.prefix.states
 
-    def twin(self) -> Prepared:
+    def copy(self) -> Prepared:
         """The same values with a copy of the block, so that later edits of the block do not reach it."""
-        return replace(self, block=self.block.twin())
+        return replace(self, block=self.block.copy())
 
     def with_states(self, states: States | None) -> Prepared:
         """The same values with other keys and values of the system prompt, (heads, tokens, width) each."""
@@ -60,7 +60,7 @@ def prepare(block: Block, resolved: Resolved, streams: Streams, clock: Clock) ->
         with clock.step("forward"):
             schemes = resolved.plan.of_block(block)
             before = after_prefix(call, None if prefix is None else prefix.run(block).states)
-            statistics = BlockStream(block.twin(resolved.skeleton.dtype), streams.hidden, before).statistics(*schemes)
+            statistics = BlockStream(block.copy(resolved.skeleton.dtype), streams.hidden, before).statistics(*schemes)
     with clock.step("transform"):
         bases = _transform_(block, steps, statistics)
     with clock.step("prefix"):

@@ -160,9 +160,9 @@ def _round_site(
             _check_column_scales(result[0], rounder, stack.where)
             return result
 
-        def absorbs(columns: Tensor, stack: Stack = stack) -> bool:
+        def absorbs(column_scales: Tensor, stack: Stack = stack) -> bool:
             weights = {name: linear.weight.main for name, linear in done.items()}
-            return can_absorb(site, prepared.block.heads, stack.names, weights, columns)
+            return can_absorb(site, prepared.block.heads, stack.names, weights, column_scales)
 
         natural = torch.cat([prepared.block.linear(name).weight.data for name in stack.names])
         statistics = observed.get(view, Observed())
@@ -225,7 +225,7 @@ def _check_column_scales(rounding: Rounding, rounder: Rounder, where: str) -> No
 
     `Steps` checks `has_column_scales`, because some steps cannot be combined with column scales.
     """
-    if rounding.quantized.columns is not None and not rounder.has_column_scales:
+    if rounding.quantized.column_scales is not None and not rounder.has_column_scales:
         name = type(rounder).__name__
         raise TypeError(f"{where}: {name} returned column scales, but its scales_columns is False; let it return True")
 
@@ -255,19 +255,19 @@ def round_readers(
     """
     statistics, start = observed.seen_in(basis), time.perf_counter()
     with clock.step("round"):
-        weight = basis.columns(natural)
+        weight = basis.to_basis(natural)
         rounding, main, salient = rounded(weight, statistics)
-        columns, stored, absorbed = rounding.quantized.columns, None, None
+        column_scales, stored, absorbed = rounding.quantized.column_scales, None, None
         dense = main.dequantize()
-        if columns is not None:
-            if absorbs(columns):
-                absorbed = columns
+        if column_scales is not None:
+            if absorbs(column_scales):
+                absorbed = column_scales
             else:
-                stored = columns.to(torch.float16)
-                columns = stored.float()
-            dense = dense * columns
+                stored = column_scales.to(torch.float16)
+                column_scales = stored.float()
+            dense = dense * column_scales
         if salient is not None:
-            dense[:, : salient.columns] += salient.dequantize()
+            dense[:, : salient.num_columns] += salient.dequantize()
         branches = branches_of(stack, weight - dense, statistics, correction)
         rows = stack.rows(weight.device)
         _add_branches_(dense, rows, branches)

@@ -73,7 +73,7 @@ def store(rounded: RoundedBlock, resolved: Resolved, tuned: BlockReport | None =
         specs[f"{path}.{name}"] = spec
         state = {key: tensor for key, tensor in linear_state(linear).items() if key not in spec.elsewhere}
         tensors |= {f"{path}.{name}.{key}": tensor for key, tensor in state.items()}
-        bits = spec.stored_bits / (spec.layout.rows * spec.layout.columns)
+        bits = spec.stored_bits / (spec.layout.rows * spec.layout.num_columns)
         linears.append(replace(rounded.linears[name], effective_bits=bits, moved=name in edited))
     tensors |= {f"{path}.{name}": tensor for name, tensor in exact.items() if name.removesuffix(".weight") not in terms}
     for site in block.arch.sites:

@@ -57,6 +57,6 @@ def embedded_prefix(skeleton: Skeleton, prefix: PrefixIds | None, table: Tensor)
     return PrefixStream(skeleton, torch.nn.functional.embedding(ids, table))
 
 
-def past(prefix: PrefixIds | None) -> int:
+def prefix_length(prefix: PrefixIds | None) -> int:
     """Number of tokens of the prompt prefix, 0 if there is none."""
     return 0 if prefix is None else len(prefix.ids)

@@ -15,7 +15,7 @@ from subnibble.model.skeleton import Block
 from subnibble.model.transformers_api.blocks import BlockCall
 from subnibble.pipeline.check import check_tokens
 from subnibble.pipeline.plan import Resolved
-from subnibble.pipeline.streams import Streams, batches, embedded, embedded_prefix, past
+from subnibble.pipeline.streams import Streams, batches, embedded, embedded_prefix, prefix_length
 from subnibble.report.clock import Clock
 from subnibble.runtime import ops
 from subnibble.tensor.cache_scheme import PrefixIds
@@ -70,7 +70,9 @@ def start(resolved: Resolved, surveyed: Survey, table: Tensor, stored: PackedTen
     prefix = embedded_prefix(skeleton, surveyed.prefix, table)
     if windows is None:
         return Streams([], [], [BlockCall({})] * skeleton.num_blocks, prefix)
-    streams = Streams([], [], skeleton.block_calls(resolved.recipe.window, past=past(surveyed.prefix)), prefix)
+    streams = Streams(
+        [], [], skeleton.block_calls(resolved.recipe.window, prefix_length=prefix_length(surveyed.prefix)), prefix
+    )
     for ids in batches(windows):
         if isinstance(stored, PackedTensor):
             streams.hidden.append(ops.embedding(ids.to(table.device), stored, skeleton.dtype).cpu())
@@ -96,5 +98,5 @@ def _blocks(
     """Load the full-precision model's blocks one after the other; yield each with the windows' `BlockStream`."""
     skeleton, window = resolved.skeleton, resolved.recipe.window
     hidden = [embedded(ids, table, skeleton.dtype) for ids in batches(windows)]
-    calls = skeleton.block_calls(window, past=past(prefix))
+    calls = skeleton.block_calls(window, prefix_length=prefix_length(prefix))
     return full_precision_blocks(skeleton, hidden, calls, embedded_prefix(skeleton, prefix, table))

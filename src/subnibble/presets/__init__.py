@@ -9,8 +9,8 @@ from __future__ import annotations
 from importlib.resources import files
 from typing import Any
 
+from subnibble.arguments import described
 from subnibble.errors import BadArgument, BadRecipe
-from subnibble.given import described
 from subnibble.recipe import PLAIN_ACTIVATIONS, Recipe
 from subnibble.tensor.cache_scheme import PLAIN_CACHE
 

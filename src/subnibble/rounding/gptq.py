@@ -114,12 +114,12 @@ class GPTQ(OnGrids):
         if self.needs_drift and drift is None:
             raise ValueError(f"GPTAQ needs the drift of {where}'s inputs; pass `drift`")
         plan = plan_columns(self.order, gram.diagonal(), scheme)
-        factor = factorize(gram, plan.columns, self.damping, where)
+        factor = factorize(gram, plan.order, self.damping, where)
         if self.weighting == "hessian":
-            factor = replace(factor, weights=grid.diagonal_weights(gram)[plan.columns])
+            factor = replace(factor, weights=grid.diagonal_weights(gram)[plan.order])
         push = None
         if self.needs_drift and drift is not None:
-            ordered = drift[plan.columns][:, plan.columns].to(factor.u.dtype)
+            ordered = drift[plan.order][:, plan.order].to(factor.u.dtype)
             push = Push(ordered, self.asymmetry)
         quantized = round_columns(weight, factor, plan, scheme, self, push)
         return Rounding(quantized, {"damping": factor.damping, "damping_retries": factor.retries})
@@ -173,7 +173,7 @@ def round_columns(
     options: block size, fitter and sweeps.
     push: GPTAQ's correction, or None.
     """
-    u, order = factor.u, plan.columns
+    u, order = factor.u, plan.order
     # Columns are rows of the transposed copy, so that each is contiguous.
     w = weight.T[order].to(u.dtype)
     spread = None
@@ -237,7 +237,7 @@ def _fit_group(
 def _in_natural_order(codes: Tensor, grids: list[ColumnGrid], plan: ColumnPlan) -> QuantizedMatrix:
     """Bring codes (k, m) and grids from visiting order to a matrix in natural order."""
     natural = torch.empty_like(codes)
-    natural[plan.columns] = codes
+    natural[plan.order] = codes
     fitted = {column.group: column.fitted for column in grids}
     scales, zeros, column_scales = grid.join([fitted[index] for index in sorted(fitted)])
     if column_scales is not None:

@@ -163,7 +163,7 @@ def nearest(weight: Tensor, scheme: Scheme, fitter: Fitter | None = None) -> Ten
 def join(grids: Sequence[Fitted]) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Concatenate the scales, zero-points and column scales of a row's groups, for a `QuantizedMatrix`."""
     zeros = [fitted.levels.zeros for fitted in grids if fitted.levels.zeros is not None]
-    column_scales = [fitted.columns for fitted in grids if fitted.columns is not None]
+    column_scales = [fitted.column_scales for fitted in grids if fitted.column_scales is not None]
     return (
         torch.cat([fitted.levels.scales for fitted in grids], dim=1),
         torch.cat(zeros, dim=1) if zeros else None,

@@ -33,25 +33,25 @@ class Levels(Protocol):
 
 @dataclass(frozen=True)
 class Fitted:
-    """The grid of one group: a dequantized weight in column j is `columns[j] * level`.
+    """The grid of one group: a dequantized weight in column j is `column_scales[j] * level`.
 
     levels: the levels of each row.
-    columns: (g,) float32, positive column scales, or None if all are 1.
+    column_scales: (g,) float32, positive, or None if all are 1.
     """
 
     levels: Levels
-    columns: Tensor | None = None
+    column_scales: Tensor | None = None
 
     def encode(self, weight: Tensor, first: int = 0) -> Tensor:
         """Codes (m, n) of `weight` (m, n), which holds the group's columns from `first` on."""
-        if self.columns is None:
+        if self.column_scales is None:
             return self.levels.encode(weight)
-        return self.levels.encode(weight / self.columns[first : first + weight.shape[1]])
+        return self.levels.encode(weight / self.column_scales[first : first + weight.shape[1]])
 
     def decode(self, codes: Tensor, first: int = 0) -> Tensor:
         """Weights (m, n) of `codes` (m, n), which belong to the group's columns from `first` on."""
         values = self.levels.decode(codes)
-        return values if self.columns is None else values * self.columns[first : first + codes.shape[1]]
+        return values if self.column_scales is None else values * self.column_scales[first : first + codes.shape[1]]
 
 
 class Fitter:

@@ -28,7 +28,7 @@ class ColumnPlan:
     groups: tuple[tuple[int, Tensor], ...]
 
     @property
-    def columns(self) -> Tensor:
+    def order(self) -> Tensor:
         """Indices of all columns in visiting order, int64 (k,)."""
         return torch.cat([indices for _, indices in self.groups])
 

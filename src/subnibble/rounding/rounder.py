@@ -49,7 +49,7 @@ class Rounder:
     def check(self, scheme: Scheme, where: str) -> None:
         """Raise `BadRecipe` if it cannot round to the grid of `scheme`. where: the linear, for the message."""
 
-    def on(self, fitter: Fitter) -> Rounder | None:
+    def with_fitter(self, fitter: Fitter) -> Rounder | None:
         """A copy of this rounder that fits its grids with `fitter`; None if it cannot take another fitter."""
         return None
 
@@ -86,6 +86,6 @@ class OnGrids(Rounder):
         """Raise `BadRecipe` if the fitter cannot fit the grid of `scheme` for the linear `where`."""
         self.fitter.check(scheme, where)
 
-    def on(self, fitter: Fitter) -> Rounder:
+    def with_fitter(self, fitter: Fitter) -> Rounder:
         """A copy of this rounder that fits its grids with `fitter`."""
         return replace(self, fitter=fitter)

@@ -49,7 +49,7 @@ class Plane:
 
 def planes(packed: PackedRange) -> list[Plane]:
     """Split a range into planes of whole numbers: one plane, or one per bit on a sign grid."""
-    codes, scheme = unpack_codes(packed.codes, packed.scheme.bits, packed.columns), packed.scheme
+    codes, scheme = unpack_codes(packed.codes, packed.scheme.bits, packed.num_columns), packed.scheme
     scales = float_scales(packed.scales, scheme)
     if scheme.grid == "sign":
         bits = scales.unflatten(1, (-1, scheme.bits))
@@ -61,7 +61,9 @@ def planes(packed: PackedRange) -> list[Plane]:
         return [Plane(codes.float(), scheme.levels - 1, scales, zeros)]
     if zeros is None:
         return [Plane(codes.float().sub_(scheme.levels // 2), scheme.levels // 2, scales)]
-    widths = torch.tensor([stop - start for start, stop in scheme.group_bounds(packed.columns)], device=codes.device)
+    widths = torch.tensor(
+        [stop - start for start, stop in scheme.group_bounds(packed.num_columns)], device=codes.device
+    )
     return [Plane(codes.float().sub_(zeros.repeat_interleave(widths, dim=1)), scheme.levels - 1, scales)]
 
 
@@ -78,7 +80,7 @@ def multiply_add_(y: Tensor, x: Quantized, weight: PackedTensor) -> None:
             tokens = slice(token, token + _TOKENS)
             for term in terms:
                 y[tokens] += term.product(tokens)
-        start += packed.columns
+        start += packed.num_columns
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,7 @@ def _segments(packed: PackedRange, start: int, bounds: list[tuple[int, int]]) ->
     Returns (first column, stop column, (weight's group, input's group)) of each run; columns count within the range.
     """
     segments = []
-    for i, (w0, w1) in enumerate(packed.scheme.group_bounds(packed.columns)):
+    for i, (w0, w1) in enumerate(packed.scheme.group_bounds(packed.num_columns)):
         for j, (x0, x1) in enumerate(bounds):
             first, stop = max(w0, x0 - start), min(w1, x1 - start)
             if first < stop:

@@ -19,8 +19,8 @@ from subnibble.runtime.site_memo import SiteMemo
 from subnibble.tensor.linear import Linear, PackedWeight, SiteInput
 from subnibble.tensor.packed import PackedLayout, PackedTensor
 
-# Name of the submodule in which a head holds its `InputMix`.
-MIX = "mix"
+# Name of the submodule in which a head holds its `HeadInputMatrix`.
+HEAD_INPUT = "mix"
 
 
 class StoredModule(nn.Module):
@@ -87,7 +87,7 @@ class KeyCenter(StoredModule):
         return f"{tuple(self.mean.shape)}, rope={self.rope}, key_rotation={self.key_rotation}"
 
 
-class InputMix(StoredModule):
+class HeadInputMatrix(StoredModule):
     """A block-diagonal matrix M (d, d) that multiplies a head's input before the head's own table multiplies it.
 
     matrix: (d, widest block) float32; row i is row i of M, cut to the columns of its block and padded with zeros.
@@ -151,7 +151,7 @@ class PackedModule(StoredModule):
     def extra_repr(self) -> str:
         """Shape and schemes, for printing."""
         schemes = "+".join(scheme.name for _, scheme in self.layout.ranges)
-        return f"{self.layout.columns} -> {self.layout.rows}, {schemes}"
+        return f"{self.layout.num_columns} -> {self.layout.rows}, {schemes}"
 
 
 class PackedLinear(PackedModule):
@@ -164,7 +164,7 @@ class PackedLinear(PackedModule):
         # Another linear, if it stores the input's steps for this one. In a tuple, so that it is not registered, saved
         # and counted twice.
         self._input: tuple[PackedLinear, ...] = ()
-        self.in_features, self.out_features = self.layout.columns, self.layout.rows
+        self.in_features, self.out_features = self.layout.num_columns, self.layout.rows
         site, bias = linear.input, linear.weight.bias
         self.blocks, self.activation, self.requantized = site.blocks, site.activation, site.requantized
         self.column_scale: Tensor | None
@@ -231,7 +231,7 @@ class PackedEmbedding(PackedModule):
 
     def __init__(self, weight: PackedTensor, dtype: torch.dtype) -> None:
         super().__init__(weight)
-        self.num_embeddings, self.embedding_dim = self.layout.rows, self.layout.columns
+        self.num_embeddings, self.embedding_dim = self.layout.rows, self.layout.num_columns
         self.dtype = dtype
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -253,7 +253,7 @@ class TiedHead(nn.Module):
         super().__init__()
         # In a tuple, so that the table is not registered, saved and counted twice.
         self._embedding = (embedding,)
-        self.in_features, self.out_features = embedding.layout.columns, embedding.layout.rows
+        self.in_features, self.out_features = embedding.layout.num_columns, embedding.layout.rows
 
     def __getattr__(self, name: str) -> Any:
         """Look up as `PackedModule` does: `weight` raises `NoWeight`."""
@@ -281,18 +281,20 @@ def add_output_bias_(module: nn.Module, bias: Tensor) -> None:
     module.register_forward_hook(_add_bias)
 
 
-def add_input_mix_(head: nn.Module, mix: InputMix) -> None:
-    """Multiply a head's input by `mix` before the head reads it; stored as the head's submodule `MIX`."""
-    head.add_module(MIX, mix)
-    head.register_forward_pre_hook(_mix_input, with_kwargs=True)
+def add_head_input_(head: nn.Module, matrix: HeadInputMatrix) -> None:
+    """Multiply a head's input by `matrix` before the head reads it; stored as the head's submodule `HEAD_INPUT`."""
+    head.add_module(HEAD_INPUT, matrix)
+    head.register_forward_pre_hook(_transform_head_input, with_kwargs=True)
 
 
-def _mix_input(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    mix = module.get_submodule(MIX)
+def _transform_head_input(
+    module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    matrix = module.get_submodule(HEAD_INPUT)
     if args:
-        return (mix(args[0]), *args[1:]), named
+        return (matrix(args[0]), *args[1:]), named
     name, x = next(iter(named.items()))
-    return args, {**named, name: mix(x)}
+    return args, {**named, name: matrix(x)}
 
 
 def remove_output_bias_(module: nn.Module) -> None:

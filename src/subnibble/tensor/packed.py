@@ -101,14 +101,14 @@ class QuantizedMatrix:
     codes: (m, k) uint8.
     scales: (m, groups * scales_per_group) float32, the scales of a group side by side.
     zeros: (m, groups) float32, or None if the scheme has none.
-    columns: (k,) float32, additional column scales, or None for 1. Packing omits them: the caller must store them
+    column_scales: (k,) float32, additional scales, or None for 1. Packing omits them: the caller must store them
         elsewhere.
     """
 
     codes: Tensor
     scales: Tensor
     zeros: Tensor | None
-    columns: Tensor | None = None
+    column_scales: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -116,14 +116,14 @@ class PackedRange:
     """Consecutive input columns that are quantized by one scheme.
 
     scheme: the scheme.
-    columns: number of columns.
-    codes: (m, scheme.row_bytes(columns)) uint8.
+    num_columns: number of columns.
+    codes: (m, scheme.row_bytes(num_columns)) uint8.
     scales: (m, groups * scales_per_group) in the scheme's type.
     zeros: (m, ...) integer zero-points packed like codes (uint8), (m, groups) real ones in the scheme's type, or None.
     """
 
     scheme: Scheme
-    columns: int
+    num_columns: int
     codes: Tensor
     scales: Tensor
     zeros: Tensor | None
@@ -165,12 +165,12 @@ class PackedRange:
 
     def unpack(self) -> QuantizedMatrix:
         """Unpack codes, scales and zero-points; inverse of `pack`."""
-        codes = unpack_codes(self.codes, self.scheme.bits, self.columns)
+        codes = unpack_codes(self.codes, self.scheme.bits, self.num_columns)
         return QuantizedMatrix(codes, float_scales(self.scales, self.scheme), self.float_zeros())
 
     def dequantize(self) -> Tensor:
         """Dequantize: dense float32 (m, columns)."""
-        codes = unpack_codes(self.codes, self.scheme.bits, self.columns)
+        codes = unpack_codes(self.codes, self.scheme.bits, self.num_columns)
         if self.scheme.grid == "sign":
             return self._on_sign_grid(codes)
         return self._on_mx_grid(codes) if self.scheme.grid == "mxfp4" else self._on_uniform_grid(codes)
@@ -206,7 +206,7 @@ class PackedRange:
         # `index_select`, because plain indexing would count negative indices from the end.
         codes, scales = self.codes.index_select(0, index), self.scales.index_select(0, index)
         zeros = None if self.zeros is None else self.zeros.index_select(0, index)
-        return PackedRange(self.scheme, self.columns, codes, scales, zeros)
+        return PackedRange(self.scheme, self.num_columns, codes, scales, zeros)
 
     def float_zeros(self) -> Tensor | None:
         """Zero-points (m, groups) float32, or None if the scheme has none."""
@@ -214,7 +214,7 @@ class PackedRange:
             return None
         if self.scheme.zero_point == "real":
             return self.zeros.float()
-        return unpack_codes(self.zeros, self.scheme.bits, self.scheme.groups(self.columns)).float()
+        return unpack_codes(self.zeros, self.scheme.bits, self.scheme.groups(self.num_columns)).float()
 
 
 @dataclass(frozen=True)
@@ -226,7 +226,7 @@ class PackedTensor:
     @property
     def shape(self) -> tuple[int, int]:
         """Shape (m, k) of the dense matrix."""
-        return self.ranges[0].codes.shape[0], sum(packed.columns for packed in self.ranges)
+        return self.ranges[0].codes.shape[0], sum(packed.num_columns for packed in self.ranges)
 
     @property
     def stored_bits(self) -> int:
@@ -277,13 +277,13 @@ class PackedTensor:
             codes, scales = tensors["codes"], tensors["scales"]
             assert codes is not None
             assert scales is not None
-            ranges.append(PackedRange(expected.scheme, expected.columns, codes, scales, tensors["zeros"]))
+            ranges.append(PackedRange(expected.scheme, expected.num_columns, codes, scales, tensors["zeros"]))
         return cls(tuple(ranges))
 
     @property
     def layout(self) -> PackedLayout:
         """The shape and schemes, without the data."""
-        return PackedLayout(self.shape[0], tuple((packed.columns, packed.scheme) for packed in self.ranges))
+        return PackedLayout(self.shape[0], tuple((packed.num_columns, packed.scheme) for packed in self.ranges))
 
 
 @dataclass(frozen=True)
@@ -291,14 +291,14 @@ class PackedLayout:
     """Shape and schemes of a packed matrix.
 
     rows: number of rows m.
-    ranges: (columns, scheme) of every range.
+    ranges: (number of columns, scheme) of every range.
     """
 
     rows: int
     ranges: tuple[tuple[int, Scheme], ...]
 
     @property
-    def columns(self) -> int:
+    def num_columns(self) -> int:
         """Number of input columns over all ranges."""
         return sum(columns for columns, _ in self.ranges)
 

@@ -75,7 +75,7 @@ def _in_range(tensor: PackedTensor, c: Tensor) -> bool:
             # Powers of two times c are no powers of two.
             return False
         target, stored = old.dequantize() * c.unsqueeze(1), new.dequantize()
-        for start, stop in old.scheme.group_bounds(old.columns):
+        for start, stop in old.scheme.group_bounds(old.num_columns):
             largest = target[:, start:stop].abs().amax(1)
             error = (stored[:, start:stop] - target[:, start:stop]).abs().amax(1)
             if not bool((error <= _TOLERANCE * largest).all()):

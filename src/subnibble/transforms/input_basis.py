@@ -25,16 +25,16 @@ class InputBasis:
     order: Tensor | None = None
     blocks: tuple[int, ...] = ()
 
-    def columns(self, matrix: Tensor) -> Tensor:
+    def to_basis(self, matrix: Tensor) -> Tensor:
         """Bring a weight (m, k), or tokens (t, k), into this basis."""
         ordered = matrix if self.order is None else matrix[:, self.order]
         return hadamard.multiply(ordered, self.blocks) if self.blocks else ordered
 
-    def both(self, matrix: Tensor) -> Tensor:
+    def both_to_basis(self, matrix: Tensor) -> Tensor:
         """Bring a Gram matrix, or another sum of y xᵀ over tokens, (k, k), into this basis."""
-        return self.columns(self.columns(matrix.T).T)
+        return self.to_basis(self.to_basis(matrix.T).T)
 
     def natural(self, matrix: Tensor) -> Tensor:
-        """Bring a matrix (m, k) from this basis back to the natural one; inverse of `columns`."""
+        """Bring a matrix (m, k) from this basis back to the natural one; inverse of `to_basis`."""
         mixed = hadamard.multiply_transposed(matrix, self.blocks) if self.blocks else matrix
         return mixed if self.order is None else torch.empty_like(mixed).index_copy_(1, self.order, mixed)

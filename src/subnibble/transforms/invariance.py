@@ -80,7 +80,7 @@ def _permuting(site: Site, order: Tensor) -> Callable[[Block], None]:
 
 def _change(block: Block, hidden: Tensor, call: BlockCall, edit: Callable[[Block], None]) -> float:
     """Relative change of the block's output by an edit of a copy of it."""
-    edited = block.twin()
+    edited = block.copy()
     edit(edited)
     before, after = _run(block.module, hidden, call), _run(edited.module, hidden, call)
     return _relative(after - before, before, hidden, block)
@@ -88,7 +88,7 @@ def _change(block: Block, hidden: Tensor, call: BlockCall, edit: Callable[[Block
 
 def _residual_change(block: Block, hidden: Tensor, call: BlockCall, order: Tensor) -> float:
     """Relative change of the block's output if the residual channels of block, input and output are reordered."""
-    edited = block.twin()
+    edited = block.copy()
     permute_residual_(edited, block.arch.residual, order)
     before = _run(block.module, hidden, call)
     after = _run(edited.module, hidden[..., order], call)

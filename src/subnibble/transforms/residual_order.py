@@ -47,7 +47,7 @@ class ResidualOrder:
         """The head's table (n, d), columns reordered; `gain` is not used."""
         return weight[:, self.order]
 
-    def head_mix(self, gain: Tensor) -> tuple[Tensor, ...]:
+    def head_input(self, gain: Tensor) -> tuple[Tensor, ...]:
         """Empty: a tied head needs no extra product."""
         return ()
 

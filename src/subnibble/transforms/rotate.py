@@ -49,7 +49,7 @@ class ResidualEdit(Protocol):
     def head(self, weight: Tensor, gain: Tensor) -> Tensor:
         """The table (n, d) of a head that is not tied, edited. gain: (d,), the final norm's, before the edit."""
 
-    def head_mix(self, gain: Tensor) -> tuple[Tensor, ...]:
+    def head_input(self, gain: Tensor) -> tuple[Tensor, ...]:
         """Blocks of the matrix M that multiplies a tied head's input: square, float32; () for none.
 
         gain: (d,), the final norm's, before the edit.
@@ -67,7 +67,7 @@ class Rotation:
 
     def embedding(self, weight: Tensor) -> Tensor:
         """E Q (n, d) for the embedding's table E, float32."""
-        return self.columns(weight.float())
+        return self.rotate_columns(weight.float())
 
     def edit_block_(self, block: Block) -> None:
         """Move the gains of a block into its linears and rotate it, in place."""
@@ -79,15 +79,15 @@ class Rotation:
 
     def head(self, weight: Tensor, gain: Tensor) -> Tensor:
         """W diag(gain) Q (n, d) for the head's table W, float32."""
-        return self.columns(weight.float() * gain.float())
+        return self.rotate_columns(weight.float() * gain.float())
 
-    def head_mix(self, gain: Tensor) -> tuple[Tensor, ...]:
+    def head_input(self, gain: Tensor) -> tuple[Tensor, ...]:
         """The blocks of M = Qᵀ diag(gain) Q, float32."""
         widths = [block.shape[0] for block in self.blocks]
         pairs = zip(self.blocks, gain.double().split(widths), strict=True)
         return tuple((block.T @ (gains.unsqueeze(1) * block)).float() for block, gains in pairs)
 
-    def columns(self, matrix: Tensor) -> Tensor:
+    def rotate_columns(self, matrix: Tensor) -> Tensor:
         """M Q for M (m, d): computed in float64, returned in M's dtype."""
         widths = [block.shape[0] for block in self.blocks]
         rotated = torch.empty_like(matrix, memory_format=torch.contiguous_format)
@@ -96,9 +96,13 @@ class Rotation:
                 target.copy_(source.double() @ block)
         return rotated
 
-    def rows(self, matrix: Tensor) -> Tensor:
+    def rotate_rows(self, matrix: Tensor) -> Tensor:
         """Qᵀ M for M (d, k), or Qᵀ v for v (d,)."""
-        return self.columns(matrix.T).T.contiguous() if matrix.dim() == 2 else self.columns(matrix.unsqueeze(0))[0]
+        return (
+            self.rotate_columns(matrix.T).T.contiguous()
+            if matrix.dim() == 2
+            else self.rotate_columns(matrix.unsqueeze(0))[0]
+        )
 
 
 def make_rotation(name: str, width: int, scheme: Scheme, seed: int, device: torch.device) -> Rotation | None:
@@ -165,12 +169,12 @@ def rotate_block_(block: Block, rotation: Rotation) -> None:
                 gain.fill_(1)
         for name in block.arch.residual.readers:
             weight = block.linear(name).weight
-            weight.copy_(rotation.columns(weight))
+            weight.copy_(rotation.rotate_columns(weight))
         for name in block.arch.residual.writers:
             linear = block.linear(name)
-            linear.weight.copy_(rotation.rows(linear.weight))
+            linear.weight.copy_(rotation.rotate_rows(linear.weight))
             if linear.bias is not None:
-                linear.bias.copy_(rotation.rows(linear.bias))
+                linear.bias.copy_(rotation.rotate_rows(linear.bias))
 
 
 def can_rotate(arch: Arch) -> bool:

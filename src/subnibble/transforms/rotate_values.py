@@ -31,7 +31,7 @@ class ValueRotation:
     blocks: tuple[int, ...]
     signs: Tensor
 
-    def columns(self, matrix: Tensor) -> Tensor:
+    def rotate_columns(self, matrix: Tensor) -> Tensor:
         """M Q for each head, with M (m, heads * width): computed in float64, returned in M's dtype."""
         wide = matrix.double().unflatten(-1, (-1, self.signs.shape[0]))
         return (hadamard.multiply(wide, self.blocks) * self.signs.to(wide.device)).flatten(-2).to(matrix.dtype)
@@ -44,12 +44,12 @@ class ValueRotation:
             with torch.no_grad():
                 for name in site.writers:
                     linear = block.linear(name)
-                    linear.weight.copy_(self.columns(linear.weight.T).T)
+                    linear.weight.copy_(self.rotate_columns(linear.weight.T).T)
                     if linear.bias is not None:
-                        linear.bias.copy_(self.columns(linear.bias.unsqueeze(0))[0])
+                        linear.bias.copy_(self.rotate_columns(linear.bias.unsqueeze(0))[0])
                 for name in site.readers:
                     weight = block.linear(name).weight
-                    weight.copy_(self.columns(weight))
+                    weight.copy_(self.rotate_columns(weight))
 
 
 def make_value_rotation(name: str, width: int, seed: int) -> ValueRotation | None:

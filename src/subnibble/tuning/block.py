@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from subnibble.arch.site import Site
-from subnibble.calibrate.prefix import States, with_past
+from subnibble.calibrate.prefix import States, after_states
 from subnibble.calibrate.stats import AbsMax
 from subnibble.model.skeleton import Block
 from subnibble.model.transformers_api.blocks import BlockCache, BlockCall, run_block
@@ -30,7 +30,7 @@ from subnibble.rounding.fixed import FixedGrids
 from subnibble.runtime.kv_cache import CacheQuantizer
 from subnibble.runtime.quantized_text import quantized_keys, quantized_values
 from subnibble.tensor.activation_scheme import ActivationScheme
-from subnibble.tuning.linear import Frame, TunedInput, TunedLinear
+from subnibble.tuning.linear import BlockContext, TunedInput, TunedLinear
 from subnibble.tuning.smoothing import Smoothing
 from subnibble.tuning.tuning import Tuning
 
@@ -42,27 +42,27 @@ class TunedBlock:
     """A block as a differentiable function of its learned parameters.
 
     block: the float32 block; not modified before `settle_`.
-    frame: what surrounds the learned parameters: schemes, bases, cache, prefix.
+    context: what surrounds the learned parameters: schemes, bases, cache, prefix.
     tuning: what is learned.
     generator: draws the random initial values.
     """
 
-    def __init__(self, block: Block, frame: Frame, tuning: Tuning, generator: torch.Generator) -> None:
-        self.tuning, self.prefix = tuning, frame.prefix
-        self._arch, self._frame, self._cache_quantizer = block.arch, frame, frame.cache_quantizer
+    def __init__(self, block: Block, context: BlockContext, tuning: Tuning, generator: torch.Generator) -> None:
+        self.tuning, self.prefix = tuning, context.prefix
+        self._arch, self._context, self._cache_quantizer = block.arch, context, context.cache_quantizer
         self.module = copy.deepcopy(block.module)
         self.sites: dict[str, TunedInput] = {}
         self.linears: dict[str, TunedLinear] = {}
         for site in block.arch.sites:
             entrance = self.sites[site.name] = TunedInput(
-                frame.bases[site.name], frame.dtype, frame.correction.requantized
+                context.bases[site.name], context.dtype, context.correction.requantized
             )
             if tuning.input_clipping != "none":
                 entrance.learn_clip(
-                    {frame.activations[name] for name in site.readers}, block.linear(site.readers[0]).weight.device
+                    {context.activations[name] for name in site.readers}, block.linear(site.readers[0]).weight.device
                 )
             for name in site.readers:
-                linear = TunedLinear(block.linear(name), entrance, frame, name, tuning, generator)
+                linear = TunedLinear(block.linear(name), entrance, context, name, tuning, generator)
                 self.module.set_submodule(name, linear)
                 self.linears[name] = linear
         self.module.requires_grad_(False)
@@ -180,25 +180,25 @@ class TunedBlock:
         schemes = {}
         for site in self._arch.sites:
             for name in site.readers:
-                schemes[name] = self.sites[site.name].learned(self._frame.activations[name])
+                schemes[name] = self.sites[site.name].learned(self._context.activations[name])
         return schemes
 
     def grids(self, names: tuple[str, ...]) -> FixedGrids:
         """Learned grids of several linears, their rows stacked."""
         return FixedGrids.stacked([self.linears[name].fitted() for name in names])
 
-    def fix_(self, name: str, weight: Tensor, second: Tensor | None = None) -> None:
+    def fix_(self, name: str, weight: Tensor, salient: Tensor | None = None) -> None:
         """Let a linear use a given weight, which was rounded elsewhere, instead of its learned one.
 
         weight: (m, k), dequantized, in the linear's input basis.
-        second: (m, r), the part of it that the salient columns' second weight holds, or None.
+        salient: (m, r), the part of it that the salient columns' second weight holds, or None.
         """
         linear = self.linears[name]
-        linear.fixed = weight if second is None else linear.with_second(weight, second)
+        linear.fixed = weight if salient is None else linear.with_salient(weight, salient)
 
     def _outlier_channels(self, site: Site) -> Tensor | None:
         """Mask (channels,) of outlier channels, which have 8 bits and need no factors; None if there are none."""
-        order, outliers = self._frame.bases[site.name].order, self._frame.correction.outliers
+        order, outliers = self._context.bases[site.name].order, self._context.correction.outliers
         if order is None or not outliers:
             return None
         mask = torch.zeros_like(order, dtype=torch.bool)
@@ -216,7 +216,7 @@ class TunedBlock:
         """Set how keys and values are quantized from now on; None keeps them at 16 bits."""
         self._cache_quantizer = cache_quantizer
 
-    def seen(self, keys: Tensor, values: Tensor, positions: tuple[Tensor, Tensor]) -> States:
+    def attended(self, keys: Tensor, values: Tensor, positions: tuple[Tensor, Tensor]) -> States:
         """Keys and values as attention reads them: quantized and dequantized, preceded by the unquantized prefix.
 
         keys, values: (b, heads, t, width) of the text.
@@ -229,7 +229,7 @@ class TunedBlock:
         values = values.to(keys.dtype)
         if cache_quantizer is not None:
             keys, values = quantized_keys(keys, cache_quantizer, positions), quantized_values(values, cache_quantizer)
-        return (keys, values) if prefix is None else with_past(prefix, (keys, values))
+        return (keys, values) if prefix is None else after_states(prefix, (keys, values))
 
 
 class _Cache(BlockCache):
@@ -239,9 +239,9 @@ class _Cache(BlockCache):
         super().__init__()
         self._block, self._positions = block, positions
 
-    def see(self, keys: Tensor, values: Tensor) -> States:
+    def attended(self, keys: Tensor, values: Tensor) -> States:
         """Keys and values as attention reads them, (b, heads, prefix + t, width) each."""
-        return self._block.seen(keys, values, self._positions)
+        return self._block.attended(keys, values, self._positions)
 
 
 def _mean_square(tensors: Sequence[Tensor]) -> Tensor:

@@ -27,7 +27,7 @@ from subnibble.tuning.tuning import Tuning
 
 
 @dataclass(frozen=True)
-class Frame:
+class BlockContext:
     """Everything around a block's learned parameters that tuning does not change.
 
     schemes: linear name -> weight scheme, None if the weight is not quantized.
@@ -129,7 +129,7 @@ class TunedLinear(nn.Module):
 
     linear: the float32 linear, (m, k).
     entrance: the site's input, shared with the other readers.
-    frame: schemes, bases and corrections of the block.
+    context: schemes, bases and corrections of the block.
     name: the linear's name in the block.
     tuning: what is learned.
     generator: draws the initial low-rank factors.
@@ -142,7 +142,7 @@ class TunedLinear(nn.Module):
         self,
         linear: nn.Linear,
         entrance: TunedInput,
-        frame: Frame,
+        context: BlockContext,
         name: str,
         tuning: Tuning,
         generator: torch.Generator,
@@ -150,17 +150,17 @@ class TunedLinear(nn.Module):
         super().__init__()
         self.register_buffer("weight", linear.weight.detach().clone())
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().clone())
-        self._entrance, self._frame = (entrance,), frame
-        self._scheme, self._activation = frame.schemes[name], frame.activations[name]
+        self._entrance, self._context = (entrance,), context
+        self._scheme, self._activation = context.schemes[name], context.activations[name]
         # The second weight also multiplies the remainder of these first channels (see `SiteInput`).
-        self._repeated = 0 if None in (self._scheme, self._activation) else frame.correction.requantized
+        self._repeated = 0 if None in (self._scheme, self._activation) else context.correction.requantized
         self.fixed: Tensor | None = None
         self.clipping: Clipping | None = None
         self.low_rank: Compensation | None = None
         if self._scheme is None:
             return
-        main, _ = self._split(entrance.basis.columns(linear.weight.detach()))
-        self.clipping = Clipping(main, self._scheme, frame.clip)
+        main, _ = self._split(entrance.basis.to_basis(linear.weight.detach()))
+        self.clipping = Clipping(main, self._scheme, context.clip)
         if tuning.low_rank != "none":
             rows, columns = linear.weight.shape
             device = linear.weight.device
@@ -169,7 +169,7 @@ class TunedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., k) to (..., m), in the compute dtype."""
         entered = self._entrance[0].enter(x, self._activation)[..., : self.weight.shape[1] + self._repeated]
-        dtype = self._frame.dtype
+        dtype = self._context.dtype
         bias = None if self.bias is None else self.bias.to(dtype)
         return nn.functional.linear(entered, self._rounded().to(dtype), bias)
 
@@ -191,7 +191,7 @@ class TunedLinear(nn.Module):
             weight = weight * self.factors(smoothing)
         if self.low_rank is not None:
             weight = weight + self.low_rank.product()
-        return self._entrance[0].basis.columns(weight)
+        return self._entrance[0].basis.to_basis(weight)
 
     def _rounded(self) -> Tensor:
         """The weight that `enter`'s result is multiplied by: (m, k), or (m, k + repeated) with the second weight."""
@@ -200,21 +200,21 @@ class TunedLinear(nn.Module):
         weight = self._exact()
         if self.clipping is None or self._scheme is None:
             return weight
-        on_grids, second = self._split(weight)
+        on_grids, salient_weight = self._split(weight)
         main: Tensor = self.clipping(on_grids)
-        if second is not None:
-            return self.with_second(main + second, second)
-        outliers = self._frame.correction.last(weight.detach(), self._scheme)
+        if salient_weight is not None:
+            return self.with_salient(main + salient_weight, salient_weight)
+        outliers = self._context.correction.outlier_weight(weight.detach(), self._scheme)
         if outliers is None:
             return main
         return torch.cat([main, straight_through(weight[:, main.shape[1] :], outliers)], 1)
 
-    def with_second(self, weight: Tensor, second: Tensor) -> Tensor:
+    def with_salient(self, weight: Tensor, salient_weight: Tensor) -> Tensor:
         """Append to a weight (m, k) the second weight's columns of the channels that are quantized twice.
 
-        second: (m, r or more), the salient columns' second weight. Returns (m, k + repeated).
+        salient_weight: (m, r or more), the salient columns' second weight. Returns (m, k + repeated).
         """
-        return torch.cat([weight, second[:, : self._repeated]], 1) if self._repeated else weight
+        return torch.cat([weight, salient_weight[:, : self._repeated]], 1) if self._repeated else weight
 
     def _split(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
         """Split a weight (m, k) into the part on learned grids and the salient columns' second weight.
@@ -222,9 +222,9 @@ class TunedLinear(nn.Module):
         The second weight has no gradient and is padded with zeros to (m, k); None without salient columns. Without
         them, outlier columns are left out of the first part.
         """
-        correction, columns = self._frame.correction, weight.shape[1]
-        salient = None if self._scheme is None else correction.second(weight.detach(), self._scheme)
+        correction, columns = self._context.correction, weight.shape[1]
+        salient = None if self._scheme is None else correction.salient_weight(weight.detach(), self._scheme)
         if salient is None:
             return weight[:, : columns - correction.outliers], None
-        second = nn.functional.pad(salient, (0, columns - salient.shape[1]))
-        return weight - second, second
+        salient_weight = nn.functional.pad(salient, (0, columns - salient.shape[1]))
+        return weight - salient_weight, salient_weight

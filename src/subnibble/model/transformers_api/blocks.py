@@ -26,10 +26,10 @@ class BlockCache(ABC):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Called by attention, like `update` of a cache of transformers; counts the call."""
         self.updates += 1
-        return self.see(key_states, value_states)
+        return self.attended(key_states, value_states)
 
     @abstractmethod
-    def see(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    def attended(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Return the keys and values that attention uses for a text.
 
         keys, values: of the text, (b, heads, t, width) each, rotary positions applied.
@@ -97,21 +97,23 @@ def run_block(block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
     return states
 
 
-def record_block_calls(decoder: nn.Module, blocks: str, norm: str, hidden: Tensor, past: int) -> list[BlockCall]:
+def record_block_calls(
+    decoder: nn.Module, blocks: str, norm: str, hidden: Tensor, prefix_length: int
+) -> list[BlockCall]:
     """The arguments that a decoder gives each of its blocks for a batch of full windows.
 
     decoder: the module; its blocks need not have weights.
     blocks: name in the decoder of the list of blocks.
     norm: name in the decoder of the norm after the blocks.
     hidden: embedded windows, (1, t, d); the values do not matter.
-    past: number of tokens before each window, whose keys and values the attention will have.
+    prefix_length: number of tokens before each window, whose keys and values the attention will have.
     """
     inner, last = decoder.get_submodule(blocks), decoder.get_submodule(norm)
     assert isinstance(inner, nn.ModuleList)
     recorders = [_Recorder() for _ in inner]
     setattr(decoder, blocks, nn.ModuleList(recorders))
     setattr(decoder, norm, nn.Identity())
-    cache = {cache_argument(decoder): _cache_of(past, len(recorders), hidden.device)} if past else {}
+    cache = {cache_argument(decoder): _cache_of(prefix_length, len(recorders), hidden.device)} if prefix_length else {}
     try:
         with torch.no_grad():
             decoder(inputs_embeds=hidden, use_cache=False, **cache)

@@ -17,7 +17,7 @@ from torch import nn
 from subnibble.checkpoint.checksums import weight_checksums
 from subnibble.errors import BadArgument
 from subnibble.model.transformers_api.marking import complete_file
-from subnibble.runtime.modules import MIX
+from subnibble.runtime.modules import HEAD_INPUT
 
 _Call = Callable[..., Any]
 
@@ -60,7 +60,7 @@ def _save(
 
 def _resize(wrapped: _Call, model: Any, new_num_tokens: int | None = None, *arguments: Any, **named: Any) -> Any:
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if isinstance(table, nn.Embedding) and type(head) is nn.Linear and not hasattr(head, MIX):
+    if isinstance(table, nn.Embedding) and type(head) is nn.Linear and not hasattr(head, HEAD_INPUT):
         return wrapped(new_num_tokens, *arguments, **named)
     if new_num_tokens in (None, table.num_embeddings) and not arguments and not named.get("pad_to_multiple_of"):
         return table

@@ -14,7 +14,7 @@ from subnibble.errors import BadArgument, BadRecipe
 from subnibble.paths import expanded
 
 
-def given_path(value: Any, name: str, target: str) -> Path:
+def as_path(value: Any, name: str, target: str) -> Path:
     """The path given as an argument, with `~` expanded.
 
     value: the argument.
