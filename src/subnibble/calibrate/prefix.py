@@ -44,6 +44,15 @@ class PrefixStream:
         self._hidden = hidden.to(dtype)
         self._calls = skeleton.block_calls(hidden.shape[1], dtype)
 
+    @property
+    def hidden(self) -> Tensor:
+        """Hidden states before the next block, (1, tokens, channels)."""
+        return self._hidden
+
+    @hidden.setter
+    def hidden(self, hidden: Tensor) -> None:
+        self._hidden = hidden.to(self._hidden)
+
     def run(self, block: Block) -> PrefixStep:
         """Run a block on the prefix without moving past it."""
         recorder = _Recorder()

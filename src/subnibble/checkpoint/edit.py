@@ -23,6 +23,7 @@ from subnibble.errors import CheckpointError, OutputError
 from subnibble.model.transformers_api.marking import marked
 from subnibble.model.verify import check_written
 from subnibble.resume.commit import contents
+from subnibble.resume.run import Run
 from subnibble.text_file import read_json_file
 
 REPORT = "report.json"
@@ -31,11 +32,14 @@ REPORT = "report.json"
 def open_packed(folder: str | Path) -> tuple[SafetensorsSource, PackedConfig]:
     """Open a packed checkpoint in a local folder and check that it is complete.
 
+    If a run that changed the folder was killed while it put the new files in their place, that is finished first.
+
     Returns the source and its `PackedConfig`.
     Raises `CheckpointError` if the folder holds no packed checkpoint, or a damaged one.
     """
     if not as_path(folder, "folder", "a folder that subnibble quantize wrote").is_dir():
         raise CheckpointError(f"{folder} is no folder; give a local checkpoint that subnibble quantize wrote")
+    Run.recover(as_path(folder, "folder", ""))
     source = open_source(folder)
     packed = packed_config_of(source.config)
     if packed is None or not isinstance(source, SafetensorsSource):
@@ -50,7 +54,11 @@ def open_packed(folder: str | Path) -> tuple[SafetensorsSource, PackedConfig]:
 
 
 def change_checkpoint(
-    source: SafetensorsSource, packed: PackedConfig, tensors: Mapping[str, Tensor], report_entries: Mapping[str, Any]
+    source: SafetensorsSource,
+    packed: PackedConfig,
+    tensors: Mapping[str, Tensor],
+    report_entries: Mapping[str, Any],
+    run: Run,
 ) -> None:
     """Rewrite a packed checkpoint with these tensors replaced or added, and with `packed` as its config.
 
@@ -58,11 +66,13 @@ def change_checkpoint(
     packed: the new `quantization_config`.
     tensors: name -> tensor. One that replaces a stored tensor is cast to its type; new ones go to an additional shard.
     report_entries: added to report.json, if there is one, together with the new size and hash.
+    run: the run on that folder, entered by the caller.
     recipe.toml and all other files in the folder are kept.
     """
     shards = source.shards()
     new = {name: tensor for name, tensor in tensors.items() if name not in set(source.names())}
-    with CheckpointWriter(source.path, len(shards) + bool(new), replace=True) as writer:
+    with CheckpointWriter(source.path, len(shards) + bool(new), replace=True, run=run) as writer:
+        writer.continue_with([], {})
         for names in shards.values():
             stored = {name: source.load_raw(name) for name in names}
             writer.write_shard({name: tensors.get(name, old).to(old.dtype) for name, old in stored.items()})
@@ -79,16 +89,13 @@ def change_checkpoint(
 
 
 def check_space(source: SafetensorsSource) -> None:
-    """Raise `OutputError` if a second copy of the checkpoint cannot be written on its disk; called before any work."""
+    """Raise `OutputError` if the disk has no space for a second copy of the checkpoint; called before any work."""
     needed, free = source.file_bytes(), shutil.disk_usage(source.path).free
     if free < needed:
         raise OutputError(
             f"{source.path}: {free / 1e9:.2f} GB are free and {needed / 1e9:.2f} GB are needed to replace it; free "
             "space on that disk"
         )
-    with CheckpointWriter(source.path, 1, replace=True):
-        # Entering creates the hidden folder, which fails if the place is not writable.
-        pass
 
 
 def read_report(folder: Path) -> dict[str, Any]:

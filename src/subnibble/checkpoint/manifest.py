@@ -26,7 +26,6 @@ from subnibble.checkpoint.source import Source
 from subnibble.errors import BadRecipe, CheckpointError
 from subnibble.tensor.activation_scheme import ActivationScheme
 from subnibble.tensor.cache_scheme import CacheScheme, PrefixIds
-from subnibble.tensor.packed import PackedLayout
 from subnibble.tensor.scheme import Scheme
 
 _S = TypeVar("_S", Scheme, ActivationScheme, CacheScheme)
@@ -69,16 +68,15 @@ class PackedConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the `quantization_config` of config.json, except the checksums (`checksums.py`)."""
-        schemes = {scheme.name: scheme.to_dict() for layout in self._layouts for _, scheme in layout.ranges}
-        activations = [spec.activation for spec in self.linears if spec.activation is not None]
+        modules = modules_to_dict(self.modules)
         return {
             "quant_method": QUANT_METHOD,
             "format_version": FORMAT_VERSION,
-            "schemes": schemes,
-            "activations": {scheme.name: scheme.to_dict() for scheme in activations},
+            "schemes": modules["schemes"],
+            "activations": modules["activations"],
             "cache": None if self.cache is None else self.cache.to_dict(),
             "prefix": None if self.prefix is None else self.prefix.to_dict(),
-            "modules": {path: spec.to_dict() for path, spec in self.modules.items()},
+            "modules": modules["modules"],
         }
 
     @property
@@ -90,10 +88,6 @@ class PackedConfig:
     def linears(self) -> list[PackedLinearSpec]:
         """The specs of all packed linears."""
         return [spec for spec in self.modules.values() if isinstance(spec, PackedLinearSpec)]
-
-    @property
-    def _layouts(self) -> list[PackedLayout]:
-        return [layout for spec in self.modules.values() for layout in spec.matrices.values()]
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = "quantization_config") -> Self:
@@ -113,18 +107,42 @@ class PackedConfig:
         if unknown:
             raise CheckpointError(f"{where}: unknown key {unknown[0]!r}, of another version; upgrade subnibble")
         try:
-            labels = Labels(
-                {name: _complete(Scheme, scheme) for name, scheme in values["schemes"].items()},
-                {name: _complete(ActivationScheme, scheme) for name, scheme in values["activations"].items()},
-            )
-            cache, prefix, modules = values["cache"], values["prefix"], values["modules"]
+            cache, prefix = values["cache"], values["prefix"]
             return cls(
-                {path: spec_from_dict(with_input(entry, modules), labels) for path, entry in modules.items()},
+                modules_from_dict(values),
                 None if cache is None else _complete(CacheScheme, cache),
                 None if prefix is None else PrefixIds.from_dict(prefix),
             )
         except (KeyError, TypeError, ValueError, AttributeError, BadRecipe) as error:
             raise CheckpointError(f"{where} is damaged ({error!r}); quantize the model again") from error
+
+
+def modules_to_dict(modules: Mapping[str, Spec]) -> dict[str, Any]:
+    """Return the specs of modules and the schemes that they name, under "schemes", "activations" and "modules".
+
+    modules: path -> spec.
+    """
+    layouts = [layout for spec in modules.values() for layout in spec.matrices.values()]
+    linears = [spec for spec in modules.values() if isinstance(spec, PackedLinearSpec)]
+    activations = [spec.activation for spec in linears if spec.activation is not None]
+    return {
+        "schemes": {scheme.name: scheme.to_dict() for layout in layouts for _, scheme in layout.ranges},
+        "activations": {scheme.name: scheme.to_dict() for scheme in activations},
+        "modules": {path: spec.to_dict() for path, spec in modules.items()},
+    }
+
+
+def modules_from_dict(values: Mapping[str, Any]) -> dict[str, Spec]:
+    """Read what `modules_to_dict` returned, as path -> spec.
+
+    Raises `KeyError`, `TypeError`, `ValueError`, `AttributeError` or `BadRecipe` for anything else.
+    """
+    labels = Labels(
+        {name: _complete(Scheme, scheme) for name, scheme in values["schemes"].items()},
+        {name: _complete(ActivationScheme, scheme) for name, scheme in values["activations"].items()},
+    )
+    modules = values["modules"]
+    return {path: spec_from_dict(with_input(entry, modules), labels) for path, entry in modules.items()}
 
 
 def _complete(kind: type[_S], values: Mapping[str, Any]) -> _S:

@@ -15,15 +15,26 @@ from subnibble.checkpoint.original import check_original
 from subnibble.checkpoint.source import Source
 from subnibble.device import resolve_device, resolve_dtype
 from subnibble.distill.settings import learnable
-from subnibble.distill.train import distill
+from subnibble.distill.train import Distilled, distill
 from subnibble.errors import BadRecipe
 from subnibble.progress import Progress, as_progress
 from subnibble.recipe import AnyRecipe, Recipe
 from subnibble.report import DistillReport
+from subnibble.resume import fingerprint
+from subnibble.resume.interrupt import safe_point
+from subnibble.resume.keeper import Keeper
+from subnibble.resume.run import Run
+
+_DISTILLING, _DISTILLED = "distilling", "distilled"
 
 
 def distill_checkpoint(
-    folder: str | Path, original: str | Path | Source, recipe: AnyRecipe, *, progress: Progress | None = None
+    folder: str | Path,
+    original: str | Path | Source,
+    recipe: AnyRecipe,
+    *,
+    resume: str = "auto",
+    progress: Progress | None = None,
 ) -> DistillReport:
     """Tune a packed checkpoint as a whole towards the model that it was quantized from.
 
@@ -34,6 +45,7 @@ def distill_checkpoint(
     original: the unquantized model.
     recipe: calibration (None: "c4"), num_windows, window, seed, device, dtype, distill_steps and distill are used, the
         other settings are ignored.
+    resume: what to do with the unfinished work of an earlier run, as in `quantize`.
     progress: called after each step.
     """
     recipe, on_progress = Recipe.of(recipe), as_progress(progress)
@@ -53,14 +65,34 @@ def distill_checkpoint(
     windows = calibration_windows(
         calibration, packed.load_tokenizer, recipe.num_windows, recipe.window, recipe.seed, source.config.vocab_size
     )
-    earlier = read_report(packed.path).get("distilled_later", [])
-    distilled = distill(source, packed, config, settings, windows, dtype, device, recipe.seed, on_progress)
-    entry = {
-        **asdict(distilled.report), **settings.to_dict(), "original": str(source.path), "calibration": calibration,
-        "num_windows": recipe.num_windows, "window": recipe.window, "seed": recipe.seed, "device": str(device),
+    facts = {
+        "original": str(source.path), "calibration": calibration, "num_windows": recipe.num_windows,
+        "window": recipe.window, "seed": recipe.seed, "device": str(device),
         "dtype": str(dtype).removeprefix("torch."),
     }  # fmt: skip
-    change_checkpoint(packed, distilled.config, distilled.tensors, {"distilled_later": [*earlier, entry]})
+    target = {
+        "checkpoint": fingerprint.files(packed.path), "original": fingerprint.files(source.path),
+        "settings": {**settings.to_dict(), **facts}, "calibration tokens": fingerprint.tokens(windows),
+        "versions": fingerprint.versions(), "machine": fingerprint.machine(device),
+    }  # fmt: skip
+    with Run(packed.path, "distill", target, resume, of_final=["checkpoint"]) as run:
+        values = run.journal.value(_DISTILLED)
+        if values is None:
+            distilled = distill(
+                source, packed, config, settings, windows, dtype, device, recipe.seed,
+                Keeper(run.journal, _DISTILLING), on_progress,
+            )  # fmt: skip
+            values, tensors = distilled.state()
+            run.journal.record({_DISTILLED: values}, tensors, forget=[_DISTILLING])
+            safe_point()
+        elif run.is_committed:
+            run.finish()
+            return DistillReport(**values["report"])
+        else:
+            distilled = Distilled.of_state(values, run.journal.tensors(_DISTILLED))
+        earlier = read_report(packed.path).get("distilled_later", [])
+        entry = {**asdict(distilled.report), **settings.to_dict(), **facts}
+        change_checkpoint(packed, distilled.config, distilled.tensors, {"distilled_later": [*earlier, entry]}, run)
     return distilled.report
 
 

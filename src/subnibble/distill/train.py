@@ -18,8 +18,11 @@ again otherwise.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +37,7 @@ from subnibble.distill.settings import Distillation
 from subnibble.errors import NumericalFailure, SilentFailure
 from subnibble.progress import Progress
 from subnibble.report import DistillReport
+from subnibble.resume.keeper import Keeper, State
 
 _WARM_UP, _LAST_RATE, _BETAS = 0.1, 0.05, (0.9, 0.95)
 _LARGEST_GRADIENT = 1.0
@@ -56,6 +60,19 @@ class Distilled:
     config: PackedConfig
     report: DistillReport
 
+    def state(self) -> State:
+        """The result for a journal: values for JSON, and tensors."""
+        values = {
+            "names": list(self.tensors), "config": self.config.to_dict(), "report": asdict(self.report),
+        }  # fmt: skip
+        return values, list(self.tensors.values())
+
+    @classmethod
+    def of_state(cls, values: Mapping[str, Any], tensors: Sequence[Tensor]) -> Distilled:
+        """Read what `state` returned."""
+        named = dict(zip(values["names"], tensors, strict=True))
+        return cls(named, PackedConfig.from_dict(values["config"]), DistillReport(**values["report"]))
+
 
 def distill(
     source: Source,
@@ -66,6 +83,7 @@ def distill(
     dtype: torch.dtype,
     device: torch.device,
     seed: int,
+    keeper: Keeper,
     progress: Progress,
 ) -> Distilled:
     """Tune a packed checkpoint; nothing is written.
@@ -77,6 +95,7 @@ def distill(
     windows: (n, t) int64 token ids of calibration text.
     dtype: compute dtype of matrix products.
     seed: draws the order of windows.
+    keeper: keeps the state of the training, and has that of an earlier run to continue.
     progress: called after each step.
     """
     samples = _Samples.of(windows, settings)
@@ -84,7 +103,7 @@ def distill(
     teacher = Teacher.of(source, config.prefix, length, dtype, device)
     student = Student.of(source, packed, config, settings, length, dtype, device)
     training = _Training(teacher, student, samples, settings, seed)
-    training.run(progress)
+    training.run(keeper, progress)
     return Distilled(student.tensors(), student.config(), training.report())
 
 
@@ -128,19 +147,18 @@ class _Training:
     rollbacks: int = 0
     _state: list[Tensor] = field(default_factory=list)
 
-    def run(self, progress: Progress) -> None:
-        """Train in place."""
-        steps = self.settings.steps
-        self.before = self.best = self._look()
-        if not math.isfinite(self.before):
-            raise NumericalFailure(
-                "the packed model's predictions are not finite, so it cannot be distilled; use more bits, or leave "
-                "distill_steps out"
-            )
-        self._keep()
+    def run(self, keeper: Keeper, progress: Progress) -> None:
+        """Train in place. keeper: keeps the state after each step, and has that of an earlier run to continue."""
+        steps, done = self.settings.steps, 0
         optimizer, rate = self._optimizer(), self.settings.rate
+        kept = keeper.kept()
+        if kept is None:
+            self._begin()
+        else:
+            done, rate = self._restore_from(*kept, optimizer)
+            progress(done, steps, f"resumed after step {done}")
         evaluations = {max(1, round(steps * share)) for share in _EVALUATE_AT}
-        for step, ids in enumerate(self.samples.order(steps, self.seed)):
+        for step, ids in islice(enumerate(self.samples.order(steps, self.seed)), done, None):
             self._set_rates_(optimizer, rate, step)
             loss = self._step(ids, optimizer)
             finite = math.isfinite(loss)
@@ -154,7 +172,47 @@ class _Training:
                     optimizer, rate = self._optimizer(), rate / _RATE_DIVISOR
                     self.rollbacks += 1
             progress(step + 1, steps, f"distilled to a held-out loss of {self.best:.4f}")
+            keeper.keep(partial(self._state_after, step + 1, rate, optimizer))
         self._restore()
+
+    def _begin(self) -> None:
+        self.before = self.best = self._look()
+        if not math.isfinite(self.before):
+            raise NumericalFailure(
+                "the packed model's predictions are not finite, so it cannot be distilled; use more bits, or leave "
+                "distill_steps out"
+            )
+        self._keep()
+
+    def _state_after(self, step: int, rate: float, optimizer: torch.optim.Optimizer) -> State:
+        """Everything that the steps after `step` depend on: values for JSON, and tensors."""
+        # The optimizer has no moments for a parameter that no step has changed since it was built.
+        moments = [optimizer.state.get(parameter, {}) for parameter in self.student.parameters()]
+        tensors = [parameter.detach() for parameter in self.student.parameters()] + self._state
+        tensors += [moment[key] for moment in moments for key in sorted(moment)]
+        values = {
+            "step": step, "rate": rate, "before": self.before, "best": self.best, "rollbacks": self.rollbacks,
+            "moments": [sorted(moment) for moment in moments],
+        }  # fmt: skip
+        return values, tensors
+
+    def _restore_from(
+        self, values: Mapping[str, Any], tensors: Sequence[Tensor], optimizer: torch.optim.Optimizer
+    ) -> tuple[int, float]:
+        """Go on from what `_state_after` returned; return the number of finished steps and the learning rate."""
+        parameters, waiting = self.student.parameters(), iter(tensors)
+        with torch.no_grad():
+            for parameter in parameters:
+                parameter.copy_(next(waiting))
+        self._state = [next(waiting).to(parameter.device) for parameter in parameters]
+        for parameter, keys in zip(parameters, values["moments"], strict=True):
+            moments = {key: next(waiting) for key in keys}
+            # AdamW keeps the number of steps on the CPU.
+            optimizer.state[parameter] = {
+                key: moment if key == "step" else moment.to(parameter.device) for key, moment in moments.items()
+            }
+        self.before, self.best, self.rollbacks = values["before"], values["best"], values["rollbacks"]
+        return values["step"], values["rate"]
 
     def report(self) -> DistillReport:
         """The part of the report about distillation."""

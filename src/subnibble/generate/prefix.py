@@ -16,10 +16,13 @@ from subnibble.calibrate.prompt import prefix_ids
 from subnibble.calibrate.tokens import check_vocabulary
 from subnibble.calibrate.windows import check_positions
 from subnibble.checkpoint.edit import change_checkpoint, open_packed
+from subnibble.checkpoint.manifest import PackedConfig
 from subnibble.checkpoint.module_specs import PrefixSpec, Spec, prefix_state
+from subnibble.checkpoint.safetensors_source import SafetensorsSource
 from subnibble.hf import load_model
 from subnibble.hf.attention import attach_cache_, attached_cache, check_cache, detached, set_prefix_
 from subnibble.model.transformers_api.blocks import keys_and_values
+from subnibble.resume.run import Run
 from subnibble.tensor.cache_scheme import CacheScheme, PrefixIds
 
 
@@ -70,7 +73,18 @@ def add_prefix(
     dtype, device: compute dtype and device.
     """
     source, packed = open_packed(folder)
-    prompt = plain(prompt)
+    with Run(source.path, "prefix", {}) as run:
+        return _add_prefix(source, packed, plain(prompt), run, dtype, device)
+
+
+def _add_prefix(
+    source: SafetensorsSource,
+    packed: PackedConfig,
+    prompt: str,
+    run: Run,
+    dtype: str | torch.dtype,
+    device: str | torch.device,
+) -> PrefixIds:
     prefix = prefix_ids(prompt, source.load_tokenizer())
     states = compute_prefix(load_model(source, dtype, device), prefix)
     arch = find_arch(source.config.model_type)
@@ -81,7 +95,7 @@ def add_prefix(
     for path, pair in zip(paths, states, strict=True):
         tensors |= prefix_state(path, pair)
     report_entries = {"system_prompt_added": prompt, "prefix_tokens": len(prefix.ids)}
-    change_checkpoint(source, replace(packed, modules=modules, prefix=prefix), tensors, report_entries)
+    change_checkpoint(source, replace(packed, modules=modules, prefix=prefix), tensors, report_entries, run)
     return prefix
 
 

@@ -1,6 +1,7 @@
 """The driver: stream a checkpoint through a method, one block at a time, into a packed checkpoint.
 
     check the recipe on the model       `check.py`, before weights are read
+    open the run                        lock OUT, continue from the journal of an earlier run (`journal.py`)
     survey the full-precision model     find sink tokens and a channel order of the residual stream, if needed
     rotate                              fuse norm gains into linears, rotate the residual stream, if the method asks
     embed text and system prompt        the prompt's keys and values come from the full-precision model
@@ -13,7 +14,7 @@
             round the site's readers
         advance the activations
         store                           absorb column scales; codes do not change
-        write the block's shard
+        write the block's shard, and record block and streams in the journal
     correct the final norm; pack embedding and head
     tune the packed model as a whole    distillation, if the recipe asks
 
@@ -35,7 +36,9 @@ from torch import Tensor
 
 from subnibble.arguments import as_path
 from subnibble.calibrate.windows import calibration_windows
+from subnibble.checkpoint.edit import read_report
 from subnibble.checkpoint.manifest import PackedConfig
+from subnibble.checkpoint.module_specs import Spec
 from subnibble.checkpoint.source import Source
 from subnibble.checkpoint.writer import CheckpointWriter, check_output
 from subnibble.model.skeleton import Block
@@ -43,6 +46,7 @@ from subnibble.model.verify import check_written
 from subnibble.pipeline.block_tuning import Tuner, round_tuned
 from subnibble.pipeline.check import check_apart, check_disk, resolve
 from subnibble.pipeline.finish import tune_whole, write_config, write_report
+from subnibble.pipeline.journal import QuantizationJournal, fingerprint_of
 from subnibble.pipeline.outer_layers import AfterBlocks, Part, embedding
 from subnibble.pipeline.passage import Passage
 from subnibble.pipeline.plan import Resolved
@@ -55,6 +59,7 @@ from subnibble.progress import Progress, as_progress
 from subnibble.recipe import AnyRecipe, Recipe
 from subnibble.report import Report
 from subnibble.report.clock import Clock
+from subnibble.resume.run import Run
 from subnibble.transforms.invariance import check_sites
 
 
@@ -64,6 +69,7 @@ def quantize(
     recipe: AnyRecipe,
     *,
     overwrite: bool = False,
+    resume: str = "auto",
     progress: Progress | None = None,
 ) -> Report:
     """Quantize a model into a packed checkpoint and return the report.
@@ -72,6 +78,9 @@ def quantize(
     out: folder to write; it appears only when it is complete.
     recipe: a `Recipe`, a table of its keys, or the path of a TOML file.
     overwrite: whether an existing checkpoint at `out` may be replaced.
+    resume: what to do with the unfinished work of an earlier run on `out`. "auto": continue it if model, text, recipe,
+        versions and machine are the same, else raise `BadJournal`. "never": discard it. "must": raise `BadJournal` if
+        there is none.
     progress: called after each step with (done, total, description), or None.
 
     Raises a `SubnibbleError` that says what to do, before any weight is read if possible.
@@ -86,17 +95,40 @@ def quantize(
     with clock.step("check sites"):
         resolved.skeleton.check_tied_head()
         check_sites(resolved.skeleton)
-    with CheckpointWriter(final, resolved.skeleton.num_blocks + 1, overwrite) as writer:
-        check_disk(resolved, writer.folder, writer.final)
-        report = _run(resolved, windows, writer, clock, on_progress)
-        writer.commit()
+    with Run(final, "quantize", fingerprint_of(resolved, windows), resume) as run:
+        if run.is_committed:
+            run.finish()
+            return Report.from_dict(read_report(run.final))
+        with CheckpointWriter(final, resolved.skeleton.num_blocks + 1, overwrite, run) as writer:
+            check_disk(resolved, writer.folder, writer.final)
+            report = _run(resolved, windows, writer, run, clock, on_progress)
+            writer.commit()
     return report
 
 
 def _run(
-    resolved: Resolved, windows: Tensor | None, writer: CheckpointWriter, clock: Clock, progress: Progress
+    resolved: Resolved, windows: Tensor | None, writer: CheckpointWriter, run: Run, clock: Clock, progress: Progress
 ) -> Report:
     """Quantize the model and write all files into the writer's temporary folder; the caller commits."""
+    skeleton = resolved.skeleton
+    journal = QuantizationJournal(run, resolved, writer, clock)
+    with clock.step("write"):
+        skeleton.source.copy_side_files(writer.folder)
+    finished = journal.finished_layers(windows)
+    surveyed, modules = finished or _quantize_layers(resolved, windows, journal, clock, progress)
+    packed = PackedConfig(modules, resolved.plan.cache, surveyed.prefix)
+    with clock.step("write"):
+        write_config(writer, resolved, packed)
+    distilled = tune_whole(writer, resolved, surveyed, packed, journal, clock, progress)
+    with clock.step("verify"):
+        check_written(writer.folder)
+    return write_report(writer, resolved, surveyed, journal, distilled, clock)
+
+
+def _quantize_layers(
+    resolved: Resolved, windows: Tensor | None, journal: QuantizationJournal, clock: Clock, progress: Progress
+) -> tuple[Survey, dict[str, Spec]]:
+    """Quantize and write all layers; return the survey and the specs of all modules by path."""
     skeleton = resolved.skeleton
     steps_per_block = len(skeleton.arch.sites) + 1
     total = skeleton.num_blocks * steps_per_block + 2
@@ -104,37 +136,27 @@ def _run(
     def on_site(index: int, number: int, doing: str) -> None:
         progress(1 + index * steps_per_block + number, total, doing)
 
-    with clock.step("write"):
-        skeleton.source.copy_side_files(writer.folder)
-    surveyed, streams, (tensors, modules) = _begin(resolved, windows, clock)
-    progress(1, total, "embedding")
+    surveyed, streams, (tensors, modules) = _begin(resolved, windows, journal, clock)
+    first = len(journal.blocks)
+    progress(1 + first * steps_per_block, total, f"resumed after block {first - 1}" if first else "embedding")
     tuner = Tuner.of(
         resolved, surveyed.prefix, clock,
         lambda index, loss: on_site(index, 0, f"block {index} tuned to a held-out loss of {loss:.4f}"),
     )  # fmt: skip
-    blocks: list[StoredBlock] = []
-    for index in range(skeleton.num_blocks):
+    for index in range(first, skeleton.num_blocks):
         block = _load(index, resolved, surveyed, clock)
         stored = _quantize_block(block, resolved, streams, tuner, clock, partial(on_site, index))
-        with clock.step("write"):
-            writer.write_shard(stored.tensors)
-        blocks.append(stored.without_tensors())
         skeleton.release(block.path)
+        journal.add_block(stored, streams)
         # Free this memory before the next block is loaded: it is as large.
         del block, stored
         on_site(index + 1, 0, f"block {index}")
     after = AfterBlocks(skeleton, surveyed.edit, clock).stored(streams, resolved.recipe.embedding_scheme)
-    for specs in (*(block.specs for block in blocks), after[1]):
+    for specs in (*(block.specs for block in journal.blocks), after[1]):
         modules |= specs
-    packed = PackedConfig(modules, resolved.plan.cache, surveyed.prefix)
-    with clock.step("write"):
-        writer.write_shard(tensors | after[0])
-        write_config(writer, resolved, packed)
+    journal.add_final_layers(tensors | after[0], modules)
     progress(total, total, "written")
-    distilled = tune_whole(writer, resolved, surveyed, packed, clock, progress)
-    with clock.step("verify"):
-        check_written(writer.folder)
-    return write_report(writer, resolved, surveyed, blocks, distilled, clock)
+    return surveyed, modules
 
 
 def _windows(resolved: Resolved, clock: Clock) -> Tensor | None:
@@ -149,17 +171,28 @@ def _windows(resolved: Resolved, clock: Clock) -> Tensor | None:
         )  # fmt: skip
 
 
-def _begin(resolved: Resolved, windows: Tensor | None, clock: Clock) -> tuple[Survey, Streams, Part]:
-    """Survey the model and embed the windows; return the survey, the streams and the embedding's tensors and specs."""
+def _begin(
+    resolved: Resolved, windows: Tensor | None, journal: QuantizationJournal, clock: Clock
+) -> tuple[Survey, Streams, Part]:
+    """Survey the model and embed the windows; return the survey, the streams and the embedding's tensors and specs.
+
+    The streams are those after the blocks in the journal.
+    """
     skeleton = resolved.skeleton
     with clock.step("read"):
         table = skeleton.source.load(f"{skeleton.arch.embedding}.weight").to(skeleton.device)
-    surveyed = survey(resolved, windows, table, clock)
+    surveyed = journal.survey(windows)
+    if surveyed is None:
+        surveyed = survey(resolved, windows, table, clock)
+        journal.record_survey(surveyed)
     if surveyed.edit is not None:
         table = surveyed.edit.embedding(table)
     with clock.step("embedding"):
         stored, running_table = embedding(skeleton, table, resolved.recipe.embedding_scheme)
-        return surveyed, start(resolved, surveyed, table, running_table), stored
+        streams = start(resolved, surveyed, table, running_table)
+    with clock.step("journal"):
+        journal.restore_(streams)
+    return surveyed, streams, stored
 
 
 def _load(index: int, resolved: Resolved, surveyed: Survey, clock: Clock) -> Block:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from subnibble.checkpoint.checksums import CHECKSUMS, weights_checksum
 from subnibble.checkpoint.manifest import PackedConfig
 from subnibble.checkpoint.opening import open_source
@@ -13,13 +11,13 @@ from subnibble.checkpoint.writer import CheckpointWriter
 from subnibble.distill.train import distill
 from subnibble.model.skeleton import Skeleton
 from subnibble.model.transformers_api.marking import marked
+from subnibble.pipeline.journal import QuantizationJournal
 from subnibble.pipeline.plan import Resolved
-from subnibble.pipeline.store import StoredBlock
 from subnibble.pipeline.streams import prefix_length
 from subnibble.pipeline.survey import Survey
 from subnibble.progress import Progress
 from subnibble.report import DistillReport, Report
-from subnibble.report.clock import Clock, peak_memory
+from subnibble.report.clock import Clock
 from subnibble.version import __version__
 
 
@@ -38,6 +36,7 @@ def tune_whole(
     resolved: Resolved,
     surveyed: Survey,
     packed: PackedConfig,
+    journal: QuantizationJournal,
     clock: Clock,
     progress: Progress,
 ) -> DistillReport | None:
@@ -48,13 +47,16 @@ def tune_whole(
     recipe, skeleton = resolved.recipe, resolved.skeleton
     if recipe.distillation is None or surveyed.windows is None:
         return None
-    with clock.step("distill"):
-        tuned = distill(
-            skeleton.source, SafetensorsSource(writer.folder), packed, recipe.distillation, surveyed.windows,
-            skeleton.dtype, skeleton.device, recipe.seed, progress,
-        )  # fmt: skip
+    tuned = journal.distilled
+    if tuned is None:
+        with clock.step("distill"):
+            tuned = distill(
+                skeleton.source, SafetensorsSource(writer.folder), packed, recipe.distillation, surveyed.windows,
+                skeleton.dtype, skeleton.device, recipe.seed, journal.keeper(), progress,
+            )  # fmt: skip
+        journal.record_distilled(tuned)
     with clock.step("write"):
-        writer.rewrite(tuned.tensors)
+        writer.rewrite(tuned.tensors, journal.record_checksum)
         _write_model_config(writer, skeleton, tuned.config)
     return tuned.report
 
@@ -63,7 +65,7 @@ def write_report(
     writer: CheckpointWriter,
     resolved: Resolved,
     surveyed: Survey,
-    blocks: Sequence[StoredBlock],
+    journal: QuantizationJournal,
     distilled: DistillReport | None,
     clock: Clock,
 ) -> Report:
@@ -72,14 +74,14 @@ def write_report(
         model=str(resolved.skeleton.source.path),
         method=resolved.recipe.method,
         version=__version__,
-        linears=tuple(linear for block in blocks for linear in block.linears),
+        linears=tuple(linear for block in journal.blocks for linear in block.linears),
         size=measure(open_source(writer.folder)).to_dict(),
         calibration_tokens=0 if surveyed.windows is None else surveyed.windows.numel(),
         prefix_tokens=prefix_length(surveyed.prefix),
         seconds=clock.seconds(),
-        peak_memory=peak_memory(),
+        peak_memory=journal.peak_memory,
         weights_sha256=weights_checksum(writer.checksums),
-        blocks=tuple(block.tuned for block in blocks if block.tuned is not None),
+        blocks=tuple(block.tuned for block in journal.blocks if block.tuned is not None),
         distilled=distilled,
     )
     writer.write_json("report.json", report.to_dict())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -33,6 +34,21 @@ class Streams:
     calls: list[BlockCall]
     prefix: PrefixStream | None = None
     unrounded: list[Tensor] = field(default_factory=list)
+
+    def tensors(self) -> dict[str, list[Tensor]]:
+        """All hidden states by the name of the field; what `restore_` needs to go on from here."""
+        prefix = [] if self.prefix is None else [self.prefix.hidden]
+        return {
+            "hidden": self.hidden, "full_precision": self.full_precision, "unrounded": self.unrounded,
+            "prefix": prefix,
+        }  # fmt: skip
+
+    def restore_(self, tensors: Mapping[str, list[Tensor]]) -> None:
+        """Go on from these hidden states, which `tensors` returned in an earlier run."""
+        self.hidden, self.full_precision = tensors["hidden"], tensors["full_precision"]
+        self.unrounded = tensors["unrounded"]
+        if self.prefix is not None:
+            (self.prefix.hidden,) = tensors["prefix"]
 
 
 def batches(windows: Tensor) -> tuple[Tensor, ...]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Self
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,11 @@ class LinearReport:
     seconds: float
     notes: dict[str, float] = field(default_factory=dict)
     moved: bool = False
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Read an entry of report.json."""
+        return cls(**{**values, "shape": tuple(values["shape"])})
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,11 @@ class BlockReport:
     def keeps_base(self) -> bool:
         """Whether the block is stored without tuning."""
         return self.base < self.after
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Read an entry of report.json."""
+        return cls(**{**values, "compensated": tuple(values["compensated"])})
 
 
 @dataclass(frozen=True)
@@ -119,3 +130,15 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionary for JSON."""
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Read the content of report.json; keys that later commands added, such as `distilled_later`, are left out."""
+        names = {item.name for item in fields(cls)}
+        distilled = values["distilled"]
+        parts = {
+            "linears": tuple(LinearReport.from_dict(entry) for entry in values["linears"]),
+            "blocks": tuple(BlockReport.from_dict(entry) for entry in values["blocks"]),
+            "distilled": None if distilled is None else DistillReport(**distilled),
+        }
+        return cls(**{name: value for name, value in {**values, **parts}.items() if name in names})

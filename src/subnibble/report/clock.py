@@ -5,14 +5,17 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+
+_TOTAL = "total"
 
 
 class Clock:
     """Adds up seconds by step. Steps may nest: the time of an inner step does not count for the outer one."""
 
     def __init__(self) -> None:
+        self._earlier = 0.0
         self._start = time.perf_counter()
         self._stack: list[str] = []
         self._mark = self._start
@@ -29,11 +32,19 @@ class Clock:
             self._switch()
             self._stack.pop()
 
+    def add(self, seconds: Mapping[str, float]) -> None:
+        """Add the seconds of an earlier run that this one continues, as `seconds` returned them."""
+        for name, count in seconds.items():
+            if name == _TOTAL:
+                self._earlier += count
+            else:
+                self._seconds[name] = self._seconds.get(name, 0.0) + count
+
     def seconds(self) -> dict[str, float]:
-        """Seconds by step, and the "total" since the clock was created."""
+        """Seconds by step, and the "total" since the clock was created and of the runs that it continues."""
         self._switch()
-        total = time.perf_counter() - self._start
-        return {**{name: round(s, 3) for name, s in self._seconds.items()}, "total": round(total, 3)}
+        total = self._earlier + time.perf_counter() - self._start
+        return {**{name: round(s, 3) for name, s in self._seconds.items()}, _TOTAL: round(total, 3)}
 
     def _switch(self) -> None:
         """Add the time since the last call to the innermost step."""

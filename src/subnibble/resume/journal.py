@@ -79,11 +79,11 @@ class Journal:
         except (OSError, ValueError) as error:
             raise damaged(self.folder / file.name, error) from error
 
-    def record(self, name: str, value: Any, tensors: Sequence[Tensor] = (), forget: Sequence[str] = ()) -> None:
-        """Record a finished step, in place of an earlier one of the same name.
+    def record(self, values: Mapping[str, Any], tensors: Sequence[Tensor] = (), forget: Sequence[str] = ()) -> None:
+        """Record finished steps, all or none, in place of earlier ones of the same names.
 
-        value: its result, for JSON.
-        tensors: its tensors.
+        values: name of each step -> its result, for JSON.
+        tensors: tensors of the last of them.
         forget: names of steps whose tensors are not needed any more; their values stay.
         """
         file = None
@@ -94,10 +94,17 @@ class Journal:
         for other in forget:
             if other in self._steps:
                 self._steps[other] = Step(self._steps[other].value)
-        self._steps.pop(name, None)
-        self._steps[name] = Step(value, file)
+        for name, value in values.items():
+            self._steps.pop(name, None)
+            self._steps[name] = Step(value)
+        self._steps[self.last] = Step(self._steps[self.last].value, file)
         self._write()
         self.tidy()
+
+    def amend(self, name: str, value: Any) -> None:
+        """Replace the result of a finished step; its tensors stay."""
+        self._steps[name] = Step(value, self._steps[name].file)
+        self._write()
 
     def tidy(self) -> None:
         """Remove files of tensors that no step names, and incomplete files: a run that was killed leaves them."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -48,6 +48,8 @@ class Run:
     final: the folder that the run writes; or, for a run that only prints, the path that names its work folder.
     command: name of the command.
     fingerprint: everything that the result depends on; see `fingerprint.py`. {} for a run without steps.
+    of_final: keys of the fingerprint that describe `final` before the run. They are not compared with those of a run
+        whose result is in `final` already.
     resume: "auto" continues an earlier run if its fingerprint is the same, and refuses if it is not. "never" discards
         it. "must" refuses if there is none.
     folder: the work folder.
@@ -59,9 +61,16 @@ class Run:
     `BadJournal` if the earlier run cannot be continued.
     """
 
-    def __init__(self, final: Path, command: str, fingerprint: Mapping[str, Any], resume: str = "auto") -> None:
+    def __init__(
+        self,
+        final: Path,
+        command: str,
+        fingerprint: Mapping[str, Any],
+        resume: str = "auto",
+        of_final: Sequence[str] = (),
+    ) -> None:
         self.final, self.command, self._fingerprint = final.resolve(), command, plain(fingerprint)
-        self._resume = checked_resume(resume)
+        self._resume, self._of_final = checked_resume(resume), of_final
         self.folder = Path()
         self.journal = Journal(self.folder, command, self._fingerprint)
         self.is_committed = False
@@ -78,15 +87,19 @@ class Run:
         """Whether an earlier run is being continued, or this one has recorded a step."""
         return bool(self.journal.steps)
 
+    @classmethod
+    def recover(cls, final: Path) -> None:
+        """Finish a commit to `final` that was killed, if there is one, so that `final` is a checkpoint again."""
+        if commit.is_interrupted(final):
+            run = cls(final, "", {})
+            run._take()
+            try:
+                commit.finish(run.folder, run.final)
+            finally:
+                run._unlock()
+
     def __enter__(self) -> Self:
-        inside, beside = work_folders(self.final)
-        try:
-            self.folder = next((folder for folder in (inside, beside) if folder.is_dir()), None) or (
-                inside if self.final.is_dir() else beside
-            )
-            self._handle = self._lock()
-        except OSError as error:
-            raise OutputError(f"{self.final}: cannot be created ({error.strerror}); choose another folder") from error
+        self._take()
         try:
             self._open()
         except BaseException:
@@ -124,13 +137,23 @@ class Run:
         remove(self.folder / JOURNAL)
         self._finished = True
 
+    def _take(self) -> None:
+        """Find or create the work folder, and lock it."""
+        inside, beside = work_folders(self.final)
+        existing = [folder for folder in (inside, beside) if folder.is_dir()]
+        self.folder = existing[0] if existing else inside if self.final.is_dir() else beside
+        try:
+            self._handle = self._lock()
+        except OSError as error:
+            raise OutputError(f"{self.final}: cannot be created ({error.strerror}); choose another folder") from error
+
     def _open(self) -> None:
         """Read the journal of an earlier run and decide whether to continue it."""
         if commit.has_begun(self.folder):
             # The earlier run was complete: its checkpoint goes to its place, whatever happens now.
             commit.finish(self.folder, self.final)
             journal = Journal.read(self.folder)
-            if self._resume != "never" and journal is not None and not self._changes(journal):
+            if self._resume != "never" and journal is not None and not self._changes(journal, self._of_final):
                 self.journal, self.is_committed = journal, True
                 return
             self._clear()
@@ -149,18 +172,22 @@ class Run:
             journal.tidy()
         register(self.folder)
 
-    def _changes(self, journal: Journal) -> list[str]:
-        """What differs between the run of a journal and this one, a few words each."""
+    def _changes(self, journal: Journal, ignored: Sequence[str] = ()) -> list[str]:
+        """What differs between the run of a journal and this one, a few words each; without the keys `ignored`."""
         then = {"command": journal.command, **journal.fingerprint}
-        return differences(then, {"command": self.command, **self._fingerprint})
+        now = {"command": self.command, **self._fingerprint}
+        for key in ignored:
+            then.pop(key, None)
+            now.pop(key, None)
+        return differences(then, now)
 
     def _check_same(self, journal: Journal) -> None:
         changed = self._changes(journal)
         if changed:
             shown = "; ".join(changed[:8]) + ("; ..." if len(changed) > 8 else "")
             raise BadJournal(
-                f"{self.folder} holds the unfinished work of another run: {shown}. Repeat the earlier command to finish "
-                "it, choose another folder, or start anew with --resume never"
+                f"{self.folder} holds the unfinished work of another run: {shown}. Repeat the earlier command to "
+                "finish it, choose another folder, or start anew with --resume never"
             )
 
     def _lock(self) -> int:
