@@ -23,10 +23,10 @@ from subnibble.errors import (
 )
 from subnibble.resume import commit
 from subnibble.resume.commit import CHECKPOINT
-from subnibble.resume.durable import make_folder, remove, remove_folder
+from subnibble.resume.durable import make_folder, remove, remove_folder, rename
 from subnibble.resume.fingerprint import differences, plain
 from subnibble.resume.journal import JOURNAL, Journal
-from subnibble.resume.runs import register, unregister, work_folders
+from subnibble.resume.runs import REMOVED, register, unregister, work_folders
 
 # What to do with the unfinished work of an earlier run.
 RESUME = ("auto", "never", "must")
@@ -100,6 +100,7 @@ class Run:
 
     def __enter__(self) -> Self:
         self._take()
+        remove_folder(self.folder.with_name(self.folder.name + REMOVED))
         try:
             self._open()
         except BaseException:
@@ -133,8 +134,6 @@ class Run:
 
     def finish(self) -> None:
         """Mark the run as finished: leaving the context removes its work folder."""
-        # Without a journal the folder means nothing, also if removing the rest is interrupted.
-        remove(self.folder / JOURNAL)
         self._finished = True
 
     def _take(self) -> None:
@@ -232,9 +231,11 @@ class Run:
     def _discard(self) -> None:
         """Remove the work folder."""
         unregister(self.folder)
-        # The journal first, so that an interrupted removal leaves nothing that could be resumed.
-        (self.folder / JOURNAL).unlink(missing_ok=True)
-        remove_folder(self.folder)
+        # One rename, so that an interrupted removal leaves no half of a run.
+        removed = self.folder.with_name(self.folder.name + REMOVED)
+        remove_folder(removed)
+        rename(self.folder, removed)
+        remove_folder(removed)
 
 
 def checked_resume(resume: Any) -> str:

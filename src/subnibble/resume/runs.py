@@ -20,8 +20,8 @@ from subnibble.errors import BadJournal
 from subnibble.resume.durable import remove, write_file
 from subnibble.resume.journal import JOURNAL, Journal
 
-# Suffix of the hidden folder of unfinished work.
-PARTIAL = ".partial"
+# Suffix of the hidden folder of unfinished work; what is added to it while the folder is being removed.
+PARTIAL, REMOVED = ".partial", "-removed"
 _FOLDER: ContextVar[Path | None] = ContextVar("folder", default=None)
 _log = logging.getLogger(__name__)
 
@@ -68,8 +68,8 @@ def work_folders(final: Path) -> tuple[Path, Path]:
 
 
 def is_work_folder(path: Path) -> bool:
-    """Whether the name is that of a work folder."""
-    return path.name.startswith(".") and path.name.endswith(PARTIAL)
+    """Whether the name is that of a work folder, or of one that is being removed."""
+    return path.name.startswith(".") and path.name.endswith((PARTIAL, PARTIAL + REMOVED))
 
 
 def register(folder: Path) -> None:
