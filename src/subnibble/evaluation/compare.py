@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from subnibble.arguments import as_path, described
 from subnibble.calibrate.prompt import prefix_ids
 from subnibble.calibrate.tokens import bos_token
 from subnibble.checkpoint.opening import open_source
-from subnibble.checkpoint.size import Size, measure
+from subnibble.checkpoint.size import Size, measure, weights_hash
 from subnibble.checkpoint.source import Source
 from subnibble.checkpoint.writer import check_output
+from subnibble.device import resolve_device
 from subnibble.errors import BadArgument, BadRecipe
 from subnibble.evaluation.evaluate import AnyEvaluation, Evaluation
 from subnibble.evaluation.perplexity import Scores, score
@@ -23,12 +26,20 @@ from subnibble.generate.prefix import same_prefix_
 from subnibble.hf import load_model, memory_bytes
 from subnibble.methods import find_method
 from subnibble.methods.method import Steps
+from subnibble.paths import expanded, is_file
 from subnibble.pipeline.check import check_apart, resolve
 from subnibble.pipeline.driver import quantize
 from subnibble.progress import Progress, as_progress, titled
 from subnibble.recipe import AnyRecipe, Recipe
+from subnibble.resume import fingerprint
+from subnibble.resume.journal import Journal, damaged
+from subnibble.resume.keeper import Keeper
+from subnibble.resume.run import Run, printing_run
+from subnibble.resume.runs import has_unfinished
 
 ORIGINAL = "original"
+# The first step of a comparison, before anything is quantized.
+_BEGUN = "begun"
 
 
 @dataclass(frozen=True)
@@ -66,6 +77,7 @@ def compare(
     out: str | Path | None = None,
     *,
     overwrite: bool = False,
+    resume: str = "auto",
     progress: Progress | None = None,
 ) -> list[Row]:
     """Quantize a model by each recipe; score all results and the original on the same windows.
@@ -77,43 +89,115 @@ def compare(
     evaluation: the text and windows; it sets neither a KV cache nor a system prompt.
     out: folder in which checkpoints are kept, one subfolder per recipe (`recipe_names`); None keeps none.
     overwrite: whether existing checkpoints in `out` may be replaced.
+    resume: what to do with the unfinished work of an earlier comparison, as in `quantize`.
     progress: called after each step.
 
     Returns one row per model, the original first. Raises `BadRecipe` for recipes that cannot be compared.
     """
     on_progress, evaluation, parsed = as_progress(progress), Evaluation.of(evaluation), _recipes(recipes)
     out = None if out is None else as_path(out, "out", "a folder to keep the checkpoints in, or leave it out")
-    names = recipe_names(parsed)
-    for name in names:
-        if out is not None:
+    recipes_of = dict(zip(recipe_names(parsed), parsed, strict=True))
+    if out is not None and not has_unfinished(out):
+        for name in recipes_of:
             check_output(out / name, overwrite)
     prompt = _shared_prompt(parsed, evaluation)
     source = open_source(model)
     reads_text = {}
-    for name, recipe in zip(names, parsed, strict=True):
+    for name, recipe in recipes_of.items():
         resolved = resolve(source, recipe).recipe
         if out is not None:
             check_apart(out / name, source.path, resolved)
         reads_text[name] = resolved.calibration is not None
     tokenizer = source.load_tokenizer()
     windows = evaluation.windows(source, tokenizer, None if prompt is None else prefix_ids(prompt, tokenizer))
-    bos = bos_token(tokenizer)
-    with _folder(out) as folder:
-        seconds: dict[str, float | None] = {ORIGINAL: None}
-        paths: dict[str, Path | Source] = {ORIGINAL: source} | {name: folder / name for name in names}
+    with _Work.opened(out, _fingerprint(source, recipes_of, evaluation, windows), overwrite, resume) as work:
+        paths: dict[str, Path | Source] = {ORIGINAL: source}
         # Recipes that read calibration text come first, so that unavailable text fails before any other work.
-        named = zip(names, parsed, strict=True)
-        for name, recipe in sorted(named, key=lambda pair: not reads_text[pair[0]]):
-            report = quantize(source, folder / name, recipe, overwrite=overwrite, progress=titled(on_progress, name))
-            seconds[name] = report.seconds["total"]
+        seconds = {
+            name: work.quantize(source, name, recipes_of[name], titled(on_progress, name))
+            for name in sorted(recipes_of, key=lambda name: not reads_text[name])
+        }
+        paths |= {name: work.folder / name for name in recipes_of}
         models = {name: load_model(path, evaluation.dtype, evaluation.device) for name, path in paths.items()}
-        if names:
-            same_prefix_(models[names[0]], models[ORIGINAL])
-        scores = score(models, windows, bos, models[ORIGINAL], titled(on_progress, "evaluate"))
+        if recipes_of:
+            same_prefix_(models[next(iter(recipes_of))], models[ORIGINAL])
+        keeper = Keeper(work.journal, "windows")
+        evaluate = titled(on_progress, "evaluate")
+        scores = score(models, windows, bos_token(tokenizer), models[ORIGINAL], evaluate, keeper)
         return [
-            _row(name, measure(open_source(path)), memory_bytes(models[name]), seconds[name], scores[name])
+            _row(name, measure(open_source(path)), memory_bytes(models[name]), seconds.get(name), scores[name])
             for name, path in paths.items()
         ]
+
+
+@dataclass(frozen=True)
+class _Work:
+    """The work of a comparison.
+
+    folder: where the checkpoints are written, one subfolder per recipe.
+    journal: the finished steps; None if this comparison cannot be resumed.
+    overwrite: whether checkpoints in `folder` may be replaced.
+    resume: see `compare`.
+    """
+
+    folder: Path
+    journal: Journal | None
+    overwrite: bool
+    resume: str
+
+    @classmethod
+    @contextmanager
+    def opened(cls, out: Path | None, target: Mapping[str, Any], overwrite: bool, resume: str) -> Iterator[_Work]:
+        """The work of this comparison, or what an earlier one left of it.
+
+        out: folder in which checkpoints are kept, None to keep none.
+        target: the comparison's fingerprint.
+        """
+        inner = "auto" if resume == "must" else resume
+        with ExitStack() as stack:
+            if out is not None:
+                run: Run | None = stack.enter_context(Run(out, "compare", target, resume))
+            else:
+                run = stack.enter_context(printing_run("compare", target, resume))
+            if run is None:
+                temporary = stack.enter_context(tempfile.TemporaryDirectory(prefix="subnibble-compare-"))
+                yield cls(Path(temporary), None, overwrite, inner)
+                return
+            # Checkpoints that a resumed comparison finds in its folder are its own.
+            resumed = run.is_resumed
+            run.journal.record({_BEGUN: {}})
+            yield cls(out or run.folder, run.journal, overwrite or resumed, inner)
+            run.finish()
+
+    def quantize(self, source: Source, name: str, recipe: Recipe, progress: Progress) -> float:
+        """Quantize by one recipe, unless that is done already; return the seconds that it took."""
+        path, journal = self.folder / name, self.journal
+        done = None if journal is None else journal.value(name)
+        if done is not None:
+            if not path.is_dir() or weights_hash(path) != done["weights_sha256"]:
+                raise damaged(path, ValueError("its weights are not those that were written"))
+            return float(done["seconds"])
+        report = quantize(source, path, recipe, overwrite=self.overwrite, resume=self.resume, progress=progress)
+        seconds = report.seconds["total"]
+        if journal is not None:
+            journal.record({name: {"seconds": seconds, "weights_sha256": report.weights_sha256}})
+        return seconds
+
+
+def _fingerprint(
+    source: Source, recipes: Mapping[str, Recipe], evaluation: Evaluation, windows: Tensor
+) -> dict[str, Any]:
+    """Everything that the result of a comparison depends on. windows: (n, t) token ids that are scored."""
+    texts = sorted({recipe.calibration for recipe in recipes.values() if recipe.calibration})
+    return {
+        "model": fingerprint.model(source.path),
+        "recipes": {name: recipe.to_dict() for name, recipe in recipes.items()},
+        "calibration": {text: fingerprint.files(expanded(text)) for text in texts if is_file(text)},
+        "evaluation": asdict(evaluation),
+        "tokens": fingerprint.tokens(windows),
+        "versions": fingerprint.versions(),
+        "machine": fingerprint.machine(resolve_device(evaluation.device)),
+    }
 
 
 def _shared_prompt(recipes: Sequence[Recipe], evaluation: Evaluation) -> str | None:
@@ -173,12 +257,3 @@ def recipe_name(recipe: Recipe) -> str:
 
 def _steps(recipe: Recipe) -> Steps:
     return find_method(recipe.method).steps(recipe.options)
-
-
-@contextmanager
-def _folder(out: Path | None) -> Iterator[Path]:
-    if out is not None:
-        yield out
-        return
-    with tempfile.TemporaryDirectory(prefix="subnibble-compare-") as temporary:
-        yield Path(temporary)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,9 @@ from subnibble.hf.attention import attached_cache, change_scheme_
 from subnibble.progress import Progress, as_progress
 from subnibble.recipe import Recipe
 from subnibble.report.clock import Clock, peak_memory
+from subnibble.resume import fingerprint
+from subnibble.resume.keeper import Keeper
+from subnibble.resume.run import printing_run
 from subnibble.tensor.cache_scheme import CacheScheme, PrefixIds
 
 _TYPES = {
@@ -133,6 +136,7 @@ def evaluate(
     reference: str | Path | Source | None = None,
     *,
     layers: bool = False,
+    resume: str = "auto",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Measure perplexity, bits, sizes and cost of a model, and its distance from a reference.
@@ -142,6 +146,8 @@ def evaluate(
     reference: the original model, or None; it runs with the same system prompt.
     layers: add each packed linear's output error against the reference. Linears stored in another basis (rotated, or
         channels scaled) have none.
+    resume: what to do with an earlier evaluation with the same arguments that was killed. "auto": continue it if there
+        is one. "never": discard it. "must": raise `BadJournal` if there is none.
     progress: called after each window.
 
     Returns the results by report key.
@@ -165,7 +171,14 @@ def evaluate(
     if reference_model is not None:
         check_vocabularies(loaded, reference_model)
         same_prefix_(loaded, reference_model)
-    scores = score({"model": loaded}, windows, bos_token(tokenizer), reference_model, on_progress)["model"]
+    target = {
+        "model": fingerprint.model(source.path), "reference": reference_source and fingerprint.model(reference_source.path),
+        "evaluation": asdict(evaluation), "tokens": fingerprint.tokens(windows), "versions": fingerprint.versions(),
+        "machine": fingerprint.machine(loaded.device),
+    }  # fmt: skip
+    with printing_run("evaluate", target, resume) as run:
+        keeper = Keeper(None if run is None else run.journal, "windows")
+        scores = score({"model": loaded}, windows, bos_token(tokenizer), reference_model, on_progress, keeper)["model"]
     results = scores.to_dict() | size.to_dict()
     results |= {
         "text": evaluation.text,

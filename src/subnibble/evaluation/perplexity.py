@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 from subnibble.errors import CalibrationError, NumericalFailure
 from subnibble.model.transformers_api.generation import logits_of
 from subnibble.progress import Progress, silent
+from subnibble.resume.keeper import Keeper, State
 
 # Positions whose logits are compared at once; bounds memory to a few times vocabulary x _POSITIONS x 4 bytes.
 _POSITIONS = 512
@@ -55,6 +58,7 @@ def score(
     bos: int | None,
     reference: nn.Module | None = None,
     progress: Progress = silent,
+    keeper: Keeper | None = None,
 ) -> dict[str, Scores]:
     """Score several models on the same windows; the reference runs once per window for all of them.
 
@@ -63,13 +67,19 @@ def score(
     bos: id of the token to put before each window, or None.
     reference: the model that the others are compared with, or None.
     progress: called after each window.
+    keeper: keeps the sums after each window, and has those of an earlier run to continue; None keeps nothing.
 
     Raises `CalibrationError` if windows have fewer than two tokens.
     """
     if windows.shape[1] < 2:
         raise CalibrationError("a window of 1 token leaves nothing to score; use --window 2 or more")
-    totals = {name: Totals() for name in models}
-    for number, window in enumerate(windows):
+    keeper = keeper or Keeper()
+    totals, done = {name: Totals() for name in models}, 0
+    if (kept := keeper.kept()) is not None:
+        done = kept[0]["windows"]
+        totals = {name: Totals.of_sums(kept[0]["totals"][name]) for name in models}
+        progress(done, len(windows), f"resumed after window {done}")
+    for number, window in islice(enumerate(windows), done, None):
         target = None if reference is None else _log_probabilities(reference, window, bos)
         if target is not None and math.isnan(float(target.amax())):
             raise NumericalFailure(f"the reference's predictions on window {number} are NaN{_REMEDY}")
@@ -80,11 +90,16 @@ def score(
             if not totals[name].is_finite:
                 raise NumericalFailure(f"{name}: the loss on window {number} is not finite{_REMEDY}")
         progress(number + 1, len(windows), "windows")
+        keeper.keep(partial(_state, number + 1, totals))
     (count, length), scores = windows.shape, {}
     for name, total in totals.items():
         perplexity, divergence, agreement = total.value
         scores[name] = Scores(perplexity, count, length, bos is not None, divergence, agreement)
     return scores
+
+
+def _state(done: int, totals: Mapping[str, Totals]) -> State:
+    return {"windows": done, "totals": {name: of_model.sums() for name, of_model in totals.items()}}, []
 
 
 class Totals:
@@ -112,6 +127,21 @@ class Totals:
             distance = torch.where(p == -torch.inf, 0.0, p.exp() * (p - q))
             self._divergence += float(distance.sum(dtype=torch.float64))
             self._agreed += int((p.argmax(1) == q.argmax(1)).sum())
+
+    def sums(self) -> dict[str, float]:
+        """The sums over all windows so far, for JSON."""
+        return {
+            "loss": self._loss, "divergence": self._divergence, "tokens": self._tokens, "compared": self._compared,
+            "agreed": self._agreed,
+        }  # fmt: skip
+
+    @classmethod
+    def of_sums(cls, sums: Mapping[str, Any]) -> Totals:
+        """Read what `sums` returned."""
+        totals = cls()
+        totals._loss, totals._divergence = sums["loss"], sums["divergence"]
+        totals._tokens, totals._compared, totals._agreed = sums["tokens"], sums["compared"], sums["agreed"]
+        return totals
 
     def merge(self, other: Totals) -> None:
         """Add the sums of `other`."""

@@ -195,9 +195,8 @@ class QuantizationJournal:
 
 def fingerprint_of(resolved: Resolved, windows: Tensor | None) -> dict[str, Any]:
     """Everything that the bytes of the packed checkpoint depend on. windows: (n, t) token ids, or None."""
-    path = resolved.skeleton.source.path
     return {
-        "model": {"path": str(path), "files": fingerprint.files(path)},
+        "model": fingerprint.model(resolved.skeleton.source.path),
         "recipe": resolved.recipe.to_dict(),
         "calibration tokens": fingerprint.tokens(windows),
         "system prompt": None if resolved.prefix is None else resolved.prefix.to_dict(),

@@ -21,6 +21,11 @@ _PACKAGES = ("torch", "transformers", "safetensors", "numpy")
 _SHOWN = 120
 
 
+def model(path: Path) -> dict[str, Any]:
+    """Path and files of a model, a folder or a file."""
+    return {"path": str(path), "files": files(path)}
+
+
 def files(path: Path) -> dict[str, list[int]]:
     """Name -> [size in bytes, time of change in ns] of a model file, or of all files in a model folder.
 

@@ -13,6 +13,8 @@ from subnibble.resume.pace import Pace
 
 # The state of a loop: values for JSON, and tensors.
 State = tuple[Any, Sequence[Tensor]]
+# Seconds of work before a state is kept: a shorter loop is faster run again.
+FIRST = 5.0
 
 
 class Keeper:
@@ -26,7 +28,8 @@ class Keeper:
     def __init__(
         self, journal: Journal | None = None, name: str = "", facts: Callable[[], Mapping[str, Any]] = dict
     ) -> None:
-        self._journal, self._name, self._facts, self._pace = journal, name, facts, Pace()
+        self._journal, self._name, self._facts = journal, name, facts
+        self._pace = Pace(FIRST)
 
     def kept(self) -> tuple[Any, list[Tensor]] | None:
         """The state that an earlier run kept last, with its tensors on the CPU; None if there is none."""

@@ -13,11 +13,13 @@ class Pace:
     """Decides when enough work was done since the last save to save again.
 
     A save is due once the work since the last one took 1 / SHARE times as long as the last save. So a kill costs at
-    most 33 times the time of a save, and the work in progress. The first save is always due.
+    most 33 times the time of a save, and the work in progress.
+
+    first: seconds of work before the first save.
     """
 
-    def __init__(self) -> None:
-        self._cost = 0.0
+    def __init__(self, first: float = 0.0) -> None:
+        self._cost = first * SHARE
         self._last = time.perf_counter()
 
     @property

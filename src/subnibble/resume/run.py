@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -24,9 +26,9 @@ from subnibble.errors import (
 from subnibble.resume import commit
 from subnibble.resume.commit import CHECKPOINT
 from subnibble.resume.durable import make_folder, remove, remove_folder, rename
-from subnibble.resume.fingerprint import differences, plain
+from subnibble.resume.fingerprint import differences, digest, plain
 from subnibble.resume.journal import JOURNAL, Journal
-from subnibble.resume.runs import REMOVED, register, unregister, work_folders
+from subnibble.resume.runs import REMOVED, register, runs_folder, unregister, work_folders
 
 # What to do with the unfinished work of an earlier run.
 RESUME = ("auto", "never", "must")
@@ -36,6 +38,7 @@ _LOCK = "lock"
 _WOULD_RECUR = (
     BadArgument, BadRecipe, CalibrationError, NotLoadable, NumericalFailure, SilentFailure, UnsupportedModel,
 )  # fmt: skip
+_log = logging.getLogger(__name__)
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 
 
@@ -236,6 +239,29 @@ class Run:
         remove_folder(removed)
         rename(self.folder, removed)
         remove_folder(removed)
+
+
+@contextmanager
+def printing_run(command: str, fingerprint: Mapping[str, Any], resume: str = "auto") -> Iterator[Run | None]:
+    """The run of a command that writes no folder; its work folder is in the user's folder for runs.
+
+    The fingerprint is part of the folder's name, so that a run with other arguments is another run.
+
+    Yields None, after a warning, if the folder cannot be written or another process does the same: the command works
+    without, and cannot be resumed. Exception: with resume "must" this raises the `OutputError`.
+    """
+    run = Run(runs_folder() / f"{command}-{digest(fingerprint)}", command, fingerprint, resume)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(run)
+        except OutputError as error:
+            if resume == "must":
+                raise
+            _log.warning("this command cannot be resumed if it is killed: %s", error)
+            yield None
+            return
+        yield run
+        run.finish()
 
 
 def checked_resume(resume: Any) -> str:

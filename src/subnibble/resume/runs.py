@@ -67,6 +67,11 @@ def work_folders(final: Path) -> tuple[Path, Path]:
     return final / name, final.with_name(name)
 
 
+def has_unfinished(final: Path) -> bool:
+    """Whether an earlier run on `final` left work that can be resumed."""
+    return any((folder / JOURNAL).is_file() for folder in work_folders(final.resolve()))
+
+
 def is_work_folder(path: Path) -> bool:
     """Whether the name is that of a work folder, or of one that is being removed."""
     return path.name.startswith(".") and path.name.endswith((PARTIAL, PARTIAL + REMOVED))
