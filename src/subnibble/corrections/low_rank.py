@@ -81,7 +81,7 @@ class LowRank(Correction):
     def branches(
         self, errors: Sequence[Tensor], gram: Tensor | None, mean_abs: Tensor | None, scheme: Scheme
     ) -> list[Branch | None]:
-        """Packed A (r, k) and B (m, r) for each error (m, k). gram, mean_abs: only that which the form uses is needed."""
+        """Packed A (r, k) and B (m, r) for each error (m, k). gram, mean_abs: only that of the form is needed."""
         roots = roots_of(self.form, gram, mean_abs)
         factors: list[Branch | None] = []
         for error in errors:
