@@ -11,8 +11,8 @@ SETTING is KV2, KV3, KV4 or KV8 for arms named kv, which leave weights and input
 W4A4KV4 or W3A3KV3 followed by g128, g64 or channel (whole rows of weights and whole tokens). Unless an arm says
 otherwise, the keys, and the values, of one token and head share a scale.
 PROMPT is put before each window and not scored; its keys and values stay at 16 bits. It is none, bos, default (the chat
-template's system turn) or auto (the model's attention sinks). default-late adds default to a model that was quantized
-without a prompt, with keys and values computed by the packed model; default-coded also quantizes these like those of
+template's system turn) or auto (the model's attention sinks). default-added adds default to a model that was quantized
+without a prompt, with keys and values computed by the packed model; default-quantized also quantizes these like those of
 any token. Compare with `original` after the same prompt.
 WINDOWS windows of 2048 tokens of news calibrate, in bfloat16 (arms named fast cut them into windows of 512), and as
 many are scored, in float32, on the last 400 news articles and, with --wikitext, on WikiText-2 raw test.
@@ -55,7 +55,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     for bits in (4, 3)
     for name, size in (("g128", 128), ("g64", 64), ("channel", -1))
 }
-PROMPTS = ("none", "bos", "default", "auto", "default-late", "default-coded")
+PROMPTS = ("none", "bos", "default", "auto", "default-added", "default-quantized")
 # Arms whose blocks are tuned or whose model is distilled. At W3A3KV3 they show what each part of tuning gives.
 TUNED = tuple(arm for arm in ALL if arm.startswith(("bisup", "omniquant")) or arm.endswith("-distilled"))
 SHOWN = (
@@ -102,7 +102,7 @@ def parse_spec(text: str) -> Spec:
     """Parse a row as written on the command line, for example kv:KV4:bos:16 or quarot:W4A4KV4g128:none:16."""
     (arm, setting, prompt), (windows,) = parts_of(text, FORM, 1)
     settings = CACHES if arm in CACHE_ALONE else {"": {}} if arm == "original" else SETTINGS
-    # default-late and default-coded add a prompt after quantization, which the original does not have.
+    # default-added and default-quantized add a prompt after quantization, which the original does not have.
     prompts = [name for name in PROMPTS if arm != "original" or "-" not in name]
     if arm not in (*ARMS, "original") or setting not in settings or prompt not in prompts:
         raise argparse.ArgumentTypeError(
@@ -124,7 +124,7 @@ def measured(spec: Spec, names: dict[str, str]) -> list[dict[str, Any]]:
         return measure_row(plain if prompt else None, spec.windows, names)
     prompted = {} if prompt is None else {"system_prompt": prompt}
     recipe = arms.recipe_of(BENCH, spec.arm, **{**CACHES, **SETTINGS}[spec.setting], **prompted)
-    change = {"": None, "late": add_prompt_, "coded": add_quantized_prompt_}[kind]
+    change = {"": None, "added": add_prompt_, "quantized": add_quantized_prompt_}[kind]
     return measure_row(with_data(recipe, spec.windows), spec.windows, names, change=change)
 
 

@@ -33,7 +33,7 @@ WRONG = {
     ),
     "weight_activation_kv": (
         "kv:KV4:bos", "kv:KV4:bos:0", "kv:KV4:nobody:16", "kv:W4A4KV4g128:bos:16", "atom:KV4:none:16",
-        "original::default-late:16", "original:KV4:none:16", "nothing:KV4:none:16",
+        "original::default-added:16", "original:KV4:none:16", "nothing:KV4:none:16",
     ),
 }  # fmt: skip
 

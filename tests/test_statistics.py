@@ -167,7 +167,7 @@ LAWS: dict[type, Law] = {
     Sample: Law(lambda first: Sample(CHANNELS, every=3, first=first * LENGTH), of_tokens("x")),
     WeightedMean: Law(lambda first: WeightedMean(), feed_losses),
     Watch: Law(
-        lambda first: Watch.of(CHANNELS, torch.device("cpu"), drift=True, sizes=True),
+        lambda first: Watch.of(CHANNELS, torch.device("cpu"), drift=True, mean_abs=True),
         of_tokens("x", "wanted"),
         lambda data: [gram_bound(data), drift_bound(data), size_bound(data)],
     ),
@@ -439,7 +439,7 @@ def clamped_means(self: MeanShift, other: MeanShift) -> None:
 def drift_of_its_own(self: Watch, other: Watch) -> None:
     self.gram.merge(other.gram)
     self.drift.merge(self.drift)
-    self.sizes.merge(other.sizes)
+    self.mean_abs.merge(other.mean_abs)
 
 
 OWN_FAULTS: dict[type, list[tuple[str, Method]]] = {

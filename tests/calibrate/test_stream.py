@@ -339,10 +339,10 @@ def test_statistics_are_those_of_every_sites_tensor() -> None:
     stream = BlockStream(block, hidden, call)
     found = stream.statistics(schemes)
     assert found.schemes == schemes
-    assert set(found.grams) == set(found.mean_sizes) == {site.name for site in SITES}
+    assert set(found.grams) == set(found.mean_abs) == {site.name for site in SITES}
     for site in SITES:
         x = inputs[site.readers[0]].double()
-        gram, sizes = found.grams[site.name].double(), found.mean_sizes[site.name].double()
+        gram, sizes = found.grams[site.name].double(), found.mean_abs[site.name].double()
         bound = 2 * x.shape[0] ** 0.5 * torch.finfo(torch.float32).eps * (x.abs().T @ x.abs())
         assert bool(((gram - x.T @ x).abs() <= bound).all())
         assert bool(((sizes - x.abs().mean(0)).abs() <= 1e-6 * x.abs().mean(0)).all())

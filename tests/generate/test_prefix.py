@@ -129,9 +129,9 @@ def test_a_coded_cache_reaches_the_loaded_model_and_the_files(
     # The recipe beside it makes the same bytes, and leaves to the method what was left to it.
     resolved = Recipe.from_toml(tmp_path / "out" / "recipe.toml")
     assert resolved.kv == recipe.kv
-    again = quantize(folders["llama"], tmp_path / "again", resolved)
-    assert again.weights_sha256 == report.weights_sha256
-    assert (tmp_path / "again" / "config.json").read_text() == (tmp_path / "out" / "config.json").read_text()
+    requantized = quantize(folders["llama"], tmp_path / "requantized", resolved)
+    assert requantized.weights_sha256 == report.weights_sha256
+    assert (tmp_path / "requantized" / "config.json").read_text() == (tmp_path / "out" / "config.json").read_text()
 
 
 @pytest.mark.parametrize("method", ["rtn", "gptq"])

@@ -141,43 +141,43 @@ def test_rounders_are_told_of_stored_inputs_and_their_drift(
 
 
 @dataclass(frozen=True)
-class SizesHeard(Correction):
-    """Keeps the mean magnitudes and Gram matrices that it is told, with the heights of the linears."""
+class MeanAbsRecorder(Correction):
+    """Keeps the mean magnitudes and Gram matrices that it receives, with the heights of the linears."""
 
     needs_data: ClassVar[bool] = True
-    needs_sizes: ClassVar[bool] = True
+    needs_mean_abs: ClassVar[bool] = True
 
-    told: list[tuple[list[int], Tensor, Tensor]] = field(default_factory=list, compare=False)
+    received: list[tuple[list[int], Tensor, Tensor]] = field(default_factory=list, compare=False)
 
     def branches(
-        self, errors: Sequence[Tensor], gram: Tensor | None, sizes: Tensor | None, scheme: Scheme
+        self, errors: Sequence[Tensor], gram: Tensor | None, mean_abs: Tensor | None, scheme: Scheme
     ) -> list[Branch | None]:
         assert gram is not None
-        assert sizes is not None
-        self.told.append(([len(error) for error in errors], gram.clone(), sizes.clone()))
-        return super().branches(errors, gram, sizes, scheme)
+        assert mean_abs is not None
+        self.received.append(([len(error) for error in errors], gram.clone(), mean_abs.clone()))
+        return super().branches(errors, gram, mean_abs, scheme)
 
 
-def test_corrections_are_told_the_mean_sizes_of_stored_inputs(
+def test_corrections_receive_the_mean_magnitudes_of_stored_inputs(
     folders: dict[str, Path], token_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    heard = SizesHeard()
+    heard = MeanAbsRecorder()
     stored, windows = listened(
         Steps(RTN(), correction=heard), folders["llama"], token_file, tmp_path / "out", monkeypatch
     )
     now = inputs(stored, windows)
-    assert len(heard.told) == len(now) == 12
-    for (path, x), (_, gram, sizes) in zip(now.items(), heard.told, strict=True):
+    assert len(heard.received) == len(now) == 12
+    for (path, x), (_, gram, mean_abs) in zip(now.items(), heard.received, strict=True):
         assert close(gram, x, x), path
-        torch.testing.assert_close(sizes.double(), x.abs().mean(0), rtol=1e-4, atol=1e-6)
-        assert not torch.allclose(sizes.double(), x.abs().amax(0), rtol=0.1)
+        torch.testing.assert_close(mean_abs.double(), x.abs().mean(0), rtol=1e-4, atol=1e-6)
+        assert not torch.allclose(mean_abs.double(), x.abs().amax(0), rtol=0.1)
 
 
 @dataclass(frozen=True)
 class GramHeard(Rounder):
     """Rounds to nearest and keeps the Gram matrices that it is told, by what it was told of."""
 
-    told: dict[str, Tensor] = field(default_factory=dict, compare=False)
+    received: dict[str, Tensor] = field(default_factory=dict, compare=False)
     needs_gram = True
 
     def __call__(

@@ -290,7 +290,7 @@ def test_activations_that_overflow_are_refused_by_name(folders: dict[str, Path])
     block, hidden, call = loaded(folders["llama"])
     found = statistics(block, hidden, call, schemes(block))
     for spoiled in (
-        replace(found, mean_sizes=found.mean_sizes | {"mlp_in": found.mean_sizes["mlp_in"] * torch.inf}),
+        replace(found, mean_abs=found.mean_abs | {"mlp_in": found.mean_abs["mlp_in"] * torch.inf}),
         replace(found, grams=found.grams | {"mlp_in": found.grams["mlp_in"] * torch.inf}),
     ):
         with pytest.raises(NumericalFailure, match=r"model.layers.1 mlp_in: activations are not finite.*--dtype"):

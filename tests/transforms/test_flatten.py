@@ -83,13 +83,13 @@ def test_the_published_factors_make_every_largest_value_one(streamed: Streamed) 
     made = Flatten()(streamed.block, streamed.statistics())
     after = streamed.statistics()
     for site in streamed.block.arch.sites:
-        largest = after.largest[site.name]
+        largest = after.max_abs[site.name]
         if site.per_head:
             # Heads that share a key-value head share the factor of the largest of them.
             heads = streamed.block.heads
             largest = largest.view(heads.key_value, heads.repeats, heads.width).amax(1)
         torch.testing.assert_close(largest, torch.ones_like(largest), rtol=1e-4, atol=0)
-        assert made[site.name].shape == after.largest[site.name].shape
+        assert made[site.name].shape == after.max_abs[site.name].shape
 
 
 def test_factors_are_smoothquants_formula(streamed: Streamed) -> None:
@@ -105,15 +105,15 @@ def test_factors_are_smoothquants_formula(streamed: Streamed) -> None:
 def test_a_silent_channel_keeps_its_scale_and_no_factor_is_tiny(streamed: Streamed) -> None:
     found = streamed.statistics()
     site = streamed.block.arch.sites[3]
-    plain = found.largest[site.name].clone()
+    plain = found.max_abs[site.name].clone()
     for size in (1e-4, 1.0, 1e6):
-        found.largest[site.name] = plain * size
-        found.largest[site.name][2] = 0
-        found.largest[site.name][4] = 1e-12
+        found.max_abs[site.name] = plain * size
+        found.max_abs[site.name][2] = 0
+        found.max_abs[site.name][4] = 1e-12
         narrow, _ = factors(streamed.block, site, found, 1.0, 0.0)
         assert float(narrow[2]) == 1
         # The silent channel says nothing of what is small.
-        assert float(narrow[4]) == pytest.approx(1e-4 * float(found.largest[site.name].max()))
+        assert float(narrow[4]) == pytest.approx(1e-4 * float(found.max_abs[site.name].max()))
 
 
 @pytest.mark.parametrize(("alpha", "beta"), [(1.0, 0.0), (0.5, 0.5)])
@@ -123,7 +123,7 @@ def test_an_outlier_that_no_reader_takes_is_flattened(alpha: float, beta: float,
     usual, _ = factors(block, site, found, alpha, beta)
     for name in site.readers:
         block.linear(name).weight.data[:, 5] = 0
-    assert int(found.largest[site.name].argmax()) == 5
+    assert int(found.max_abs[site.name].argmax()) == 5
     narrow, _ = factors(block, site, found, alpha, beta)
     others = torch.arange(len(narrow)) != 5
     assert torch.equal(narrow[others], usual[others])
@@ -168,7 +168,7 @@ def test_the_search_sees_columns_in_falling_order_and_a_function_that_stays(stre
         for site in block.arch.sites
         for name in site.readers
     }
-    sizes = {name: found.largest[site.name] for site in block.arch.sites for name in site.readers}
+    sizes = {name: found.max_abs[site.name] for site in block.arch.sites for name in site.readers}
 
     def loss(name: str, weight: Tensor, tokens: Tensor) -> float:
         torch.testing.assert_close(tokens @ weight.T, target[name], rtol=1e-3, atol=1e-3)

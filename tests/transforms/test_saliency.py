@@ -74,7 +74,7 @@ def test_every_order_is_a_permutation_and_starts_with_the_most_salient(
             continue
         assert torch.equal(order.sort().values, torch.arange(len(order)))
         if score == "size" and not (site.per_head and permutation == "offline"):
-            assert bool((found.largest[site.name][order].diff() <= 0).all())
+            assert bool((found.max_abs[site.name][order].diff() <= 0).all())
 
 
 def test_the_residual_order_ranks_channels_by_their_size_before_norms(folders: dict[str, Path]) -> None:

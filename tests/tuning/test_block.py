@@ -74,7 +74,7 @@ class Case:
     def tuned(self, **options: Any) -> TunedBlock:
         tuned = TunedBlock(self.block, self.context, Tuning(**{"rank": 4, **options}), torch.Generator().manual_seed(1))
         ordinary = torch.ones(self.hidden.shape[:2], dtype=torch.bool)
-        tuned.smooth_(self.block, tuned.largest(self.hidden, self.call, ordinary))
+        tuned.smooth_(self.block, tuned.max_abs(self.hidden, self.call, ordinary))
         return tuned
 
     def output(self, states: States | None) -> Tensor:

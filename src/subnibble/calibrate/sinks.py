@@ -44,8 +44,8 @@ class MassivePlaces:
         x: hidden channels of the MLP, (windows * tokens, channels).
         ids: token ids, (windows, tokens).
         """
-        sizes = x.abs().amax(1).float().cpu().view(ids.shape)
-        massive = sizes > _FACTOR * sizes.median(1, keepdim=True).values
+        magnitudes = x.abs().amax(1).float().cpu().view(ids.shape)
+        massive = magnitudes > _FACTOR * magnitudes.median(1, keepdim=True).values
         self._add(torch.cat([massive.nonzero(), ids.cpu()[massive].unsqueeze(1)], 1), ids.shape[0])
 
     def merge(self, other: MassivePlaces) -> None:

@@ -50,8 +50,8 @@ def value_over(statistic: Statistic[*Batch, Value_co], batches: Iterable[tuple[*
 
 def product_dtype(x: Tensor) -> torch.dtype:
     """The dtype for sums of products of the numbers in `x`: float32, or float64 if the largest is huge or tiny."""
-    largest = max(abs(float(end)) for end in x.aminmax()) if x.numel() else 0.0
-    return torch.float32 if largest == 0 or _LEAST < largest < _MOST else torch.float64
+    max_abs = max(abs(float(end)) for end in x.aminmax()) if x.numel() else 0.0
+    return torch.float32 if max_abs == 0 or _LEAST < max_abs < _MOST else torch.float64
 
 
 class Gram:

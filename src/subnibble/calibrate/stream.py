@@ -33,16 +33,16 @@ class SiteStatistics:
     """What transforms may know about a block before it is quantized; see `stats.py`.
 
     grams: site name -> Gram matrix, (channels, channels).
-    mean_sizes: site name -> mean magnitude of each channel, (channels,).
-    largest: site name -> largest magnitude of each channel, (channels,).
+    mean_abs: site name -> mean magnitude of each channel, (channels,).
+    max_abs: site name -> largest magnitude of each channel, (channels,).
     samples: site name -> sampled activations, (tokens, channels) float32, spread evenly over the text.
     schemes: linear -> scheme of its weight, None if the weight is not quantized.
     activations: linear -> scheme of its input, None if the input is not quantized.
     """
 
     grams: Mapping[str, Tensor]
-    mean_sizes: Mapping[str, Tensor]
-    largest: Mapping[str, Tensor]
+    mean_abs: Mapping[str, Tensor]
+    max_abs: Mapping[str, Tensor]
     samples: Mapping[str, Tensor]
     schemes: Mapping[str, Scheme | None]
     activations: Mapping[str, ActivationScheme | None]
@@ -97,8 +97,8 @@ class BlockStream:
         schemes, activations: copied into the result; `activations` None: no input is quantized.
         """
         grams: dict[str, Tensor] = {}
-        sizes: dict[str, Tensor] = {}
-        largest: dict[str, Tensor] = {}
+        mean_abs: dict[str, Tensor] = {}
+        max_abs: dict[str, Tensor] = {}
         samples: dict[str, Tensor] = {}
         every = max(1, sum(batch.shape[0] * batch.shape[1] for batch in self._hidden) // _SAMPLES)
         for site in self._block.arch.sites:
@@ -110,10 +110,10 @@ class BlockStream:
                 size.update(x)
                 top.update(x)
                 sample.update(x)
-            grams[site.name], sizes[site.name], largest[site.name] = gram.value, size.value, top.value
+            grams[site.name], mean_abs[site.name], max_abs[site.name] = gram.value, size.value, top.value
             samples[site.name] = sample.value
         inputs = dict.fromkeys(schemes) if activations is None else activations
-        return SiteStatistics(grams, sizes, largest, samples, schemes, inputs)
+        return SiteStatistics(grams, mean_abs, max_abs, samples, schemes, inputs)
 
     def outputs(self) -> Iterator[Tensor]:
         """Yield the outputs of the block in its current state, batches (windows, tokens, channels)."""

@@ -68,11 +68,11 @@ class Correction:
     """Additional terms of a linear besides its codes; this base class adds none.
 
     needs_data: whether it needs calibration text.
-    needs_sizes: whether it needs the mean magnitudes of the inputs on that text.
+    needs_mean_abs: whether it needs the mean magnitudes of the inputs on that text.
     """
 
     needs_data: ClassVar[bool] = False
-    needs_sizes: ClassVar[bool] = False
+    needs_mean_abs: ClassVar[bool] = False
 
     @property
     def salient(self) -> int:
@@ -128,13 +128,13 @@ class Correction:
         return rounding, PackedTensor((PackedRange.pack(rounding.quantized, scheme),)), None
 
     def branches(
-        self, errors: Sequence[Tensor], gram: Tensor | None, sizes: Tensor | None, scheme: Scheme
+        self, errors: Sequence[Tensor], gram: Tensor | None, mean_abs: Tensor | None, scheme: Scheme
     ) -> list[Branch | None]:
         """Packed low-rank factors of the rounding error, for each of the linears that read one input, or None.
 
         errors: weight minus dequantized weight of each linear, (m, k).
         gram: (k, k), sum of x xᵀ over the input, or None if not known.
-        sizes: (k,), mean |x|, or None if not known.
+        mean_abs: (k,), mean |x|, or None if not known.
         scheme: of the main weight.
         """
         return [None] * len(errors)

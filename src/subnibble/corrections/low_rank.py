@@ -41,7 +41,7 @@ class LowRank(Correction):
     """
 
     needs_data: ClassVar[bool] = True
-    needs_sizes: ClassVar[bool] = True
+    needs_mean_abs: ClassVar[bool] = True
 
     rank: int
     form: str
@@ -79,10 +79,10 @@ class LowRank(Correction):
         return replace(spec, low_rank=factors)
 
     def branches(
-        self, errors: Sequence[Tensor], gram: Tensor | None, sizes: Tensor | None, scheme: Scheme
+        self, errors: Sequence[Tensor], gram: Tensor | None, mean_abs: Tensor | None, scheme: Scheme
     ) -> list[Branch | None]:
-        """Packed A (r, k) and B (m, r) for each error (m, k). gram, sizes: only that which the form uses is needed."""
-        roots = roots_of(self.form, gram, sizes)
+        """Packed A (r, k) and B (m, r) for each error (m, k). gram, mean_abs: only that of the form is needed."""
+        roots = roots_of(self.form, gram, mean_abs)
         factors: list[Branch | None] = []
         for error in errors:
             down, up = factorize(error, roots, min(self.rank, *error.shape))
@@ -108,17 +108,17 @@ def factorize(error: Tensor, roots: tuple[Tensor, Tensor], rank: int) -> tuple[T
     return s[:rank, None] * vh[:rank] @ inverse, u[:, :rank]
 
 
-def roots_of(form: str, gram: Tensor | None, sizes: Tensor | None) -> tuple[Tensor, Tensor]:
+def roots_of(form: str, gram: Tensor | None, mean_abs: Tensor | None) -> tuple[Tensor, Tensor]:
     """S and its inverse, (k, k) float64.
 
     form: "l2qer" or "qera"; see the module.
     gram: (k, k), sum of x xᵀ over the inputs; for "qera".
-    sizes: (k,), mean |x| over the inputs; for "l2qer".
+    mean_abs: (k,), mean |x| over the inputs; for "l2qer".
     """
     if form == "l2qer":
-        if sizes is None:
-            raise ValueError("L2QER needs the mean magnitudes of the inputs; pass `sizes`")
-        scale = sizes.double().clamp(min=_FLOOR * max(float(sizes.max()), _FLOOR))
+        if mean_abs is None:
+            raise ValueError("L2QER needs the mean magnitudes of the inputs; pass `mean_abs`")
+        scale = mean_abs.double().clamp(min=_FLOOR * max(float(mean_abs.max()), _FLOOR))
         return torch.diag(scale), torch.diag(1 / scale)
     if gram is None:
         raise ValueError("QERA needs the Gram matrix of the inputs; pass `gram`")

@@ -50,8 +50,8 @@ def stored_factor(factor: Tensor, share: Tensor, kind: torch.dtype) -> Tensor:
 
 def _in_type(exact: Tensor, kind: torch.dtype) -> Tensor:
     """Round to the dtype `kind`, clamped to its range, with the straight-through gradient; returned as float32."""
-    largest = torch.finfo(kind).max
-    return straight_through(exact, exact.detach().clamp(-largest, largest).to(kind))
+    limit = torch.finfo(kind).max
+    return straight_through(exact, exact.detach().clamp(-limit, limit).to(kind))
 
 
 class LearnedMatrix(nn.Module):

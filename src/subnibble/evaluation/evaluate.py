@@ -156,7 +156,7 @@ def evaluate(
     if layers and reference is None:
         raise BadRecipe("--layers compares with the original; pass --reference MODEL")
     source, reference_source = open_source(model), None if reference is None else open_source(reference, "reference")
-    moved = _moved(source.path) if layers else set()
+    changed = _with_changed_basis(source.path) if layers else set()
     if layers and reference_source is not None:
         check_original(reference_source, source)
     size = measure(source)
@@ -187,7 +187,7 @@ def evaluate(
         **_attached_facts(loaded),
     }
     if layers:
-        results["output_errors"] = layer_errors(loaded, reference_model, windows, moved)
+        results["output_errors"] = layer_errors(loaded, reference_model, windows, changed)
     return results | {"seconds": clock.seconds()["total"], "peak_memory": peak_memory()}
 
 
@@ -200,7 +200,7 @@ def _attached_facts(model: Any) -> dict[str, Any]:
     return {"cache_bytes": cache_bytes(model.config, attached.scheme), "prefix_tokens": tokens}
 
 
-def _moved(folder: Path) -> set[str]:
+def _with_changed_basis(folder: Path) -> set[str]:
     """Paths of the linears that are stored in another basis than the original's, according to report.json."""
     file, report = folder / REPORT, read_report(folder)
     if not report:
@@ -210,12 +210,12 @@ def _moved(folder: Path) -> set[str]:
         )
     try:
         linears = report["linears"]
-        moved = {linear["path"] for linear in linears if linear.get("moved", False)}
+        changed = {linear["path"] for linear in linears if linear["basis_changed"]}
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{file} is damaged ({error!r}); quantize the model again") from error
-    if len(moved) == len(linears):
+    if len(changed) == len(linears):
         raise BadRecipe(
             f"--layers: all linears of {folder} are stored in another basis than the original's (rotated, or channels "
             "scaled); read their errors, measured during quantization, in report.json"
         )
-    return moved
+    return changed

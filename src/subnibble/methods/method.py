@@ -51,7 +51,7 @@ class Steps:
     inputs: "exact" calibrates on unquantized inputs, keys and values; "quantized" on quantized ones, as at run time.
     value_rotation: rotation of values within heads, see `transforms/rotate_values.py`.
     cache: the preferred KV cache, see `CachePreference`; the recipe's own settings take precedence.
-    leaves_weights: whether all weights stay unrounded.
+    rounds_no_weights: whether all weights stay unrounded.
     tuning: which parameters of a block are trained before it is rounded, or None.
     """
 

@@ -191,8 +191,8 @@ class Tuner:
             )
         if self.tuning.smoothing != "none":
             first = slice(0, min(_SMOOTHING_WINDOWS, samples.trained))
-            largest = tuned.largest(samples.inputs[first].float(), samples.call, samples.ordinary[first])
-            tuned.smooth_(block, largest)
+            max_abs = tuned.max_abs(samples.inputs[first].float(), samples.call, samples.ordinary[first])
+            tuned.smooth_(block, max_abs)
             if not held_out_loss(tuned, samples) <= plain:
                 tuned.forget_smoothing_start_()
         effort = EFFORTS[self.tuning.effort]

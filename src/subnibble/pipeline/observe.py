@@ -49,17 +49,17 @@ class Observed:
 
     gram: (k, k), sum of x xᵀ over tokens.
     drift: (k, k), sum of (x~ - x) xᵀ, with x~ the same token in the full-precision model.
-    sizes: (k,), mean magnitude of each channel.
+    mean_abs: (k,), mean magnitude of each channel.
     """
 
     gram: Tensor | None = None
     drift: Tensor | None = None
-    sizes: Tensor | None = None
+    mean_abs: Tensor | None = None
 
-    def seen_in(self, basis: InputBasis) -> Observed:
+    def in_basis(self, basis: InputBasis) -> Observed:
         """The statistics of the input transformed into `basis`."""
         gram, drift = (None if matrix is None else basis.both_to_basis(matrix) for matrix in (self.gram, self.drift))
-        return Observed(gram, drift, None if self.sizes is None else basis.to_basis(self.sizes.unsqueeze(0))[0])
+        return Observed(gram, drift, None if self.mean_abs is None else basis.to_basis(self.mean_abs.unsqueeze(0))[0])
 
 
 @dataclass(frozen=True)
@@ -67,20 +67,20 @@ class Watch:
     """Accumulates the statistics of `Observed` over k channels; a `Statistic`.
 
     gram: accumulator of the Gram matrix.
-    drift, sizes: accumulators of the drift and of the mean magnitudes, None if not needed.
+    drift, mean_abs: accumulators of the drift and of the mean magnitudes, None if not needed.
     """
 
     gram: Gram
     drift: Drift | None
-    sizes: AbsMean | None
+    mean_abs: AbsMean | None
 
     @classmethod
-    def of(cls, channels: int, device: torch.device, drift: bool, sizes: bool) -> Self:
+    def of(cls, channels: int, device: torch.device, drift: bool, mean_abs: bool) -> Self:
         """Build empty accumulators. channels: k. drift, sizes: whether to gather these, too."""
         return cls(
             Gram(channels, device),
             Drift(channels, device) if drift else None,
-            AbsMean(channels, device) if sizes else None,
+            AbsMean(channels, device) if mean_abs else None,
         )
 
     def update(self, x: Tensor, target: Tensor | None) -> None:
@@ -90,24 +90,24 @@ class Watch:
         target: (t, k), the same tokens in the full-precision model, or None.
         """
         self.gram.update(x)
-        if self.sizes is not None:
-            self.sizes.update(x)
+        if self.mean_abs is not None:
+            self.mean_abs.update(x)
         if self.drift is not None and target is not None:
             self.drift.update(x, target)
 
     def merge(self, other: Watch) -> None:
         """Add all tokens of `other`, which must gather the same statistics; see `Statistic`."""
         self.gram.merge(other.gram)
-        if self.sizes is not None and other.sizes is not None:
-            self.sizes.merge(other.sizes)
+        if self.mean_abs is not None and other.mean_abs is not None:
+            self.mean_abs.merge(other.mean_abs)
         if self.drift is not None and other.drift is not None:
             self.drift.merge(other.drift)
 
     @property
     def value(self) -> Observed:
         """The statistics over all tokens so far."""
-        drift, sizes = (None if statistic is None else statistic.value for statistic in (self.drift, self.sizes))
-        return Observed(self.gram.value, drift, sizes)
+        drift, mean_abs = (None if statistic is None else statistic.value for statistic in (self.drift, self.mean_abs))
+        return Observed(self.gram.value, drift, mean_abs)
 
 
 def observe(

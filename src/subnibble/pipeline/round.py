@@ -176,7 +176,7 @@ def _observe(site: Site, views: set[View], passage: Passage, steps: Steps) -> di
     """Gather statistics of the site's tensor for each view, before any of its readers is rounded."""
     drift = steps.rounder_of(site.name).needs_drift
     weight = passage.prepared.block.linear(site.readers[0]).weight
-    watch = partial(Watch.of, weight.shape[1], weight.device, drift=drift, sizes=steps.correction.needs_sizes)
+    watch = partial(Watch.of, weight.shape[1], weight.device, drift=drift, mean_abs=steps.correction.needs_mean_abs)
     return observe(passage.at(site, drift), views, passage.prepared.bases[site.name], watch, passage.clock)
 
 
@@ -253,7 +253,7 @@ def round_readers(
 
     Raises `NumericalFailure` if the dequantized weight is not finite.
     """
-    statistics, start = observed.seen_in(basis), time.perf_counter()
+    statistics, start = observed.in_basis(basis), time.perf_counter()
     with clock.step("round"):
         weight = basis.to_basis(natural)
         rounding, main, salient = rounded(weight, statistics)
@@ -345,7 +345,7 @@ def branches_of(stack: Stack, error: Tensor, observed: Observed, correction: Cor
     error: (m, k) float32, weight minus rounded weight.
     observed: statistics of the input, in the same basis.
     """
-    return correction.branches(error.split(list(stack.heights)), observed.gram, observed.sizes, stack.scheme)
+    return correction.branches(error.split(list(stack.heights)), observed.gram, observed.mean_abs, stack.scheme)
 
 
 def _add_branches_(dense: Tensor, rows: tuple[Tensor, ...], branches: list[Branch | None]) -> None:

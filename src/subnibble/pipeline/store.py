@@ -60,7 +60,7 @@ def store(rounded: RoundedBlock, resolved: Resolved, tuned: BlockReport | None =
     """Build the tensors, specs and reports of a rounded block. tuned: report of the block's tuning, or None."""
     block, path = rounded.block, rounded.block.path
     terms, exact = _absorbed(rounded)
-    terms, exact, moved = _ordered(rounded, terms, exact)
+    terms, exact, row_orders = _ordered(rounded, terms, exact)
     inputs = {name: first for site in block.arch.sites for name, first in _inputs(site, terms).items()}
     tensors: dict[str, Tensor] = {}
     specs: dict[str, Spec] = {}
@@ -74,14 +74,14 @@ def store(rounded: RoundedBlock, resolved: Resolved, tuned: BlockReport | None =
         state = {key: tensor for key, tensor in linear_state(linear).items() if key not in spec.elsewhere}
         tensors |= {f"{path}.{name}.{key}": tensor for key, tensor in state.items()}
         bits = spec.stored_bits / (spec.layout.rows * spec.layout.num_columns)
-        linears.append(replace(rounded.linears[name], effective_bits=bits, moved=name in edited))
+        linears.append(replace(rounded.linears[name], effective_bits=bits, basis_changed=name in edited))
     tensors |= {f"{path}.{name}": tensor for name, tensor in exact.items() if name.removesuffix(".weight") not in terms}
     for site in block.arch.sites:
         if site.norm is not None and f"{site.norm}.bias" in exact:
             bias = exact[f"{site.norm}.bias"].to(torch.float16)
             tensors[f"{path}.{site.norm}.bias"] = bias
             specs[f"{path}.{site.norm}"] = NormBiasSpec(bias.shape[0])
-    attention_tensors, attention_specs = _attention(rounded, moved)
+    attention_tensors, attention_specs = _attention(rounded, row_orders)
     tensors |= attention_tensors
     stored = {name: _in_stored_dtype(name, tensor, resolved.skeleton) for name, tensor in tensors.items()}
     return StoredBlock(stored, specs | attention_specs, tuple(linears), tuned)
@@ -118,10 +118,10 @@ def _ordered(
     Returns the packed linears, the float32 parameters, and a mapping from the name of a linear to (rows,) int64: entry
     i is the old index of the row that is now row i.
     """
-    moved: dict[str, Tensor] = {}
+    row_orders: dict[str, Tensor] = {}
     for site in rounded.block.arch.sites:
         rows, order = _offline_rows(rounded, site), rounded.bases[site.name].order
-        moved |= rows or {}
+        row_orders |= rows or {}
         for name, index in (rows or {}).items():
             if name in terms:
                 terms[name] = replace(terms[name], weight=terms[name].weight.rows(index))
@@ -133,7 +133,7 @@ def _ordered(
             gather = order.to(gather_type(order.shape[0]))
             for name in terms.keys() & set(site.readers):
                 terms[name] = replace(terms[name], input=replace(terms[name].input, gather=gather))
-    return terms, exact, moved
+    return terms, exact, row_orders
 
 
 def _offline_rows(rounded: RoundedBlock, site: Site) -> dict[str, Tensor] | None:
@@ -176,20 +176,20 @@ def _edited(rounded: RoundedBlock, steps: Steps) -> set[str]:
     return edited
 
 
-def _attention(rounded: RoundedBlock, moved: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Spec]]:
+def _attention(rounded: RoundedBlock, row_orders: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Spec]]:
     """Tensors and specs of the attention module: keys and values of the prompt prefix, mean of the keys.
 
-    moved: name of a linear -> (rows,), the old index of each of its rows.
+    row_orders: name of a linear -> (rows,), the old index of each of its rows.
     """
     block, attention = rounded.block, f"{rounded.block.path}.{rounded.block.arch.attention}"
     tensors: dict[str, Tensor] = {}
     specs: dict[str, Spec] = {}
     if rounded.prefix is not None:
-        states = stored_states(rounded.prefix, block, rounded.absorbed, moved)
+        states = stored_states(rounded.prefix, block, rounded.absorbed, row_orders)
         tensors |= prefix_state(attention, states)
         specs[attention] = PrefixSpec(*states[0].shape)
     cache_quantizer = rounded.cache_quantizer
     if cache_quantizer is not None and cache_quantizer.center is not None:
-        center, where = stored_center(cache_quantizer.center, block, moved), f"{attention}.{KEY_CENTER}"
+        center, where = stored_center(cache_quantizer.center, block, row_orders), f"{attention}.{KEY_CENTER}"
         tensors[f"{where}.mean"], specs[where] = center, KeyCenterSpec.of(center, cache_quantizer.scheme)
     return tensors, specs

@@ -20,8 +20,8 @@ class LinearReport:
     nearest_error: output_error of round-to-nearest with min-max ranges, or None.
     seconds: time of rounding; linears that were rounded together all show their common time.
     notes: numbers from the rounder and the other steps, by name.
-    moved: the stored weight is in another basis than the original weight (rotated, or channels scaled), so that the
-        two must not be compared.
+    basis_changed: whether the stored weight is in another basis than the original weight (rotated, or channels scaled),
+        so that the two must not be compared.
     """
 
     path: str
@@ -33,7 +33,7 @@ class LinearReport:
     nearest_error: float | None
     seconds: float
     notes: dict[str, float] = field(default_factory=dict)
-    moved: bool = False
+    basis_changed: bool = False
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:

@@ -120,20 +120,20 @@ def _fit_sign(group: Tensor, scheme: Scheme, h: Tensor, iterations: int) -> Fitt
     # Divide by a power of two, which is exact: squares of column scales must not underflow.
     power_of_two = torch.exp2(group.abs().max().clamp(min=torch.finfo(group.dtype).tiny).log2().floor())
     group = group / power_of_two
-    sizes = group.abs()
-    c = sizes.mean(0)
+    absolute = group.abs()
+    c = absolute.mean(0)
     c = _floored(torch.where(c > 0, c, c.mean() if bool((c > 0).any()) else 1.0))
     levels = SignLevels(sign_basis.greedy(group, c, h, scheme.bits))
     for _ in range(iterations):
-        row_bins = sign_basis.bins(sizes, c, h, levels)
+        row_bins = sign_basis.bins(absolute, c, h, levels)
         patterns = levels.patterns
         scales = sign_basis.solve(row_bins, patterns)
         # Value of each bin under the old signs; it may be negative if least squares made a scale negative.
         values = torch.einsum("mkb,mb->mk", patterns, scales)
-        nearest = values[:, :1].expand_as(sizes)
+        nearest = values[:, :1].expand_as(absolute)
         for k, above in enumerate(row_bins.above):
             nearest = torch.where(above, values[:, k + 1 : k + 2], nearest)
-        c = _column_scales(sizes, nearest, c)
+        c = _column_scales(absolute, nearest, c)
         levels = SignLevels(scales.abs())
     c, normaliser = _normalised(c)
     return Fitted(SignLevels(sign_basis.storable(levels.scales * (normaliser * power_of_two), scale_dtype(scheme))), c)

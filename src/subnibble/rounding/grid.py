@@ -192,13 +192,13 @@ def check_range(weight: Tensor, scheme: Scheme, where: str) -> None:
     """
     if scheme.scale_type == E8M0 or not weight.numel():
         return
-    stored, largest = torch.finfo(scale_dtype(scheme)), max(abs(float(end)) for end in weight.aminmax())
-    if scheme.grid == "sign" and stored.max < largest < math.inf:
-        raise NumericalFailure(f"{where}: {too_wide(largest, scheme)}")
+    stored, max_abs = torch.finfo(scale_dtype(scheme)), max(abs(float(end)) for end in weight.aminmax())
+    if scheme.grid == "sign" and stored.max < max_abs < math.inf:
+        raise NumericalFailure(f"{where}: {too_wide(max_abs, scheme)}")
     # A smaller scale would be a subnormal number with few bits left.
-    if _NEGLIGIBLE < largest < scheme.levels * stored.smallest_normal * 2.0**-8:
+    if _NEGLIGIBLE < max_abs < scheme.levels * stored.smallest_normal * 2.0**-8:
         raise NumericalFailure(
-            f"{where}: its largest weight is {largest:.3g}, too small for scales of type {scheme.scale_type}; "
+            f"{where}: its largest weight is {max_abs:.3g}, too small for scales of type {scheme.scale_type}; "
             'set scale_type = "float32" in the recipe'
         )
 

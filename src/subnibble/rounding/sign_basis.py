@@ -95,22 +95,22 @@ class Bins:
     above: list[Tensor]
 
 
-def bins(sizes: Tensor, c: Tensor, h: Tensor, levels: SignLevels) -> Bins:
+def bins(absolute: Tensor, c: Tensor, h: Tensor, levels: SignLevels) -> Bins:
     """Assign each element to the nearest magnitude of `c * levels`, and sum.
 
-    sizes: (m, g), |w|.
+    absolute: (m, g), |w|.
     c: (g,), positive column scales.
     h: (g,), column weights.
     """
     magnitudes = levels.magnitudes
     middles = (magnitudes[:, 1:] + magnitudes[:, :-1]) / 2
-    square, moments = h * c.square(), sizes * (h * c)
-    count_above = square.sum().expand(sizes.shape[0])
+    square, moments = h * c.square(), absolute * (h * c)
+    count_above = square.sum().expand(absolute.shape[0])
     moment_above = moments.sum(1)
     counts, sums, above = [], [], []
     for k in range(middles.shape[1]):
-        higher = sizes > middles[:, k : k + 1] * c
-        mask = higher.to(sizes.dtype)
+        higher = absolute > middles[:, k : k + 1] * c
+        mask = higher.to(absolute.dtype)
         count, moment = mask @ square, torch.linalg.vecdot(mask, moments)
         # Summation order may change the last digit; an empty bin must not get a negative weight.
         counts.append((count_above - count).clamp(min=0))
@@ -151,11 +151,11 @@ def fit(group: Tensor, scheme: Scheme, weights: Tensor | None, iterations: int =
     """
     check_finite(group)
     h = column_weights(group, weights)
-    sizes, c, stored = group.abs(), torch.ones_like(group[0]), scale_dtype(scheme)
+    absolute, c, stored = group.abs(), torch.ones_like(group[0]), scale_dtype(scheme)
     levels = SignLevels(storable(greedy(group, c, h, scheme.bits), stored))
-    best, least = levels, torch.full_like(sizes[:, :1], torch.inf)
+    best, least = levels, torch.full_like(absolute[:, :1], torch.inf)
     for step in range(iterations + 1):
-        row_bins = bins(sizes, c, h, levels)
+        row_bins = bins(absolute, c, h, levels)
         loss = excess(row_bins, levels.magnitudes).unsqueeze(1)
         better = loss < least
         best = SignLevels(torch.where(better, levels.scales, best.scales))

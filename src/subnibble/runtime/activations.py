@@ -30,13 +30,13 @@ class Quantized:
     numbers: (t, k) whole numbers, float32.
     scales: (t, groups) float32.
     bounds: first and stop channel of each group.
-    largest: for each group, a bound on the numbers' magnitude.
+    max_numbers: for each group, a bound on the numbers' magnitude.
     """
 
     numbers: Tensor
     scales: Tensor
     bounds: list[tuple[int, int]]
-    largest: list[int]
+    max_numbers: list[int]
 
     def values(self) -> Tensor:
         """Dequantize: (t, k) float32."""
@@ -51,10 +51,10 @@ def quantize(x: Tensor, scheme: ActivationScheme) -> Quantized:
         inliers, outliers = wide.split([x.shape[1] - scheme.outliers, scheme.outliers], 1)
         parts = quantize(inliers, scheme.without_outliers), quantize(outliers, scheme.of_outliers)
         numbers, scales = torch.cat([p.numbers for p in parts], 1), torch.cat([p.scales for p in parts], 1)
-        return Quantized(numbers, scales, bounds, [*parts[0].largest, *parts[1].largest])
+        return Quantized(numbers, scales, bounds, [*parts[0].max_numbers, *parts[1].max_numbers])
     groups = [_groups(view, scheme) for view, _ in grouped_views(wide, scheme)]
     numbers, scales = (torch.cat([group[i].flatten(1) for group in groups], 1) for i in range(2))
-    return Quantized(numbers, scales, bounds, [_largest(scheme)] * len(bounds))
+    return Quantized(numbers, scales, bounds, [_max_number(scheme)] * len(bounds))
 
 
 def quantize_values(x: Tensor, scheme: ActivationScheme) -> Tensor:
@@ -62,7 +62,7 @@ def quantize_values(x: Tensor, scheme: ActivationScheme) -> Tensor:
     return quantize(x, scheme).values()
 
 
-def _largest(scheme: ActivationScheme) -> int:
+def _max_number(scheme: ActivationScheme) -> int:
     """A bound on the magnitude of quantized numbers."""
     if scheme.grid == "mxfp4":
         return mxfp4.LARGEST_NUMBER
@@ -72,10 +72,10 @@ def _largest(scheme: ActivationScheme) -> int:
 def _groups(x: Tensor, scheme: ActivationScheme) -> tuple[Tensor, Tensor]:
     """Quantize groups x (t, groups, width): numbers (t, groups, width) and scales (t, groups, 1)."""
     if scheme.grid == "mxfp4":
-        largest = x.abs().amax(-1, keepdim=True)
-        scale = torch.where(largest.isfinite(), mxfp4.shared_scale(largest), torch.nan)
+        max_abs = x.abs().amax(-1, keepdim=True)
+        scale = torch.where(max_abs.isfinite(), mxfp4.shared_scale(max_abs), torch.nan)
         return mxfp4.nearest_e2m1(x / scale).div_(mxfp4.E2M1_STEP), scale * mxfp4.E2M1_STEP
-    last = _largest(scheme)
+    last = _max_number(scheme)
     if scheme.zero_point == "none":
         scale = _stored(scheme.clip * x.abs().amax(-1, keepdim=True) / last)
         return (x / scale).round_().clamp_(-last, last), scale

@@ -36,13 +36,13 @@ class Plane:
     """Weights of a range as whole numbers with scales; a sign grid has one plane per bit, other grids have one.
 
     numbers: (m, n) whole numbers, float32.
-    largest: a bound on their magnitude.
+    max_number: a bound on their magnitude.
     scales: (m, groups).
     zeros: (m, groups) real zero-points, or None for 0.
     """
 
     numbers: Tensor
-    largest: int
+    max_number: int
     scales: Tensor
     zeros: Tensor | None = None
 
@@ -85,18 +85,18 @@ def multiply_add_(y: Tensor, x: Quantized, weight: PackedTensor) -> None:
 
 @dataclass(frozen=True)
 class _Numbers:
-    """Whole numbers. wide: as float32. small: as int8, or None. largest: a bound on their magnitude."""
+    """Whole numbers. wide: as float32. small: as int8, or None. max_number: a bound on their magnitude."""
 
     wide: Tensor
     small: Tensor | None
-    largest: int
+    max_number: int
 
     @classmethod
-    def of(cls, numbers: Tensor, largest: int) -> _Numbers:
+    def of(cls, numbers: Tensor, max_number: int) -> _Numbers:
         # torch 2.13 reads past int8 operands of one column, and past rows if strides do not describe them.
-        fits = largest <= _SMALL and numbers.shape[1] > 1 and _multiplies_int8(numbers.device)
+        fits = max_number <= _SMALL and numbers.shape[1] > 1 and _multiplies_int8(numbers.device)
         small = numbers.to(torch.int8, memory_format=torch.contiguous_format) if fits else None
-        return cls(numbers, small, largest)
+        return cls(numbers, small, max_number)
 
     def rows(self, index: slice) -> _Numbers:
         """Select rows without a copy."""
@@ -133,10 +133,10 @@ def _terms(packed: PackedRange, start: int, x: Quantized) -> list[_Term]:
     weight_planes, terms = planes(packed), []
     scales = [plane.scales.T.contiguous() for plane in weight_planes]
     for first, stop, (of_weight, of_input) in _segments(packed, start, x.bounds):
-        inputs = _Numbers.of(x.numbers[:, start + first : start + stop], x.largest[of_input])
+        inputs = _Numbers.of(x.numbers[:, start + first : start + stop], x.max_numbers[of_input])
         for plane, scale in zip(weight_planes, scales, strict=True):
             zeros = None if plane.zeros is None else plane.zeros[:, of_weight].contiguous()
-            numbers = _Numbers.of(plane.numbers[:, first:stop], plane.largest)
+            numbers = _Numbers.of(plane.numbers[:, first:stop], plane.max_number)
             terms.append(_Term(inputs, numbers, x.scales[:, of_input : of_input + 1], scale[of_weight], zeros))
     return terms
 
@@ -145,7 +145,7 @@ def _exact_product(a: _Numbers, n: _Numbers) -> Tensor:
     """The product a nᵀ of whole numbers, float32: exact below 2^24, rounded once above."""
     if a.small is not None and n.small is not None and a.wide.numel() and n.wide.numel():
         return torch._int_mm(a.small, n.small.T).float()
-    if a.largest * n.largest * a.wide.shape[1] < _EXACT:
+    if a.max_number * n.max_number * a.wide.shape[1] < _EXACT:
         return a.wide @ n.wide.T
     return (a.wide.double() @ n.wide.double().T).float()
 

@@ -14,8 +14,8 @@ def narrowed(wide: Tensor, dtype: torch.dtype) -> Tensor:
     Column scales, transforms and rounded-up scales of inputs can exceed that range.
     """
     if dtype == torch.float16:
-        largest = torch.finfo(dtype).max
-        wide = wide.clamp(-largest, largest)
+        limit = torch.finfo(dtype).max
+        wide = wide.clamp(-limit, limit)
     return wide.to(dtype)
 
 

@@ -21,20 +21,20 @@ SMALLEST_SCALE, LARGEST_SCALE = 2.0**-126, 2.0**127
 
 def encode_e2m1(values: Tensor) -> Tensor:
     """Codes (0 .. 15, int64) of the nearest E2M1 numbers; larger values saturate at 6, ties go to the even code."""
-    sizes = values.abs()
+    magnitudes = values.abs()
     codes = torch.zeros(values.shape, dtype=torch.int64, device=values.device)
     for lower, middle in enumerate(_MIDDLES):
         # A tie goes to the code whose mantissa bit is 0.
-        codes += sizes >= middle if lower % 2 else sizes > middle
+        codes += magnitudes >= middle if lower % 2 else magnitudes > middle
     return codes + 8 * (values < 0)
 
 
 def nearest_e2m1(values: Tensor) -> Tensor:
     """Round to the E2M1 numbers that `encode_e2m1` encodes, in the values' dtype; NaN stays NaN."""
-    sizes = values.abs()
+    magnitudes = values.abs()
     # Levels are 1/2 apart below 2, 1 apart below 4, and 2 apart from there on; even multiples of the spacing have an
     # even mantissa. In place and without `where`, which is several times slower.
-    spacing = sizes.clone().ge_(2).mul_(0.5).add_(sizes.ge_(4)).add_(0.5)
+    spacing = magnitudes.clone().ge_(2).mul_(0.5).add_(magnitudes.ge_(4)).add_(0.5)
     return (values / spacing).round_().mul_(spacing).clamp_(-max(E2M1), max(E2M1))
 
 
@@ -43,14 +43,14 @@ def decode_e2m1(codes: Tensor) -> Tensor:
     return torch.tensor(E2M1, dtype=torch.float32, device=codes.device)[codes.long()]
 
 
-def shared_scale(largest: Tensor) -> Tensor:
-    """The specification's scale of each group, 2^(floor(log2 largest) - 2), float32.
+def shared_scale(max_abs: Tensor) -> Tensor:
+    """The specification's scale of each group, 2^(floor(log2 max_abs) - 2), float32.
 
-    largest: the largest magnitude in each group, any shape.
+    max_abs: the largest magnitude in each group, any shape.
     """
-    exponent = torch.frexp(largest.float()).exponent - 1 - _LARGEST_EXPONENT
-    scale = torch.ldexp(torch.ones_like(largest, dtype=torch.float32), exponent)
-    return torch.where(largest > 0, scale, SMALLEST_SCALE).clamp(SMALLEST_SCALE, LARGEST_SCALE)
+    exponent = torch.frexp(max_abs.float()).exponent - 1 - _LARGEST_EXPONENT
+    scale = torch.ldexp(torch.ones_like(max_abs, dtype=torch.float32), exponent)
+    return torch.where(max_abs > 0, scale, SMALLEST_SCALE).clamp(SMALLEST_SCALE, LARGEST_SCALE)
 
 
 def encode_e8m0(scales: Tensor) -> Tensor:

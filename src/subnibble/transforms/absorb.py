@@ -76,8 +76,8 @@ def _in_range(tensor: PackedTensor, c: Tensor) -> bool:
             return False
         target, stored = old.dequantize() * c.unsqueeze(1), new.dequantize()
         for start, stop in old.scheme.group_bounds(old.num_columns):
-            largest = target[:, start:stop].abs().amax(1)
+            max_abs = target[:, start:stop].abs().amax(1)
             error = (stored[:, start:stop] - target[:, start:stop]).abs().amax(1)
-            if not bool((error <= _TOLERANCE * largest).all()):
+            if not bool((error <= _TOLERANCE * max_abs).all()):
                 return False
     return True

@@ -57,17 +57,17 @@ class ActivationAwareScale(Transform):
 
     def _factors(self, block: Block, site: Site, statistics: SiteStatistics) -> Tensor:
         """The factors of a site with the least loss: (channels,), or (key_value * width,) if the site is per head."""
-        sizes = statistics.mean_sizes[site.name].clamp(min=1e-8)
-        if not bool(torch.isfinite(sizes).all() and torch.isfinite(statistics.grams[site.name]).all()):
+        mean_abs = statistics.mean_abs[site.name].clamp(min=1e-8)
+        if not bool(torch.isfinite(mean_abs).all() and torch.isfinite(statistics.grams[site.name]).all()):
             raise NumericalFailure(
                 f"{block.path} {site.name}: activations are not finite; compute in bfloat16 or float32 (--dtype)"
             )
         if site.per_head:
             heads = block.heads
-            sizes = sizes.view(heads.key_value, heads.repeats, heads.width).mean(1).flatten()
-        best, least = torch.ones_like(sizes), torch.inf
+            mean_abs = mean_abs.view(heads.key_value, heads.repeats, heads.width).mean(1).flatten()
+        best, least = torch.ones_like(mean_abs), torch.inf
         for step in range(self.steps):
-            factors = sizes.pow(step / self.steps).clamp(min=_SMALLEST)
+            factors = mean_abs.pow(step / self.steps).clamp(min=_SMALLEST)
             factors = factors / (factors.max() * factors.min()).sqrt()
             loss = _loss(block, site, factors, statistics)
             if loss < least:

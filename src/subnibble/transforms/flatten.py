@@ -87,7 +87,7 @@ class SearchedFlatten(Transform):
     def _powers(self, block: Block, site: Site, statistics: SiteStatistics, loss: Loss) -> tuple[float, float]:
         """The (alpha, beta) of a site with the least loss, summed over its quantized readers."""
         pairs = [(alpha, beta) for alpha in _ALPHAS for beta in {0.0, 1 - alpha}]
-        order = torch.sort(statistics.largest[site.name], descending=True, stable=True).indices
+        order = torch.sort(statistics.max_abs[site.name], descending=True, stable=True).indices
         tokens = statistics.samples[site.name][:, order]
 
         def error(pair: tuple[float, float]) -> float:
@@ -106,15 +106,15 @@ def factors(block: Block, site: Site, statistics: SiteStatistics, alpha: float, 
     alpha, beta: powers of the activation and of the weight magnitudes.
     Returns (channels,), or (key_value * width,) if the site is per head, for the writers; (channels,) for the channels.
     """
-    sizes = statistics.largest[site.name]
-    column_sizes = torch.stack([block.linear(name).weight.abs().amax(0) for name in site.readers]).amax(0)
+    max_abs = statistics.max_abs[site.name]
+    max_weight = torch.stack([block.linear(name).weight.abs().amax(0) for name in site.readers]).amax(0)
     if site.per_head:
-        sizes, column_sizes = (_over_heads(values, block) for values in (sizes, column_sizes))
-    alive, nonzero = sizes > 0, column_sizes > 0
-    least = column_sizes[nonzero].min() if bool(nonzero.any()) else torch.ones((), device=column_sizes.device)
-    raw = sizes.pow(alpha) / torch.where(nonzero, column_sizes, least).pow(beta)
-    largest = float(raw[alive].max()) if bool(alive.any()) else 1.0
-    s = torch.where(alive, raw.clamp(min=_SMALLEST * largest), 1.0)
+        max_abs, max_weight = (_over_heads(values, block) for values in (max_abs, max_weight))
+    alive, nonzero = max_abs > 0, max_weight > 0
+    least = max_weight[nonzero].min() if bool(nonzero.any()) else torch.ones((), device=max_weight.device)
+    raw = max_abs.pow(alpha) / torch.where(nonzero, max_weight, least).pow(beta)
+    top = float(raw[alive].max()) if bool(alive.any()) else 1.0
+    s = torch.where(alive, raw.clamp(min=_SMALLEST * top), 1.0)
     return s, repeat_over_heads(s, block) if site.per_head else s
 
 

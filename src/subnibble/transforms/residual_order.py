@@ -62,12 +62,12 @@ def residual_order(blocks: Iterable[tuple[Block, BlockStream]]) -> ResidualOrder
         for site in block.arch.sites:
             if site.norm is not None:
                 gain = block.gain(site.norm)
-                largest = value_over(AbsMax(gain.shape[0], gain.device), zip(stream.at(site), strict=True))
-                scores.append(_relative(largest))
+                max_abs = value_over(AbsMax(gain.shape[0], gain.device), zip(stream.at(site), strict=True))
+                scores.append(_relative(max_abs))
     return ResidualOrder(torch.sort(torch.stack(scores).mean(0), descending=True, stable=True).indices)
 
 
-def _relative(sizes: Tensor) -> Tensor:
-    """log(a_j / median a) for sizes a (channels,)."""
-    median = sizes.median().clamp(min=torch.finfo(sizes.dtype).tiny)
-    return (sizes / median).clamp(min=_SMALLEST).log()
+def _relative(max_abs: Tensor) -> Tensor:
+    """log(a_j / median a) for maxima a (channels,)."""
+    median = max_abs.median().clamp(min=torch.finfo(max_abs.dtype).tiny)
+    return (max_abs / median).clamp(min=_SMALLEST).log()

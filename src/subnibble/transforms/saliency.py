@@ -63,7 +63,7 @@ class Saliency:
         """
         if self.permutation == "offline" and site.norm is not None:
             return None
-        scores = statistics.largest[site.name]
+        scores = statistics.max_abs[site.name]
         if self.score == "energy":
             scores = statistics.grams[site.name].diagonal()
         if site.per_head and self.permutation == "offline":

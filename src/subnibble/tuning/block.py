@@ -119,7 +119,7 @@ class TunedBlock:
             entrance.forget()
         return run_block(self.module, hidden, call.with_cache(_Cache(self, call.positions)))
 
-    def largest(self, hidden: Tensor, call: BlockCall, ordinary: Tensor) -> dict[str, Tensor]:
+    def max_abs(self, hidden: Tensor, call: BlockCall, ordinary: Tensor) -> dict[str, Tensor]:
         """Site name -> max |x| of each channel, (channels,), over the ordinary tokens.
 
         hidden: (b, t, d) float32.
