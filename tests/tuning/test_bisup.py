@@ -187,7 +187,7 @@ def test_tuning_takes_the_prompt_that_runs(
     one = tuned[1]
     # The block as it was tuned and the block as it runs are one, prompt included.
     assert held_out_loss(one.block, one.samples) == pytest.approx(report.blocks[1].after, rel=1e-3)
-    one.block.prefix = None
+    one.block.cache.prefix = None
     with pytest.raises(RuntimeError):
         # The mask is for the prompt's tokens, too.
         held_out_loss(one.block, one.samples)
