@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from subnibble.errors import BadRecipe
 from subnibble.methods import METHODS
-from subnibble.recipe import EMBEDDING_BITS, Recipe, matches
+from subnibble.recipe import EMBEDDING_BITS, Recipe
+from subnibble.recipe.overrides import matches
 from subnibble.tensor.activation_scheme import ACTIVATION_BITS, ActivationScheme
 from subnibble.tensor.scheme import BITS, SCALE_TYPES, ZERO_POINTS, Scheme
 
