@@ -15,7 +15,8 @@ from subnibble.recipe.overrides import WITHOUT_ZERO_POINT, check_matched, check_
 from subnibble.recipe.toml import check_writable, parsed, written
 from subnibble.tensor.activation_scheme import ActivationScheme
 from subnibble.tensor.cache_scheme import PLAIN_CACHE, CacheScheme
-from subnibble.tensor.scheme import E8M0, WHOLE_CHANNEL, Scheme
+from subnibble.tensor.groups import WHOLE_CHANNEL
+from subnibble.tensor.scheme import E8M0, Scheme
 from subnibble.text_file import read_text_file
 
 EMBEDDING_BITS = (16, 8, 4)
