@@ -29,7 +29,8 @@ from subnibble.errors import BadRecipe
 from subnibble.evaluation.evaluate import Evaluation, evaluate
 from subnibble.methods import METHODS
 from subnibble.pipeline.check import resolve
-from subnibble.recipe import _OVERRIDE_KEYS, EMBEDDING_BITS
+from subnibble.recipe import EMBEDDING_BITS
+from subnibble.recipe.overrides import OVERRIDE_KEYS
 from subnibble.tensor.activation_scheme import ACTIVATION_BITS, ActivationScheme
 from subnibble.tensor.cache_scheme import KEY_AXES, KEY_CENTERS, KEY_ROTATIONS, ROPES, CacheScheme
 from subnibble.tensor.packed import range_key, scale_dtype
@@ -200,7 +201,7 @@ def test_every_field_has_a_case(kind: type) -> None:
 
 
 def test_every_word_that_a_field_may_be_has_a_case() -> None:
-    assert set(OVERRIDES) == set(_OVERRIDE_KEYS)
+    assert set(OVERRIDES) == set(OVERRIDE_KEYS)
     for kind, name, choices in (
         (Scheme, "bits", BITS), (Scheme, "zero_point", ZERO_POINTS), (Scheme, "grid", GRIDS),
         (Scheme, "scale_type", (*SCALE_TYPES, E8M0)), (ActivationScheme, "bits", ACTIVATION_BITS),

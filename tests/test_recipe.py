@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from subnibble.errors import BadRecipe
 from subnibble.methods import METHODS
-from subnibble.recipe import EMBEDDING_BITS, Recipe, matches
+from subnibble.recipe import EMBEDDING_BITS, Recipe
+from subnibble.recipe.overrides import matches
 from subnibble.tensor.activation_scheme import ACTIVATION_BITS, ActivationScheme
 from subnibble.tensor.scheme import BITS, SCALE_TYPES, ZERO_POINTS, Scheme
 
@@ -482,7 +483,7 @@ def test_an_override_sets_the_bits_of_one_input() -> None:
 @pytest.mark.parametrize(("values", "message"), [
     ({"activation_bits": 5}, "activation bits are 5; choose one of 3, 4, 8"),
     ({"activation_bits": 4, "activation_group_size": 0}, "group_size is 0"),
-    ({"activation_bits": 4, "activation_zero_point": "real"}, "choose none or integer"),
+    ({"activation_bits": 4, "activation_zero_point": "real"}, "choose one of none, integer"),
     ({"activation_bits": 4, "activation_clip": 0.0}, "clip is 0.0"),
     ({"grid": "mxfp4", "group_size": 32, "activation_bits": 4, "activation_clip": 0.5}, "no clip"),
     ({"grid": "mxfp4"}, "set bits = 4, group_size = 32"),

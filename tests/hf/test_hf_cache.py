@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+import io
+import pickle
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +15,7 @@ from transformers import DynamicCache, StaticCache
 
 from conftest import CONFIGS, VOCABULARY, random_model
 from kv_calls import cache_of, passing
-from subnibble.errors import BadRecipe
+from subnibble.errors import BadRecipe, UnsupportedTransformers
 from subnibble.hf.attention import attach_cache_, attached_cache, detach_cache_, repeated_prefix, set_prefix_
 from subnibble.hf.cache import KVCache
 from subnibble.tensor.cache_scheme import CacheScheme, PrefixIds
@@ -333,6 +337,73 @@ def test_a_deep_copy_has_a_cache_of_its_own_and_can_be_detached() -> None:
     detach_cache_(model_copy)
     assert_close(logits(model_copy, tokens), plain)
     assert_close(logits(model, tokens), target)
+
+
+def hooks_of(model: torch.nn.Module) -> int:
+    """Number of hooks, those with keyword arguments counted twice."""
+    return sum(len(hooks) for m in model.modules() for name, hooks in vars(m).items() if name.startswith("_forward_"))
+
+
+def saved_and_loaded(model: Any) -> Any:
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+def test_a_cache_can_be_attached_again_and_again() -> None:
+    model, tokens = model_of("llama"), ids(9)
+    plain = logits(model, tokens)
+    attach_cache_(model, CacheScheme(2))
+    target, hooks = logits(model, tokens), hooks_of(model)
+    # On the decoder before and after it, and on each attention.
+    assert hooks == 2 * (2 + len(model.model.layers))
+    attach_cache_(model, CacheScheme(2))
+    assert hooks_of(model) == hooks
+    for _ in range(2):
+        detach_cache_(model)
+        assert hooks_of(model) == 0
+        assert torch.equal(logits(model, tokens), plain)
+        attach_cache_(model, CacheScheme(2))
+        assert hooks_of(model) == hooks
+        assert torch.equal(logits(model, tokens), target)
+
+
+def test_detaching_leaves_the_hooks_of_others() -> None:
+    model, seen = model_of("llama"), []
+    attach_cache_(model, CacheScheme(4))
+    model.model.register_forward_hook(lambda module, args, output: seen.append(output))
+    detach_cache_(model)
+    logits(model, ids(3))
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), saved_and_loaded])
+def test_a_copy_and_its_original_are_detached_apart(copied: Callable[[Any], Any]) -> None:
+    model, tokens = model_of("llama"), ids(9)
+    plain = logits(model, tokens)
+    attach_cache_(model, CacheScheme(2))
+    target, hooks = logits(model, tokens), hooks_of(model)
+    twin, other = copied(model), copied(copied(model))
+    detach_cache_(twin)
+    assert (hooks_of(twin), hooks_of(model), hooks_of(other)) == (0, hooks, hooks)
+    assert torch.equal(logits(twin, tokens), plain)
+    assert torch.equal(logits(model, tokens), target)
+    detach_cache_(model)
+    assert (hooks_of(model), hooks_of(other)) == (0, hooks)
+    assert torch.equal(logits(other, tokens), target)
+    attach_cache_(twin, CacheScheme(2))
+    assert hooks_of(twin) == hooks
+    assert torch.equal(logits(twin, tokens), target)
+
+
+def test_a_model_that_is_refused_gets_no_hooks(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of("llama")
+    monkeypatch.setattr(type(model), "set_attn_implementation", lambda self, name: None)
+    with pytest.raises(UnsupportedTransformers):
+        attach_cache_(model, CacheScheme(4))
+    assert hooks_of(model) == 0
+    assert attached_cache(model) is None
 
 
 def test_inputs_may_be_embeddings_or_positional() -> None:

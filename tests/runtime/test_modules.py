@@ -1,6 +1,7 @@
 """Running modules against dense ones: products within rounding, rows exactly, storage untouched by casts."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from packed_samples import (
     within_bound,
 )
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from linears import built
 from subnibble.runtime.modules import (
@@ -26,6 +28,7 @@ from subnibble.runtime.modules import (
     TiedHead,
     add_head_input_,
     add_output_bias_,
+    remove_output_bias_,
 )
 from subnibble.tensor.packed import PackedRange, PackedTensor, QuantizedMatrix
 from subnibble.tensor.scheme import Scheme
@@ -296,6 +299,33 @@ def test_an_output_bias_follows_casts_copies_and_loaded_weights() -> None:
     assert torch.equal(clone(x), nn.RMSNorm(8)(x))
     assert torch.equal(norm(x), before)
     assert norm.to(torch.bfloat16)(x.bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("copied", [lambda norm: norm, copy.deepcopy, lambda norm: pickle.loads(pickle.dumps(norm))])
+def test_an_output_bias_is_removed_and_added_again(copied) -> None:
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(6))
+    original = nn.RMSNorm(8)
+    plain, attributes = original(x), set(vars(original))
+    add_output_bias_(original, bias_of(8))
+    norm = copied(original)
+    remove_output_bias_(norm)
+    assert torch.equal(norm(x), plain)
+    assert set(vars(norm)) == attributes
+    assert set(norm.state_dict()) == {"weight"}
+    assert norm is original or torch.equal(original(x), plain + bias_of(8))
+    add_output_bias_(norm, bias_of(8))
+    assert torch.equal(norm(x), plain + bias_of(8))
+
+
+def test_a_later_hook_does_not_displace_the_bias_of_a_loaded_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    norm = nn.RMSNorm(8)
+    add_output_bias_(norm, bias_of(8))
+    x, pickled = torch.ones(1, 8), pickle.dumps(norm)
+    # As in a new process, whose hooks are counted from 0.
+    monkeypatch.setattr(RemovableHandle, "next_id", norm.bias_hook.id)
+    loaded = pickle.loads(pickled)
+    loaded.register_forward_hook(lambda module, args, output: None)
+    assert torch.equal(loaded(x), norm(x))
 
 
 def test_printing_shows_shape_and_schemes() -> None:

@@ -168,14 +168,14 @@ def test_clips_of_inputs_are_stored_as_learned(
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     found = set()
     for block, one in zip(model.model.layers, tuned, strict=True):
-        for name, scheme in one.block.activations().items():
-            assert block.get_submodule(name).linear.input.activation == scheme
-            found.add(scheme.clip)
+        for name, linear in one.block.linears.items():
+            assert block.get_submodule(name).linear.input.activation == linear.activation
+            found.add(linear.activation.clip)
     assert len(found) > 3
     # Nothing is learned of the clip unless it is asked for.
     options = {key: value for key, value in recipe.options.items() if key != "input_clipping"}
     quantize(folders["llama"], tmp_path / "plain", replace(recipe, options=options))
-    assert all(scheme.clip == 0.9 for scheme in tuned[-1].block.activations().values())
+    assert all(linear.activation.clip == 0.9 for linear in tuned[-1].block.linears.values())
 
 
 def test_tuning_takes_the_prompt_that_runs(
@@ -187,7 +187,7 @@ def test_tuning_takes_the_prompt_that_runs(
     one = tuned[1]
     # The block as it was tuned and the block as it runs are one, prompt included.
     assert held_out_loss(one.block, one.samples) == pytest.approx(report.blocks[1].after, rel=1e-3)
-    one.block.prefix = None
+    one.block.cache.prefix = None
     with pytest.raises(RuntimeError):
         # The mask is for the prompt's tokens, too.
         held_out_loss(one.block, one.samples)

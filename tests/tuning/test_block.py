@@ -19,6 +19,7 @@ from subnibble.corrections.salient import SalientColumns
 from subnibble.model.skeleton import Block, Skeleton
 from subnibble.model.transformers_api.blocks import run_block
 from subnibble.rounding import grid
+from subnibble.rounding.fixed import FixedGrids
 from subnibble.rounding.rtn import RTN
 from subnibble.runtime import activations
 from subnibble.runtime.kv_cache import CacheQuantizer
@@ -29,7 +30,9 @@ from subnibble.tensor.packed import PackedRange
 from subnibble.tensor.scheme import Scheme
 from subnibble.transforms.input_basis import InputBasis
 from subnibble.tuning.block import TunedBlock
-from subnibble.tuning.linear import BlockContext
+from subnibble.tuning.linear import Frame
+from subnibble.tuning.settle import settle_
+from subnibble.tuning.smoothing_start import largest_inputs, smooth_
 from subnibble.tuning.tuning import Tuning
 
 TOKENS, PREFIX = 12, 3
@@ -74,7 +77,8 @@ class Case:
     def tuned(self, **options: Any) -> TunedBlock:
         tuned = TunedBlock(self.block, self.context, Tuning(**{"rank": 4, **options}), torch.Generator().manual_seed(1))
         ordinary = torch.ones(self.hidden.shape[:2], dtype=torch.bool)
-        tuned.smooth_(self.block, tuned.max_abs(self.hidden, self.call, ordinary))
+        largest = largest_inputs(tuned, self.block, self.hidden, self.call, ordinary)
+        smooth_(tuned, self.block, self.frame.correction.outliers, largest)
         return tuned
 
     def output(self, states: States | None) -> Tensor:
@@ -111,12 +115,12 @@ def test_factors_leave_the_function_and_settle_into_the_block(
     shake_(tuned, "smoothing")
     assert case.distance(case.of(tuned), target) < 1e-5
     before = {key: value.clone() for key, value in case.block.module.named_parameters()}
-    tuned.settle_(case.block)
+    settle_(tuned, case.block)
     assert any(not torch.equal(before[key], value) for key, value in case.block.module.named_parameters())
-    assert case.distance(case.output(tuned.prefix), target) < 1e-5
+    assert case.distance(case.output(tuned.cache.prefix), target) < 1e-5
     assert case.distance(case.of(tuned), target) < 1e-5
     # The prefix is what the settled block makes of it; as it was, it would be wrong.
-    for found, made in zip(tuned.prefix, case.stream.run(case.block).states, strict=True):
+    for found, made in zip(tuned.cache.prefix, case.stream.run(case.block).states, strict=True):
         assert torch.allclose(found, made, atol=1e-5)
     assert case.distance(case.output(case.states), target) > 1e-2
 
@@ -134,9 +138,9 @@ def test_a_settled_block_is_the_one_that_was_trained(name: str, folders: dict[st
     shake_(tuned, "smoothing", "low_rank")
     trained = case.of(tuned)
     assert case.distance(trained, case.output(case.states)) > 0.1
-    tuned.settle_(case.block)
+    settle_(tuned, case.block)
     assert case.distance(case.of(tuned), trained) < 0.02
-    assert case.distance(case.output(tuned.prefix), trained) < 0.02
+    assert case.distance(case.output(tuned.cache.prefix), trained) < 0.02
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -157,8 +161,8 @@ def test_linears_that_are_skipped_keep_the_function(folders: dict[str, Path]) ->
     tuned = case.tuned(low_rank="none")
     shake_(tuned, "smoothing")
     assert case.distance(case.of(tuned), target) < 1e-5
-    tuned.settle_(case.block)
-    assert case.distance(case.output(tuned.prefix), target) < 1e-5
+    settle_(tuned, case.block)
+    assert case.distance(case.output(tuned.cache.prefix), target) < 1e-5
 
 
 def test_nothing_is_changed_before_anything_is_learned(folders: dict[str, Path]) -> None:
@@ -175,12 +179,12 @@ def test_learned_grids_round_as_the_tuned_block_does(correction: Correction, fol
     case = Case(folders["llama"], quantized=True, rotated=True, correction=correction)
     tuned = case.tuned()
     shake_(tuned, "smoothing", "low_rank", "clipping")
-    tuned.settle_(case.block)
+    settle_(tuned, case.block)
     trained = case.of(tuned)
     for site in case.block.arch.sites:
         natural = torch.cat([case.block.linear(name).weight for name in site.readers])
-        weight = case.context.bases[site.name].to_basis(natural)
-        main, rounder = weight.clone(), RTN(tuned.grids(site.readers))
+        weight = case.frame.bases[site.name].columns(natural)
+        main, rounder = weight.clone(), RTN(FixedGrids.stacked([tuned.linears[name].fitted() for name in site.readers]))
         if isinstance(correction, OutlierColumns):
             main = main[:, :-8]
         elif isinstance(correction, SalientColumns):
@@ -193,9 +197,9 @@ def test_learned_grids_round_as_the_tuned_block_does(correction: Correction, fol
             stored[:, :24] += second
         heights = [case.block.linear(name).out_features for name in site.readers]
         for name, part in zip(site.readers, stored.split(heights), strict=True):
-            tuned.fix_(name, part)
+            tuned.linears[name].fix_(part)
     assert torch.equal(case.of(tuned), trained)
-    tuned.fix_(site.readers[0], 0 * part)
+    tuned.linears[site.readers[0]].fix_(0 * part)
     assert not torch.equal(case.of(tuned), trained)
 
 
@@ -205,7 +209,7 @@ def test_learned_clips_of_inputs_stay_in_their_range(folders: dict[str, Path]) -
     some = {**dict.fromkeys(names, INPUTS), names[0]: replace(INPUTS, clip=0.5), names[-1]: None}
     case.context = replace(case.context, activations=some)
     tuned = case.tuned(input_clipping="site")
-    assert tuned.activations() == some
+    assert {name: linear.activation for name, linear in tuned.linears.items()} == some
     plain = case.of(case.tuned())
     assert torch.equal(case.of(tuned), plain)
     learned = {name for name in tuned.parameters() if name.startswith("input_clipping")}
@@ -216,7 +220,7 @@ def test_learned_clips_of_inputs_stay_in_their_range(folders: dict[str, Path]) -
             for name in learned:
                 tuned.parameters()[name].fill_(share)
         tuned.bound_()
-        found = tuned.activations()
+        found = {name: linear.activation for name, linear in tuned.linears.items()}
         assert found[names[-1]] is None
         clips = [scheme.clip for scheme in found.values() if scheme is not None]
         assert least <= min(clips) <= max(clips) <= most

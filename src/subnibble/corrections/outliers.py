@@ -20,8 +20,9 @@ from subnibble.errors import BadRecipe
 from subnibble.rounding import grid
 from subnibble.rounding.grid import Clip
 from subnibble.tensor.activation_scheme import ActivationScheme
+from subnibble.tensor.groups import WHOLE_CHANNEL
 from subnibble.tensor.packed import PackedLayout, PackedRange, PackedTensor
-from subnibble.tensor.scheme import WHOLE_CHANNEL, Scheme
+from subnibble.tensor.scheme import Scheme
 
 _DAMPING = 0.01
 

@@ -8,7 +8,8 @@ from typing import Any, Self
 
 from subnibble.errors import BadRecipe
 from subnibble.tensor.activation_scheme import ActivationScheme
-from subnibble.tensor.scheme import E8M0, Scheme, known_fields
+from subnibble.tensor.scheme import E8M0, Scheme
+from subnibble.tensor.scheme_checks import known_fields
 from subnibble.tuning.input_clip import can_clip
 
 # Parameter spaces; each is also the name of the setting that enables it.

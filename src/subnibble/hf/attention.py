@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from subnibble.arch import find_arch
 from subnibble.arch.site import Heads
@@ -89,6 +90,18 @@ class Attached:
         )
 
 
+@dataclass(frozen=True)
+class _Record:
+    """What a model keeps of its attached cache. A copied or pickled model has handles of its own hooks.
+
+    attached: the cache and prefix.
+    hooks: handles of the hooks on the decoder and on the attentions.
+    """
+
+    attached: Attached
+    hooks: tuple[RemovableHandle, ...]
+
+
 def attach_cache_(model: Any, scheme: CacheScheme | None, prefix: PrefixIds | None = None) -> None:
     """Let a transformers model run on a `KVCache` in `forward` and `generate`; replaces an attached cache and prefix.
 
@@ -102,13 +115,15 @@ def attach_cache_(model: Any, scheme: CacheScheme | None, prefix: PrefixIds | No
     attached = Attached(scheme, prefix, len(attentions), attention_name(model.config))
     own_config_(model)
     decoder = _decoder(model)
-    decoder.register_forward_pre_hook(_BeforeDecoder(attached), with_kwargs=True)
-    decoder.register_forward_hook(_after_decoder, with_kwargs=True)
-    for module in attentions:
-        module.register_forward_pre_hook(_announce, with_kwargs=True)
+    # First what may fail: a model that was refused has no hooks.
     set_attention_(model, ATTENTION)
-    setattr(model, _RECORD, attached)
     set_generation_cache_(model, attached.accepted, partial(_check_generation, attached))
+    hooks = (
+        decoder.register_forward_pre_hook(_BeforeDecoder(attached), with_kwargs=True),
+        decoder.register_forward_hook(_after_decoder, with_kwargs=True),
+        *(module.register_forward_pre_hook(_announce, with_kwargs=True) for module in attentions),
+    )
+    setattr(model, _RECORD, _Record(attached, hooks))
     _write_config(model)
 
 
@@ -121,20 +136,15 @@ def check_cache(model: Any, scheme: CacheScheme | None) -> None:
 
 def detach_cache_(model: Any) -> None:
     """Undo `attach_cache_`, and drop the prefix's keys and values."""
-    attached = attached_cache(model)
-    if attached is None:
+    record: _Record | None = getattr(model, _RECORD, None)
+    if record is None:
         return
-    for module in (_decoder(model), *_attentions(model)):
-        # Hooks are recognized by function or class, because a deep copy of the model has copies of the hooks.
-        for key, hook in list(module._forward_pre_hooks.items()):
-            if hook is _announce or isinstance(hook, _BeforeDecoder):
-                del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key]
-        for key, hook in list(module._forward_hooks.items()):
-            if hook is _after_decoder:
-                del module._forward_hooks[key], module._forward_hooks_with_kwargs[key]
+    for hook in record.hooks:
+        hook.remove()
+    for module in _attentions(model):
         if hasattr(module, PREFIX):
             delattr(module, PREFIX)
-    set_attention_(model, attached.before)
+    set_attention_(model, record.attached.before)
     delattr(model, _RECORD)
     forget_generation_cache_(model)
     _write_config(model)
@@ -142,7 +152,8 @@ def detach_cache_(model: Any) -> None:
 
 def attached_cache(model: Any) -> Attached | None:
     """The cache and prefix that `attach_cache_` attached to the model, or None."""
-    return getattr(model, _RECORD, None)
+    record: _Record | None = getattr(model, _RECORD, None)
+    return None if record is None else record.attached
 
 
 def change_scheme_(model: Any, scheme: CacheScheme | None) -> None:

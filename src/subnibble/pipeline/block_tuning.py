@@ -31,6 +31,7 @@ from subnibble.pipeline.streams import Streams, prefix_length
 from subnibble.report import BlockReport
 from subnibble.report.clock import Clock
 from subnibble.rounding import grid
+from subnibble.rounding.fixed import FixedGrids
 from subnibble.rounding.rounder import OnGrids, Rounder
 from subnibble.rounding.rtn import RTN
 from subnibble.runtime.kv_cache import CacheQuantizer
@@ -39,6 +40,8 @@ from subnibble.tensor.packed import PackedRange, PackedTensor
 from subnibble.tuning.block import TunedBlock
 from subnibble.tuning.linear import BlockContext
 from subnibble.tuning.samples import Samples, TrainingWindows
+from subnibble.tuning.settle import settle_
+from subnibble.tuning.smoothing_start import largest_inputs, smooth_, start_at_one_
 from subnibble.tuning.train import Trained, held_out_loss, train_
 from subnibble.tuning.tuning import EFFORTS, Tuning
 
@@ -73,7 +76,7 @@ class BlockTuning:
 
         Arguments and result are those of `round_stack`. weight: (m, k) float32.
         """
-        grids = self.block.grids(stack.names)
+        grids = FixedGrids.stacked([self.block.linears[name].fitted() for name in stack.names])
         attempts = [round_stack(stack, weight, observed, RTN(grids), correction)]
         compensating = rounder.with_fitter(grids) if rounder.needs_gram else None
         if compensating is not None:
@@ -91,7 +94,7 @@ class BlockTuning:
 
     def plan(self, plan: Plan, path: str) -> Plan:
         """Return a copy of `plan` with the learned input clips of this block. path: module path of the block."""
-        learned = {f"{path}.{name}": scheme for name, scheme in self.block.activations().items()}
+        learned = {f"{path}.{name}": linear.activation for name, linear in self.block.linears.items()}
         return replace(plan, activations={**plan.activations, **learned})
 
     def report(self, path: str, after: float, base: float) -> BlockReport:
@@ -113,7 +116,7 @@ class BlockTuning:
         if salient_weight is not None:
             dense[:, : salient_weight.shape[1]] += salient_weight
         for name, index in zip(stack.names, stack.rows(dense.device), strict=True):
-            self.block.fix_(name, dense[index], None if salient_weight is None else salient_weight[index])
+            self.block.linears[name].fix_(dense[index], None if second is None else second[index])
 
 
 @dataclass(frozen=True)
@@ -164,8 +167,8 @@ class Tuner:
             device = next(block.module.parameters()).device
             windows = TrainingWindows(effort, self.calls[block.index], device)
             samples = value_over(windows, zip(streams.hidden, exact, outputs, strict=True))
-            tuned, trained = self._train(block, self._context(prepared, cache_quantizer), samples)
-            tuned.settle_(block)
+            tuned, trained = self._train(block, self._frame(prepared, cache_quantizer), samples)
+            settle_(tuned, block)
         return BlockTuning(tuned, samples, trained, reference, outputs)
 
     def _context(self, prepared: Prepared, cache_quantizer: CacheQuantizer | None) -> BlockContext:
@@ -191,10 +194,11 @@ class Tuner:
             )
         if self.tuning.smoothing != "none":
             first = slice(0, min(_SMOOTHING_WINDOWS, samples.trained))
-            max_abs = tuned.max_abs(samples.inputs[first].float(), samples.call, samples.ordinary[first])
-            tuned.smooth_(block, max_abs)
+            inputs, ordinary = samples.inputs[first].float(), samples.ordinary[first]
+            largest = largest_inputs(tuned, block, inputs, samples.call, ordinary)
+            smooth_(tuned, block, frame.correction.outliers, largest)
             if not held_out_loss(tuned, samples) <= plain:
-                tuned.forget_smoothing_start_()
+                start_at_one_(tuned)
         effort = EFFORTS[self.tuning.effort]
         trained = train_(tuned, samples, effort, generator, lambda loss: self.on_loss(block.index, loss))
         return tuned, replace(trained, before=plain)
@@ -220,13 +224,15 @@ def round_tuned(
     tuning = tuner(prepared, streams)
     learned = replace(resolved, plan=tuning.plan(resolved.plan, prepared.block.path))
     # Tuning changed the block, so the prompt prefix has other keys and values now.
-    passage = Passage.start(prepared.with_states(tuning.block.prefix), learned, streams, tuner.clock, tuning.reference)
+    passage = Passage.start(
+        prepared.with_states(tuning.block.cache.prefix), learned, streams, tuner.clock, tuning.reference
+    )
 
     def round_tuned_stack(
         stack: Stack, weight: Tensor, observed: Observed, rounder: Rounder, correction: Correction
     ) -> Rounded:
         if passage.cache_quantizer is not None:
-            tuning.block.use_cache_quantizer(passage.cache_quantizer)
+            tuning.block.cache.quantizer = passage.cache_quantizer
         return tuning.round(stack, weight, observed, rounder, correction)
 
     tuned = Candidate(passage, round_block(passage, learned, round_tuned_stack, on_site))

@@ -278,7 +278,8 @@ def add_output_bias_(module: nn.Module, bias: Tensor) -> None:
     """Add a bias (d,) to the output of a norm that has none; stored as `<norm>.bias`."""
     module.register_parameter("bias", nn.Parameter(bias, requires_grad=False))
     module.ran = False  # type: ignore[assignment]
-    module.register_forward_hook(_add_bias)
+    # A copied or pickled module has a handle of its own hook.
+    module.bias_hook = module.register_forward_hook(_add_bias)  # type: ignore[assignment]
 
 
 def add_head_input_(head: nn.Module, matrix: HeadInputMatrix) -> None:
@@ -299,10 +300,9 @@ def _transform_head_input(
 
 def remove_output_bias_(module: nn.Module) -> None:
     """Undo `add_output_bias_`."""
-    for key, hook in list(module._forward_hooks.items()):
-        if hook is _add_bias:
-            del module._forward_hooks[key]
-    del module.bias, module.ran
+    hook: Any = module.bias_hook
+    hook.remove()
+    del module.bias, module.ran, module.bias_hook
 
 
 def _add_bias(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:

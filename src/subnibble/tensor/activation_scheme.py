@@ -7,18 +7,13 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
 from subnibble.errors import BadRecipe
-from subnibble.tensor.scheme import (
-    E8M0,
-    MX_GROUP,
-    SCALE_BITS,
-    WHOLE_CHANNEL,
-    check_clip,
-    check_group_size,
-    group_bounds,
-    known_fields,
-)
+from subnibble.tensor.groups import WHOLE_CHANNEL, check_group_size, group_bounds, group_name
+from subnibble.tensor.scheme import E8M0, MX_GROUP, SCALE_BITS
+from subnibble.tensor.scheme_checks import check_choice, check_clip, known_fields
 
 ACTIVATION_BITS = (3, 4, 8)
+_GRIDS = ("uniform", "mxfp4")
+_ZERO_POINTS = ("none", "integer")
 # Dynamic scales are rounded to bfloat16; no activation exceeds its range.
 _DYNAMIC_SCALE_BITS = 16
 
@@ -53,17 +48,11 @@ class ActivationScheme:
                 f"the activations have outliers = {self.outliers!r} on grid {self.grid!r}; give a number of channels, "
                 "0 for none, and use outliers only on a uniform grid"
             )
-        if type(self.bits) is not int or self.bits not in ACTIVATION_BITS:
-            known = ", ".join(map(str, ACTIVATION_BITS))
-            raise BadRecipe(
-                f"activation bits are {self.bits!r}; choose one of {known}, or 16 to keep inputs unquantized"
-            )
-        check_group_size(self.group_size, "activations'", "token")
-        if self.grid not in ("uniform", "mxfp4"):
-            raise BadRecipe(f"the activations' grid is {self.grid!r}; choose uniform or mxfp4")
-        if self.zero_point not in ("none", "integer"):
-            raise BadRecipe(f"the activations' zero_point is {self.zero_point!r}; choose none or integer")
-        check_clip(self.clip, "activations'")
+        check_choice(self.bits, ACTIVATION_BITS, "activation bits are", ", or 16 to keep inputs unquantized")
+        check_group_size(self.group_size, "the activations' group_size", "token")
+        check_choice(self.grid, _GRIDS, "the activations' grid is")
+        check_choice(self.zero_point, _ZERO_POINTS, "the activations' zero_point is")
+        check_clip(self.clip, "the activations' clip")
         settings = (self.bits, self.group_size, self.zero_point, self.clip)
         if self.grid == "mxfp4" and settings != (4, MX_GROUP, "none", 1):
             raise BadRecipe(
@@ -74,7 +63,7 @@ class ActivationScheme:
     @property
     def name(self) -> str:
         """Short name for tables, for example `a4g128`."""
-        group = "token" if self.group_size == WHOLE_CHANNEL else f"g{self.group_size}"
+        group = group_name(self.group_size, "token")
         if self.grid == "mxfp4":
             return f"amxfp4{group}"
         clip = "" if self.clip == 1 else f"-clip{self.clip!r}"

@@ -7,7 +7,9 @@ from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 from subnibble.errors import BadRecipe
-from subnibble.tensor.scheme import BITS, WHOLE_CHANNEL, check_clip, check_group_size, group_bounds, known_fields
+from subnibble.tensor.groups import WHOLE_CHANNEL, check_group_size, group_bounds, group_name
+from subnibble.tensor.scheme import BITS
+from subnibble.tensor.scheme_checks import check_choice, check_clip, known_fields
 
 KEY_AXES = ("token", "channel")
 ROPES = ("after", "before")
@@ -50,19 +52,15 @@ class CacheScheme:
     key_center: str = "none"
 
     def __post_init__(self) -> None:
-        if type(self.bits) is not int or self.bits not in BITS:
-            known = ", ".join(map(str, BITS))
-            raise BadRecipe(f"the cache's bits are {self.bits!r}; choose one of {known}, or 16 to keep it unquantized")
-        check_group_size(self.group_size, "cache's", "head")
-        options = (
-            ("key_axis", KEY_AXES), ("rope", ROPES), ("key_rotation", KEY_ROTATIONS), ("key_center", KEY_CENTERS)
-        )  # fmt: skip
-        for name, choices in options:
-            if getattr(self, name) not in choices:
-                raise BadRecipe(f"the cache's {name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}")
+        check_choice(self.bits, BITS, "the cache's bits are", ", or 16 to keep it unquantized")
+        check_group_size(self.group_size, "the cache's group_size", "head")
+        check_choice(self.key_axis, KEY_AXES, "the cache's key_axis is")
+        check_choice(self.rope, ROPES, "the cache's rope is")
+        check_choice(self.key_rotation, KEY_ROTATIONS, "the cache's key_rotation is")
+        check_choice(self.key_center, KEY_CENTERS, "the cache's key_center is")
         if type(self.window) is not int or self.window < 0:
             raise BadRecipe(f"the cache's window is {self.window!r}; give a number of tokens, 0 for none")
-        check_clip(self.clip, "cache's")
+        check_clip(self.clip, "the cache's clip")
         if self.key_rotation != "none" and self.rope == "before":
             raise BadRecipe(
                 'a Hadamard rotation does not commute with rotary positions: use key_rotation = "none" or '
@@ -81,8 +79,7 @@ class CacheScheme:
     @property
     def name(self) -> str:
         """Short name for tables, for example `kv4g64`."""
-        group = "head" if self.group_size == WHOLE_CHANNEL else f"g{self.group_size}"
-        parts = [f"kv{self.bits}{group}"]
+        parts = [f"kv{self.bits}{group_name(self.group_size, 'head')}"]
         parts += ["channel"] if self.key_axis == "channel" else []
         parts += ["prerope"] if self.rope == "before" else []
         parts += ["hadamard"] if self.key_rotation == "hadamard" else []

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 from subnibble.errors import BadRecipe
+from subnibble.tensor.groups import check_group_size, group_bounds, group_name
+from subnibble.tensor.scheme_checks import check_choice, known_fields
 
 BITS = (2, 3, 4, 8)
 GRIDS = ("uniform", "sign", "mxfp4")
@@ -17,7 +19,6 @@ SCALE_TYPES = {"float16": 16, "bfloat16": 16, "float32": 32}
 # A power of two, stored as a biased exponent.
 E8M0 = "e8m0"
 SCALE_BITS = {**SCALE_TYPES, E8M0: 8}
-WHOLE_CHANNEL = -1
 # Group size of the OCP Microscaling specification 1.0.
 MX_GROUP = 32
 
@@ -45,18 +46,12 @@ class Scheme:
     grid: str = "uniform"
 
     def __post_init__(self) -> None:
-        if type(self.bits) is not int or self.bits not in BITS:
-            raise BadRecipe(f"bits is {self.bits!r}; choose one of {', '.join(map(str, BITS))}")
-        if isinstance(self.group_size, bool) or not isinstance(self.group_size, int):
-            raise BadRecipe(f"group_size is {self.group_size!r}; give a whole number, or -1 for the whole row")
-        if self.group_size != WHOLE_CHANNEL and self.group_size < 1:
-            raise BadRecipe(f"group_size is {self.group_size}; give a positive number, or -1 for the whole row")
-        if self.zero_point not in ZERO_POINTS:
-            raise BadRecipe(f"zero_point is {self.zero_point!r}; choose one of {', '.join(ZERO_POINTS)}")
-        if self.scale_type not in SCALE_TYPES and (self.grid, self.scale_type) != ("mxfp4", E8M0):
-            raise BadRecipe(f"scale_type is {self.scale_type!r}; choose one of {', '.join(SCALE_TYPES)}")
-        if self.grid not in GRIDS:
-            raise BadRecipe(f"grid is {self.grid!r}; choose one of {', '.join(GRIDS)}")
+        check_choice(self.bits, BITS, "bits is")
+        check_group_size(self.group_size, "group_size", "row")
+        check_choice(self.zero_point, ZERO_POINTS, "zero_point is")
+        if (self.grid, self.scale_type) != ("mxfp4", E8M0):
+            check_choice(self.scale_type, tuple(SCALE_TYPES), "scale_type is")
+        check_choice(self.grid, GRIDS, "grid is")
         if self.grid == "sign" and (self.bits > _LARGEST_SIGN_BITS or self.zero_point != "none"):
             raise BadRecipe(
                 f"a sign grid has at most {_LARGEST_SIGN_BITS} bits and no zero-point; found {self.bits} bits and "
@@ -88,7 +83,7 @@ class Scheme:
     @property
     def name(self) -> str:
         """Short name for tables, for example `w3g128`."""
-        group = "channel" if self.group_size == WHOLE_CHANNEL else f"g{self.group_size}"
+        group = group_name(self.group_size, "channel")
         zero = {"none": "-sym", "integer": "", "real": "-real"}[self.zero_point]
         kind = "-sign" if self.grid == "sign" else zero
         if self.grid == "mxfp4":
@@ -131,41 +126,3 @@ class Scheme:
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Build from a dictionary; an unknown key is an error."""
         return cls(**known_fields(cls, values, "unknown scheme key {}"))
-
-
-def group_bounds(group_size: int, columns: int) -> list[tuple[int, int]]:
-    """First and stop column of every group of `columns` columns; the last may be shorter. -1 is one group."""
-    width = columns if group_size == WHOLE_CHANNEL else group_size
-    return [(start, min(start + width, columns)) for start in range(0, columns, width)]
-
-
-def check_group_size(size: Any, whose: str, unit: str) -> None:
-    """Raise `BadRecipe` unless `size` is a positive whole number, or -1.
-
-    whose: possessive that names the scheme in the error, for example "cache's".
-    unit: what one group covers if the size is -1, for example "token".
-    """
-    if type(size) is not int or (size != WHOLE_CHANNEL and size < 1):
-        raise BadRecipe(f"the {whose} group_size is {size!r}; give a positive number, or -1 for the whole {unit}")
-
-
-def check_clip(clip: Any, whose: str) -> None:
-    """Raise `BadRecipe` unless `clip` is in (0, 1]. whose: possessive that names the scheme in the error."""
-    if isinstance(clip, bool) or not isinstance(clip, int | float) or not 0 < clip <= 1:
-        raise BadRecipe(f"the {whose} clip is {clip!r}; give a number above 0 and at most 1")
-
-
-def known_fields(
-    kind: type[Any], values: Mapping[str, Any], message: str, but: tuple[str, ...] = ()
-) -> Mapping[str, Any]:
-    """Return `values` if every key is a field of the dataclass `kind`.
-
-    message: the error, with {} in place of the unknown key.
-    but: fields that do not count as known.
-    Raises `BadRecipe`, which names the first unknown key and lists the known ones.
-    """
-    known = {field.name for field in fields(kind)} - {*but}
-    unknown = sorted(set(values) - known)
-    if unknown:
-        raise BadRecipe(f"{message.format(repr(unknown[0]))}; known: {', '.join(sorted(known))}")
-    return values

@@ -173,6 +173,11 @@ class TunedLinear(nn.Module):
         bias = None if self.bias is None else self.bias.to(dtype)
         return nn.functional.linear(entered, self._rounded().to(dtype), bias)
 
+    @property
+    def activation(self) -> ActivationScheme | None:
+        """Activation scheme with the learned clip; None if the input is not quantized."""
+        return self._entrance[0].learned(self._activation)
+
     def fitted(self) -> list[Fitted]:
         """The learned grid of each group."""
         assert self.clipping is not None
@@ -183,6 +188,14 @@ class TunedLinear(nn.Module):
     def factors(self, smoothing: Smoothing) -> Tensor:
         """Smoothing factors (k,) of the weight's columns; without slack if the weight is not quantized."""
         return smoothing.wide() if self._scheme is None else smoothing.of_weights()
+
+    def fix_(self, weight: Tensor, second: Tensor | None = None) -> None:
+        """Use a given weight, which was rounded elsewhere, instead of the learned one.
+
+        weight: (m, k), dequantized, in the input basis.
+        second: (m, r), the part of it that the salient columns' second weight holds, or None.
+        """
+        self.fixed = weight if second is None else self._with_second(weight, second)
 
     def _exact(self) -> Tensor:
         """The weight (m, k) before rounding: smoothed, with its low-rank term, in the input basis."""
@@ -202,14 +215,14 @@ class TunedLinear(nn.Module):
             return weight
         on_grids, salient_weight = self._split(weight)
         main: Tensor = self.clipping(on_grids)
-        if salient_weight is not None:
-            return self.with_salient(main + salient_weight, salient_weight)
-        outliers = self._context.correction.outlier_weight(weight.detach(), self._scheme)
+        if second is not None:
+            return self._with_second(main + second, second)
+        outliers = self._frame.correction.last(weight.detach(), self._scheme)
         if outliers is None:
             return main
         return torch.cat([main, straight_through(weight[:, main.shape[1] :], outliers)], 1)
 
-    def with_salient(self, weight: Tensor, salient_weight: Tensor) -> Tensor:
+    def _with_second(self, weight: Tensor, second: Tensor) -> Tensor:
         """Append to a weight (m, k) the second weight's columns of the channels that are quantized twice.
 
         salient_weight: (m, r or more), the salient columns' second weight. Returns (m, k + repeated).

@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import re
-import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
 
-import tomli_w
-
-from subnibble.arguments import as_path, check_types, described, plain
 from subnibble.device import AUTO, DTYPES
 from subnibble.distill.settings import Distillation
 from subnibble.errors import BadArgument, BadRecipe
+from subnibble.given import check_types, described, given_path, plain
+from subnibble.recipe.overrides import WITHOUT_ZERO_POINT, check_matched, check_override, override_of
+from subnibble.recipe.toml import check_writable, parsed, written
 from subnibble.tensor.activation_scheme import ActivationScheme
 from subnibble.tensor.cache_scheme import PLAIN_CACHE, CacheScheme
-from subnibble.tensor.scheme import E8M0, WHOLE_CHANNEL, Scheme
-from subnibble.text_file import check_characters, read_text_file
+from subnibble.tensor.groups import WHOLE_CHANNEL
+from subnibble.tensor.scheme import E8M0, Scheme
+from subnibble.text_file import read_text_file
 
 EMBEDDING_BITS = (16, 8, 4)
-_OVERRIDE_KEYS = ("bits", "group_size", "grid", "zero_point", "activation_bits", "skip")
 PLAIN_ACTIVATIONS = 16
 
-_WITHOUT_ZERO_POINT = ("sign", "mxfp4")
 _TYPES = {
     "method": str, "bits": int, "group_size": int, "zero_point": str, "scale_type": str, "grid": str,
     "embedding_bits": int, "activation_bits": int, "activation_group_size": (int, type(None)),
@@ -105,27 +102,15 @@ class Recipe:
         for key in ("system_prompt", "calibration", "device", "dtype"):
             object.__setattr__(self, key, plain(getattr(self, key)))
         check_types(self, _TYPES)
-        if self.embedding_bits not in EMBEDDING_BITS:
-            raise BadRecipe(
-                f"embedding_bits is {self.embedding_bits}; choose one of {', '.join(map(str, EMBEDDING_BITS))}"
-            )
-        for key in ("num_windows", "window"):
-            if getattr(self, key) < 1:
-                raise BadRecipe(f"{key} is {getattr(self, key)}; give a positive number")
-        if not 0 <= self.seed < 2**63:
-            raise BadRecipe(f"seed is {self.seed}; give a whole number from 0 to 2**63 - 1")
-        if self.dtype not in (AUTO, *DTYPES):
-            raise BadRecipe(f"dtype is {self.dtype!r}; choose one of {AUTO}, {', '.join(DTYPES)}")
-        _ = self.embedding_scheme, self.activation, self.cache_scheme()
-        # Checked even if activation_bits is 16, since an override may quantize inputs.
-        size = WHOLE_CHANNEL if self.activation_group_size is None else self.activation_group_size
-        ActivationScheme(8, size, self.activation_zero_point, clip=self.activation_clip)
+        _check_values(self)
+        _check_schemes(self)
         if self.distillation is not None:
             self.distillation.pieces(self.num_windows, self.window)
         for pattern, values in self.overrides.items():
-            _check_override(self, pattern, values)
+            check_override(pattern, values)
+            self._activation(values, self._scheme(values, {}))
         _check_zero_point(self)
-        _check_writable(self)
+        check_writable(self.to_dict())
 
     @property
     def scheme(self) -> Scheme:
@@ -174,7 +159,7 @@ class Recipe:
         prefers: bit width -> grid and zero_point that the method prefers for this linear, used where the recipe says
             "auto".
         """
-        values = self._override(path)
+        values = override_of(self.overrides, path)
         if values.get("skip", False):
             return None
         return self._scheme(values, prefers(values.get("bits", self.bits)))
@@ -184,13 +169,7 @@ class Recipe:
 
         scheme: weight scheme of the linear.
         """
-        return self._activation(self._override(path), scheme)
-
-    def _override(self, path: str) -> Mapping[str, Any]:
-        for pattern, values in self.overrides.items():
-            if matches(pattern, path):
-                return values
-        return {}
+        return self._activation(override_of(self.overrides, path), scheme)
 
     def _activation(self, values: Mapping[str, Any], scheme: Scheme) -> ActivationScheme | None:
         bits = values.get("activation_bits", self.activation_bits)
@@ -222,9 +201,7 @@ class Recipe:
 
         paths: paths of all linears that can be quantized.
         """
-        for pattern in self.overrides:
-            if not any(matches(pattern, path) for path in paths):
-                raise BadRecipe(f"override {pattern!r} matches no linear; they have names like {paths[0]}")
+        check_matched(self.overrides, paths)
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as a plain dictionary without keys that are None; the inverse of `from_dict`."""
@@ -257,7 +234,7 @@ class Recipe:
 
     def to_toml(self) -> str:
         """The recipe as TOML text."""
-        return tomli_w.dumps(self.to_dict())
+        return written(self.to_dict())
 
     @classmethod
     def from_toml(cls, path: str | Path) -> Self:
@@ -271,63 +248,45 @@ class Recipe:
 
         where: names the text in errors, for example a file name.
         """
-        try:
-            values = tomllib.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise BadRecipe(f"{where} is no valid TOML: {error}") from error
-        return cls.from_dict(values)
+        return cls.from_dict(parsed(text, where))
 
 
 # What Python calls accept as a recipe; see `Recipe.of`.
 AnyRecipe = Recipe | Mapping[str, Any] | str | Path
 
 
-def matches(pattern: str, path: str) -> bool:
-    """Whether an override pattern, an exact path or "re:" and a regular expression, matches the linear at `path`."""
-    if pattern.startswith("re:"):
-        return re.match(pattern[3:], path) is not None
-    return pattern == path
+def _check_values(recipe: Recipe) -> None:
+    """Raise `BadRecipe` for a number or word that no recipe may have."""
+    if recipe.embedding_bits not in EMBEDDING_BITS:
+        raise BadRecipe(
+            f"embedding_bits is {recipe.embedding_bits}; choose one of {', '.join(map(str, EMBEDDING_BITS))}"
+        )
+    for key in ("num_windows", "window"):
+        if getattr(recipe, key) < 1:
+            raise BadRecipe(f"{key} is {getattr(recipe, key)}; give a positive number")
+    if not 0 <= recipe.seed < 2**63:
+        raise BadRecipe(f"seed is {recipe.seed}; give a whole number from 0 to 2**63 - 1")
+    if recipe.dtype not in (AUTO, *DTYPES):
+        raise BadRecipe(f"dtype is {recipe.dtype!r}; choose one of {AUTO}, {', '.join(DTYPES)}")
 
 
-def _check_writable(recipe: Recipe) -> None:
-    """Raise `BadRecipe` for a value that TOML cannot hold: writing `recipe.toml` would fail, after hours of work."""
-    for key, value in recipe.to_dict().items():
-        try:
-            text = tomli_w.dumps({key: value})
-        except (TypeError, ValueError, AttributeError) as error:
-            raise BadRecipe(
-                f"{key} is {value!r}, which cannot be written to recipe.toml ({error}); give text or numbers"
-            ) from error
-        check_characters(value if isinstance(value, str) else text, key, BadRecipe)
+def _check_schemes(recipe: Recipe) -> None:
+    """Raise `BadRecipe` if the settings make an invalid scheme of weights, inputs or the KV cache."""
+    _ = recipe.embedding_scheme, recipe.activation, recipe.cache_scheme()
+    # Checked even if activation_bits is 16, since an override may quantize inputs.
+    size = WHOLE_CHANNEL if recipe.activation_group_size is None else recipe.activation_group_size
+    ActivationScheme(8, size, recipe.activation_zero_point, clip=recipe.activation_clip)
 
 
 def _check_zero_point(recipe: Recipe) -> None:
     """Raise `BadRecipe` if `zero_point` is set but unused, because no weight has a uniform grid."""
     grids = {values.get("grid", recipe.grid) for values in recipe.overrides.values()}
-    uniform = recipe.embedding_bits != 16 or not grids <= set(_WITHOUT_ZERO_POINT)
-    if recipe.grid in _WITHOUT_ZERO_POINT and recipe.zero_point not in ("none", AUTO) and not uniform:
+    uniform = recipe.embedding_bits != 16 or not grids <= set(WITHOUT_ZERO_POINT)
+    if recipe.grid in WITHOUT_ZERO_POINT and recipe.zero_point not in ("none", AUTO) and not uniform:
         raise BadRecipe(
             f"zero_point is {recipe.zero_point!r}, but no {recipe.grid} grid has a zero-point; "
             f'set zero_point = "{AUTO}"'
         )
-
-
-def _check_override(recipe: Recipe, pattern: str, values: Any) -> None:
-    if not isinstance(values, Mapping):
-        raise BadRecipe(f"override {pattern!r} is {values!r}; give a table with {', '.join(_OVERRIDE_KEYS)}")
-    unknown = sorted(set(values) - set(_OVERRIDE_KEYS))
-    if unknown:
-        raise BadRecipe(f"override {pattern!r} has unknown key {unknown[0]!r}; known: {', '.join(_OVERRIDE_KEYS)}")
-    if not isinstance(values.get("skip", False), bool):
-        raise BadRecipe(f"override {pattern!r}: skip is {values['skip']!r}; give true or false")
-    if pattern.startswith("re:"):
-        try:
-            re.compile(pattern[3:])
-        except (re.error, OverflowError) as error:
-            raise BadRecipe(f"override {pattern!r} is not a regular expression: {error}") from error
-    if values.get("grid") in _WITHOUT_ZERO_POINT and values.get("zero_point", "none") not in ("none", AUTO):
-        raise BadRecipe(f"override {pattern!r}: a {values['grid']} grid has no zero-point; leave zero_point out")
-    recipe._activation(values, recipe._scheme(values, {}))
 
 
 def _unless_auto(value: str, preference: str) -> str:
