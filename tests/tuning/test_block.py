@@ -30,9 +30,9 @@ from subnibble.tensor.packed import PackedRange
 from subnibble.tensor.scheme import Scheme
 from subnibble.transforms.input_basis import InputBasis
 from subnibble.tuning.block import TunedBlock
-from subnibble.tuning.linear import Frame
+from subnibble.tuning.linear import BlockContext
 from subnibble.tuning.settle import settle_
-from subnibble.tuning.smoothing_start import largest_inputs, smooth_
+from subnibble.tuning.smoothing_start import max_abs_inputs, smooth_
 from subnibble.tuning.tuning import Tuning
 
 TOKENS, PREFIX = 12, 3
@@ -77,8 +77,8 @@ class Case:
     def tuned(self, **options: Any) -> TunedBlock:
         tuned = TunedBlock(self.block, self.context, Tuning(**{"rank": 4, **options}), torch.Generator().manual_seed(1))
         ordinary = torch.ones(self.hidden.shape[:2], dtype=torch.bool)
-        largest = largest_inputs(tuned, self.block, self.hidden, self.call, ordinary)
-        smooth_(tuned, self.block, self.frame.correction.outliers, largest)
+        max_abs = max_abs_inputs(tuned, self.block, self.hidden, self.call, ordinary)
+        smooth_(tuned, self.block, self.context.correction.outliers, max_abs)
         return tuned
 
     def output(self, states: States | None) -> Tensor:
@@ -183,7 +183,7 @@ def test_learned_grids_round_as_the_tuned_block_does(correction: Correction, fol
     trained = case.of(tuned)
     for site in case.block.arch.sites:
         natural = torch.cat([case.block.linear(name).weight for name in site.readers])
-        weight = case.frame.bases[site.name].columns(natural)
+        weight = case.context.bases[site.name].to_basis(natural)
         main, rounder = weight.clone(), RTN(FixedGrids.stacked([tuned.linears[name].fitted() for name in site.readers]))
         if isinstance(correction, OutlierColumns):
             main = main[:, :-8]

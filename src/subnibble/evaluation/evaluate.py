@@ -172,10 +172,13 @@ def evaluate(
         check_vocabularies(loaded, reference_model)
         same_prefix_(loaded, reference_model)
     target = {
-        "model": fingerprint.model(source.path), "reference": reference_source and fingerprint.model(reference_source.path),
-        "evaluation": asdict(evaluation), "tokens": fingerprint.tokens(windows), "versions": fingerprint.versions(),
+        "model": fingerprint.model(source.path),
+        "reference": None if reference_source is None else fingerprint.model(reference_source.path),
+        "evaluation": asdict(evaluation),
+        "tokens": fingerprint.tokens(windows),
+        "versions": fingerprint.versions(),
         "machine": fingerprint.machine(loaded.device),
-    }  # fmt: skip
+    }
     with printing_run("evaluate", target, resume) as run:
         keeper = Keeper(None if run is None else run.journal, "windows")
         scores = score({"model": loaded}, windows, bos_token(tokenizer), reference_model, on_progress, keeper)["model"]

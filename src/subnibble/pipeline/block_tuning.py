@@ -41,11 +41,11 @@ from subnibble.tuning.block import TunedBlock
 from subnibble.tuning.linear import BlockContext
 from subnibble.tuning.samples import Samples, TrainingWindows
 from subnibble.tuning.settle import settle_
-from subnibble.tuning.smoothing_start import largest_inputs, smooth_, start_at_one_
+from subnibble.tuning.smoothing_start import max_abs_inputs, smooth_, start_at_one_
 from subnibble.tuning.train import Trained, held_out_loss, train_
 from subnibble.tuning.tuning import EFFORTS, Tuning
 
-# Windows whose largest input magnitudes give smoothing factors their start.
+# Windows whose max_abs input magnitudes give smoothing factors their start.
 _SMOOTHING_WINDOWS = 8
 
 
@@ -116,7 +116,7 @@ class BlockTuning:
         if salient_weight is not None:
             dense[:, : salient_weight.shape[1]] += salient_weight
         for name, index in zip(stack.names, stack.rows(dense.device), strict=True):
-            self.block.linears[name].fix_(dense[index], None if second is None else second[index])
+            self.block.linears[name].fix_(dense[index], None if salient_weight is None else salient_weight[index])
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ class Tuner:
             device = next(block.module.parameters()).device
             windows = TrainingWindows(effort, self.calls[block.index], device)
             samples = value_over(windows, zip(streams.hidden, exact, outputs, strict=True))
-            tuned, trained = self._train(block, self._frame(prepared, cache_quantizer), samples)
+            tuned, trained = self._train(block, self._context(prepared, cache_quantizer), samples)
             settle_(tuned, block)
         return BlockTuning(tuned, samples, trained, reference, outputs)
 
@@ -195,8 +195,8 @@ class Tuner:
         if self.tuning.smoothing != "none":
             first = slice(0, min(_SMOOTHING_WINDOWS, samples.trained))
             inputs, ordinary = samples.inputs[first].float(), samples.ordinary[first]
-            largest = largest_inputs(tuned, block, inputs, samples.call, ordinary)
-            smooth_(tuned, block, frame.correction.outliers, largest)
+            max_abs = max_abs_inputs(tuned, block, inputs, samples.call, ordinary)
+            smooth_(tuned, block, context.correction.outliers, max_abs)
             if not held_out_loss(tuned, samples) <= plain:
                 start_at_one_(tuned)
         effort = EFFORTS[self.tuning.effort]

@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
 
+from subnibble.arguments import as_path, check_types, described, plain
 from subnibble.device import AUTO, DTYPES
 from subnibble.distill.settings import Distillation
 from subnibble.errors import BadArgument, BadRecipe
-from subnibble.given import check_types, described, given_path, plain
 from subnibble.recipe.overrides import WITHOUT_ZERO_POINT, check_matched, check_override, override_of
 from subnibble.recipe.toml import check_writable, parsed, written
 from subnibble.tensor.activation_scheme import ActivationScheme

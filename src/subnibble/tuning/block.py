@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from subnibble.model.skeleton import Block
 from subnibble.model.transformers_api.blocks import BlockCall, run_block
 from subnibble.tuning.cache import TunedCache
-from subnibble.tuning.linear import Frame, TunedInput, TunedLinear
+from subnibble.tuning.linear import BlockContext, TunedInput, TunedLinear
 from subnibble.tuning.tuning import Tuning
 
 
@@ -32,7 +32,7 @@ class TunedBlock:
     """A block as a differentiable function of its learned parameters.
 
     block: the float32 block; it is copied.
-    frame: what surrounds the learned parameters: schemes, bases, cache, prefix.
+    context: what surrounds the learned parameters: schemes, bases, cache, prefix.
     tuning: what is learned.
     generator: draws the random initial values.
     sites (attribute): site name -> the input of its readers.
@@ -40,7 +40,7 @@ class TunedBlock:
     cache (attribute): the keys and values that attention reads.
     """
 
-    def __init__(self, block: Block, frame: Frame, tuning: Tuning, generator: torch.Generator) -> None:
+    def __init__(self, block: Block, context: BlockContext, tuning: Tuning, generator: torch.Generator) -> None:
         self.tuning = tuning
         self.module = copy.deepcopy(block.module)
         self.sites: dict[str, TunedInput] = {}
@@ -57,7 +57,7 @@ class TunedBlock:
                 linear = TunedLinear(block.linear(name), entrance, context, name, tuning, generator)
                 self.module.set_submodule(name, linear)
                 self.linears[name] = linear
-        self.cache = TunedCache(frame.cache_quantizer, frame.prefix, self.sites)
+        self.cache = TunedCache(context.cache_quantizer, context.prefix, self.sites)
         self.module.requires_grad_(False)
         for parameter in self.parameters().values():
             parameter.requires_grad_(True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from subnibble.calibrate.prefix import States, with_past
+from subnibble.calibrate.prefix import States, after_states
 from subnibble.model.transformers_api.blocks import BlockCache
 from subnibble.runtime.kv_cache import CacheQuantizer
 from subnibble.runtime.quantized_text import quantized_keys, quantized_values
@@ -46,7 +46,7 @@ class TunedCache:
         values = self._smoothed(values).to(keys.dtype)
         if self.quantizer is not None:
             keys, values = quantized_keys(keys, self.quantizer, positions), quantized_values(values, self.quantizer)
-        return (keys, values) if prefix is None else with_past(prefix, (keys, values))
+        return (keys, values) if prefix is None else after_states(prefix, (keys, values))
 
     def settle_(self) -> None:
         """Divide the prefix's values by the smoothing factors, which the caller then folds into the block."""
@@ -71,6 +71,6 @@ class _OfText(BlockCache):
         super().__init__()
         self._cache, self._positions = cache, positions
 
-    def see(self, keys: Tensor, values: Tensor) -> States:
+    def attended(self, keys: Tensor, values: Tensor) -> States:
         """Keys and values as attention reads them, (b, heads, prefix + t, width) each."""
         return self._cache.seen(keys, values, self._positions)

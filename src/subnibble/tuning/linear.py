@@ -189,13 +189,13 @@ class TunedLinear(nn.Module):
         """Smoothing factors (k,) of the weight's columns; without slack if the weight is not quantized."""
         return smoothing.wide() if self._scheme is None else smoothing.of_weights()
 
-    def fix_(self, weight: Tensor, second: Tensor | None = None) -> None:
+    def fix_(self, weight: Tensor, salient_weight: Tensor | None = None) -> None:
         """Use a given weight, which was rounded elsewhere, instead of the learned one.
 
         weight: (m, k), dequantized, in the input basis.
-        second: (m, r), the part of it that the salient columns' second weight holds, or None.
+        salient_weight: (m, r), the part of it that the salient columns' second weight holds, or None.
         """
-        self.fixed = weight if second is None else self._with_second(weight, second)
+        self.fixed = weight if salient_weight is None else self._with_salient(weight, salient_weight)
 
     def _exact(self) -> Tensor:
         """The weight (m, k) before rounding: smoothed, with its low-rank term, in the input basis."""
@@ -215,14 +215,14 @@ class TunedLinear(nn.Module):
             return weight
         on_grids, salient_weight = self._split(weight)
         main: Tensor = self.clipping(on_grids)
-        if second is not None:
-            return self._with_second(main + second, second)
-        outliers = self._frame.correction.last(weight.detach(), self._scheme)
+        if salient_weight is not None:
+            return self._with_salient(main + salient_weight, salient_weight)
+        outliers = self._context.correction.outlier_weight(weight.detach(), self._scheme)
         if outliers is None:
             return main
         return torch.cat([main, straight_through(weight[:, main.shape[1] :], outliers)], 1)
 
-    def _with_second(self, weight: Tensor, second: Tensor) -> Tensor:
+    def _with_salient(self, weight: Tensor, salient_weight: Tensor) -> Tensor:
         """Append to a weight (m, k) the second weight's columns of the channels that are quantized twice.
 
         salient_weight: (m, r or more), the salient columns' second weight. Returns (m, k + repeated).

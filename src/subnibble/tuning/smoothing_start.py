@@ -18,7 +18,7 @@ from subnibble.tuning.smoothing import Smoothing
 _ALPHA = 0.5
 
 
-def largest_inputs(
+def max_abs_inputs(
     tuned: TunedBlock, block: Block, hidden: Tensor, call: BlockCall, ordinary: Tensor
 ) -> dict[str, Tensor]:
     """Site name -> max |x| of each channel, (channels,), over the ordinary tokens.
