@@ -173,7 +173,7 @@ def test_it_is_stored_and_saved_again(folder: Path, token_file: Path, tmp_path: 
     model.save_pretrained(tmp_path / "again")
     again = load(tmp_path / "again")
     assert packed_config_of(again.config) == packed_config_of(model.config)
-    assert torch.equal(logits(requantized, ids), target)
+    assert torch.equal(logits(again, ids), target)
     # The recipe beside it makes the same bytes.
     requantized = quantize(folder, tmp_path / "requantized", Recipe.from_toml(tmp_path / "out" / "recipe.toml"))
     assert requantized.weights_sha256 == report.weights_sha256
