@@ -12,8 +12,8 @@ W4A4KV4 or W3A3KV3 followed by g128, g64 or channel (whole rows of weights and w
 otherwise, the keys, and the values, of one token and head share a scale.
 PROMPT is put before each window and not scored; its keys and values stay at 16 bits. It is none, bos, default (the chat
 template's system turn) or auto (the model's attention sinks). default-added adds default to a model that was quantized
-without a prompt, with keys and values computed by the packed model; default-quantized also quantizes these like those of
-any token. Compare with `original` after the same prompt.
+without a prompt, with keys and values computed by the packed model; default-quantized also quantizes these like those
+of any token. Compare with `original` after the same prompt.
 WINDOWS windows of 2048 tokens of news calibrate, in bfloat16 (arms named fast cut them into windows of 512), and as
 many are scored, in float32, on the last 400 news articles and, with --wikitext, on WikiText-2 raw test.
 """

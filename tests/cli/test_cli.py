@@ -210,6 +210,25 @@ def test_list_names_methods_and_architectures(run: Run) -> None:
         assert word in out
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_list_explains_every_option_of_a_method(run: Run, name: str) -> None:
+    code, out, _ = run("list", name, "--json")
+    assert code == 0
+    options = json.loads(out)["options"]
+    assert {key: option["default"] for key, option in options.items()} == asdict(METHODS[name].options())
+    code, out, _ = run("list", name)
+    assert code == 0
+    assert METHODS[name].summary in out
+    for key, option in options.items():
+        assert f"--option {key}={option['default']} ({option['choices']})\n    {option['meaning']}\n" in out
+
+
+def test_list_refuses_an_unknown_method(run: Run) -> None:
+    code, _, err = run("list", "gptx")
+    assert code == 2
+    assert "unknown method 'gptx'; known: rtn" in err
+
+
 def test_recipe_file_holds_and_options_go_over_it(run: Run, arguments: list[object], tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.toml"
     recipe.write_text('bits = 2\nzero_point = "real"\n[options]\norder = "natural"\n[overrides]\n"re:.*down": 1\n')

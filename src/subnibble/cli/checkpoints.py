@@ -136,8 +136,19 @@ def _defaults(default_of: dict[str, Any]) -> str:
     return "; ".join([common, *(f"{value} ({', '.join(names)})" for value, names in others.items())])
 
 
-def list_(json: o.Json = False) -> None:
-    """List methods and their options, presets, architectures, bit widths, grids and zero-points."""
+def list_(
+    method: Annotated[
+        str | None, typer.Argument(help="Show what this method's options mean.", metavar="METHOD")
+    ] = None,
+    json: o.Json = False,
+) -> None:
+    """List methods and their options, presets, architectures, bit widths, grids and zero-points.
+
+    With METHOD, show its options alone: default, choices and meaning of each.
+    """
+    if method is not None:
+        _list_options(method, json)
+        return
     from dataclasses import asdict
 
     from subnibble.arch import ARCHITECTURES
@@ -168,9 +179,9 @@ def list_(json: o.Json = False) -> None:
         return
     table(("method", "what it does", "source"), [(m["name"], m["summary"], m["source"]) for m in methods])
     options: dict[str, dict[str, Any]] = {}
-    for method in methods:
-        for key, value in method["options"].items():
-            options.setdefault(key, {})[method["name"]] = value
+    for m in methods:
+        for key, value in m["options"].items():
+            options.setdefault(key, {})[m["name"]] = value
     table(
         ("option (--option KEY=VALUE)", "choices", "default"),
         [(key, OPTION_CHOICES.get(key, "a number"), _defaults(default_of)) for key, default_of in options.items()],
@@ -188,3 +199,33 @@ def list_(json: o.Json = False) -> None:
         ("zero-points", ", ".join(ZERO_POINTS)),
         ("scale types", ", ".join(SCALE_TYPES)),
     ])  # fmt: skip
+
+
+def _list_options(name: str, json: bool) -> None:
+    """Print one method's options: default, choices and meaning."""
+    from dataclasses import asdict
+
+    from subnibble.methods import find_method
+    from subnibble.methods.choices import OPTION_CHOICES
+    from subnibble.methods.describe import meanings
+
+    method = find_method(name)
+    defaults = asdict(method.options())
+    rows = [(key, OPTION_CHOICES.get(key, "a number"), defaults[key], text) for key, text in meanings(method).items()]
+    if json:
+        print_json({
+            "name": method.name,
+            "summary": method.summary,
+            "source": method.source,
+            "options": {
+                key: {"choices": choices, "default": default, "meaning": text} for key, choices, default, text in rows
+            },
+        })  # fmt: skip
+        return
+    say(f"{method.name}: {method.summary} ({method.source})")
+    if not rows:
+        say("no options")
+        return
+    # Not a table: a narrow terminal would cut the meanings.
+    for key, choices, default, text in rows:
+        say(f"--option {key}={default} ({choices})\n    {text}")

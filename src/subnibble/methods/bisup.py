@@ -30,7 +30,7 @@ BASES = {method.name: method for method in (ATOM, QUAROT)}
 class Options:
     """Options of BiSup; the base method's other options keep their defaults.
 
-    over: the base method, a name in BASES.
+    over: the base method.
     clipping, input_clipping, smoothing, low_rank, low_rank_rate, rank, effort, penalty: see `tuning/tuning.py`.
     outliers: number of channels at 8 bits, if the base is Atom.
     """

@@ -45,8 +45,7 @@ class Options:
     mean_shift: see `corrections/mean_shift.py`.
     weighting, sweeps, order, damping: see `rounding/gptq.py`.
     asymmetry, alpha: see `rounding/gptaq.py`.
-    clip, clip_power: clip search of uniform grids, see `rounding/grid.py`.
-    rotation: rotation of the residual stream, see `transforms/rotate.py`.
+    clip, clip_power, rotation: see `methods/weights.py`.
     """
 
     columns: str = "down"

@@ -18,7 +18,7 @@ from subnibble.rounding.gptaq import Asymmetry
 class Options(GptqOptions):
     """Options of GPTAQ; those not listed are described in `methods/gptq.py`.
 
-    asymmetry, alpha: form and strength of the correction, see `rounding/gptaq.py`.
+    asymmetry, alpha: see `rounding/gptaq.py`.
     """
 
     asymmetry: str = "released"

@@ -16,9 +16,8 @@ from subnibble.rounding.grid import Clip
 class Options:
     """Options of GPTQ.
 
-    clip, clip_power: how weight ranges are chosen, see `rounding/grid.py`.
+    clip, clip_power, rotation: see `methods/weights.py`.
     damping, order, weighting, sweeps: see `rounding/gptq.py`.
-    rotation: rotation of the residual stream, see `transforms/rotate.py`.
     """
 
     clip: str = "mse"

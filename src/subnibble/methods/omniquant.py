@@ -19,7 +19,7 @@ from subnibble.tuning.tuning import Tuning
 class Options:
     """Options of OmniQuant.
 
-    effort: amount of data and epochs, a name in `EFFORTS` (`tuning/tuning.py`).
+    effort: see `tuning/tuning.py`.
     """
 
     effort: str = "default"

@@ -13,8 +13,7 @@ from subnibble.rounding.rtn import RTN as Rounder
 class Options:
     """Options of RTN.
 
-    clip, clip_power: how weight ranges are chosen, see `rounding/grid.py`.
-    rotation: rotation of the residual stream, see `transforms/rotate.py`.
+    clip, clip_power, rotation: see `methods/weights.py`.
     """
 
     clip: str = "mse"

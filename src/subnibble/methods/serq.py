@@ -51,7 +51,8 @@ class Options(RoundingOptions):
     flattening: "none"; "powers" uses `alpha` and `beta` at all sites; "search" searches both for each site, see
         `transforms/flatten.py`. The search rounds to nearest and orders channels by magnitude with `rank` salient ones,
         regardless of `rounding`, `saliency` and `permutation`.
-    alpha, beta: exponents of flattening, see `transforms/flatten.py`.
+    alpha: exponent of the activations' magnitude in flattening.
+    beta: exponent of the weights' magnitude in flattening.
     saliency: the score that orders channels, see `transforms/saliency.py`, or "none", allowed only without salient
         channels.
     permutation: "gather" lets linears gather their channels at run time; "offline" moves all channels in the weights,

@@ -18,11 +18,11 @@ ROUNDINGS = ("rtn", "gptq")
 class RoundingOptions:
     """Options of weight rounding.
 
-    rounding: "rtn" or "gptq".
-    clip, clip_power: how weight ranges are chosen, see `rounding/grid.py`.
-    damping: damping of the Gram matrix, see `rounding/gptq.py`.
-    weighting: weights of columns in fits, see `rounding/gptq.py` and `rounding/rtn.py`.
-    inputs: "exact" or "quantized" calibration inputs, see `Steps` in `methods/method.py`.
+    rounding: "rtn" rounds weights to nearest, "gptq" with error compensation.
+    clip: how weight ranges are chosen, see `rounding/grid.py`.
+    clip_power: exponent of the error that the clip search minimises.
+    damping, weighting: see `rounding/gptq.py`.
+    inputs: see `methods/method.py`.
     """
 
     rounding: str = "rtn"
@@ -41,7 +41,7 @@ class RoundingOptions:
 class WeightOptions(RoundingOptions):
     """Rounding options plus column order and rotation.
 
-    order: order in which GPTQ rounds columns, see `rounding/order.py`.
+    order: see `rounding/gptq.py`.
     rotation: rotation of the residual stream, see `transforms/rotate.py`.
     """
 

@@ -32,7 +32,7 @@ class Asymmetry:
     """Form and strength of GPTAQ's correction.
 
     form: one of `FORMS`; "none" is plain GPTQ.
-    alpha: strength, from 0 to 1: 0.25 in GPTAQ's released program, 1 for the exact loss.
+    alpha: strength of GPTAQ's correction, from 0 to 1: 0.25 in GPTAQ's released program, 1 for the exact loss.
     """
 
     form: str = "none"

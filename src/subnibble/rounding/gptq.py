@@ -64,7 +64,7 @@ class GPTQ(OnGrids):
     order: order in which columns are visited, see `order.py`.
     block: number of columns whose updates to later columns are applied together, as one matrix product.
     weighting: weight of each column's error in the grid fits: "none" for 1, "hessian" for its diagonal Gram entry.
-    asymmetry: GPTAQ's correction, see `gptaq.py`.
+    asymmetry: form of GPTAQ's correction, see `gptaq.py`.
     sweeps: number of sweeps of coordinate descent after GPTQ, see `descent.py`.
     """
 

@@ -46,10 +46,10 @@ class Tuning:
     input_clipping: "site" learns the share of the input range that is kept, per site; "none" does not.
     smoothing: "soft" (weight factors may differ from input factors), "hard" (the same factors) or "none".
     low_rank: "merge" learns a matrix of rank `rank` that is added to each weight before rounding, or "none".
-    low_rank_rate: AdamW learning rate of that matrix's factors.
-    rank: rank of that matrix.
-    effort: a name in EFFORTS.
-    penalty: λ of soft smoothing.
+    low_rank_rate: AdamW learning rate of the low-rank matrix's factors.
+    rank: rank of the low-rank matrix.
+    effort: how much data and how many epochs, a name in EFFORTS.
+    penalty: λ, how strongly soft smoothing holds weight and input factors together.
     unsmoothed: roles of sites that are not smoothed.
     """
 
