@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -88,6 +89,7 @@ def distill(
     seed: Annotated[int | None, typer.Option(help="Seed for choosing and ordering windows. Default 0.")] = None,
     device: o.Device = None,
     dtype: o.Dtype = None,
+    resume: o.Resume = "auto",
 ) -> None:
     """Tune the checkpoint in OUT as a whole towards the original's predictions; its codes do not change."""
     target = o.build_recipe(
@@ -97,7 +99,7 @@ def distill(
     from subnibble.distill.checkpoint import distill_checkpoint
 
     with progress("distill") as on_progress:
-        report = distill_checkpoint(out, original, target, progress=on_progress)
+        report = distill_checkpoint(out, original, target, resume=resume, progress=on_progress)
     say(f"{out}: {distilled(report)}")
 
 
@@ -136,16 +138,44 @@ def _defaults(default_of: dict[str, Any]) -> str:
     return "; ".join([common, *(f"{value} ({', '.join(names)})" for value, names in others.items())])
 
 
+def _list_runs(json: bool) -> None:
+    from dataclasses import asdict
+
+    from subnibble.resume.runs import unfinished_runs
+
+    unfinished = unfinished_runs()
+    if json:
+        print_json([asdict(run) | {"out": str(run.out), "folder": str(run.folder)} for run in unfinished])
+        return
+    if not unfinished:
+        say("no unfinished runs")
+        return
+    columns = ("command", "writes", "begun", "last finished step", "size", "folder (remove it to discard the run)")
+    table(columns, [
+        (run.command, str(run.out), _begun(run.started), run.last, megabytes(run.bytes), str(run.folder))
+        for run in unfinished
+    ])  # fmt: skip
+
+
+def _begun(started: float) -> str:
+    return datetime.fromtimestamp(started).strftime("%Y-%m-%d %H:%M") if started else "?"
+
+
 def list_(
     method: Annotated[
         str | None, typer.Argument(help="Show what this method's options mean.", metavar="METHOD")
     ] = None,
+    runs: Annotated[bool, typer.Option("--runs", help="List unfinished runs instead.")] = False,
     json: o.Json = False,
 ) -> None:
     """List methods and their options, presets, architectures, bit widths, grids and zero-points.
 
     With METHOD, show its options alone: default, choices and meaning of each.
+    With --runs, show unfinished runs of quantize, distill, compare and evaluate, which the same commands continue.
     """
+    if runs:
+        _list_runs(json)
+        return
     if method is not None:
         _list_options(method, json)
         return

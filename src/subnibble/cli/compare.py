@@ -27,6 +27,7 @@ def compare(
     max_windows: o.MaxWindows = None,
     out: Annotated[Path | None, typer.Option(help="Keep the checkpoints in this folder. Default: delete them.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace checkpoints in --out.")] = False,
+    resume: o.Resume = "auto",
     json: o.Json = False,
 ) -> None:
     """Quantize MODEL by several methods at several bit widths, and compare them in one table.
@@ -46,7 +47,7 @@ def compare(
 
     evaluation = Evaluation(text, 2048 if window is None else window, max_windows, device or "auto", dtype or "auto")
     with progress("compare") as on_progress:
-        rows = run(model, recipes, evaluation, out, overwrite=overwrite, progress=on_progress)
+        rows = run(model, recipes, evaluation, out, overwrite=overwrite, resume=resume, progress=on_progress)
     if json:
         print_json([row.to_dict() for row in rows])
     else:

@@ -18,6 +18,7 @@ from rich.table import Table
 from subnibble.cli.streams import say, tell
 from subnibble.progress import Progress
 from subnibble.report import BlockReport, DistillReport
+from subnibble.resume.interrupt import stops_at_safe_points
 
 _SECONDS_BETWEEN_LINES = 15.0
 # Share of the steps before which no remaining time is shown: the first steps differ from the others.
@@ -26,7 +27,20 @@ _FIRST_STEPS = 0.05
 
 @contextmanager
 def progress(title: str) -> Iterator[Progress]:
-    """Show the progress of a long-running call on stderr; yields the callback. title: what runs."""
+    """Show the progress of a long-running call on stderr; yields the callback. title: what runs.
+
+    Inside, the first Ctrl-C or SIGTERM waits for the next safe point of the call.
+    """
+    with stops_at_safe_points(_on_signal), _shown(title) as callback:
+        yield callback
+
+
+def _on_signal() -> None:
+    tell("Stopping at the next safe point. A second signal stops at once; finished steps are kept in both cases.")
+
+
+@contextmanager
+def _shown(title: str) -> Iterator[Progress]:
     if not sys.stderr.isatty():
         yield _PlainLines(title)
         return
@@ -40,11 +54,12 @@ class _BarTask:
     """A `Progress` that moves a bar, which starts again at each stage."""
 
     def __init__(self, bar: Bar, task: TaskID) -> None:
-        self._bar, self._task, self._done = bar, task, 0
+        self._bar, self._task, self._done = bar, task, -1
 
     def __call__(self, done: int, total: int, doing: str) -> None:
-        if done < self._done:
-            self._bar.reset(self._task, total=total)
+        if self._done < 0 or done < self._done:
+            # What an earlier run did must not count for the speed of this one.
+            self._bar.reset(self._task, total=total, completed=done)
         self._done = done
         self._bar.update(self._task, completed=done, total=total, doing=doing)
 
@@ -53,20 +68,22 @@ class _PlainLines:
     """A `Progress` that prints a line every 15 seconds and at the end of each stage."""
 
     def __init__(self, title: str) -> None:
-        self._title, self._done = title, 0
+        self._title, self._done, self._first = title, -1, 0
         self._stage = self._last = time.monotonic()
 
     def __call__(self, done: int, total: int, doing: str) -> None:
         now = time.monotonic()
-        if done < self._done:
-            self._stage = self._last
+        if self._done < 0 or done < self._done:
+            # What an earlier run did must not count for the speed of this one.
+            self._stage, self._first = self._last, done if done > 1 else 0
         self._done = done
         if done < total and now - self._last < _SECONDS_BETWEEN_LINES:
             return
         self._last = now
         spent = now - self._stage
-        known = done >= _FIRST_STEPS * total
-        left = f", about {duration(spent * (total - done) / done)} left" if known and done < total else ""
+        here = done - self._first
+        known = here > 0 and here >= _FIRST_STEPS * total
+        left = f", about {duration(spent * (total - done) / here)} left" if known and done < total else ""
         tell(f"{self._title}: {done}/{total} ({doing}), {duration(spent)}{left}")
 
 

@@ -25,6 +25,7 @@ def evaluate(
     layers: Annotated[
         bool, typer.Option("--layers", help="Add the output error of each linear layer; needs --reference.")
     ] = False,
+    resume: o.Resume = "auto",
     json: o.Json = False,
     device: o.Device = None,
     dtype: o.Dtype = None,
@@ -38,7 +39,7 @@ def evaluate(
         text, window, max_windows, device or "auto", dtype or "auto", kv_bits, settings, system_prompt
     )
     with progress("evaluate") as on_progress:
-        result = run(model, evaluation, reference, layers=layers, progress=on_progress)
+        result = run(model, evaluation, reference, layers=layers, resume=resume, progress=on_progress)
     if json:
         print_json(result)
         return

@@ -1,7 +1,7 @@
 """The `subnibble` command: parses arguments, calls the Python API, prints. Only commands import torch and transformers.
 
 Exit codes: 0 for success, 2 for errors that the user can fix, 1 for a bug in subnibble (or a closed pipe), 130 for
-Ctrl-C.
+Ctrl-C, 143 for SIGTERM.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def main() -> None:
     for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "TRANSFORMERS_NO_ADVISORY_WARNINGS"):
         os.environ.setdefault(name, "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    # SIGTERM unwinds the stack like Ctrl-C, so that no half-written files stay.
+    # SIGTERM unwinds the stack like Ctrl-C. Long commands replace both handlers (`stops_at_safe_points`).
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         app(args=arguments)

@@ -105,6 +105,14 @@ Effort = Annotated[
 Text = Annotated[
     str, typer.Option(help="Text to score: a file (.txt, .jsonl), or wikitext2, news, c4.", metavar="FILE")
 ]
+Resume = Annotated[
+    str,
+    typer.Option(
+        help="What to do with the unfinished work of an earlier run of this command: auto continues it, never discards "
+        "it, must stops if there is none.",
+        metavar="auto|never|must",
+    ),
+]
 MaxWindows = Annotated[int | None, typer.Option(help="Largest number of windows to score. Default: all.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else to stdout.")]
 

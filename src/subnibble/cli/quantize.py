@@ -20,6 +20,7 @@ def quantize(
     out: Annotated[Path, typer.Argument(help="Folder to write; it appears only when it is complete.", metavar="OUT")],
     settings: dict[str, Any],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint in OUT.")] = False,
+    resume: o.Resume = "auto",
 ) -> None:
     """Quantize MODEL into the folder OUT.
 
@@ -32,7 +33,7 @@ def quantize(
     from subnibble.pipeline.driver import quantize as run
 
     with progress(recipe_name(replace(target, options={}))) as on_progress:
-        report = run(model, out, target, overwrite=overwrite, progress=on_progress)
+        report = run(model, out, target, overwrite=overwrite, resume=resume, progress=on_progress)
     size = report.size
     schemes = "+".join(sorted({linear.scheme for linear in report.linears}))
     inputs = f"{size['activation_bits']:.3f} activation bits, " if target.activation_bits < 16 else ""
@@ -79,6 +80,7 @@ def estimate(model: o.Model, settings: dict[str, Any], json: o.Json = False) -> 
         ("activation bits", f"{estimated.activation_bits:.3f}"),
         ("KV cache", f"{estimated.cache_bytes:.0f} bytes per token"),
         *[(f"memory: {name}", megabytes(count)) for name, count in estimated.memory_bytes.items()],
+        *[(f"disk: {name}", megabytes(count)) for name, count in estimated.disk_bytes.items()],
         ("time, within a factor of about 2", duration(estimated.seconds)),
     ]
     table(("what", "estimate"), rows)

@@ -36,7 +36,7 @@ from subnibble.pipeline.plan import (
     stores_column_scales,
 )
 from subnibble.pipeline.resolved_recipe import resolved_recipe
-from subnibble.pipeline.size import packed_bytes, table_bytes
+from subnibble.pipeline.size import disk_bytes
 from subnibble.recipe import PLAIN_ACTIVATIONS, Recipe
 from subnibble.tensor.cache_scheme import PrefixIds
 from subnibble.tensor.scheme import Scheme
@@ -46,8 +46,6 @@ from subnibble.tuning.clipping import check_scheme
 from subnibble.tuning.input_clip import check_inputs
 
 _FEWEST_TUNED_WINDOWS = 2
-# Bytes of disk space for JSON files, tokenizer and headers.
-_SLACK = 64 * 2**20
 
 
 def resolve(model: str | Path | Source, recipe: Recipe) -> Resolved:
@@ -125,17 +123,15 @@ def check_apart(out: Path, model: Path, recipe: Recipe) -> None:
 
 
 def check_disk(resolved: Resolved, folder: Path, final: Path) -> None:
-    """Raise `OutputError` if the disk of `folder` cannot hold the checkpoint.
+    """Raise `OutputError` if the disk of `folder` cannot hold the checkpoint and the unfinished work.
 
-    folder: the temporary folder that is written.
+    folder: the work folder of the run.
     final: its final path, for the error.
     """
-    recipe, skeleton = resolved.recipe, resolved.skeleton
-    needed = packed_bytes(recipe, resolved.steps, resolved.plan, skeleton, resolved.prefix) + _SLACK
-    if recipe.distillation is not None:
-        # Distillation tunes a norm in the last shard, and writes the new shard before it deletes the old one.
-        needed += table_bytes(recipe, skeleton)
-    free = shutil.disk_usage(folder).free
+    needed = disk_bytes(resolved)["peak"]
+    # What an earlier run has written already counts as free.
+    written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    free = shutil.disk_usage(folder).free + written
     if free < needed:
         raise OutputError(
             f"{final}: {free / 1e9:.2f} GB are free and about {needed / 1e9:.2f} GB are needed; free space or choose "

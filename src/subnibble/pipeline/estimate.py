@@ -17,7 +17,7 @@ from subnibble.distill.settings import Distillation
 from subnibble.methods.method import Steps
 from subnibble.model.skeleton import Skeleton
 from subnibble.pipeline.check import resolve
-from subnibble.pipeline.size import activation_bits, effective_bits, packed_bytes
+from subnibble.pipeline.size import activation_bits, disk_bytes, effective_bits, packed_bytes
 from subnibble.recipe import AnyRecipe, Recipe
 from subnibble.tuning.tuning import EFFORTS
 
@@ -43,6 +43,7 @@ class Estimate:
     effective_bits: stored bits per weight of the quantized linears.
     activation_bits: bits per input channel of these linears at run time.
     memory_bytes: bytes of memory by part, with their sum as "peak".
+    disk_bytes: bytes of disk space by what needs it while quantizing, and the largest sum at one time as "peak".
     seconds: run time from the speed of a matrix product measured on this machine; right within a factor of about two.
     cache_bytes: bytes of one token in the KV caches of all layers, when the packed model runs.
 
@@ -55,6 +56,7 @@ class Estimate:
     effective_bits: float
     activation_bits: float
     memory_bytes: dict[str, int]
+    disk_bytes: dict[str, int]
     seconds: float
     cache_bytes: float
 
@@ -81,6 +83,7 @@ def estimate(model: str | Path | Source, recipe: AnyRecipe) -> Estimate:
         effective_bits=effective_bits(steps, plan, skeleton),
         activation_bits=activation_bits(steps, plan, skeleton),
         memory_bytes=_memory(steps, skeleton, tokens, recipe.distillation),
+        disk_bytes=disk_bytes(resolved),
         seconds=_seconds(steps, skeleton, tokens, _tuned_tokens(recipe, steps), recipe.distillation),
         cache_bytes=cache_bytes(config, plan.cache),
     )

@@ -11,7 +11,7 @@ from subnibble.checkpoint.module_specs import PackedLinearSpec
 from subnibble.checkpoint.size import cache_bytes
 from subnibble.methods.method import Steps
 from subnibble.model.skeleton import Skeleton
-from subnibble.pipeline.plan import Plan, stores_column_scales
+from subnibble.pipeline.plan import Plan, Resolved, stores_column_scales
 from subnibble.recipe import Recipe
 from subnibble.tensor.activation_scheme import ActivationScheme
 from subnibble.tensor.cache_scheme import PrefixIds
@@ -19,6 +19,11 @@ from subnibble.tensor.packed import PackedLayout
 from subnibble.tensor.scheme import Scheme
 from subnibble.transforms.rotate import block_widths
 
+_FLOAT_BYTES = 4
+# Bytes of disk space for JSON files, tokenizer and headers.
+_SLACK = 64 * 2**20
+# Numbers that distillation's state keeps for each learned value.
+_KEPT_COPIES = 4
 # Norm biases are stored in float16.
 _NORM_BIAS_BITS = 16
 
@@ -48,6 +53,41 @@ def packed_bytes(
         if name not in tables:
             bits += _stored_bits(shape, schemes.get(name.removesuffix(".weight")))
     return bits // 8
+
+
+def disk_bytes(resolved: Resolved) -> dict[str, int]:
+    """Bytes of disk space that a quantization needs, by what needs it, and at most at the same time ("peak").
+
+    The journal keeps the newest activation streams, and writes the next ones before it removes these. It keeps
+    distillation's state likewise: parameters, best parameters and two moments of the optimizer.
+    """
+    recipe, steps, skeleton = resolved.recipe, resolved.steps, resolved.skeleton
+    tokens = 0 if recipe.calibration is None else recipe.num_windows * recipe.window
+    stream = tokens * int(skeleton.config.hidden_size) * torch.empty(0, dtype=skeleton.dtype).element_size()
+    parts = {
+        "checkpoint": packed_bytes(recipe, steps, resolved.plan, skeleton, resolved.prefix),
+        "activation streams": stream * (2 * (1 + steps.needs_reference) + steps.corrects_norms),
+        "distillation": 0,
+    }
+    if recipe.distillation is not None:
+        learned = _FLOAT_BYTES * _learned(resolved.plan, skeleton)
+        # When it is finished, its result and a new shard are written before the old shard is removed; the largest
+        # shard is that of embedding and head, or that of a block.
+        largest = max(table_bytes(recipe, skeleton), parts["checkpoint"] // skeleton.num_blocks)
+        parts["distillation"] = max(2 * _KEPT_COPIES * learned, learned + largest)
+    peak = parts["checkpoint"] + max(parts["activation streams"], parts["distillation"]) + _SLACK
+    return {**parts, "peak": peak}
+
+
+def _learned(plan: Plan, skeleton: Skeleton) -> int:
+    """Upper bound of the number of values that distillation learns."""
+    count = 4 * skeleton.num_blocks * int(skeleton.config.hidden_size)
+    for path, (rows, columns) in skeleton.linear_shapes().items():
+        scheme = plan.schemes[path]
+        if scheme is not None:
+            # Scales and zero-points of the weight and of a second matrix of salient columns; column scales.
+            count += 4 * rows * scheme.groups(columns) + columns
+    return count
 
 
 def table_bytes(recipe: Recipe, skeleton: Skeleton) -> int:
