@@ -24,6 +24,7 @@ import subnibble
 from pairs import cover
 from subnibble import Recipe
 from subnibble.cli.main import main
+from subnibble.resume.runs import runs_in
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -129,6 +130,13 @@ def no_deprecated_names() -> Iterator[None]:
     yield
     logger.removeHandler(handler)
     assert handler.found == []
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_runs_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Tests neither see nor leave unfinished runs in the user's cache folder."""
+    with runs_in(tmp_path_factory.mktemp("runs")):
+        yield
 
 
 @pytest.fixture(scope="session")

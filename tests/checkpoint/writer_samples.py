@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 
 from subnibble.checkpoint.writer import CheckpointWriter
+from subnibble.resume.run import Run
+from subnibble.resume.runs import PARTIAL
 
 CONFIG = {"model_type": "llama", "quantization_config": {"quant_method": "subnibble"}}
 SHARDS = [
@@ -20,13 +22,20 @@ class Interrupted(Exception):
     """Stands for anything that goes wrong between two shards."""
 
 
-def write(final: Path, shards: list[dict[str, torch.Tensor]], replace: bool = False) -> None:
-    with CheckpointWriter(final, len(shards), replace) as writer:
-        for shard in shards:
-            writer.write_shard(shard)
-        writer.write_json("config.json", CONFIG)
-        writer.finish_weights()
-        writer.commit()
+def write(final: Path, shards: list[dict[str, torch.Tensor]], replace: bool = False, resume: str = "auto") -> None:
+    """Write a checkpoint in a run that has recorded a step, so that it can be resumed."""
+    with Run(final, "test", {"shards": len(shards)}, resume) as run:
+        if run.is_committed:
+            run.finish()
+            return
+        with CheckpointWriter(final, len(shards), replace, run) as writer:
+            writer.continue_with([], {})
+            for shard in shards:
+                writer.write_shard(shard)
+            writer.write_json("config.json", CONFIG)
+            writer.finish_weights()
+            run.journal.record({"all shards": None})
+            writer.commit()
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -36,13 +45,13 @@ def content(folder: Path) -> dict[str, bytes]:
 
 def seen(folder: Path) -> dict[str, bytes]:
     """Every file below `folder` that no writer hides."""
-    return {name: text for name, text in content(folder).items() if ".partial-" not in name}
+    return {name: text for name, text in content(folder).items() if PARTIAL not in name}
 
 
 def hidden(folder: Path) -> Path:
-    """The one folder that a writer left behind in `folder`."""
-    (found,) = (path for path in folder.iterdir() if ".partial-" in path.name)
-    return found
+    """The unfinished checkpoint that a run left behind in `folder`."""
+    (work,) = (path for path in folder.iterdir() if path.name.endswith(PARTIAL))
+    return work / "checkpoint"
 
 
 def everything(folder: Path) -> set[str]:
