@@ -18,7 +18,6 @@ from subnibble import Recipe, quantize
 from subnibble.calibrate.prefix import after_prefix
 from subnibble.calibrate.stream import BlockStream
 from subnibble.checkpoint.safetensors_source import SafetensorsSource
-from subnibble.distill.checkpoint import distill_checkpoint
 from subnibble.errors import BadRecipe, SilentFailure, UnsupportedTransformers
 from subnibble.evaluation.layer_error import layer_errors
 from subnibble.generate.prefix import compute_prefix
@@ -27,6 +26,7 @@ from subnibble.hf.attention import attach_cache_
 from subnibble.model.skeleton import Block, Skeleton
 from subnibble.model.transformers_api.quantization import CheckpointQuantizer
 from subnibble.pipeline import passage
+from subnibble.pipeline.distill_checkpoint import distill_checkpoint
 from subnibble.pipeline.input_hook import InputHook
 from subnibble.runtime import modules
 from subnibble.runtime.kv_cache import CacheQuantizer
