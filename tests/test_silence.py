@@ -18,7 +18,6 @@ from subnibble import Recipe, quantize
 from subnibble.calibrate.prefix import after_prefix
 from subnibble.calibrate.stream import BlockStream
 from subnibble.checkpoint.safetensors_source import SafetensorsSource
-from subnibble.distill.checkpoint import distill_checkpoint
 from subnibble.errors import BadRecipe, SilentFailure, UnsupportedTransformers
 from subnibble.evaluation.layer_error import layer_errors
 from subnibble.generate.prefix import compute_prefix
@@ -26,7 +25,8 @@ from subnibble.hf import attention
 from subnibble.hf.attention import attach_cache_
 from subnibble.model.skeleton import Block, Skeleton
 from subnibble.model.transformers_api.quantization import CheckpointQuantizer
-from subnibble.pipeline import passage
+from subnibble.pipeline import rounded_copy
+from subnibble.pipeline.distill_checkpoint import distill_checkpoint
 from subnibble.pipeline.input_hook import InputHook
 from subnibble.runtime import modules
 from subnibble.runtime.kv_cache import CacheQuantizer
@@ -230,7 +230,7 @@ def test_a_norm_without_its_bias_while_calibrating_is_noticed(
         module.register_parameter("bias", nn.Parameter(bias, requires_grad=False))
         module.ran = False
 
-    monkeypatch.setattr(passage, "add_output_bias_", silent)
+    monkeypatch.setattr(rounded_copy, "add_output_bias_", silent)
     with pytest.raises(SilentFailure, match="the bias of model"):
         quantized(folders["llama"], token_file, tmp_path / "out", "d2quant")
 

@@ -14,11 +14,11 @@ from subnibble.version import __version__
 
 if TYPE_CHECKING:
     from subnibble.checkpoint.checksums import unverified
-    from subnibble.distill.checkpoint import distill_checkpoint
     from subnibble.evaluation.compare import compare
     from subnibble.evaluation.evaluate import Evaluation, evaluate
     from subnibble.export.fold import fold_norm_biases_
     from subnibble.generate.prefix import add_prefix
+    from subnibble.pipeline.distill_checkpoint import distill_checkpoint
     from subnibble.pipeline.driver import quantize
     from subnibble.pipeline.estimate import estimate
     from subnibble.presets import preset
@@ -45,7 +45,7 @@ _HOMES = {
     "Recipe": "recipe",
     "add_prefix": "generate.prefix",
     "compare": "evaluation.compare",
-    "distill_checkpoint": "distill.checkpoint",
+    "distill_checkpoint": "pipeline.distill_checkpoint",
     "estimate": "pipeline.estimate",
     "evaluate": "evaluation.evaluate",
     "fold_norm_biases_": "export.fold",

@@ -21,10 +21,10 @@ from subnibble import Recipe, quantize
 from subnibble.checkpoint.checksums import CHECKSUMS
 from subnibble.checkpoint.safetensors_source import SafetensorsSource
 from subnibble.cli.main import app
-from subnibble.distill.checkpoint import distill_checkpoint
 from subnibble.errors import BadRecipe, CheckpointError, OutputError, SubnibbleError
 from subnibble.generate.prefix import add_prefix
 from subnibble.hf.attention import attached_cache
+from subnibble.pipeline.distill_checkpoint import distill_checkpoint
 
 
 def recipe_of(kind: str, token_file: Path, **more: Any) -> Recipe:
@@ -147,7 +147,7 @@ def test_a_checkpoint_that_is_not_whole_is_refused_before_training(
 ) -> None:
     out, recipe = tmp_path / "out", recipe_of("gptq", token_file, **DISTILLED)
     quantize(folders["llama"], out, recipe_of("gptq", token_file))
-    monkeypatch.setattr("subnibble.distill.checkpoint.distill", lambda *args: pytest.fail("it was trained"))
+    monkeypatch.setattr("subnibble.pipeline.distill_checkpoint.distill", lambda *args: pytest.fail("it was trained"))
     with monkeypatch.context() as patch:
         patch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10))
         with pytest.raises(OutputError, match="GB are needed to replace it; free space"):
@@ -177,7 +177,7 @@ def test_a_damaged_report_is_refused_before_work(
     out = tmp_path / "out"
     quantize(folders["llama"], out, recipe_of("gptq", token_file))
     (out / "report.json").write_bytes(damaged if isinstance(damaged, bytes) else damaged.encode())
-    monkeypatch.setattr("subnibble.distill.checkpoint.distill", lambda *args: pytest.fail("it was trained"))
+    monkeypatch.setattr("subnibble.pipeline.distill_checkpoint.distill", lambda *args: pytest.fail("it was trained"))
     monkeypatch.setattr("subnibble.generate.prefix.load_model", lambda *args: pytest.fail("it was loaded"))
     with pytest.raises(CheckpointError, match=r"report\.json .* remove it, or quantize the model again"):
         distill_checkpoint(out, folders["llama"], recipe_of("gptq", token_file, **DISTILLED))

@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM
 
 from subnibble import Recipe, quantize
 from subnibble.checkpoint.module_specs import matrices_of
-from subnibble.distill.checkpoint import distill_checkpoint
 from subnibble.distill.models import Student
 from subnibble.distill.settings import SPACES
 from subnibble.errors import BadRecipe, SilentFailure
+from subnibble.pipeline.distill_checkpoint import distill_checkpoint
 from subnibble.runtime import site_input
 from subnibble.runtime.modules import PackedLinear, remove_output_bias_
 

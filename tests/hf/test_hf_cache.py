@@ -7,14 +7,16 @@ import io
 import pickle
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache, StaticCache
+from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 from conftest import CONFIGS, VOCABULARY, random_model
 from kv_calls import cache_of, passing
+from subnibble import Recipe, quantize
 from subnibble.errors import BadRecipe, UnsupportedTransformers
 from subnibble.hf.attention import attach_cache_, attached_cache, detach_cache_, repeated_prefix, set_prefix_
 from subnibble.hf.cache import KVCache
@@ -395,6 +397,24 @@ def test_a_copy_and_its_original_are_detached_apart(copied: Callable[[Any], Any]
     attach_cache_(twin, CacheScheme(2))
     assert hooks_of(twin) == hooks
     assert torch.equal(logits(twin, tokens), target)
+
+
+def test_a_loaded_model_is_detached_and_attached_as_one_that_was_saved_again(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    quantize(folders["llama"], tmp_path / "out", Recipe(method="none", kv_bits=2, kv={"group_size": 16}))
+    model, tokens = AutoModelForCausalLM.from_pretrained(tmp_path / "out"), ids(9)
+    target, hooks = logits(model, tokens), hooks_of(model)
+    model.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    assert torch.equal(logits(again, tokens), target)
+    detach_cache_(again)
+    # What is left checks the first pass.
+    assert hooks - hooks_of(again) == 2 * (2 + len(model.model.layers))
+    assert not torch.equal(logits(again, tokens), target)
+    attach_cache_(again, attached_cache(model).scheme)
+    assert hooks_of(again) == hooks
+    assert torch.equal(logits(again, tokens), target)
 
 
 def test_a_model_that_is_refused_gets_no_hooks(monkeypatch: pytest.MonkeyPatch) -> None:

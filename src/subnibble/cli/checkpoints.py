@@ -96,7 +96,7 @@ def distill(
         None, None, None, distill_option, distill_steps=steps, calibration=calibration, num_windows=num_windows,
         window=window, seed=seed, device=device, dtype=dtype,
     )  # fmt: skip
-    from subnibble.distill.checkpoint import distill_checkpoint
+    from subnibble.pipeline.distill_checkpoint import distill_checkpoint
 
     with progress("distill") as on_progress:
         report = distill_checkpoint(out, original, target, resume=resume, progress=on_progress)

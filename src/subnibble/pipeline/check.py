@@ -1,7 +1,8 @@
 """Check whether a recipe can run on a model, before text and weights are read.
 
-`quantize`, `estimate` and `compare` call `resolve`; those that write call the checks of the output, too. A rule about a
-single step is defined by that step (`Scheme.check_width`, `Rounder.check`, ...); this file calls all of these checks.
+`quantize`, `estimate` and `compare` call `resolve`; those that write call the checks of the output, too.
+`distill_checkpoint` calls `given_distillation` and `check_can_distill`. A rule about a single step is defined by that
+step (`Scheme.check_width`, `Rounder.check`, ...); this file calls all of these checks.
 """
 
 from __future__ import annotations
@@ -16,11 +17,15 @@ from subnibble.arch.site import Arch, Heads
 from subnibble.calibrate.prompt import AUTO, prompt_prefix
 from subnibble.calibrate.tokens import check_vocabulary
 from subnibble.calibrate.windows import check_positions
-from subnibble.checkpoint.manifest import check_plain
+from subnibble.checkpoint.edit import check_space
+from subnibble.checkpoint.manifest import PackedConfig, check_plain
+from subnibble.checkpoint.module_specs import NormBiasSpec
 from subnibble.checkpoint.opening import open_source
+from subnibble.checkpoint.original import check_original
+from subnibble.checkpoint.safetensors_source import SafetensorsSource
 from subnibble.checkpoint.source import Source
 from subnibble.device import resolve_device, resolve_dtype
-from subnibble.distill.settings import learnable
+from subnibble.distill.settings import Distillation, learnable
 from subnibble.errors import BadRecipe, OutputError, UnsupportedModel
 from subnibble.methods import find_method
 from subnibble.methods.method import Steps
@@ -37,6 +42,7 @@ from subnibble.pipeline.plan import (
 )
 from subnibble.pipeline.resolved_recipe import resolved_recipe
 from subnibble.pipeline.size import disk_bytes
+from subnibble.pipeline.streams import prefix_length
 from subnibble.recipe import PLAIN_ACTIVATIONS, Recipe
 from subnibble.tensor.cache_scheme import PrefixIds
 from subnibble.tensor.scheme import Scheme
@@ -107,9 +113,39 @@ def check_tokens(recipe: Recipe, source: Source, prefix: PrefixIds | None, what:
     Raises `CalibrationError`.
     """
     window = 1 if recipe.calibration is None else recipe.window
-    check_positions(window, source.config, 0 if prefix is None else len(prefix.ids))
+    check_positions(window, source.config, prefix_length(prefix))
     if prefix is not None:
         check_vocabulary(torch.tensor(prefix.ids), source.config.vocab_size, what)
+
+
+def given_distillation(recipe: Recipe) -> Distillation:
+    """The recipe's settings of distillation; `BadRecipe` if it has none. Needs no model."""
+    if recipe.distillation is None:
+        raise BadRecipe("distill_steps is 0; give a positive number")
+    return recipe.distillation
+
+
+def check_can_distill(
+    settings: Distillation, window: int, original: Source, packed: SafetensorsSource, config: PackedConfig
+) -> None:
+    """Raise a `SubnibbleError` if a packed checkpoint cannot be tuned towards a model, or not be replaced.
+
+    window: tokens of a calibration window.
+    original: the unquantized model.
+    packed, config: the packed checkpoint.
+    """
+    check_plain(original)
+    check_original(original, packed)
+    linears = config.linears
+    parameters = learnable(
+        [scheme for spec in linears for matrix in spec.matrices.values() for _, scheme in matrix.ranges],
+        [spec.activation for spec in linears],
+        column_scales=any(spec.column_scale for spec in linears),
+        norm_biases=any(isinstance(spec, NormBiasSpec) for spec in config.modules.values()),
+    )
+    settings.check_learns(parameters, packed.path.name)
+    check_positions(window, original.config, prefix_length(config.prefix))
+    check_space(packed)
 
 
 def check_apart(out: Path, model: Path, recipe: Recipe) -> None:

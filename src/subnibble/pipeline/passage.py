@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from typing import Self
 
 import torch
@@ -18,17 +16,14 @@ from subnibble.calibrate.prefix import after_prefix
 from subnibble.calibrate.stats import value_over
 from subnibble.calibrate.stream import BlockStream
 from subnibble.corrections.mean_shift import MeanShift
-from subnibble.model.skeleton import Block
 from subnibble.model.transformers_api.blocks import BlockCall, run_block
-from subnibble.model.transformers_api.names import never_called
-from subnibble.pipeline.input_hook import InputHook
-from subnibble.pipeline.observe import Quantization, View, quantized_input
+from subnibble.pipeline.observe import Quantization
 from subnibble.pipeline.plan import Resolved
 from subnibble.pipeline.prepare import Prepared
+from subnibble.pipeline.rounded_copy import RoundedCopy
 from subnibble.pipeline.streams import Streams
 from subnibble.report.clock import Clock
 from subnibble.runtime.kv_cache import CacheQuantizer
-from subnibble.runtime.modules import add_output_bias_, never_ran
 from subnibble.tensor.cache_scheme import CacheScheme
 from subnibble.tuning.samples import Samples
 from subnibble.tuning.train import held_out_loss
@@ -36,28 +31,26 @@ from subnibble.tuning.train import held_out_loss
 
 @dataclass
 class Passage:
-    """A block whose linears are replaced by rounded ones, site after site, and the streams of hidden states through it.
+    """The streams of hidden states through a block whose linears are replaced by rounded ones, site after site.
 
     prepared: the block after the method's transforms, float32.
-    block: a copy in the compute type; `put` replaces the weights of its linears by rounded ones.
+    rounded: a copy of the block, with the linears rounded so far.
     streams: hidden states of all windows before the block.
     clock: counts the seconds of each step.
-    stream: hidden states of the quantized model through `block`.
+    stream: hidden states of the quantized model through `rounded`.
     reference: hidden states of the full-precision model through an unquantized copy, None if no step needs it.
     teacher: hidden states of the quantized model through an unquantized copy, None if no step needs it.
     cache_quantizer: of the block's KV cache; None if it is not quantized, and until the key projections are rounded.
-    hooks: hooks on `block` that quantize inputs.
     """
 
     prepared: Prepared
-    block: Block
+    rounded: RoundedCopy
     streams: Streams
     clock: Clock
     stream: BlockStream
     reference: BlockStream | None
     teacher: BlockStream | None
     cache_quantizer: CacheQuantizer | None = None
-    hooks: list[InputHook] = field(default_factory=list)
 
     @classmethod
     def start(
@@ -80,7 +73,7 @@ class Passage:
             teacher = BlockStream(block_copy, streams.hidden, before) if steps.corrects_norms else None
         # The KV cache is not quantized yet: `quantize_cache` is called once the key projections are rounded.
         stream = BlockStream(block, streams.hidden, before)
-        return cls(prepared, block, streams, clock, stream, reference, teacher)
+        return cls(prepared, RoundedCopy(block, prepared.bases), streams, clock, stream, reference, teacher)
 
     def at(self, site: Site, reference: bool) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Yield the site's tensor in batches (t, k), each with the same tokens of the full-precision model, or None.
@@ -101,22 +94,10 @@ class Passage:
         """
         with self.clock.step("mean shift"):
             outputs = zip(teacher.at(site), self.stream.at(site), strict=True)
-            gain = self.block.gain(norm)
+            gain = self.rounded.block.gain(norm)
             bias = value_over(MeanShift(gain.shape[0], gain.device), outputs).to(torch.float16).float()
-            add_output_bias_(self.block.module.get_submodule(norm), bias.to(gain.dtype))
+            self.rounded.add_bias(norm, bias)
         return bias
-
-    def put(self, name: str, dense: Tensor, view: View) -> None:
-        """Replace the weight of a linear of the block by its rounded one.
-
-        name: name of the linear in the block.
-        dense: (m, k), the dequantized weight.
-        view: how its input is quantized from now on, or None.
-        """
-        weight = self.block.linear(name).weight
-        weight.data = dense.to(weight.dtype)
-        if view is not None:
-            self.hooks.append(self._hook(name, view))
 
     def quantize_cache(self, scheme: CacheScheme, inputs: Mapping[str, Quantization], applies: bool) -> None:
         """Compute how the block's KV cache quantizes, and quantize keys and values from now on.
@@ -127,26 +108,11 @@ class Passage:
         inputs: name of a key projection -> how its input is quantized at run time, if calibration does not quantize it.
         applies: whether later sites of the block see quantized keys and values.
         """
-        prepared = self.prepared
-        with self.clock.step("key center"), self._quantizing(inputs):
-            self.cache_quantizer = cache_quantizer_of(self.block, scheme, self.streams.hidden, prepared.call)
+        prepared, block = self.prepared, self.rounded.block
+        with self.clock.step("key center"), self.rounded.quantizing(inputs):
+            self.cache_quantizer = cache_quantizer_of(block, scheme, self.streams.hidden, prepared.call)
         if applies:
-            self.stream = BlockStream(self.block, self.streams.hidden, self._after_prefix(prepared.call))
-
-    @contextmanager
-    def _quantizing(self, inputs: Mapping[str, Quantization]) -> Iterator[None]:
-        """Quantize the inputs of these linears inside the `with` block."""
-        hooks = [self._hook(name, view) for name, view in inputs.items()]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.handle.remove()
-
-    def _hook(self, name: str, view: Quantization) -> InputHook:
-        block, basis = self.block, self.prepared.bases[self.block.arch.site_of(name).name]
-        quantize = partial(quantized_input, view=view, basis=basis)
-        return InputHook(f"the quantized input of {block.path}.{name}", block.linear(name), quantize)
+            self.stream = BlockStream(block, self.streams.hidden, self._after_prefix(prepared.call))
 
     def _after_prefix(self, call: BlockCall) -> BlockCall:
         """The call with the prompt prefix's keys and values in its cache, and the cache quantized."""
@@ -154,7 +120,7 @@ class Passage:
 
     def output_error(self, samples: Samples) -> float:
         """The held-out loss of the block with the linears rounded so far; see `tuning/train.py`."""
-        module = self.block.module
+        module = self.rounded.block.module
 
         def output(hidden: Tensor, call: BlockCall) -> Tensor:
             dtype = next(module.parameters()).dtype
@@ -181,7 +147,4 @@ class Passage:
         if self.streams.prefix is not None and self.prepared.prefix is not None:
             self.streams.prefix.move(self.prepared.prefix)
         # Checked here, before the next block is quantized on these outputs.
-        idle = [hook.path for hook in self.hooks if not hook.runs]
-        idle += [f"the bias of {self.block.path}.{path}" for path in never_ran(self.block.module)]
-        if idle:
-            raise never_called(idle[0])
+        self.rounded.check_ran()

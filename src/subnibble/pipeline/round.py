@@ -168,7 +168,7 @@ def _round_site(
         statistics = observed.get(view, Observed())
         readers = round_readers(stack, natural, basis, statistics, steps.correction, rounded, absorbs, passage.clock)
         for name, dense in readers.dense.items():
-            passage.put(name, dense, view)
+            passage.rounded.put(name, dense, view)
         yield readers
 
 

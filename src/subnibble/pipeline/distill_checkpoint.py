@@ -1,4 +1,4 @@
-"""Distill an existing packed checkpoint (`train.py`); can be repeated."""
+"""Distill an existing packed checkpoint (`distill/train.py`); can be repeated."""
 
 from __future__ import annotations
 
@@ -6,17 +6,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 from subnibble.calibrate.text import absolute_text
-from subnibble.calibrate.windows import calibration_windows, check_positions
-from subnibble.checkpoint.edit import change_checkpoint, check_space, open_packed, read_report
-from subnibble.checkpoint.manifest import PackedConfig, check_plain
-from subnibble.checkpoint.module_specs import NormBiasSpec
+from subnibble.calibrate.windows import calibration_windows
+from subnibble.checkpoint.edit import change_checkpoint, open_packed, read_report
 from subnibble.checkpoint.opening import open_source
-from subnibble.checkpoint.original import check_original
 from subnibble.checkpoint.source import Source
 from subnibble.device import resolve_device, resolve_dtype
-from subnibble.distill.settings import learnable
 from subnibble.distill.train import Distilled, distill
-from subnibble.errors import BadRecipe
+from subnibble.pipeline.check import check_can_distill, given_distillation
 from subnibble.progress import Progress, as_progress
 from subnibble.recipe import AnyRecipe, Recipe
 from subnibble.report import DistillReport
@@ -49,18 +45,12 @@ def distill_checkpoint(
     progress: called after each step.
     """
     recipe, on_progress = Recipe.of(recipe), as_progress(progress)
-    settings = recipe.distillation
-    if settings is None:
-        raise BadRecipe("distill_steps is 0; give a positive number")
+    settings = given_distillation(recipe)
     packed, config = open_packed(folder)
     source = open_source(original, "original")
-    check_plain(source)
-    check_original(source, packed)
-    settings.check_learns(_learnable(config), packed.path.name)
-    check_space(packed)
+    check_can_distill(settings, recipe.window, source, packed, config)
     device = resolve_device(recipe.device)
     dtype = resolve_dtype(recipe.dtype, source.config.dtype, device)
-    check_positions(recipe.window, source.config, 0 if config.prefix is None else len(config.prefix.ids))
     calibration = absolute_text(recipe.calibration or "c4")
     windows = calibration_windows(
         calibration, packed.load_tokenizer, recipe.num_windows, recipe.window, recipe.seed, source.config.vocab_size
@@ -94,14 +84,3 @@ def distill_checkpoint(
         entry = {**asdict(distilled.report), **settings.to_dict(), **facts}
         change_checkpoint(packed, distilled.config, distilled.tensors, {"distilled_later": [*earlier, entry]}, run)
     return distilled.report
-
-
-def _learnable(config: PackedConfig) -> frozenset[str]:
-    """The parameter spaces that a packed checkpoint has, a subset of `SPACES`."""
-    linears = config.linears
-    return learnable(
-        [scheme for spec in linears for matrix in spec.matrices.values() for _, scheme in matrix.ranges],
-        [spec.activation for spec in linears],
-        column_scales=any(spec.column_scale for spec in linears),
-        norm_biases=any(isinstance(spec, NormBiasSpec) for spec in config.modules.values()),
-    )
