@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -76,7 +77,7 @@ def measure_row(
     exact_inputs: bool = False,
     change: Callable[[Any, Any], None] | None = None,
 ) -> list[Any]:
-    """Quantize the demo's model and score it; return one row per text.
+    """Quantize the demo's model and score it; return one row per text. A row that was killed goes on where it was.
 
     recipe: how to quantize; None scores the original.
     windows: number of windows of 2048 tokens to score.
@@ -84,7 +85,6 @@ def measure_row(
     exact_inputs: also score the same codes with inputs that are not quantized.
     change: called with the loaded model and its tokenizer before scoring, to edit the model.
     """
-    from subnibble import quantize
     from subnibble.calibrate.tokens import bos_token
     from subnibble.calibrate.windows import evaluation_windows
     from subnibble.checkpoint.opening import open_source
@@ -92,15 +92,25 @@ def measure_row(
     from subnibble.evaluation.perplexity import score
     from subnibble.hf import load_model, packed_modules
     from subnibble.packaged.model import find_model
+    from subnibble.resume import fingerprint
+    from subnibble.resume.keeper import Keeper
+    from subnibble.resume.run import printing_run
     from subnibble.version import __version__
 
     model = find_model()
     facts: dict[str, Any] = {"version": __version__, "window": WINDOW, "scored_in": "float32", **environment()}
-    with tempfile.TemporaryDirectory() as folder:
+    target = {
+        "recipe": None if recipe is None else recipe.to_dict(), "windows": windows, "texts": names,
+        "exact inputs": exact_inputs, "change": None if change is None else repr(change), **environment(),
+        "versions": fingerprint.versions(),
+    }  # fmt: skip
+    with ExitStack() as stack:
+        run = stack.enter_context(printing_run("row", target))
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) if run is None else run.folder
         path = model
         if recipe is not None:
-            path = Path(folder) / "model"
-            report = quantize(model, path, recipe)
+            path = folder / "model"
+            report = _quantized(model, path, recipe)
             facts |= {
                 "calibration": recipe.calibration,
                 "calibrated_in": recipe.dtype,
@@ -116,17 +126,31 @@ def measure_row(
             change(loaded, tokenizer)
         cuts = {name: evaluation_windows(where, tokenizer, WINDOW, windows) for name, where in names.items()}
 
-        def perplexities() -> list[float]:
-            bos = bos_token(tokenizer)
-            return [score({"m": loaded}, cut, bos)["m"].perplexity for cut in cuts.values()]
+        def perplexities(inputs: str) -> list[float]:
+            bos, journal = bos_token(tokenizer), None if run is None else run.journal
+            return [
+                score({"m": loaded}, cut, bos, keeper=Keeper(journal, f"{name}, {inputs} inputs"))["m"].perplexity
+                for name, cut in cuts.items()
+            ]
 
-        rows = [{"text": name, "perplexity": value} for name, value in zip(cuts, perplexities(), strict=True)]
+        rows = [
+            {"text": name, "perplexity": value} for name, value in zip(cuts, perplexities("quantized"), strict=True)
+        ]
         if exact_inputs:
             for module in packed_modules(loaded).values():
                 module.activation = None
-            for row, value in zip(rows, perplexities(), strict=True):
+            for row, value in zip(rows, perplexities("exact"), strict=True):
                 row["perplexity_exact_inputs"] = value
         return [row | facts for row in rows]
+
+
+def _quantized(model: Any, path: Path, recipe: Recipe) -> Any:
+    """Quantize the model into `path`, unless an earlier run of this row did it, and return the report."""
+    from subnibble import quantize
+    from subnibble.checkpoint.edit import read_report
+    from subnibble.report import Report
+
+    return Report.from_dict(read_report(path)) if path.is_dir() else quantize(model, path, recipe)
 
 
 def environment() -> dict[str, Any]:

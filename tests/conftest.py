@@ -24,7 +24,7 @@ import subnibble
 from pairs import cover
 from subnibble import Recipe
 from subnibble.cli.main import main
-from subnibble.resume.runs import runs_in
+from subnibble.resume.places import runs_in
 
 Run = Callable[..., tuple[int, str, str]]
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from subnibble.checkpoint.writer import CheckpointWriter
+from subnibble.resume.places import PARTIAL
 from subnibble.resume.run import Run
-from subnibble.resume.runs import PARTIAL
 
 CONFIG = {"model_type": "llama", "quantization_config": {"quant_method": "subnibble"}}
 SHARDS = [

@@ -13,7 +13,7 @@ from crashes import bytes_of
 from subnibble import Recipe, quantize
 from subnibble.resume import keeper, pace
 from subnibble.resume.journal import Journal
-from subnibble.resume.runs import work_folders
+from subnibble.resume.places import work_folders
 
 # What each recipe adds; together they record every kind of step.
 RECIPES: dict[str, dict[str, Any]] = {

@@ -12,6 +12,7 @@ import signal
 import sys
 import traceback
 import warnings
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -67,6 +68,10 @@ def root(
     ] = False,
 ) -> None:
     """Options of all commands."""
+    if cache := os.environ.get("XDG_CACHE_HOME"):
+        from subnibble.resume.places import runs_in
+
+        context.with_resource(runs_in(Path(cache) / "subnibble" / "runs"))
     if skip_checksums:
         from subnibble.checkpoint.checksums import unverified
 

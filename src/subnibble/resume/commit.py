@@ -12,7 +12,7 @@ from pathlib import Path
 
 from subnibble.errors import OutputError
 from subnibble.resume.durable import make_folder, remove, remove_folder, rename, sync_tree, write_file
-from subnibble.resume.runs import is_work_folder, work_folders
+from subnibble.resume.places import is_work_folder, work_folders
 
 # In the work folder: the new checkpoint, the files that it replaces, the phase of the commit.
 CHECKPOINT, _REPLACED, _PHASE = "checkpoint", "replaced", "commit-phase"

@@ -28,7 +28,8 @@ from subnibble.resume.commit import CHECKPOINT
 from subnibble.resume.durable import make_folder, remove, remove_folder, rename
 from subnibble.resume.fingerprint import differences, digest, plain
 from subnibble.resume.journal import JOURNAL, Journal
-from subnibble.resume.runs import REMOVED, register, runs_folder, unregister, work_folders
+from subnibble.resume.places import REMOVED, runs_folder, work_folders
+from subnibble.resume.runs import register, unregister
 
 # What to do with the unfinished work of an earlier run.
 RESUME = ("auto", "never", "must")

@@ -1,8 +1,7 @@
-"""Where runs keep their unfinished work, and a list of all unfinished runs of this user.
+"""The list of all unfinished runs of this user.
 
-A run that writes a folder OUT keeps its work in the hidden folder `.OUT.partial`: inside OUT if that exists, since it
-may be a mounted volume, else beside it. A run that only prints keeps it in the user's cache folder. There, too, is a
-small file for each run of the first kind, so that all can be listed.
+Runs that only print have their work folders in the user's folder for runs. For each run that writes a folder elsewhere,
+a small file there holds the path of its work folder.
 """
 
 from __future__ import annotations
@@ -10,19 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 
 from subnibble.errors import BadJournal
 from subnibble.resume.durable import remove, write_file
 from subnibble.resume.journal import JOURNAL, Journal
+from subnibble.resume.places import PARTIAL, is_work_folder, runs_folder, work_folders
 
-# Suffix of the hidden folder of unfinished work; what is added to it while the folder is being removed.
-PARTIAL, REMOVED = ".partial", "-removed"
-_FOLDER: ContextVar[Path | None] = ContextVar("folder", default=None)
 _log = logging.getLogger(__name__)
 
 
@@ -46,35 +40,9 @@ class UnfinishedRun:
     bytes: int
 
 
-def runs_folder() -> Path:
-    """The user's folder for runs, ~/.cache/subnibble/runs unless `runs_in` says otherwise."""
-    return _FOLDER.get() or Path.home() / ".cache" / "subnibble" / "runs"
-
-
-@contextmanager
-def runs_in(folder: Path) -> Iterator[None]:
-    """Use another folder for runs inside this context."""
-    token = _FOLDER.set(folder)
-    try:
-        yield
-    finally:
-        _FOLDER.reset(token)
-
-
-def work_folders(final: Path) -> tuple[Path, Path]:
-    """The two places of the work folder of a run that writes `final`: inside it, and beside it."""
-    name = f".{final.name}{PARTIAL}"
-    return final / name, final.with_name(name)
-
-
 def has_unfinished(final: Path) -> bool:
     """Whether an earlier run on `final` left work that can be resumed."""
     return any((folder / JOURNAL).is_file() for folder in work_folders(final.resolve()))
-
-
-def is_work_folder(path: Path) -> bool:
-    """Whether the name is that of a work folder, or of one that is being removed."""
-    return path.name.startswith(".") and path.name.endswith((PARTIAL, PARTIAL + REMOVED))
 
 
 def register(folder: Path) -> None:
