@@ -46,7 +46,7 @@ class PowerFailures:
         def fsync(handle: int) -> None:
             self._take()
             plain["fsync"](handle)
-            path = Path(os.readlink(f"/proc/self/fd/{handle}"))
+            path = Path(f"/proc/self/fd/{handle}").readlink()
             if not path.is_relative_to(self.root):
                 return
             if stat.S_ISDIR(os.fstat(handle).st_mode):
@@ -58,7 +58,7 @@ class PowerFailures:
             def move(origin: Any, target: Any, **named: Any) -> None:
                 self._take()
                 if os.path.lexists(target):
-                    self._forget(os.stat(target))
+                    self._forget(Path(target).stat())
                 plain[name](origin, target, **named)
 
             return move

@@ -104,7 +104,8 @@ class Run:
 
     def __enter__(self) -> Self:
         self._take()
-        remove_folder(self.folder.with_name(self.folder.name + REMOVED))
+        for folder in work_folders(self.final):
+            remove_folder(folder.with_name(folder.name + REMOVED))
         try:
             self._open()
         except BaseException:
