@@ -210,14 +210,14 @@ def test_a_run_that_only_prints_works_without_a_folder_for_runs(
 
 
 def test_the_fingerprint_knows_model_text_and_machine(tmp_path: Path) -> None:
-    for name in ("config.json", "model.safetensors", ".hidden"):
-        (tmp_path / name).write_text(name)
-    before = fingerprint.files(tmp_path)
-    assert set(before) == {"config.json", "model.safetensors"}
-    os.utime(tmp_path / "model.safetensors", ns=(1, 1))
-    (line,) = fingerprint.differences(before, fingerprint.files(tmp_path))
-    assert line.startswith("model.safetensors was [")
-    assert fingerprint.files(tmp_path / "config.json") == {"config.json": before["config.json"]}
+    paths = [tmp_path / name for name in ("config.json", "model.safetensors")]
+    for path in paths:
+        path.write_text(path.name)
+    before = fingerprint.files(paths)
+    assert set(before) == {str(path) for path in paths}
+    os.utime(paths[1], ns=(1, 1))
+    (line,) = fingerprint.differences(before, fingerprint.files(paths))
+    assert line.startswith(f"{paths[1]} was [")
     ids = torch.arange(6).view(2, 3)
     digests = [fingerprint.tokens(windows) for windows in (ids, ids.view(3, 2), ids + 1, None)]
     assert len(set(digests)) == 4

@@ -90,6 +90,10 @@ class GgufSource:
         """Return the size of all parts together, in bytes."""
         return sum(part.stat().st_size for part in self._parts)
 
+    def files(self) -> list[Path]:
+        """Return all parts."""
+        return list(self._parts)
+
     def load_tokenizer(self) -> Any:
         """Load the transformers tokenizer from the file's metadata."""
         # Kept, since parsing the vocabulary takes seconds.

@@ -115,6 +115,10 @@ class SafetensorsSource:
             names.setdefault(self.path / stored.file, []).append(name)
         return dict(sorted(names.items()))
 
+    def files(self) -> list[Path]:
+        """Return all files of the folder, hidden ones left out."""
+        return [path for path in sorted(self.path.iterdir()) if path.is_file() and not path.name.startswith(".")]
+
     def file_bytes(self) -> int:
         """Return the size of all weight files together, in bytes."""
         return sum((self.path / file).stat().st_size for file in {stored.file for stored in self._stored.values()})

@@ -48,6 +48,9 @@ class Source(Protocol):
     def file_bytes(self) -> int:
         """Return the size of all weight files together, in bytes."""
 
+    def files(self) -> list[Path]:
+        """Return all files that the model may be read from, tokenizer and config included."""
+
     def load_tokenizer(self) -> Any:
         """Load the transformers tokenizer that comes with the checkpoint."""
 

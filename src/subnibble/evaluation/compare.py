@@ -190,9 +190,9 @@ def _fingerprint(
     """Everything that the result of a comparison depends on. windows: (n, t) token ids that are scored."""
     texts = sorted({recipe.calibration for recipe in recipes.values() if recipe.calibration})
     return {
-        "model": fingerprint.model(source.path),
+        "model": fingerprint.files(source.files()),
         "recipes": {name: recipe.to_dict() for name, recipe in recipes.items()},
-        "calibration": {text: fingerprint.files(expanded(text)) for text in texts if is_file(text)},
+        "calibration": fingerprint.files(expanded(text) for text in texts if is_file(text)),
         "evaluation": asdict(evaluation),
         "tokens": fingerprint.tokens(windows),
         "versions": fingerprint.versions(),

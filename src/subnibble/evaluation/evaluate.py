@@ -172,8 +172,8 @@ def evaluate(
         check_vocabularies(loaded, reference_model)
         same_prefix_(loaded, reference_model)
     target = {
-        "model": fingerprint.model(source.path),
-        "reference": None if reference_source is None else fingerprint.model(reference_source.path),
+        "model": fingerprint.files(source.files()),
+        "reference": None if reference_source is None else fingerprint.files(reference_source.files()),
         "evaluation": asdict(evaluation),
         "tokens": fingerprint.tokens(windows),
         "versions": fingerprint.versions(),

@@ -61,7 +61,7 @@ def distill_checkpoint(
         "dtype": str(dtype).removeprefix("torch."),
     }  # fmt: skip
     target = {
-        "checkpoint": fingerprint.files(packed.path), "original": fingerprint.files(source.path),
+        "checkpoint": fingerprint.files(packed.files()), "original": fingerprint.files(source.files()),
         "settings": {**settings.to_dict(), **facts}, "calibration tokens": fingerprint.tokens(windows),
         "versions": fingerprint.versions(), "machine": fingerprint.machine(device),
     }  # fmt: skip

@@ -196,7 +196,7 @@ class QuantizationJournal:
 def fingerprint_of(resolved: Resolved, windows: Tensor | None) -> dict[str, Any]:
     """Everything that the bytes of the packed checkpoint depend on. windows: (n, t) token ids, or None."""
     return {
-        "model": fingerprint.model(resolved.skeleton.source.path),
+        "model": fingerprint.files(resolved.skeleton.source.files()),
         "recipe": resolved.recipe.to_dict(),
         "calibration tokens": fingerprint.tokens(windows),
         "system prompt": None if resolved.prefix is None else resolved.prefix.to_dict(),

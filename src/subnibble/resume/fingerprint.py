@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -21,18 +21,12 @@ _PACKAGES = ("torch", "transformers", "safetensors", "numpy")
 _SHOWN = 120
 
 
-def model(path: Path) -> dict[str, Any]:
-    """Path and files of a model, a folder or a file."""
-    return {"path": str(path), "files": files(path)}
+def files(paths: Iterable[Path]) -> dict[str, list[int]]:
+    """Path -> [size in bytes, time of change in ns] of each file.
 
-
-def files(path: Path) -> dict[str, list[int]]:
-    """Name -> [size in bytes, time of change in ns] of a model file, or of all files in a model folder.
-
-    Weights are not read for this: that would take as long as quantizing to nearest.
+    Contents are not read for this: reading the weights would take as long as quantizing to nearest.
     """
-    members = [path] if path.is_file() else [file for file in sorted(path.iterdir()) if file.is_file()]
-    states = {file.name: file.stat() for file in members if not file.name.startswith(".")}
+    states = {str(path): path.stat() for path in paths}
     return {name: [state.st_size, state.st_mtime_ns] for name, state in states.items()}
 
 

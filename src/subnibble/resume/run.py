@@ -39,6 +39,8 @@ _LOCK = "lock"
 _WOULD_RECUR = (
     BadArgument, BadRecipe, CalibrationError, NotLoadable, NumericalFailure, SilentFailure, UnsupportedModel,
 )  # fmt: skip
+# Errors of file systems, mostly network ones, that cannot lock files.
+_WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 _log = logging.getLogger(__name__)
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 
@@ -201,7 +203,12 @@ class Run:
             handle = os.open(self.folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
+            except OSError as error:
+                if error.errno in _WITHOUT_LOCKS:
+                    _log.warning("%s: this file system has no locks; a second run would not be noticed", self.folder)
+                    return handle
+                if error.errno not in (errno.EAGAIN, errno.EACCES):
+                    raise
                 owner = os.pread(handle, 32, 0).decode(errors="replace").strip()
                 os.close(handle)
                 raise OutputError(
