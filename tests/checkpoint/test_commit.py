@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from writer_samples import SHARDS, Interrupted, content, everything, hidden, seen, write
+from writer_samples import SHARDS, Interrupted, bytes_by_name, content, everything, hidden, write
 
 from subnibble.checkpoint.weight_files import INDEX
 from subnibble.checkpoint.writer import CheckpointWriter, check_output
@@ -48,7 +48,7 @@ def test_a_commit_that_fails_halfway_puts_the_old_checkpoint_back_and_keeps_the_
     fail_to_rename(kind(errno.EBUSY, "Device or resource busy"), STOPS[stop], monkeypatch)
     with pytest.raises((OutputError, KeyboardInterrupt)) as caught:
         write(final, SHARDS, replace=True)
-    assert seen(final) == before
+    assert bytes_by_name(final) == before
     assert content(hidden(final)) == content(tmp_path / "other")
     assert str(hidden(final)) in caught.value.__notes__[0]
 
@@ -76,9 +76,9 @@ def test_an_error_after_the_last_weight_keeps_what_was_written(tmp_path, error) 
     with pytest.raises((type(error), OutputError)) as caught:
         fail_before_the_report()
     assert set(content(hidden(tmp_path))) == {"model.safetensors"}
-    told = f"{caught.value} {getattr(caught.value, '__notes__', '')}"
-    assert str(hidden(tmp_path)) in told
-    assert "nothing was kept" not in told
+    message = f"{caught.value} {getattr(caught.value, '__notes__', '')}"
+    assert str(hidden(tmp_path)) in message
+    assert "nothing was kept" not in message
 
 
 def test_weights_that_were_half_replaced_are_not_kept(tmp_path) -> None:
@@ -140,7 +140,7 @@ def test_what_killed_runs_left_inside_an_empty_folder_does_not_fill_it(tmp_path)
     left.mkdir(parents=True)
     (left / "model.safetensors").write_bytes(b"half")
     write(tmp_path / "out", SHARDS[:1])
-    assert set(seen(tmp_path / "out")) == {"model.safetensors", "config.json"}
+    assert set(bytes_by_name(tmp_path / "out")) == {"model.safetensors", "config.json"}
     assert set(content(left)) == {"model.safetensors"}
 
 
@@ -175,7 +175,7 @@ def test_what_another_program_puts_into_the_folder_at_the_commit_is_left_alone(t
     monkeypatch.setattr(Path, "rename", taken)
     with pytest.raises(OutputError, match="in the meantime"):
         write(final, SHARDS[:1], replace=True)
-    assert seen(final) == {**before, "model.safetensors": b"theirs"}
+    assert bytes_by_name(final) == {**before, "model.safetensors": b"theirs"}
 
 
 def test_what_arrived_in_the_meantime_is_not_overwritten(tmp_path) -> None:
@@ -189,5 +189,5 @@ def test_what_arrived_in_the_meantime_is_not_overwritten(tmp_path) -> None:
 
     with pytest.raises(OutputError, match="is not empty"):
         commit_after_another_program_wrote()
-    assert seen(tmp_path) == {"out/theirs": b"kept"}
+    assert bytes_by_name(tmp_path) == {"out/theirs": b"kept"}
     assert set(content(hidden(tmp_path))) == {"model.safetensors"}

@@ -34,15 +34,15 @@ def content(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
-def seen(folder: Path) -> dict[str, bytes]:
+def bytes_by_name(folder: Path) -> dict[str, bytes]:
     """Every file below `folder` that no writer hides."""
     return {name: text for name, text in content(folder).items() if ".partial-" not in name}
 
 
 def hidden(folder: Path) -> Path:
     """The one folder that a writer left behind in `folder`."""
-    (found,) = (path for path in folder.iterdir() if ".partial-" in path.name)
-    return found
+    (hidden_folder,) = (path for path in folder.iterdir() if ".partial-" in path.name)
+    return hidden_folder
 
 
 def everything(folder: Path) -> set[str]:

@@ -116,8 +116,8 @@ def test_factors_leave_the_function_and_settle_into_the_block(
     assert case.distance(case.output(tuned.prefix), target) < 1e-5
     assert case.distance(case.of(tuned), target) < 1e-5
     # The prefix is what the settled block makes of it; as it was, it would be wrong.
-    for found, made in zip(tuned.prefix, case.stream.run(case.block).states, strict=True):
-        assert torch.allclose(found, made, atol=1e-5)
+    for actual, expected in zip(tuned.prefix, case.stream.run(case.block).states, strict=True):
+        assert torch.allclose(actual, expected, atol=1e-5)
     assert case.distance(case.output(case.states), target) > 1e-2
 
 
@@ -146,9 +146,9 @@ def test_products_may_be_of_half_the_width(name: str, folders: dict[str, Path]) 
     skeleton = Skeleton(SafetensorsSource(folders[name]), torch.bfloat16, torch.device("cpu"))
     case.call = skeleton.block_calls(TOKENS, prefix_length=PREFIX)[1]
     case.context = replace(case.context, dtype=torch.bfloat16)
-    found = case.of(case.tuned())
-    assert not torch.equal(found, target)
-    assert case.distance(found, target) < 0.1
+    actual = case.of(case.tuned())
+    assert not torch.equal(actual, target)
+    assert case.distance(actual, target) < 0.1
 
 
 def test_linears_that_are_skipped_keep_the_function(folders: dict[str, Path]) -> None:
@@ -216,9 +216,9 @@ def test_learned_clips_of_inputs_stay_in_their_range(folders: dict[str, Path]) -
             for name in learned:
                 tuned.parameters()[name].fill_(share)
         tuned.bound_()
-        found = tuned.activations()
-        assert found[names[-1]] is None
-        clips = [scheme.clip for scheme in found.values() if scheme is not None]
+        actual = tuned.activations()
+        assert actual[names[-1]] is None
+        clips = [scheme.clip for scheme in actual.values() if scheme is not None]
         assert least <= min(clips) <= max(clips) <= most
         assert not torch.equal(case.of(tuned), plain) or share > 0
     case.of(tuned)

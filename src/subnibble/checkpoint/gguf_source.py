@@ -88,7 +88,7 @@ class GgufSource:
 
     def file_bytes(self) -> int:
         """Return the size of all parts together, in bytes."""
-        return sum(part.stat().st_size for part in self._parts)
+        return sum(file.stat().st_size for file in self._parts)
 
     def load_tokenizer(self) -> Any:
         """Load the transformers tokenizer from the file's metadata."""

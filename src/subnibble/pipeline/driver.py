@@ -43,7 +43,7 @@ from subnibble.model.verify import check_written
 from subnibble.pipeline.block_tuning import Tuner, round_tuned
 from subnibble.pipeline.check import check_apart, check_disk, resolve
 from subnibble.pipeline.finish import tune_whole, write_config, write_report
-from subnibble.pipeline.outer_layers import AfterBlocks, Part, embedding
+from subnibble.pipeline.outer_layers import AfterBlocks, TensorsAndSpecs, embedding
 from subnibble.pipeline.passage import Passage
 from subnibble.pipeline.plan import Resolved
 from subnibble.pipeline.prepare import prepare
@@ -149,7 +149,7 @@ def _windows(resolved: Resolved, clock: Clock) -> Tensor | None:
         )  # fmt: skip
 
 
-def _begin(resolved: Resolved, windows: Tensor | None, clock: Clock) -> tuple[Survey, Streams, Part]:
+def _begin(resolved: Resolved, windows: Tensor | None, clock: Clock) -> tuple[Survey, Streams, TensorsAndSpecs]:
     """Survey the model and embed the windows; return the survey, the streams and the embedding's tensors and specs."""
     skeleton = resolved.skeleton
     with clock.step("read"):
