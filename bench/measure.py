@@ -39,9 +39,9 @@ def parts_of(text: str, form: str, numbers: int) -> tuple[list[str], list[int]]:
     if "[" in form and len(parts) == count - 1:
         parts.append(parts[-1])
     words, counts = parts[:-numbers], parts[-numbers:]
-    if len(parts) != count or not all(part.isdecimal() for part in counts) or int(counts[-1]) == 0:
+    if len(parts) != count or not all(number.isdecimal() for number in counts) or int(counts[-1]) == 0:
         raise argparse.ArgumentTypeError(f"{text!r}: give {form}; it ends with whole numbers, the last of them above 0")
-    return words, [int(part) for part in counts]
+    return words, [int(number) for number in counts]
 
 
 def texts(wikitext: Path) -> dict[str, str]:
@@ -189,8 +189,8 @@ def share_cell(of_spec: dict[str, dict[str, Any]], share: Callable[[str], float 
     share: the share on a text, or None to leave it out.
     style: format specification of the percentage.
     """
-    shares = (share(text) for text in of_spec)
-    return " / ".join(f"{100 * value:{style}} %" for value in shares if value is not None)
+    values = (share(text) for text in of_spec)
+    return " / ".join(f"{100 * value:{style}} %" for value in values if value is not None)
 
 
 def cost_cells(row: dict[str, Any]) -> list[str]:

@@ -53,8 +53,8 @@ def row_of(bench: str, text: str) -> dict[str, dict[str, Any]]:
     """The finished row of a bench, by the name of the text."""
     module = importlib.import_module(bench)
     rows = json.loads((RESULTS / f"{bench}.json").read_text())
-    found: dict[str, dict[str, Any]] = module.by_spec(rows, module.Spec)[module.parse_spec(text)]
-    return found
+    row: dict[str, dict[str, Any]] = module.by_spec(rows, module.Spec)[module.parse_spec(text)]
+    return row
 
 
 def presets() -> list[list[str]]:

@@ -27,6 +27,6 @@ class Rows:
         """Append a finished row; the file is replaced in one step, so that an interrupted run cannot damage it."""
         self.rows.append(row)
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        part = self._path.with_suffix(".part")
-        part.write_text(json.dumps(self.rows, indent=1) + "\n")
-        os.replace(part, self._path)  # noqa: PTH105
+        unfinished = self._path.with_suffix(".part")
+        unfinished.write_text(json.dumps(self.rows, indent=1) + "\n")
+        os.replace(unfinished, self._path)  # noqa: PTH105

@@ -42,7 +42,7 @@ class Comparison:
     of: number of parts.
     codes: number of codes, zero-points and entries of orders that differ.
     numbers: number of floating-point numbers that differ.
-    largest: the largest difference of two of these numbers.
+    max_difference: the largest difference of two of these numbers.
     excused: number of floating-point numbers that differ within the tolerance.
     ulps, relative: the largest difference among the excused numbers.
     """
@@ -52,7 +52,7 @@ class Comparison:
     of: int
     codes: int
     numbers: int
-    largest: float
+    max_difference: float
     excused: int
     ulps: int
     relative: float
@@ -67,7 +67,7 @@ class Comparison:
         if not self.same:
             return (
                 f"differs first in {self.first}; {self.parts} of {self.of} parts differ, in {self.codes} codes and "
-                f"{self.numbers} numbers, these by up to {self.largest:.3g}"
+                f"{self.numbers} numbers, these by up to {self.max_difference:.3g}"
             )
         if self.excused:
             return (
@@ -78,13 +78,13 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class _Part:
+class _Difference:
     """The differences of one part, with fields as in `Comparison`."""
 
     first: str = ""
     codes: int = 0
     numbers: int = 0
-    largest: float = 0.0
+    max_difference: float = 0.0
     excused: int = 0
     ulps: int = 0
     relative: float = 0.0
@@ -96,35 +96,36 @@ def compare(
     """Compare two contents in the order of `new`; parts that only `old` has come last."""
     names = [*new, *(name for name in old if name not in new)]
     within = tolerance or Tolerance()
-    parts = {name: _compare_part(old.get(name), new.get(name), within) for name in names}
-    wrong = {name: part for name, part in parts.items() if part.first}
+    parts = {name: _compare_entry(old.get(name), new.get(name), within) for name in names}
+    wrong = {name: difference for name, difference in parts.items() if difference.first}
     return Comparison(
-        first=next((f"{name}{part.first}" for name, part in wrong.items()), ""),
+        first=next((f"{name}{difference.first}" for name, difference in wrong.items()), ""),
         parts=len(wrong),
         of=len(names),
-        codes=sum(part.codes for part in wrong.values()),
-        numbers=sum(part.numbers for part in wrong.values()),
-        largest=max((part.largest for part in wrong.values()), default=0.0),
-        excused=sum(part.excused for part in parts.values()),
-        ulps=max((part.ulps for part in parts.values()), default=0),
-        relative=max((part.relative for part in parts.values()), default=0.0),
+        codes=sum(difference.codes for difference in wrong.values()),
+        numbers=sum(difference.numbers for difference in wrong.values()),
+        max_difference=max((difference.max_difference for difference in wrong.values()), default=0.0),
+        excused=sum(difference.excused for difference in parts.values()),
+        ulps=max((difference.ulps for difference in parts.values()), default=0),
+        relative=max((difference.relative for difference in parts.values()), default=0.0),
     )
 
 
-def _compare_part(old: Tensor | str | None, new: Tensor | str | None, within: Tolerance) -> _Part:
+def _compare_entry(old: Tensor | str | None, new: Tensor | str | None, within: Tolerance) -> _Difference:
     if old is None or new is None:
-        return _Part(f", which the {'old' if old is None else 'new'} side does not have")
+        return _Difference(f", which the {'old' if old is None else 'new'} side does not have")
     if isinstance(old, str) or isinstance(new, str):
-        return _Part() if isinstance(old, str) and old == new else _Part(_text_difference(_shown(old), _shown(new)))
+        same = isinstance(old, str) and old == new
+        return _Difference() if same else _Difference(_text_difference(_shown(old), _shown(new)))
     if (old.dtype, old.shape) != (new.dtype, new.shape):
-        return _Part(f": {_shown(old)} -> {_shown(new)}")
+        return _Difference(f": {_shown(old)} -> {_shown(new)}")
     if old.dtype not in _INTEGER_TYPES:
         differ = old != new
-        return _Part(_first(old, new, differ), codes=int(differ.sum())) if bool(differ.any()) else _Part()
+        return _Difference(_first(old, new, differ), codes=int(differ.sum())) if bool(differ.any()) else _Difference()
     return _compare_numbers(old, new, within)
 
 
-def _compare_numbers(old: Tensor, new: Tensor, within: Tolerance) -> _Part:
+def _compare_numbers(old: Tensor, new: Tensor, within: Tolerance) -> _Difference:
     # 0 and -0 have the same step, so they are equal, and so are two NaNs of the same bits.
     ulps = (_steps(old) - _steps(new)).abs()
     a, b = old.double(), new.double()
@@ -135,9 +136,9 @@ def _compare_numbers(old: Tensor, new: Tensor, within: Tolerance) -> _Part:
     excused = ((ulps <= within.ulps) | (relative <= within.relative)) & torch.isfinite(gap)
     differ = (ulps > 0) & ~excused
     if bool(differ.any()):
-        return _Part(_first(old, new, differ), numbers=int(differ.sum()), largest=float(gap[differ].max()))
+        return _Difference(_first(old, new, differ), numbers=int(differ.sum()), max_difference=float(gap[differ].max()))
     count = int((ulps > 0).sum())
-    return _Part(excused=count, ulps=int(ulps.max()), relative=float(relative.max())) if count else _Part()
+    return _Difference(excused=count, ulps=int(ulps.max()), relative=float(relative.max())) if count else _Difference()
 
 
 def _steps(numbers: Tensor) -> Tensor:
@@ -161,7 +162,7 @@ def _text_difference(old: str, new: str) -> str:
     return f": {shown[0]} -> {shown[1]}"
 
 
-def _shown(part: Tensor | str) -> str:
-    if isinstance(part, Tensor):
-        return f"{str(part.dtype).removeprefix('torch.')} {tuple(part.shape)}"
-    return part
+def _shown(entry: Tensor | str) -> str:
+    if isinstance(entry, Tensor):
+        return f"{str(entry.dtype).removeprefix('torch.')} {tuple(entry.shape)}"
+    return entry

@@ -32,7 +32,7 @@ Content = dict[str, Tensor | str]
 # Every kind of part that `kind_of` returns.
 _MATRIX = ("ranges", "codes", "scales", "zeros")
 KINDS = frozenset({
-    *_MATRIX, *(f"{name}/{part}" for name in ("salient", "low_rank/down", "low_rank/up") for part in _MATRIX),
+    *_MATRIX, *(f"{name}/{field}" for name in ("salient", "low_rank/down", "low_rank/up") for field in _MATRIX),
     "weight", "bias", "column_scale", "gather", "hadamard", "activation", "residual", "tied", "mix", "prefix/keys",
     "prefix/values", "key_center", "key_basis", "config", "cache", "prefix", "norm bias",
 })  # fmt: skip
@@ -50,9 +50,9 @@ def ordered(content: Mapping[str, Tensor | str]) -> Content:
 
 def save(content: Content, file: Path) -> None:
     """Write a content as `file`.json (all names, and the texts) and `file`.safetensors (the tensors)."""
-    texts = [[name, part if isinstance(part, str) else None] for name, part in content.items()]
+    texts = [[name, tensor if isinstance(tensor, str) else None] for name, tensor in content.items()]
     file.with_suffix(".json").write_text(json.dumps(texts))
-    tensors = {name: part.contiguous() for name, part in content.items() if isinstance(part, Tensor)}
+    tensors = {name: tensor.contiguous() for name, tensor in content.items() if isinstance(tensor, Tensor)}
     save_file(tensors, file.with_suffix(".safetensors"))
 
 
@@ -65,12 +65,12 @@ def load(file: Path) -> Content:
 
 def kind_of(name: str) -> str:
     """Return the kind of the part with this name: one of `KINDS`, without numbers of ranges."""
-    module, _, part = name.partition("/")
+    module, _, tensor_name = name.partition("/")
     if module in ("config", "cache", "prefix"):
         return module
-    if part == "bias" and module.endswith("norm"):
+    if tensor_name == "bias" and module.endswith("norm"):
         return "norm bias"
-    return re.sub(r"(^|/)\d+/", r"\1", part)
+    return re.sub(r"(^|/)\d+/", r"\1", tensor_name)
 
 
 def _place(name: str) -> tuple[int, int, int, str]:

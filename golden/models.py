@@ -61,7 +61,7 @@ def hashed(count: int, salt: int) -> Tensor:
 def numbers(shape: torch.Size, salt: int) -> Tensor:
     """Return float32 whole numbers of `shape` from -1536 to 1533, bell-shaped with standard deviation 512."""
     count = shape.numel()
-    parts = [hashed(count, 3 * salt + part) % 1024 for part in range(3)]
+    parts = [hashed(count, 3 * salt + index) % 1024 for index in range(3)]
     return (sum(parts) - 1536).float().view(shape)  # type: ignore[union-attr]
 
 
@@ -88,7 +88,7 @@ def _write_model(name: str, folder: Path) -> Path:
     config.save_pretrained(folder)
     tensors = {path: numbers(shape, salt) for salt, (path, shape) in enumerate(_shapes(config).items(), 1)}
     _add_irregularities_(tensors)
-    save_file({path: part.to(_TYPES[name]) for path, part in tensors.items()}, folder / "model.safetensors")
+    save_file({path: tensor.to(_TYPES[name]) for path, tensor in tensors.items()}, folder / "model.safetensors")
     words = {f"w{i}": i for i in range(VOCABULARY - 1)} | {"<unk>": VOCABULARY - 1}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -123,21 +123,21 @@ def _shapes(config: PreTrainedConfig) -> dict[str, torch.Size]:
 
 def _add_irregularities_(tensors: dict[str, Tensor]) -> None:
     """Scale by powers of two; add outliers, a constant row, a group of zeros, and a channel that is always 0."""
-    for path, part in tensors.items():
+    for path, tensor in tensors.items():
         if "norm" in path:
-            part.copy_(1 + part * 2.0**-11)
-            part[5] *= 4
+            tensor.copy_(1 + tensor * 2.0**-11)
+            tensor[5] *= 4
         elif path.endswith(".bias"):
-            part.mul_(2.0**-10)
+            tensor.mul_(2.0**-10)
         elif "embed" in path or "lm_head" in path:
-            part.mul_(2.0**-9)
-            part[:, 9] *= 4
+            tensor.mul_(2.0**-9)
+            tensor[:, 9] *= 4
         else:
             # Divide by about the square root of the width, as a power of two, to keep outputs as large as inputs.
-            part.mul_(2.0 ** -(9 + part.shape[1].bit_length() // 2))
-            part[:, 17] *= 4
-            part[1] = 0.375
-            part[2, 32:64] = 0
+            tensor.mul_(2.0 ** -(9 + tensor.shape[1].bit_length() // 2))
+            tensor[:, 17] *= 4
+            tensor[1] = 0.375
+            tensor[2, 32:64] = 0
         if "up_proj" in path:
-            part[3] *= 8
-            part[11] = 0
+            tensor[3] *= 8
+            tensor[11] = 0

@@ -38,7 +38,7 @@ def read(folder: Path) -> Content:
 
 def stored_in(folder: Path) -> dict[str, Tensor]:
     """Return all stored tensors, by name."""
-    return {name: part for file in sorted(folder.glob("*.safetensors")) for name, part in load_file(file).items()}
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
 
 
 def content_of(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Content:
@@ -60,12 +60,12 @@ def content_of(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Cont
         content |= _module(path, dict(entry), stored, labels)
     biased = {path for path, entry in packed["modules"].items() if entry["kind"] == "norm_bias"}
     for name in sorted(stored):
-        path, _, part = name.rpartition(".")
-        if part == "bias" and path.endswith("norm") and path not in biased:
+        path, _, tensor_name = name.rpartition(".")
+        if tensor_name == "bias" and path.endswith("norm") and path not in biased:
             raise UnreadContentError(f"{path} has a bias that config.json does not list")
-        if part not in ("weight", "bias"):
+        if tensor_name not in ("weight", "bias"):
             raise UnreadContentError(f"tensor {name} belongs to nothing that config.json lists")
-        content[f"{path}/{part}"] = stored[name]
+        content[f"{path}/{tensor_name}"] = stored[name]
     return content
 
 

@@ -115,11 +115,11 @@ class _Deprecations(logging.Handler):
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: list[str] = []
+        self.messages: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
         if "deprecated" in record.getMessage():
-            self.found.append(record.getMessage())
+            self.messages.append(record.getMessage())
 
 
 @pytest.fixture(autouse=True)
@@ -129,7 +129,7 @@ def no_deprecated_names() -> Iterator[None]:
     logger.addHandler(handler)
     yield
     logger.removeHandler(handler)
-    assert handler.found == []
+    assert handler.messages == []
 
 
 @pytest.fixture(scope="session", autouse=True)

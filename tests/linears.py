@@ -18,7 +18,7 @@ def built(main: PackedTensor, bias: Tensor | None = None, column_scale: Tensor |
     return changed(Linear(PackedWeight(main, bias), SiteInput(column_scale)), **named)
 
 
-def changed(own: Linear, **named: Any) -> Linear:
+def changed(linear: Linear, **named: Any) -> Linear:
     """The same with other fields of its weight and input."""
     site = {name: named.pop(name) for name in _OF_INPUT & named.keys()}
-    return Linear(replace(own.weight, **named), replace(own.input, **site))
+    return Linear(replace(linear.weight, **named), replace(linear.input, **site))

@@ -33,15 +33,15 @@ def pairwise(
     for pair in sorted(left):
         if pair not in left:
             continue
-        found: list[Row] = []
+        result: list[Row] = []
         for _ in range(_TRIES):
             row = {name: draw.randrange(len(values)) for name, values in factors.items()} | dict(pair)
             if plausible(row):
-                found.append(row)
-            if len(found) == _COMPETE:
+                result.append(row)
+            if len(result) == _COMPETE:
                 break
-        found.sort(key=lambda row: -len(left & pairs_of(row)))
-        best = next((row for row in found if allowed(row)), None)
+        result.sort(key=lambda row: -len(left & pairs_of(row)))
+        best = next((row for row in result if allowed(row)), None)
         if best is None:
             impossible.append(pair)
             left.discard(pair)

@@ -46,8 +46,8 @@ def bench(name: str) -> Any:
 
 
 def rows(name: str) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = json.loads((ROOT / "bench" / "results" / f"{name}.json").read_text())
-    return found
+    result: list[dict[str, Any]] = json.loads((ROOT / "bench" / "results" / f"{name}.json").read_text())
+    return result
 
 
 def written(spec: Any) -> str:

@@ -41,13 +41,13 @@ PATHS = {*MODELS, "out"}
 
 def arguments(call: str, folders: dict[str, Path], packed: dict[str, Path], tmp_path: Path) -> dict[str, Any]:
     """Arguments of a call that has nothing wrong."""
-    found = {}
+    result = {}
     for name, parameter in inspect.signature(CALLS[call]).parameters.items():
         if parameter.default is inspect.Parameter.empty:
-            found[name] = GOOD.get(name, folders["llama"])
-    if "out" in found:
-        found["out"] = tmp_path / "out"
-    return found | ({"folder": packed["llama"]} if "folder" in found else {})
+            result[name] = GOOD.get(name, folders["llama"])
+    if "out" in result:
+        result["out"] = tmp_path / "out"
+    return result | ({"folder": packed["llama"]} if "folder" in result else {})
 
 
 WRONG = [

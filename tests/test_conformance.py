@@ -75,10 +75,10 @@ WEIGHT_ONLY = tuple(method for method in METHODS if method not in (*WITH_INPUTS[
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = {}
+    result: dict[str, torch.Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
-        found |= load_file(file)
-    return found
+        result |= load_file(file)
+    return result
 
 
 def logits(model: torch.nn.Module) -> torch.Tensor:
@@ -133,7 +133,7 @@ def check_quantized_linears(model: torch.nn.Module) -> None:
         inner = x if terms.input.gather is None else x[:, terms.input.gather.long()]
         inner = hadamard.multiply(inner, terms.input.blocks) if terms.input.blocks else inner
         quantized = activations.quantize(inner, terms.input.activation)
-        seen, branches = quantized.values(), []
+        values, branches = quantized.values(), []
         if terms.weight.low_rank is not None:
             # Exact (`test_integer.py`): one that is not may lie on the other side of a code's edge.
             down, up = terms.weight.low_rank
@@ -141,12 +141,12 @@ def check_quantized_linears(model: torch.nn.Module) -> None:
             multiply_add_(between, quantized, down)
             branches.append((activations.quantize(between, terms.input.activation).values(), up.dequantize()))
         if terms.weight.salient is not None:
-            branches.append((seen[:, : terms.weight.salient.shape[1]], terms.weight.salient.dequantize()))
+            branches.append((values[:, : terms.weight.salient.shape[1]], terms.weight.salient.dequantize()))
         if terms.input.requantized:
             rank = terms.weight.salient.shape[1]
-            rest = activations.quantize(inner[:, :rank] - seen[:, :rank], terms.input.activation).values()
+            rest = activations.quantize(inner[:, :rank] - values[:, :rank], terms.input.activation).values()
             branches.append((rest, terms.weight.salient.dequantize()))
-        branches.append((seen, terms.weight.main.dequantize()))
+        branches.append((values, terms.weight.main.dequantize()))
         target = sum(a.double() @ w.double().T for a, w in branches)
         size = sum(a.abs() @ w.abs().T for a, w in branches)
         if terms.weight.bias is not None:
@@ -159,7 +159,7 @@ def check_reported(report: Report, source: Path, packed: torch.nn.Module) -> int
     compared = 0
     original = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     for linear in report.linears:
-        if not linear.moved:
+        if not linear.basis_changed:
             weight = original.get_submodule(linear.path).weight.detach()
             stored = packed.get_submodule(linear.path).dequantize()
             (error,) = relative_errors(weight, stored, None, [weight.shape[0]])
@@ -219,9 +219,9 @@ def check_method(method: str, source: Path, tokens: Path, out: Path, settings: d
             values.edit_block_(block)
         stream = BlockStream(block, [hidden], call)
         names = block.arch.linears
-        found = stream.statistics(dict.fromkeys(names, Scheme(3, 16)), dict.fromkeys(names, ActivationScheme(4)))
+        result = stream.statistics(dict.fromkeys(names, Scheme(3, 16)), dict.fromkeys(names, ActivationScheme(4)))
         for transform in steps.transforms:
-            transform(block, found)
+            transform(block, result)
         after = run_block(block.module, hidden, call)
     assert float((after - before).norm() / (before - hidden).norm()) < 1e-5
 

@@ -64,8 +64,8 @@ def test_columns_next_to_nothing_spoil_nothing(
     original = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     packed = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     with torch.no_grad():
-        target, found = (model(IDS).logits for model in (original, packed))
-    assert float((found - target).norm() / target.norm()) < 0.5
+        target, actual = (model(IDS).logits for model in (original, packed))
+    assert float((actual - target).norm() / target.norm()) < 0.5
 
 
 def test_outputs_beyond_the_compute_type_are_an_error_and_no_model(
@@ -106,16 +106,16 @@ def scaled(weights: dict[str, Tensor], factor: float, *names: str) -> None:
         weights[f"{MIDDLE}.{name}.bias"].mul_(factor)
 
 
-def run_and_compare(source: Path, out: Path, made: Recipe) -> float:
+def run_and_compare(source: Path, out: Path, chosen: Recipe) -> float:
     """How far the packed model is from its original; all that the report says is finite."""
-    report = quantize(source, out, made)
+    report = quantize(source, out, chosen)
     errors = [(one.weight_error, one.output_error, one.nearest_error) for one in report.linears]
-    assert all(number is not None and math.isfinite(number) for found in errors for number in found)
+    assert all(number is not None and math.isfinite(number) for actual in errors for number in actual)
     original, packed = (AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32) for f in (source, out))
     with torch.no_grad():
-        target, found = (model(IDS).logits for model in (original, packed))
-    assert bool(torch.isfinite(found).all())
-    return float((found - target).norm() / target.norm())
+        target, actual = (model(IDS).logits for model in (original, packed))
+    assert bool(torch.isfinite(actual).all())
+    return float((actual - target).norm() / target.norm())
 
 
 @pytest.mark.parametrize(
@@ -134,8 +134,8 @@ def test_a_block_that_is_idle_on_the_text_is_quantized_as_well_as_others(
 ) -> None:
     source = edited(folders["llama"], tmp_path / "model", IDLE[how])
     options = {"serq": {"rank": 16}, "qera": {"rank": 4}, "omniquant": {"effort": "fast"}}
-    made = recipe(token_file, method, activation_bits=8, options=options.get(method, {}))
-    assert run_and_compare(source, tmp_path / "out", made) < 0.35
+    chosen = recipe(token_file, method, activation_bits=8, options=options.get(method, {}))
+    assert run_and_compare(source, tmp_path / "out", chosen) < 0.35
 
 
 def test_weights_that_no_calibration_token_reaches_are_rounded_to_nearest_and_not_to_zero(
@@ -159,8 +159,8 @@ def test_activations_whose_squares_leave_float32_are_calibrated_on(
         weights[f"{MIDDLE}.mlp.down_proj.weight"].mul_(1e-20)
 
     source = edited(folders["llama"], tmp_path / "model", edit)
-    made = recipe(token_file, method, dtype="bfloat16", scale_type="float32", options=RANKS.get(method, {}))
-    assert run_and_compare(source, tmp_path / "out", made) < 0.35
+    chosen = recipe(token_file, method, dtype="bfloat16", scale_type="float32", options=RANKS.get(method, {}))
+    assert run_and_compare(source, tmp_path / "out", chosen) < 0.35
 
 
 @pytest.mark.parametrize("method", ["gptq", "gptaq", "rtn", "awq"])
@@ -190,15 +190,15 @@ def test_activations_beyond_the_compute_type_are_named_and_not_the_text(
     method: str, name: str, said: str, folders: dict[str, Path], token_file: Path, tmp_path: Path
 ) -> None:
     source = edited(folders["llama"], tmp_path / "model", lambda weights: scaled(weights, 1e6, name))
-    made = recipe(token_file, method, dtype="float16", scale_type="float32", options=RANKS.get(method, {}))
-    made = replace(made, activation_bits=8 if method == "bisup" else 16)
+    chosen = recipe(token_file, method, dtype="float16", scale_type="float32", options=RANKS.get(method, {}))
+    chosen = replace(chosen, activation_bits=8 if method == "bisup" else 16)
     with pytest.raises(NumericalFailure) as raised:
-        quantize(source, tmp_path / "out", made)
+        quantize(source, tmp_path / "out", chosen)
     assert f"{MIDDLE}: {said} finite: activations exceed the range of float16" in str(raised.value)
     assert 'use dtype = "bfloat16" or "float32"' in str(raised.value)
     assert not (tmp_path / "out").exists()
     if method == "gptq":
-        assert run_and_compare(source, tmp_path / "out", replace(made, dtype="bfloat16")) < 0.5
+        assert run_and_compare(source, tmp_path / "out", replace(chosen, dtype="bfloat16")) < 0.5
 
 
 @pytest.mark.parametrize(("factor", "said"), [(1e-8, "too small"), (1e8, "too much")])
@@ -211,10 +211,10 @@ def test_weights_beyond_the_scales_type_are_named_and_the_type_that_is_told_of_h
         weights[f"{MIDDLE}.self_attn.o_proj.weight"].div_(factor)
 
     source = edited(folders["llama"], tmp_path / "model", edit)
-    made = recipe(token_file, **values)
+    chosen = recipe(token_file, **values)
     with pytest.raises(NumericalFailure, match=rf"model\.layers\.1.*{said} for scales of type float16; set scale_type"):
-        quantize(source, tmp_path / "out", made)
-    assert run_and_compare(source, tmp_path / "out", replace(made, scale_type="float32")) < 0.5
+        quantize(source, tmp_path / "out", chosen)
+    assert run_and_compare(source, tmp_path / "out", replace(chosen, scale_type="float32")) < 0.5
 
 
 def test_a_skipped_linear_keeps_weights_beyond_float16(
@@ -223,15 +223,15 @@ def test_a_skipped_linear_keeps_weights_beyond_float16(
     name = "mlp.up_proj"
     for factor in (1e-9, 1e9):
         source = edited(folders["llama"], tmp_path / "model", lambda weights, f=factor: scaled(weights, f, name))
-        made = recipe(token_file, "rtn", overrides={f"re:.*{name}": {"skip": True}})
-        quantize(source, tmp_path / "out", made, overwrite=True)
-        target, found = (
+        chosen = recipe(token_file, "rtn", overrides={f"re:.*{name}": {"skip": True}})
+        quantize(source, tmp_path / "out", chosen, overwrite=True)
+        target, actual = (
             AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32)
             .get_submodule(f"{MIDDLE}.{name}")
             .weight.detach()
             for f in (source, tmp_path / "out")
         )
-        assert float((found - target).norm() / target.norm()) < 2e-3
+        assert float((actual - target).norm() / target.norm()) < 2e-3
 
 
 def test_a_norm_bias_that_holds_no_number_is_not_loaded(

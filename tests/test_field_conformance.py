@@ -141,7 +141,7 @@ CASES[Recipe]["overrides"] = [
     for key, values in OVERRIDES.items()
     for value in values
 ]
-SINGLE = [(kind, name, tried) for kind, table in CASES.items() for name, found in table.items() for tried in found]
+SINGLE = [(kind, name, tried) for kind, table in CASES.items() for name, cases in table.items() for tried in cases]
 
 
 @pytest.fixture(scope="module")
@@ -176,8 +176,8 @@ def go_through(small: Path, out: Path, text: Path, recipe: Recipe) -> None:
             for index, (_, scheme) in enumerate(layout.ranges):
                 _, kind = headers[f"{path}.{prefix}{range_key('scales', index)}"]
                 assert kind == STORED_TYPES[scale_dtype(scheme)]
-    found = evaluate(out, Evaluation(str(text), window=16, max_windows=2, device="cpu", dtype="float32"))
-    assert math.isfinite(found["perplexity"])
+    scores = evaluate(out, Evaluation(str(text), window=16, max_windows=2, device="cpu", dtype="float32"))
+    assert math.isfinite(scores["perplexity"])
 
 
 def written(kind: type, name: str, out: Path) -> list[Any]:
@@ -220,12 +220,12 @@ def test_a_field_is_what_it_was_asked_to_be_once_written_and_runs(
 ) -> None:
     recipe = Recipe(**{**BASE, "calibration": str(token_file), **tried.keys})
     go_through(small, tmp_path / "out", text_file, recipe)
-    found = written(kind, name, tmp_path / "out")
+    stored = written(kind, name, tmp_path / "out")
     if isinstance(tried.value, dict) and kind is Recipe:
         # Defaults are filled in.
-        assert tried.value.items() <= found[0].items()
+        assert tried.value.items() <= stored[0].items()
     else:
-        assert tried.value in found
+        assert tried.value in stored
 
 
 @pytest.mark.parametrize("calibration", ["ids", "text", "none"])
@@ -281,10 +281,10 @@ PARTS = 4
 
 
 def keys_of(row: Row) -> dict[str, Any]:
-    found = dict(BASE)
+    settings = dict(BASE)
     for name, index in row.items():
-        found |= FACTORS[name][index]
-    return found
+        settings |= FACTORS[name][index]
+    return settings
 
 
 @pytest.fixture(scope="module")
@@ -303,10 +303,10 @@ def rows(small: Path, token_file: Path) -> list[Row]:
             return False
         return True
 
-    found, impossible = pairwise(FACTORS, plausible, allowed)
-    assert {pair for row in found for pair in pairs_of(row)}.isdisjoint(impossible)
+    rows, impossible = pairwise(FACTORS, plausible, allowed)
+    assert {pair for row in rows for pair in pairs_of(row)}.isdisjoint(impossible)
     assert {tuple(sorted({a[0], b[0]})) for a, b in impossible} <= REFUSED
-    return found
+    return rows
 
 
 @pytest.mark.parametrize("part", range(PARTS))

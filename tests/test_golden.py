@@ -63,11 +63,11 @@ def contents(packed: dict[str, Path]) -> dict[str, Content]:
 # What is read is complete.
 
 
-def dense(found: Content, name: str) -> Tensor:
+def dense(result: Content, name: str) -> Tensor:
     """The matrix (m, k) float32 of the parts under `name`, by docs/format.md."""
     parts = []
-    for index, known in enumerate(json.loads(text_of(found, f"{name}ranges"))):
-        codes, scales = (tensor_of(found, f"{name}{index}/{part}") for part in ("codes", "scales"))
+    for index, known in enumerate(json.loads(text_of(result, f"{name}ranges"))):
+        codes, scales = (tensor_of(result, f"{name}{index}/{part}") for part in ("codes", "scales"))
         columns, bits, scales = known["stop"] - known["start"], known["bits"], scales.float()
         group = torch.arange(columns) // (columns if known["group_size"] == -1 else known["group_size"])
         if known["grid"] == "sign":
@@ -79,20 +79,20 @@ def dense(found: Content, name: str) -> Tensor:
             part = torch.cat([sizes, -sizes])[codes.long()] * scales[:, group]
         else:
             middle = torch.full_like(scales, 2 ** (bits - 1))
-            zeros = middle if known["zero_point"] == "none" else tensor_of(found, f"{name}{index}/zeros").float()
+            zeros = middle if known["zero_point"] == "none" else tensor_of(result, f"{name}{index}/zeros").float()
             part = (codes.float() - zeros[:, group]) * scales[:, group]
         parts.append(part)
     return torch.cat(parts, dim=1)
 
 
-def tensor_of(found: Content, name: str) -> Tensor:
-    part = found[name]
+def tensor_of(result: Content, name: str) -> Tensor:
+    part = result[name]
     assert isinstance(part, Tensor)
     return part
 
 
-def text_of(found: Content, name: str) -> str:
-    part = found[name]
+def text_of(result: Content, name: str) -> str:
+    part = result[name]
     assert isinstance(part, str)
     return part
 
@@ -101,21 +101,21 @@ def text_of(found: Content, name: str) -> str:
 def test_what_is_read_gives_the_dense_weights_of_the_package(
     name: str, packed: dict[str, Path], contents: dict[str, Content]
 ) -> None:
-    model, found = AutoModelForCausalLM.from_pretrained(packed[name]), contents[name]
+    model, result = AutoModelForCausalLM.from_pretrained(packed[name]), contents[name]
     modules = packed_modules(model)
     for path, module in modules.items():
         outer, _, last = path.rpartition(".")
         prefix = f"{outer}/{INNER[last]}" if outer in modules else f"{path}/"
-        assert torch.equal(dense(found, prefix), module.packed.dequantize()), prefix
+        assert torch.equal(dense(result, prefix), module.packed.dequantize()), prefix
         if isinstance(module, PackedLinear):
-            gather, scale = found.get(f"{path}/gather"), found.get(f"{path}/column_scale")
+            gather, scale = result.get(f"{path}/gather"), result.get(f"{path}/column_scale")
             terms = module.linear
             assert same(gather, None if terms.input.gather is None else terms.input.gather.long())
             assert same(scale, terms.input.column_scale)
-            assert json.loads(str(found.get(f"{path}/hadamard", "[]"))) == list(module.blocks)
-            assert found.get(f"{path}/residual", "none") == ("salient" if module.requantized else "none")
+            assert json.loads(str(result.get(f"{path}/hadamard", "[]"))) == list(module.blocks)
+            assert result.get(f"{path}/residual", "none") == ("salient" if module.requantized else "none")
             known = None if module.activation is None else {"outliers": 0, **module.activation.to_dict()}
-            assert json.loads(str(found.get(f"{path}/activation", "null"))) == known
+            assert json.loads(str(result.get(f"{path}/activation", "null"))) == known
 
 
 def same(a: Any, b: Any) -> bool:
@@ -132,10 +132,10 @@ def test_no_stored_tensor_can_change_unnoticed(
         other = tensor.clone()
         # The first bit of the first code or zero-point, the last place of the first number.
         other.view(-1).view(torch.uint8)[0] ^= 1
-        found = compare(contents[name], content_of(config, {**stored, key: other}))
+        result = compare(contents[name], content_of(config, {**stored, key: other}))
         # An input is of all its readers.
         readers = 3 if key.endswith(("gather", "column_scale")) else 1
-        assert 1 <= found.parts == found.codes + found.numbers <= readers, key
+        assert 1 <= result.parts == result.codes + result.numbers <= readers, key
 
 
 @every_kind
@@ -147,10 +147,10 @@ def test_nothing_that_config_json_says_can_change_unnoticed(
     assert len(tried) > 10 or name == "tied-rotated-groups"
     for where, other in tried:
         try:
-            found = content_of({**config, "quantization_config": other}, stored)
+            result = content_of({**config, "quantization_config": other}, stored)
         except Exception:
             continue
-        assert not compare(contents[name], found).same, where
+        assert not compare(contents[name], result).same, where
 
 
 def spoiled(packed: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -198,12 +198,12 @@ def test_a_tensor_that_nothing_names_is_an_error(packed: dict[str, Path]) -> Non
 
 
 def test_contents_are_kept_whole_and_in_the_order_of_the_data(contents: dict[str, Content], tmp_path: Path) -> None:
-    found = contents["serq-plus"]
-    content.save(found, tmp_path / "kept")
+    result = contents["serq-plus"]
+    content.save(result, tmp_path / "kept")
     again = content.load(tmp_path / "kept")
-    assert list(again) == list(found)
-    assert compare(found, again).same
-    paths = list(dict.fromkeys(name.partition("/")[0] for name in found))
+    assert list(again) == list(result)
+    assert compare(result, again).same
+    paths = list(dict.fromkeys(name.partition("/")[0] for name in result))
     block = [path.rpartition(".")[2] for path in paths if ".layers.0." in path]
     assert block == [
         "input_layernorm", "q_proj", "k_proj", "v_proj", "o_proj", "post_attention_layernorm", "gate_proj", "up_proj",
@@ -215,76 +215,76 @@ def test_contents_are_kept_whole_and_in_the_order_of_the_data(contents: dict[str
 # What differs is found.
 
 
-def one_code_off(found: Content) -> str:
+def one_code_off(result: Content) -> str:
     name = "model.layers.1.mlp.up_proj/0/codes"
-    tensor_of(found, name)[3, 7] ^= 1
+    tensor_of(result, name)[3, 7] ^= 1
     return f"{name}[3, 7]: "
 
 
-def one_scale_a_step_off(found: Content) -> str:
+def one_scale_a_step_off(result: Content) -> str:
     name = "model.layers.0.self_attn.v_proj/0/scales"
-    tensor_of(found, name).view(torch.int16)[2, 1] += 1
+    tensor_of(result, name).view(torch.int16)[2, 1] += 1
     return f"{name}[2, 1]: "
 
 
-def two_channels_swapped(found: Content) -> str:
+def two_channels_swapped(result: Content) -> str:
     name = "model.layers.0.self_attn.o_proj/gather"
-    order = tensor_of(found, name)
+    order = tensor_of(result, name)
     order[[4, 5]] = order[[5, 4]]
     return f"{name}[4]: "
 
 
-def a_gain_changed(found: Content) -> str:
+def a_gain_changed(result: Content) -> str:
     name = "model.norm/weight"
-    tensor_of(found, name)[0] *= 1 + 2.0**-20
+    tensor_of(result, name)[0] *= 1 + 2.0**-20
     return f"{name}[0]: "
 
 
-def a_norm_bias_changed(found: Content) -> str:
+def a_norm_bias_changed(result: Content) -> str:
     name = "model.norm/bias"
-    tensor_of(found, name)[5] += 1
+    tensor_of(result, name)[5] += 1
     return f"{name}[5]: "
 
 
-def a_module_missing(found: Content) -> str:
+def a_module_missing(result: Content) -> str:
     path = "model.layers.1.self_attn.k_proj/"
-    for name in [name for name in found if name.startswith(path)]:
-        del found[name]
+    for name in [name for name in result if name.startswith(path)]:
+        del result[name]
     return f"{path}ranges, which the new side does not have"
 
 
-def a_part_more(found: Content) -> str:
-    found["model.layers.1.mlp.up_proj/bias"] = torch.zeros(3)
+def a_part_more(result: Content) -> str:
+    result["model.layers.1.mlp.up_proj/bias"] = torch.zeros(3)
     return "model.layers.1.mlp.up_proj/bias, which the old side does not have"
 
 
-def an_input_of_another_scheme(found: Content) -> str:
+def an_input_of_another_scheme(result: Content) -> str:
     name = "model.layers.0.mlp.down_proj/activation"
-    found[name] = text_of(found, name).replace("0.9", "0.8")
+    result[name] = text_of(result, name).replace("0.9", "0.8")
     return f"{name}: ..."
 
 
-def a_range_of_other_bits(found: Content) -> str:
+def a_range_of_other_bits(result: Content) -> str:
     name = "model.layers.0.mlp.down_proj/ranges"
-    found[name] = text_of(found, name).replace('"bits": 4', '"bits": 3')
+    result[name] = text_of(result, name).replace('"bits": 4', '"bits": 3')
     return f"{name}: "
 
 
-def scales_of_another_type(found: Content) -> str:
+def scales_of_another_type(result: Content) -> str:
     name = "model.layers.0.mlp.down_proj/0/scales"
-    found[name] = tensor_of(found, name).float()
+    result[name] = tensor_of(result, name).float()
     return f"{name}: float16 (80, 3) -> float32 (80, 3)"
 
 
-def a_salient_zero_point_off(found: Content) -> str:
+def a_salient_zero_point_off(result: Content) -> str:
     name = "model.layers.0.mlp.gate_proj/salient/0/zeros"
-    tensor_of(found, name)[0, 0] ^= 1
+    tensor_of(result, name)[0, 0] ^= 1
     return f"{name}[0, 0]: "
 
 
-def a_number_that_is_none(found: Content) -> str:
+def a_number_that_is_none(result: Content) -> str:
     name = "model.norm/weight"
-    tensor_of(found, name)[1] = torch.nan
+    tensor_of(result, name)[1] = torch.nan
     return f"{name}[1]: "
 
 
@@ -298,9 +298,9 @@ FAULTS = (
 @pytest.fixture
 def spoilable(contents: dict[str, Content]) -> Content:
     """A content with salient channels, orders and a norm bias, to be spoiled."""
-    found = copy.deepcopy(contents["serq-plus"])
-    found["model.norm/bias"] = torch.ones(80)
-    return content.ordered(found)
+    result = copy.deepcopy(contents["serq-plus"])
+    result["model.norm/bias"] = torch.ones(80)
+    return content.ordered(result)
 
 
 @pytest.mark.parametrize("spoil", FAULTS, ids=lambda spoil: spoil.__name__)
@@ -308,9 +308,9 @@ def test_a_planted_difference_is_found(spoil: Callable[[Content], str], spoilabl
     new = copy.deepcopy(spoilable)
     assert compare(spoilable, new).same
     where = spoil(new)
-    found = compare(spoilable, content.ordered(new))
-    assert not found.same
-    assert found.first.startswith(where), found.first
+    result = compare(spoilable, content.ordered(new))
+    assert not result.same
+    assert result.first.startswith(where), result.first
 
 
 def test_differences_are_counted(spoilable: Content) -> None:
@@ -318,11 +318,11 @@ def test_differences_are_counted(spoilable: Content) -> None:
     codes = tensor_of(new, "model.layers.0.mlp.up_proj/0/codes")
     codes[:2] ^= 1
     tensor_of(new, "model.norm/bias")[[1, 4]] += torch.tensor([0.5, 2])
-    found = compare(spoilable, new)
-    assert (found.parts, found.of, found.codes) == (2, len(new), codes[:2].numel())
-    assert (found.numbers, found.largest) == (2, 2)
-    assert "2 of " in str(found)
-    assert f"in {codes[:2].numel()} codes and 2 numbers, these by up to 2" in str(found)
+    result = compare(spoilable, new)
+    assert (result.parts, result.of, result.codes) == (2, len(new), codes[:2].numel())
+    assert (result.numbers, result.max_difference) == (2, 2)
+    assert "2 of " in str(result)
+    assert f"in {codes[:2].numel()} codes and 2 numbers, these by up to 2" in str(result)
 
 
 def test_a_tolerance_excuses_numbers_alone_and_says_so(spoilable: Content) -> None:
@@ -331,9 +331,9 @@ def test_a_tolerance_excuses_numbers_alone_and_says_so(spoilable: Content) -> No
     assert not compare(spoilable, new).same
     assert not compare(spoilable, new, Tolerance.of("1ulp")).same
     for tolerance in ("2ulp", "1e-6"):
-        found = compare(spoilable, new, Tolerance.of(tolerance))
-        assert (found.same, found.excused, found.ulps) == (True, 3, 2)
-        assert "same within its tolerance: 3 numbers differ, by up to 2 ulps" in str(found)
+        result = compare(spoilable, new, Tolerance.of(tolerance))
+        assert (result.same, result.excused, result.ulps) == (True, 3, 2)
+        assert "same within its tolerance: 3 numbers differ, by up to 2 ulps" in str(result)
     one_code_off(new)
     assert not compare(spoilable, new, Tolerance(ulps=10**6, relative=0.5)).same
     a_number_that_is_none(new)
@@ -388,7 +388,7 @@ def test_a_recipe_that_fails_is_wrong(sides: Path) -> None:
 def test_a_kind_of_part_that_nothing_makes_is_named(contents: dict[str, Content]) -> None:
     assert not_covered(list(contents.values())) == []
     without = [
-        {name: part for name, part in found.items() if not name.endswith("gather")} for found in contents.values()
+        {name: part for name, part in result.items() if not name.endswith("gather")} for result in contents.values()
     ]
     assert "makes gather" in not_covered(without)[0].text
     assert not_covered(without)[0].wrong

@@ -28,19 +28,19 @@ RANK = {
 
 
 def imports_of(file: Path) -> set[str]:
-    found = set()
+    result = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("subnibble"):
             parts = (node.module or "").split(".")
-            found |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
+            result |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
         if isinstance(node, ast.Import):
-            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("subnibble.")}
-    return found
+            result |= {a.name.split(".")[1] for a in node.names if a.name.startswith("subnibble.")}
+    return result
 
 
 def modules_of(file: Path) -> set[str]:
     """Modules of the package that a file imports, in functions or not, those that only types need left out."""
-    found = set()
+    result = set()
     tree = ast.parse(file.read_text())
     typed = [node for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)]
     skipped = {inner for node in typed for inner in ast.walk(node)}
@@ -48,8 +48,8 @@ def modules_of(file: Path) -> set[str]:
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("subnibble.") and node not in skipped:
             module = str(node.module)
             inner = [f"{module}.{alias.name}" for alias in node.names]
-            found |= {name if is_module(name) else module for name in inner}
-    return found
+            result |= {name if is_module(name) else module for name in inner}
+    return result
 
 
 def is_module(name: str) -> bool:
@@ -70,15 +70,15 @@ def circle(imports: dict[str, set[str]]) -> list[str]:
         state[name] = "open"
         path.append(name)
         for other in sorted(imports.get(name, ())):
-            if found := visit(other):
-                return found
+            if result := visit(other):
+                return result
         path.pop()
         state[name] = "done"
         return []
 
     for name in sorted(imports):
-        if found := visit(name):
-            return found
+        if result := visit(name):
+            return result
     return []
 
 

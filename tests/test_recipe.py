@@ -368,10 +368,10 @@ def test_a_sign_grid_has_no_zero_point_whoever_asks_for_one(zero_point) -> None:
 @pytest.mark.parametrize("recipe", [{}, {"grid": "uniform", "zero_point": "none"}, {"grid": "sign"}])
 def test_an_override_goes_before_recipe_and_wish(recipe) -> None:
     overrides = {Q: {"grid": "uniform", "zero_point": "real"}, DOWN: {"grid": "sign"}}
-    made = Recipe(bits=3, overrides=overrides, **recipe)
-    assert made.scheme_of(Q, lambda bits: {"grid": "sign"}) == Scheme(3, 128, "real")
-    assert made.scheme_of(Q, lambda bits: {"zero_point": "integer"}) == Scheme(3, 128, "real")
-    assert made.scheme_of(DOWN, lambda bits: {"grid": "uniform"}) == Scheme(3, 128, "none", grid="sign")
+    built = Recipe(bits=3, overrides=overrides, **recipe)
+    assert built.scheme_of(Q, lambda bits: {"grid": "sign"}) == Scheme(3, 128, "real")
+    assert built.scheme_of(Q, lambda bits: {"zero_point": "integer"}) == Scheme(3, 128, "real")
+    assert built.scheme_of(DOWN, lambda bits: {"grid": "uniform"}) == Scheme(3, 128, "none", grid="sign")
 
 
 def test_an_override_of_one_leaves_the_other_to_the_recipe_and_then_to_the_method() -> None:
@@ -405,10 +405,10 @@ def test_the_method_is_asked_for_the_bits_that_hold_there() -> None:
 
 
 @pytest.mark.parametrize("grid", ["auto", "uniform", "sign"])
-@pytest.mark.parametrize(("zero_point", "found"), [("auto", "integer"), ("none", "none"), ("real", "real")])
-def test_embeddings_follow_the_recipe_on_a_uniform_grid(grid, zero_point, found) -> None:
+@pytest.mark.parametrize(("zero_point", "result"), [("auto", "integer"), ("none", "none"), ("real", "real")])
+def test_embeddings_follow_the_recipe_on_a_uniform_grid(grid, zero_point, result) -> None:
     recipe = Recipe(bits=2, grid=grid, zero_point=zero_point, embedding_bits=8)
-    assert recipe.embedding_scheme == Scheme(8, 128, found)
+    assert recipe.embedding_scheme == Scheme(8, 128, result)
 
 
 def test_a_wish_that_no_scheme_can_meet_is_an_error() -> None:
@@ -463,8 +463,8 @@ def test_inputs_stay_as_they_are_by_default() -> None:
 def test_inputs_take_the_weights_groups_or_their_own() -> None:
     scheme = Scheme(4, 64)
     assert Recipe(activation_bits=4).activation_of(Q, scheme) == ActivationScheme(4, 64)
-    own = Recipe(activation_bits=8, activation_group_size=-1, activation_zero_point="none", activation_clip=0.9)
-    assert own.activation_of(Q, scheme) == ActivationScheme(8, -1, "none", "uniform", 0.9)
+    recipe = Recipe(activation_bits=8, activation_group_size=-1, activation_zero_point="none", activation_clip=0.9)
+    assert recipe.activation_of(Q, scheme) == ActivationScheme(8, -1, "none", "uniform", 0.9)
 
 
 def test_inputs_beside_mxfp4_weights_are_mxfp4_at_4_bits_and_integers_at_8() -> None:

@@ -179,33 +179,33 @@ def bypassed(linear: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", ["attention_in", "attention_out", "mlp_in", "mlp_hidden"])
 def test_a_reader_that_is_not_called_is_noticed(name: str, block: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    own, call = block
-    site = own.arch.site(name)
-    bypassed(own.linear(site.readers[0]), monkeypatch)
+    sample_block, call = block
+    site = sample_block.arch.site(name)
+    bypassed(sample_block.linear(site.readers[0]), monkeypatch)
     with pytest.raises(SilentFailure, match=site.readers[0]):
-        list(BlockStream(own, hidden_states(), call).at(site))
+        list(BlockStream(sample_block, hidden_states(), call).at(site))
 
 
 def test_a_module_that_is_not_replayed_is_noticed(block: Any) -> None:
-    own, call = block
-    stream = BlockStream(own, hidden_states(), call)
-    list(stream.at(own.arch.site("mlp_hidden")))
-    norm = own.module.post_attention_layernorm
-    own.module.forward = lambda x, **_: norm(x)
+    sample_block, call = block
+    stream = BlockStream(sample_block, hidden_states(), call)
+    list(stream.at(sample_block.arch.site("mlp_hidden")))
+    norm = sample_block.module.post_attention_layernorm
+    sample_block.module.forward = lambda x, **_: norm(x)
     with pytest.raises(SilentFailure, match=r"layers\.0\.mlp"):
         list(stream.outputs())
 
 
 @pytest.mark.parametrize("until", ["attention_out", "the end"])
 def test_a_coded_cache_that_calibration_never_asks_is_noticed(until: str, block: Any) -> None:
-    own, call = block
-    attention_of_block = own.module.self_attn
+    sample_block, call = block
+    attention_of_block = sample_block.module.self_attn
     forward = attention_of_block.forward
     names = {"cache", "past_key_values"}
     attention_of_block.forward = lambda **named: forward(**{k: v for k, v in named.items() if k not in names})
-    stream = BlockStream(own, hidden_states(), after_prefix(call, None, CacheQuantizer(CacheScheme(4))))
+    stream = BlockStream(sample_block, hidden_states(), after_prefix(call, None, CacheQuantizer(CacheScheme(4))))
     with pytest.raises(SilentFailure, match="the KV cache of"):
-        list(stream.outputs() if until == "the end" else stream.at(own.arch.site(until)))
+        list(stream.outputs() if until == "the end" else stream.at(sample_block.arch.site(until)))
 
 
 def quantized(folder: Path, tokens: Path, out: Path, method: str, **more: Any) -> Any:
@@ -261,8 +261,8 @@ def test_what_is_not_learned_and_never_runs_while_distilling_is_noticed(
 ) -> None:
     out = tmp_path / "out"
     shutil.copytree(shifted, out)
-    own = {"distill_steps": 2, "distill": {"tokens": 32, "norm_biases": False}}
-    recipe = Recipe(calibration=str(token_file), num_windows=8, window=32, **own)
+    distilled = {"distill_steps": 2, "distill": {"tokens": 32, "norm_biases": False}}
+    recipe = Recipe(calibration=str(token_file), num_windows=8, window=32, **distilled)
     distill_checkpoint(out, folders["llama-tied"], recipe)
     # A hook that does nothing.
     monkeypatch.setattr(modules, hook, lambda module, args, *rest: None)

@@ -1,7 +1,7 @@
 """The law of statistics: however windows are split into parts and batches, merged parts have the value of one pass.
 
 Held for every class that has `update`, `merge` and `value`. Exact, bit for bit: where no sum is rounded (largest
-magnitudes, samples, places, windows to train on), where rounding does not know of parts (sums by window, `fsum`), and
+magnitudes, samples, sinks, windows to train on), where rounding does not know of parts (sums by window, `fsum`), and
 of every statistic on whole numbers. Float sums of other numbers: per element within c eps sqrt(n) of the magnitudes
 that are summed.
 """
@@ -48,7 +48,7 @@ class Data:
     """
 
     x: Tensor
-    wanted: Tensor
+    exact: Tensor
     hidden: Tensor
     ids: Tensor
     predicted: Tensor
@@ -58,11 +58,11 @@ class Data:
 def whole_numbers(seed: int) -> Data:
     """Every sum of these and of their products is exact; what the target says is certain."""
     generator = torch.Generator().manual_seed(seed)
-    x, wanted = (torch.randint(-15, 16, (WINDOWS, LENGTH, CHANNELS), generator=generator).float() for _ in range(2))
+    x, exact = (torch.randint(-15, 16, (WINDOWS, LENGTH, CHANNELS), generator=generator).float() for _ in range(2))
     predicted = -torch.randint(1, 9, (WINDOWS, LENGTH - 1, WORDS), generator=generator).float()
     ids = torch.randint(0, WORDS, (WINDOWS, LENGTH), generator=generator)
     target = torch.full_like(predicted, -torch.inf).scatter(2, ids[:, 1:, None], 0.0)
-    return Data(x, wanted, with_sinks(x, generator), ids, predicted, target)
+    return Data(x, exact, with_sinks(x, generator), ids, predicted, target)
 
 
 def real_numbers(seed: int) -> Data:
@@ -72,10 +72,10 @@ def real_numbers(seed: int) -> Data:
     x[..., 1] *= -300
     x[4] *= 50
     x[..., 2], x[..., 3] = 0, -0.75
-    wanted = x + 0.1 * torch.randn(x.shape, generator=generator)
+    exact = x + 0.1 * torch.randn(x.shape, generator=generator)
     ids = torch.randint(0, WORDS, (WINDOWS, LENGTH), generator=generator)
     predicted, target = torch.randn(2, WINDOWS, LENGTH - 1, WORDS, generator=generator).log_softmax(-1)
-    return Data(x, wanted, with_sinks(x, generator), ids, predicted, target)
+    return Data(x, exact, with_sinks(x, generator), ids, predicted, target)
 
 
 def with_sinks(x: Tensor, generator: torch.Generator) -> Tensor:
@@ -100,25 +100,25 @@ class Law:
 
 def of_tokens(*names: str) -> Callable[[Any, Data, slice], None]:
     """Feed with these tensors of the data, as tokens."""
-    return lambda found, data, some: found.update(*(getattr(data, name)[some].flatten(0, 1) for name in names))
+    return lambda statistic, data, some: statistic.update(*(getattr(data, name)[some].flatten(0, 1) for name in names))
 
 
-def feed_keys(found: KeyMean, data: Data, some: slice) -> None:
+def feed_keys(statistic: KeyMean, data: Data, some: slice) -> None:
     hidden = data.hidden[some]
     keys = hidden.view(-1, LENGTH, HEADS, WIDTH).transpose(1, 2)
-    found.update(keys, ordinary_tokens(hidden))
+    statistic.update(keys, ordinary_tokens(hidden))
 
 
-def feed_losses(found: WeightedMean, data: Data, some: slice) -> None:
+def feed_losses(statistic: WeightedMean, data: Data, some: slice) -> None:
     for window in data.x[some]:
-        found.update(float(window[1, 0]), int(window[1, 5].abs()) + 1)
+        statistic.update(float(window[1, 0]), int(window[1, 5].abs()) + 1)
 
 
-def feed_predictions(found: Totals, data: Data, some: slice) -> None:
+def feed_predictions(statistic: Totals, data: Data, some: slice) -> None:
     for number in range(WINDOWS)[some]:
         # An odd window is not compared with anything.
         target = None if number % 2 else data.target[number]
-        found.update(data.predicted[number], data.ids[number], target)
+        statistic.update(data.predicted[number], data.ids[number], target)
 
 
 def product_bound(left: Tensor, right: Tensor) -> Tensor:
@@ -131,7 +131,7 @@ def gram_bound(data: Data) -> Tensor:
 
 
 def drift_bound(data: Data) -> Tensor:
-    return product_bound(data.wanted.abs() + data.x.abs(), data.x)
+    return product_bound(data.exact.abs() + data.x.abs(), data.x)
 
 
 def mean_bound(x: Tensor, mean: Tensor) -> Tensor:
@@ -144,7 +144,7 @@ def size_bound(data: Data) -> Tensor:
 
 
 def shift_bound(data: Data) -> Tensor:
-    shift = data.wanted - data.x
+    shift = data.exact - data.x
     return mean_bound(shift, shift.mean((0, 1)))
 
 
@@ -158,7 +158,7 @@ def totals_bounds(data: Data) -> list[Tensor]:
 
 LAWS: dict[type, Law] = {
     Gram: Law(lambda first: Gram(CHANNELS), of_tokens("x"), lambda data: [gram_bound(data)]),
-    Drift: Law(lambda first: Drift(CHANNELS), of_tokens("x", "wanted"), lambda data: [drift_bound(data)]),
+    Drift: Law(lambda first: Drift(CHANNELS), of_tokens("x", "exact"), lambda data: [drift_bound(data)]),
     AbsMax: Law(lambda first: AbsMax(CHANNELS), of_tokens("x")),
     Mean: Law(
         lambda first: Mean(CHANNELS), of_tokens("x"), lambda data: [mean_bound(data.x, data.x.mean((0, 1)))]
@@ -168,19 +168,19 @@ LAWS: dict[type, Law] = {
     WeightedMean: Law(lambda first: WeightedMean(), feed_losses),
     Watch: Law(
         lambda first: Watch.of(CHANNELS, torch.device("cpu"), drift=True, mean_abs=True),
-        of_tokens("x", "wanted"),
+        of_tokens("x", "exact"),
         lambda data: [gram_bound(data), drift_bound(data), size_bound(data)],
     ),
-    MeanShift: Law(lambda first: MeanShift(CHANNELS), of_tokens("wanted", "x"), lambda data: [shift_bound(data)]),
+    MeanShift: Law(lambda first: MeanShift(CHANNELS), of_tokens("exact", "x"), lambda data: [shift_bound(data)]),
     KeyMean: Law(lambda first: KeyMean(enough=21), feed_keys, ordered=True),
     MassivePlaces: Law(
         lambda first: MassivePlaces(),
-        lambda found, data, some: found.update(data.hidden[some].flatten(0, 1), data.ids[some]),
+        lambda statistic, data, some: statistic.update(data.hidden[some].flatten(0, 1), data.ids[some]),
         ordered=True,
     ),
     TrainingWindows: Law(
         lambda first: TrainingWindows(EFFORT, BlockCall({})),
-        lambda found, data, some: found.update(data.x[some], data.hidden[some], data.wanted[some]),
+        lambda statistic, data, some: statistic.update(data.x[some], data.hidden[some], data.exact[some]),
         ordered=True,
     ),
     Totals: Law(lambda first: Totals(), feed_predictions, totals_bounds),
@@ -194,7 +194,7 @@ def test_every_class_that_gathers_is_held_to_the_law() -> None:
     for file in Path(subnibble.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.ClassDef):
-                methods = {own.name for own in node.body if isinstance(own, ast.FunctionDef)}
+                methods = {function.name for function in node.body if isinstance(function, ast.FunctionDef)}
                 bases = {ast.unparse(base) for base in node.bases}
                 if "update" in methods and ("value" in methods or bases & {kind.__name__ for kind in LAWS}):
                     names.add(node.name)
@@ -252,15 +252,17 @@ def some_splits(count: int = 20) -> Iterator[Split]:
 
 
 def first_window(part: tuple[slice, ...], parts: tuple[tuple[slice, ...], ...]) -> int:
-    return part[0].start if part else sum(some.stop - some.start for own in parts[: parts.index(part)] for some in own)
+    if part:
+        return part[0].start
+    return sum(some.stop - some.start for ranges in parts[: parts.index(part)] for some in ranges)
 
 
-def seen(law: Law, data: Data, split: Split, number: int) -> Any:
+def statistic_of(law: Law, data: Data, split: Split, number: int) -> Any:
     """A statistic that has seen one part."""
-    found = law.make(first_window(split.parts[number], split.parts))
+    statistic = law.make(first_window(split.parts[number], split.parts))
     for some in split.parts[number]:
-        law.feed(found, data, some)
-    return found
+        law.feed(statistic, data, some)
+    return statistic
 
 
 def merged(law: Law, data: Data, split: Split) -> Any:
@@ -275,42 +277,42 @@ def merged(law: Law, data: Data, split: Split) -> Any:
         return into
 
     if split.nested:
-        found = seen(law, data, split, order[-1])
+        statistic = statistic_of(law, data, split, order[-1])
         for number in reversed(order[:-1]):
-            found = merge(seen(law, data, split, number), found)
+            statistic = merge(statistic_of(law, data, split, number), statistic)
     else:
-        found = seen(law, data, split, order[0])
+        statistic = statistic_of(law, data, split, order[0])
         for number in order[1:]:
             if number in split.fed:
                 for some in split.parts[number]:
-                    law.feed(found, data, some)
+                    law.feed(statistic, data, some)
             else:
-                merge(found, seen(law, data, split, number))
+                merge(statistic, statistic_of(law, data, split, number))
     assert all(pickle.dumps(vars(other)) == before for other, before in others)
-    return found
+    return statistic
 
 
-def read(found: Any) -> list[Tensor]:
+def read(statistic: Any) -> list[Tensor]:
     """Tensors and numbers of a value, and what else a statistic tells."""
-    value, parts = found.value, []
+    value, parts = statistic.value, []
     if is_dataclass(value):
         value = [getattr(value, field.name) for field in fields(value) if field.name != "call"]
     for part in value if isinstance(value, (list, tuple)) else [value]:
         parts.append(part if isinstance(part, Tensor) else torch.tensor(part, dtype=torch.float64))
-    told = [getattr(found, name) for name in ("tokens", "is_full", "is_finite") if hasattr(found, name)]
-    return [*parts, *map(torch.tensor, told)]
+    flags = [getattr(statistic, name) for name in ("tokens", "is_full", "is_finite") if hasattr(statistic, name)]
+    return [*parts, *map(torch.tensor, flags)]
 
 
 def holds(law: Law, data: Data, split: Split, exact: bool) -> bool:
     """Whether merged parts have the value of one pass."""
     whole = law.make(0)
     law.feed(whole, data, slice(0, WINDOWS))
-    found, expected = read(merged(law, data, split)), read(whole)
+    statistic, expected = read(merged(law, data, split)), read(whole)
     bounds = [] if exact or law.bounds is None else law.bounds(data)
     bounds += [torch.tensor(0.0)] * (len(expected) - len(bounds))
     return all(
         a.shape == b.shape and a.dtype == b.dtype and bool(((a.double() - b.double()).abs() <= bound).all())
-        for a, b, bound in zip(found, expected, bounds, strict=True)
+        for a, b, bound in zip(statistic, expected, bounds, strict=True)
     )
 
 
@@ -425,10 +427,10 @@ def every_part(self: TrainingWindows, other: TrainingWindows) -> None:
     self._parts += other._parts
 
 
-def any_batch(self: TrainingWindows, inputs: Tensor, exact: Tensor, wanted: Tensor) -> None:
-    ordinary = ordinary_tokens(exact) & ordinary_tokens(wanted)
+def any_batch(self: TrainingWindows, inputs: Tensor, exact: Tensor, target_states: Tensor) -> None:
+    ordinary = ordinary_tokens(exact) & ordinary_tokens(target_states)
     if self._missing > 0:
-        self._parts.append(tuple(part[:, :4] for part in (inputs, exact, wanted, ordinary)))
+        self._parts.append(tuple(part[:, :4] for part in (inputs, exact, target_states, ordinary)))
 
 
 def clamped_means(self: MeanShift, other: MeanShift) -> None:
@@ -484,8 +486,8 @@ def test_the_law_rejects_planted_faults(kind: type, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_sample_that_knows_of_no_place_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = Sample.__init__
+    initialize = Sample.__init__
     monkeypatch.setattr(
-        Sample, "__init__", lambda self, channels, every, first: made(self, channels, every=every, first=0)
+        Sample, "__init__", lambda self, channels, every, first: initialize(self, channels, every=every, first=0)
     )
     assert caught(Sample)

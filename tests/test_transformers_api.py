@@ -36,18 +36,18 @@ OFFERED = {"AutoConfig", "AutoModelForCausalLM", "AutoTokenizer"}
 
 def spelled(source: str) -> set[str]:
     """Names of transformers' that a source file spells, and what it imports of transformers beyond `OFFERED`."""
-    found: set[str] = set()
+    result: set[str] = set()
     for node in ast.walk(ast.parse(source)):
         match node:
             case ast.Attribute(attr=name) | ast.Name(id=name) | ast.keyword(arg=str(name)) | ast.arg(arg=name):
-                found.add(name)
+                result.add(name)
             case ast.Constant(value=str(name)):
-                found.add(name)
+                result.add(name)
             case ast.ImportFrom(module=str(module), names=names) if module.split(".")[0] == "transformers":
-                found |= {
+                result |= {
                     f"{module}.{name.name}" for name in names if module != "transformers" or name.name not in OFFERED
                 }
-    return {name for name in found if name in NAMES or (name.startswith("transformers.") and " " not in name)}
+    return {name for name in result if name in NAMES or (name.startswith("transformers.") and " " not in name)}
 
 
 def test_names_of_transformers_are_spelled_in_one_package() -> None:
@@ -95,8 +95,8 @@ def test_a_block_updates_the_cache_it_is_called_with(name: str, folders: dict[st
     block, call, cache = skeleton.load_block(0), skeleton.block_calls(6)[0], _Cache()
     hidden = torch.randn(2, 6, skeleton.config.hidden_size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        wanted = run_block(block.module, hidden, call)
-        assert torch.equal(run_block(block.module, hidden, call.with_cache(cache)), wanted)
+        expected = run_block(block.module, hidden, call)
+        assert torch.equal(run_block(block.module, hidden, call.with_cache(cache)), expected)
     assert cache.updates == 1
 
 
@@ -130,18 +130,18 @@ def test_a_decoder_that_skips_its_blocks_is_an_error() -> None:
 def test_an_empty_model_has_the_buffers_of_a_full_one(name: str, dtype: torch.dtype) -> None:
     empty, full = empty_causal_lm(CONFIGS[name], dtype), random_model(name)
     assert all(parameter.is_meta and parameter.dtype == dtype for parameter in empty.parameters())
-    wanted = dict(full.named_buffers())
-    found = dict(empty.named_buffers())
-    assert found.keys() == wanted.keys()
-    assert all(torch.equal(found[key], wanted[key]) and found[key].dtype == wanted[key].dtype for key in wanted)
+    expected = dict(full.named_buffers())
+    actual = dict(empty.named_buffers())
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[key], expected[key]) and actual[key].dtype == expected[key].dtype for key in expected)
 
 
 def test_empty_models_leave_other_threads_alone() -> None:
-    stop, places = threading.Event(), set[str]()
+    stop, devices = threading.Event(), set[str]()
 
     def make() -> None:
         while not stop.is_set():
-            places.add(nn.Linear(2, 2).weight.device.type)
+            devices.add(nn.Linear(2, 2).weight.device.type)
 
     other = threading.Thread(target=make)
     other.start()
@@ -151,5 +151,5 @@ def test_empty_models_leave_other_threads_alone() -> None:
     finally:
         stop.set()
         other.join()
-    assert places == {"cpu"}
+    assert devices == {"cpu"}
     assert torch.get_default_dtype() == torch.float32

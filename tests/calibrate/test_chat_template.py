@@ -15,27 +15,27 @@ USER: list[dict[str, str]] = [{"role": "user", "content": "hello"}]
 PLAIN = "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %} sys{% endif %}"
 
 
-def with_templates(found: Any) -> Any:
-    own = tokenizer(None)
-    own.chat_template = found
-    return own
+def tokenizer_with(template: Any) -> Any:
+    templated = tokenizer(None)
+    templated.chat_template = template
+    return templated
 
 
 def test_the_default_of_several_is_the_one_that_is_used() -> None:
-    several = with_templates({"rag": "{{ raise_exception('no') }}", "default": PLAIN})
-    for own in (several, tokenizer(PLAIN)):
-        assert has_template(own)
-        assert question(own, "hello") == "hello sys"
-        assert in_template(own, USER) == "hello"
+    several = tokenizer_with({"rag": "{{ raise_exception('no') }}", "default": PLAIN})
+    for templated in (several, tokenizer(PLAIN)):
+        assert has_template(templated)
+        assert question(templated, "hello") == "hello sys"
+        assert in_template(templated, USER) == "hello"
 
 
-@pytest.mark.parametrize("found", [None, "", {}])
-def test_without_a_template_there_are_no_turns(found: Any) -> None:
-    own = with_templates(found)
-    assert not has_template(own)
-    assert in_template(own, USER) is None
+@pytest.mark.parametrize("template", [None, "", {}])
+def test_without_a_template_there_are_no_turns(template: Any) -> None:
+    templated = tokenizer_with(template)
+    assert not has_template(templated)
+    assert in_template(templated, USER) is None
     with pytest.raises(BadRecipe, match="no chat template; generate without --chat"):
-        question(own, "hello")
+        question(templated, "hello")
 
 
 def test_a_tokenizer_that_knows_no_templates_has_none() -> None:
@@ -43,33 +43,37 @@ def test_a_tokenizer_that_knows_no_templates_has_none() -> None:
 
 
 def test_several_without_a_default_are_named() -> None:
-    own = with_templates({"tool_use": PLAIN, "rag": PLAIN})
-    for use in (lambda: question(own, "hello"), lambda: in_template(own, USER), lambda: prefix_ids("be kind", own)):
+    templated = tokenizer_with({"tool_use": PLAIN, "rag": PLAIN})
+    for use in (
+        lambda: question(templated, "hello"),
+        lambda: in_template(templated, USER),
+        lambda: prefix_ids("be kind", templated),
+    ):
         with pytest.raises(BadRecipe, match=r"templates for rag, tool_use, and none is the default; save .*\.jinja"):
             use()
     # BOS alone needs no template.
-    assert prefix_ids("bos", own).ids == (0,)
+    assert prefix_ids("bos", templated).ids == (0,)
 
 
-@pytest.mark.parametrize("found", [5, ["a"], {"default": 5}])
-def test_a_template_that_is_no_text_is_refused(found: Any) -> None:
+@pytest.mark.parametrize("template", [5, ["a"], {"default": 5}])
+def test_a_template_that_is_no_text_is_refused(template: Any) -> None:
     with pytest.raises(BadRecipe, match=r"chat template is (int|list), not a text; fix chat_template"):
-        question(with_templates(found), "hello")
+        question(tokenizer_with(template), "hello")
 
 
 def test_a_template_that_is_no_jinja_is_refused_and_not_passed_over() -> None:
-    own = tokenizer("{% for m in messages %}\n{{ m.content }}")
-    for use in (lambda: question(own, "hello"), lambda: prefix_ids("be kind", own)):
+    templated = tokenizer("{% for m in messages %}\n{{ m.content }}")
+    for use in (lambda: question(templated, "hello"), lambda: prefix_ids("be kind", templated)):
         with pytest.raises(BadRecipe, match=r"no valid Jinja \(line 2: .*endfor"):
             use()
 
 
 @pytest.mark.parametrize("raised", ["raise_exception('only about cats')", "1 // 0", "messages[7].content.x", "1 + 'a'"])
 def test_whatever_a_template_raises_is_a_refusal(raised: str) -> None:
-    own = tokenizer(f"{{{{ {raised} }}}}")
-    assert in_template(own, USER) is None
+    templated = tokenizer(f"{{{{ {raised} }}}}")
+    assert in_template(templated, USER) is None
     with pytest.raises(RefusedTurns, match="refuses the message"):
-        question(own, "hello")
+        question(templated, "hello")
     with pytest.raises(BadRecipe, match="only about cats"):
         question(tokenizer("{{ raise_exception('only about cats') }}"), "hello")
 

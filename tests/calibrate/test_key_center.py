@@ -42,13 +42,13 @@ METHODS: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def folder(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`llama` whose keys are mostly their bias, as those of real models are."""
-    model, found = random_model("llama"), tmp_path_factory.mktemp("biased")
+    model, result = random_model("llama"), tmp_path_factory.mktemp("biased")
     with torch.no_grad():
         for block in model.model.layers:
             block.self_attn.k_proj.bias *= 8
-    model.save_pretrained(found)
-    AutoTokenizer.from_pretrained(folders["llama"]).save_pretrained(found)
-    return found
+    model.save_pretrained(result)
+    AutoTokenizer.from_pretrained(folders["llama"]).save_pretrained(result)
+    return result
 
 
 def recipe_of(method: str, token_file: Path, bits: int = 3, **kv: Any) -> Recipe:
@@ -70,18 +70,18 @@ def logits(model: Any, ids: Tensor) -> Tensor:
 
 def keys_to_code(model: Any, ids: Tensor, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """Of each layer, (heads, tokens, width): what the running cache is given, first tokens left out."""
-    found: list[Tensor] = []
+    result: list[Tensor] = []
     append = TensorStore.append
 
     def noted(self: TensorStore, x: Tensor) -> Any:
         if self._of_keys:
-            found.append(x[:, :, 1:].transpose(0, 1).flatten(1, 2))
+            result.append(x[:, :, 1:].transpose(0, 1).flatten(1, 2))
         return append(self, x)
 
     with monkeypatch.context() as patch:
         patch.setattr(TensorStore, "append", noted)
         logits(model, ids)
-    return found
+    return result
 
 
 @pytest.mark.parametrize(("enough", "windows_taken"), [(1, 1), (3, 1), (4, 2), (6, 2), (7, 3), (99, 5)])
@@ -89,11 +89,11 @@ def test_the_mean_is_over_whole_windows_until_there_are_enough_tokens(enough: in
     keys = torch.randn(5, 2, 4, 3, generator=torch.Generator().manual_seed(0))
     ordinary = torch.ones(5, 4, dtype=torch.bool)
     ordinary[:, 0] = False
-    found = KeyMean(enough)
-    found.update(keys, ordinary)
-    assert found.is_full == (enough <= 15)
+    actual = KeyMean(enough)
+    actual.update(keys, ordinary)
+    assert actual.is_full == (enough <= 15)
     target = keys[:windows_taken, :, 1:].double().mean((0, 2))
-    torch.testing.assert_close(found.value, target, rtol=1e-14, atol=1e-14)
+    torch.testing.assert_close(actual.value, target, rtol=1e-14, atol=1e-14)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -101,8 +101,8 @@ def test_the_mean_is_over_whole_windows_until_there_are_enough_tokens(enough: in
 def test_the_stored_mean_is_that_of_the_keys_which_the_model_codes(
     basis: str, method: str, folder: Path, token_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own = {"rope": "after", "key_rotation": "none", **BASES[basis]}
-    quantize(folder, tmp_path / "out", recipe_of(method, token_file, bits=8, **own))
+    options = {"rope": "after", "key_rotation": "none", **BASES[basis]}
+    quantize(folder, tmp_path / "out", recipe_of(method, token_file, bits=8, **options))
     model = load(tmp_path / "out")
     assert attached_cache(model).scheme.key_center == "mean"
     for block, keys in zip(model.model.layers, keys_to_code(model, windows(token_file), monkeypatch), strict=True):
@@ -145,13 +145,13 @@ def test_at_once_and_in_pieces_are_the_same(
     quantize(folder, tmp_path / "out", recipe_of("none", token_file, window=window, **BASES[basis]))
     # Not load(): the means are float16 as they are, and the rest float64.
     model, ids = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float64), windows(token_file)[:2]
-    whole, past, found = logits(model, ids), None, []
+    whole, past, actual = logits(model, ids), None, []
     for start, stop in ((0, 9), (9, 10), (10, 32)):
         with torch.no_grad():
             output = model(ids[:, start:stop], **passing(model, past), use_cache=True)
         past = cache_of(output)
-        found.append(output.logits)
-    torch.testing.assert_close(torch.cat(found, 1), whole, rtol=1e-9, atol=1e-9)
+        actual.append(output.logits)
+    torch.testing.assert_close(torch.cat(actual, 1), whole, rtol=1e-9, atol=1e-9)
 
 
 def test_it_is_stored_and_saved_again(folder: Path, token_file: Path, tmp_path: Path) -> None:
@@ -202,8 +202,8 @@ def test_a_prompt_while_quantizing_is_in_the_mean(
     quantize(folder, tmp_path / "plain", recipe)
     quantize(folder, tmp_path / "out", Recipe.from_dict(recipe.to_dict() | {"system_prompt": "w5 w9 w2"}))
     plain, after_prefix = load(tmp_path / "plain"), load(tmp_path / "out")
-    own = [model.model.layers[1].self_attn.key_center.mean for model in (plain, after_prefix)]
-    assert not torch.equal(*own)
+    means = [model.model.layers[1].self_attn.key_center.mean for model in (plain, after_prefix)]
+    assert not torch.equal(*means)
     quantized = keys_to_code(after_prefix, windows(token_file), monkeypatch)
     for block, keys in zip(after_prefix.model.layers, quantized, strict=True):
         stored, target = block.self_attn.key_center.mean.float(), keys.mean(1)
@@ -218,12 +218,12 @@ def test_distillation_and_evaluation_run_on_it(folder: Path, token_file: Path, t
     plain = quantize(folder, tmp_path / "plain", Recipe.from_dict(values))
     assert report.distilled.before < plain.distilled.before
     evaluation = Evaluation(text=str(text_file), window=16, max_windows=2, device="cpu", dtype="float32")
-    found = evaluate(tmp_path / "out", evaluation)["perplexity"]
+    actual = evaluate(tmp_path / "out", evaluation)["perplexity"]
     # Another clip leaves the centre, another cache does not ask for it.
     changed = Evaluation(**{**vars(evaluation), "kv": {"clip": 0.7}})
-    assert evaluate(tmp_path / "out", changed)["perplexity"] != found
+    assert evaluate(tmp_path / "out", changed)["perplexity"] != actual
     changed = Evaluation(**{**vars(evaluation), "kv_bits": 2})
-    assert evaluate(tmp_path / "out", changed)["perplexity"] != found
+    assert evaluate(tmp_path / "out", changed)["perplexity"] != actual
     model = load(tmp_path / "out")
     target = attached_cache(model).scheme
     prepare_(model, None, {"clip": 0.7}, PrefixIds((5, 9)))
@@ -267,19 +267,19 @@ def test_a_damaged_checkpoint_is_refused(damage: str, folder: Path, token_file: 
     quantize(folder, tmp_path / "out", recipe_of("none", token_file))
     file = tmp_path / "out" / "config.json"
     config = json.loads(file.read_text())
-    own = config["quantization_config"]
-    centers = [path for path in own["modules"] if path.endswith("key_center")]
+    packed_config = config["quantization_config"]
+    centers = [path for path in packed_config["modules"] if path.endswith("key_center")]
     assert len(centers) == 3
     for path in centers[-1:] if damage == "one layer" else centers:
         match damage:
             case "no entry" | "one layer":
-                del own["modules"][path]
+                del packed_config["modules"][path]
             case "another basis":
-                own["modules"][path]["rope"] = "before"
+                packed_config["modules"][path]["rope"] = "before"
             case "no tensor":
-                own["modules"][path]["heads"] = 3
+                packed_config["modules"][path]["heads"] = 3
             case "another key":
-                own["modules"][path]["mean"] = 0
+                packed_config["modules"][path]["mean"] = 0
     file.write_text(json.dumps(config))
     with pytest.raises(CheckpointError):
         load(tmp_path / "out")

@@ -22,13 +22,13 @@ NO_SYSTEM = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exceptio
 
 
 def tokenizer(template: str | None, adds_bos: bool = False, bos: str | None = "<s>") -> PreTrainedTokenizerFast:
-    own = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    own.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    word_level = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    word_level.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     if adds_bos:
-        own.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    found = PreTrainedTokenizerFast(tokenizer_object=own, unk_token="<unk>", bos_token=bos)
-    found.chat_template = template
-    return found
+        word_level.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=word_level, unk_token="<unk>", bos_token=bos)
+    fast.chat_template = template
+    return fast
 
 
 def words(prompt: str, **settings: object) -> list[str]:
@@ -83,13 +83,13 @@ def test_an_empty_prompt_is_refused() -> None:
 
 
 def test_a_chat_behind_a_prefix_has_no_second_system_turn() -> None:
-    own = tokenizer(WITH_DEFAULT)
-    prefix = prefix_ids("be short", own)
-    assert chat_prompt(own, "hello") == "sys be kind <e> user hello <e> "
-    assert chat_prompt(own, "hello", prefix) == "user hello <e> "
+    with_default = tokenizer(WITH_DEFAULT)
+    prefix = prefix_ids("be short", with_default)
+    assert chat_prompt(with_default, "hello") == "sys be kind <e> user hello <e> "
+    assert chat_prompt(with_default, "hello", prefix) == "user hello <e> "
     assert chat_prompt(tokenizer(WITHOUT_DEFAULT), "hello", prefix) == "user hello <e> "
     # BOS is no system turn.
-    assert chat_prompt(own, "hello", prefix_ids("bos", own)) == "sys be kind <e> user hello <e> "
+    assert chat_prompt(with_default, "hello", prefix_ids("bos", with_default)) == "sys be kind <e> user hello <e> "
     with pytest.raises(BadRecipe, match="no chat template"):
         chat_prompt(tokenizer(None), "hello", prefix)
 

@@ -35,14 +35,14 @@ class Stream:
 
 
 def blocks(*massive: list[tuple[int, int]]) -> list[tuple[SimpleNamespace, Stream]]:
-    """Blocks of 10 windows of 6 tokens; at these places (window, token) one channel is a hundred times larger."""
-    made = []
-    for places in massive:
+    """Blocks of 10 windows of 6 tokens; at these positions (window, token) one channel is a hundred times larger."""
+    samples = []
+    for positions in massive:
         x = torch.ones(10, 6, 4)
-        for window, token in places:
+        for window, token in positions:
             x[window, token, 2] = -100
-        made.append((SimpleNamespace(arch=SimpleNamespace(site={SITE.name: SITE}.get)), Stream(x)))
-    return made
+        samples.append((SimpleNamespace(arch=SimpleNamespace(site={SITE.name: SITE}.get)), Stream(x)))
+    return samples
 
 
 WINDOWS = torch.arange(60).view(10, 6)
@@ -140,8 +140,8 @@ def test_windows_of_other_sizes_do_not_change_what_is_a_sink_in_one() -> None:
 
 @pytest.mark.parametrize("batch", [1, 2, 5, 10])
 def test_sinks_are_the_same_for_every_batching(batch: int) -> None:
-    made = blocks([(window, 3) for window in range(10)])
-    block, stream = made[0]
+    samples = blocks([(window, 3) for window in range(10)])
+    block, stream = samples[0]
     # Half of the windows are of another size altogether.
     stream._activations[5:] *= 1e4
     windows = WINDOWS.clone()

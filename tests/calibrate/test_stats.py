@@ -79,16 +79,16 @@ def faulty(kind: str, x: Tensor) -> dict[str, Tensor]:
     } | ({"signed": wide_mean(x), "size of the mean": wide_mean(x).abs()} if kind == "absmean" else {})
 
 
-def agrees(kind: str, found: Tensor, x: Tensor) -> bool:
+def agrees(kind: str, actual: Tensor, x: Tensor) -> bool:
     expected = oracle(kind, x)
     if kind == "absmax":
-        return torch.equal(found.double(), expected)
+        return torch.equal(actual.double(), expected)
     if kind in ("mean", "absmean"):
         mass = x.double().abs().sum(0) / x.shape[0]
         bound = torch.finfo(torch.float32).eps * expected.abs() + 1e-13 * mass
     else:
         bound = gram_bound(x, torch.finfo(torch.float64 if kind == "gram64" else torch.float32).eps)
-    return bool(((found.double() - expected).abs() <= bound).all())
+    return bool(((actual.double() - expected).abs() <= bound).all())
 
 
 @every_kind
@@ -196,11 +196,11 @@ def drift_oracle(x: Tensor, target: Tensor) -> Tensor:
     return total
 
 
-def is_drift(found: Tensor, x: Tensor, target: Tensor) -> bool:
+def is_drift(actual: Tensor, x: Tensor, target: Tensor) -> bool:
     """Per element: differences, products and sums of n tokens may each be off by eps of the magnitudes."""
     now, goal = x.double().abs(), target.double().abs()
     bound = 2 * x.shape[0] ** 0.5 * torch.finfo(torch.float32).eps * (now + goal).T @ now
-    return bool(((found.double() - drift_oracle(x, target)).abs() <= bound).all())
+    return bool(((actual.double() - drift_oracle(x, target)).abs() <= bound).all())
 
 
 def test_drift_agrees_with_its_definition() -> None:

@@ -51,14 +51,14 @@ def recorded(index: int) -> tuple[Block, list[Tensor], BlockCall]:
 def plain(block: Block, hidden: list[Tensor], call: BlockCall) -> tuple[dict[str, Tensor], list[Tensor]]:
     """What forward hooks see at every linear, all batches as (tokens, channels), and the block's outputs."""
     module = copy.deepcopy(block.module)
-    seen: dict[str, list[Tensor]] = {name: [] for name in LLAMA.linears}
-    for name, tensors in seen.items():
+    by_linear: dict[str, list[Tensor]] = {name: [] for name in LLAMA.linears}
+    for name, tensors in by_linear.items():
         module.get_submodule(name).register_forward_hook(
             lambda module, args, output, tensors=tensors: tensors.append(args[0].flatten(0, -2).clone())
         )
     with torch.no_grad():
         outputs = [run_block(module, x, call) for x in hidden]
-    return {name: torch.cat(tensors) for name, tensors in seen.items()}, outputs
+    return {name: torch.cat(tensors) for name, tensors in by_linear.items()}, outputs
 
 
 def observed(stream: BlockStream, site: Site) -> Tensor:
@@ -98,9 +98,9 @@ def test_sites_and_outputs_equal_those_of_a_plain_forward(sites: tuple[Site, ...
     before = modules(block)
     stream = BlockStream(block, hidden, call)
     for site in sites:
-        found = observed(stream, site)
+        actual = observed(stream, site)
         for reader in site.readers:
-            assert torch.equal(found, inputs[reader])
+            assert torch.equal(actual, inputs[reader])
     stream.advance()
     assert all(torch.equal(a, b) for a, b in zip(hidden, outputs, strict=True))
     assert modules(block) == before
@@ -113,15 +113,15 @@ def test_later_sites_and_outputs_see_the_changed_readers(sites: tuple[Site, ...]
     _, unchanged = plain(block, hidden, call)
     start = [x.clone() for x in hidden]
     stream = BlockStream(block, hidden, call)
-    found = {}
+    actual = {}
     for seed, site in enumerate(sites):
-        found[site.name] = observed(stream, site)
+        actual[site.name] = observed(stream, site)
         bend(block, site, seed)
     stream.advance()
     # Readers of a site change nothing at the site or before it, so one forward with all changes tells all.
     inputs, outputs = plain(block, start, call)
     for site in sites:
-        assert torch.equal(found[site.name], inputs[site.readers[0]])
+        assert torch.equal(actual[site.name], inputs[site.readers[0]])
     assert all(torch.equal(a, b) for a, b in zip(hidden, outputs, strict=True))
     assert torch.equal(hidden[0], unchanged[0]) == (not sites)
 
@@ -140,13 +140,13 @@ def test_comparison_rejects_a_stream_that_forgets_changes_or_mixes_batches() -> 
     block, hidden, call = recorded(0)
     inputs, outputs = plain(block, hidden, call)
     bend(block, ATTENTION_IN, 0)
-    changed, moved = plain(block, hidden, call)
+    changed, changed_outputs = plain(block, hidden, call)
     for site in (ATTENTION_OUT, MLP_IN, MLP_HIDDEN):
         assert not torch.equal(changed[site.readers[0]], inputs[site.readers[0]])
     assert torch.equal(changed[ATTENTION_IN.readers[0]], inputs[ATTENTION_IN.readers[0]])
-    assert not torch.equal(moved[0], outputs[0])
+    assert not torch.equal(changed_outputs[0], outputs[0])
     _, swapped = plain(block, [hidden[0].flip(0), *hidden[1:]], call)
-    assert not torch.equal(swapped[0], moved[0])
+    assert not torch.equal(swapped[0], changed_outputs[0])
 
 
 def test_nothing_is_forwarded_twice_for_the_same_statistic() -> None:
@@ -322,9 +322,9 @@ def test_outputs_are_those_of_the_blocks_own_forward_and_move_nothing(sites: tup
         bend(block, site, seed)
     _, expected = plain(block, start, call)
     for _ in range(2):
-        found = list(stream.outputs())
-        assert [tuple(x.shape) for x in found] == [(count, LENGTH, 48) for count in BATCHES]
-        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        actual = list(stream.outputs())
+        assert [tuple(x.shape) for x in actual] == [(count, LENGTH, 48) for count in BATCHES]
+        assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(hidden, start, strict=True))
     assert modules(block) == before
     stream.advance()
@@ -337,12 +337,12 @@ def test_statistics_are_those_of_every_sites_tensor() -> None:
     start = [x.clone() for x in hidden]
     schemes = {name: Scheme(3, 16) if "mlp" in name else None for name in LLAMA.linears}
     stream = BlockStream(block, hidden, call)
-    found = stream.statistics(schemes)
-    assert found.schemes == schemes
-    assert set(found.grams) == set(found.mean_abs) == {site.name for site in SITES}
+    actual = stream.statistics(schemes)
+    assert actual.schemes == schemes
+    assert set(actual.grams) == set(actual.mean_abs) == {site.name for site in SITES}
     for site in SITES:
         x = inputs[site.readers[0]].double()
-        gram, sizes = found.grams[site.name].double(), found.mean_abs[site.name].double()
+        gram, sizes = actual.grams[site.name].double(), actual.mean_abs[site.name].double()
         bound = 2 * x.shape[0] ** 0.5 * torch.finfo(torch.float32).eps * (x.abs().T @ x.abs())
         assert bool(((gram - x.T @ x).abs() <= bound).all())
         assert bool(((sizes - x.abs().mean(0)).abs() <= 1e-6 * x.abs().mean(0)).all())

@@ -143,9 +143,9 @@ def drawn_from(tokens: Tensor, count: int, length: int, folder: Path) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.uint8])
 def test_safetensors_holds_tokens_like_npy(tmp_path: Path, counted: Path, dtype: torch.dtype) -> None:
-    found = drawn_from(torch.arange(203).to(dtype), 20, 10, tmp_path)
-    assert found.dtype == torch.int64
-    assert torch.equal(found, drawn(counted, 20, 10))
+    result = drawn_from(torch.arange(203).to(dtype), 20, 10, tmp_path)
+    assert result.dtype == torch.int64
+    assert torch.equal(result, drawn(counted, 20, 10))
 
 
 @pytest.mark.parametrize(

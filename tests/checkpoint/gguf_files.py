@@ -53,7 +53,7 @@ def write_gguf(
 
 def metadata_of(config: Any, arch: str, values: Mapping[str, Any]) -> dict[str, Any]:
     heads = Heads.of(config)
-    own = {
+    architecture_keys = {
         "context_length": config.max_position_embeddings,
         "embedding_length": config.hidden_size,
         "block_count": config.num_hidden_layers,
@@ -66,10 +66,10 @@ def metadata_of(config: Any, arch: str, values: Mapping[str, Any]) -> dict[str, 
         "rope.freq_base": float(config.rope_parameters["rope_theta"]),
         "vocab_size": VOCABULARY,
     }
-    found = {f"{arch}.{key}": value for key, value in own.items()} | {
+    metadata = {f"{arch}.{key}": value for key, value in architecture_keys.items()} | {
         f"{arch}.{key.replace('__', '.')}": value for key, value in values.items()
     }
-    return {key: value for key, value in found.items() if value is not None}
+    return {key: value for key, value in metadata.items() if value is not None}
 
 
 def add_tensors(writer: gguf.GGUFWriter, model: Any, arch: str, only: Callable[[str], bool]) -> None:

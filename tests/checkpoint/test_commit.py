@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from writer_samples import SHARDS, content, everything, hidden, seen, write
+from writer_samples import SHARDS, bytes_by_name, content, everything, hidden, write
 
 from subnibble.checkpoint.weight_files import INDEX
 from subnibble.checkpoint.writer import CheckpointWriter, check_output
@@ -47,7 +47,7 @@ def test_a_commit_that_fails_halfway_puts_the_old_checkpoint_back_and_keeps_the_
     fail_to_rename(kind(errno.EBUSY, "Device or resource busy"), STOPS[stop], monkeypatch)
     with pytest.raises((OutputError, KeyboardInterrupt)) as caught:
         write(final, SHARDS, replace=True)
-    assert seen(final) == before
+    assert bytes_by_name(final) == before
     assert content(hidden(final)) == content(tmp_path / "other")
     assert str(hidden(final).parent) in caught.value.__notes__[0]
     monkeypatch.undo()
@@ -146,7 +146,7 @@ def test_what_another_program_puts_into_the_folder_at_the_commit_is_left_alone(t
     monkeypatch.setattr(Path, "rename", taken)
     with pytest.raises(OutputError, match="in the meantime"):
         write(final, SHARDS[:1], replace=True)
-    assert {**before, "model.safetensors": b"theirs"} == seen(final)
+    assert {**before, "model.safetensors": b"theirs"} == bytes_by_name(final)
 
 
 def test_what_arrived_in_the_meantime_is_not_overwritten(tmp_path) -> None:

@@ -82,7 +82,7 @@ def of_type(kind: torch.dtype) -> Change:
 
 
 @pytest.mark.parametrize(
-    ("change", "config", "told"),
+    ("change", "config", "message"),
     [
         (gptq, {}, f"another tool quantized these weights ({Q}.qweight is stored with them)"),
         (scaled, {}, f"another tool quantized these weights ({Q}.weight_scale_inv is stored with them)"),
@@ -109,9 +109,9 @@ def of_type(kind: torch.dtype) -> Change:
     ],
 )
 def test_what_does_not_fit_is_told_with_its_cause(
-    change: Change, config: dict[str, object], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    change: Change, config: dict[str, object], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert told in refusal(changed(tmp_path / "model", change, **config), monkeypatch)
+    assert message in refusal(changed(tmp_path / "model", change, **config), monkeypatch)
 
 
 def test_a_packed_checkpoint_that_lost_its_config_is_told(
@@ -171,8 +171,8 @@ def test_8_bit_floats_quantize_as_the_same_numbers_in_more_bits(kind: torch.dtyp
         models = load_model(folder, "float32", "cpu"), load_model(tmp_path / f"{name}-packed", "float32", "cpu")
         ids = torch.arange(20).view(2, 10)
         with torch.no_grad():
-            target, found = (model(ids).logits for model in models)
-        assert (found - target).norm() < 0.1 * target.norm()
+            target, actual = (model(ids).logits for model in models)
+        assert (actual - target).norm() < 0.1 * target.norm()
     assert errors(reports[0]) == errors(reports[1])
 
 

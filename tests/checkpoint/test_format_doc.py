@@ -111,22 +111,22 @@ def test_the_documented_keys_are_those_of_the_schemes_and_of_a_linear() -> None:
 
 @pytest.mark.parametrize("token", TOKENS, ids=lambda token: ActivationScheme.from_dict(token["activation"]).name)
 def test_documented_tokens_have_the_documented_numbers(token) -> None:
-    found = quantize(torch.tensor([token["token"]]), ActivationScheme.from_dict(token["activation"]))
-    assert found.numbers.tolist() == [token["numbers"]]
-    assert found.scales.tolist() == [token["scales"]]
+    result = quantize(torch.tensor([token["token"]]), ActivationScheme.from_dict(token["activation"]))
+    assert result.numbers.tolist() == [token["numbers"]]
+    assert result.scales.tolist() == [token["scales"]]
 
 
 def products(order: int, largest: int) -> list[list[int]]:
     """Every way to write the order as a product of documented factors, falling, none above `largest`."""
     if order == 1:
         return [[]]
-    found = []
+    result = []
     for f in range(2, min(order, largest) + 1):
         q = f - 1
         known = f == 2 or (q % 4 == 3 and all(q % d for d in range(2, q)))
         if order % f == 0 and known:
-            found += [[f, *rest] for rest in products(order // f, f)]
-    return found
+            result += [[f, *rest] for rest in products(order // f, f)]
+    return result
 
 
 def as_documented(order: int) -> tuple[torch.Tensor, list[int]] | None:
@@ -155,9 +155,9 @@ def as_documented(order: int) -> tuple[torch.Tensor, list[int]] | None:
 
 @pytest.mark.parametrize("order", [1, 2, 4, 8, 12, 16, 20, 24, 28, 40, 64, 80, 92, 96, 144, 160, 224])
 def test_the_documented_hadamard_matrices_are_those_of_the_code(order) -> None:
-    found, expected = hadamard(order), as_documented(order)
-    assert (found is None) == (expected is None)
-    assert found is None or torch.equal(found, expected[0])
+    actual, expected = hadamard(order), as_documented(order)
+    assert (actual is None) == (expected is None)
+    assert actual is None or torch.equal(actual, expected[0])
 
 
 @pytest.mark.parametrize(("order", "product"), KRONECKER)
@@ -192,9 +192,9 @@ def test_the_documented_linear_gives_the_documented_output() -> None:
     c, g = terms.input.column_scale.float(), terms.input.gather.long()
     entered = (x * c)[:, g] @ as_documented(4)[0].float() / 2
     assert entered.tolist() == [LINEAR["after step 3"]]
-    found = quantize(entered, terms.input.activation)
-    assert found.numbers.tolist() == [LINEAR["numbers"]]
-    assert found.scales.tolist() == [LINEAR["scales"]]
+    result = quantize(entered, terms.input.activation)
+    assert result.numbers.tolist() == [LINEAR["numbers"]]
+    assert result.scales.tolist() == [LINEAR["scales"]]
     # The example tells the terms apart.
     nothing = {"bias": None, "column_scale": None, "gather": None, "blocks": (), "activation": None, "low_rank": None,
                "requantized": 0}  # fmt: skip
@@ -281,9 +281,9 @@ def test_the_documented_bits_of_the_example_with_terms_are_those_that_are_measur
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: str(row["bits"]))
 def test_groups_of_a_cache_become_the_documented_codes(row) -> None:
     group = torch.tensor([row["group"]])
-    found = quantize_rows(group, row["bits"], [(0, group.shape[1])], row["clip"])
-    assert unpack_codes(found.codes, row["bits"], group.shape[1]).tolist() == [row["codes"]]
-    assert (found.lows.tolist(), found.scales.tolist()) == ([[row["low"]]], [[row["scale"]]])
+    result = quantize_rows(group, row["bits"], [(0, group.shape[1])], row["clip"])
+    assert unpack_codes(result.codes, row["bits"], group.shape[1]).tolist() == [row["codes"]]
+    assert (result.lows.tolist(), result.scales.tolist()) == ([[row["low"]]], [[row["scale"]]])
 
 
 def test_the_documented_centre_is_stored_under_its_name() -> None:

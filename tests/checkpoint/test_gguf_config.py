@@ -27,8 +27,8 @@ BASE = 10000.0
 
 def logits(model: Any) -> torch.Tensor:
     with torch.no_grad():
-        found: torch.Tensor = model(IDS).logits
-    return found
+        result: torch.Tensor = model(IDS).logits
+    return result
 
 
 def rotated(name: str, rope: dict[str, Any]) -> Any:
@@ -96,12 +96,12 @@ def test_scaled_positions_are_the_models(
 
 def divisors(width: int, factor: float, low: float, high: float, original: int) -> np.ndarray:
     """As llama.cpp's converter computes `rope_freqs.weight` of a Llama 3."""
-    found = []
+    result = []
     for frequency in (1 / BASE ** (torch.arange(0, width, 2).float() / width)).tolist():
         wave = 2 * math.pi / frequency
         smooth = (original / wave - low) / (high - low)
-        found.append(1 / ((1 - smooth) / factor + smooth) if 0 < smooth < 1 else 1 if smooth >= 1 else factor)
-    return np.array(found, dtype=np.float32)
+        result.append(1 / ((1 - smooth) / factor + smooth) if 0 < smooth < 1 else 1 if smooth >= 1 else factor)
+    return np.array(result, dtype=np.float32)
 
 
 @pytest.mark.parametrize(
@@ -216,8 +216,8 @@ def test_tokens_are_those_of_the_file(tmp_path: Path) -> None:
     source = open_source(tmp_path / "model.gguf")
     assert (source.config.bos_token_id, source.config.eos_token_id, source.config.pad_token_id) == (5, 6, None)
     source.copy_side_files(tmp_path)
-    told = json.loads((tmp_path / "generation_config.json").read_text())
-    assert told == {"bos_token_id": 5, "eos_token_id": [6, 7]}
+    generation_config = json.loads((tmp_path / "generation_config.json").read_text())
+    assert generation_config == {"bos_token_id": 5, "eos_token_id": [6, 7]}
 
 
 def test_a_gguf_without_its_head_is_tied_and_one_without_its_table_is_named(tmp_path: Path) -> None:

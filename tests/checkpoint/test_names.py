@@ -50,8 +50,8 @@ RENAMES: dict[str, Rename] = {
 
 @pytest.mark.parametrize("rename", RENAMES.values(), ids=RENAMES)
 def test_a_models_tensors_are_found_under_other_names(rename: Rename) -> None:
-    found = model_names(map(rename, NAMES), find_arch("llama"), False, HERE)
-    assert found == {name: rename(name) for name in NAMES}
+    result = model_names(map(rename, NAMES), find_arch("llama"), False, HERE)
+    assert result == {name: rename(name) for name in NAMES}
 
 
 def test_a_table_under_the_heads_name_is_the_embeddings_of_a_model_that_ties_them() -> None:
@@ -75,9 +75,9 @@ def test_a_tensor_that_is_there_twice_is_named() -> None:
 
 
 def test_the_models_own_names_go_before_others() -> None:
-    found = model_names([*NAMES, *(f"ema.{name}" for name in NAMES)], find_arch("llama"), False, HERE)
-    assert {name: found[name] for name in NAMES} == {name: name for name in NAMES}
-    assert sum(name.startswith("ema.") for name in found) == len(NAMES)
+    result = model_names([*NAMES, *(f"ema.{name}" for name in NAMES)], find_arch("llama"), False, HERE)
+    assert {name: result[name] for name in NAMES} == {name: name for name in NAMES}
+    assert sum(name.startswith("ema.") for name in result) == len(NAMES)
 
 
 def renamed(folders: dict[str, Path], name: str, folder: Path, rename: Rename) -> Path:

@@ -31,25 +31,25 @@ def templates(folder: Path) -> Any:
 
 
 @pytest.mark.parametrize(
-    "found", [TEMPLATE, {"default": TEMPLATE, "rag": "rag " + TEMPLATE}, {"rag": TEMPLATE, "tool_use": TEMPLATE}]
+    "template", [TEMPLATE, {"default": TEMPLATE, "rag": "rag " + TEMPLATE}, {"rag": TEMPLATE, "tool_use": TEMPLATE}]
 )
 @pytest.mark.parametrize("in_files", [True, False])
 def test_chat_templates_go_with_the_model_wherever_they_lie(
-    found: Any, in_files: bool, folder: Path, tmp_path: Path
+    template: Any, in_files: bool, folder: Path, tmp_path: Path
 ) -> None:
-    own = AutoTokenizer.from_pretrained(folder)
-    own.chat_template = found
-    own.save_pretrained(folder, save_jinja_files=in_files)
+    original = AutoTokenizer.from_pretrained(folder)
+    original.chat_template = template
+    original.save_pretrained(folder, save_jinja_files=in_files)
     out = tmp_path / "out"
     quantize(folder, out, RECIPE)
-    assert templates(out) == templates(folder) == found
-    if "default" in found or isinstance(found, str):
+    assert templates(out) == templates(folder) == template
+    if "default" in template or isinstance(template, str):
         spoken = [AutoTokenizer.from_pretrained(f).apply_chat_template(TURNS, tokenize=False) for f in (folder, out)]
         assert spoken[0] == spoken[1] == "user w1 w2 "
     # And through a change of the packed folder.
-    if isinstance(found, str):
+    if isinstance(template, str):
         add_prefix(out, "w3 w4")
-        assert templates(out) == found
+        assert templates(out) == template
 
 
 def test_files_of_every_kind_of_tokenizer_are_copied_as_they_are_and_code_is_not(tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_the_hub_gives_what_goes_with_a_model_and_no_other_folders(
         huggingface_hub, "snapshot_download", lambda repo, **kwargs: asked.update(kwargs) or str(tmp_path)
     )
     download("owner/name")
-    wanted = [
+    downloaded = [
         "config.json", "model.safetensors", "tokenizer.json", "tokenizer.model", "qwen.tiktoken", "chat_template.jinja",
         "additional_chat_templates/rag.jinja",
     ]  # fmt: skip
@@ -104,7 +104,7 @@ def test_the_hub_gives_what_goes_with_a_model_and_no_other_folders(
         "adapter/adapter_model.safetensors", "a/tokenizer.json",
         "additional_chat/x.json", "additional_chat_templates_2/x.json", "additional_chat_templatez/x.json",
     ]  # fmt: skip
-    assert list(filter_repo_objects([*wanted, *others], **asked)) == wanted
+    assert list(filter_repo_objects([*downloaded, *others], **asked)) == downloaded
 
 
 def test_a_packed_config_names_no_code(folder: Path, tmp_path: Path) -> None:

@@ -197,7 +197,7 @@ def test_sizes_of_a_packed_folder_count_every_stored_bit(single: Path, tmp_path:
 
     recipe = subnibble.Recipe(method="rtn", bits=3, group_size=32, embedding_bits=8)
     report = subnibble.quantize(single, tmp_path / "out", recipe)
-    found = measure(open_source(tmp_path / "out"))
+    result = measure(open_source(tmp_path / "out"))
     bits = weights = 0
     for file in (tmp_path / "out").glob("*.safetensors"):
         for name, tensor in load_file(file).items():
@@ -205,9 +205,9 @@ def test_sizes_of_a_packed_folder_count_every_stored_bit(single: Path, tmp_path:
                 bits += 8 * tensor.nbytes
     for linear in report.linears:
         weights += linear.shape[0] * linear.shape[1]
-    assert found.effective_bits == bits / weights
-    assert found.file_bytes == sum(f.stat().st_size for f in (tmp_path / "out").glob("*.safetensors"))
-    assert found.parameters == sum(t.numel() for t in load_file(single / SINGLE).values())
+    assert result.effective_bits == bits / weights
+    assert result.file_bytes == sum(f.stat().st_size for f in (tmp_path / "out").glob("*.safetensors"))
+    assert result.parameters == sum(t.numel() for t in load_file(single / SINGLE).values())
 
 
 @pytest.mark.parametrize("file", [3, None, ["model-00001-of-00002.safetensors"]])

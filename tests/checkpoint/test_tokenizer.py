@@ -193,18 +193,18 @@ def test_token_types_do_not_reach_the_model(folder: Path, run: Run) -> None:
 
 def test_a_bos_beyond_the_models_table_is_refused(folder: Path, text_file: Path, run: Run) -> None:
     file = folder / "tokenizer.json"
-    found = json.loads(file.read_text())
-    found["added_tokens"].append(
+    result = json.loads(file.read_text())
+    result["added_tokens"].append(
         {"id": 96, "content": "<s>", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
          "special": True}
     )  # fmt: skip
-    found["post_processor"] = {
+    result["post_processor"] = {
         "type": "TemplateProcessing",
         "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
         "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
         "special_tokens": {"<s>": {"id": "<s>", "ids": [96], "tokens": ["<s>"]}},
     }
-    file.write_text(json.dumps(found))
+    file.write_text(json.dumps(result))
     settings(folder, bos_token="<s>")
     code, _, err = run("evaluate", folder, "--text", text_file, "--window", 32)
     assert code == 2

@@ -121,13 +121,13 @@ def renamed(name: str) -> Callable[[Path], object]:
     return lambda folder: (folder / SINGLE).rename(folder / name)
 
 
-def moved(folder: Path) -> None:
+def move_away(folder: Path) -> None:
     (folder / "checkpoint-500").mkdir()
     (folder / SINGLE).rename(folder / "checkpoint-500" / SINGLE)
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (renamed("model.fp16.safetensors"), "variant, model.fp16.safetensors: remove"),
         (renamed("model.fp16-00001-of-00002.safetensors"), "variant, model.fp16-00001-of-00002.safetensors: remove"),
@@ -137,17 +137,17 @@ def moved(folder: Path) -> None:
         (renamed("model.gguf"), "to read its GGUF file, give"),
         (renamed("model.bin"), "only pickle weights (model.bin)"),
         (lambda folder: (folder / SINGLE).unlink(), "no weights at all: fetch them"),
-        (moved, "give"),
+        (move_away, "give"),
     ],
 )
 def test_a_folder_without_the_weights_tells_what_it_has(
-    change: Callable[[Path], object], told: str, single: Path
+    change: Callable[[Path], object], message: str, single: Path
 ) -> None:
     change(single)
     with pytest.raises(CheckpointError, match=f"neither {SINGLE} nor {INDEX}; ") as error:
         open_source(single)
-    assert told in str(error.value)
-    assert (str(single / "checkpoint-500") in str(error.value)) == (change is moved)
+    assert message in str(error.value)
+    assert (str(single / "checkpoint-500") in str(error.value)) == (change is move_away)
 
 
 def test_a_git_lfs_pointer_is_told_from_a_truncated_file(single: Path) -> None:
@@ -185,8 +185,8 @@ def test_a_folder_without_config_tells_what_it_has(single: Path) -> None:
 def test_a_config_that_starts_with_a_byte_order_mark_is_read(single: Path) -> None:
     config, target = single / "config.json", load_model(single)
     config.write_bytes(b"\xef\xbb\xbf" + config.read_bytes())
-    found = load_model(single)
-    assert all(torch.equal(*pair) for pair in zip(found.parameters(), target.parameters(), strict=True))
+    actual = load_model(single)
+    assert all(torch.equal(*pair) for pair in zip(actual.parameters(), target.parameters(), strict=True))
 
 
 def test_a_weight_file_as_model_leads_to_its_folder(single: Path) -> None:

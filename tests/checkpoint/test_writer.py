@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from writer_samples import CONFIG, SHARDS, Interrupted, content, everything, seen, write
+from writer_samples import CONFIG, SHARDS, Interrupted, bytes_by_name, content, everything, write
 
 from subnibble.checkpoint import writer as writer_module
 from subnibble.checkpoint.checksums import weight_checksums
@@ -53,18 +53,18 @@ def test_leaving_without_commit_leaves_nothing(tmp_path) -> None:
 
 @pytest.mark.parametrize("error", [Interrupted("stop"), KeyboardInterrupt(), OSError(errno.EIO, "bad disk")])
 def test_an_exception_leaves_nothing_and_passes_through(tmp_path, error) -> None:
-    seen = []
+    names = []
 
     def fail_between_shards() -> None:
         with CheckpointWriter(tmp_path / "out", 2, replace=False) as writer:
             writer.write_shard(SHARDS[0])
-            seen.extend(everything(tmp_path))
+            names.extend(everything(tmp_path))
             raise error
 
     with pytest.raises(type(error)) as caught:
         fail_between_shards()
     assert caught.value is error
-    assert seen
+    assert names
     assert everything(tmp_path) == set()
 
 
@@ -144,11 +144,11 @@ def test_a_checkpoint_is_replaced_whole_and_only_when_asked(tmp_path) -> None:
 
 def test_the_old_checkpoint_stays_in_place_until_the_commit(tmp_path) -> None:
     write(tmp_path / "out", SHARDS)
-    before = seen(tmp_path / "out")
+    before = bytes_by_name(tmp_path / "out")
     with CheckpointWriter(tmp_path / "out", 1, replace=True) as writer:
         writer.write_shard(SHARDS[0])
         writer.finish_weights()
-        assert seen(tmp_path / "out") == before
+        assert bytes_by_name(tmp_path / "out") == before
         writer.commit()
     assert content(tmp_path / "out") != before
 
@@ -193,11 +193,11 @@ def test_a_full_disk_says_so(tmp_path, monkeypatch) -> None:
 def test_one_shard_is_model_safetensors_without_an_index(tmp_path) -> None:
     write(tmp_path / "out", SHARDS[:1])
     assert set(content(tmp_path / "out")) == {"model.safetensors", "config.json"}
-    found = load_file(tmp_path / "out" / "model.safetensors")
-    assert set(found) == set(SHARDS[0])
+    result = load_file(tmp_path / "out" / "model.safetensors")
+    assert set(result) == set(SHARDS[0])
     for name, tensor in SHARDS[0].items():
-        assert found[name].dtype == tensor.dtype
-        assert torch.equal(found[name], tensor)
+        assert result[name].dtype == tensor.dtype
+        assert torch.equal(result[name], tensor)
 
 
 def test_several_shards_have_an_index_that_covers_every_tensor(tmp_path) -> None:
@@ -210,9 +210,9 @@ def test_several_shards_have_an_index_that_covers_every_tensor(tmp_path) -> None
     # Six int64, two float16, none, twelve uint8.
     assert index["metadata"] == {"total_size": 48 + 4 + 12}
     for name, shard in zip(names, SHARDS, strict=True):
-        found = load_file(final / name)
-        assert set(found) == set(shard)
-        assert all(torch.equal(found[key], tensor) for key, tensor in shard.items())
+        result = load_file(final / name)
+        assert set(result) == set(shard)
+        assert all(torch.equal(result[key], tensor) for key, tensor in shard.items())
 
 
 @pytest.mark.parametrize("written", [1, 3])
@@ -263,8 +263,8 @@ def test_numbers_that_were_written_can_be_replaced_before_the_commit(tmp_path) -
         writer.finish_weights()
         writer.commit()
 
-    found = {}
+    result = {}
     for file in (tmp_path / "out").glob("*.safetensors"):
-        found |= load_file(file)
-    assert found["a"].dtype == torch.float16
-    assert {name: part.tolist() for name, part in found.items()} == {"a": [1, 2], "b": [1, 1, 1], "c": [5]}
+        result |= load_file(file)
+    assert result["a"].dtype == torch.float16
+    assert {name: part.tolist() for name, part in result.items()} == {"a": [1, 2], "b": [1, 1, 1], "c": [5]}

@@ -43,7 +43,7 @@ def content(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
-def seen(folder: Path) -> dict[str, bytes]:
+def bytes_by_name(folder: Path) -> dict[str, bytes]:
     """Every file below `folder` that no writer hides."""
     return {name: text for name, text in content(folder).items() if PARTIAL not in name}
 

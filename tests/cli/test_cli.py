@@ -25,14 +25,14 @@ def test_quantize_evaluate_and_inspect_work_together(
         "--reference", folders["llama"], "--layers", "--json",
     )  # fmt: skip
     assert code == 0, err
-    found = json.loads(out)
-    assert found["windows"] == 5
-    assert 3 < found["effective_bits"] < 5
-    assert found["model_bits"] > 0
-    assert found["perplexity"] > 1
-    assert found["kl_divergence"] > 0
-    assert 0 <= found["top1_agreement"] <= 1
-    assert len(found["output_errors"]) == 21
+    result = json.loads(out)
+    assert result["windows"] == 5
+    assert 3 < result["effective_bits"] < 5
+    assert result["model_bits"] > 0
+    assert result["perplexity"] > 1
+    assert result["kl_divergence"] > 0
+    assert 0 <= result["top1_agreement"] <= 1
+    assert len(result["output_errors"]) == 21
     wrong = (folders["mistral"], "--layers", "--text", text_file, "--window", 32)
     code, _, err = run("evaluate", tmp_path / "out", "--reference", *wrong)
     assert code == 2
@@ -148,9 +148,9 @@ def test_steps_that_were_not_finite_are_told(
     value = TrainingWindows.value.fget
 
     def spoiled(windows: TrainingWindows) -> Samples:
-        found = value(windows)
-        found.target[0] = float("nan")
-        return found
+        result = value(windows)
+        result.target[0] = float("nan")
+        return result
 
     monkeypatch.setattr(TrainingWindows, "value", property(spoiled))
     code, _, err = run(*arguments, "--method", "bisup", "--activation-bits", 4, "--effort", "fast")
@@ -179,12 +179,12 @@ def test_estimate_reads_no_weight_and_knows_the_size(
     monkeypatch.setattr(SafetensorsSource, "load", lambda *a: pytest.fail("a weight was read"))
     sizes = ("--method", "gptq", "--bits", 3, "--group-size", 32, "--embedding-bits", 8)
     code, out, _ = run("estimate", folders["llama"], *sizes, "--window", 32, "--json")
-    found = json.loads(out)
+    result = json.loads(out)
     assert code == 0
-    assert found["effective_bits"] == pytest.approx(report["size"]["effective_bits"], rel=1e-12)
+    assert result["effective_bits"] == pytest.approx(report["size"]["effective_bits"], rel=1e-12)
     headers = sum(8 + int.from_bytes(f.read_bytes()[:8], "little") for f in (tmp_path / "out").glob("*.safetensors"))
-    assert found["file_bytes"] + headers == report["size"]["file_bytes"]
-    assert found["memory_bytes"]["peak"] == sum(v for k, v in found["memory_bytes"].items() if k != "peak")
+    assert result["file_bytes"] + headers == report["size"]["file_bytes"]
+    assert result["memory_bytes"]["peak"] == sum(v for k, v in result["memory_bytes"].items() if k != "peak")
     # What quantize would refuse, estimate refuses.
     code, _, err = run("estimate", folders["llama"], *sizes)
     assert code == 2
@@ -257,17 +257,17 @@ def test_other_bits_over_a_written_recipe_get_the_grid_of_the_method(
     code, _, err = run(*arguments, "--method", "d2quant", "--bits", 4)
     assert code == 0, err
     again = [tmp_path / "again" if part == tmp_path / "out" else part for part in arguments]
-    found = {}
+    result = {}
     for method, bits in (("d2quant", 2), ("d2quant-plus", 4)):
         code, _, err = run(
             *again, "--recipe", tmp_path / "out" / "recipe.toml", "--method", method, "--bits", bits, "--overwrite"
         )
         assert code == 0, err
         linears = json.loads((tmp_path / "again" / "report.json").read_text())["linears"]
-        found[method] = {linear["path"].split(".")[-1]: linear["scheme"] for linear in linears}
-    assert found["d2quant"]["down_proj"] == "w2g32-sign"
-    assert found["d2quant"]["up_proj"] == "w2g32"
-    assert set(found["d2quant-plus"].values()) == {"w4g32-real"}
+        result[method] = {linear["path"].split(".")[-1]: linear["scheme"] for linear in linears}
+    assert result["d2quant"]["down_proj"] == "w2g32-sign"
+    assert result["d2quant"]["up_proj"] == "w2g32"
+    assert set(result["d2quant-plus"].values()) == {"w4g32-real"}
 
 
 def test_overwrite_replaces_a_checkpoint(run: Run, arguments: list[object], tmp_path: Path) -> None:
@@ -279,9 +279,9 @@ def test_overwrite_replaces_a_checkpoint(run: Run, arguments: list[object], tmp_
 
 
 def test_progress_is_plain_lines_away_from_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    with console.progress("work") as told:
-        told(1, 2, "half")
-        told(2, 2, "all")
+    with console.progress("work") as on_progress:
+        on_progress(1, 2, "half")
+        on_progress(2, 2, "all")
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert lines[0] == "work: 2/2 (all), 0 s"
@@ -292,9 +292,9 @@ def test_the_time_left_is_told_once_there_is_something_to_tell_it_from(
 ) -> None:
     now = iter([0.0, 20.0, 40.0, 60.0])
     monkeypatch.setattr(console.time, "monotonic", lambda: next(now))
-    with console.progress("work") as told:
+    with console.progress("work") as on_progress:
         for done in (1, 5, 100):
-            told(done, 100, "part")
+            on_progress(done, 100, "part")
     assert capsys.readouterr().err.splitlines() == [
         "work: 1/100 (part), 20 s", "work: 5/100 (part), 40 s, about 13 min left", "work: 100/100 (part), 60 s",
     ]  # fmt: skip

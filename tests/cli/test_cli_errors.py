@@ -175,14 +175,14 @@ def test_faults_and_interrupts_have_their_exit_codes(
         raise error
 
     monkeypatch.setattr(Gram, "update", fail)
-    found, _, err = run(*arguments)
-    assert found == code
+    result, _, err = run(*arguments)
+    assert result == code
     assert "Traceback" not in err
     assert list(tmp_path.iterdir()) == []
     if code == 1:
         assert "boom" in err
-        found, _, err = run(*arguments, "--debug")
-        assert found == code
+        result, _, err = run(*arguments, "--debug")
+        assert result == code
         assert "Traceback" in err
 
 

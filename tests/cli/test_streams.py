@@ -69,8 +69,8 @@ def test_streams_that_are_closed_take_everything(monkeypatch: pytest.MonkeyPatch
     streams.say(TEXT)
     streams.tell(TEXT)
     console.table(("a",), [("b",)])
-    with console.progress("work") as told:
-        told(1, 1, "done")
+    with console.progress("work") as on_progress:
+        on_progress(1, 1, "done")
     for stream in (sys.stdout, sys.stderr):
         assert stream is not None
         stream.close()
@@ -94,9 +94,9 @@ def test_a_terminal_that_goes_away_does_not_stop_the_work(terminal: bool, monkey
     monkeypatch.setattr(sys, "stderr", gone)
     streams.prepare()
     steps = []
-    with console.progress("work") as told:
+    with console.progress("work") as on_progress:
         for done in range(1, 4):
-            told(done, 3, "working")
+            on_progress(done, 3, "working")
             steps.append(done)
     streams.tell("done")
     assert steps == [1, 2, 3]
@@ -104,11 +104,11 @@ def test_a_terminal_that_goes_away_does_not_stop_the_work(terminal: bool, monkey
 
 def test_what_was_kept_is_told_of_with_the_error(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(*arguments: object, **named: object) -> None:
-        raise found
+        raise actual
 
     monkeypatch.setattr(checkpoints, "print_json", failing)
-    for found, code in ((OutputError("refused"), 2), (KeyboardInterrupt(), 130), (SystemExit(143), 143)):
-        found.add_note("kept in /x")
+    for actual, code in ((OutputError("refused"), 2), (KeyboardInterrupt(), 130), (SystemExit(143), 143)):
+        actual.add_note("kept in /x")
         result, out, err = run("list", "--json")
         assert (result, out) == (code, "")
         assert err.splitlines()[-1] == "kept in /x"
@@ -131,29 +131,29 @@ def command(*arguments: object, **more: object) -> subprocess.CompletedProcess[b
 
 
 def test_the_package_runs_as_the_command() -> None:
-    found = command("--version", stdout=subprocess.PIPE)
-    assert (found.returncode, found.stderr) == (0, b"")
+    result = command("--version", stdout=subprocess.PIPE)
+    assert (result.returncode, result.stderr) == (0, b"")
     assert b"subnibble" in command("--help", stdout=subprocess.PIPE).stdout
 
 
 @pytest.mark.parametrize("coding", ["ascii:strict", "cp1252", "latin-1"])
 def test_help_and_lists_show_on_every_console(coding: str) -> None:
     for arguments in (["quantize", "--help"], ["list"]):
-        found = command(*arguments, stdout=subprocess.PIPE, env={**os.environ, "PYTHONIOENCODING": coding})
-        assert (found.returncode, found.stderr) == (0, b"")
+        result = command(*arguments, stdout=subprocess.PIPE, env={**os.environ, "PYTHONIOENCODING": coding})
+        assert (result.returncode, result.stderr) == (0, b"")
 
 
 def test_a_pipe_that_closes_leaves_no_trace() -> None:
     reading, writing = os.pipe()
     os.close(reading)
     with os.fdopen(writing, "wb") as closed:
-        found = command("list", stdout=closed)
-    assert found.stderr == b""
+        result = command("list", stdout=closed)
+    assert result.stderr == b""
 
 
 def test_a_files_name_shows_on_a_console_that_lacks_its_letters(packed: dict[str, Path], tmp_path: Path) -> None:
     folder = tmp_path / "mod\u00e8le \u4f60"
     folder.symlink_to(packed["llama"])
-    found = command("inspect", folder, stdout=subprocess.PIPE, env={**os.environ, "PYTHONIOENCODING": "ascii:strict"})
-    assert (found.returncode, found.stderr) == (0, b"")
-    assert b"mod?le ?" in found.stdout
+    result = command("inspect", folder, stdout=subprocess.PIPE, env={**os.environ, "PYTHONIOENCODING": "ascii:strict"})
+    assert (result.returncode, result.stderr) == (0, b"")
+    assert b"mod?le ?" in result.stdout

@@ -61,13 +61,13 @@ def stack(correction: Correction) -> Stack:
 
 @every_correction
 def test_what_is_planned_is_what_is_made(correction: Correction) -> None:
-    found = round_stack(stack(correction), weight(), Observed(gram()), GPTQ(), correction)
-    _, packed, salient = found
+    actual = round_stack(stack(correction), weight(), Observed(gram()), GPTQ(), correction)
+    _, packed, salient = actual
     (branch,) = correction.branches([weight() - packed.dequantize()], gram(), torch.ones(COLUMNS), SCHEME)
     inputs, second = correction.inputs(INPUTS), None if salient is None else PackedTensor((salient,))
-    made = built(packed, activation=inputs, salient=second, requantized=correction.requantized, low_rank=branch)
+    linear = built(packed, activation=inputs, salient=second, requantized=correction.requantized, low_rank=branch)
     plain = PackedLinearSpec(PackedLayout(ROWS, ((COLUMNS, SCHEME),)), bias=False, activation=inputs)
-    assert correction.planned(plain, SCHEME) == linear_spec(made)
+    assert correction.planned(plain, SCHEME) == linear_spec(linear)
     schemes = {part.scheme for part in packed.ranges} | ({SCHEME} if salient is None else {salient.scheme})
     schemes |= set() if branch is None else {part.ranges[0].scheme for part in branch}
     assert schemes == {SCHEME, *correction.schemes(SCHEME)}

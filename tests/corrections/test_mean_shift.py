@@ -37,27 +37,27 @@ def tokens(seed: int) -> Tensor:
     return x
 
 
-def batches(target: Tensor, found: Tensor, size: int = 3) -> Batches:
+def batches(target: Tensor, actual: Tensor, size: int = 3) -> Batches:
     """As the pipeline hands them over: a few windows at a time, flattened to tokens."""
-    return [(a.flatten(0, 1), b.flatten(0, 1)) for a, b in zip(target.split(size), found.split(size), strict=True)]
+    return [(a.flatten(0, 1), b.flatten(0, 1)) for a, b in zip(target.split(size), actual.split(size), strict=True)]
 
 
 def mean_shift(outputs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
     return value_over(MeanShift(CHANNELS), outputs)
 
 
-def squared_error(target: Tensor, found: Tensor, bias: Tensor) -> Tensor:
+def squared_error(target: Tensor, actual: Tensor, bias: Tensor) -> Tensor:
     """Of each channel, in float64."""
-    return (found.double() + bias.double() - target.double()).square().flatten(0, -2).sum(0)
+    return (actual.double() + bias.double() - target.double()).square().flatten(0, -2).sum(0)
 
 
 def test_a_constant_shift_is_the_bias() -> None:
-    found = tokens(0)
-    bias = mean_shift(batches(found + 0.2, found))
+    result = tokens(0)
+    bias = mean_shift(batches(result + 0.2, result))
     assert bias.dtype == torch.float32
     assert bias.shape == (CHANNELS,)
     assert float((bias - 0.2).abs().max()) < 1e-6
-    assert float((mean_shift(batches(found, found + 0.2)) + 0.2).abs().max()) < 1e-6
+    assert float((mean_shift(batches(result, result + 0.2)) + 0.2).abs().max()) < 1e-6
 
 
 def test_no_shift_gives_no_bias() -> None:
@@ -66,37 +66,37 @@ def test_no_shift_gives_no_bias() -> None:
 
 @pytest.mark.parametrize("number", [torch.inf, -torch.inf, torch.nan])
 def test_outputs_out_of_range_make_no_bias(number: float) -> None:
-    found = tokens(1)
-    found[2, 3, 5] = number
+    result = tokens(1)
+    result[2, 3, 5] = number
     with pytest.raises(NumericalFailure, match='use dtype = "bfloat16" or "float32"'):
-        mean_shift(batches(tokens(0), found))
+        mean_shift(batches(tokens(0), result))
 
 
 def test_the_published_bias_has_the_least_squared_error() -> None:
-    target, found = tokens(0) + 0.1, tokens(1)
-    bias = mean_shift(batches(target, found))
-    least = squared_error(target, found, bias)
+    target, actual = tokens(0) + 0.1, tokens(1)
+    bias = mean_shift(batches(target, actual))
+    least = squared_error(target, actual, bias)
     for step in (1e-3, -1e-3, 0.1, -0.1):
-        assert bool((squared_error(target, found, bias + step) > least).all())
-    assert bool((least <= squared_error(target, found, torch.zeros(CHANNELS))).all())
+        assert bool((squared_error(target, actual, bias + step) > least).all())
+    assert bool((least <= squared_error(target, actual, torch.zeros(CHANNELS))).all())
 
 
 def test_the_bias_commutes_with_a_rotation() -> None:
     q, _ = torch.linalg.qr(torch.randn(CHANNELS, CHANNELS, generator=torch.Generator().manual_seed(8)))
-    target, found = tokens(0), tokens(1) / 3
-    plain = mean_shift(batches(target, found))
-    rotated = mean_shift(batches(target @ q, found @ q))
+    target, actual = tokens(0), tokens(1) / 3
+    plain = mean_shift(batches(target, actual))
+    rotated = mean_shift(batches(target @ q, actual @ q))
     assert float((rotated - plain @ q).abs().max()) < 1e-5
 
 
 def test_batches_of_any_size_and_type_give_the_same_bias() -> None:
-    target, found = tokens(0) + 0.3, tokens(0) + 0.1 * tokens(1)
-    biases = [mean_shift(batches(target, found, size)) for size in (1, 2, 3, 7)]
+    target, actual = tokens(0) + 0.3, tokens(0) + 0.1 * tokens(1)
+    biases = [mean_shift(batches(target, actual, size)) for size in (1, 2, 3, 7)]
     assert bool(biases[0].any())
     assert all(torch.equal(bias, biases[0]) for bias in biases)
-    iterator = iter(batches(target, found))
+    iterator = iter(batches(target, actual))
     assert torch.equal(mean_shift(iterator), biases[0])
-    half = [(a.bfloat16(), b.bfloat16()) for a, b in batches(target, found)]
+    half = [(a.bfloat16(), b.bfloat16()) for a, b in batches(target, actual)]
     wide = [(a.float(), b.float()) for a, b in half]
     # The difference of 16-bit numbers is taken in float32.
     assert torch.equal(mean_shift(half), mean_shift(wide))
@@ -104,8 +104,8 @@ def test_batches_of_any_size_and_type_give_the_same_bias() -> None:
 
 def test_the_bias_is_kept_within_ten() -> None:
     shift = torch.tensor([25.0, -25.0, 9.5, -9.5, 10.0])
-    found = tokens(0)[..., 10:15]
-    bias = value_over(MeanShift(5), batches(found + shift, found))
+    result = tokens(0)[..., 10:15]
+    bias = value_over(MeanShift(5), batches(result + shift, result))
     assert torch.equal(bias[:2], torch.tensor([10.0, -10.0]))
     assert torch.allclose(bias[2:], torch.tensor([9.5, -9.5, 10.0]), atol=1e-5)
 
@@ -127,12 +127,12 @@ Runs = Callable[..., tuple[Any, Any, Tensor]]
 @pytest.fixture(scope="module")
 def runs(folders: dict[str, Path], token_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """(model, form, rotation) -> original model in the basis of the stored one, stored model, calibration windows."""
-    made: dict[tuple[str, str, str], tuple[Any, Any, Tensor]] = {}
+    cache: dict[tuple[str, str, str], tuple[Any, Any, Tensor]] = {}
     root = tmp_path_factory.mktemp("shift")
 
     def run(name: str, form: str, rotation: str = "none") -> tuple[Any, Any, Tensor]:
         key = (name, form, rotation)
-        if key not in made:
+        if key not in cache:
             recipe = Recipe(
                 method="d2quant", bits=2, group_size=16, calibration=str(token_file), num_windows=12, window=32,
                 options={"mean_shift": form, "rotation": rotation, "iterations": 2}, device="cpu",
@@ -143,32 +143,32 @@ def runs(folders: dict[str, Path], token_file: Path, tmp_path_factory: pytest.Te
             original, stored = (
                 AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32) for f in (folders[name], folder)
             )
-            made[key] = rotated(original, rotation, recipe), stored, windows
-        return made[key]
+            cache[key] = rotated(original, rotation, recipe), stored, windows
+        return cache[key]
 
     return run
 
 
 def rotated(model: Any, rotation: str, recipe: Recipe) -> Any:
     """The blocks of a model in the basis that the pipeline chose; the rest is not looked at."""
-    made = make_rotation(rotation, model.config.hidden_size, recipe.scheme, recipe.seed, torch.device("cpu"))
+    basis = make_rotation(rotation, model.config.hidden_size, recipe.scheme, recipe.seed, torch.device("cpu"))
     arch = find_arch(model.config.model_type)
     for index, layer in enumerate(model.model.layers):
-        if made is not None:
-            rotate_block_(Block(index, arch.block_path(index), layer, arch, Heads.of(model.config)), made)
+        if basis is not None:
+            rotate_block_(Block(index, arch.block_path(index), layer, arch, Heads.of(model.config)), basis)
     return model
 
 
 def norm_outputs(model: Any, path: str, windows: Tensor) -> Tensor:
     """What a norm gives before its bias."""
     norm = model.get_submodule(path)
-    seen: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
     bias = getattr(norm, "bias", None)
-    handle = norm.register_forward_hook(lambda module, args, output: seen.update(out=output))
+    handle = norm.register_forward_hook(lambda module, args, output: outputs.update(out=output))
     with torch.no_grad():
         model(windows)
     handle.remove()
-    return seen["out"].detach() if bias is None else (seen["out"] - bias).detach()
+    return outputs["out"].detach() if bias is None else (outputs["out"] - bias).detach()
 
 
 def teacher_and_student(original: Any, stored: Any, path: str, windows: Tensor) -> tuple[Tensor, Tensor]:
@@ -183,9 +183,9 @@ def teacher_and_student(original: Any, stored: Any, path: str, windows: Tensor) 
         stored.set_submodule(module, quantized)
 
 
-def close(found: Tensor, target: Tensor, spread: Tensor) -> bool:
+def close(actual: Tensor, target: Tensor, spread: Tensor) -> bool:
     """Within the storage at float16, and what absorbing scales at float16 does to norm outputs of size `spread`."""
-    return bool(((found - target).abs() <= STEP * (target.abs() + spread)).all())
+    return bool(((actual - target).abs() <= STEP * (target.abs() + spread)).all())
 
 
 @pytest.mark.parametrize(("name", "rotation"), [("llama-tied", "none"), ("qwen2", "none"), ("qwen2", "groups")])

@@ -91,11 +91,11 @@ def test_dead_outliers_take_nothing() -> None:
 def test_outlier_inputs_have_eight_bits_and_one_scale() -> None:
     x = torch.randn(5, 40, generator=torch.Generator().manual_seed(1))
     scheme = ActivationScheme(4, 16, "integer", clip=0.9, outliers=8)
-    found = quantize(x, scheme)
-    assert found.bounds == [(0, 16), (16, 32), (32, 40)]
+    result = quantize(x, scheme)
+    assert result.bounds == [(0, 16), (16, 32), (32, 40)]
     usual = quantize_values(x[:, :32], ActivationScheme(4, 16, "integer", clip=0.9))
     last = quantize_values(x[:, 32:], ActivationScheme(8, -1, "none"))
-    assert torch.equal(found.values(), torch.cat([usual, last], 1))
+    assert torch.equal(result.values(), torch.cat([usual, last], 1))
     assert scheme.token_bits(40) == 2 * (16 * 4 + 16 + 4) + 8 * 8 + 16
     assert scheme.name == "a4g16-clip0.9-o8"
 

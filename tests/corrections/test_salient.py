@@ -87,10 +87,10 @@ def test_a_residual_behind_error_compensation_takes_back_what_that_moved() -> No
 @pytest.mark.parametrize("rounding", [TO_NEAREST, BY_GPTQ])
 def test_a_second_weight_takes_most_of_the_output_error(rounding: RoundMain) -> None:
     w = weight()
-    made = SalientColumns(RANK, MINMAX).round(w, gram(), SCHEME, rounding)
+    rounded = SalientColumns(RANK, MINMAX).round(w, gram(), SCHEME, rounding)
     alone = dense(NOTHING.round(w, None, SCHEME, TO_NEAREST))
-    assert made[2].num_columns == RANK
-    assert output_error(w, dense(made)) < 0.5 * output_error(w, alone)
+    assert rounded[2].num_columns == RANK
+    assert output_error(w, dense(rounded)) < 0.5 * output_error(w, alone)
 
 
 @pytest.mark.parametrize("rounding", [TO_NEAREST, BY_GPTQ])

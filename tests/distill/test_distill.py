@@ -50,10 +50,10 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
+    result: dict[str, Tensor] = {}
     for file in folder.glob("*.safetensors"):
-        found |= load_file(file)
-    return found
+        result |= load_file(file)
+    return result
 
 
 def clips_of(folder: Path) -> set[float]:
@@ -64,28 +64,28 @@ def clips_of(folder: Path) -> set[float]:
 
 def trainings(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Filled with what was trained, once it is."""
-    found: list[Any] = []
+    result: list[Any] = []
     report = distill._Training.report
 
     def kept(self: Any) -> Any:
-        found.append(self)
+        result.append(self)
         return report(self)
 
     monkeypatch.setattr(distill._Training, "report", kept)
-    return found
+    return result
 
 
 def keep_every_look(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Filled with held-out losses; training takes every look for a better one, so that its end is what is kept."""
-    found: list[float] = []
+    result: list[float] = []
     look = distill._Training._look
 
     def better(self: Any) -> float:
-        found.append(look(self))
-        return -float(len(found))
+        result.append(look(self))
+        return -float(len(result))
 
     monkeypatch.setattr(distill._Training, "_look", better)
-    return found
+    return result
 
 
 def loss_of(folder: Path, training: Any) -> float:
@@ -143,12 +143,12 @@ def test_held_out_text_comes_closer_to_the_original(name: str, run: Any, monkeyp
     _, plain = run("plain", name, **METHODS["rtn"])
     report, folder = run("distilled", name, **METHODS["rtn"], **DISTILLED)
 
-    found = report.distilled
-    assert found is not None
-    assert found.after < 0.95 * found.before
-    assert json.loads((folder / "report.json").read_text())["distilled"]["after"] == found.after
-    assert loss_of(plain, trained[0]) == pytest.approx(found.before, rel=0.01)
-    assert loss_of(folder, trained[0]) == pytest.approx(found.after, rel=0.01)
+    actual = report.distilled
+    assert actual is not None
+    assert actual.after < 0.95 * actual.before
+    assert json.loads((folder / "report.json").read_text())["distilled"]["after"] == actual.after
+    assert loss_of(plain, trained[0]) == pytest.approx(actual.before, rel=0.01)
+    assert loss_of(folder, trained[0]) == pytest.approx(actual.after, rel=0.01)
 
 
 def test_the_same_seed_gives_the_same_bytes(run: Any) -> None:
@@ -261,9 +261,9 @@ def test_8_bit_factors_beside_mxfp4_are_learned_where_nothing_else_is(run: Any) 
     alone = {"tokens": 192, "rate": 0.005, "norms": False, "clips": False}
     plain = tensors_of(run("plain", **recipe)[1])
     learned = tensors_of(run("out", **recipe, distill_steps=32, distill=alone)[1])
-    moved = {name for name in plain if not torch.equal(plain[name], learned[name])}
-    assert moved
-    assert all(name.endswith(("down.scales", "up.scales")) for name in moved)
+    changed = {name for name in plain if not torch.equal(plain[name], learned[name])}
+    assert changed
+    assert all(name.endswith(("down.scales", "up.scales")) for name in changed)
 
 
 def test_predictions_that_are_not_finite_are_refused_and_not_stored(
@@ -295,8 +295,8 @@ def test_the_estimate_knows_of_distillation(folders: dict[str, Path], token_file
     plain = Recipe(calibration=str(token_file), method="rtn", bits=2, group_size=16, **DATA)
     distilled = Recipe.from_dict(plain.to_dict() | {"distill_steps": 10_000})
 
-    found, more = (estimate(folders["llama"], recipe) for recipe in (plain, distilled))
+    actual, more = (estimate(folders["llama"], recipe) for recipe in (plain, distilled))
 
-    assert more.seconds > 10 * found.seconds
-    assert more.memory_bytes["peak"] > found.memory_bytes["peak"]
-    assert more.file_bytes == found.file_bytes
+    assert more.seconds > 10 * actual.seconds
+    assert more.memory_bytes["peak"] > actual.memory_bytes["peak"]
+    assert more.file_bytes == actual.file_bytes

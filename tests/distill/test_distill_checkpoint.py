@@ -47,19 +47,19 @@ def test_later_is_as_good_as_at_once(
     plain, whole = recipe_of(kind, token_file), recipe_of(kind, token_file, **gentle)
     target = quantize(folders[name], tmp_path / "once", whole)
     before = quantize(folders[name], tmp_path / "later", plain)
-    found = distill_checkpoint(tmp_path / "later", folders[name], whole)
-    assert found == target.distilled
+    actual = distill_checkpoint(tmp_path / "later", folders[name], whole)
+    assert actual == target.distilled
     once, later = tensors_of(tmp_path / "once"), tensors_of(tmp_path / "later")
     assert once.keys() == later.keys()
     assert all(torch.equal(once[key], later[key]) for key in once)
     assert config_of(tmp_path / "once") == config_of(tmp_path / "later")
     # The report says so, and is of what is there now.
     report = json.loads((tmp_path / "later" / "report.json").read_text())
-    assert [done["after"] for done in report["distilled_later"]] == [found.after]
+    assert [done["after"] for done in report["distilled_later"]] == [actual.after]
     assert report["distilled_later"][0]["steps"] == DISTILLED["distill_steps"]
     assert report["distilled"] is None
     # Where training found nothing better, the start is stored again.
-    assert (report["weights_sha256"] != before.weights_sha256) == (found.after < found.before)
+    assert (report["weights_sha256"] != before.weights_sha256) == (actual.after < actual.before)
     assert report["linears"][0]["path"] == before.linears[0].path
 
 
@@ -132,8 +132,8 @@ def test_centres_prompts_and_norm_biases_stay(folders: dict[str, Path], token_fi
     # What is not of the checkpoint is not taken for it.
     save_file({"lm_head.weight": torch.zeros(3)}, out / "adapter.safetensors")
     before, shards = config_of(out), SafetensorsSource(out).shards()
-    found = distill_checkpoint(out, folders["llama"], recipe_of("d2quant", token_file, **DISTILLED))
-    assert found.after <= found.before
+    result = distill_checkpoint(out, folders["llama"], recipe_of("d2quant", token_file, **DISTILLED))
+    assert result.after <= result.before
     assert config_of(out) == before
     assert SafetensorsSource(out).shards() == shards
     assert load_file(out / "adapter.safetensors")["lm_head.weight"].tolist() == [0, 0, 0]

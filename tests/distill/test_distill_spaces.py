@@ -62,22 +62,22 @@ def test_the_loaded_checkpoint_is_the_student_bit_for_bit(
 
     student, ids, exact = trained[0].student, trained[0].samples.held_out, True
     with torch.no_grad(), student.as_stored():
-        for path, own in student._linears.items():
+        for path, learned in student._linears.items():
             linear = model.get_submodule(path)
             assert isinstance(linear, PackedLinear)
             terms, x = linear.linear, torch.randn(5, linear.in_features, generator=torch.Generator().manual_seed(3))
-            parts = zip(matrices_of(terms.weight).values(), own._learned_matrices.values(), strict=True)
+            parts = zip(matrices_of(terms.weight).values(), learned._learned_matrices.values(), strict=True)
             assert all(torch.equal(matrix.dequantize(), part.dense()) for matrix, part in parts)
-            assert torch.equal(site_input.enter(x, terms.input), own.entrance(x)[0])
-            assert terms.input.activation == own.entrance.scheme
+            assert torch.equal(site_input.enter(x, terms.input), learned.entrance(x)[0])
+            assert terms.input.activation == learned.entrance.scheme
             exact = exact and terms.input.activation is None
         student.forget()
         for name_, parameter in student._norms.items():
             assert torch.equal(parameter, model.get_parameter(name_))
-        wanted, found = model(ids).logits, student.logits(ids)
+        expected, actual = model(ids).logits, student.logits(ids)
     # Products of quantized inputs are added in another order, and an input may fall on the next code.
     if exact:
-        torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("space", SPACES)
@@ -106,10 +106,10 @@ def test_later_learns_as_much_as_at_once(folders: dict[str, Path], token_file: P
     later = quantized(folders["llama"], tmp_path / "later", token_file, **METHODS["d2quant-plus"])
     distill_checkpoint(later, folders["llama"], Recipe(calibration=str(token_file), **{**DATA, **recipe}))
 
-    found = tensors_of(later)
+    actual = tensors_of(later)
 
-    assert once.keys() == found.keys()
-    assert all(torch.equal(once[key], found[key]) and once[key].dtype == found[key].dtype for key in once)
+    assert once.keys() == actual.keys()
+    assert all(torch.equal(once[key], actual[key]) and once[key].dtype == actual[key].dtype for key in once)
 
 
 def without_linear(model: Any) -> None:

@@ -23,7 +23,7 @@ LEARNED |= {f"{name}, {kind}": replace(LEARNED[name], scale_type=kind)
 BOTH = ("scales", "zero_points")
 
 
-def moved(matrix: LearnedMatrix) -> LearnedMatrix:
+def with_changes(matrix: LearnedMatrix) -> LearnedMatrix:
     with torch.no_grad():
         for i, parameter in enumerate(matrix.parameters()):
             parameter.copy_(0.3 * drawn(*parameter.shape, seed=i))
@@ -53,21 +53,21 @@ def written_out(quantized: QuantizedMatrix, scheme: Scheme, scales: Tensor, zero
 def check_gradients(scheme: Scheme) -> None:
     """Compare with autograd over the matrix written out, of the numbers that are stored."""
     before = packed(ROWS, COLUMNS, scheme)
-    matrix, x = moved(LearnedMatrix(before, BOTH)), drawn(TOKENS, COLUMNS).requires_grad_(True)
+    matrix, x = with_changes(LearnedMatrix(before, BOTH)), drawn(TOKENS, COLUMNS).requires_grad_(True)
     upstream = drawn(TOKENS, ROWS, seed=3)
     old, new = before.ranges[0].unpack(), stored(matrix, before).ranges[0].unpack()
     leaves = [new.scales.double().requires_grad_(True)]
     zeros = None if new.zeros is None else new.zeros.double().requires_grad_(scheme.zero_point == "real")
     leaves += [zeros] if zeros is not None and zeros.requires_grad else []
 
-    found = torch.autograd.grad(matrix(x), [x, *matrix.parameters()], upstream)
+    actual = torch.autograd.grad(matrix(x), [x, *matrix.parameters()], upstream)
 
     plain = x.double() @ written_out(new, scheme, leaves[0], zeros).T
-    wanted_x, to_scales, *to_zeros = torch.autograd.grad(plain, [x, *leaves], upstream.double())
+    expected_x, to_scales, *to_zeros = torch.autograd.grad(plain, [x, *leaves], upstream.double())
     # A share of a scale moves it by as much as it was; planes are outermost.
     probs = (to_scales * old.scales).unflatten(1, (-1, scheme.scales_per_group)).permute(2, 0, 1)
-    target = [wanted_x, probs, *(own.unsqueeze(-1) for own in to_zeros)]
-    for one, other in zip(found, target, strict=True):
+    target = [expected_x, probs, *(gradient.unsqueeze(-1) for gradient in to_zeros)]
+    for one, other in zip(actual, target, strict=True):
         bound = 1e-5 * float(other.abs().amax())
         torch.testing.assert_close(one.double(), other.double(), rtol=1e-4, atol=bound)
 
@@ -80,12 +80,12 @@ def test_gradients_are_those_of_the_matrix_written_out(name: str) -> None:
 @pytest.mark.parametrize("name", ["real, float32", "sign, float32"])
 def test_gradients_are_finite_differences(name: str) -> None:
     before, upstream = packed(ROWS, COLUMNS, LEARNED[name]), drawn(ROWS, COLUMNS, seed=3)
-    matrix = moved(LearnedMatrix(before, BOTH))
+    matrix = with_changes(LearnedMatrix(before, BOTH))
 
-    found = matrix.gradients(upstream)
+    actual = matrix.gradients(upstream)
 
     # The matrix is linear in each: a difference is exact however large its step.
-    for parameter, gradient in zip(matrix.parameters(), found, strict=True):
+    for parameter, gradient in zip(matrix.parameters(), actual, strict=True):
         target = torch.empty_like(gradient).flatten()
         for i in range(parameter.numel()):
             sums = []
@@ -98,24 +98,24 @@ def test_gradients_are_finite_differences(name: str) -> None:
         torch.testing.assert_close(gradient.flatten(), target, rtol=1e-3, atol=1e-4)
 
 
-def rotated(matrix: LearnedRange, found: list[Tensor]) -> list[Tensor]:
-    return [*found[:-1], -found[-1]]
+def rotated(matrix: LearnedRange, result: list[Tensor]) -> list[Tensor]:
+    return [*result[:-1], -result[-1]]
 
 
-def without_scale(matrix: LearnedRange, found: list[Tensor]) -> list[Tensor]:
-    return [*found[:-1], found[-1] / matrix._learned_scales()[0].unsqueeze(-1)]
+def without_scale(matrix: LearnedRange, result: list[Tensor]) -> list[Tensor]:
+    return [*result[:-1], result[-1] / matrix._learned_scales()[0].unsqueeze(-1)]
 
 
-def of_the_old_scale(matrix: LearnedRange, found: list[Tensor]) -> list[Tensor]:
-    return [*found[:-1], found[-1] * (matrix._scales / matrix._learned_scales())[0].unsqueeze(-1)]
+def of_the_old_scale(matrix: LearnedRange, result: list[Tensor]) -> list[Tensor]:
+    return [*result[:-1], result[-1] * (matrix._scales / matrix._learned_scales())[0].unsqueeze(-1)]
 
 
-def without_zero(matrix: LearnedRange, found: list[Tensor]) -> list[Tensor]:
-    return [found[0] + found[1].squeeze(-1) * matrix._scales * 0.1, *found[1:]]
+def without_zero(matrix: LearnedRange, result: list[Tensor]) -> list[Tensor]:
+    return [result[0] + result[1].squeeze(-1) * matrix._scales * 0.1, *result[1:]]
 
 
-def in_another_row(matrix: LearnedRange, found: list[Tensor]) -> list[Tensor]:
-    return [*found[:-1], found[-1].roll(1, 0)]
+def in_another_row(matrix: LearnedRange, result: list[Tensor]) -> list[Tensor]:
+    return [*result[:-1], result[-1].roll(1, 0)]
 
 
 @pytest.mark.parametrize("fault", [rotated, without_scale, of_the_old_scale, without_zero, in_another_row])
@@ -135,7 +135,7 @@ def test_it_is_what_the_stored_matrix_gives_bit_for_bit(name: str) -> None:
     assert torch.equal(matrix.dense(), before.dequantize())
     assert stored(matrix, before).state().keys() == before.state().keys()
 
-    moved(matrix)
+    with_changes(matrix)
 
     after = stored(matrix, before)
     assert torch.equal(matrix.dense(), after.dequantize())
@@ -147,14 +147,14 @@ def test_what_is_not_rounded_as_it_is_stored_is_found(monkeypatch: pytest.Monkey
     monkeypatch.setattr(learned_matrix, "_in_type", lambda exact, kind: exact)
     before = packed(ROWS, COLUMNS, LEARNED["real"])
 
-    matrix = moved(LearnedMatrix(before, BOTH))
+    matrix = with_changes(LearnedMatrix(before, BOTH))
 
     assert not torch.equal(matrix.dense(), stored(matrix, before).dequantize())
 
 
 def test_each_range_moves_by_itself() -> None:
     before = two_ranges()
-    matrix = moved(LearnedMatrix(before, SPACES))
+    matrix = with_changes(LearnedMatrix(before, SPACES))
 
     after = stored(matrix, before)
 
@@ -162,16 +162,16 @@ def test_each_range_moves_by_itself() -> None:
     assert torch.equal(matrix.dense(), after.dequantize())
     upstream = drawn(ROWS, COLUMNS, seed=3)
     parts = upstream.split([part.num_columns for part in before.ranges], 1)
-    target = [LearnedMatrix(PackedTensor((part,)), BOTH).gradients(own)[0]
-              for part, own in zip(before.ranges, parts, strict=True)]  # fmt: skip
-    found = matrix.gradients(upstream)
-    assert all(torch.equal(one, other) for one, other in zip(found, target, strict=True))
+    target = [LearnedMatrix(PackedTensor((part,)), BOTH).gradients(column_range)[0]
+              for part, column_range in zip(before.ranges, parts, strict=True)]  # fmt: skip
+    actual = matrix.gradients(upstream)
+    assert all(torch.equal(one, other) for one, other in zip(actual, target, strict=True))
 
 
 def test_a_zero_point_at_zero_is_learned_too() -> None:
     scheme = SCHEMES["real"]
-    own = packed(ROWS, COLUMNS, scheme).ranges[0]
-    quantized = replace(own.unpack(), zeros=torch.zeros(ROWS, scheme.groups(COLUMNS)))
+    column_range = packed(ROWS, COLUMNS, scheme).ranges[0]
+    quantized = replace(column_range.unpack(), zeros=torch.zeros(ROWS, scheme.groups(COLUMNS)))
     matrix = LearnedMatrix(PackedTensor((PackedRange.pack(quantized, scheme),)), ["zero_points"])
 
     to_shift = matrix.gradients(drawn(ROWS, COLUMNS))[1]
@@ -184,15 +184,15 @@ def test_a_zero_point_at_zero_is_learned_too() -> None:
 
 def test_zero_points_move_by_less_than_the_grid_is_wide_and_stay_finite() -> None:
     scheme = SCHEMES["real"]
-    own = packed(ROWS, COLUMNS, scheme).ranges[0]
+    column_range = packed(ROWS, COLUMNS, scheme).ranges[0]
     zeros = torch.tensor([0.0, 65504, -65504])
-    quantized = replace(own.unpack(), zeros=zeros.expand(ROWS, 3))
+    quantized = replace(column_range.unpack(), zeros=zeros.expand(ROWS, 3))
     for far in (-100.0, 100.0):
         matrix = LearnedMatrix(PackedTensor((PackedRange.pack(quantized, scheme),)), BOTH)
         with torch.no_grad():
             for parameter in matrix.parameters():
                 parameter.fill_(far)
         matrix.bound_()
-        found = matrix.stored()["zeros"]
-        assert bool(found.isfinite().all())
-        assert found[0, 0] == (4 if far > 0 else -4)
+        result = matrix.stored()["zeros"]
+        assert bool(result.isfinite().all())
+        assert result[0, 0] == (4 if far > 0 else -4)

@@ -80,7 +80,7 @@ def rank_terms(requantized: int) -> Linear:
     )
 
 
-def moved(linear: StudentLinear) -> StudentLinear:
+def with_changes(linear: StudentLinear) -> StudentLinear:
     """With all that is learned somewhere else."""
     with torch.no_grad():
         for i, parameter in enumerate((*linear.matrices.parameters(), *linear.entrance.parameters())):
@@ -142,25 +142,25 @@ TERMS = {
 def test_it_gives_what_the_running_linear_gives(name: str) -> None:
     x = drawn(2, TOKENS, COLUMNS, seed=9)
 
-    found, target = student(TERMS[name])(x), ops.linear(x, TERMS[name])
+    actual, target = student(TERMS[name])(x), ops.linear(x, TERMS[name])
 
-    assert found.shape == target.shape
-    torch.testing.assert_close(found, target, rtol=1e-5, atol=1e-4 * float(target.abs().amax()))
+    assert actual.shape == target.shape
+    torch.testing.assert_close(actual, target, rtol=1e-5, atol=1e-4 * float(target.abs().amax()))
 
 
 @pytest.mark.parametrize("name", TERMS)
 def test_what_was_not_touched_is_stored_as_it_was(name: str) -> None:
-    found = student(TERMS[name]).stored()
+    actual = student(TERMS[name]).stored()
 
     target = {key: part for key, part in linear_state(TERMS[name]).items() if is_learned(key, part)}
-    assert found.keys() == target.keys()
-    assert all(torch.equal(found[key], target[key]) and found[key].dtype == target[key].dtype for key in target)
+    assert actual.keys() == target.keys()
+    assert all(torch.equal(actual[key], target[key]) and actual[key].dtype == target[key].dtype for key in target)
 
 
 @pytest.mark.parametrize("name", [name for name in TERMS if "mxfp4 on" not in name])
 def test_what_is_learned_runs_as_it_is_stored(name: str) -> None:
     terms, x = TERMS[name], drawn(3, COLUMNS, seed=9)
-    linear = moved(student(terms))
+    linear = with_changes(student(terms))
 
     now = stored_terms(terms, linear)
 
@@ -169,8 +169,8 @@ def test_what_is_learned_runs_as_it_is_stored(name: str) -> None:
     assert all(torch.equal(matrix.dequantize(), part.dense()) for matrix, part in parts)
     assert torch.equal(site_input.enter(x, now.input), linear.entrance(x)[0])
     # float16 keeps three digits; a branch's inner codes may flip by one.
-    target, found = ops.linear(x, now), linear(x).detach()
-    assert float((found - target).norm() / target.norm()) < 5e-3
+    target, actual = ops.linear(x, now), linear(x).detach()
+    assert float((actual - target).norm() / target.norm()) < 5e-3
     assert float((ops.linear(x, terms) - target).norm() / target.norm()) > 0.02
 
 
@@ -180,9 +180,9 @@ def test_one_setting_lets_its_own_move_and_nothing_else(name: str, space: str) -
     linear, terms = student(TERMS[name], [space]), TERMS[name]
 
     ends = {"scales": ".scales", "zero_points": ".zeros", "column_scales": ".column_scale", "clips": ".clip"}
-    found = linear.learned("l") | linear.entrance.learned("l")
-    assert all(one.name.endswith(ends[space]) for own in found.values() for one in own)
-    assert {key: len(own) for key, own in found.items() if own} == {
+    result = linear.learned("l") | linear.entrance.learned("l")
+    assert all(one.name.endswith(ends[space]) for group in result.values() for one in group)
+    assert {key: len(group) for key, group in result.items() if group} == {
         "scales": {"scales": len(matrices_of(terms.weight))},
         "zero_points": {"zero_points": 1},
         "column_scales": {"column_scales": 1} if terms.input.column_scale is not None else {},
@@ -195,14 +195,14 @@ def test_one_setting_lets_its_own_move_and_nothing_else(name: str, space: str) -
 def test_gradients_of_column_scales_are_those_of_the_inputs_that_they_multiply(activation: str) -> None:
     # Of y = f(x c (1 + δ)): (1 + δ_j) dL/dδ_j = Σ_t x_tj dL/dx_tj.
     terms = changed(TERMS["scaled"], activation=INPUTS[activation], column_scale=1 + drawn(COLUMNS, seed=6) / 8)
-    linear, x = moved(student(terms)), drawn(TOKENS, COLUMNS, seed=4).requires_grad_(True)
+    linear, x = with_changes(student(terms)), drawn(TOKENS, COLUMNS, seed=4).requires_grad_(True)
     columns = linear.entrance.scale_change
     assert columns is not None
 
-    to_x, found = torch.autograd.grad(linear(x), [x, columns], drawn(TOKENS, ROWS, seed=5))
+    to_x, actual = torch.autograd.grad(linear(x), [x, columns], drawn(TOKENS, ROWS, seed=5))
 
     target = (x.detach() * to_x).sum(0) / (1 + columns.detach())
-    torch.testing.assert_close(found, target, rtol=1e-4, atol=1e-5 * float(target.abs().amax()))
+    torch.testing.assert_close(actual, target, rtol=1e-4, atol=1e-5 * float(target.abs().amax()))
 
 
 def test_gradients_of_column_scales_are_finite_differences() -> None:
@@ -212,7 +212,7 @@ def test_gradients_of_column_scales_are_finite_differences() -> None:
     assert columns is not None
     assert scales is not None
 
-    (found,) = torch.autograd.grad(linear(x), [columns], upstream)
+    (actual,) = torch.autograd.grad(linear(x), [columns], upstream)
 
     def loss(step: Tensor) -> Tensor:
         return (ops.linear(x, changed(terms, column_scale=scales * (1 + step))).double() * upstream).sum()
@@ -220,7 +220,7 @@ def test_gradients_of_column_scales_are_finite_differences() -> None:
     # The product is linear in them: a difference is exact however large its step.
     steps = torch.eye(COLUMNS) / 2
     target = torch.stack([loss(step) - loss(-step) for step in steps]).float()
-    torch.testing.assert_close(found, target, rtol=1e-4, atol=1e-4 * float(target.abs().amax()))
+    torch.testing.assert_close(actual, target, rtol=1e-4, atol=1e-4 * float(target.abs().amax()))
 
 
 def test_readers_of_one_entrance_store_the_column_scales_that_they_share() -> None:
@@ -233,7 +233,7 @@ def test_readers_of_one_entrance_store_the_column_scales_that_they_share() -> No
     alone = torch.autograd.grad(readers[0](x).sum(), [columns])[0]
     entrance.forget()
     together = torch.autograd.grad(sum(reader(x).sum() for reader in readers), [columns])[0]
-    moved(readers[0])
+    with_changes(readers[0])
 
     torch.testing.assert_close(together, 2 * alone)
     stored = [reader.stored()["column_scale"] for reader in readers]
@@ -272,32 +272,32 @@ def test_an_inputs_gradient_stops_where_it_was_clipped(name: str) -> None:
     entrance = Entrance(terms.input, SPACES, torch.float32, CPU)
     upstream = drawn(TOKENS, COLUMNS, seed=5)
 
-    _, seen = entrance(x)
-    to_x, to_share = torch.autograd.grad(seen, [x, entrance.share], upstream)
+    _, entered = entrance(x)
+    to_x, to_share = torch.autograd.grad(entered, [x, entrance.share], upstream)
 
     # The oracle: a group's scale is proportional to the clip, what is inside the range moves with it by rounding alone.
-    wanted_x, wanted_share = torch.zeros_like(to_x), 0.0
+    wanted_x, expected_share = torch.zeros_like(to_x), 0.0
     for first, stop in scheme.group_bounds(COLUMNS):
-        own = x.detach()[:, first:stop]
+        group_x = x.detach()[:, first:stop]
         if scheme.zero_point == "none":
             last = 2 ** (scheme.bits - 1) - 1
-            scale, low, high = scheme.clip * own.abs().amax(1, keepdim=True) / last, -last, last
+            scale, low, high = scheme.clip * group_x.abs().amax(1, keepdim=True) / last, -last, last
             zero = torch.zeros_like(scale)
         else:
-            bottom, top = own.amin(1, keepdim=True).clamp(max=0), own.amax(1, keepdim=True).clamp(min=0)
+            bottom, top = group_x.amin(1, keepdim=True).clamp(max=0), group_x.amax(1, keepdim=True).clamp(min=0)
             scale, low, high = scheme.clip * (top - bottom) / (2**scheme.bits - 1), 0, 2**scheme.bits - 1
             scale = scale.to(torch.bfloat16).float()
             zero = (-scheme.clip * bottom / scale).round().clamp(0, high)
         scale = scale.to(torch.bfloat16).float()
-        place = own / scale + zero
+        place = group_x / scale + zero
         inside = (place >= low - 0.5) & (place <= high + 0.5)
         codes = place.round().clamp(low, high) - zero
         grad = upstream[:, first:stop]
         wanted_x[:, first:stop] = grad * inside
-        wanted_share += float((grad * torch.where(inside, codes - own / scale, codes) * scale).sum())
+        expected_share += float((grad * torch.where(inside, codes - group_x / scale, codes) * scale).sum())
     assert scheme.clip == 1 or bool((wanted_x == 0).any())
     torch.testing.assert_close(to_x, wanted_x)
-    assert float(to_share) == pytest.approx(wanted_share, rel=1e-3, abs=1e-3)
+    assert float(to_share) == pytest.approx(expected_share, rel=1e-3, abs=1e-3)
 
 
 def test_outliers_gradients_pass_and_move_no_clip() -> None:
@@ -307,8 +307,8 @@ def test_outliers_gradients_pass_and_move_no_clip() -> None:
     upstream = torch.zeros(TOKENS, COLUMNS)
     upstream[:, -8:] = 1
 
-    _, seen = entrance(x)
-    to_x, to_share = torch.autograd.grad(seen, [x, entrance.share], upstream)
+    _, entered = entrance(x)
+    to_x, to_share = torch.autograd.grad(entered, [x, entrance.share], upstream)
 
     assert torch.equal(to_x, upstream)
     assert float(to_share) == 0

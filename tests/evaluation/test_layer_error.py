@@ -59,19 +59,19 @@ def explicit(model: Any, reference: Any, fed: Any, paths: tuple[str, ...]) -> di
 def test_layer_error_equals_the_explicit_ratio_on_the_reference_inputs(paths: tuple[str, ...]) -> None:
     reference = tiny_llama(3)
     model = packed(reference, paths)
-    found, expected = layer_errors(model, reference, windows()), explicit(model, reference, reference, paths)
-    assert set(found) == set(paths)
+    actual, expected = layer_errors(model, reference, windows()), explicit(model, reference, reference, paths)
+    assert set(actual) == set(paths)
     for path in paths:
-        assert found[path] == pytest.approx(expected[path], rel=1e-4)
+        assert actual[path] == pytest.approx(expected[path], rel=1e-4)
 
 
 def test_comparison_rejects_inputs_of_the_packed_model() -> None:
     reference = tiny_llama(3)
     model = packed(reference, ALL)
-    found = layer_errors(model, reference, windows())
+    result = layer_errors(model, reference, windows())
     packed_inputs = explicit(model, reference, model, ALL)
     for path in ALL[3:]:
-        assert found[path] != pytest.approx(packed_inputs[path], rel=1e-4)
+        assert result[path] != pytest.approx(packed_inputs[path], rel=1e-4)
 
 
 def test_layer_error_of_a_linear_that_lost_nothing_is_zero_and_of_zeros_is_one() -> None:

@@ -59,7 +59,7 @@ def oracle(model: nn.Module, ids: Tensor, bos: int | None, reference: nn.Module,
     return torch.stack([torch.stack(values).mean() for values in (loss, divergence, agreed)])
 
 
-def found(model: nn.Module, ids: Tensor, bos: int | None, reference: nn.Module) -> Tensor:
+def measured(model: nn.Module, ids: Tensor, bos: int | None, reference: nn.Module) -> Tensor:
     scores = score({"m": model}, ids, bos, reference)["m"]
     values = (math.log(scores.perplexity), scores.kl_divergence, scores.top1_agreement)
     return torch.tensor(values, dtype=torch.float64)
@@ -74,7 +74,7 @@ def agree(a: Tensor, b: Tensor) -> bool:
 @pytest.mark.parametrize("make", [tiny_llama, bigram])
 def test_score_equals_an_independent_float64_computation(bos: int | None, make: Any) -> None:
     model, reference, ids = make(1), make(2), windows()
-    assert agree(found(model, ids, bos, reference), oracle(model, ids, bos, reference))
+    assert agree(measured(model, ids, bos, reference), oracle(model, ids, bos, reference))
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_score_equals_an_independent_float64_computation(bos: int | None, make: 
 )
 def test_comparison_rejects_planted_fault(fault: str) -> None:
     model, reference, ids = tiny_llama(1), tiny_llama(2), windows()
-    right = found(model, ids, BOS, reference)
+    right = measured(model, ids, BOS, reference)
     wrong = oracle(model, ids, BOS, reference, fault)
     assert not agree(right, wrong)
     # Each figure is told apart where the fault reaches it, not just one of the three.
@@ -95,7 +95,7 @@ def test_comparison_rejects_planted_fault(fault: str) -> None:
 def test_windows_longer_than_a_part_are_scored_whole() -> None:
     model, reference, ids = bigram(1), bigram(2), windows(2, 1100)
     for bos in (None, BOS):
-        assert agree(found(model, ids, bos, reference), oracle(model, ids, bos, reference))
+        assert agree(measured(model, ids, bos, reference), oracle(model, ids, bos, reference))
 
 
 def test_bos_changes_the_context_and_not_the_tokens_scored() -> None:
@@ -163,9 +163,9 @@ def test_a_token_that_is_ruled_out_is_no_failure() -> None:
     ids = torch.arange(10, 30).view(2, 10)
     sure = bigram(1)
     sure.table[:, 50] = -math.inf
-    found = score({"m": bigram(1)}, ids, None, sure)["m"]
-    assert math.isfinite(found.kl_divergence)
-    assert found.kl_divergence > 0
+    scores = score({"m": bigram(1)}, ids, None, sure)["m"]
+    assert math.isfinite(scores.kl_divergence)
+    assert scores.kl_divergence > 0
 
 
 def test_every_token_weighs_the_same_across_windows() -> None:
@@ -207,16 +207,16 @@ def test_scoring_leaves_model_and_windows_alone() -> None:
 
 
 def test_progress_is_told_after_each_window() -> None:
-    told: list[tuple[int, int]] = []
-    score({"m": bigram(1)}, windows(), None, progress=lambda done, total, doing: told.append((done, total)))
-    assert told == [(n, 5) for n in range(1, 6)]
+    reported: list[tuple[int, int]] = []
+    score({"m": bigram(1)}, windows(), None, progress=lambda done, total, doing: reported.append((done, total)))
+    assert reported == [(n, 5) for n in range(1, 6)]
 
 
 @pytest.mark.parametrize("bos", [None, BOS])
 def test_window_of_one_token_is_refused_and_of_two_is_scored(bos: int | None) -> None:
     with pytest.raises(CalibrationError, match="--window 2 or more"):
         score({"m": bigram(1)}, windows(3, 1), bos)
-    assert agree(found(bigram(1), windows(3, 2), bos, bigram(2)), oracle(bigram(1), windows(3, 2), bos, bigram(2)))
+    assert agree(measured(bigram(1), windows(3, 2), bos, bigram(2)), oracle(bigram(1), windows(3, 2), bos, bigram(2)))
 
 
 class Tokenizer:

@@ -80,9 +80,9 @@ def test_cache_centres_and_prompt_stay(folders: dict[str, Path], token_file: Pat
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "a", dtype=torch.float32)
     before, held = logits(model), packed_config_of(model.config)
     fold_norm_biases_(model)
-    found = packed_config_of(model.config)
+    result = packed_config_of(model.config)
     assert biased(model) == set()
-    assert (found.cache, found.prefix) == (held.cache, held.prefix)
+    assert (result.cache, result.prefix) == (held.cache, held.prefix)
     model.save_pretrained(tmp_path / "b")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "b", dtype=torch.float32)
     # A rounding difference may move a code of the cache, of 256.

@@ -65,11 +65,11 @@ def test_weights_left_alone_behind_a_prompt_give_the_models_own_outputs(
     assert attached_cache(packed).prefix.ids == IDS
     whole = torch.cat([torch.tensor([IDS]).expand(2, -1), text()], 1)
     target = logits(original, whole)[:, len(IDS) :]
-    found = logits(packed, text())
+    actual = logits(packed, text())
     # Keys and values are float16.
-    torch.testing.assert_close(found, target, rtol=1e-2, atol=1e-2 * float(target.abs().max()))
-    assert float((found - logits(original, text())).abs().max()) > 10 * float((found - target).abs().max())
-    torch.testing.assert_close(logits(packed, whole)[:, len(IDS) :], found, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(actual, target, rtol=1e-2, atol=1e-2 * float(target.abs().max()))
+    assert float((actual - logits(original, text())).abs().max()) > 10 * float((actual - target).abs().max())
+    torch.testing.assert_close(logits(packed, whole)[:, len(IDS) :], actual, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -84,9 +84,9 @@ def test_the_prompt_is_in_the_basis_of_the_stored_model(
     held = [
         (block.self_attn.prefix.keys.float(), block.self_attn.prefix.values.float()) for block in packed.model.layers
     ]
-    own = own_states(packed)
-    for layer, (stored, made) in enumerate(zip(held, own, strict=True)):
-        for kind, a, b in zip(("keys", "values"), stored, made, strict=True):
+    computed = own_states(packed)
+    for layer, (stored, expected) in enumerate(zip(held, computed, strict=True)):
+        for kind, a, b in zip(("keys", "values"), stored, expected, strict=True):
             assert a.dtype == torch.float32
             error = float((a - b).norm() / b.norm())
             assert error < 0.2, (layer, kind, error)
@@ -143,11 +143,11 @@ def test_the_prompt_changes_what_calibration_sees_and_nothing_else(
             method=method, bits=4, group_size=16, **DATA, calibration=str(token_file), system_prompt=prompt
         )  # fmt: skip
         quantize(folders["qwen3"], tmp_path / name, recipe)
-    found, plain = tensors_of(tmp_path / "with"), tensors_of(tmp_path / "without")
-    assert {name for name in found if name not in plain} == {
+    actual, plain = tensors_of(tmp_path / "with"), tensors_of(tmp_path / "without")
+    assert {name for name in actual if name not in plain} == {
         f"model.layers.{i}.self_attn.prefix.{kind}" for i in range(3) for kind in ("keys", "values")
     }
-    changed = {name.rpartition(".")[2] for name, tensor in plain.items() if not torch.equal(found[name], tensor)}
+    changed = {name.rpartition(".")[2] for name, tensor in plain.items() if not torch.equal(actual[name], tensor)}
     assert changed <= {"codes", "scales", "zeros"}
     assert bool(changed) == (method == "gptq")
 
@@ -183,10 +183,10 @@ def test_a_model_of_16_bits_keeps_its_weights_and_bits(folders: dict[str, Path],
 
 def test_perplexity_is_scored_behind_the_prompt(folders: dict[str, Path], text_file: Path, tmp_path: Path) -> None:
     quantize(folders["llama"], tmp_path / "out", Recipe(method="none", system_prompt=PROMPT))
-    found = evaluate(tmp_path / "out", Evaluation(str(text_file), window=16, dtype="float32"))
+    actual = evaluate(tmp_path / "out", Evaluation(str(text_file), window=16, dtype="float32"))
     plain = evaluate(folders["llama"], Evaluation(str(text_file), window=16, dtype="float32"))
-    assert found["windows"] == plain["windows"]
-    assert found["perplexity"] != plain["perplexity"]
+    assert actual["windows"] == plain["windows"]
+    assert actual["perplexity"] != plain["perplexity"]
     with pytest.raises(CalibrationError, match="after a system prompt of 4"):
         evaluate(tmp_path / "out", Evaluation(str(text_file), window=126))
 
@@ -248,10 +248,10 @@ def test_a_prompt_can_be_added_and_replaced_later(folders: dict[str, Path], toke
     packed = load(out)
     target = own_states(packed)
     assert add_prefix(out, PROMPT).ids == IDS
-    found = load(out)
-    attached = attached_cache(found)
+    actual = load(out)
+    attached = attached_cache(actual)
     assert (attached.prefix.ids, attached.scheme) == (IDS, CacheScheme(8))
-    for block, (keys, values) in zip(found.model.layers, target, strict=True):
+    for block, (keys, values) in zip(actual.model.layers, target, strict=True):
         assert torch.equal(block.self_attn.prefix.keys, keys.half())
         assert torch.equal(block.self_attn.prefix.values, values.half())
     after = json.loads((out / "report.json").read_text())
@@ -268,7 +268,7 @@ def test_a_prompt_can_be_added_and_replaced_later(folders: dict[str, Path], toke
     # In memory it is the same.
     again = load(out)
     attach_prefix_(again, CacheScheme(8), attached.prefix)
-    assert torch.equal(logits(again, text()), logits(found, text()))
+    assert torch.equal(logits(again, text()), logits(actual, text()))
 
 
 def test_a_prompt_is_added_to_packed_checkpoints_alone_and_nothing_is_lost(
@@ -289,15 +289,15 @@ def test_a_reference_is_scored_behind_the_same_prompt(
 ) -> None:
     quantize(folders["llama"], tmp_path / "out", Recipe(method="none", system_prompt=PROMPT))
     evaluation = Evaluation(str(text_file), window=16, dtype="float32")
-    found = evaluate(tmp_path / "out", evaluation, folders["llama"])
-    assert found["prefix_tokens"] == 4
+    result = evaluate(tmp_path / "out", evaluation, folders["llama"])
+    assert result["prefix_tokens"] == 4
     # Nothing but half precision tells them apart.
-    assert found["kl_divergence"] < 1e-4
+    assert result["kl_divergence"] < 1e-4
     alone = evaluate(folders["llama"], evaluation, tmp_path / "out")
     assert alone["kl_divergence"] < 1e-4
     after_prefix = evaluate(folders["llama"], replace(evaluation, system_prompt=PROMPT), folders["llama"])
     assert after_prefix["kl_divergence"] == 0
-    assert abs(after_prefix["perplexity"] / found["perplexity"] - 1) < 1e-3
+    assert abs(after_prefix["perplexity"] / result["perplexity"] - 1) < 1e-3
 
 
 def test_any_model_can_be_scored_on_a_coded_cache(folders: dict[str, Path], text_file: Path, tmp_path: Path) -> None:
@@ -318,16 +318,16 @@ def test_what_is_asked_for_goes_over_the_checkpoints_own_cache(
 ) -> None:
     evaluation = Evaluation(str(text_file), window=16, dtype="float32")
     quantize(folders["llama"], tmp_path / "out", Recipe(method="none", kv_bits=2))
-    found = {
+    result = {
         name: evaluate(tmp_path / "out", replace(evaluation, **settings))
         for name, settings in (("own", {}), ("plain", {"kv_bits": 16}), ("groups", {"kv": {"group_size": 8}}))
     }
-    assert found["own"]["cache_bytes"] == 3 * CacheScheme(2).token_bytes(2, 16)
-    assert found["plain"]["cache_bytes"] == 3 * 2 * 2 * 16 * 2
-    assert found["groups"]["cache_bytes"] == 3 * CacheScheme(2, 8).token_bytes(2, 16)
+    assert result["own"]["cache_bytes"] == 3 * CacheScheme(2).token_bytes(2, 16)
+    assert result["plain"]["cache_bytes"] == 3 * 2 * 2 * 16 * 2
+    assert result["groups"]["cache_bytes"] == 3 * CacheScheme(2, 8).token_bytes(2, 16)
     original = evaluate(folders["llama"], evaluation)["perplexity"]
-    assert abs(found["plain"]["perplexity"] / original - 1) < 1e-3
-    assert abs(found["own"]["perplexity"] / original - 1) > 1e-3
+    assert abs(result["plain"]["perplexity"] / original - 1) < 1e-3
+    assert abs(result["own"]["perplexity"] / original - 1) > 1e-3
     with pytest.raises(BadRecipe, match="set --kv-bits"):
         evaluate(folders["llama"], replace(evaluation, kv={"window": 4}))
 

@@ -49,7 +49,7 @@ def logits(model: torch.nn.Module, tokens: torch.Tensor, **more: object) -> torc
 
 
 def in_pieces(model: torch.nn.Module, tokens: torch.Tensor, pieces: tuple[int, ...], mask=None) -> torch.Tensor:
-    past, found, start = None, [], 0
+    past, result, start = None, [], 0
     for piece in pieces:
         stop = start + piece
         more = {} if mask is None else {"attention_mask": mask[:, :stop]}
@@ -58,8 +58,8 @@ def in_pieces(model: torch.nn.Module, tokens: torch.Tensor, pieces: tuple[int, .
         with torch.no_grad():
             out = model(tokens[:, start:stop], **passing(model, past), use_cache=True, **more)
         past, start = cache_of(out), stop
-        found.append(out.logits)
-    return torch.cat(found, 1)
+        result.append(out.logits)
+    return torch.cat(result, 1)
 
 
 def with_prefix(model: torch.nn.Module, prefix: torch.Tensor, scheme: CacheScheme | None, bos: int | None = None):
@@ -67,10 +67,10 @@ def with_prefix(model: torch.nn.Module, prefix: torch.Tensor, scheme: CacheSchem
     cache = DynamicCache()
     with torch.no_grad():
         model.model(prefix.unsqueeze(0), **passing(model.model, cache), use_cache=True)
-    own = copy.deepcopy(model)
-    attach_cache_(own, scheme, PrefixIds(tuple(prefix.tolist()), bos))
-    set_prefix_(own, [(layer.keys[0], layer.values[0]) for layer in cache.layers])
-    return own
+    prefixed = copy.deepcopy(model)
+    attach_cache_(prefixed, scheme, PrefixIds(tuple(prefix.tolist()), bos))
+    set_prefix_(prefixed, [(layer.keys[0], layer.values[0]) for layer in cache.layers])
+    return prefixed
 
 
 def assert_close(a: torch.Tensor, b: torch.Tensor) -> None:
@@ -138,17 +138,17 @@ def test_a_prefix_is_what_the_model_makes_of_it_in_front(name: str, scheme: str 
     model = model_of(name)
     prefix, text = ids(PREFIX, 1, seed=3)[0], ids(14)
     whole = torch.cat([prefix.expand(2, -1), text], 1)
-    own = with_prefix(model, prefix, None if scheme is None else SCHEMES[scheme])
+    prefixed = with_prefix(model, prefix, None if scheme is None else SCHEMES[scheme])
     if scheme is None:
         target = logits(model, whole)[:, PREFIX:]
-        assert_close(logits(own, text), target)
+        assert_close(logits(prefixed, text), target)
         # The test can fail: without the prefix's positions it is something else.
-        attach_cache_(own, None)
-        assert float((logits(own, text) - target).abs().max()) > 1e-2
+        attach_cache_(prefixed, None)
+        assert float((logits(prefixed, text) - target).abs().max()) > 1e-2
         return
-    target = logits(own, text)
-    assert_close(in_pieces(own, text, (1,) * 14), target)
-    assert_close(logits(own, whole)[:, PREFIX:], target)
+    target = logits(prefixed, text)
+    assert_close(in_pieces(prefixed, text, (1,) * 14), target)
+    assert_close(logits(prefixed, whole)[:, PREFIX:], target)
 
 
 def padded_batch(name: str, scheme: CacheScheme | None, prefixed: bool):
@@ -189,12 +189,12 @@ def test_padded_rows_in_windows_are_the_same_at_once_and_in_pieces(name: str, sc
 @pytest.mark.parametrize("prefixed", [False, True])
 def test_generate_takes_the_likeliest_continuation(scheme: str | None, beams: int, prefixed: bool) -> None:
     """Greedy search is that of whole forwards; beams score what whole forwards score."""
-    found = None if scheme is None else SCHEMES[scheme]
+    result = None if scheme is None else SCHEMES[scheme]
     model = model_of("llama")
     if prefixed:
-        model = with_prefix(model, ids(PREFIX, 1, seed=3)[0], found)
+        model = with_prefix(model, ids(PREFIX, 1, seed=3)[0], result)
     else:
-        attach_cache_(model, found)
+        attach_cache_(model, result)
     text = ids(6)
     out = model.generate(
         text, attention_mask=torch.ones_like(text), max_new_tokens=7, do_sample=False, num_beams=beams,
@@ -524,9 +524,9 @@ def test_a_coded_cache_runs_under_autocast(scheme: str | None, prefixed: bool) -
         attach_cache_(model, chosen)
     target = logits(model, tokens)
     with torch.autocast("cpu", torch.bfloat16):
-        found = logits(model, tokens).float()
+        actual = logits(model, tokens).float()
         in_two = in_pieces(model, tokens, (7, 5)).float()
-    for other in (found, in_two):
+    for other in (actual, in_two):
         assert float((other - target).norm() / target.norm()) < 0.05
 
 

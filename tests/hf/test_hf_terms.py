@@ -137,10 +137,10 @@ def test_column_scales_are_counted_in_the_effective_bits(scaled: Path) -> None:
     bits = weights = 0
     for path in linears(model):
         module = model.get_submodule(path)
-        found = 8 * sum(buffer.nbytes for buffer in module.buffers())
-        bits, weights = bits + found, weights + module.in_features * module.out_features
+        result = 8 * sum(buffer.nbytes for buffer in module.buffers())
+        bits, weights = bits + result, weights + module.in_features * module.out_features
         (row,) = [row for row in report["linears"] if row["path"] == path]
-        assert row["effective_bits"] == pytest.approx(found / (module.in_features * module.out_features))
+        assert row["effective_bits"] == pytest.approx(result / (module.in_features * module.out_features))
     # Four norms have a bias of 48 float16 numbers.
     assert report["size"]["effective_bits"] == pytest.approx((bits + 4 * 48 * 16) / weights)
 

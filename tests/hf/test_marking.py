@@ -38,8 +38,8 @@ assert "subnibble" not in sys.modules
 
 
 def words(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "config.json").read_text())
-    return found
+    result: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    return result
 
 
 def load(folder: Path, **settings: Any) -> Any:
@@ -48,8 +48,8 @@ def load(folder: Path, **settings: Any) -> Any:
 
 def logits(model: Any) -> torch.Tensor:
     with torch.no_grad():
-        found: torch.Tensor = model(IDS).logits
-    return found
+        result: torch.Tensor = model(IDS).logits
+    return result
 
 
 @pytest.fixture(scope="module")
@@ -75,8 +75,10 @@ def saved(
         "pickled": pickle.loads(pickle.dumps(model)),
         "torch.save": torch.load(buffer, weights_only=False),
     }
-    for name, made in copies.items():
-        (load(root / "saved") if made is None else made).save_pretrained(save_directory=root / name.replace(" ", "-"))
+    for name, copied in copies.items():
+        (load(root / "saved") if copied is None else copied).save_pretrained(
+            save_directory=root / name.replace(" ", "-")
+        )
     return {"quantized": packed["llama"], **{folder.name: folder for folder in root.iterdir()}}
 
 

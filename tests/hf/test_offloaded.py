@@ -38,7 +38,9 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.fixture(scope="module")
-def made(folders: dict[str, Path], token_file: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def checkpoints(
+    folders: dict[str, Path], token_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
     """Packed folders by what is in them."""
     root = tmp_path_factory.mktemp("offloaded")
     for name, (model, recipe) in RECIPES.items():
@@ -48,24 +50,24 @@ def made(folders: dict[str, Path], token_file: Path, tmp_path_factory: pytest.Te
 
 
 def load(folder: Path, off: list[str], disk: Path, buffers: bool = True) -> Any:
-    places = dict.fromkeys(PLACES, "cpu") | dict.fromkeys(off, "disk")
+    device_map = dict.fromkeys(PLACES, "cpu") | dict.fromkeys(off, "disk")
     return AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, device_map=places, offload_folder=disk, offload_buffers=buffers
+        folder, dtype=torch.float32, device_map=device_map, offload_folder=disk, offload_buffers=buffers
     ).eval()
 
 
 def logits(model: Any) -> torch.Tensor:
     with torch.no_grad():
-        found: torch.Tensor = model(IDS).logits
-    return found
+        result: torch.Tensor = model(IDS).logits
+    return result
 
 
 @pytest.mark.parametrize("off", OFF)
 @pytest.mark.parametrize("name", RECIPES)
-def test_what_is_on_disk_runs_as_in_memory(name: str, off: str, made: dict[str, Path], tmp_path: Path) -> None:
-    expected = logits(AutoModelForCausalLM.from_pretrained(made[name], dtype=torch.float32).eval())
+def test_what_is_on_disk_runs_as_in_memory(name: str, off: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    expected = logits(AutoModelForCausalLM.from_pretrained(checkpoints[name], dtype=torch.float32).eval())
     for buffers in (True, False):
-        model = load(made[name], OFF[off], tmp_path / "disk", buffers)
+        model = load(checkpoints[name], OFF[off], tmp_path / "disk", buffers)
         if buffers and off == "all":
             assert all(buffer.is_meta for module in packed_modules(model).values() for buffer in module.buffers())
         assert torch.equal(logits(model), expected)
@@ -75,9 +77,11 @@ def test_what_is_on_disk_runs_as_in_memory(name: str, off: str, made: dict[str, 
 
 @pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded modules")
 @pytest.mark.parametrize("name", RECIPES)
-def test_what_is_on_disk_is_saved_and_made_dense_as_in_memory(name: str, made: dict[str, Path], tmp_path: Path) -> None:
-    model = load(made[name], PLACES, tmp_path / "disk")
-    whole = AutoModelForCausalLM.from_pretrained(made[name], dtype=torch.float32).eval()
+def test_what_is_on_disk_is_saved_and_made_dense_as_in_memory(
+    name: str, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    model = load(checkpoints[name], PLACES, tmp_path / "disk")
+    whole = AutoModelForCausalLM.from_pretrained(checkpoints[name], dtype=torch.float32).eval()
     for path, module in packed_modules(model).items():
         assert torch.equal(module.dequantize(), whole.get_submodule(path).dequantize())
     model.save_pretrained(tmp_path / "saved")
@@ -85,10 +89,10 @@ def test_what_is_on_disk_is_saved_and_made_dense_as_in_memory(name: str, made: d
     assert torch.equal(logits(saved), logits(whole))
 
 
-def test_damaged_numbers_on_disk_are_found_as_in_memory(made: dict[str, Path], tmp_path: Path) -> None:
+def test_damaged_numbers_on_disk_are_found_as_in_memory(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     folder = tmp_path / "damaged"
     folder.mkdir()
-    for file in made["norm biases"].iterdir():
+    for file in checkpoints["norm biases"].iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
     name = "model.layers.0.post_attention_layernorm.bias"
     shard = next(file for file in folder.glob("*.safetensors") if name in load_file(file))
@@ -100,6 +104,6 @@ def test_damaged_numbers_on_disk_are_found_as_in_memory(made: dict[str, Path], t
         load(folder, BLOCKS, tmp_path / "disk")
 
 
-def test_biases_are_not_folded_into_what_is_on_disk(made: dict[str, Path], tmp_path: Path) -> None:
+def test_biases_are_not_folded_into_what_is_on_disk(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(BadArgument, match="give one that is in memory"):
-        subnibble.fold_norm_biases_(load(made["norm biases"], BLOCKS, tmp_path / "disk"))
+        subnibble.fold_norm_biases_(load(checkpoints["norm biases"], BLOCKS, tmp_path / "disk"))

@@ -27,8 +27,8 @@ def load(folder: Path) -> Any:
 
 def logits(model: Any, ids: torch.Tensor = IDS) -> torch.Tensor:
     with torch.no_grad():
-        found: torch.Tensor = model(ids).logits
-    return found
+        result: torch.Tensor = model(ids).logits
+    return result
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2"])

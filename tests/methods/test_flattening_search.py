@@ -41,8 +41,8 @@ def tokens() -> Tensor:
 def loss_of(method: str, options: dict[str, Any]) -> Loss:
     (transform,) = METHODS[method].steps({"flattening": "search", "rounding": "rtn", **options}).transforms
     assert isinstance(transform, SearchedFlatten)
-    found = SiteStatistics({}, {}, {}, {}, {NAME: SCHEMES[method]}, {NAME: INPUTS})
-    return transform.loss(found)
+    result = SiteStatistics({}, {}, {}, {}, {NAME: SCHEMES[method]}, {NAME: INPUTS})
+    return transform.loss(result)
 
 
 def runs_with(method: str, options: dict[str, Any]) -> float:
@@ -61,16 +61,16 @@ def runs_with(method: str, options: dict[str, Any]) -> float:
 @pytest.mark.parametrize("weighting", ["none", "hessian"])
 def test_the_loss_is_that_of_the_packed_linear(weighting: str, clip: str, rank: int) -> None:
     options = {"rank": rank, "clip": clip, "weighting": weighting}
-    found = loss_of("serq", options)(NAME, weight(), tokens())
-    assert found == pytest.approx(runs_with("serq", options), rel=1e-3)
+    result = loss_of("serq", options)(NAME, weight(), tokens())
+    assert result == pytest.approx(runs_with("serq", options), rel=1e-3)
 
 
 @pytest.mark.parametrize("rank", [8, 16])
 def test_a_remainder_that_runs_again_is_nearly_that_of_the_packed_linear(rank: int) -> None:
     """It counts as if it met both weights, of which it meets the coarse one."""
-    found = loss_of("serq-plus", {"rank": rank})(NAME, weight(), tokens())
-    assert found == pytest.approx(runs_with("serq-plus", {"rank": rank}), rel=0.1)
-    assert found < 0.8 * loss_of("serq-plus", {"rank": rank, "residual": "none"})(NAME, weight(), tokens())
+    result = loss_of("serq-plus", {"rank": rank})(NAME, weight(), tokens())
+    assert result == pytest.approx(runs_with("serq-plus", {"rank": rank}), rel=0.1)
+    assert result < 0.8 * loss_of("serq-plus", {"rank": rank, "residual": "none"})(NAME, weight(), tokens())
 
 
 def test_the_cases_differ() -> None:

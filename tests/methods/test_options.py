@@ -55,22 +55,22 @@ def other_steps(method: Method, option: str) -> list[Steps]:
     """The steps of a method with each other value of an option; those that its rules refuse are left out."""
     known = company(method, option)
     default = getattr(method.options(**known), option)
-    made = []
+    steps_of = []
     for value in others(default, option):
         with suppress(BadRecipe):
-            made.append(method.steps(known | {option: value}))
-            assert made[-1] == method.steps(known | {option: value})
-    return made
+            steps_of.append(method.steps(known | {option: value}))
+            assert steps_of[-1] == method.steps(known | {option: value})
+    return steps_of
 
 
 @pytest.mark.parametrize(("method", "option"), OPTIONS, ids=lambda value: getattr(value, "name", value))
 def test_every_value_of_an_option_makes_other_steps(method: Method, option: str) -> None:
     usual = method.steps(company(method, option))
-    made = other_steps(method, option)
-    assert made
-    assert all(steps != usual for steps in made)
-    for index, steps in enumerate(made):
-        assert all(steps != other for other in made[index + 1 :])
+    steps_of = other_steps(method, option)
+    assert steps_of
+    assert all(steps != usual for steps in steps_of)
+    for index, steps in enumerate(steps_of):
+        assert all(steps != other for other in steps_of[index + 1 :])
 
 
 def test_an_option_that_is_dropped_is_noticed() -> None:
@@ -218,9 +218,9 @@ def test_bisup_is_its_base_on_quantized_inputs_and_tuned(over: str) -> None:
 def test_rows_and_columns_of_d2quant_choose_fitters() -> None:
     def fitters(**options: str) -> tuple[Any, Any]:
         steps = METHODS["d2quant"].steps(options)
-        found = steps.rounder_of("attention_in"), steps.rounder_of("mlp_hidden")
-        assert all(isinstance(rounder, GPTQ) for rounder in found)
-        return found[0].fitter, found[1].fitter
+        result = steps.rounder_of("attention_in"), steps.rounder_of("mlp_hidden")
+        assert all(isinstance(rounder, GPTQ) for rounder in result)
+        return result[0].fitter, result[1].fitter
 
     dual, rows = DualScale(RELEASED, 15), RowScale(RELEASED, 15)
     assert fitters() == (RELEASED, dual)

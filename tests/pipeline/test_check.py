@@ -123,12 +123,12 @@ def refusals(tree: ast.AST) -> set[str]:
 
 def test_no_second_place_asks() -> None:
     trees = {file: ast.parse(file.read_text()) for file in Path(check.__file__).parent.glob("*.py")}
-    place = trees.pop(Path(check.__file__))
+    checks = trees.pop(Path(check.__file__))
     comparison = Path(subnibble.__file__).parent / "evaluation" / "compare.py"
     others = trees | {comparison: ast.parse(comparison.read_text())}
-    own = {node.name for node in ast.walk(place) if isinstance(node, ast.FunctionDef)}
-    asked = calls(place) - own
+    defined = {node.name for node in ast.walk(checks) if isinstance(node, ast.FunctionDef)}
+    asked = calls(checks) - defined
     assert {"check_positions", "check_width", "check_learns"} <= asked
     assert {file.name: calls(tree) & asked for file, tree in others.items() if calls(tree) & asked} == {}
     assert {file.name: refusals(tree) for file, tree in trees.items() if refusals(tree)} == {}
-    assert refusals(place) == {"BadRecipe", "UnsupportedModel"}
+    assert refusals(checks) == {"BadRecipe", "UnsupportedModel"}

@@ -51,12 +51,12 @@ COUNTED: dict[str, dict[str, Any]] = {
 def test_sizes_are_those_of_what_is_written(
     case: str, name: str, recipe: Recipe, folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    own = replace(recipe, activation_bits=16 if case.startswith(("norm", "column")) else 4, **COUNTED[case])
-    report, found = quantize(folders[name], tmp_path / "out", own), estimation.estimate(folders[name], own)
-    assert report.size["effective_bits"] == pytest.approx(found.effective_bits, rel=1e-12)
-    assert report.size["activation_bits"] == pytest.approx(found.activation_bits, rel=1e-12)
+    chosen = replace(recipe, activation_bits=16 if case.startswith(("norm", "column")) else 4, **COUNTED[case])
+    report, result = quantize(folders[name], tmp_path / "out", chosen), estimation.estimate(folders[name], chosen)
+    assert report.size["effective_bits"] == pytest.approx(result.effective_bits, rel=1e-12)
+    assert report.size["activation_bits"] == pytest.approx(result.activation_bits, rel=1e-12)
     tensors = [tensor for file in (tmp_path / "out").glob("*.safetensors") for tensor in load_file(file).values()]
-    assert sum(tensor.nbytes for tensor in tensors) == found.file_bytes
+    assert sum(tensor.nbytes for tensor in tensors) == result.file_bytes
 
 
 @pytest.mark.parametrize(
@@ -80,19 +80,19 @@ def test_activation_streams_are_what_a_run_holds(
     advance = Passage.advance
 
     def record(run: Passage) -> None:
-        found = [run.streams.hidden] + ([] if run.reference is None else [list(run.reference.outputs())])
-        held.append(sum(batch.nbytes for stream in found for batch in stream))
-        assert len(found) == streams
+        result = [run.streams.hidden] + ([] if run.reference is None else [list(run.reference.outputs())])
+        held.append(sum(batch.nbytes for stream in result for batch in stream))
+        assert len(result) == streams
         advance(run)
 
     monkeypatch.setattr(Passage, "advance", record)
     for windows in (4, 8):
-        own = replace(recipe, method=method, num_windows=windows)
-        quantize(folders["llama"], tmp_path / f"{windows}", own)
-        found = estimation.estimate(folders["llama"], own).memory_bytes
+        chosen = replace(recipe, method=method, num_windows=windows)
+        quantize(folders["llama"], tmp_path / f"{windows}", chosen)
+        result = estimation.estimate(folders["llama"], chosen).memory_bytes
         # Between a block's sites the inputs of its output and down projections are kept, too, beside 48 channels.
-        assert found["activation streams"] == max(held) * (48 + 96 + 80) // 48
-        assert found["peak"] == sum(size for part, size in found.items() if part != "peak")
+        assert result["activation streams"] == max(held) * (48 + 96 + 80) // 48
+        assert result["peak"] == sum(size for part, size in result.items() if part != "peak")
     assert held[-1] == 2 * held[0]
 
 

@@ -40,7 +40,7 @@ Seen = dict[str, Tensor]
 class Listener(Rounder):
     """Rounds to nearest and keeps what it is told, by what it was told of."""
 
-    told: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    received: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     needs_gram = True
     needs_drift = True
 
@@ -49,23 +49,23 @@ class Listener(Rounder):
     ) -> Rounding:
         assert gram is not None
         assert drift is not None
-        self.told[where] = gram.clone(), drift.clone()
+        self.received[where] = gram.clone(), drift.clone()
         return RTN()(weight, None, scheme, where)
 
     def of(self, path: str) -> tuple[Tensor, Tensor]:
         """Gram matrix and drift of the linear at `path`, told of it alone or among those that share its input."""
         block, _, name = path.partition(".self_attn.") if ".self_attn." in path else path.partition(".mlp.")
-        found = [told for where, told in self.told.items() if where.startswith(f"{block}.") and name in where]
-        assert len(found) == 1
-        return found[0]
+        result = [matrix for where, matrix in self.received.items() if where.startswith(f"{block}.") and name in where]
+        assert len(result) == 1
+        return result[0]
 
 
 def inputs(model: Any, windows: Tensor) -> Seen:
     """(tokens, channels) of what each linear of the blocks is fed, by its path."""
-    seen: Seen = {}
+    by_path: Seen = {}
     handles = [
         model.get_submodule(f"model.layers.{i}.{reader}").register_forward_pre_hook(
-            lambda module, args, key=f"model.layers.{i}.{reader}": seen.update({key: args[0].flatten(0, 1).double()})
+            lambda module, args, key=f"model.layers.{i}.{reader}": by_path.update({key: args[0].flatten(0, 1).double()})
         )
         for i in range(3)
         for reader in READERS
@@ -74,25 +74,25 @@ def inputs(model: Any, windows: Tensor) -> Seen:
         model(windows)
     for handle in handles:
         handle.remove()
-    return seen
+    return by_path
 
 
 def on_stored_states(original: Any, stored: Any, windows: Tensor) -> Seen:
     """The fault of running the original's blocks on the quantized model's hidden states."""
-    seen: Seen = {}
+    by_path: Seen = {}
     for index in range(3):
         quantized = stored.model.layers[index]
         stored.model.layers[index] = original.model.layers[index]
-        found = inputs(stored, windows)
+        result = inputs(stored, windows)
         stored.model.layers[index] = quantized
-        seen |= {path: x for path, x in found.items() if path.startswith(f"model.layers.{index}.")}
-    return seen
+        by_path |= {path: x for path, x in result.items() if path.startswith(f"model.layers.{index}.")}
+    return by_path
 
 
-def close(found: Tensor, left: Tensor, right: Tensor) -> bool:
+def close(result: Tensor, left: Tensor, right: Tensor) -> bool:
     """Whether a sum of products, in float32, is leftᵀ right as exactly as one can be had."""
     bound = 64 * torch.finfo(torch.float32).eps * (left.abs().T @ right.abs())
-    return bool(((found.double() - left.T @ right).abs() <= bound + 1e-7).all())
+    return bool(((result.double() - left.T @ right).abs() <= bound + 1e-7).all())
 
 
 def listened(
@@ -184,14 +184,14 @@ class GramHeard(Rounder):
         self, weight: Tensor, gram: Tensor | None, scheme: Scheme, where: str, drift: Tensor | None = None
     ) -> Rounding:
         assert gram is not None
-        self.told[where] = gram.clone()
+        self.received[where] = gram.clone()
         return RTN()(weight, None, scheme, where)
 
     @property
     def first(self) -> Tensor:
         """Of the first site, which nothing before it has moved by a rounding step."""
         return next(
-            gram for where, gram in self.told.items() if where.startswith("model.layers.0.") and "q_proj" in where
+            gram for where, gram in self.received.items() if where.startswith("model.layers.0.") and "q_proj" in where
         )
 
 
@@ -205,11 +205,11 @@ def test_quantized_inputs_are_seen_as_the_runtime_codes_them(
         steps, folders["llama"], token_file, tmp_path / "out", monkeypatch, activation_bits=scheme.bits
     )
     linear = stored.model.layers[0].self_attn.q_proj
-    seen: list[Tensor] = []
-    linear.register_forward_pre_hook(lambda module, args: seen.append(args[0].flatten(0, 1)))
+    entered: list[Tensor] = []
+    linear.register_forward_pre_hook(lambda module, args: entered.append(args[0].flatten(0, 1)))
     with torch.no_grad():
         stored(windows)
-    x = seen[0][:, linear.gather.long()]
+    x = entered[0][:, linear.gather.long()]
     once = activations.quantize(x, scheme).values()
     twice = once.clone()
     twice[:, :rank] += activations.quantize(x[:, :rank] - once[:, :rank], scheme).values()
@@ -235,14 +235,14 @@ def test_codes_of_inputs_are_not_rounded_to_the_streams_type_before_the_gram_mat
         steps, folders["llama"], token_file, tmp_path / "out", monkeypatch, activation_bits=scheme.bits, dtype=dtype
     )
     linear = stored.model.layers[0].self_attn.q_proj
-    seen: list[Tensor] = []
-    linear.register_forward_pre_hook(lambda module, args: seen.append(args[0].flatten(0, 1)))
+    entered: list[Tensor] = []
+    linear.register_forward_pre_hook(lambda module, args: entered.append(args[0].flatten(0, 1)))
     with torch.no_grad():
         stored(windows)
-    assert seen[0].dtype == DTYPES[dtype]
-    coded = activations.quantize(site_input.enter(seen[0], linear.linear.input), scheme)
-    widths = [stop - start for start, stop in coded.bounds]
-    exact = coded.numbers.double() * coded.scales.double().repeat_interleave(torch.tensor(widths), 1)
+    assert entered[0].dtype == DTYPES[dtype]
+    quantized = activations.quantize(site_input.enter(entered[0], linear.linear.input), scheme)
+    widths = [stop - start for start, stop in quantized.bounds]
+    exact = quantized.numbers.double() * quantized.scales.double().repeat_interleave(torch.tensor(widths), 1)
     coarse = exact.to(DTYPES[dtype]).double()
     assert close(heard.first, exact, exact)
     assert not close(heard.first, coarse, coarse)

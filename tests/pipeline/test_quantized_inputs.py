@@ -86,13 +86,13 @@ def test_serq_is_better_than_its_baselines_and_twice_the_input_better_still(
     # Of the tiny models, this one has outlier channels enough for flattening and salient channels to matter.
     name = "llama"
 
-    def found(method: str, **options: Any) -> float:
+    def result(method: str, **options: Any) -> float:
         values = {"method": method, "activation_bits": 4, "options": options}
         return departure(make(folders[name], token_file, tmp_path / "out", **values)[1], folders[name])
 
-    serq = found("serq", rank=RANK)
-    assert serq < min(found("rtn"), found("smoothquant"))
-    assert found("serq", rank=RANK, residual="salient") < 0.9 * serq
+    serq = result("serq", rank=RANK)
+    assert serq < min(result("rtn"), result("smoothquant"))
+    assert result("serq", rank=RANK, residual="salient") < 0.9 * serq
 
 
 def test_output_error_of_every_linear_falls_with_the_rank(
@@ -150,12 +150,12 @@ def test_an_override_keeps_one_linears_input(folders: dict[str, Path], token_fil
     _, model = make(
         folders["llama"], token_file, tmp_path / "out", method="rtn", activation_bits=4, overrides=overrides
     )
-    found = {
+    result = {
         path.split(".")[-1]: None if module.activation is None else module.activation.bits
         for path, module in packed_modules(model).items()
         if isinstance(module, PackedLinear)
     }
-    assert (found["down_proj"], found["o_proj"], found["q_proj"]) == (8, None, 4)
+    assert (result["down_proj"], result["o_proj"], result["q_proj"]) == (8, None, 4)
 
 
 def test_wider_inputs_come_closer_to_those_that_are_not_quantized(
@@ -295,22 +295,22 @@ def test_calibration_sees_keys_and_values_as_the_cache_quantizes_them(
     observe = rounding._observe
 
     def noted(site: Site, *others: Any) -> Any:
-        found = observe(site, *others)
+        actual = observe(site, *others)
         if site.name == "attention_out":
-            grams.append(found[None].gram)
-        return found
+            grams.append(actual[None].gram)
+        return actual
 
     monkeypatch.setattr(rounding, "_observe", noted)
     _, model = make(
         folders["llama"], token_file, tmp_path / "out", method="serq", options={"rank": RANK, "inputs": inputs},
         activation_bits=16, kv_bits=2, num_windows=24,
     )  # fmt: skip
-    seen: list[Tensor] = []
+    captured: list[Tensor] = []
     model.model.layers[0].self_attn.o_proj.register_forward_pre_hook(
-        lambda _, args: seen.append(args[0].flatten(0, -2))
+        lambda _, args: captured.append(args[0].flatten(0, -2))
     )
     with torch.no_grad():
         model(torch.from_numpy(np.load(token_file)).long().view(-1, 32))
-    target = seen[0].double().T @ seen[0].double()
+    target = captured[0].double().T @ captured[0].double()
     error = float((grams[0].double() - target).norm() / target.norm())
     assert error < 1e-4 if inputs == "quantized" else error > 1e-2

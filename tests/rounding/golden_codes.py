@@ -124,17 +124,17 @@ def codes_of(case: Case, inputs: Inputs) -> dict[str, Any]:
     weight = inputs.weight if isinstance(case.rounder, GPTQ) else inputs.weight.float()
     quantized = case.rounder(weight, inputs.gram, case.scheme, "a linear", inputs.drift).quantized
     digits = 2 if case.scheme.bits == 8 else 1
-    found: dict[str, Any] = {
+    result: dict[str, Any] = {
         "codes": ["".join(f"{code:0{digits}x}" for code in row) for row in quantized.codes.tolist()],
         "scales": quantized.scales.tolist(),
     }
     if quantized.zeros is not None:
         # -0 and 0 are one.
-        found["zeros"] = (quantized.zeros + 0.0).tolist()
+        result["zeros"] = (quantized.zeros + 0.0).tolist()
     if quantized.column_scales is not None:
         # Of what absorbs them, or as they are stored.
-        found["columns"] = quantized.column_scales.half().tolist()
-    return found
+        result["columns"] = quantized.column_scales.half().tolist()
+    return result
 
 
 def to_text(golden: dict[str, dict[str, Any]]) -> str:

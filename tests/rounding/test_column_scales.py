@@ -172,9 +172,9 @@ def test_the_order_of_columns_only_orders_their_scales(kind: str, weighted: bool
     w = normal(16, 33).double() * spread(33)
     h = column_weights(33).double() if weighted else torch.ones(33).double()
     order = torch.randperm(33, generator=torch.Generator().manual_seed(9))
-    plain, moved = DualScale().fit(w, scheme_of(kind), h), DualScale().fit(w[:, order], scheme_of(kind), h[order])
-    torch.testing.assert_close(columns_of(moved), columns_of(plain)[order], rtol=1e-5, atol=0)
-    assert torch.equal(moved.encode(w[:, order]), plain.encode(w)[:, order])
+    plain, permuted = DualScale().fit(w, scheme_of(kind), h), DualScale().fit(w[:, order], scheme_of(kind), h[order])
+    torch.testing.assert_close(columns_of(permuted), columns_of(plain)[order], rtol=1e-5, atol=0)
+    assert torch.equal(permuted.encode(w[:, order]), plain.encode(w)[:, order])
 
 
 def rolls(rows: int, columns: int) -> Tensor:

@@ -66,9 +66,9 @@ def test_at_rest_no_single_code_can_change_for_the_better(order: str) -> None:
     quantized = GPTQ(order=order, sweeps=60)(w, gram, scheme, "w").quantized
     rest = loss(w, quantized, scheme, gram)
     for j, code in itertools.product(range(45), range(4)):
-        moved = quantized.codes.clone()
-        moved[:, j] = code
-        other = loss(w, QuantizedMatrix(moved, quantized.scales, quantized.zeros), scheme, gram)
+        changed = quantized.codes.clone()
+        changed[:, j] = code
+        other = loss(w, QuantizedMatrix(changed, quantized.scales, quantized.zeros), scheme, gram)
         assert bool((other >= rest * (1 - 1e-4)).all()), (j, code)
 
 
@@ -78,10 +78,10 @@ def test_the_brute_force_rejects_plain_gptq() -> None:
     quantized = GPTQ()(w, gram, scheme, "w").quantized
     rest, better = loss(w, quantized, scheme, gram), 0
     for j, code in itertools.product(range(45), range(4)):
-        moved = quantized.codes.clone()
-        moved[:, j] = code
+        changed = quantized.codes.clone()
+        changed[:, j] = code
         better += int(
-            (loss(w, QuantizedMatrix(moved, quantized.scales, quantized.zeros), scheme, gram) < rest * 0.999).sum()
+            (loss(w, QuantizedMatrix(changed, quantized.scales, quantized.zeros), scheme, gram) < rest * 0.999).sum()
         )
     assert better > 0
 

@@ -39,8 +39,8 @@ def relative_error(fitted: Fitted, w: Tensor) -> float:
 @pytest.mark.parametrize(("bits", "expected"), [(2, 0.1138), (3, 0.0349)])
 def test_gaussian_rows_reach_the_known_error_of_the_released_form(bits: int, expected: float) -> None:
     w = normal(2000, 128)
-    found = relative_error(DualScale().fit(w, scheme_of("sign", bits, scale_type="float16"), None), w)
-    assert found == pytest.approx(expected, rel=0.01)
+    actual = relative_error(DualScale().fit(w, scheme_of("sign", bits, scale_type="float16"), None), w)
+    assert actual == pytest.approx(expected, rel=0.01)
 
 
 @every_kind
@@ -185,10 +185,10 @@ def version_r(w: Tensor, h: Tensor, bits: int, iterations: int, fault: str = "no
     return dense, c / (c.mean() if fault == "arithmetic mean" else c.log().mean().exp())
 
 
-def agree(found: Fitted, expected: tuple[Tensor, Tensor], w: Tensor) -> bool:
+def agree(actual: Fitted, expected: tuple[Tensor, Tensor], w: Tensor) -> bool:
     dense, c = expected
-    near_dense = ((rounded(found, w) - dense).abs() <= 1e-4 * w.abs().mean()).all()
-    near_c = ((columns_of(found) - c).abs() <= 1e-4 * c).all()
+    near_dense = ((rounded(actual, w) - dense).abs() <= 1e-4 * w.abs().mean()).all()
+    near_c = ((columns_of(actual) - c).abs() <= 1e-4 * c).all()
     return bool(near_dense) and bool(near_c)
 
 
@@ -199,8 +199,8 @@ def test_released_form_equals_a_second_writing(bits: int, weighted: bool, iterat
     w = normal(20, 37, seed=bits).double() * spread(37)
     w[2, 4] *= 9
     h = column_weights(37).double() if weighted else torch.ones(37).double()
-    found = DualScale(iterations=iterations).fit(w, scheme_of("sign", bits), h if weighted else None)
-    assert agree(found, version_r(w, h, bits, iterations), w)
+    result = DualScale(iterations=iterations).fit(w, scheme_of("sign", bits), h if weighted else None)
+    assert agree(result, version_r(w, h, bits, iterations), w)
 
 
 @every_bits
@@ -219,9 +219,9 @@ def test_released_form_equals_a_second_writing(bits: int, weighted: bool, iterat
 )
 def test_second_writing_rejects_planted_fault(bits: int, fault: str) -> None:
     w, h = normal(20, 37, seed=bits).double() * spread(37), column_weights(37).double()
-    found = DualScale(iterations=2).fit(w, scheme_of("sign", bits), h)
-    assert agree(found, version_r(w, h, bits, 2), w)
-    assert not agree(found, version_r(w, h, bits, 2, fault), w)
+    result = DualScale(iterations=2).fit(w, scheme_of("sign", bits), h)
+    assert agree(result, version_r(w, h, bits, 2), w)
+    assert not agree(result, version_r(w, h, bits, 2, fault), w)
 
 
 # Least squares.
@@ -249,8 +249,8 @@ def gradients(fitted: Fitted, w: Tensor, h: Tensor, faulty: float = 1.0) -> dict
         signs = ((codes.long().unsqueeze(1) >> bits) & 1) * 2.0 - 1
         values = torch.einsum("mk,mkg->mg", scale * p_s.exp(), signs.double())
     total = (h * (w - values * c * p_c.exp()).square()).sum()
-    found = torch.autograd.grad(total, list(inputs.values()))
-    return {name: float(g.abs().max() / total.detach()) for name, g in zip(inputs, found, strict=True)}
+    result = torch.autograd.grad(total, list(inputs.values()))
+    return {name: float(g.abs().max() / total.detach()) for name, g in zip(inputs, result, strict=True)}
 
 
 @every_kind
@@ -293,5 +293,5 @@ def test_refit_is_weighted_least_squares_and_keeps_the_grid_of_a_row_with_one_co
         for weights, equal in ((h, True), (torch.ones(29).double(), False)):
             basis = torch.stack(free, 1) * weights.sqrt().unsqueeze(1)
             best = torch.linalg.lstsq(basis, (x[row] * weights.sqrt()).unsqueeze(1)).solution[:, 0]
-            found = [float(s[row]), float(-s[row] * z[row])][: len(free)]
-            assert (found == pytest.approx(best.tolist(), rel=1e-10)) is equal
+            result = [float(s[row]), float(-s[row] * z[row])][: len(free)]
+            assert (result == pytest.approx(best.tolist(), rel=1e-10)) is equal

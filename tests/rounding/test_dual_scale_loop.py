@@ -143,10 +143,10 @@ def test_blocks_do_not_matter_to_the_dual_grid(kind: str, order: str, group_size
     single = run(block=1)(w, gram, scheme, "w").quantized
     assert single.column_scales is not None
     for block in (5, 128):
-        found = run(block=block)(w, gram, scheme, "w").quantized
-        assert found.column_scales is not None
-        assert torch.equal(found.codes, single.codes)
-        torch.testing.assert_close(found.column_scales, single.column_scales, rtol=1e-5, atol=0)
+        result = run(block=block)(w, gram, scheme, "w").quantized
+        assert result.column_scales is not None
+        assert torch.equal(result.codes, single.codes)
+        torch.testing.assert_close(result.column_scales, single.column_scales, rtol=1e-5, atol=0)
 
 
 @every_kind

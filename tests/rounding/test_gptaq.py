@@ -83,14 +83,14 @@ def test_propagation_is_the_drift_through_the_inverse_of_what_lies_behind(order:
     h, r = damped(gram)[columns][:, columns], drift[columns][:, columns]
     u = factorize(gram, columns, DAMPING, "w").u
 
-    def agrees(found: Tensor) -> bool:
-        near = torch.equal(found, found.triu(1))
+    def agrees(actual: Tensor) -> bool:
+        near = torch.equal(actual, actual.triu(1))
         for q in range(K - 1):
             inverse = torch.linalg.inv(h[q + 1 :, q + 1 :])
             # Of every entry, not of the matrix: what its own sum could have lost.
             size = r[q, q + 1 :].abs() @ inverse.abs()
             expected = alpha * r[q, q + 1 :] @ inverse
-            near &= bool(((found[q, q + 1 :] - expected).abs() <= 1e-11 * size).all())
+            near &= bool(((actual[q, q + 1 :] - expected).abs() <= 1e-11 * size).all())
         return near
 
     asymmetry = Asymmetry("corrected", alpha)
@@ -124,8 +124,8 @@ def test_shifted_weights_have_the_asymmetric_loss_up_to_a_constant(damping: floa
         gaps = []
         for q in guesses:
             delta = target - q
-            wanted = output_error(w, q, x, x + alpha * (full - x)) + extra * float((w - q).square().sum())
-            gaps.append(float(((delta @ h) * delta).sum()) - wanted)
+            loss = output_error(w, q, x, x + alpha * (full - x)) + extra * float((w - q).square().sum())
+            gaps.append(float(((delta @ h) * delta).sum()) - loss)
         largest = max(output_error(w, q, x, full) for q in guesses)
         return max(gaps) - min(gaps) <= 1e-10 * largest
 
@@ -162,9 +162,9 @@ def test_shifted_form_equals_gptq_of_the_weights_seen_through_a_linear_map(order
     x, a = inputs(), linear_map()
     gram, drift = statistics(x, x @ a.T)
     tiny = 1e-9
-    found = GPTQ(MSE, tiny, order, asymmetry=Asymmetry("shifted", 1.0))(weights(), gram, scheme, "w", drift).quantized
-    assert torch.equal(found.codes, GPTQ(MSE, tiny, order)(weights() @ a, gram, scheme, "w").quantized.codes)
-    assert not torch.equal(found.codes, GPTQ(MSE, tiny, order)(weights() @ a.T, gram, scheme, "w").quantized.codes)
+    result = GPTQ(MSE, tiny, order, asymmetry=Asymmetry("shifted", 1.0))(weights(), gram, scheme, "w", drift).quantized
+    assert torch.equal(result.codes, GPTQ(MSE, tiny, order)(weights() @ a, gram, scheme, "w").quantized.codes)
+    assert not torch.equal(result.codes, GPTQ(MSE, tiny, order)(weights() @ a.T, gram, scheme, "w").quantized.codes)
 
 
 # What it is for.

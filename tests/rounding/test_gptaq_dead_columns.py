@@ -62,12 +62,12 @@ def test_dead_columns_push_live_ones_by_their_original_weight(form: str, order: 
     live = gram[16:, 16:]
     run = pushed(form, order=order, block=1000)
     whole = run(w, gram, scheme, "w", drift).quantized
-    moved = w[:, 16:] + w[:, :16] @ drift[:16, 16:] @ torch.linalg.inv(damped(live))
+    shifted = w[:, 16:] + w[:, :16] @ drift[:16, 16:] @ torch.linalg.inv(damped(live))
     if form == "shifted":
-        moved = moved + w[:, 16:] @ drift[16:, 16:] @ torch.linalg.inv(damped(live))
-        alone = GPTQ(MINMAX, DAMPING, order)(moved, live, scheme, "w").quantized
+        shifted = shifted + w[:, 16:] @ drift[16:, 16:] @ torch.linalg.inv(damped(live))
+        alone = GPTQ(MINMAX, DAMPING, order)(shifted, live, scheme, "w").quantized
     else:
-        alone = run(moved, live, scheme, "w", drift[16:, 16:]).quantized
+        alone = run(shifted, live, scheme, "w", drift[16:, 16:]).quantized
     assert torch.equal(whole.codes[:, 16:], alone.codes)
     unmoved = run(w[:, 16:], live, scheme, "w", drift[16:, 16:]).quantized
     assert not torch.equal(whole.codes[:, 16:], unmoved.codes)

@@ -126,9 +126,9 @@ def test_column_loop_equals_explicit_inverses(order: str, form: str, scheme: Sch
         # A constant row has two levels in one place, and which code it gets there is rounding noise.
         w[1] = normal(K, seed=9)
     for alpha in (1.0, 0.25):
-        found = pushed(form, alpha, order=order, block=block)(w, gram, scheme, "w", drift).quantized
+        actual = pushed(form, alpha, order=order, block=block)(w, gram, scheme, "w", drift).quantized
         expected = eliminated(w, gram, drift, plan, scheme, form, alpha, block)
-        assert torch.equal(found.codes.long(), expected)
+        assert torch.equal(actual.codes.long(), expected)
 
 
 @pytest.mark.parametrize(
@@ -160,8 +160,8 @@ def test_explicit_inverses_reject_planted_fault(fault: str) -> None:
 def test_the_forms_are_different_methods() -> None:
     x = inputs()
     gram, drift = statistics(x, drifted(x))
-    found = [pushed(form, block=16)(weights(), gram, Scheme(3, 16), "w", drift).quantized for form in FORMS]
-    assert not any(same(a, b) for i, a in enumerate(found) for b in found[:i])
+    result = [pushed(form, block=16)(weights(), gram, Scheme(3, 16), "w", drift).quantized for form in FORMS]
+    assert not any(same(a, b) for i, a in enumerate(result) for b in result[:i])
 
 
 @every_order
@@ -196,5 +196,5 @@ def test_column_loop_with_dead_columns_equals_explicit_inverses(order: str, form
     gram, drift = statistics(x, full)
     scheme = Scheme(3, 16)
     plan = plan_columns(order, gram.diagonal(), scheme)
-    found = pushed(form, order=order, block=1000)(weights(), gram, scheme, "w", drift).quantized
-    assert torch.equal(found.codes.long(), eliminated(weights(), gram, drift, plan, scheme, form, 1.0, 1000))
+    result = pushed(form, order=order, block=1000)(weights(), gram, scheme, "w", drift).quantized
+    assert torch.equal(result.codes.long(), eliminated(weights(), gram, drift, plan, scheme, form, 1.0, 1000))

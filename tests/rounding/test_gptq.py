@@ -142,11 +142,11 @@ def test_gptq_equals_rtn_on_diagonal_gram(order: str, bits: int, zero_point: str
     gram = torch.diag(torch.rand(53, generator=torch.Generator().manual_seed(2)) * 90 + 0.01)
     for group_size, clip, block in ((16, MINMAX, 1), (5, MINMAX, 128), (-1, MINMAX, 8), (16, MSE, 128)):
         scheme = Scheme(bits, group_size, zero_point)
-        found = GPTQ(clip, order=order, block=block)(w, gram, scheme, WHERE).quantized
+        result = GPTQ(clip, order=order, block=block)(w, gram, scheme, WHERE).quantized
         rtn = grid.quantized(w, scheme, clip)
-        assert torch.equal(found.codes, rtn.codes)
+        assert torch.equal(result.codes, rtn.codes)
         # The sums of mse's errors depend on the order within a group, so that ranges that tie may differ.
-        assert clip is MSE or same(found, rtn)
+        assert clip is MSE or same(result, rtn)
 
 
 @every_order
@@ -156,8 +156,8 @@ def test_cholesky_gptq_equals_obq_with_an_explicit_inverse(order: str, scheme: S
     for seed in range(2):
         w, gram = weights(seed=seed).double(), gram_of(inputs(seed=seed + 10))
         plan = plan_columns(order, gram.diagonal(), scheme)
-        found = GPTQ(clip, damping=0.01, order=order, block=16)(w, gram, scheme, WHERE).quantized
-        assert torch.equal(found.codes.long(), obq(w, gram, plan, scheme, clip))
+        result = GPTQ(clip, damping=0.01, order=order, block=16)(w, gram, scheme, WHERE).quantized
+        assert torch.equal(result.codes.long(), obq(w, gram, plan, scheme, clip))
 
 
 @pytest.mark.parametrize(
@@ -357,8 +357,8 @@ def test_a_single_column_and_a_single_row_are_rounded_to_nearest() -> None:
     assert same(GPTQ()(w, torch.tensor([[3.0]]), scheme, WHERE).quantized, grid.quantized(w, scheme, MSE))
     row, gram = weights()[:1].double(), gram_of(inputs())
     plan = plan_columns("gar", gram.diagonal(), scheme)
-    found = GPTQ()(row, gram, scheme, WHERE).quantized.codes
-    assert torch.equal(found.long(), obq(row, gram, plan, scheme, MSE))
+    result = GPTQ()(row, gram, scheme, WHERE).quantized.codes
+    assert torch.equal(result.long(), obq(row, gram, plan, scheme, MSE))
 
 
 def test_stacked_rows_are_rounded_as_alone() -> None:

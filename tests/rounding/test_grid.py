@@ -127,12 +127,12 @@ def test_constant_row_is_finite_and_accurate(scheme: Scheme, clip: grid.Clip) ->
     for value in (0.37, -0.37, 1000.0, -3e-3):
         group = torch.full((2, 13), value)
         scale, zero = grid.fit(group, scheme, clip)
-        found = grid.decode(grid.encode(group, scale, zero, scheme), scale, zero)
-        assert bool(torch.isfinite(found).all())
+        actual = grid.decode(grid.encode(group, scale, zero, scheme), scale, zero)
+        assert bool(torch.isfinite(actual).all())
         # A grid without zero-point has no level at either end of -c .. c, but half a step off. Others do.
         exact = 4 * stored_error(scheme) * abs(value)
         bound = exact + (abs(value) / (scheme.levels - 1) if scheme.zero_point == "none" else 0)
-        assert float((found - group).abs().max()) <= bound
+        assert float((actual - group).abs().max()) <= bound
 
 
 @every_scheme
@@ -213,8 +213,8 @@ def test_encode_is_exact_on_dyadic_grids(bits: int) -> None:
     scale, zero = torch.tensor([[0.25], [0.5], [2.0]]), torch.tensor([[1.5], [-3.25], [0.0]])
     q = torch.arange(-8 * 4, (scheme.levels + 8) * 4) / 4
     expected = torch.tensor([min(max(round(float(x)), 0), scheme.levels - 1) for x in q])
-    found = grid.encode(grid.decode(q, scale, zero), scale, zero, scheme)
-    assert torch.equal(found, expected.expand(3, -1).float())
+    actual = grid.encode(grid.decode(q, scale, zero), scale, zero, scheme)
+    assert torch.equal(actual, expected.expand(3, -1).float())
 
 
 @every_scheme
@@ -273,11 +273,11 @@ def test_tiny_weights_stay_finite_within_a_step(scheme: Scheme, clip: grid.Clip,
     w = weights()[:, :19] * size
     scale, zero = grid.fit(w, scheme, clip)
     codes = grid.encode(w, scale, zero, scheme)
-    found = grid.decode(codes, scale, zero)
+    result = grid.decode(codes, scale, zero)
     assert bool((scale > 0).all())
-    for tensor in (scale, zero, codes, found):
+    for tensor in (scale, zero, codes, result):
         assert bool(torch.isfinite(tensor).all())
-    assert bool((found.abs() <= 2 * w.abs().amax(1, keepdim=True) + scale).all())
+    assert bool((result.abs() <= 2 * w.abs().amax(1, keepdim=True) + scale).all())
 
 
 def test_unknown_clip_and_power_are_bad_recipes() -> None:

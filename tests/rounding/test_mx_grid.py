@@ -66,21 +66,21 @@ def test_scales_are_powers_of_two_in_reach_of_e8m0(columns, clip) -> None:
 def test_the_search_is_never_worse_than_the_specification_and_once_better(columns, power) -> None:
     group = weights(columns=columns)[:4]
     standard, searched = (mx_grid.fit(group, clip, power, None) for clip in ("minmax", "mse"))
-    found, plain = squared_error(searched, group, power), squared_error(standard, group, power)
-    assert bool((found <= plain * (1 + 1e-6)).all())
+    actual, plain = squared_error(searched, group, power), squared_error(standard, group, power)
+    assert bool((actual <= plain * (1 + 1e-6)).all())
     wide = torch.randn(200, columns, generator=torch.Generator().manual_seed(1))
     standard, searched = (mx_grid.fit(wide, clip, power, None) for clip in ("minmax", "mse"))
-    found, plain = squared_error(searched, wide, power), squared_error(standard, wide, power)
-    assert bool((found <= plain * (1 + 1e-6)).all())
-    assert bool((found < 0.95 * plain).any())
+    actual, plain = squared_error(searched, wide, power), squared_error(standard, wide, power)
+    assert bool((actual <= plain * (1 + 1e-6)).all())
+    assert bool((actual < 0.95 * plain).any())
 
 
 def test_the_search_keeps_the_best_of_one_two_and_a_half() -> None:
     group = torch.randn(300, 32, generator=torch.Generator().manual_seed(2))
     standard = mx_grid.fit(group, "minmax", 2.0, None).scales
     losses = torch.stack([squared_error(MxLevels(standard * factor), group) for factor in (1.0, 2.0, 0.5)])
-    found = squared_error(mx_grid.fit(group, "mse", 2.0, None), group)
-    assert torch.allclose(found, losses.amin(0), rtol=1e-5, atol=0)
+    result = squared_error(mx_grid.fit(group, "mse", 2.0, None), group)
+    assert torch.allclose(result, losses.amin(0), rtol=1e-5, atol=0)
     factors = (mx_grid.fit(group, "mse", 2.0, None).scales / standard).unique().tolist()
     assert {1.0, 2.0} <= set(factors) <= {0.5, 1.0, 2.0}
 

@@ -36,10 +36,10 @@ def gram(columns: int = 24) -> Tensor:
 @pytest.mark.parametrize("order", ["natural", "gar"])
 def test_weights_of_an_idle_input_are_rounded_to_nearest(scheme: Scheme, order: str) -> None:
     idle = torch.zeros(24, 24)
-    found = GPTQ(order=order)(weights(), idle, scheme, WHERE).quantized
+    result = GPTQ(order=order)(weights(), idle, scheme, WHERE).quantized
     nearest = RTN()(weights(), None, scheme, WHERE).quantized
-    assert torch.equal(found.codes, nearest.codes)
-    assert torch.equal(found.scales, nearest.scales)
+    assert torch.equal(result.codes, nearest.codes)
+    assert torch.equal(result.scales, nearest.scales)
 
 
 @pytest.mark.parametrize("factor", [1e-70, 1e-40, 1e40, 1e70])
@@ -51,8 +51,8 @@ def test_the_size_of_a_gram_matrix_beyond_float32_changes_no_code(factor: float,
         GPTQ(weighting=weighting, asymmetry=Asymmetry("shifted", 0.5)),
     ):  # fmt: skip
         usual = rounder(weights(), gram(), Scheme(3, 8), WHERE, drift)
-        found = rounder(weights(), gram() * factor, Scheme(3, 8), WHERE, drift * factor)
-        assert torch.equal(found.quantized.codes, usual.quantized.codes)
+        result = rounder(weights(), gram() * factor, Scheme(3, 8), WHERE, drift * factor)
+        assert torch.equal(result.quantized.codes, usual.quantized.codes)
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e-12, 1.0, 1e12, 1e30])
@@ -60,15 +60,15 @@ def test_the_size_of_a_gram_matrix_beyond_float32_changes_no_code(factor: float,
 def test_relative_errors_do_not_depend_on_sizes(size: float, spread: float) -> None:
     w, q = weights(), grid.nearest(weights(), Scheme(3, 8))
     (usual,) = relative_errors(w, q, gram(), [9])
-    (found,) = relative_errors(w * size, q * size, gram() * spread, [9])
-    assert found.weight == pytest.approx(usual.weight, rel=1e-4)
-    assert found.output == pytest.approx(usual.output, rel=1e-4)
+    (result,) = relative_errors(w * size, q * size, gram() * spread, [9])
+    assert result.weight == pytest.approx(usual.weight, rel=1e-4)
+    assert result.output == pytest.approx(usual.output, rel=1e-4)
 
 
 def test_relative_errors_of_a_linear_that_is_all_zero_are_none() -> None:
     zero = torch.zeros(4, 24)
-    (found,) = relative_errors(zero, zero, gram(), [4])
-    assert (found.weight, found.output) == (0, 0)
+    (result,) = relative_errors(zero, zero, gram(), [4])
+    assert (result.weight, result.output) == (0, 0)
 
 
 @pytest.mark.parametrize("scheme", [Scheme(4, 8), Scheme(8, 8, "none"), Scheme(2, 8, "none", grid="sign")])
@@ -97,8 +97,8 @@ def test_scales_are_never_cut_to_their_types_range(large: float) -> None:
     with pytest.raises(NumericalFailure, match=said):
         RTN()(weights() * large, None, Scheme(3, 8), WHERE)
     wide = Scheme(3, 8, "integer", "float32")
-    found = RTN()(weights() * large, None, wide, WHERE).quantized
-    assert bool(torch.isfinite(found.scales).all())
+    result = RTN()(weights() * large, None, wide, WHERE).quantized
+    assert bool(torch.isfinite(result.scales).all())
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -54,12 +54,12 @@ def rounded(rounder: RTN, scheme: Scheme) -> Tensor:
 @pytest.mark.parametrize("fitter", [CLIP, RowScale()], ids=["clip", "refit"])
 def test_weighted_fits_take_each_columns_own_share_of_the_gram(fitter: Fitter, scheme: Scheme) -> None:
     w, probs = weights(), gram().diagonal()
-    found = rounded(RTN(fitter, "hessian"), scheme)
-    assert torch.equal(found, by_groups(w, scheme, fitter, probs))
-    assert not torch.equal(found, by_groups(w, scheme, fitter, None))
+    result = rounded(RTN(fitter, "hessian"), scheme)
+    assert torch.equal(result, by_groups(w, scheme, fitter, probs))
+    assert not torch.equal(result, by_groups(w, scheme, fitter, None))
     if len(scheme.group_bounds(w.shape[1])) > 1:
-        assert not torch.equal(found, by_groups(w, scheme, fitter, probs, shift=1))
-    assert not torch.equal(found, by_groups(w, scheme, fitter, gram().abs().mean(1)))
+        assert not torch.equal(result, by_groups(w, scheme, fitter, probs, shift=1))
+    assert not torch.equal(result, by_groups(w, scheme, fitter, gram().abs().mean(1)))
 
 
 @every_scheme

@@ -136,12 +136,12 @@ def segments(part: PackedRange, start: int, x: Codes) -> list[tuple[int, int]]:
 def oracle_product(x: Codes, weight: PackedTensor, y: NDArray[np.float32]) -> NDArray[np.float32]:
     start = 0
     for part in weight.ranges:
-        found = weight_planes(part)
+        actual = weight_planes(part)
         for first, stop in segments(part, start, x):
             q_x = x.codes[:, start + first : start + stop]
             s_x, z_x = x.scales[:, start + first, None], x.zeros[:, start + first, None]
             n = stop - first
-            for codes, scales, zeros in found:
+            for codes, scales, zeros in actual:
                 q_w, s_w = codes[:, first:stop], scales[:, first]
                 whole = q_x @ q_w.T - z_x * q_w.sum(1)
                 sums = q_x.sum(1, keepdims=True) - n * z_x

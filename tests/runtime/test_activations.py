@@ -94,46 +94,46 @@ def oracle(x: Tensor, scheme: ActivationScheme) -> tuple[Tensor, Tensor, Tensor]
     return torch.from_numpy(numbers), torch.from_numpy(scales), torch.from_numpy(zeros)
 
 
-def agrees(found: Quantized, x: Tensor, scheme: ActivationScheme) -> bool:
+def agrees(actual: Quantized, x: Tensor, scheme: ActivationScheme) -> bool:
     numbers, scales, _ = oracle(x, scheme)
-    return torch.equal(found.numbers, numbers) and torch.equal(found.scales, scales)
+    return torch.equal(actual.numbers, numbers) and torch.equal(actual.scales, scales)
 
 
 @every_scheme
 @pytest.mark.parametrize("channels", [CHANNELS, 128, 5, 1])
 def test_numbers_and_scales_are_those_of_the_oracle(scheme, channels) -> None:
     x = tokens(channels)
-    found = quantize(x, scheme)
-    assert found.numbers.dtype == found.scales.dtype == torch.float32
-    assert agrees(found, x, scheme)
+    result = quantize(x, scheme)
+    assert result.numbers.dtype == result.scales.dtype == torch.float32
+    assert agrees(result, x, scheme)
 
 
-def one_number_off_by_one(found: Quantized) -> Quantized:
-    numbers = found.numbers.clone()
+def one_number_off_by_one(result: Quantized) -> Quantized:
+    numbers = result.numbers.clone()
     numbers[0, 17] += 1
-    return replace(found, numbers=numbers)
+    return replace(result, numbers=numbers)
 
 
-def one_scale_off_by_one_bit(found: Quantized) -> Quantized:
-    scales = found.scales.clone()
+def one_scale_off_by_one_bit(result: Quantized) -> Quantized:
+    scales = result.scales.clone()
     scales[0, -1] *= 1 + 2.0**-23
-    return replace(found, scales=scales)
+    return replace(result, scales=scales)
 
 
-def tokens_share_a_scale(found: Quantized) -> Quantized:
-    return replace(found, scales=found.scales.amax(0, keepdim=True).expand_as(found.scales))
+def tokens_share_a_scale(result: Quantized) -> Quantized:
+    return replace(result, scales=result.scales.amax(0, keepdim=True).expand_as(result.scales))
 
 
-def tokens_reversed(found: Quantized) -> Quantized:
-    return replace(found, numbers=found.numbers.flip(0), scales=found.scales.flip(0))
+def tokens_reversed(result: Quantized) -> Quantized:
+    return replace(result, numbers=result.numbers.flip(0), scales=result.scales.flip(0))
 
 
-def channels_shifted_by_one(found: Quantized) -> Quantized:
-    return replace(found, numbers=found.numbers.roll(1, 1))
+def channels_shifted_by_one(result: Quantized) -> Quantized:
+    return replace(result, numbers=result.numbers.roll(1, 1))
 
 
-def signs_flipped(found: Quantized) -> Quantized:
-    return replace(found, numbers=-found.numbers)
+def signs_flipped(result: Quantized) -> Quantized:
+    return replace(result, numbers=-result.numbers)
 
 
 FAULTS = [
@@ -192,9 +192,9 @@ LITERAL = [
 
 @pytest.mark.parametrize(("scheme", "token", "numbers", "scales"), LITERAL)
 def test_a_literal_token_has_these_numbers(scheme, token, numbers, scales) -> None:
-    found = quantize(torch.tensor([token]), scheme)
-    assert found.numbers.tolist() == [numbers]
-    assert found.scales.tolist() == [scales]
+    result = quantize(torch.tensor([token]), scheme)
+    assert result.numbers.tolist() == [numbers]
+    assert result.scales.tolist() == [scales]
 
 
 @every_scheme
@@ -227,11 +227,11 @@ def grid_of(scheme: ActivationScheme, zero: Tensor) -> Tensor:
 @every_scheme
 def test_no_other_level_is_nearer(scheme) -> None:
     x = tokens()
-    found, (_, _, zeros) = quantize(x, scheme), oracle(x, scheme)
-    values = found.values().double()
-    for g, (start, stop) in enumerate(found.bounds):
+    actual, (_, _, zeros) = quantize(x, scheme), oracle(x, scheme)
+    values = actual.values().double()
+    for g, (start, stop) in enumerate(actual.bounds):
         for t in range(len(x)):
-            part, scale = x[t, start:stop].double(), found.scales[t, g].double()
+            part, scale = x[t, start:stop].double(), actual.scales[t, g].double()
             others = (grid_of(scheme, zeros[t, g]).double() * scale - part.unsqueeze(1)).abs().amin(1)
             # The quotient is rounded to float32, no more.
             slack = 2.0**-22 * part.abs()
@@ -240,21 +240,21 @@ def test_no_other_level_is_nearer(scheme) -> None:
 
 @every_scheme
 def test_values_are_numbers_times_the_scale_of_their_group(scheme) -> None:
-    found = quantize(tokens(), scheme)
-    values = found.values()
-    assert found.bounds == scheme.group_bounds(CHANNELS)
-    for g, (start, stop) in enumerate(found.bounds):
-        assert torch.equal(values[:, start:stop], found.numbers[:, start:stop] * found.scales[:, g : g + 1])
+    result = quantize(tokens(), scheme)
+    values = result.values()
+    assert result.bounds == scheme.group_bounds(CHANNELS)
+    for g, (start, stop) in enumerate(result.bounds):
+        assert torch.equal(values[:, start:stop], result.numbers[:, start:stop] * result.scales[:, g : g + 1])
 
 
 @every_scheme
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_a_type_of_input_is_widened_and_nothing_else(scheme, dtype) -> None:
     x = tokens()[[0, 1, 2, 3, 4, 5, 6, 10, 11]].to(dtype)
-    found, wide = quantize(x, scheme), quantize(x.float(), scheme)
-    assert torch.equal(found.numbers, wide.numbers)
-    assert torch.equal(found.scales, wide.scales)
-    assert found.scales.dtype == torch.float32
+    result, wide = quantize(x, scheme), quantize(x.float(), scheme)
+    assert torch.equal(result.numbers, wide.numbers)
+    assert torch.equal(result.scales, wide.scales)
+    assert result.scales.dtype == torch.float32
 
 
 @every_scheme
@@ -271,12 +271,12 @@ def test_a_token_is_quantized_by_itself(scheme) -> None:
 @every_scheme
 def test_zero_is_a_number_and_scales_are_never_zero(scheme) -> None:
     x = tokens()
-    found = quantize(x, scheme)
-    assert bool((found.numbers[x == 0] == 0).all())
-    assert bool((found.scales > 0).all())
-    assert bool(found.values().isfinite().all())
-    narrow = found.scales.bfloat16().float()
-    assert torch.equal(narrow, found.scales)
+    result = quantize(x, scheme)
+    assert bool((result.numbers[x == 0] == 0).all())
+    assert bool((result.scales > 0).all())
+    assert bool(result.values().isfinite().all())
+    narrow = result.scales.bfloat16().float()
+    assert torch.equal(narrow, result.scales)
 
 
 @pytest.mark.parametrize("clip", [0.9, 0.5])

@@ -39,8 +39,8 @@ def by_hand(e: dict[str, object], keys=None, values=None, with_prefix: bool = Tr
     for b, h, t in torch.cartesian_prod(*map(torch.arange, query.shape[:3])).tolist():
         k = e["keys"][b, h // 2] if keys is None else keys[t][b, h // 2]
         v = e["values"][b, h // 2] if values is None else values[t][b, h // 2]
-        seen = e["visible"][b, 0, t]
-        k, v = k[seen], v[seen]
+        visible = e["visible"][b, 0, t]
+        k, v = k[visible], v[visible]
         if with_prefix:
             shown = prefix.visible[0, 0, t]
             k = torch.cat([prefix.keys[h // 2][shown], k])
@@ -53,8 +53,8 @@ def by_hand(e: dict[str, object], keys=None, values=None, with_prefix: bool = Tr
 def test_attention_is_that_of_each_query_by_itself(with_prefix: bool) -> None:
     e = example()
     prefix = e["prefix"] if with_prefix else None
-    found = attend(e["query"], CacheView(e["keys"]), CacheView(e["values"]), e["visible"], SCALING, prefix)
-    torch.testing.assert_close(found, by_hand(e, with_prefix=with_prefix), rtol=1e-12, atol=1e-12)
+    result = attend(e["query"], CacheView(e["keys"]), CacheView(e["values"]), e["visible"], SCALING, prefix)
+    torch.testing.assert_close(result, by_hand(e, with_prefix=with_prefix), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("which", ["keys", "values", "both"])
@@ -66,21 +66,21 @@ def test_queries_that_see_more_or_less_coded_get_their_own(
     monkeypatch.setattr(attention, "_QUERIES", at_once)
     e = example()
     counts = torch.tensor([0, 2, 2, 5, 6])
-    seen, own = {}, {}
+    views, by_query = {}, {}
     for number, name in enumerate(("keys", "values")):
         late, early = e[name], e[name] + random(*e[name].shape, seed=7 + number)
         if which not in (name, "both"):
-            seen[name], own[name] = CacheView(late), None
+            views[name], by_query[name] = CacheView(late), None
             continue
         # What no query sees coded is the same in both.
         late = torch.cat([late[:, :, :6], early[:, :, 6:]], 2)
-        seen[name] = CacheView(late, early, counts)
-        own[name] = [torch.cat([late[:, :, :c], early[:, :, c:]], 2) for c in counts.tolist()]
+        views[name] = CacheView(late, early, counts)
+        by_query[name] = [torch.cat([late[:, :, :c], early[:, :, c:]], 2) for c in counts.tolist()]
         e[name] = late
     prefix = e["prefix"] if with_prefix else None
-    found = attend(e["query"], seen["keys"], seen["values"], e["visible"], SCALING, prefix)
-    target = by_hand(e, own["keys"], own["values"], with_prefix)
-    torch.testing.assert_close(found, target, rtol=1e-12, atol=1e-12)
+    actual = attend(e["query"], views["keys"], views["values"], e["visible"], SCALING, prefix)
+    target = by_hand(e, by_query["keys"], by_query["values"], with_prefix)
+    torch.testing.assert_close(actual, target, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -89,12 +89,12 @@ def test_large_scores_of_half_types_neither_overflow_nor_lose_more_than_torchs_o
     query, keys, values = (60 * e[name].to(dtype) for name in ("query", "keys", "values"))
     counts = torch.tensor([5, 6, 7, 8, 9])
     both = [CacheView(part, part, counts) for part in (keys, values)]
-    found = attend(query, *both, e["visible"], SCALING)
-    own = attend(query, CacheView(keys), CacheView(values), e["visible"], SCALING)
+    actual = attend(query, *both, e["visible"], SCALING)
+    alone = attend(query, CacheView(keys), CacheView(values), e["visible"], SCALING)
     wide = {"query": query.double(), "keys": keys.double(), "values": values.double(), "visible": e["visible"]}
     exact = by_hand({**wide, "prefix": None}, with_prefix=False)
-    assert bool(found.isfinite().all())
-    assert float((found - exact).norm()) <= 1.5 * float((own - exact).norm())
+    assert bool(actual.isfinite().all())
+    assert float((actual - exact).norm()) <= 1.5 * float((alone - exact).norm())
 
 
 def test_a_query_that_sees_nothing_gives_zeros() -> None:
@@ -102,9 +102,9 @@ def test_a_query_that_sees_nothing_gives_zeros() -> None:
     e["visible"][1, :, 2] = False
     counts = torch.tensor([0, 2, 2, 5, 6])
     for keys in (CacheView(e["keys"]), CacheView(e["keys"], e["keys"] + 1, counts)):
-        found = attend(e["query"], keys, CacheView(e["values"]), e["visible"], SCALING)
-        assert bool((found[1, :, 2] == 0).all())
-        assert bool(found.isfinite().all())
+        result = attend(e["query"], keys, CacheView(e["values"]), e["visible"], SCALING)
+        assert bool((result[1, :, 2] == 0).all())
+        assert bool(result.isfinite().all())
 
 
 def test_no_mask_is_the_causal_mask() -> None:
@@ -112,28 +112,28 @@ def test_no_mask_is_the_causal_mask() -> None:
         e = example(count)
         e["visible"] = torch.ones(2, 1, count, 9, dtype=torch.bool).tril(9 - count)
         for prefix in (None, e["prefix"]):
-            found = attend(e["query"], CacheView(e["keys"]), CacheView(e["values"]), None, SCALING, prefix)
+            actual = attend(e["query"], CacheView(e["keys"]), CacheView(e["values"]), None, SCALING, prefix)
             target = by_hand(e, with_prefix=prefix is not None)
-            torch.testing.assert_close(found, target, rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(actual, target, rtol=1e-12, atol=1e-12)
 
 
 def test_two_segments_are_a_log_sum_exp_merge() -> None:
     e = example()
     e["prefix"].visible.fill_(True)
     parts = []
-    for k, v, seen in (
+    for k, v, mask in (
         (e["keys"], e["values"], e["visible"]),
         *[(p.keys.expand(2, -1, -1, -1), p.values.expand(2, -1, -1, -1), p.visible) for p in [e["prefix"]]],
     ):
         scores = SCALING * e["query"].unflatten(1, (2, 2)) @ k.unsqueeze(2).transpose(-1, -2)
-        scores = scores.masked_fill(~seen.unsqueeze(1), -torch.inf)
+        scores = scores.masked_fill(~mask.unsqueeze(1), -torch.inf)
         lse = scores.logsumexp(-1, keepdim=True)
         parts.append((lse, (scores - lse).exp() @ v.unsqueeze(2)))
     (a, y), (b, z) = parts
     share = torch.sigmoid(a - b)
     merged = (share * y + (1 - share) * z).flatten(1, 2)
-    found = attend(e["query"], CacheView(e["keys"]), CacheView(e["values"]), e["visible"], SCALING, e["prefix"])
-    torch.testing.assert_close(found, merged, rtol=1e-12, atol=1e-12)
+    result = attend(e["query"], CacheView(e["keys"]), CacheView(e["values"]), e["visible"], SCALING, e["prefix"])
+    torch.testing.assert_close(result, merged, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("rotated", [16, 8])

@@ -249,9 +249,9 @@ def test_one_token_of_any_strides_gives_the_same() -> None:
 def test_no_number_is_beyond_what_is_said_of_it() -> None:
     x = tokens() * 1e3
     for scheme in INPUTS.values():
-        found = quantize(x, scheme)
-        for (start, stop), largest in zip(found.bounds, found.max_numbers, strict=True):
-            assert float(found.numbers[:, start:stop].abs().amax()) <= largest
+        result = quantize(x, scheme)
+        for (start, stop), largest in zip(result.bounds, result.max_numbers, strict=True):
+            assert float(result.numbers[:, start:stop].abs().amax()) <= largest
     for ranges in WEIGHTS.values():
         for part in weight_of(ranges).ranges:
             for plane in integer.planes(part):

@@ -47,11 +47,11 @@ def test_coded_rows_are_those_of_the_oracle(bits: int, clip: float, group: int) 
     x = states(5)
     bounds = CacheScheme(bits, group).bounds(16)
     rows = quantize_rows(x, bits, bounds, clip)
-    found = dequantize_rows(rows, bits, bounds, torch.float32)
+    actual = dequantize_rows(rows, bits, bounds, torch.float32)
     for index in np.ndindex(*x.shape[:-1]):
         for start, stop in bounds:
             target = oracle(x[index].numpy()[start:stop], bits, clip)
-            assert np.array_equal(found[index].numpy()[start:stop], target)
+            assert np.array_equal(actual[index].numpy()[start:stop], target)
 
 
 def test_error_is_at_most_half_a_step_and_a_constant_group_is_exact() -> None:
@@ -81,38 +81,38 @@ def test_what_a_query_sees_depends_on_its_place_alone(
     store = TensorStore(scheme, of_keys)
     start = 0
     for count in chunks:
-        seen = store.append(x[:, :, start : start + count])
-        assert seen.late.shape[2] == store.length == start + count
+        view = store.append(x[:, :, start : start + count])
+        assert view.late.shape[2] == store.length == start + count
         for i in range(count):
-            mine = seen.late
-            if seen.early is not None:
-                places = torch.arange(seen.late.shape[2])
-                mine = torch.where((places < seen.counts[i])[:, None], seen.late, seen.early)
-            own = mine[:, :, : start + i + 1]
-            assert torch.equal(own, expected(x, scheme, of_keys, start + i + 1))
+            mine = view.late
+            if view.early is not None:
+                positions = torch.arange(view.late.shape[2])
+                mine = torch.where((positions < view.counts[i])[:, None], view.late, view.early)
+            dense = mine[:, :, : start + i + 1]
+            assert torch.equal(dense, expected(x, scheme, of_keys, start + i + 1))
         start += count
 
 
 def expected(x: torch.Tensor, scheme: CacheScheme, of_keys: bool, tokens: int) -> torch.Tensor:
     """The first `tokens` tokens as their last query sees them, from scratch."""
     quantized = scheme.quantized_tokens(tokens, of_keys)
-    found = x[:, :, :tokens].clone()
+    actual = x[:, :, :tokens].clone()
     if of_keys and scheme.key_axis == "channel":
         for start in range(0, quantized, scheme.group_size):
-            part = found[:, :, start : start + scheme.group_size].transpose(2, 3).contiguous()
+            part = actual[:, :, start : start + scheme.group_size].transpose(2, 3).contiguous()
             bounds = [(0, scheme.group_size)]
             rows = quantize_rows(part, scheme.bits, bounds, scheme.clip)
             dense = dequantize_rows(rows, scheme.bits, bounds, x.dtype)
-            found[:, :, start : start + scheme.group_size] = dense.transpose(2, 3)
-        return found
+            actual[:, :, start : start + scheme.group_size] = dense.transpose(2, 3)
+        return actual
     bounds = scheme.bounds(x.shape[3])
-    rows = quantize_rows(found[:, :, :quantized], scheme.bits, bounds, scheme.clip) if quantized else None
+    rows = quantize_rows(actual[:, :, :quantized], scheme.bits, bounds, scheme.clip) if quantized else None
     if rows is not None:
-        found[:, :, :quantized] = dequantize_rows(rows, scheme.bits, bounds, x.dtype)
-    return found
+        actual[:, :, :quantized] = dequantize_rows(rows, scheme.bits, bounds, x.dtype)
+    return actual
 
 
-def test_the_oracle_of_places_rejects_a_window_that_is_one_off() -> None:
+def test_the_oracle_of_positions_rejects_a_window_that_is_one_off() -> None:
     x, scheme = states(9), CacheScheme(3, window=3)
     wrong = CacheScheme(3, window=2)
     assert not torch.equal(expected(x, scheme, False, 9), expected(x, wrong, False, 9))
@@ -192,7 +192,7 @@ def test_what_is_coded_behind_a_window_cannot_be_taken_back() -> None:
 
 def test_both_forms_change_alike() -> None:
     store = TensorStore(CacheScheme(3, window=4), False)
-    seen = store.append(states(9))
-    twice = map_view(seen, lambda part: 2 * part)
-    assert torch.equal(twice.late, 2 * seen.late)
-    assert torch.equal(twice.early, 2 * seen.early)
+    view = store.append(states(9))
+    twice = map_view(view, lambda part: 2 * part)
+    assert torch.equal(twice.late, 2 * view.late)
+    assert torch.equal(twice.early, 2 * view.early)

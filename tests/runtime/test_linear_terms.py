@@ -83,14 +83,14 @@ def test_every_term_moves_to_another_device() -> None:
 def test_terms_of_a_linear_are_those_it_was_built_of_and_share_its_buffers(activation) -> None:
     terms = every_term(ACTIVATIONS[activation])
     linear, x = PackedLinear(terms), inputs(139)
-    found = linear.linear
-    assert (found.input.blocks, found.input.activation, found.input.requantized) == (
+    result = linear.linear
+    assert (result.input.blocks, result.input.activation, result.input.requantized) == (
         BLOCKS,
         ACTIVATIONS[activation],
         37,
     )
-    assert found.input.gather is linear.gather
-    assert found.weight.salient.ranges[0].codes is linear.salient.codes
+    assert result.input.gather is linear.gather
+    assert result.weight.salient.ranges[0].codes is linear.salient.codes
     assert torch.equal(linear(x), ops.linear(x, terms))
     assert torch.equal(copy.deepcopy(linear)(x), linear(x))
 

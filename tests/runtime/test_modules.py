@@ -344,9 +344,9 @@ def test_a_matrix_in_front_of_a_head_is_block_diagonal_and_keeps_its_type(dtype)
     assert head.mix.matrix.dtype == torch.float32
     x = torch.randn(2, 3, 39, generator=generator).to(dtype)
     mixed = (x.float() @ torch.block_diag(*blocks)).to(dtype)
-    wanted = nn.functional.linear(mixed, head.weight)
+    expected = nn.functional.linear(mixed, head.weight)
     share = 1e-5 if dtype == torch.float32 else 0.02
-    assert bool((head(x) - wanted).abs().max() < share * wanted.abs().max())
+    assert bool((head(x) - expected).abs().max() < share * expected.abs().max())
     assert torch.equal(head(input=x), head(x))
     assert set(head.state_dict()) == {"weight", "mix.matrix"}
     right = head.mix(x)

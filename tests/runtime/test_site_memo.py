@@ -30,23 +30,23 @@ def readers() -> list[PackedLinear]:
 
 def test_what_shares_an_input_gives_what_each_gives_alone() -> None:
     whole, x = readers(), torch.randn(4, 139, generator=torch.Generator().manual_seed(1))
-    found = [module(x) for module in whole]
-    for module, y in zip(whole, found, strict=True):
+    actual = [module(x) for module in whole]
+    for module, y in zip(whole, actual, strict=True):
         assert torch.equal(y, ops.linear(x, module.linear))
-    assert torch.equal(found[1], found[0][:, :5])
-    assert torch.equal(found[2], found[0][:, :3])
+    assert torch.equal(actual[1], actual[0][:, :5])
+    assert torch.equal(actual[2], actual[0][:, :3])
 
 
 def test_an_input_is_made_once_for_all_readers_and_then_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, made = readers(), []
+    whole, applied = readers(), []
     usual = site_input.apply
-    monkeypatch.setattr(site_input, "apply", lambda x, site: made.append(x) or usual(x, site))
+    monkeypatch.setattr(site_input, "apply", lambda x, site: applied.append(x) or usual(x, site))
     for _ in range(2):
         x = torch.randn(4, 139)
         for module in whole:
             module(x)
         assert whole[0]._memo._kept is None
-    assert len(made) == 2
+    assert len(applied) == 2
 
 
 def test_another_tensor_or_other_numbers_in_it_are_made_anew() -> None:

@@ -38,12 +38,12 @@ def test_decode_gives_the_table(dtype) -> None:
 def test_values_are_float32_whatever_the_default_type_of_torch(default) -> None:
     torch.set_default_dtype(default)
     try:
-        found = mxfp4.decode_e2m1(torch.arange(16)), mxfp4.shared_scale(torch.tensor([1e-30, 3.0, 1e30]).float())
-        found += (mxfp4.decode_e8m0(torch.tensor([1, 127, 254], dtype=torch.uint8)),)
+        result = mxfp4.decode_e2m1(torch.arange(16)), mxfp4.shared_scale(torch.tensor([1e-30, 3.0, 1e30]).float())
+        result += (mxfp4.decode_e8m0(torch.tensor([1, 127, 254], dtype=torch.uint8)),)
     finally:
         torch.set_default_dtype(torch.float32)
-    assert [values.dtype for values in found] == [torch.float32] * 3
-    assert found[2].tolist() == [2.0**-126, 1.0, 2.0**127]
+    assert [values.dtype for values in result] == [torch.float32] * 3
+    assert result[2].tolist() == [2.0**-126, 1.0, 2.0**127]
 
 
 def test_encode_gives_every_level_its_code() -> None:
@@ -58,8 +58,8 @@ def test_a_tie_goes_to_the_even_code_and_its_neighbours_do_not(middle, code) -> 
     up = float(np.nextafter(np.float32(middle), np.float32(9)))
     down = float(np.nextafter(np.float32(middle), np.float32(0)))
     lower = next(i for i in range(7) if VALUES[i] < middle < VALUES[i + 1])
-    found = mxfp4.encode_e2m1(torch.tensor([down, middle, up])).tolist()
-    assert found == [lower, code, lower + 1]
+    result = mxfp4.encode_e2m1(torch.tensor([down, middle, up])).tolist()
+    assert result == [lower, code, lower + 1]
     assert code % 2 == 0
     negative = mxfp4.encode_e2m1(torch.tensor([-down, -middle, -up])).tolist()
     assert negative == [8 + lower, 8 + code, 9 + lower]
@@ -95,9 +95,9 @@ def test_the_nearest_number_is_that_of_the_code(dtype) -> None:
     edges = [6.0, 6.5, 1e30, torch.inf, -torch.inf, 1e-30, -1e-41, 0.0, -0.0, 1.999, 3.999]
     x = torch.cat([signed_values(), torch.tensor(VALUES), torch.tensor(edges)]).to(dtype)
     kept = x.clone()
-    found = mxfp4.nearest_e2m1(x)
-    assert found.dtype == dtype
-    assert torch.equal(found.float(), mxfp4.decode_e2m1(mxfp4.encode_e2m1(x)))
+    result = mxfp4.nearest_e2m1(x)
+    assert result.dtype == dtype
+    assert torch.equal(result.float(), mxfp4.decode_e2m1(mxfp4.encode_e2m1(x)))
     assert torch.equal(x, kept)
     assert bool(mxfp4.nearest_e2m1(torch.tensor([torch.nan], dtype=dtype)).isnan())
 
@@ -179,9 +179,9 @@ def test_every_scale_there_is_survives_e8m0_both_ways() -> None:
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_shared_scale_is_the_specified_power_of_two(largest, scale, dtype) -> None:
-    found = mxfp4.shared_scale(torch.tensor([[largest]], dtype=dtype))
-    assert found.dtype == torch.float32
-    assert found.tolist() == [[scale]]
+    result = mxfp4.shared_scale(torch.tensor([[largest]], dtype=dtype))
+    assert result.dtype == torch.float32
+    assert result.tolist() == [[scale]]
 
 
 def test_the_largest_of_a_group_lies_on_the_top_binade_of_the_grid() -> None:

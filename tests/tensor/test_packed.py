@@ -55,7 +55,7 @@ def bit_stream(codes: list[int], bits: int) -> list[int]:
     return stream
 
 
-def coded_matrix(rows: int, columns: int, scheme: Scheme, seed: int = 0) -> QuantizedMatrix:
+def random_matrix(rows: int, columns: int, scheme: Scheme, seed: int = 0) -> QuantizedMatrix:
     """Signed values of very different size; row 0 has one code, the last row an all-zero first group."""
     generator = torch.Generator().manual_seed(seed)
     groups = scheme.groups(columns)
@@ -95,7 +95,7 @@ def is_exactly(dense: Tensor, oracle: np.ndarray) -> bool:
 
 
 def packed_tensor(rows: int, layout: list[tuple[int, Scheme]]) -> tuple[PackedTensor, list[QuantizedMatrix]]:
-    quantized = [coded_matrix(rows, columns, scheme, seed) for seed, (columns, scheme) in enumerate(layout)]
+    quantized = [random_matrix(rows, columns, scheme, seed) for seed, (columns, scheme) in enumerate(layout)]
     ranges = tuple(PackedRange.pack(part, scheme) for part, (_, scheme) in zip(quantized, layout, strict=True))
     return PackedTensor(ranges), quantized
 
@@ -149,19 +149,19 @@ def test_codes_of_any_type_pack_alike(bits, dtype) -> None:
 @pytest.mark.parametrize("columns", [1, 7, 64, 129])
 @pytest.mark.parametrize("scheme", ALL_SCHEMES, ids=lambda scheme: scheme.name)
 def test_packed_range_unpacks_to_what_was_packed(scheme, columns) -> None:
-    quantized = coded_matrix(ROWS, columns, scheme)
-    found = PackedRange.pack(quantized, scheme).unpack()
-    assert torch.equal(found.codes, quantized.codes)
-    assert torch.equal(found.scales, quantized.scales)
+    quantized = random_matrix(ROWS, columns, scheme)
+    result = PackedRange.pack(quantized, scheme).unpack()
+    assert torch.equal(result.codes, quantized.codes)
+    assert torch.equal(result.scales, quantized.scales)
     if quantized.zeros is None:
-        assert found.zeros is None
+        assert result.zeros is None
     else:
-        assert torch.equal(found.zeros, quantized.zeros)
+        assert torch.equal(result.zeros, quantized.zeros)
 
 
 @pytest.mark.parametrize("zero_point", ["integer", "real"])
 def test_a_scheme_with_zero_points_refuses_a_matrix_without(zero_point) -> None:
-    quantized = replace(coded_matrix(2, 8, Scheme(4, 4, zero_point)), zeros=None)
+    quantized = replace(random_matrix(2, 8, Scheme(4, 4, zero_point)), zeros=None)
     with pytest.raises(ValueError, match="needs zero-points"):
         PackedRange.pack(quantized, Scheme(4, 4, zero_point))
 
@@ -171,7 +171,7 @@ def test_a_scheme_with_zero_points_refuses_a_matrix_without(zero_point) -> None:
 @pytest.mark.parametrize(("columns", "group_size"), SHAPES)
 def test_dequantize_equals_the_explicit_loop(columns, group_size, bits, zero_point) -> None:
     scheme = Scheme(bits, group_size, zero_point)
-    quantized = coded_matrix(ROWS, columns, scheme)
+    quantized = random_matrix(ROWS, columns, scheme)
     assert is_exactly(PackedRange.pack(quantized, scheme).dequantize(), dense_by_loop(quantized, scheme))
 
 
@@ -179,7 +179,7 @@ def test_dequantize_equals_the_explicit_loop(columns, group_size, bits, zero_poi
 @pytest.mark.parametrize("zero_point", ZERO_POINTS)
 def test_dequantize_equals_the_explicit_loop_for_every_scale_type(scale_type, zero_point) -> None:
     scheme = Scheme(3, 8, zero_point, scale_type)
-    quantized = coded_matrix(ROWS, 37, scheme)
+    quantized = random_matrix(ROWS, 37, scheme)
     assert is_exactly(PackedRange.pack(quantized, scheme).dequantize(), dense_by_loop(quantized, scheme))
 
 
@@ -264,7 +264,7 @@ FAULTY += [(zero_point, fault) for zero_point in ("integer", "real") for fault i
 def test_the_dequantize_oracle_rejects_a_planted_fault(zero_point, bits, fault) -> None:
     # 580 = 4 groups of 128 and a ragged one of 68; one more column a group still makes five groups.
     scheme = Scheme(bits, 128, zero_point)
-    quantized = coded_matrix(ROWS, 580, scheme)
+    quantized = random_matrix(ROWS, 580, scheme)
     oracle = dense_by_loop(quantized, scheme)
     part = PackedRange.pack(quantized, scheme)
     assert is_exactly(part.dequantize(), oracle)

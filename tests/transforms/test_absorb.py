@@ -259,14 +259,14 @@ def writer(scale: float, stored: str = "float16") -> dict[str, PackedTensor]:
 
 def zeros_of(packed: dict[str, PackedTensor]) -> dict[str, PackedTensor]:
     """The same with all codes at their zero-points."""
-    found = {}
+    result = {}
     for name, tensor in packed.items():
         (part,) = tensor.ranges
         quantized = part.unpack()
         zeros = torch.full_like(quantized.zeros, 3)
         codes = torch.full_like(quantized.codes, 3)
-        found[name] = PackedTensor((PackedRange.pack(QuantizedMatrix(codes, quantized.scales, zeros), part.scheme),))
-    return found
+        result[name] = PackedTensor((PackedRange.pack(QuantizedMatrix(codes, quantized.scales, zeros), part.scheme),))
+    return result
 
 
 @pytest.mark.parametrize(
@@ -331,10 +331,10 @@ def test_scales_that_would_leave_their_type_are_not_merged(scale: float, factor:
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
+    result: dict[str, Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
-        found |= load_file(file)
-    return found
+        result |= load_file(file)
+    return result
 
 
 def never(*args: Any) -> bool:
@@ -346,9 +346,9 @@ def run(source: Path, tokens: Path, out: Path, absorb: Any = absorb_, allowed: A
     fit = DualScale.fit
 
     def rounded(self: DualScale, group: Tensor, scheme: Scheme, weights: Tensor | None, index: int) -> Fitted:
-        found = fit(self, group, scheme, weights, index)
-        assert found.column_scales is not None
-        return replace(found, column_scales=found.column_scales.half().float())
+        result = fit(self, group, scheme, weights, index)
+        assert result.column_scales is not None
+        return replace(result, column_scales=result.column_scales.half().float())
 
     recipe = Recipe(
         method="d2quant", bits=3, group_size=16, calibration=str(tokens), num_windows=2, window=32,
@@ -386,16 +386,16 @@ def distance(folder: Path, other: Path) -> float:
 def test_an_absorbed_checkpoint_is_the_explicit_one_with_the_same_codes(
     name: str, explicit: dict[str, Path], absorbed: dict[str, Path]
 ) -> None:
-    found, target = tensors_of(absorbed[name]), tensors_of(explicit[name])
+    actual, target = tensors_of(absorbed[name]), tensors_of(explicit[name])
     linears = {path for path in target if path.endswith(".column_scale")}
     # One for each tensor that linears read.
     assert len(linears) == 3 * 4
-    kept = {path for path in found if path.endswith(".column_scale")}
+    kept = {path for path in actual if path.endswith(".column_scale")}
     # Query heads of `llama` share key-value heads, and what writes o_proj's inputs cannot take its scales.
     assert kept == ({path for path in linears if OUT in path} if name == "llama" else set())
     for path in target:
         if path.endswith((".codes", ".zeros")):
-            assert torch.equal(found[path], target[path]), path
+            assert torch.equal(actual[path], target[path]), path
     assert distance(absorbed[name], explicit[name]) < 2e-3
 
 

@@ -50,22 +50,22 @@ def schemes(block: Block, **changes: Scheme | None) -> dict[str, Scheme | None]:
 
 
 def statistics(
-    block: Block, hidden: list[Tensor], call: BlockCall, found: Mapping[str, Scheme | None]
+    block: Block, hidden: list[Tensor], call: BlockCall, result: Mapping[str, Scheme | None]
 ) -> SiteStatistics:
-    return BlockStream(block, list(hidden), call).statistics(found)
+    return BlockStream(block, list(hidden), call).statistics(result)
 
 
 def output(block: Block, hidden: list[Tensor], call: BlockCall) -> Tensor:
     return torch.cat(list(BlockStream(block, list(hidden), call).outputs()))
 
 
-def moved(block: Block, edited: Block, hidden: list[Tensor], call: BlockCall) -> float:
+def relative_change(block: Block, edited: Block, hidden: list[Tensor], call: BlockCall) -> float:
     """The most that any token's update changes, relative to it."""
     before, after = output(block, hidden, call), output(edited, hidden, call)
     return float(((after - before).norm(dim=-1) / (before - torch.cat(hidden)).norm(dim=-1)).max())
 
 
-def chosen(block: Block, found: SiteStatistics, monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
+def chosen(block: Block, result: SiteStatistics, monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
     """Site -> the factors by which the transform scales `block`, in place."""
     factors: dict[str, Tensor] = {}
 
@@ -74,7 +74,7 @@ def chosen(block: Block, found: SiteStatistics, monkeypatch: pytest.MonkeyPatch)
         scale_site_(block, site, values)
 
     monkeypatch.setattr(awq, "scale_site_", record)
-    ActivationAwareScale()(block, found)
+    ActivationAwareScale()(block, result)
     return factors
 
 
@@ -92,12 +92,12 @@ def over_query_heads(factors: Tensor, block: Block) -> Tensor:
     return torch.cat([factors.view(heads.key_value, -1)[h // heads.repeats] for h in range(heads.query)])
 
 
-def output_error(block: Block, site: Site, x: Tensor, factors: Tensor, found: SiteStatistics) -> float:
+def output_error(block: Block, site: Site, x: Tensor, factors: Tensor, result: SiteStatistics) -> float:
     """Sum of squares of what rounding does to the readers' outputs on tokens `x`, in float64."""
     wide = over_query_heads(factors, block) if site.per_head else factors
     total = 0.0
     for name in site.readers:
-        scheme = found.schemes[name]
+        scheme = result.schemes[name]
         if scheme is not None:
             weight = block.linear(name).weight.detach()
             delta = nearest(weight * wide, scheme).double() / wide.double() - weight.double()
@@ -123,11 +123,11 @@ def test_awq_leaves_the_function_unchanged(
 ) -> None:
     block, hidden, call = loaded(folders[name])
     edited = copy_of(block)
-    found = statistics(block, hidden, call, schemes(block))
-    factors = chosen(edited, found, monkeypatch)
+    result = statistics(block, hidden, call, schemes(block))
+    factors = chosen(edited, result, monkeypatch)
     assert set(factors) == {site.name for site in block.arch.sites}
     assert any(float(values.max() / values.min()) > 2 for values in factors.values())
-    assert moved(block, edited, hidden, call) < SAME
+    assert relative_change(block, edited, hidden, call) < SAME
 
 
 @pytest.mark.parametrize("fault", ["factors on other heads", "a reader forgotten", "a writer forgotten"])
@@ -136,7 +136,7 @@ def test_planted_faults_of_the_scaling_move_the_output(
 ) -> None:
     block, hidden, call = loaded(folders["llama"])
     edited = copy_of(block)
-    found = statistics(block, hidden, call, schemes(block))
+    result = statistics(block, hidden, call, schemes(block))
 
     def faulty(block: Block, site: Site, factors: Tensor) -> None:
         if fault == "a reader forgotten":
@@ -149,8 +149,8 @@ def test_planted_faults_of_the_scaling_move_the_output(
         scale_site_(block, site, factors)
 
     monkeypatch.setattr(awq, "scale_site_", faulty)
-    ActivationAwareScale()(edited, found)
-    assert moved(block, edited, hidden, call) > FAULT
+    ActivationAwareScale()(edited, result)
+    assert relative_change(block, edited, hidden, call) > FAULT
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "qwen2-untied", "qwen3"])
@@ -158,15 +158,15 @@ def test_the_chosen_alpha_has_the_least_output_error_of_all_and_never_more_than_
     name: str, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     block, hidden, call = loaded(folders[name])
-    found = statistics(block, hidden, call, schemes(block, gate_proj=Scheme(2, 32, "real"), k_proj=None))
-    factors = chosen(copy_of(block), found, monkeypatch)
+    actual = statistics(block, hidden, call, schemes(block, gate_proj=Scheme(2, 32, "real"), k_proj=None))
+    factors = chosen(copy_of(block), actual, monkeypatch)
     improved = 0
     for site in block.arch.sites:
         x = site_tokens(block, site, hidden, call)
         tried = candidates(block, site, x)
-        errors = [output_error(block, site, x, values, found) for values in tried]
-        plain = output_error(block, site, x, torch.ones_like(tried[0]), found)
-        error = output_error(block, site, x, factors[site.name], found)
+        errors = [output_error(block, site, x, values, actual) for values in tried]
+        plain = output_error(block, site, x, torch.ones_like(tried[0]), actual)
+        error = output_error(block, site, x, factors[site.name], actual)
         assert error <= plain
         # Float32 sums may settle a tie differently, no more.
         assert error <= min(errors) * (1 + 1e-4)
@@ -257,21 +257,21 @@ def test_a_site_whose_readers_are_all_skipped_stays_untouched(skip: str, folders
 def test_nothing_is_scaled_where_all_is_skipped_or_no_site_may_be(folders: dict[str, Path]) -> None:
     block, hidden, call = loaded(folders["llama"])
     before = parameters(block)
-    found = statistics(block, hidden, call, schemes(block))
+    result = statistics(block, hidden, call, schemes(block))
     nothing = statistics(block, hidden, call, dict.fromkeys(block.arch.linears))
     frozen = tuple(replace(site, edits=frozenset({"permute"})) for site in block.arch.sites)
     ActivationAwareScale()(block, nothing)
-    ActivationAwareScale()(replace(block, arch=replace(block.arch, sites=frozen)), found)
+    ActivationAwareScale()(replace(block, arch=replace(block.arch, sites=frozen)), result)
     assert all(torch.equal(value, before[name]) for name, value in parameters(block).items())
 
 
 def test_a_partly_skipped_site_is_scaled_with_all_its_readers(folders: dict[str, Path]) -> None:
     block, hidden, call = loaded(folders["llama"])
     edited = copy_of(block)
-    found = statistics(block, hidden, call, schemes(block, gate_proj=None, down_proj=None))
-    ActivationAwareScale()(edited, found)
+    result = statistics(block, hidden, call, schemes(block, gate_proj=None, down_proj=None))
+    ActivationAwareScale()(edited, result)
     assert not torch.equal(edited.linear("mlp.gate_proj").weight, block.linear("mlp.gate_proj").weight)
-    assert moved(block, edited, hidden, call) < SAME
+    assert relative_change(block, edited, hidden, call) < SAME
 
 
 def test_a_silent_channel_gets_a_finite_factor(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,15 +283,15 @@ def test_a_silent_channel_gets_a_finite_factor(folders: dict[str, Path], monkeyp
     for values in factors.values():
         assert bool(torch.isfinite(values).all())
         assert bool((values > 0).all())
-    assert moved(block, edited, hidden, call) < SAME
+    assert relative_change(block, edited, hidden, call) < SAME
 
 
 def test_activations_that_overflow_are_refused_by_name(folders: dict[str, Path]) -> None:
     block, hidden, call = loaded(folders["llama"])
-    found = statistics(block, hidden, call, schemes(block))
+    result = statistics(block, hidden, call, schemes(block))
     for spoiled in (
-        replace(found, mean_abs=found.mean_abs | {"mlp_in": found.mean_abs["mlp_in"] * torch.inf}),
-        replace(found, grams=found.grams | {"mlp_in": found.grams["mlp_in"] * torch.inf}),
+        replace(result, mean_abs=result.mean_abs | {"mlp_in": result.mean_abs["mlp_in"] * torch.inf}),
+        replace(result, grams=result.grams | {"mlp_in": result.grams["mlp_in"] * torch.inf}),
     ):
         with pytest.raises(NumericalFailure, match=r"model.layers.1 mlp_in: activations are not finite.*--dtype"):
             ActivationAwareScale()(copy_of(block), spoiled)

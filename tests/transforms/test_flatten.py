@@ -61,16 +61,16 @@ def test_flattening_leaves_the_function(transform: Flatten, streamed: Streamed) 
 
 
 def test_the_invariance_oracle_rejects_planted_faults(folders: dict[str, object]) -> None:
-    def only_the_norm(block: Block, found: SiteStatistics) -> None:
-        block.gain("input_layernorm").data /= factors(block, block.arch.sites[0], found, 1.0, 0.0)[0]
+    def only_the_norm(block: Block, result: SiteStatistics) -> None:
+        block.gain("input_layernorm").data /= factors(block, block.arch.sites[0], result, 1.0, 0.0)[0]
 
-    def gate_too(block: Block, found: SiteStatistics) -> None:
-        Flatten()(block, found)
+    def gate_too(block: Block, result: SiteStatistics) -> None:
+        Flatten()(block, result)
         block.linear("mlp.gate_proj").weight.data *= 1.01
 
-    def heads_in_turn(block: Block, found: SiteStatistics) -> None:
+    def heads_in_turn(block: Block, result: SiteStatistics) -> None:
         site = block.arch.sites[1]
-        narrow, _ = factors(block, site, found, 1.0, 0.0)
+        narrow, _ = factors(block, site, result, 1.0, 0.0)
         block.linear("self_attn.v_proj").weight.data /= narrow.unsqueeze(1)
         block.linear("self_attn.v_proj").bias.data /= narrow
         block.linear("self_attn.o_proj").weight.data *= narrow.repeat(block.heads.repeats)
@@ -80,7 +80,7 @@ def test_the_invariance_oracle_rejects_planted_faults(folders: dict[str, object]
 
 
 def test_the_published_factors_make_every_largest_value_one(streamed: Streamed) -> None:
-    made = Flatten()(streamed.block, streamed.statistics())
+    divisors = Flatten()(streamed.block, streamed.statistics())
     after = streamed.statistics()
     for site in streamed.block.arch.sites:
         largest = after.max_abs[site.name]
@@ -89,94 +89,94 @@ def test_the_published_factors_make_every_largest_value_one(streamed: Streamed) 
             heads = streamed.block.heads
             largest = largest.view(heads.key_value, heads.repeats, heads.width).amax(1)
         torch.testing.assert_close(largest, torch.ones_like(largest), rtol=1e-4, atol=0)
-        assert made[site.name].shape == after.max_abs[site.name].shape
+        assert divisors[site.name].shape == after.max_abs[site.name].shape
 
 
 def test_factors_are_smoothquants_formula(streamed: Streamed) -> None:
-    found, block = streamed.statistics(), streamed.block
+    result, block = streamed.statistics(), streamed.block
     site = block.arch.sites[0]
-    sizes = found.samples[site.name].abs().amax(0)
+    sizes = result.samples[site.name].abs().amax(0)
     columns = torch.cat([block.linear(name).weight for name in site.readers]).abs().amax(0)
-    narrow, wide = factors(block, site, found, 0.5, 0.5)
+    narrow, wide = factors(block, site, result, 0.5, 0.5)
     torch.testing.assert_close(narrow, sizes.sqrt() / columns.sqrt())
     assert torch.equal(narrow, wide)
 
 
 def test_a_silent_channel_keeps_its_scale_and_no_factor_is_tiny(streamed: Streamed) -> None:
-    found = streamed.statistics()
+    actual = streamed.statistics()
     site = streamed.block.arch.sites[3]
-    plain = found.max_abs[site.name].clone()
+    plain = actual.max_abs[site.name].clone()
     for size in (1e-4, 1.0, 1e6):
-        found.max_abs[site.name] = plain * size
-        found.max_abs[site.name][2] = 0
-        found.max_abs[site.name][4] = 1e-12
-        narrow, _ = factors(streamed.block, site, found, 1.0, 0.0)
+        actual.max_abs[site.name] = plain * size
+        actual.max_abs[site.name][2] = 0
+        actual.max_abs[site.name][4] = 1e-12
+        narrow, _ = factors(streamed.block, site, actual, 1.0, 0.0)
         assert float(narrow[2]) == 1
         # The silent channel says nothing of what is small.
-        assert float(narrow[4]) == pytest.approx(1e-4 * float(found.max_abs[site.name].max()))
+        assert float(narrow[4]) == pytest.approx(1e-4 * float(actual.max_abs[site.name].max()))
 
 
 @pytest.mark.parametrize(("alpha", "beta"), [(1.0, 0.0), (0.5, 0.5)])
 def test_an_outlier_that_no_reader_takes_is_flattened(alpha: float, beta: float, streamed: Streamed) -> None:
-    found, block = streamed.statistics(), streamed.block
+    result, block = streamed.statistics(), streamed.block
     site = block.arch.sites[0]
-    usual, _ = factors(block, site, found, alpha, beta)
+    usual, _ = factors(block, site, result, alpha, beta)
     for name in site.readers:
         block.linear(name).weight.data[:, 5] = 0
-    assert int(found.max_abs[site.name].argmax()) == 5
-    narrow, _ = factors(block, site, found, alpha, beta)
+    assert int(result.max_abs[site.name].argmax()) == 5
+    narrow, _ = factors(block, site, result, alpha, beta)
     others = torch.arange(len(narrow)) != 5
     assert torch.equal(narrow[others], usual[others])
     assert float(narrow[5]) >= float(usual[5])
     for name in site.readers:
         block.linear(name).weight.data[:] = 0
-    assert bool(torch.isfinite(factors(block, site, found, alpha, beta)[0]).all())
+    assert bool(torch.isfinite(factors(block, site, result, alpha, beta)[0]).all())
 
 
 def test_norm_flattening_touches_sites_behind_norms_alone(streamed: Streamed) -> None:
-    made = NormFlatten(0.5, 0.5)(streamed.block, streamed.statistics())
-    assert set(made) == {site.name for site in streamed.block.arch.sites if site.norm is not None}
+    divisors = NormFlatten(0.5, 0.5)(streamed.block, streamed.statistics())
+    assert set(divisors) == {site.name for site in streamed.block.arch.sites if site.norm is not None}
 
 
 def test_sites_whose_readers_are_all_skipped_stay(streamed: Streamed) -> None:
-    found = streamed.statistics()
-    found.schemes["mlp.down_proj"] = None
-    assert "mlp_hidden" not in Flatten()(streamed.block, found)
+    result = streamed.statistics()
+    result.schemes["mlp.down_proj"] = None
+    assert "mlp_hidden" not in Flatten()(streamed.block, result)
 
 
 def test_the_search_takes_the_powers_with_the_least_loss(streamed: Streamed, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[float, float]] = []
     plain = flatten.factors
 
-    def noted(block: Block, site: object, found: SiteStatistics, alpha: float, beta: float) -> tuple[Tensor, Tensor]:
+    def noted(block: Block, site: object, actual: SiteStatistics, alpha: float, beta: float) -> tuple[Tensor, Tensor]:
         asked.append((alpha, beta))
-        return plain(block, site, found, alpha, beta)
+        return plain(block, site, actual, alpha, beta)
 
     def loss(name: str, weight: Tensor, tokens: Tensor) -> float:
         return abs(asked[-1][0] - 0.4) + abs(asked[-1][1] - 0.6)
 
     monkeypatch.setattr(flatten, "factors", noted)
-    assert streamed.moved_by(SearchedFlatten(lambda found: loss)) < SAME
+    assert streamed.moved_by(SearchedFlatten(lambda actual: loss)) < SAME
     # Every site ends with the pair that was carried out.
     assert asked.count((0.4, 0.6)) == 2 * len(streamed.block.arch.sites)
 
 
 def test_the_search_sees_columns_in_falling_order_and_a_function_that_stays(streamed: Streamed) -> None:
-    block, found = streamed.block, streamed.statistics()
+    block, actual = streamed.block, streamed.statistics()
     target = {
-        name: found.samples[site.name] @ block.linear(name).weight.T
+        name: actual.samples[site.name] @ block.linear(name).weight.T
         for site in block.arch.sites
         for name in site.readers
     }
-    sizes = {name: found.max_abs[site.name] for site in block.arch.sites for name in site.readers}
+    sizes = {name: actual.max_abs[site.name] for site in block.arch.sites for name in site.readers}
 
     def loss(name: str, weight: Tensor, tokens: Tensor) -> float:
         torch.testing.assert_close(tokens @ weight.T, target[name], rtol=1e-3, atol=1e-3)
         first = int(sizes[name].argmax())
-        assert float((tokens[:, 0] / found.samples[block.arch.site_of(name).name][:, first]).std()) < 1e-4
+        assert float((tokens[:, 0] / actual.samples[block.arch.site_of(name).name][:, first]).std()) < 1e-4
         return 0.0
 
-    SearchedFlatten(lambda found: loss)(block, found)
+    SearchedFlatten(lambda actual: loss)(block, actual)
 
 
 @pytest.mark.parametrize("values", [(-0.1, 0.0), (1.1, 0.0), (0.5, 2.0)])

@@ -127,16 +127,16 @@ def test_check_at_load_names_the_edit_and_leaves_no_weights(
 
 
 def test_check_at_load_covers_two_blocks(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[int] = []
+    indices: list[int] = []
     original = invariance.edit_errors
 
     def watched(block: Block, call: BlockCall, seed: int = 0) -> Any:
-        seen.append(block.index)
+        indices.append(block.index)
         return original(block, call, seed)
 
     monkeypatch.setattr(invariance, "edit_errors", watched)
     check_sites(Skeleton(SafetensorsSource(folders["qwen2"]), torch.bfloat16, torch.device("cpu")))
-    assert seen == [0, 1]
+    assert indices == [0, 1]
 
 
 def test_edits_that_a_site_forbids_are_errors(folders: dict[str, Path]) -> None:

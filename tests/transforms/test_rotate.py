@@ -127,11 +127,11 @@ def test_a_table_is_turned_a_few_rows_at_a_time(monkeypatch: pytest.MonkeyPatch)
     table = torch.randn(7, 48, generator=torch.Generator().manual_seed(1))
     at_once = rotation.rotate_columns(table)
     monkeypatch.setattr(rotate, "_ROWS", 3)
-    made: list[int] = []
+    heights: list[int] = []
     double = Tensor.double
-    monkeypatch.setattr(Tensor, "double", lambda part: made.append(part.shape[0]) or double(part))
+    monkeypatch.setattr(Tensor, "double", lambda part: heights.append(part.shape[0]) or double(part))
     assert torch.equal(rotation.rotate_columns(table), at_once)
-    assert sorted(set(made)) == [1, 3]
+    assert sorted(set(heights)) == [1, 3]
 
 
 @pytest.mark.parametrize("name", ["full", "groups"])
@@ -220,9 +220,9 @@ def exact_model(name: str) -> Any:
 
 
 def blocks(model: Any, arch: Arch | None = None) -> list[Block]:
-    found = arch or ARCHITECTURES[model.config.model_type]
+    result = arch or ARCHITECTURES[model.config.model_type]
     return [
-        Block(i, found.block_path(i), layer, found, Heads.of(model.config))
+        Block(i, result.block_path(i), layer, result, Heads.of(model.config))
         for i, layer in enumerate(model.model.layers)
     ]
 
@@ -243,11 +243,11 @@ def rotated_model(model: Any, rotation: Rotation) -> Any:
     return rotated
 
 
-def departures(found: Any, target: Any, q: Tensor) -> tuple[float, float]:
+def departures(actual: Any, target: Any, q: Tensor) -> tuple[float, float]:
     """Largest relative distance of the residual stream's states, and of the logits, over every token."""
     ids = torch.arange(44).view(2, 22) * 7 % 96
     with torch.no_grad():
-        a, b = (model(ids, output_hidden_states=True) for model in (found, target))
+        a, b = (model(ids, output_hidden_states=True) for model in (actual, target))
     # The last of transformers' hidden states lies behind the final norm, whose gain the head has.
     states = [
         float(((x - y @ q).norm(dim=-1) / y.norm(dim=-1)).max())
@@ -260,9 +260,9 @@ def departures(found: Any, target: Any, q: Tensor) -> tuple[float, float]:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_rotated_model_is_the_same_function(name: str, rotation: str) -> None:
     model = exact_model(name)
-    made = make_rotation(rotation, model.config.hidden_size, Scheme(4, 32), 2, CPU)
-    assert made is not None
-    states, logits = departures(rotated_model(model, made), model, whole(made))
+    residual_rotation = make_rotation(rotation, model.config.hidden_size, Scheme(4, 32), 2, CPU)
+    assert residual_rotation is not None
+    states, logits = departures(rotated_model(model, residual_rotation), model, whole(residual_rotation))
     assert states < SAME
     assert logits < SAME
 
@@ -270,9 +270,9 @@ def test_a_rotated_model_is_the_same_function(name: str, rotation: str) -> None:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_rotated_block_has_gains_of_one_and_untouched_heads(name: str) -> None:
     model = exact_model(name)
-    made = make_rotation("full", model.config.hidden_size, Scheme(4, 32), 2, CPU)
-    assert made is not None
-    rotated = rotated_model(model, made)
+    residual_rotation = make_rotation("full", model.config.hidden_size, Scheme(4, 32), 2, CPU)
+    assert residual_rotation is not None
+    rotated = rotated_model(model, residual_rotation)
     for old, new in zip(blocks(model), blocks(rotated), strict=True):
         for norm in new.arch.residual.norms:
             assert torch.equal(new.gain(norm), torch.ones_like(new.gain(norm)))
@@ -372,9 +372,9 @@ FAULTS: list[Callable[[Any, Rotation], Any]] = [
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
 def test_planted_faults_of_a_rotation_move_the_logits(fault: Callable[[Any, Rotation], Any], rotation: str) -> None:
     model = exact_model("llama")
-    made = make_rotation(rotation, 48, Scheme(4, 32), 2, CPU)
-    assert made is not None
-    _, logits = departures(fault(model, made), model, whole(made))
+    residual_rotation = make_rotation(rotation, 48, Scheme(4, 32), 2, CPU)
+    assert residual_rotation is not None
+    _, logits = departures(fault(model, residual_rotation), model, whole(residual_rotation))
     assert logits > FAULT
 
 
@@ -397,8 +397,8 @@ def stored_departures(name: str, rotation: str, folders: dict[str, Path], out: P
     assert (model.lm_head.weight is model.model.embed_tokens.weight) is tied
     assert hasattr(model.lm_head, "mix") is tied
     assert torch.equal(model.model.norm.weight, torch.ones_like(model.model.norm.weight))
-    made = make_rotation(rotation, model.config.hidden_size, Scheme(8, 16), 4, CPU)
-    return departures(model.double(), original.double(), whole(made))
+    residual_rotation = make_rotation(rotation, model.config.hidden_size, Scheme(8, 16), 4, CPU)
+    return departures(model.double(), original.double(), whole(residual_rotation))
 
 
 @pytest.mark.parametrize("rotation", ["full", "groups"])
@@ -419,10 +419,10 @@ def test_planted_faults_of_a_tied_heads_matrix_move_the_logits(
     right = Rotation.head_input
 
     def wrong(self: Rotation, gain: Tensor) -> tuple[Tensor, ...]:
-        found = right(self, torch.ones_like(gain) if fault == "gain left out" else gain)
+        result = right(self, torch.ones_like(gain) if fault == "gain left out" else gain)
         if fault == "left out":
-            return tuple(torch.eye(block.shape[0]) for block in found)
-        return found if fault == "gain left out" else (found[0].roll(1, 0), *found[1:])
+            return tuple(torch.eye(block.shape[0]) for block in result)
+        return result if fault == "gain left out" else (result[0].roll(1, 0), *result[1:])
 
     monkeypatch.setattr(Rotation, "head_input", wrong)
     states, logits = stored_departures("llama-tied", rotation, folders, tmp_path / "out")

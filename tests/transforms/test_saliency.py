@@ -66,15 +66,15 @@ def test_every_order_is_a_permutation_and_starts_with_the_most_salient(
     score: str, permutation: str, skeleton: Skeleton
 ) -> None:
     block = skeleton.load_block(0)
-    found = statistics(skeleton, block)
+    result = statistics(skeleton, block)
     for site in block.arch.sites:
-        order = Saliency(score, permutation)(block, site, found)
+        order = Saliency(score, permutation)(block, site, result)
         assert (order is None) == (permutation == "offline" and site.norm is not None)
         if order is None:
             continue
         assert torch.equal(order.sort().values, torch.arange(len(order)))
         if score == "size" and not (site.per_head and permutation == "offline"):
-            assert bool((found.max_abs[site.name][order].diff() <= 0).all())
+            assert bool((result.max_abs[site.name][order].diff() <= 0).all())
 
 
 def test_the_residual_order_ranks_channels_by_their_size_before_norms(folders: dict[str, Path]) -> None:
@@ -89,17 +89,17 @@ def test_the_residual_order_ranks_channels_by_their_size_before_norms(folders: d
         model(ids)
         hidden = [model.model.embed_tokens(ids)]
     scores = torch.stack([(size / size.median()).clamp(min=1e-3).log() for size in sizes]).mean(0)
-    found = residual_order(full_precision_blocks(skeleton, hidden, skeleton.block_calls(16))).order
-    assert torch.equal(found.sort().values, torch.arange(48))
-    assert bool((scores[found].diff() <= 1e-5).all())
+    result = residual_order(full_precision_blocks(skeleton, hidden, skeleton.block_calls(16))).order
+    assert torch.equal(result.sort().values, torch.arange(48))
+    assert bool((scores[result].diff() <= 1e-5).all())
 
 
 def test_orders_that_linears_write_are_carried_out_offline(skeleton: Skeleton) -> None:
     block = skeleton.load_block(1)
-    found = statistics(skeleton, block)
+    result = statistics(skeleton, block)
     done = 0
     for index, site in enumerate(block.arch.sites):
-        order = Saliency("size", "offline")(block, site, found)
+        order = Saliency("size", "offline")(block, site, result)
         rows = None if order is None else offline_rows(site, order, block.heads)
         assert (rows is None) == (site.norm is not None)
         if rows is not None:
@@ -110,12 +110,12 @@ def test_orders_that_linears_write_are_carried_out_offline(skeleton: Skeleton) -
 
 def test_the_oracle_rejects_rows_that_stay_behind(skeleton: Skeleton) -> None:
     block = skeleton.load_block(1)
-    found = statistics(skeleton, block)
+    result = statistics(skeleton, block)
     for index, site in enumerate(block.arch.sites):
-        order = Saliency("size", "offline")(block, site, found)
+        order = Saliency("size", "offline")(block, site, result)
         rows = None if order is None else offline_rows(site, order, block.heads)
-        for name, own in (rows or {}).items():
-            if not torch.equal(own, torch.arange(len(own))):
+        for name, order_of_rows in (rows or {}).items():
+            if not torch.equal(order_of_rows, torch.arange(len(order_of_rows))):
                 fewer = {other: value for other, value in rows.items() if other != name}
                 assert moved_by(skeleton, block, carry_out(block, index, order, fewer)) > 1e-3, name
 
@@ -153,5 +153,5 @@ def test_a_basis_leaves_products_and_undoes_itself(blocks: tuple[int, ...], orde
     weight, x, y = (torch.randn(12, 40, generator=generator, dtype=torch.float64) for _ in range(3))
     torch.testing.assert_close(basis.to_basis(x) @ basis.to_basis(weight).T, x @ weight.T)
     torch.testing.assert_close(basis.natural(basis.to_basis(weight)), weight)
-    seen = basis.to_basis(y).T @ basis.to_basis(x)
-    torch.testing.assert_close(basis.both_to_basis(y.T @ x), seen)
+    expected = basis.to_basis(y).T @ basis.to_basis(x)
+    torch.testing.assert_close(basis.both_to_basis(y.T @ x), expected)

@@ -73,25 +73,25 @@ def methods_that_are_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def tuned_blocks(monkeypatch: pytest.MonkeyPatch) -> list[BlockTuning]:
     """Filled, block by block, as they are once they are rounded; they are stored, even where the base's are better."""
-    found: list[BlockTuning] = []
+    result: list[BlockTuning] = []
     choose = block_tuning.better
 
     def tuned_one(tuning: BlockTuning, tuned: Candidate, base: Candidate) -> tuple[Candidate, BlockReport]:
-        found.append(tuning)
+        result.append(tuning)
         return tuned, choose(tuning, tuned, base)[1]
 
     monkeypatch.setattr(block_tuning, "better", tuned_one)
-    return found
+    return result
 
 
 def first_output(model: torch.nn.Module, inputs: Tensor) -> Tensor:
     """What the first block makes of inputs (b, t, d)."""
-    seen: list[Any] = []
-    handle = model.model.layers[0].register_forward_hook(lambda module, args, output: seen.append(output))
+    outputs: list[Any] = []
+    handle = model.model.layers[0].register_forward_hook(lambda module, args, output: outputs.append(output))
     with torch.no_grad():
         model(inputs_embeds=inputs)
     handle.remove()
-    return seen[0][0] if isinstance(seen[0], tuple) else seen[0]
+    return outputs[0][0] if isinstance(outputs[0], tuple) else outputs[0]
 
 
 @pytest.mark.each_value
@@ -105,13 +105,13 @@ def test_the_block_that_was_trained_is_the_block_that_runs(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    tuned, told = tuned_blocks(monkeypatch), []
+    tuned, steps = tuned_blocks(monkeypatch), []
     if "qwen2" in name:
         # transformers reads a qwen2 folder's tokenizer as one of bytes, which the tiny one is not.
         monkeypatch.setattr("subnibble.pipeline.check.prompt_prefix", lambda *args: PrefixIds((5, 9, 2, 7), None))
     recipe = Recipe(calibration=str(token_file), system_prompt=PROMPT, **DATA, **SETTING, **METHODS[kind])
     report = quantize(
-        folders[name], tmp_path / "out", recipe, progress=lambda done, total, doing: told.append((done, total, doing))
+        folders[name], tmp_path / "out", recipe, progress=lambda done, total, doing: steps.append((done, total, doing))
     )
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
 
@@ -125,11 +125,11 @@ def test_the_block_that_was_trained_is_the_block_that_runs(
         return float((output - target).norm() / (target - samples.inputs).norm())
 
     # Codes may differ by one where a value lies between two of them.
-    found = distance()
-    assert found < 0.05
+    actual = distance()
+    assert actual < 0.05
     attached = attached_cache(model)
     change_scheme_(model, None)
-    assert distance() > max(0.03, 1.2 * found)
+    assert distance() > max(0.03, 1.2 * actual)
     attach_cache_(model, attached.scheme)
     assert distance() > 0.1
 
@@ -138,13 +138,13 @@ def test_the_block_that_was_trained_is_the_block_that_runs(
         assert block.tuned <= block.before
         assert block.epochs == 2
         assert block.rollbacks == block.left_out == 0
-    assert all(linear.moved for linear in report.linears)
+    assert all(linear.basis_changed for linear in report.linears)
     stored = json.loads((tmp_path / "out" / "report.json").read_text())
     assert stored["blocks"][0]["after"] == report.blocks[0].after
-    losses = [doing for _, _, doing in told if "held-out loss" in doing]
+    losses = [doing for _, _, doing in steps if "held-out loss" in doing]
     assert len(losses) == 3 * (1 + 2)
-    assert [done for done, _, _ in told] == sorted(done for done, _, _ in told)
-    assert all(done <= total for done, total, _ in told)
+    assert [done for done, _, _ in steps] == sorted(done for done, _, _ in steps)
+    assert all(done <= total for done, total, _ in steps)
 
 
 @pytest.mark.parametrize("kind", ["quarot-clips", "atom-centered", "omniquant"])
@@ -166,12 +166,12 @@ def test_clips_of_inputs_are_stored_as_learned(
     recipe = Recipe(calibration=str(token_file), activation_clip=0.9, **DATA, **SETTING, **METHODS["quarot-clips"])
     quantize(folders["llama"], tmp_path / "out", recipe)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
-    found = set()
+    clips = set()
     for block, one in zip(model.model.layers, tuned, strict=True):
         for name, linear in one.block.linears.items():
             assert block.get_submodule(name).linear.input.activation == linear.activation
-            found.add(linear.activation.clip)
-    assert len(found) > 3
+            clips.add(linear.activation.clip)
+    assert len(clips) > 3
     # Nothing is learned of the clip unless it is asked for.
     options = {key: value for key, value in recipe.options.items() if key != "input_clipping"}
     quantize(folders["llama"], tmp_path / "plain", replace(recipe, options=options))
@@ -196,21 +196,21 @@ def test_tuning_takes_the_prompt_that_runs(
 def test_nothing_of_a_block_outlives_it(
     folders: dict[str, Path], token_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made: list[weakref.ref[Passage]] = []
+    passages: list[weakref.ref[Passage]] = []
     start = Passage.start
 
     def watched(*args: Any) -> Passage:
         gc.collect()
         # Of one block there are two, tuned and not.
-        assert all(passage() is None for passage in made[: len(made) // 2 * 2])
+        assert all(passage() is None for passage in passages[: len(passages) // 2 * 2])
         passage = start(*args)
-        made.append(weakref.ref(passage))
+        passages.append(weakref.ref(passage))
         return passage
 
     monkeypatch.setattr(Passage, "start", watched)
     recipe = Recipe(calibration=str(token_file), **DATA, **SETTING, **METHODS["atom"])
     quantize(folders["llama"], tmp_path / "out", recipe)
-    assert len(made) == 6
+    assert len(passages) == 6
 
 
 def test_rounding_keeps_what_leaves_the_lower_loss(
@@ -286,13 +286,13 @@ def test_a_block_that_is_skipped_is_not_tuned(folders: dict[str, Path], token_fi
 @pytest.mark.parametrize("kind", ["quarot", "atom"])
 def test_tuning_adds_no_bits(kind: str, folders: dict[str, Path], token_file: Path, tmp_path: Path) -> None:
     recipe = Recipe(calibration=str(token_file), **DATA, **SETTING, **METHODS[kind])
-    report, found = quantize(folders["llama"], tmp_path / "out", recipe), estimate(folders["llama"], recipe)
-    assert report.size["effective_bits"] == pytest.approx(found.effective_bits, rel=1e-12)
-    assert report.size["activation_bits"] == pytest.approx(found.activation_bits, rel=1e-12)
-    assert found.memory_bytes["tuning"] > 0
-    own = {"outliers": 8} if kind == "atom" else {}
-    base = estimate(folders["llama"], replace(recipe, method=kind, options=own))
-    assert (base.effective_bits, base.activation_bits) == (found.effective_bits, found.activation_bits)
+    report, result = quantize(folders["llama"], tmp_path / "out", recipe), estimate(folders["llama"], recipe)
+    assert report.size["effective_bits"] == pytest.approx(result.effective_bits, rel=1e-12)
+    assert report.size["activation_bits"] == pytest.approx(result.activation_bits, rel=1e-12)
+    assert result.memory_bytes["tuning"] > 0
+    base_options = {"outliers": 8} if kind == "atom" else {}
+    base = estimate(folders["llama"], replace(recipe, method=kind, options=base_options))
+    assert (base.effective_bits, base.activation_bits) == (result.effective_bits, result.activation_bits)
 
 
 @pytest.mark.parametrize(
@@ -351,8 +351,8 @@ def test_a_base_that_is_better_is_stored_as_it_is(
     monkeypatch.setattr(block_tuning.BlockTuning, "round", spoiled)
     report = quantize(folders["llama"], tmp_path / "out", replace(base, **METHODS["quarot"]))
     assert all(block.keeps_base for block in report.blocks)
-    found, target = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("out", "base"))
-    ours, theirs = dict(found.named_buffers()), dict(target.named_buffers())
+    actual, target = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("out", "base"))
+    ours, theirs = dict(actual.named_buffers()), dict(target.named_buffers())
     codes = [name for name in theirs if name.endswith(("codes", "scales"))]
     assert codes
     assert all(torch.equal(ours[name], theirs[name]) for name in codes)

@@ -150,9 +150,9 @@ def test_products_may_be_of_half_the_width(name: str, folders: dict[str, Path]) 
     skeleton = Skeleton(SafetensorsSource(folders[name]), torch.bfloat16, torch.device("cpu"))
     case.call = skeleton.block_calls(TOKENS, prefix_length=PREFIX)[1]
     case.context = replace(case.context, dtype=torch.bfloat16)
-    found = case.of(case.tuned())
-    assert not torch.equal(found, target)
-    assert case.distance(found, target) < 0.1
+    actual = case.of(case.tuned())
+    assert not torch.equal(actual, target)
+    assert case.distance(actual, target) < 0.1
 
 
 def test_linears_that_are_skipped_keep_the_function(folders: dict[str, Path]) -> None:

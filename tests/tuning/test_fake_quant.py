@@ -38,16 +38,16 @@ def gradients(function: object, levels: int) -> list[Tensor]:
     w = weights(kind=torch.float64).unflatten(1, (3, 15)).requires_grad_()
     scale = (0.2 + torch.rand(7, 3, 1, generator=GENERATOR.manual_seed(1), dtype=torch.float64)).requires_grad_()
     zero = torch.randint(0, levels, (7, 3, 1), generator=GENERATOR.manual_seed(2)).double().requires_grad_()
-    found = function(w, scale, zero, levels)
+    result = function(w, scale, zero, levels)
     # Every element counts differently.
-    (found * torch.randn(found.shape, generator=GENERATOR.manual_seed(3), dtype=torch.float64)).sum().backward()
-    return [found.detach(), w.grad, scale.grad, zero.grad]
+    (result * torch.randn(result.shape, generator=GENERATOR.manual_seed(3), dtype=torch.float64)).sum().backward()
+    return [result.detach(), w.grad, scale.grad, zero.grad]
 
 
 @pytest.mark.parametrize("levels", [4, 8, 16])
 def test_fake_quantization_is_autograd_of_its_formula(levels: int) -> None:
-    for found, target in zip(gradients(fake_quantize, levels), gradients(by_autograd, levels), strict=True):
-        assert torch.allclose(found, target, rtol=1e-12, atol=1e-12)
+    for actual, target in zip(gradients(fake_quantize, levels), gradients(by_autograd, levels), strict=True):
+        assert torch.allclose(actual, target, rtol=1e-12, atol=1e-12)
 
 
 def test_the_oracle_rejects_planted_faults() -> None:
@@ -59,14 +59,14 @@ def test_the_oracle_rejects_planted_faults() -> None:
 
     for fault in (without_range, too_narrow):
         pairs = zip(gradients(fault, 8), gradients(by_autograd, 8), strict=True)
-        assert not all(torch.allclose(found, target) for found, target in pairs)
+        assert not all(torch.allclose(actual, target) for actual, target in pairs)
 
 
 def test_gradients_pass_straight_through() -> None:
     x = torch.randn(5, requires_grad=True)
-    found = straight_through(x, torch.zeros(5))
-    (found * torch.arange(5)).sum().backward()
-    assert torch.equal(found, torch.zeros(5))
+    result = straight_through(x, torch.zeros(5))
+    (result * torch.arange(5)).sum().backward()
+    assert torch.equal(result, torch.zeros(5))
     assert torch.equal(x.grad, torch.arange(5.0))
     assert torch.equal(rounded(x, torch.float16), x.detach().half().float())
 
@@ -78,8 +78,8 @@ def test_ranges_start_where_the_clip_search_stands(zero_point: str, bits: int, g
     scheme, w = Scheme(bits, group, zero_point), weights()
     for clip in (grid.Clip(), grid.Clip("minmax")):
         target, grids = grid.quantized(w, scheme, clip), Clipping(w, scheme, clip).fitted(w)
-        found = torch.cat([fit.levels.scales for fit in grids], 1)
-        assert torch.equal(found, target.scales)
+        actual = torch.cat([fit.levels.scales for fit in grids], 1)
+        assert torch.equal(actual, target.scales)
         if zero_point == "integer":
             zeros = torch.cat([fit.levels.zeros for fit in grids], 1)
             # Where a range's end lies half-way between two codes, either will do.

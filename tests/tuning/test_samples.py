@@ -32,16 +32,16 @@ def test_the_first_tokens_of_the_first_windows_and_the_last_of_these_are_held_ou
     exact[1, 2] *= 1000
     target[2, 3] *= 1000
     target[3, 5] *= 1000
-    found = samples(windows, inputs, exact, target)
+    actual = samples(windows, inputs, exact, target)
     ordinary = torch.ones(taken, 4, dtype=torch.bool)
     ordinary[:, 0] = ordinary[1, 2] = ordinary[2, 3] = False
-    assert torch.equal(found.inputs, inputs[:taken, :4])
-    assert torch.equal(found.target, target[:taken, :4])
-    assert torch.equal(found.ordinary, ordinary)
+    assert torch.equal(actual.inputs, inputs[:taken, :4])
+    assert torch.equal(actual.target, target[:taken, :4])
+    assert torch.equal(actual.ordinary, ordinary)
     added = (target - exact)[:taken, :4][ordinary].square().sum(-1).mean()
-    assert found.energy == pytest.approx(float(added), rel=1e-6)
-    assert list(found.held_out) == held_out
-    assert found.trained == held_out[0]
+    assert actual.energy == pytest.approx(float(added), rel=1e-6)
+    assert list(actual.held_out) == held_out
+    assert actual.trained == held_out[0]
 
 
 def test_a_window_without_a_token_to_train_on_is_refused() -> None:

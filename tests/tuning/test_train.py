@@ -39,14 +39,14 @@ def coarse(case: Case) -> Case:
 @pytest.mark.parametrize("options", [{}, {"low_rank": "none"}, {"smoothing": "hard"}])
 def test_training_lowers_the_held_out_loss(options: dict[str, str], folders: dict[str, Path]) -> None:
     case = coarse(Case(folders["llama"], quantized=True))
-    data, told = samples(case), []
+    data, losses = samples(case), []
     tuned = case.tuned(**options)
-    trained = train_(tuned, data, EFFORT, torch.Generator().manual_seed(0), told.append)
+    trained = train_(tuned, data, EFFORT, torch.Generator().manual_seed(0), losses.append)
     assert trained.after < 0.95 * trained.before
     assert held_out_loss(tuned, data) == pytest.approx(trained.after, rel=1e-6)
     # The first loss, then that of the best state after each epoch.
-    assert told == sorted(told, reverse=True)
-    assert (told[0], told[-1], len(told)) == (trained.before, trained.after, 1 + trained.epochs)
+    assert losses == sorted(losses, reverse=True)
+    assert (losses[0], losses[-1], len(losses)) == (trained.before, trained.after, 1 + trained.epochs)
     assert trained.rollbacks == 0
 
 
@@ -106,28 +106,28 @@ def test_a_stage_ends_where_epochs_bring_nothing_and_the_next_begins_with_the_be
     data, losses = samples(case), iter([5.0, 3.0, 4.0, 4.0, 4.0, 4.0, 4.0, *[6.0] * 9])
     tuned = case.tuned()
     watched = tuned.parameters()["clipping.mlp.up_proj.upper"]
-    seen: list[torch.Tensor] = []
+    states: list[torch.Tensor] = []
 
     def scripted(block: TunedBlock, samples: Samples) -> float:
-        seen.append(watched.detach().clone())
+        states.append(watched.detach().clone())
         return next(losses)
 
     monkeypatch.setattr(train, "held_out_loss", scripted)
     long = replace(EFFORT, first=9, second=9)
-    moved: list[torch.Tensor] = []
+    updates: list[torch.Tensor] = []
     step = train._step_
 
     def noted(*args: object) -> bool:
-        moved.append(watched.detach().clone())
+        updates.append(watched.detach().clone())
         return step(*args)
 
     monkeypatch.setattr(train, "_step_", noted)
     trained = train_(tuned, data, long, torch.Generator().manual_seed(0), lambda loss: None)
     # The best after one epoch, five more without a better one; then five of the second stage.
     assert (trained.epochs, trained.after) == (6 + 5, 3.0)
-    assert torch.equal(watched, seen[1])
-    assert torch.equal(moved[6 * 7], seen[1])
-    assert not torch.equal(seen[6], seen[1])
+    assert torch.equal(watched, states[1])
+    assert torch.equal(updates[6 * 7], states[1])
+    assert not torch.equal(states[6], states[1])
 
 
 def test_held_out_windows_are_not_trained_on(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,22 +34,24 @@ BASES = {
 @pytest.mark.parametrize("basis", BASES)
 @pytest.mark.parametrize("name", SCHEMES)
 def test_a_tuned_input_is_the_one_that_runs(name: str, basis: str, requantized: int, share: float | None) -> None:
-    scheme, own = SCHEMES[name], BASES[basis]
-    tuned = TunedInput(own, torch.float32, requantized)
+    scheme, input_basis = SCHEMES[name], BASES[basis]
+    tuned = TunedInput(input_basis, torch.float32, requantized)
     if share is not None:
         tuned.learn_clip({scheme}, torch.device("cpu"))
         if tuned.clip is not None:
             tuned.clip.data.fill_(share)
     x = 3 * torch.randn(2, 5, CHANNELS, generator=torch.Generator().manual_seed(2))
 
-    found = tuned.enter(x.requires_grad_(True), scheme).flatten(0, 1)
+    result = tuned.enter(x.requires_grad_(True), scheme).flatten(0, 1)
 
-    site = SiteInput(gather=own.order, blocks=own.blocks, activation=tuned.learned(scheme), requantized=requantized)
-    made = site_input.apply(x.detach(), site)
-    assert torch.equal(found[:, :CHANNELS], replace(made, rest=None).values())
-    if made.rest is not None:
-        assert torch.equal(found[:, CHANNELS:], made.rest.values())
-    assert found.shape[1] == CHANNELS + (0 if scheme is None else requantized)
+    site = SiteInput(
+        gather=input_basis.order, blocks=input_basis.blocks, activation=tuned.learned(scheme), requantized=requantized
+    )
+    applied = site_input.apply(x.detach(), site)
+    assert torch.equal(result[:, :CHANNELS], replace(applied, rest=None).values())
+    if applied.rest is not None:
+        assert torch.equal(result[:, CHANNELS:], applied.rest.values())
+    assert result.shape[1] == CHANNELS + (0 if scheme is None else requantized)
     # Gradients reach the input through all of it.
-    found.sum().backward()
+    result.sum().backward()
     assert bool((x.grad != 0).any())

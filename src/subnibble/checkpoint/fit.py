@@ -68,7 +68,7 @@ def check_fit(source: Source, shapes: Mapping[str, tuple[int, ...]], arch: Arch)
 def _check_plain(source: Source, names: list[str]) -> None:
     """Raise `CheckpointError` if tensors belong to an adapter or to a quantized model."""
     for name in names:
-        if any(part in name for part in _ADAPTER_PARTS):
+        if any(word in name for word in _ADAPTER_PARTS):
             raise CheckpointError(
                 f"{source.path}: {name} belongs to an adapter that is not merged into the weights; merge it "
                 "(merge_and_unload() in peft), save the model, and give the saved model"

@@ -88,7 +88,7 @@ class GgufSource:
 
     def file_bytes(self) -> int:
         """Return the size of all parts together, in bytes."""
-        return sum(part.stat().st_size for part in self._parts)
+        return sum(file.stat().st_size for file in self._parts)
 
     def files(self) -> list[Path]:
         """Return all parts."""

@@ -226,7 +226,7 @@ class PackedLinearSpec(ModuleSpec):
     @property
     def stored_bits(self) -> int:
         """Bits of all stored tensors except the bias."""
-        return 8 * sum(part.nbytes for name, part in self.parts.items() if name != "bias")
+        return 8 * sum(tensor.nbytes for name, tensor in self.parts.items() if name != "bias")
 
     def token_bits(self) -> int:
         """Return the bits of one token's input, including extra columns; 16 per channel if inputs are not quantized."""

@@ -61,7 +61,7 @@ def _root(names: set[str], arch: Arch, where: Path) -> str:
 
 
 def _unwrapped(name: str) -> str:
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+    return ".".join(word for word in name.split(".") if word not in _WRAPPERS)
 
 
 def _ends(name: str, ending: str) -> bool:

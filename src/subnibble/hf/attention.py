@@ -273,12 +273,12 @@ class _BeforeDecoder:
         new = tokens.shape[1]
         if is_padding_mask:
             call.mask = cache.visible(mask, new)
-        places = call.places
-        if places is None:
-            places = _positions(call.mask if is_padding_mask else None, cache.get_seq_length(), tokens)
+        token_positions = call.token_positions
+        if token_positions is None:
+            token_positions = _positions(call.mask if is_padding_mask else None, cache.get_seq_length(), tokens)
         elif cache.skipped is not None:
-            places = (places - cache.skipped.to(places.device)).clamp(min=0)
-        call.places = places + (0 if prefix is None else len(prefix.ids))
+            token_positions = (token_positions - cache.skipped.to(token_positions.device)).clamp(min=0)
+        call.token_positions = token_positions + (0 if prefix is None else len(prefix.ids))
         cache.begin(new)
         return (), call.arguments(module)
 
@@ -306,14 +306,14 @@ def repeated_prefix(ids: Tensor, mask: Tensor | None, prefix: PrefixIds) -> Tens
     hidden = torch.zeros_like(ids, dtype=torch.bool)
     prefix_ids = torch.tensor(prefix.ids, device=ids.device)
     for row in range(ids.shape[0]):
-        places = torch.arange(ids.shape[1], device=ids.device) if mask is None else mask[row].nonzero()[:, 0]
-        text = ids[row, places]
+        positions = torch.arange(ids.shape[1], device=ids.device) if mask is None else mask[row].nonzero()[:, 0]
+        text = ids[row, positions]
         if text.shape[0] >= len(prefix_ids) and torch.equal(text[: len(prefix_ids)], prefix_ids):
             count = len(prefix_ids)
         else:
             has_bos = text.shape[0] > 0 and prefix.bos == int(text[0])
             count = int(has_bos and prefix.bos in (prefix.ids[0], prefix.ids[-1]))
-        hidden[row, places[: min(count, text.shape[0] - 1)]] = True
+        hidden[row, positions[: min(count, text.shape[0] - 1)]] = True
     return hidden if bool(hidden.any()) else None
 
 
@@ -356,7 +356,7 @@ def _announce(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tup
     if index == 0 and cache.scheme is not None and cache.scheme.rope == "before":
         cache.positions.append(*call.positions, call.hidden.shape[0])
     centered = cache.scheme is not None and cache.scheme.is_centered
-    layer.expect(call.places, module.get_submodule(KEY_CENTER).held() if centered else None)
+    layer.expect(call.token_positions, module.get_submodule(KEY_CENTER).held() if centered else None)
     return args, with_layer(kwargs, layer)
 
 

@@ -1,8 +1,7 @@
 """What a method's options mean, as `subnibble list METHOD` shows it: from the docstrings that define them.
 
-An option is described by an entry `name: text` in the docstring of the method's options or of a class that they
-extend.
-If the entry only says where to look ("see `rounding/gptq.py`"), the text is that of the class there (`_SOURCES`).
+An option is described by an entry `name: text` in the docstring of the method's options, or of a base class of them.
+If the entry just says where to look ("see `rounding/gptq.py`"), the text is that of the class there (`_SOURCES`).
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ from subnibble.pipeline.block_tuning import Tuner, round_tuned
 from subnibble.pipeline.check import check_apart, check_disk, resolve
 from subnibble.pipeline.finish import tune_whole, write_config, write_report
 from subnibble.pipeline.journal import QuantizationJournal, fingerprint_of
-from subnibble.pipeline.outer_layers import AfterBlocks, Part, embedding
+from subnibble.pipeline.outer_layers import AfterBlocks, TensorsAndSpecs, embedding
 from subnibble.pipeline.passage import Passage
 from subnibble.pipeline.plan import Resolved
 from subnibble.pipeline.prepare import prepare
@@ -173,7 +173,7 @@ def _windows(resolved: Resolved, clock: Clock) -> Tensor | None:
 
 def _begin(
     resolved: Resolved, windows: Tensor | None, journal: QuantizationJournal, clock: Clock
-) -> tuple[Survey, Streams, Part]:
+) -> tuple[Survey, Streams, TensorsAndSpecs]:
     """Survey the model and embed the windows; return the survey, the streams and the embedding's tensors and specs.
 
     The streams are those after the blocks in the journal.

@@ -27,10 +27,12 @@ from subnibble.tensor.scheme import Scheme
 from subnibble.transforms.rotate import ResidualEdit
 
 # (tensors to write by name, specs of the packed modules by path).
-Part = tuple[dict[str, Tensor], dict[str, Spec]]
+TensorsAndSpecs = tuple[dict[str, Tensor], dict[str, Spec]]
 
 
-def embedding(skeleton: Skeleton, table: Tensor, scheme: Scheme | None) -> tuple[Part, PackedTensor | Tensor]:
+def embedding(
+    skeleton: Skeleton, table: Tensor, scheme: Scheme | None
+) -> tuple[TensorsAndSpecs, PackedTensor | Tensor]:
     """Pack the embedding; return its tensors and specs, and the table that the packed model will run on.
 
     table: (tokens, channels), rotated or reordered already.
@@ -57,7 +59,7 @@ class AfterBlocks:
     edit: ResidualEdit | None
     clock: Clock
 
-    def stored(self, streams: Streams, scheme: Scheme | None) -> Part:
+    def stored(self, streams: Streams, scheme: Scheme | None) -> TensorsAndSpecs:
         """Pack final norm, head and all other tensors.
 
         streams: hidden states after the last block.
@@ -67,7 +69,7 @@ class AfterBlocks:
         head, packed = self.head(scheme)
         return norm | head | self.others(), specs | packed
 
-    def final_norm(self, target: list[Tensor], hidden: list[Tensor]) -> Part:
+    def final_norm(self, target: list[Tensor], hidden: list[Tensor]) -> TensorsAndSpecs:
         """Store the final norm, with a bias against the mean shift if the method asks.
 
         target: outputs of the last block before its last two sites were quantized, batches (windows, tokens,
@@ -96,7 +98,7 @@ class AfterBlocks:
             skeleton.release(path)
         return tensors, specs
 
-    def head(self, scheme: Scheme | None) -> Part:
+    def head(self, scheme: Scheme | None) -> TensorsAndSpecs:
         """Pack the head. scheme: how to quantize it, None for 16 bits.
 
         A tied head stores only the matrix that multiplies its input, if the residual stream is rotated.

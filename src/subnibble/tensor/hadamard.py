@@ -85,10 +85,10 @@ def _multiply(x: Tensor, blocks: tuple[int, ...], transposed: bool) -> Tensor:
         return x
     # Adjacent blocks of one order are multiplied together.
     runs = [(order, len(list(run))) for order, run in itertools.groupby(blocks)]
-    parts = x.split([order * count for order, count in runs], dim=-1)
+    chunks = x.split([order * count for order, count in runs], dim=-1)
     products = [
-        _block(part.unflatten(-1, (count, order)), order, transposed).flatten(-2)
-        for part, (order, count) in zip(parts, runs, strict=True)
+        _block(chunk.unflatten(-1, (count, order)), order, transposed).flatten(-2)
+        for chunk, (order, count) in zip(chunks, runs, strict=True)
     ]
     return torch.cat(products, dim=-1) if len(products) > 1 else products[0]
 

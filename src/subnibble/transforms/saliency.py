@@ -116,7 +116,7 @@ def offline_rows(site: Site, order: Tensor, heads: Heads) -> dict[str, Tensor] |
     keeps_heads = torch.equal(query * heads.width + inside, old) and bool((query // heads.repeats == shared).all())
     if not keeps_heads:
         return None
-    places = torch.arange(heads.width, device=order.device)
+    positions = torch.arange(heads.width, device=order.device)
     rows = dict.fromkeys(site.writers, (shared * heads.width + inside).flatten())
-    rows |= dict.fromkeys(site.queries, (query * heads.width + places).flatten())
-    return rows | dict.fromkeys(site.keys, (shared * heads.width + places).flatten())
+    rows |= dict.fromkeys(site.queries, (query * heads.width + positions).flatten())
+    return rows | dict.fromkeys(site.keys, (shared * heads.width + positions).flatten())

@@ -70,8 +70,8 @@ def bound_(share: Tensor, scheme: ActivationScheme) -> None:
 class _Clipped(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, share: Tensor, scheme: ActivationScheme) -> Tensor:
-        moved_scheme = with_share(scheme, share)
-        quantized = activations.quantize(x, moved_scheme)
+        clipped_scheme = with_share(scheme, share)
+        quantized = activations.quantize(x, clipped_scheme)
         values = quantized.values()
         widths = torch.tensor([stop - start for start, stop in quantized.bounds], device=x.device)
         inside = (x - values).abs() <= _HALF_STEP * quantized.scales.repeat_interleave(widths, dim=1)
@@ -79,7 +79,7 @@ class _Clipped(torch.autograd.Function):
         clippable = x.shape[1] - scheme.outliers
         by_share = torch.where(inside, values - x, values)[:, :clippable]
         ctx.save_for_backward(inside, by_share)
-        ctx.factor = scheme.clip / moved_scheme.clip
+        ctx.factor = scheme.clip / clipped_scheme.clip
         return values
 
     @staticmethod

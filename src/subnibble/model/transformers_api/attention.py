@@ -27,7 +27,7 @@ class DecoderCall:
     ids: token ids, (b, t), or None.
     embedded: embedded tokens instead of ids, (b, t, d), or None.
     mask: attention mask, (b, n) or with more dimensions, or None.
-    places: positions of the tokens, (b or 1, t), or None.
+    token_positions: positions of the tokens, (b or 1, t), or None.
     cache: KV cache of the caller, or None.
     keeps_cache: whether the caller wants a KV cache back; None: as the model's config says.
     others: all other arguments, by transformers' names.
@@ -36,7 +36,7 @@ class DecoderCall:
     ids: Tensor | None
     embedded: Tensor | None
     mask: Any
-    places: Tensor | None
+    token_positions: Tensor | None
     cache: Any
     keeps_cache: bool | None
     others: dict[str, Any]
@@ -51,11 +51,11 @@ class DecoderCall:
         """
         arguments = {**dict(zip(forward_arguments(type(decoder)), args, strict=False)), **named}
         caches = [arguments.pop(name) for name in CACHE_NAMES if name in arguments]
-        ids, embedded, mask, places = (
+        ids, embedded, mask, token_positions = (
             arguments.pop(name, None) for name in ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
         )
         cache = next((cache for cache in caches if cache is not None), None)
-        return cls(ids, embedded, mask, places, cache, arguments.pop("use_cache", None), arguments)
+        return cls(ids, embedded, mask, token_positions, cache, arguments.pop("use_cache", None), arguments)
 
     def arguments(self, decoder: nn.Module) -> dict[str, Any]:
         """The keyword arguments of the decoder, by transformers' names."""
@@ -64,7 +64,7 @@ class DecoderCall:
             "input_ids": self.ids,
             "inputs_embeds": self.embedded,
             "attention_mask": self.mask,
-            "position_ids": self.places,
+            "position_ids": self.token_positions,
             cache_argument(decoder): self.cache,
             "use_cache": self.keeps_cache,
         }
@@ -88,13 +88,13 @@ class AttentionCall:
 
     hidden: hidden states, (b, t, d).
     positions: cosines and sines of the rotary positions, (1 or b, t, rotated channels) each.
-    places: positions of the tokens, (b or 1, t), or None.
+    token_positions: positions of the tokens, (b or 1, t), or None.
     cache: KV cache, or None.
     """
 
     hidden: Tensor
     positions: tuple[Tensor, Tensor]
-    places: Tensor | None
+    token_positions: Tensor | None
     cache: Any
 
     @classmethod
