@@ -6,6 +6,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,7 +30,12 @@ from subnibble.resume.places import runs_in
 Run = Callable[..., tuple[int, str, str]]
 
 VOCABULARY = 96
-SIZES = {"vocab_size": VOCABULARY, "num_hidden_layers": 3, "max_position_embeddings": 128, "eos_token_id": None}
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "num_hidden_layers": 3,
+    "max_position_embeddings": 128,
+    "eos_token_id": None,
+}
 
 CONFIGS = {
     # head_dim 16 is not hidden / heads = 8; 48 and 80 are no multiples of 32
@@ -61,10 +67,14 @@ CONFIGS = {
 }  # fmt: skip
 
 
-def random_model(name: str, seed: int = 0) -> torch.nn.Module:
+def random_model(name: str, seed: int = 0, blocks: int = SIZES["num_hidden_layers"]) -> torch.nn.Module:
     """A model with random weights, gains and biases, some channels much larger than others."""
     generator = torch.Generator().manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(CONFIGS[name], dtype=torch.float32).eval()
+    config = CONFIGS[name]
+    if blocks != config.num_hidden_layers:
+        values = {name: value for name, value in config.to_dict().items() if name != "layer_types"}
+        config = type(config).from_dict(values | {"num_hidden_layers": blocks})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
@@ -77,8 +87,8 @@ def random_model(name: str, seed: int = 0) -> torch.nn.Module:
     return model
 
 
-def save_model(name: str, folder: Path, shard_size: str = "1GB") -> Path:
-    random_model(name).save_pretrained(folder, max_shard_size=shard_size)
+def save_model(name: str, folder: Path, shard_size: str = "1GB", blocks: int = SIZES["num_hidden_layers"]) -> Path:
+    random_model(name, blocks=blocks).save_pretrained(folder, max_shard_size=shard_size)
     words = {f"w{i}": i for i in range(VOCABULARY - 1)} | {"<unk>": VOCABULARY - 1}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

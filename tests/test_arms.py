@@ -35,13 +35,18 @@ def small(bench: str, arm: str) -> Recipe:
     return Recipe.from_dict(values | BASE | {"options": options})
 
 
+@pytest.fixture(scope="module")
+def skeletons(folders: dict[str, Path]) -> list[Skeleton]:
+    """One of each architecture, without weights."""
+    return [Skeleton(SafetensorsSource(folders[name]), torch.float32, torch.device("cpu")) for name in CONFIGS]
+
+
 @pytest.mark.parametrize(("bench", "arm"), NAMED)
-def test_an_arm_resolves_on_every_architecture(bench: str, arm: str, folders: dict[str, Path]) -> None:
+def test_an_arm_resolves_on_every_architecture(bench: str, arm: str, skeletons: list[Skeleton]) -> None:
     recipe = small(bench, arm)
     method = find_method(recipe.method)
     steps = method.build(method.configure(recipe.options))
-    for name in CONFIGS:
-        skeleton = Skeleton(SafetensorsSource(folders[name]), torch.float32, torch.device("cpu"))
+    for skeleton in skeletons:
         plan = checked_plan(recipe, steps, skeleton)
         assert all((scheme is None) == (recipe.method == "none") for scheme in plan.schemes.values())
         bits = {None if scheme is None else scheme.bits for scheme in plan.activations.values()}

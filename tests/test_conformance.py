@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import subnibble
-from conftest import CONFIGS
+from conftest import CONFIGS, save_model
 from subnibble import Recipe
 from subnibble.calibrate.stream import BlockStream
 from subnibble.checkpoint.manifest import packed_config_of
@@ -72,6 +73,11 @@ UNIFORM_ONLY = ("atom", "omniquant", "bisup")
 COMBINATIONS = [(m, s) for m in WITH_INPUTS for s in INPUT_SETTINGS if m not in UNIFORM_ONLY or s != "mxfp4"]
 # One rounds nothing (`test_prefix.py`).
 WEIGHT_ONLY = tuple(method for method in METHODS if method not in (*WITH_INPUTS[2:], "none"))
+
+
+def recipe_of(method: str, tokens: Path, settings: dict[str, object]) -> Recipe:
+    own: dict[str, Any] = {"options": OPTIONS.get(method, {}), **settings}
+    return Recipe(method=method, calibration=str(tokens), num_windows=6, window=32, device="cpu", **own)
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -170,10 +176,7 @@ def check_reported(report: Report, source: Path, packed: torch.nn.Module) -> int
 
 def check_method(method: str, source: Path, tokens: Path, out: Path, settings: dict[str, object]) -> None:
     """What every method must keep on every architecture."""
-    options = OPTIONS.get(method, {})
-    recipe = Recipe(
-        method=method, calibration=str(tokens), num_windows=6, window=32, device="cpu", options=options, **settings
-    )
+    recipe = recipe_of(method, tokens, settings)
     skeleton = Skeleton(SafetensorsSource(source), torch.float32, torch.device("cpu"))
     linears = list(skeleton.linear_shapes())
 
@@ -200,12 +203,8 @@ def check_method(method: str, source: Path, tokens: Path, out: Path, settings: d
     assert [linear.path for linear in report.linears] == linears
     assert residents == [{str(i)} for i in range(skeleton.num_blocks)] + [set()]
 
-    # the same seed gives the same bytes
-    again = subnibble.quantize(source, out / "b", recipe)
-    assert again.weights_sha256 == report.weights_sha256
-
     # rotations and transforms leave the function alone
-    steps = METHODS[method].build(METHODS[method].configure(options))
+    steps = METHODS[method].build(METHODS[method].configure(OPTIONS.get(method, {})))
     block, call = skeleton.load_block(1), skeleton.block_calls(12)[1]
     hidden = torch.randn(1, 12, skeleton.config.hidden_size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -236,13 +235,29 @@ def check_method(method: str, source: Path, tokens: Path, out: Path, settings: d
 
     # save and load are bit-exact
     model.save_pretrained(out / "c")
+    saved = tensors_of(out / "c")
     for name, tensor in tensors_of(out / "a").items():
-        saved = tensors_of(out / "c")[name]
-        assert torch.equal(saved, tensor.to(saved.dtype)), name
-        assert saved.dtype == tensor.dtype or name.endswith(("embed_tokens.weight", "lm_head.weight", "norm.bias"))
+        assert torch.equal(saved[name], tensor.to(saved[name].dtype)), name
+        assert saved[name].dtype == tensor.dtype or name.endswith(
+            ("embed_tokens.weight", "lm_head.weight", "norm.bias")
+        )
     reloaded = AutoModelForCausalLM.from_pretrained(out / "c", dtype=torch.float32)
     assert packed_config_of(reloaded.config) == packed_config_of(model.config)
     assert torch.equal(logits(reloaded), logits(model))
+
+
+def check_seed(method: str, source: Path, tokens: Path, out: Path, settings: dict[str, object]) -> None:
+    """The same seed gives the same bytes."""
+    recipe = recipe_of(method, tokens, settings)
+    first, again = (subnibble.quantize(source, out / name, recipe) for name in ("first", "again"))
+    assert again.weights_sha256 == first.weights_sha256
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Name of a tiny model -> its folder, of two blocks: one that others follow, and a last one."""
+    root = tmp_path_factory.mktemp("sources")
+    return {name: save_model(name, root / name, blocks=2) for name in CONFIGS}
 
 
 @pytest.mark.pairwise
@@ -250,18 +265,37 @@ def check_method(method: str, source: Path, tokens: Path, out: Path, settings: d
 @pytest.mark.parametrize("model", CONFIGS)
 @pytest.mark.parametrize("method", WEIGHT_ONLY)
 def test_method_conforms(
-    method: str, model: str, settings: dict[str, object], folders: dict[str, Path], token_file: Path, tmp_path: Path
+    method: str, model: str, settings: dict[str, object], sources: dict[str, Path], token_file: Path, tmp_path: Path
 ) -> None:
-    check_method(method, folders[model], token_file, tmp_path, settings)
+    check_method(method, sources[model], token_file, tmp_path, settings)
 
 
 @pytest.mark.pairwise
 @pytest.mark.parametrize("model", CONFIGS)
 @pytest.mark.parametrize(("method", "settings"), COMBINATIONS)
 def test_method_conforms_with_quantized_inputs(
-    method: str, settings: str, model: str, folders: dict[str, Path], token_file: Path, tmp_path: Path
+    method: str, settings: str, model: str, sources: dict[str, Path], token_file: Path, tmp_path: Path
 ) -> None:
-    check_method(method, folders[model], token_file, tmp_path, INPUT_SETTINGS[settings])
+    check_method(method, sources[model], token_file, tmp_path, INPUT_SETTINGS[settings])
+
+
+@pytest.mark.each_value
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize("model", CONFIGS)
+@pytest.mark.parametrize("method", WEIGHT_ONLY)
+def test_the_same_seed_gives_the_same_bytes(
+    method: str, model: str, settings: dict[str, object], sources: dict[str, Path], token_file: Path, tmp_path: Path
+) -> None:
+    check_seed(method, sources[model], token_file, tmp_path, settings)
+
+
+@pytest.mark.each_value
+@pytest.mark.parametrize("model", CONFIGS)
+@pytest.mark.parametrize(("method", "settings"), COMBINATIONS)
+def test_the_same_seed_gives_the_same_bytes_with_quantized_inputs(
+    method: str, settings: str, model: str, sources: dict[str, Path], token_file: Path, tmp_path: Path
+) -> None:
+    check_seed(method, sources[model], token_file, tmp_path, INPUT_SETTINGS[settings])
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,11 @@ from subnibble.pipeline.estimate import estimate
 from subnibble.report import Report
 
 DATA = {"num_windows": 32, "window": 24, "device": "cpu", "dtype": "float32"}
-DISTILLED = {"distill_steps": 32, "distill": {"tokens": 192, "rate": 0.005}}
+DISTILLED = {"distill_steps": 8, "distill": {"tokens": 192, "rate": 0.02}}
+# So slow that every look finds something better than the one before.
+GENTLE = {"distill_steps": 8, "distill": {"tokens": 192, "rate": 0.002}}
+# So fast that its end has another loss than its start, whether or not it is better.
+FAR = {"distill_steps": 6, "distill": {"tokens": 192, "rate": 0.03}}
 PROMPT = "w5 w9 w2 w7"
 MIXED: dict[str, Any] = {"bits": 2, "group_size": 16, "activation_bits": 3, "embedding_bits": 8, "kv_bits": 4}
 METHODS: dict[str, dict[str, Any]] = {
@@ -122,7 +126,7 @@ def test_codes_stay_and_what_was_trained_is_what_runs(
 ) -> None:
     trained, looks = trainings(monkeypatch), keep_every_look(monkeypatch)
     _, plain = run("plain", name, **METHODS[kind])
-    _, folder = run("distilled", name, **METHODS[kind], **DISTILLED)
+    _, folder = run("distilled", name, **METHODS[kind], **FAR)
 
     old, new = tensors_of(plain), tensors_of(folder)
     assert old.keys() == new.keys()
@@ -133,6 +137,7 @@ def test_codes_stay_and_what_was_trained_is_what_runs(
     assert all(old[key].dtype == new[key].dtype for key in old)
     # Where inputs are quantized, sums in another order put some of them on the next code.
     near = {16: 0.01, 8: 0.1, 4: 0.12, 3: 0.25}[METHODS[kind].get("activation_bits", 16)]
+    assert looks[-1] != pytest.approx(looks[0], rel=near)
     assert loss_of(plain, trained[0]) == pytest.approx(looks[0], rel=near)
     assert loss_of(folder, trained[0]) == pytest.approx(looks[-1], rel=near)
 
@@ -181,7 +186,7 @@ def test_what_is_not_finite_goes_back_to_the_best_so_far(run: Any, monkeypatch: 
         return usual(self, ids, optimizer)
 
     monkeypatch.setattr(distill._Training, "_step", broken)
-    report, folder = run("out", **METHODS["gptq"], **DISTILLED)
+    report, folder = run("out", **METHODS["gptq"], **GENTLE)
 
     assert report.distilled is not None
     assert report.distilled.rollbacks == 1
@@ -258,9 +263,9 @@ def test_one_window_is_too_few_and_said_before_any_work() -> None:
 
 def test_8_bit_factors_beside_mxfp4_are_learned_where_nothing_else_is(run: Any) -> None:
     recipe = METHODS["mxfp4"] | {"method": "l2qer", "options": {"rank": 8, "factor_bits": 8}}
-    alone = {"tokens": 192, "rate": 0.005, "norms": False, "clips": False}
+    alone = {"tokens": 192, "rate": 0.02, "norms": False, "clips": False}
     plain = tensors_of(run("plain", **recipe)[1])
-    learned = tensors_of(run("out", **recipe, distill_steps=32, distill=alone)[1])
+    learned = tensors_of(run("out", **recipe, distill_steps=8, distill=alone)[1])
     changed = {name for name in plain if not torch.equal(plain[name], learned[name])}
     assert changed
     assert all(name.endswith(("down.scales", "up.scales")) for name in changed)

@@ -173,13 +173,30 @@ def test_plugin_registers_once_on_reload(monkeypatch: pytest.MonkeyPatch) -> Non
     assert (AUTO_QUANTIZER_MAPPING["subnibble"], AUTO_QUANTIZATION_CONFIG_MAPPING["subnibble"]) == before
 
 
-@pytest.mark.parametrize(
-    "order",
-    ["import subnibble, transformers", "import transformers, subnibble", "import subnibble.hf, transformers"],
-)
-def test_import_in_any_order_registers(order: str, packed: dict[str, Path]) -> None:
-    code = f"{order}; transformers.AutoModelForCausalLM.from_pretrained({str(packed['llama'])!r})"
-    assert subprocess.run([sys.executable, "-c", code], check=False, capture_output=True).returncode == 0
+# Each program in a process of its own, which has torch already, to be quick, and nothing that imports transformers.
+PROGRAMS = """
+import os, sys, traceback, torch
+assert not {"transformers", "subnibble"} & set(sys.modules)
+for program in sys.argv[1:]:
+    child = os.fork()
+    if not child:
+        try:
+            exec(program, {})
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    if os.waitpid(child, 0)[1]:
+        print(program)
+"""
+
+
+def test_import_in_any_order_registers(packed: dict[str, Path]) -> None:
+    load = f"transformers.AutoModelForCausalLM.from_pretrained({str(packed['llama'])!r})"
+    orders = ("import subnibble, transformers", "import transformers, subnibble", "import subnibble.hf, transformers")
+    programs = [f"{order}; {load}" for order in orders]
+    done = subprocess.run([sys.executable, "-c", PROGRAMS, *programs], check=True, capture_output=True, text=True)
+    assert done.stdout == "", done.stderr
 
 
 def test_public_names_are_there_after_a_plain_import() -> None:

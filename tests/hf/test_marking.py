@@ -82,21 +82,18 @@ def saved(
     return {"quantized": packed["llama"], **{folder.name: folder for folder in root.iterdir()}}
 
 
-def test_a_program_without_the_plug_in_is_told_to_import_it(saved: dict[str, Path]) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, *map(str, saved.values())], capture_output=True, text=True, check=True
-    )
-    assert done.stdout.split() == ["refused"] * 3 * len(saved)
-
-
-def test_the_program_finds_a_folder_without_the_word(packed: dict[str, Path], tmp_path: Path) -> None:
+def test_a_program_without_the_plug_in_is_told_to_import_it(
+    saved: dict[str, Path], packed: dict[str, Path], tmp_path: Path
+) -> None:
+    # One folder lacks the word, so that the program loads it.
     shutil.copytree(packed["llama"], tmp_path / "plain")
     plain = {key: value for key, value in words(tmp_path / "plain").items() if key != KEY}
     (tmp_path / "plain" / "config.json").write_text(json.dumps(plain))
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, tmp_path / "plain"], capture_output=True, text=True, check=True
-    )
-    assert done.stdout.count("loaded") == 3
+    folders = [*map(str, saved.values()), str(tmp_path / "plain")]
+    done = subprocess.run([sys.executable, "-c", PROGRAM, *folders], capture_output=True, text=True, check=True)
+    *told, one, two, three = done.stdout.splitlines()
+    assert told == ["refused"] * 3 * len(saved)
+    assert all(line.startswith(folders[-1]) and line.endswith(" loaded") for line in (one, two, three))
 
 
 def test_with_the_plug_in_all_load_as_without_the_word(saved: dict[str, Path], tmp_path: Path) -> None:

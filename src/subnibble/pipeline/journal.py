@@ -1,6 +1,6 @@
 """What a quantization records in the journal of its run, and how it goes on from there.
 
-    survey         sink tokens and channel order; both need passes of the full-precision model
+    survey         sink tokens and channel order, if asked for: both need passes of the full-precision model
     block 0, ...   shard, specs and reports of a block, and the streams after it
     final layers   the last shard, and the specs of all modules
     distilling     the state of the training loop; replaced again and again
@@ -26,7 +26,7 @@ from subnibble.distill.train import Distilled
 from subnibble.pipeline.plan import Resolved
 from subnibble.pipeline.store import StoredBlock
 from subnibble.pipeline.streams import Streams
-from subnibble.pipeline.survey import Survey
+from subnibble.pipeline.survey import Survey, takes_passes
 from subnibble.report import BlockReport, LinearReport
 from subnibble.report.clock import Clock, peak_memory
 from subnibble.resume import fingerprint
@@ -80,7 +80,9 @@ class QuantizationJournal:
         return max(self._peak, peak_memory())
 
     def survey(self, windows: Tensor | None) -> Survey | None:
-        """The recorded survey, None if it is not finished. windows: (n, t) token ids, or None."""
+        """The recorded survey, None if it is still to do. windows: (n, t) token ids, or None."""
+        if not takes_passes(self._resolved, windows):
+            return Survey(windows, self._resolved.rotation, self._resolved.prefix)
         value = self._journal.value(_SURVEY)
         if value is None:
             return None

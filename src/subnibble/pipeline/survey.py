@@ -41,6 +41,11 @@ class Survey:
     prefix: PrefixIds | None
 
 
+def takes_passes(resolved: Resolved, windows: Tensor | None) -> bool:
+    """Whether the survey runs the full-precision model. windows: (n, t) token ids, None without calibration."""
+    return windows is not None and (resolved.recipe.system_prompt == AUTO or resolved.steps.orders_residual)
+
+
 def survey(resolved: Resolved, windows: Tensor | None, table: Tensor, clock: Clock) -> Survey:
     """Find the model's sink tokens and a channel order of its residual stream, if a step needs them.
 
