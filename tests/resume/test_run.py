@@ -96,11 +96,23 @@ def test_another_word_is_a_wrong_argument(tmp_path: Path) -> None:
         Run(tmp_path / "out", "quantize", {}, "always")
 
 
+def unreadable() -> CheckpointError:
+    error = CheckpointError("the network is gone")
+    error.__cause__ = OSError(errno.EIO, "no route")
+    return error
+
+
 KEPT = [
     KeyboardInterrupt(), SystemExit(143), MemoryError(), RuntimeError("CUDA out of memory"), TypeError("a bug"),
-    OSError(errno.EIO, "bad disk"), CheckpointError("the network is gone"), OutputError("a shard"),
+    OSError(errno.EIO, "bad disk"), unreadable(), OutputError("a shard"),
 ]  # fmt: skip
-GONE = [NumericalFailure("nan"), BadRecipe("bits"), NotLoadable("no"), SilentFailure("hook")]
+GONE = [
+    CheckpointError("NaN weights"),
+    NumericalFailure("nan"),
+    BadRecipe("bits"),
+    NotLoadable("no"),
+    SilentFailure("hook"),
+]
 
 
 @pytest.mark.parametrize("error", KEPT, ids=lambda error: type(error).__name__)

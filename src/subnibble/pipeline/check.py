@@ -44,6 +44,7 @@ from subnibble.pipeline.resolved_recipe import resolved_recipe
 from subnibble.pipeline.size import disk_bytes
 from subnibble.pipeline.streams import prefix_length
 from subnibble.recipe import PLAIN_ACTIVATIONS, Recipe
+from subnibble.resume.run import Run
 from subnibble.tensor.cache_scheme import PrefixIds
 from subnibble.tensor.scheme import Scheme
 from subnibble.transforms.rotate import can_rotate
@@ -158,19 +159,16 @@ def check_apart(out: Path, model: Path, recipe: Recipe) -> None:
             raise OutputError(f"{path} lies in {out}, which would be replaced; choose another output folder")
 
 
-def check_disk(resolved: Resolved, folder: Path, final: Path) -> None:
-    """Raise `OutputError` if the disk of `folder` cannot hold the checkpoint and the unfinished work.
-
-    folder: the work folder of the run.
-    final: its final path, for the error.
-    """
+def check_disk(resolved: Resolved, run: Run) -> None:
+    """Raise `OutputError` if the disk of the run's work folder cannot hold the checkpoint and the unfinished work."""
     needed = disk_bytes(resolved)["peak"]
-    # What an earlier run has written already counts as free.
-    written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    free = shutil.disk_usage(folder).free + written
+    free = shutil.disk_usage(run.folder).free
+    if run.is_resumed:
+        # What is written already counts as free.
+        free += sum(path.stat().st_size for path in run.folder.rglob("*") if path.is_file())
     if free < needed:
         raise OutputError(
-            f"{final}: {free / 1e9:.2f} GB are free and about {needed / 1e9:.2f} GB are needed; free space or choose "
+            f"{run.final}: {free / 1e9:.2f} GB are free and about {needed / 1e9:.2f} GB are needed; free space or choose "
             "another disk"
         )
 

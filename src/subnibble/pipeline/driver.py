@@ -100,7 +100,7 @@ def quantize(
             run.finish()
             return Report.from_dict(read_report(run.final))
         with CheckpointWriter(final, resolved.skeleton.num_blocks + 1, overwrite, run) as writer:
-            check_disk(resolved, run.folder, writer.final)
+            check_disk(resolved, run)
             report = _run(resolved, windows, writer, run, clock, on_progress)
             writer.commit()
     return report

@@ -63,10 +63,12 @@ def disk_bytes(resolved: Resolved) -> dict[str, int]:
     """
     recipe, steps, skeleton = resolved.recipe, resolved.steps, resolved.skeleton
     tokens = 0 if recipe.calibration is None else recipe.num_windows * recipe.window
-    stream = tokens * int(skeleton.config.hidden_size) * torch.empty(0, dtype=skeleton.dtype).element_size()
+    width = int(skeleton.config.hidden_size)
+    stream = tokens * width * torch.empty(0, dtype=skeleton.dtype).element_size()
+    prompt = 0 if resolved.prefix is None else len(resolved.prefix.ids) * width * _FLOAT_BYTES
     parts = {
         "checkpoint": packed_bytes(recipe, steps, resolved.plan, skeleton, resolved.prefix),
-        "activation streams": stream * (2 * (1 + steps.needs_reference) + steps.corrects_norms),
+        "activation streams": 2 * prompt + stream * (2 * (1 + steps.needs_reference) + steps.corrects_norms),
         "distillation": 0,
     }
     if recipe.distillation is not None:

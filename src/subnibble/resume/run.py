@@ -17,6 +17,7 @@ from subnibble.errors import (
     BadJournal,
     BadRecipe,
     CalibrationError,
+    CheckpointError,
     NotLoadable,
     NumericalFailure,
     OutputError,
@@ -282,4 +283,7 @@ def checked_resume(resume: Any) -> str:
 
 def _may_go_on(error: BaseException | None) -> bool:
     """Whether the same command can get further after this error: not if it would fail again in the same place."""
+    if isinstance(error, CheckpointError):
+        # A file that cannot be read now may be readable later; a damaged model must be replaced.
+        return isinstance(error.__cause__, OSError)
     return error is not None and not isinstance(error, _WOULD_RECUR)
