@@ -168,8 +168,8 @@ def check_disk(resolved: Resolved, run: Run) -> None:
         free += sum(path.stat().st_size for path in run.folder.rglob("*") if path.is_file())
     if free < needed:
         raise OutputError(
-            f"{run.final}: {free / 1e9:.2f} GB are free and about {needed / 1e9:.2f} GB are needed; free space or choose "
-            "another disk"
+            f"{run.final}: {free / 1e9:.2f} GB are free and about {needed / 1e9:.2f} GB are needed; free space or "
+            "choose another disk"
         )
 
 
