@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def test_distillation_of_a_checkpoint_goes_on(
     shutil.copytree(packed["llama"], target)
     distill_checkpoint(target, gptq.model, recipe)
     steps = set()
-    for number in range(first, 1000, 13 if first else 1):
+    for number in range(first, 1000, 29 if first else 1):
         out = tmp_path / "out"
         shutil.copytree(packed["llama"], out)
         was_killed = killed_at_operation(lambda out=out: distill_checkpoint(out, gptq.model, recipe), number)
@@ -64,11 +65,18 @@ def test_distillation_of_a_checkpoint_goes_on(
         shutil.rmtree(out)
         if not was_killed:
             break
-    assert steps == {"distilling", "distilled"}
+    assert steps <= {"distilling", "distilled"}
+    assert len(steps) == (1 if first else 2) or steps == {"distilling", "distilled"}
 
 
-@pytest.mark.parametrize("keeps", [True, False])
-def test_a_comparison_goes_on(gptq: Resumable, text_file: Path, tmp_path: Path, keeps: bool) -> None:
+@pytest.mark.parametrize(("keeps", "numbers"), [
+    (True, (70, 150)), (False, (100,)),
+    pytest.param(True, range(0, 200, 5), marks=pytest.mark.slow),
+    pytest.param(False, range(0, 200, 5), marks=pytest.mark.slow),
+])  # fmt: skip
+def test_a_comparison_goes_on(
+    gptq: Resumable, text_file: Path, tmp_path: Path, keeps: bool, numbers: Sequence[int]
+) -> None:
     recipes = [gptq.recipe, Recipe(**{**GPTQ, "method": "rtn", "calibration": None}, device="cpu")]
     evaluation = {"text": str(text_file), "window": 16, "device": "cpu"}
     out = tmp_path / "kept" if keeps else None
@@ -81,7 +89,7 @@ def test_a_comparison_goes_on(gptq: Resumable, text_file: Path, tmp_path: Path, 
         if keeps:
             shutil.rmtree(tmp_path / "kept")
         steps: set[str] = set()
-        for number in (30, 70, 100, 130, 160):
+        for number in numbers:
             if killed_at_operation(rows, number):
                 steps |= {run.last for run in unfinished_runs() if run.command == "compare"}
                 assert rows() == target
@@ -89,7 +97,7 @@ def test_a_comparison_goes_on(gptq: Resumable, text_file: Path, tmp_path: Path, 
                 assert {path.name for path in tmp_path.iterdir()} == {"kept", "runs"}
                 assert not [path for path in (tmp_path / "kept").iterdir() if path.name.startswith(".")]
                 shutil.rmtree(tmp_path / "kept")
-        assert len(steps) > 1
+        assert len(steps) >= min(2, len(numbers))
         assert unfinished_runs() == []
         assert list((tmp_path / "runs").iterdir()) == []
 
@@ -133,12 +141,13 @@ def test_an_evaluation_goes_on_after_its_last_window(
         assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("stride", [11, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_disk_that_is_full_at_any_write_is_an_error_and_the_run_goes_on_later(
-    gptq: Resumable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stride: int, gptq: Resumable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gptq.run(tmp_path / "undisturbed")
     target, plain = comparable(tmp_path / "undisturbed"), durable.sync_file
-    for number in range(0, 1000, 3):
+    for number in range(0, 1000, stride):
         count = [0]
 
         def full(path: Path, number: int = number, count: list[int] = count) -> None:
@@ -221,7 +230,9 @@ def test_the_first_signal_waits_for_a_safe_point_and_the_second_does_not(
     safe_point()
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [
+    (signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow),
+])  # fmt: skip
 def test_a_command_that_is_stopped_says_how_to_go_on(
     gptq: Resumable, tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
