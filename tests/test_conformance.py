@@ -17,7 +17,7 @@ from subnibble.calibrate.stream import BlockStream
 from subnibble.checkpoint.manifest import packed_config_of
 from subnibble.checkpoint.module_specs import NormBiasSpec
 from subnibble.checkpoint.safetensors_source import SafetensorsSource
-from subnibble.checkpoint.writer import CheckpointWriter
+from subnibble.checkpoint.writer import CheckpointWriter, Shard
 from subnibble.hf import packed_modules
 from subnibble.methods import METHODS
 from subnibble.model.skeleton import Skeleton
@@ -183,10 +183,10 @@ def check_method(method: str, source: Path, tokens: Path, out: Path, settings: d
     residents, quantized = [], []
     write_shard, pack = CheckpointWriter.write_shard, PackedRange.pack
 
-    def count_resident(self: CheckpointWriter, tensors: dict[str, torch.Tensor]) -> None:
+    def count_resident(self: CheckpointWriter, tensors: dict[str, torch.Tensor]) -> Shard:
         blocks = {name.split(".")[2] for name in tensors if name.startswith("model.layers.")}
         residents.append(blocks)
-        write_shard(self, tensors)
+        return write_shard(self, tensors)
 
     def check_codes(part: QuantizedMatrix, scheme: Scheme) -> PackedRange:
         assert int(part.codes.min()) >= 0

@@ -13,7 +13,7 @@ from torch import Tensor
 from spoiled_checkpoint import spoiled_copy
 from subnibble import Recipe, distill_checkpoint, quantize
 from subnibble.checkpoint.safetensors_source import SafetensorsSource
-from subnibble.checkpoint.writer import CheckpointWriter
+from subnibble.checkpoint.writer import CheckpointWriter, Shard
 from subnibble.errors import NotLoadable
 from subnibble.generate.prefix import add_prefix
 from subnibble.hf import load_model
@@ -34,11 +34,11 @@ def plant(fault: Fault, patch: pytest.MonkeyPatch) -> None:
     """Let the writer spoil the shard that holds `NAME`."""
     write = CheckpointWriter.write_shard
 
-    def spoiling(self: CheckpointWriter, tensors: dict[str, Tensor]) -> None:
+    def spoiling(self: CheckpointWriter, tensors: dict[str, Tensor]) -> Shard:
         shard = {name: tensor.clone() for name, tensor in tensors.items()}
         if NAME in shard:
             fault(shard)
-        write(self, shard)
+        return write(self, shard)
 
     patch.setattr(CheckpointWriter, "write_shard", spoiling)
 
@@ -92,8 +92,8 @@ def test_what_distillation_rewrites_is_checked_too(
 ) -> None:
     rewrite = CheckpointWriter.rewrite
 
-    def spoiling(self: CheckpointWriter, tensors: dict[str, Tensor]) -> None:
-        rewrite(self, {**tensors, NAME: torch.full_like(tensors[NAME], torch.nan)})
+    def spoiling(self: CheckpointWriter, tensors: dict[str, Tensor], on_checksum: Callable[[str, str], None]) -> None:
+        rewrite(self, {**tensors, NAME: torch.full_like(tensors[NAME], torch.nan)}, on_checksum)
 
     monkeypatch.setattr(CheckpointWriter, "rewrite", spoiling)
     with pytest.raises(NotLoadable, match=re.escape(f"{NAME} is not finite")):

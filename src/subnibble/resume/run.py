@@ -194,7 +194,7 @@ class Run:
             shown = "; ".join(changed[:8]) + ("; ..." if len(changed) > 8 else "")
             raise BadJournal(
                 f"{self.folder} holds the unfinished work of another run: {shown}. Repeat the earlier command to "
-                "finish it, choose another folder, or start anew with --resume never"
+                "finish it, or discard it with --resume never or by removing that folder"
             )
 
     def _lock(self) -> int:
@@ -247,8 +247,13 @@ class Run:
         # One rename, so that an interrupted removal leaves no half of a run.
         removed = self.folder.with_name(self.folder.name + REMOVED)
         remove_folder(removed)
-        rename(self.folder, removed)
-        remove_folder(removed)
+        try:
+            rename(self.folder, removed)
+        except OSError as error:
+            # The result is not touched by this.
+            _log.warning("%s cannot be removed (%s); remove it", self.folder, error.strerror)
+        else:
+            remove_folder(removed)
 
 
 @contextmanager
