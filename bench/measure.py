@@ -101,7 +101,7 @@ def measure_row(
     facts: dict[str, Any] = {"version": __version__, "window": WINDOW, "scored_in": "float32", **environment()}
     target = {
         "recipe": None if recipe is None else recipe.to_dict(), "windows": windows, "texts": names,
-        "exact inputs": exact_inputs, "change": None if change is None else repr(change), **environment(),
+        "exact inputs": exact_inputs, "change": None if change is None else change.__qualname__, **environment(),
         "versions": fingerprint.versions(),
     }  # fmt: skip
     with ExitStack() as stack:

@@ -18,7 +18,7 @@ import pytest
 from crashes import bytes_of, killed_at_operation
 from resumable import Resumable, comparable, recorded, saves_always
 
-from subnibble import Recipe, compare, distill_checkpoint, evaluate
+from subnibble import Recipe, compare, distill_checkpoint, evaluate, quantize
 from subnibble.errors import BadJournal, OutputError
 from subnibble.pipeline import journal as pipeline_journal
 from subnibble.resume import durable
@@ -118,6 +118,50 @@ def test_a_comparison_refuses_checkpoints_that_changed_in_between(
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     with pytest.raises(BadJournal, match="its weights are not those that were written"):
         compare(*arguments)
+
+
+def test_a_comparison_keeps_a_checkpoint_that_was_finished_just_before_the_kill(
+    gptq: Resumable, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "kept"
+    arguments = (gptq.model, [gptq.recipe], {"text": str(text_file), "window": 16, "device": "cpu"}, out)
+
+    def killed(*given: Any, **named: Any) -> None:
+        quantize(*given, **named)
+        raise KeyboardInterrupt
+
+    def unused(*given: Any, **named: Any) -> None:
+        pytest.fail("it is quantized twice")
+
+    target = [row.scores for row in compare(*arguments)]
+    shutil.rmtree(out)
+    with monkeypatch.context() as patch:
+        patch.setattr("subnibble.evaluation.compare.quantize", killed)
+        with pytest.raises(KeyboardInterrupt):
+            compare(*arguments)
+        patch.setattr("subnibble.evaluation.compare.quantize", unused)
+        assert [row.scores for row in compare(*arguments, resume="must")] == target
+
+
+def test_a_comparison_that_starts_anew_replaces_nothing_without_being_told(
+    gptq: Resumable, packed: dict[str, Path], text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, evaluation = tmp_path / "kept", {"text": str(text_file), "window": 16, "device": "cpu"}
+
+    def stop(*arguments: Any, **named: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("subnibble.evaluation.compare.score", stop)
+        with pytest.raises(KeyboardInterrupt):
+            compare(gptq.model, [gptq.recipe], evaluation, out)
+    (name,) = (path.name for path in out.iterdir() if not path.name.startswith("."))
+    shutil.rmtree(out / name)
+    shutil.copytree(packed["llama"], out / name)
+    for resume in ("never", "auto"):
+        with pytest.raises(OutputError, match="pass --overwrite to replace it"):
+            compare(gptq.model, [gptq.recipe], {**evaluation, "window": 12}, out, resume=resume)
+    assert bytes_of(out / name) == bytes_of(packed["llama"])
 
 
 def test_an_evaluation_goes_on_after_its_last_window(

@@ -23,7 +23,7 @@ from subnibble.errors import (
     SilentFailure,
 )
 from subnibble.resume import fingerprint
-from subnibble.resume.places import runs_folder, runs_in
+from subnibble.resume.places import runs_folder, runs_in, work_folders
 from subnibble.resume.run import Run, printing_run
 from subnibble.resume.runs import unfinished_runs
 
@@ -235,3 +235,47 @@ def test_the_fingerprint_knows_model_text_and_machine(tmp_path: Path) -> None:
     assert len(set(digests)) == 4
     assert fingerprint.machine(torch.device("cpu"))["threads"] == torch.get_num_threads()
     assert {"subnibble", "torch", "transformers"} <= set(fingerprint.versions())
+
+
+def test_a_link_and_the_current_folder_have_the_work_folder_of_what_they_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    monkeypatch.chdir(tmp_path / "out")
+    target = work_folders(tmp_path / "out")
+    assert work_folders(tmp_path / "link") == work_folders(Path()) == work_folders(Path("../out")) == target
+
+
+@pytest.mark.parametrize("resume", ["auto", "never"])
+@pytest.mark.parametrize("content", ['{"journal": 0}', "{"])
+def test_a_complete_checkpoint_needs_no_journal_that_can_be_read(tmp_path: Path, resume: str, content: str) -> None:
+    def killed(work: Path, final: Path) -> None:
+        (work / "commit-phase").write_bytes(b"leaving")
+        raise KeyboardInterrupt
+
+    def write() -> None:
+        with Run(out, "quantize", FINGERPRINT) as run:
+            run.journal.record({"block 0": 7})
+            run.checkpoint.mkdir()
+            (run.checkpoint / "config.json").write_text("{}")
+            run.commit()
+
+    out = tmp_path / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("subnibble.resume.commit.commit", killed)
+        with pytest.raises(KeyboardInterrupt):
+            write()
+    (tmp_path / ".out.partial" / "journal.json").write_text(content)
+    with Run(out, "quantize", FINGERPRINT, resume) as run:
+        assert (out / "config.json").is_file()
+        assert not run.is_resumed
+        run.finish()
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_a_damaged_run_is_not_said_to_go_on(tmp_path: Path) -> None:
+    error = BadJournal("a shard is damaged")
+    work = leave_unfinished(tmp_path / "out", error=error)
+    assert (work / "journal.json").is_file()
+    assert not hasattr(error, "__notes__")

@@ -14,10 +14,13 @@ from torch import Tensor
 from subnibble.arguments import as_path, described
 from subnibble.calibrate.prompt import prefix_ids
 from subnibble.calibrate.tokens import bos_token
+from subnibble.checkpoint.checksums import file_checksum
+from subnibble.checkpoint.config import CONFIG
+from subnibble.checkpoint.edit import read_report
 from subnibble.checkpoint.opening import open_source
 from subnibble.checkpoint.size import Size, measure, weights_hash
 from subnibble.checkpoint.source import Source
-from subnibble.checkpoint.writer import check_output
+from subnibble.checkpoint.writer import check_output, is_packed
 from subnibble.device import resolve_device
 from subnibble.errors import BadArgument, BadRecipe
 from subnibble.evaluation.evaluate import AnyEvaluation, Evaluation
@@ -31,6 +34,7 @@ from subnibble.pipeline.check import check_apart, resolve
 from subnibble.pipeline.driver import quantize
 from subnibble.progress import Progress, as_progress, titled
 from subnibble.recipe import AnyRecipe, Recipe
+from subnibble.report import Report
 from subnibble.resume import fingerprint
 from subnibble.resume.journal import Journal, damaged
 from subnibble.resume.keeper import Keeper
@@ -98,8 +102,7 @@ def compare(
     out = None if out is None else as_path(out, "out", "a folder to keep the checkpoints in, or leave it out")
     recipes_of = dict(zip(recipe_names(parsed), parsed, strict=True))
     if out is not None and not has_unfinished(out):
-        for name in recipes_of:
-            check_output(out / name, overwrite)
+        _check_free(out, recipes_of, overwrite)
     prompt = _shared_prompt(parsed, evaluation)
     source = open_source(model)
     reads_text = {}
@@ -110,7 +113,8 @@ def compare(
         reads_text[name] = resolved.calibration is not None
     tokenizer = source.load_tokenizer()
     windows = evaluation.windows(source, tokenizer, None if prompt is None else prefix_ids(prompt, tokenizer))
-    with _Work.opened(out, _fingerprint(source, recipes_of, evaluation, windows), overwrite, resume) as work:
+    target = _fingerprint(source, recipes_of, evaluation, windows)
+    with _Work.opened(out, recipes_of, target, overwrite, resume) as work:
         paths: dict[str, Path | Source] = {ORIGINAL: source}
         # Recipes that read calibration text come first, so that unavailable text fails before any other work.
         seconds = {
@@ -147,10 +151,13 @@ class _Work:
 
     @classmethod
     @contextmanager
-    def opened(cls, out: Path | None, target: Mapping[str, Any], overwrite: bool, resume: str) -> Iterator[_Work]:
+    def opened(
+        cls, out: Path | None, names: Iterable[str], target: Mapping[str, Any], overwrite: bool, resume: str
+    ) -> Iterator[_Work]:
         """The work of this comparison, or what an earlier one left of it.
 
         out: folder in which checkpoints are kept, None to keep none.
+        names: names of the checkpoints.
         target: the comparison's fingerprint.
         """
         inner = "auto" if resume == "must" else resume
@@ -163,9 +170,12 @@ class _Work:
                 temporary = stack.enter_context(tempfile.TemporaryDirectory(prefix="subnibble-compare-"))
                 yield cls(Path(temporary), None, overwrite, inner)
                 return
-            # Checkpoints that a resumed comparison finds in its folder are its own.
             resumed = run.is_resumed
-            run.journal.record({_BEGUN: {}})
+            if not resumed:
+                if out is not None:
+                    _check_free(out, names, overwrite)
+                # From here on, checkpoints that this comparison finds in its folder are its own.
+                run.journal.record({_BEGUN: {"replaced": {} if out is None else _configs(out, names)}})
             yield cls(out or run.folder, run.journal, overwrite or resumed, inner)
             run.finish()
 
@@ -177,11 +187,34 @@ class _Work:
             if not path.is_dir() or weights_hash(path) != done["weights_sha256"]:
                 raise damaged(path, ValueError("its weights are not those that were written"))
             return float(done["seconds"])
-        report = quantize(source, path, recipe, overwrite=self.overwrite, resume=self.resume, progress=progress)
+        if journal is not None and _is_new(path, journal.value(_BEGUN)["replaced"].get(name)):
+            # The earlier run was killed after it finished this checkpoint, and before it recorded that.
+            report = Report.from_dict(read_report(path))
+        else:
+            report = quantize(source, path, recipe, overwrite=self.overwrite, resume=self.resume, progress=progress)
         seconds = report.seconds["total"]
         if journal is not None:
             journal.record({name: {"seconds": seconds, "weights_sha256": report.weights_sha256}})
         return seconds
+
+
+def _check_free(out: Path, names: Iterable[str], overwrite: bool) -> None:
+    """Raise `OutputError` if a checkpoint in `out` would be replaced and `overwrite` does not allow it."""
+    for name in names:
+        check_output(out / name, overwrite)
+
+
+def _configs(out: Path, names: Iterable[str]) -> dict[str, str]:
+    """Name -> SHA-256 of config.json, which names that of all weights, of each checkpoint that is in `out` already."""
+    return {name: file_checksum(out / name / CONFIG) for name in names if is_packed(out / name)}
+
+
+def _is_new(path: Path, replaced: str | None) -> bool:
+    """Whether a complete checkpoint is at `path`, other than the one that it replaces.
+
+    replaced: SHA-256 of config.json of the one to replace, None if there was none.
+    """
+    return is_packed(path) and not has_unfinished(path) and file_checksum(path / CONFIG) != replaced
 
 
 def _fingerprint(

@@ -180,8 +180,13 @@ def evaluate(
         "machine": fingerprint.machine(loaded.device),
     }
     with printing_run("evaluate", target, resume) as run:
-        keeper = Keeper(None if run is None else run.journal, "windows")
+        journal = None if run is None else run.journal
+        if journal is not None and (earlier := journal.value("windows")) is not None:
+            clock.add(earlier["seconds"])
+        keeper = Keeper(journal, "windows", lambda: {"seconds": clock.seconds()})
         scores = score({"model": loaded}, windows, bos_token(tokenizer), reference_model, on_progress, keeper)["model"]
+        # Inside the run: the scores are kept until these errors are there, too.
+        errors = {"output_errors": layer_errors(loaded, reference_model, windows, changed)} if layers else {}
     results = scores.to_dict() | size.to_dict()
     results |= {
         "text": evaluation.text,
@@ -189,9 +194,7 @@ def evaluate(
         "memory_bytes": memory_bytes(loaded),
         **_attached_facts(loaded),
     }
-    if layers:
-        results["output_errors"] = layer_errors(loaded, reference_model, windows, changed)
-    return results | {"seconds": clock.seconds()["total"], "peak_memory": peak_memory()}
+    return results | errors | {"seconds": clock.seconds()["total"], "peak_memory": peak_memory()}
 
 
 def _attached_facts(model: Any) -> dict[str, Any]:

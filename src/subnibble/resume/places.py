@@ -33,6 +33,8 @@ def runs_in(folder: Path) -> Iterator[None]:
 
 def work_folders(final: Path) -> tuple[Path, Path]:
     """The two places of the work folder of a run that writes `final`: inside it, and beside it."""
+    # Resolved, because "." has no name, and a link would have another name than the folder.
+    final = final.resolve()
     name = f".{final.name}{PARTIAL}"
     return final / name, final.with_name(name)
 

@@ -123,7 +123,7 @@ class Run:
             is_kept = self.is_resumed and not self._finished and _may_go_on(error)
             if not is_kept:
                 self._discard()
-            elif error is not None:
+            elif error is not None and not isinstance(error, BadJournal):
                 error.add_note(
                     f"The work so far (last: {self.journal.last}) is kept in {self.folder}; the same "
                     "command goes on from there, and --resume never starts anew."
@@ -159,7 +159,7 @@ class Run:
         if commit.has_begun(self.folder):
             # The earlier run was complete: its checkpoint goes to its place, whatever happens now.
             commit.finish(self.folder, self.final)
-            journal = Journal.read(self.folder)
+            journal = self._readable_journal()
             if self._resume != "never" and journal is not None and not self._changes(journal, self._of_final):
                 self.journal, self.is_committed = journal, True
                 return
@@ -178,6 +178,14 @@ class Run:
             self.journal = journal
             journal.tidy()
         register(self.folder)
+
+    def _readable_journal(self) -> Journal | None:
+        """The journal of a run whose checkpoint is complete; None if it is unreadable, since nobody needs it then."""
+        try:
+            return Journal.read(self.folder)
+        except BadJournal as error:
+            _log.warning("%s; the checkpoint that it belongs to is complete", error)
+            return None
 
     def _changes(self, journal: Journal, ignored: Sequence[str] = ()) -> list[str]:
         """What differs between the run of a journal and this one, a few words each; without the keys `ignored`."""

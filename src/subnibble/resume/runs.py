@@ -42,7 +42,7 @@ class UnfinishedRun:
 
 def has_unfinished(final: Path) -> bool:
     """Whether an earlier run on `final` left work that can be resumed."""
-    return any((folder / JOURNAL).is_file() for folder in work_folders(final.resolve()))
+    return any((folder / JOURNAL).is_file() for folder in work_folders(final))
 
 
 def register(folder: Path) -> None:
