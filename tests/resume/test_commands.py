@@ -11,9 +11,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from crashes import bytes_of, killed_at_operation
 from resumable import Resumable, comparable, recorded, saves_always
@@ -21,7 +23,7 @@ from resumable import Resumable, comparable, recorded, saves_always
 from subnibble import Recipe, compare, distill_checkpoint, evaluate, quantize
 from subnibble.errors import BadJournal, OutputError
 from subnibble.pipeline import journal as pipeline_journal
-from subnibble.resume import durable
+from subnibble.resume import durable, pace
 from subnibble.resume.interrupt import safe_point, stops_at_safe_points
 from subnibble.resume.places import runs_folder, runs_in
 from subnibble.resume.runs import unfinished_runs
@@ -309,3 +311,111 @@ def test_a_command_that_is_stopped_says_how_to_go_on(
 
 def test_no_test_left_a_run_behind(tmp_path: Path) -> None:
     assert runs_folder() != Path.home() / ".cache" / "subnibble" / "runs"
+
+
+def test_a_signal_before_the_first_safe_point_stops_at_once() -> None:
+    def work() -> None:
+        with stops_at_safe_points(lambda: told.append("stopping")):
+            os.kill(os.getpid(), signal.SIGINT)
+            told.append("went on")
+
+    told: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert told == []
+
+
+def test_a_stop_saves_the_block_that_is_finished(gptq: Resumable, tmp_path: Path) -> None:
+    # Even where saving is not due yet.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pace, "SHARE", 1e-9)
+        for blocks in (1, 2):
+
+            def signal_in_a_block(done: int, total: int, doing: str, last: int = blocks - 1) -> None:
+                if doing.startswith(f"block {last} "):
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    # A second signal would stop at once.
+                    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+            with pytest.raises(SystemExit), stops_at_safe_points(lambda: None):
+                gptq.run(tmp_path / f"out{blocks}", progress=signal_in_a_block)
+            assert recorded(tmp_path / f"out{blocks}") == [f"block {index}" for index in range(blocks)]
+
+
+def change(patch: pytest.MonkeyPatch, name: str) -> None:
+    """Let one part of the fingerprint be another than before."""
+    changed = {
+        "threads": ("torch.get_num_threads", lambda: 99),
+        "processor": ("subnibble.resume.fingerprint._processor", lambda: "x86_64 another"),
+        "torch": ("subnibble.resume.fingerprint.version", lambda package: "0.0"),
+        "code": ("subnibble.resume.fingerprint._code", lambda: "0123456789ab"),
+    }
+    patch.setattr(*changed[name])
+
+
+@pytest.mark.parametrize("name", ["threads", "processor", "torch", "code", "text", "model", "seed"])
+def test_a_quantization_goes_on_only_where_all_is_as_it_was(
+    name: str, gptq: Resumable, token_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text, model = tmp_path / "tokens.npy", tmp_path / "model"
+    shutil.copy(token_file, text)
+    shutil.copytree(gptq.model, model)
+    run = Resumable(model, replace(gptq.recipe, calibration=str(text)))
+    assert killed_at_operation(lambda: run.run(tmp_path / "out"), 40)
+    done = recorded(tmp_path / "out")
+    assert done
+    if name == "text":
+        np.save(text, np.load(text)[::-1])
+    elif name == "model":
+        os.utime(model / "config.json", ns=(1, 1))
+    elif name == "seed":
+        run = replace(run, recipe=replace(run.recipe, seed=1))
+    else:
+        change(monkeypatch, name)
+    expected = {"text": "calibration tokens", "code": "versions.subnibble", "torch": "versions.torch"}.get(name, name)
+    with pytest.raises(BadJournal, match=f"another run: [^;]*{expected}"):
+        run.run(tmp_path / "out")
+    assert recorded(tmp_path / "out") == done
+
+
+@pytest.mark.parametrize("name", ["text", "reference", "window", "threads"])
+def test_an_evaluation_of_other_things_does_not_go_on(
+    name: str,
+    gptq: Resumable,
+    packed: dict[str, Path],
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    text = tmp_path / "text.txt"
+    shutil.copy(text_file, text)
+    evaluation = {"text": str(text), "window": 16, "device": "cpu"}
+    with runs_in(tmp_path / "runs"):
+        assert killed_at_operation(lambda: evaluate(packed["llama"], evaluation, gptq.model), 40)
+        reference: Path | None = gptq.model
+        if name == "text":
+            text.write_text(text.read_text()[::-1])
+        elif name == "reference":
+            reference = None
+        elif name == "window":
+            evaluation["window"] = 17
+        else:
+            change(monkeypatch, name)
+        with pytest.raises(BadJournal, match="no unfinished run"):
+            evaluate(packed["llama"], evaluation, reference, resume="must")
+        assert len(unfinished_runs()) == 1
+
+
+def test_peak_memory_is_that_of_all_runs(gptq: Resumable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline_journal, "peak_memory", lambda: 10**15)
+        patch.setattr("subnibble.pipeline.driver.write_config", lambda *arguments: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            gptq.run(tmp_path / "out")
+    gptq.run(tmp_path / "out")
+    assert plain_report_of(tmp_path / "out")["peak_memory"] == 10**15
+
+
+def plain_report_of(folder: Path) -> dict[str, Any]:
+    report: dict[str, Any] = json.loads((folder / "report.json").read_text())
+    return report

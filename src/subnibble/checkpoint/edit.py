@@ -88,9 +88,13 @@ def change_checkpoint(
         writer.commit()
 
 
-def check_space(source: SafetensorsSource) -> None:
-    """Raise `OutputError` if the disk has no space for a second copy of the checkpoint; called before any work."""
-    needed, free = source.file_bytes(), shutil.disk_usage(source.path).free
+def check_space(source: SafetensorsSource, run: Run, state: int = 0) -> None:
+    """Raise `OutputError` if the disk has no space for a second copy of the checkpoint; called before any work.
+
+    run: the run that will write it.
+    state: further bytes that the run's journal needs.
+    """
+    needed, free = source.file_bytes() + state, shutil.disk_usage(run.folder).free + run.written
     if free < needed:
         raise OutputError(
             f"{source.path}: {free / 1e9:.2f} GB are free and {needed / 1e9:.2f} GB are needed to replace it; free "

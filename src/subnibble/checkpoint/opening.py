@@ -10,6 +10,7 @@ from subnibble.checkpoint.safetensors_source import SafetensorsSource
 from subnibble.checkpoint.side_files import SIDE_FILES, TEMPLATE_FOLDER
 from subnibble.checkpoint.source import Source
 from subnibble.errors import CheckpointError
+from subnibble.resume.commit import is_interrupted
 
 
 def open_source(model: str | Path | Source, name: str = "model") -> Source:
@@ -23,6 +24,11 @@ def open_source(model: str | Path | Source, name: str = "model") -> Source:
         return model
     path = as_path(model, name, "a model folder, a hub id or a .gguf file")
     if path.is_dir():
+        if is_interrupted(path):
+            raise CheckpointError(
+                f"{path}: a run was killed while it moved the finished checkpoint there; repeat its command, which "
+                "`subnibble list --runs` shows"
+            )
         return SafetensorsSource(path)
     if path.is_file():
         if path.suffix == ".gguf":

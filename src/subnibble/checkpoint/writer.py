@@ -22,9 +22,10 @@ from subnibble.checkpoint.checksums import file_checksum
 from subnibble.checkpoint.manifest import QUANT_METHOD
 from subnibble.checkpoint.weight_files import INDEX, SINGLE
 from subnibble.errors import OutputError
-from subnibble.resume.commit import contents, is_interrupted
+from subnibble.resume.commit import contents, has_begun
 from subnibble.resume.durable import make_folder, remove_folder, write_by
 from subnibble.resume.journal import damaged
+from subnibble.resume.places import work_folders
 from subnibble.resume.run import Run
 
 _CONFIG = "config.json"
@@ -203,8 +204,8 @@ def check_output(final: Path, replace: bool) -> None:
 
     replace: whether a subnibble checkpoint there may be replaced. Other content never is.
     """
-    if is_interrupted(final):
-        # An earlier run was killed between its first and last rename; the next run on this folder finishes that.
+    if any(has_begun(work) for work in work_folders(final)):
+        # An earlier run was killed while it put its checkpoint there; the next run on this folder finishes that.
         return
     try:
         if final.exists() and not final.is_dir():

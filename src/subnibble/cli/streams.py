@@ -51,12 +51,13 @@ class _Unfailing:
         """Write `text`, or drop it if that fails."""
         try:
             return self._stream.write(text)
-        except OSError:
+        except (OSError, RuntimeError):
+            # RuntimeError: a signal handler printed while the stream was being written to.
             return len(text)
 
     def flush(self) -> None:
         """Flush, or do nothing if that fails."""
         try:
             self._stream.flush()
-        except OSError:
+        except (OSError, RuntimeError):
             return

@@ -37,6 +37,7 @@ from subnibble.distill.settings import Distillation
 from subnibble.errors import NumericalFailure, SilentFailure
 from subnibble.progress import Progress
 from subnibble.report import DistillReport
+from subnibble.resume.interrupt import safe_point
 from subnibble.resume.keeper import Keeper, State
 
 _WARM_UP, _LAST_RATE, _BETAS = 0.1, 0.05, (0.9, 0.95)
@@ -157,6 +158,7 @@ class _Training:
         else:
             done, rate = self._restore_from(*kept, optimizer)
             progress(done, steps, f"resumed after step {done}")
+        safe_point()
         evaluations = {max(1, round(steps * share)) for share in _EVALUATE_AT}
         for step, ids in islice(enumerate(self.samples.order(steps, self.seed)), done, None):
             self._set_rates_(optimizer, rate, step)

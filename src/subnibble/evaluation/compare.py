@@ -38,7 +38,7 @@ from subnibble.report import Report
 from subnibble.resume import fingerprint
 from subnibble.resume.journal import Journal, damaged
 from subnibble.resume.keeper import Keeper
-from subnibble.resume.run import Run, printing_run
+from subnibble.resume.run import Run, checked_resume, printing_run
 from subnibble.resume.runs import has_unfinished
 
 ORIGINAL = "original"
@@ -99,6 +99,7 @@ def compare(
     Returns one row per model, the original first. Raises `BadRecipe` for recipes that cannot be compared.
     """
     on_progress, evaluation, parsed = as_progress(progress), Evaluation.of(evaluation), _recipes(recipes)
+    resume = checked_resume(resume)
     out = None if out is None else as_path(out, "out", "a folder to keep the checkpoints in, or leave it out")
     recipes_of = dict(zip(recipe_names(parsed), parsed, strict=True))
     if out is not None and not has_unfinished(out):

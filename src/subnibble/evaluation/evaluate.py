@@ -31,7 +31,7 @@ from subnibble.recipe import Recipe
 from subnibble.report.clock import Clock, peak_memory
 from subnibble.resume import fingerprint
 from subnibble.resume.keeper import Keeper
-from subnibble.resume.run import printing_run
+from subnibble.resume.run import checked_resume, printing_run
 from subnibble.tensor.cache_scheme import CacheScheme, PrefixIds
 
 _TYPES = {
@@ -153,6 +153,7 @@ def evaluate(
     Returns the results by report key.
     """
     clock, evaluation, on_progress = Clock(), Evaluation.of(evaluation), as_progress(progress)
+    resume = checked_resume(resume)
     if layers and reference is None:
         raise BadRecipe("--layers compares with the original; pass --reference MODEL")
     source, reference_source = open_source(model), None if reference is None else open_source(reference, "reference")

@@ -12,6 +12,7 @@ from subnibble.arch import find_arch
 from subnibble.calibrate.stats import Gram
 from subnibble.model.transformers_api.generation import logits_of
 from subnibble.model.transformers_api.names import never_called
+from subnibble.resume.interrupt import safe_point
 from subnibble.rounding.error import relative_errors
 from subnibble.runtime.modules import PackedLinear
 
@@ -40,6 +41,7 @@ def layer_errors(
     grams = _input_grams(reference, {readers[path] for path in packed}, windows)
     errors = {}
     for path, module in packed.items():
+        safe_point()
         weight = reference.get_submodule(path).weight.detach().float()
         quantized = module.dequantize().to(weight.device)
         (error,) = relative_errors(weight, quantized, grams[readers[path]].value, [weight.shape[0]])
@@ -56,6 +58,7 @@ def _input_grams(reference: Any, paths: set[str], windows: Tensor) -> dict[str, 
     try:
         with torch.inference_mode():
             for window in windows:
+                safe_point()
                 logits_of(reference, window.unsqueeze(0).to(device))
     finally:
         for handle in handles:

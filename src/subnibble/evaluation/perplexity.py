@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from subnibble.errors import CalibrationError, NumericalFailure
 from subnibble.model.transformers_api.generation import logits_of
 from subnibble.progress import Progress, silent
+from subnibble.resume.interrupt import safe_point
 from subnibble.resume.keeper import Keeper, State
 
 # Positions whose logits are compared at once; bounds memory to a few times vocabulary x _POSITIONS x 4 bytes.
@@ -79,6 +80,7 @@ def score(
         done = kept[0]["windows"]
         totals = {name: Totals.of_sums(kept[0]["totals"][name]) for name in models}
         progress(done, len(windows), f"resumed after window {done}")
+    safe_point()
     for number, window in islice(enumerate(windows), done, None):
         target = None if reference is None else _log_probabilities(reference, window, bos)
         if target is not None and math.isnan(float(target.amax())):

@@ -17,7 +17,6 @@ from subnibble.arch.site import Arch, Heads
 from subnibble.calibrate.prompt import AUTO, prompt_prefix
 from subnibble.calibrate.tokens import check_vocabulary
 from subnibble.calibrate.windows import check_positions
-from subnibble.checkpoint.edit import check_space
 from subnibble.checkpoint.manifest import PackedConfig, check_plain
 from subnibble.checkpoint.module_specs import NormBiasSpec
 from subnibble.checkpoint.opening import open_source
@@ -129,7 +128,7 @@ def given_distillation(recipe: Recipe) -> Distillation:
 def check_can_distill(
     settings: Distillation, window: int, original: Source, packed: SafetensorsSource, config: PackedConfig
 ) -> None:
-    """Raise a `SubnibbleError` if a packed checkpoint cannot be tuned towards a model, or not be replaced.
+    """Raise a `SubnibbleError` if a packed checkpoint cannot be tuned towards a model.
 
     window: tokens of a calibration window.
     original: the unquantized model.
@@ -146,7 +145,6 @@ def check_can_distill(
     )
     settings.check_learns(parameters, packed.path.name)
     check_positions(window, original.config, prefix_length(config.prefix))
-    check_space(packed)
 
 
 def check_apart(out: Path, model: Path, recipe: Recipe) -> None:
@@ -162,10 +160,8 @@ def check_apart(out: Path, model: Path, recipe: Recipe) -> None:
 def check_disk(resolved: Resolved, run: Run) -> None:
     """Raise `OutputError` if the disk of the run's work folder cannot hold the checkpoint and the unfinished work."""
     needed = disk_bytes(resolved)["peak"]
-    free = shutil.disk_usage(run.folder).free
-    if run.is_resumed:
-        # What is written already counts as free.
-        free += sum(path.stat().st_size for path in run.folder.rglob("*") if path.is_file())
+    # What is written already counts as free.
+    free = shutil.disk_usage(run.folder).free + run.written
     if free < needed:
         raise OutputError(
             f"{run.final}: {free / 1e9:.2f} GB are free and about {needed / 1e9:.2f} GB are needed; free space or "

@@ -7,19 +7,20 @@ from pathlib import Path
 
 from subnibble.calibrate.text import absolute_text
 from subnibble.calibrate.windows import calibration_windows
-from subnibble.checkpoint.edit import change_checkpoint, open_packed, read_report
+from subnibble.checkpoint.edit import change_checkpoint, check_space, open_packed, read_report
 from subnibble.checkpoint.opening import open_source
 from subnibble.checkpoint.source import Source
 from subnibble.device import resolve_device, resolve_dtype
 from subnibble.distill.train import Distilled, distill
 from subnibble.pipeline.check import check_can_distill, given_distillation
+from subnibble.pipeline.size import state_bytes
 from subnibble.progress import Progress, as_progress
 from subnibble.recipe import AnyRecipe, Recipe
 from subnibble.report import DistillReport
 from subnibble.resume import fingerprint
 from subnibble.resume.interrupt import safe_point
 from subnibble.resume.keeper import Keeper
-from subnibble.resume.run import Run
+from subnibble.resume.run import Run, checked_resume
 
 _DISTILLING, _DISTILLED = "distilling", "distilled"
 
@@ -44,7 +45,7 @@ def distill_checkpoint(
     resume: what to do with the unfinished work of an earlier run, as in `quantize`.
     progress: called after each step.
     """
-    recipe, on_progress = Recipe.of(recipe), as_progress(progress)
+    recipe, on_progress, resume = Recipe.of(recipe), as_progress(progress), checked_resume(resume)
     settings = given_distillation(recipe)
     packed, config = open_packed(folder)
     source = open_source(original, "original")
@@ -66,6 +67,7 @@ def distill_checkpoint(
         "versions": fingerprint.versions(), "machine": fingerprint.machine(device),
     }  # fmt: skip
     with Run(packed.path, "distill", target, resume, of_final=["checkpoint"]) as run:
+        check_space(packed, run, state_bytes(packed))
         values = run.journal.value(_DISTILLED)
         if values is None:
             distilled = distill(

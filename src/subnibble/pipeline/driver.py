@@ -59,7 +59,8 @@ from subnibble.progress import Progress, as_progress
 from subnibble.recipe import AnyRecipe, Recipe
 from subnibble.report import Report
 from subnibble.report.clock import Clock
-from subnibble.resume.run import Run
+from subnibble.resume.interrupt import safe_point
+from subnibble.resume.run import Run, checked_resume
 from subnibble.transforms.invariance import check_sites
 
 
@@ -85,7 +86,7 @@ def quantize(
 
     Raises a `SubnibbleError` that says what to do, before any weight is read if possible.
     """
-    on_progress, parsed = as_progress(progress), Recipe.of(recipe)
+    on_progress, parsed, resume = as_progress(progress), Recipe.of(recipe), checked_resume(resume)
     final = as_path(out, "out", "the folder to write")
     check_output(final, overwrite)
     clock = Clock()
@@ -143,6 +144,8 @@ def _quantize_layers(
         resolved, surveyed.prefix, clock,
         lambda index, loss: on_site(index, 0, f"block {index} tuned to a held-out loss of {loss:.4f}"),
     )  # fmt: skip
+    # From here on, a stop that waits for the end of a block saves work.
+    safe_point()
     for index in range(first, skeleton.num_blocks):
         block = _load(index, resolved, surveyed, clock)
         stored = _quantize_block(block, resolved, streams, tuner, clock, partial(on_site, index))

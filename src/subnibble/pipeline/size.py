@@ -8,7 +8,9 @@ from dataclasses import replace
 import torch
 
 from subnibble.checkpoint.module_specs import PackedLinearSpec
+from subnibble.checkpoint.safetensors_source import SafetensorsSource
 from subnibble.checkpoint.size import cache_bytes
+from subnibble.checkpoint.source import numel
 from subnibble.methods.method import Steps
 from subnibble.model.skeleton import Skeleton
 from subnibble.pipeline.plan import Plan, Resolved, stores_column_scales
@@ -24,6 +26,8 @@ _FLOAT_BYTES = 4
 _SLACK = 64 * 2**20
 # Numbers that distillation's state keeps for each learned value.
 _KEPT_COPIES = 4
+# Ends of the names of tensors that distillation may learn.
+_LEARNED = (".scales", ".zeros", ".column_scale", "norm.weight", "norm.bias")
 # Norm biases are stored in float16.
 _NORM_BIAS_BITS = 16
 
@@ -72,7 +76,7 @@ def disk_bytes(resolved: Resolved) -> dict[str, int]:
         "distillation": 0,
     }
     if recipe.distillation is not None:
-        learned = _FLOAT_BYTES * _learned(resolved.plan, skeleton)
+        learned = _FLOAT_BYTES * _num_learned(resolved.plan, skeleton)
         # When it is finished, its result and a new shard are written before the old shard is removed; the largest
         # shard is that of embedding and head, or that of a block.
         largest = max(table_bytes(recipe, skeleton), parts["checkpoint"] // skeleton.num_blocks)
@@ -81,7 +85,7 @@ def disk_bytes(resolved: Resolved) -> dict[str, int]:
     return {**parts, "peak": peak}
 
 
-def _learned(plan: Plan, skeleton: Skeleton) -> int:
+def _num_learned(plan: Plan, skeleton: Skeleton) -> int:
     """Upper bound of the number of values that distillation learns."""
     count = 4 * skeleton.num_blocks * int(skeleton.config.hidden_size)
     for path, (rows, columns) in skeleton.linear_shapes().items():
@@ -90,6 +94,15 @@ def _learned(plan: Plan, skeleton: Skeleton) -> int:
             # Scales and zero-points of the weight and of a second matrix of salient columns; column scales.
             count += 4 * rows * scheme.groups(columns) + columns
     return count
+
+
+def state_bytes(packed: SafetensorsSource) -> int:
+    """Bytes of disk space for the state of a distillation of this packed checkpoint, the old and the new one; a bound.
+
+    It counts all scales and zero-points, those of embedding and head too, which are not learned.
+    """
+    shapes = (packed.shape(name) for name in packed.names() if name.endswith(_LEARNED))
+    return 2 * _KEPT_COPIES * _FLOAT_BYTES * sum(numel(shape) for shape in shapes)
 
 
 def table_bytes(recipe: Recipe, skeleton: Skeleton) -> int:

@@ -43,7 +43,8 @@ def commit(work: Path, final: Path) -> None:
             _roll_back(work, final, arrived)
             raise
     except OSError as error:
-        raise OutputError(f"{final}: the finished checkpoint cannot go there ({error.strerror})") from error
+        other = f"; {final} is on another disk now than when the run began" if error.errno == errno.EXDEV else ""
+        raise OutputError(f"{final}: the finished checkpoint cannot go there ({error.strerror}{other})") from error
 
 
 def has_begun(work: Path) -> bool:
@@ -52,8 +53,8 @@ def has_begun(work: Path) -> bool:
 
 
 def is_interrupted(final: Path) -> bool:
-    """Whether a commit to `final` was killed: then what is in `final` is not for anyone to judge before `finish`."""
-    return any(has_begun(work) for work in work_folders(final))
+    """Whether a commit to `final` was killed before its last rename: then `final` is no checkpoint before `finish`."""
+    return any(has_begun(work) and (work / CHECKPOINT).is_dir() for work in work_folders(final))
 
 
 def finish(work: Path, final: Path) -> None:

@@ -44,9 +44,10 @@ def versions() -> dict[str, str]:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """The machine's properties that change the order of sums: instruction set, threads, accelerator."""
+    """The machine's properties that change the order of sums: processor, threads, accelerator, precision."""
     return {
-        "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+        "processor": f"{_processor()}, {torch.backends.cpu.get_cpu_capability()}",
+        "float32 products": torch.get_float32_matmul_precision(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
     }
@@ -75,6 +76,21 @@ def differences(then: Any, now: Any, where: str = "") -> list[str]:
 def _short(value: Any) -> str:
     text = "not there" if value is None else json.dumps(value)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+@cache
+def _processor() -> str:
+    """Name of the processor with a digest of its features: libraries choose their code by all of them."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    # The first processor; the others are listed after it in the same form.
+    pairs = (line.partition(":") for line in reversed(lines))
+    values = {key.strip(): value.strip() for key, _, value in pairs}
+    features = sorted((values.get("flags") or values.get("Features") or "").split())
+    name = values.get("model name", platform.processor())
+    return f"{platform.machine()} {name} {hashlib.sha256(' '.join(features).encode()).hexdigest()[:8]}"
 
 
 @cache

@@ -16,9 +16,14 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class _Request:
-    """A signal that arrived and was not obeyed yet. number: the signal, None if there is none."""
+    """A signal that arrived and was not obeyed yet.
+
+    number: the signal, None if there is none.
+    waits: whether the work has come to its first safe point: until then, there is nothing to wait for.
+    """
 
     number: int | None = None
+    waits: bool = False
 
 
 _REQUEST: ContextVar[_Request | None] = ContextVar("request", default=None)
@@ -33,7 +38,10 @@ def stop_requested() -> bool:
 def safe_point() -> None:
     """Stop here if a signal arrived: raises `KeyboardInterrupt` for Ctrl-C and `SystemExit(143)` for SIGTERM."""
     request = _REQUEST.get()
-    if request is not None and request.number is not None:
+    if request is None:
+        return
+    request.waits = True
+    if request.number is not None:
         number, request.number = request.number, None
         _stop(number)
 
@@ -42,13 +50,15 @@ def safe_point() -> None:
 def stops_at_safe_points(on_first: Callable[[], None]) -> Iterator[None]:
     """Let the first Ctrl-C or SIGTERM inside the context wait for the next safe point; a second one stops at once.
 
+    Before the work has come to its first safe point, the first one stops at once, too.
+
     on_first: called when the first signal arrives, to tell the user.
     """
     request = _Request()
     token = _REQUEST.set(request)
 
     def handle(number: int, frame: FrameType | None) -> None:
-        if request.number is not None:
+        if request.number is not None or not request.waits:
             _stop(number)
         request.number = number
         on_first()

@@ -44,6 +44,7 @@ class Journal:
     command: name of the command.
     fingerprint: everything that the run's result depends on, for JSON; see `fingerprint.py`.
     started: when the run began, in seconds since 1970.
+    is_optional (attribute): whether the run may go on without a journal if the disk is full.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class Journal:
     ) -> None:
         self.folder, self.command, self.fingerprint = folder, command, fingerprint
         self.started = time.time() if started is None else started
+        self.is_optional = False
         self._steps: dict[str, Step] = {}
         self._written = 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from subnibble.resume.pace import Pace
 State = tuple[Any, Sequence[Tensor]]
 # Seconds of work before a state is kept: a shorter loop is faster run again.
 FIRST = 5.0
+_log = logging.getLogger(__name__)
 
 
 class Keeper:
@@ -49,5 +51,11 @@ class Keeper:
                 value, tensors = state()
                 journal.record({self._name: {"state": value, **self._facts()}}, tensors)
 
-            self._pace.save(record)
+            try:
+                self._pace.save(record)
+            except OSError as error:
+                if not journal.is_optional:
+                    raise
+                _log.warning("%s (%s): this command cannot be resumed from here on", journal.folder, error.strerror)
+                self._journal = None
         safe_point()

@@ -90,6 +90,11 @@ class Run:
         return self.folder / CHECKPOINT
 
     @property
+    def written(self) -> int:
+        """Bytes that this run and those that it continues have written to the work folder; 0 before the first step."""
+        return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file()) if self.is_resumed else 0
+
+    @property
     def is_resumed(self) -> bool:
         """Whether an earlier run is being continued, or this one has recorded a step."""
         return bool(self.journal.steps)
@@ -133,6 +138,8 @@ class Run:
         if isinstance(error, OSError) and error.errno in _DISK:
             state = "the work so far is kept: the same command goes on from there" if is_kept else "nothing was kept"
             remedy = "free space or choose another disk" if error.errno != errno.EACCES else "make it writable"
+            if self.folder.parent == runs_folder():
+                remedy += " (--out, or XDG_CACHE_HOME)"
             raise OutputError(f"{self.final}: {error.strerror}; {state}. To mend it, {remedy}") from error
 
     def commit(self) -> None:
@@ -261,6 +268,8 @@ class Run:
             # The result is not touched by this.
             _log.warning("%s cannot be removed (%s); remove it", self.folder, error.strerror)
         else:
+            # Network file systems keep a file that is open.
+            self._unlock()
             remove_folder(removed)
 
 
@@ -283,6 +292,7 @@ def printing_run(command: str, fingerprint: Mapping[str, Any], resume: str = "au
             _log.warning("this command cannot be resumed if it is killed: %s", error)
             yield None
             return
+        run.journal.is_optional = True
         yield run
         run.finish()
 
