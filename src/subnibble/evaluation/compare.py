@@ -38,7 +38,7 @@ from subnibble.report import Report
 from subnibble.resume import fingerprint
 from subnibble.resume.journal import Journal, damaged
 from subnibble.resume.keeper import Keeper
-from subnibble.resume.run import Run, checked_resume, printing_run
+from subnibble.resume.run import Run, checked_resume, printing_run, remove_leftovers
 from subnibble.resume.runs import has_unfinished
 
 ORIGINAL = "original"
@@ -191,6 +191,7 @@ class _Work:
         if journal is not None and _is_new(path, journal.value(_BEGUN)["replaced"].get(name)):
             # The earlier run was killed after it finished this checkpoint, and before it recorded that.
             report = Report.from_dict(read_report(path))
+            remove_leftovers(path)
         else:
             report = quantize(source, path, recipe, overwrite=self.overwrite, resume=self.resume, progress=progress)
         seconds = report.seconds["total"]

@@ -112,8 +112,7 @@ class Run:
 
     def __enter__(self) -> Self:
         self._take()
-        for folder in work_folders(self.final):
-            remove_folder(folder.with_name(folder.name + REMOVED))
+        remove_leftovers(self.final)
         try:
             self._open()
         except BaseException:
@@ -271,6 +270,12 @@ class Run:
             # Network file systems keep a file that is open.
             self._unlock()
             remove_folder(removed)
+
+
+def remove_leftovers(final: Path) -> None:
+    """Remove what is left of a finished run on `final` that was killed while it removed its work folder."""
+    for folder in work_folders(final):
+        remove_folder(folder.with_name(folder.name + REMOVED))
 
 
 @contextmanager
