@@ -25,8 +25,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "one order of the residual stream": {
         "method": "serq-plus", "activation_bits": 4, "options": {"permutation": "offline", "rank": 16},
     },
-    "tuned, sinks, cache": {
-        "method": "bisup", "activation_bits": 4, "kv_bits": 4, "system_prompt": "auto", "options": {"effort": "fast"},
+    "tuned, prompt, cache": {
+        "method": "bisup", "activation_bits": 4, "kv_bits": 4, "system_prompt": "w5 w9", "options": {"effort": "fast"},
     },
 }  # fmt: skip
 
