@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import logging
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -26,22 +24,19 @@ from subnibble.errors import (
 )
 from subnibble.resume import commit
 from subnibble.resume.commit import CHECKPOINT
-from subnibble.resume.durable import make_folder, remove, remove_folder, rename
+from subnibble.resume.durable import remove, remove_folder, rename
 from subnibble.resume.fingerprint import differences, digest, plain
 from subnibble.resume.journal import JOURNAL, Journal
+from subnibble.resume.lock import LOCK, Lock
 from subnibble.resume.places import REMOVED, runs_folder, work_folders
 from subnibble.resume.runs import register, unregister
 
 # What to do with the unfinished work of an earlier run.
 RESUME = ("auto", "never", "must")
-# In the work folder: the file that is locked.
-_LOCK = "lock"
 # Errors that the same command would meet again in the same place.
 _WOULD_RECUR = (
     BadArgument, BadRecipe, CalibrationError, NotLoadable, NumericalFailure, SilentFailure, UnsupportedModel,
 )  # fmt: skip
-# Errors of file systems, mostly network ones, that cannot lock files.
-_WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 _log = logging.getLogger(__name__)
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 
@@ -81,7 +76,7 @@ class Run:
         self.folder = Path()
         self.journal = Journal(self.folder, command, self._fingerprint)
         self.is_committed = False
-        self._handle: int | None = None
+        self._lock: Lock | None = None
         self._finished = False
 
     @property
@@ -108,7 +103,7 @@ class Run:
             try:
                 commit.finish(run.folder, run.final)
             finally:
-                run._unlock()
+                run._release()
 
     def __enter__(self) -> Self:
         self._take()
@@ -116,7 +111,7 @@ class Run:
         try:
             self._open()
         except BaseException:
-            self._unlock()
+            self._release()
             raise
         return self
 
@@ -133,7 +128,7 @@ class Run:
                     "command goes on from there, and --resume never starts anew."
                 )
         finally:
-            self._unlock()
+            self._release()
         if isinstance(error, OSError) and error.errno in _DISK:
             state = "the work so far is kept: the same command goes on from there" if is_kept else "nothing was kept"
             remedy = "free space or choose another disk" if error.errno != errno.EACCES else "make it writable"
@@ -156,7 +151,7 @@ class Run:
         existing = [folder for folder in (inside, beside) if folder.is_dir()]
         self.folder = existing[0] if existing else inside if self.final.is_dir() else beside
         try:
-            self._handle = self._lock()
+            self._lock = Lock.take(self.folder, self.final)
         except OSError as error:
             raise OutputError(f"{self.final}: cannot be created ({error.strerror}); choose another folder") from error
 
@@ -211,40 +206,10 @@ class Run:
                 "finish it, or discard it with --resume never or by removing that folder"
             )
 
-    def _lock(self) -> int:
-        """Lock the work folder for this process; the system releases the lock when the process ends."""
-        while True:
-            make_folder(self.folder)
-            handle = os.open(self.folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if error.errno in _WITHOUT_LOCKS:
-                    _log.warning("%s: this file system has no locks; a second run would not be noticed", self.folder)
-                    return handle
-                if error.errno not in (errno.EAGAIN, errno.EACCES):
-                    raise
-                owner = os.pread(handle, 32, 0).decode(errors="replace").strip()
-                os.close(handle)
-                raise OutputError(
-                    f"{self.final}: another run (process {owner or 'unknown'}) is writing it; wait for its end or "
-                    "choose another folder"
-                ) from error
-            try:
-                is_same = os.path.samestat(os.fstat(handle), (self.folder / _LOCK).stat())
-            except FileNotFoundError:
-                is_same = False
-            if is_same:
-                os.ftruncate(handle, 0)
-                os.pwrite(handle, str(os.getpid()).encode(), 0)
-                return handle
-            # The process that held the lock has removed the folder in the meantime.
-            os.close(handle)
-
-    def _unlock(self) -> None:
-        if self._handle is not None:
-            os.close(self._handle)
-            self._handle = None
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
 
     def _clear(self) -> None:
         """Remove everything in the work folder except the lock."""
@@ -252,7 +217,7 @@ class Run:
         for path in self.folder.iterdir():
             if path.is_dir():
                 remove_folder(path)
-            elif path.name != _LOCK:
+            elif path.name != LOCK:
                 path.unlink()
 
     def _discard(self) -> None:
@@ -268,7 +233,7 @@ class Run:
             _log.warning("%s cannot be removed (%s); remove it", self.folder, error.strerror)
         else:
             # Network file systems keep a file that is open.
-            self._unlock()
+            self._release()
             remove_folder(removed)
 
 
