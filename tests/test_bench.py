@@ -116,6 +116,16 @@ def resolved(recipe: Recipe) -> dict[str, Any]:
     }
 
 
+def test_all_rows_of_the_readme_are_of_the_environment_that_it_names() -> None:
+    tables = bench("readme_tables")
+    lines = {line[-2:] for line in (*tables.PRESETS, *tables.METHODS)}
+    rows = [tables.row_of(*line)["news"] for line in lines]
+    keys = ("processor", "threads", "torch", "transformers")
+    assert {tuple(row[key] for key in keys) for row in rows} == {("x86_64 AVX512", 1, "2.13.0+cpu", "5.24.0")}
+    text = " ".join((ROOT / "README.md").read_text().split())
+    assert "one thread, x86-64 with AVX-512, torch 2.13.0, transformers 5.24.0" in text
+
+
 @pytest.mark.parametrize("line", bench("readme_tables").PRESETS[1:], ids=lambda line: line[1])
 def test_a_preset_is_what_its_row_measured(line: tuple[str, str, str, str]) -> None:
     _, name, module, text = line
