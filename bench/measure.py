@@ -107,6 +107,9 @@ def measure_row(
     with ExitStack() as stack:
         run = stack.enter_context(printing_run("row", target))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) if run is None else run.folder
+        if run is not None and not run.is_resumed:
+            # A run without a step leaves nothing, and the unfinished quantization lies in its folder.
+            run.journal.record({"begun": None})
         path = model
         if recipe is not None:
             path = folder / "model"

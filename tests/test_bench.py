@@ -135,3 +135,20 @@ def test_a_preset_is_what_its_row_measured(line: tuple[str, str, str, str]) -> N
     else:
         setting = {**getattr(bench(module), "CACHES", {}), **bench(module).SETTINGS}[spec.setting]
     assert resolved(bench("arms").recipe_of(module, spec.arm, **setting)) == resolved(preset(name))
+
+
+def test_a_row_that_was_killed_finds_its_unfinished_quantization(monkeypatch: pytest.MonkeyPatch) -> None:
+    measure = bench("measure")
+    found: list[bool] = []
+
+    def stop(model: Any, path: Path, recipe: Any) -> None:
+        unfinished = path.with_name(".model.partial")
+        found.append(unfinished.is_dir())
+        unfinished.mkdir(exist_ok=True)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(measure, "_quantized", stop)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            measure.measure_row(Recipe("rtn", 4), 1, {})
+    assert found == [False, True]

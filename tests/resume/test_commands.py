@@ -37,9 +37,13 @@ def gptq(folders: dict[str, Path], token_file: Path, monkeypatch: pytest.MonkeyP
     return Resumable(folders["llama"], Recipe(**GPTQ, calibration=str(token_file), device="cpu"))
 
 
-def plain_report(folder: Path) -> dict[str, Any]:
+def report_of(folder: Path) -> dict[str, Any]:
     report: dict[str, Any] = json.loads((folder / "report.json").read_text())
-    return {key: value for key, value in report.items() if key not in ("seconds", "peak_memory")}
+    return report
+
+
+def plain_report(folder: Path) -> dict[str, Any]:
+    return {key: value for key, value in report_of(folder).items() if key not in ("seconds", "peak_memory")}
 
 
 @pytest.mark.parametrize("first", [5, pytest.param(0, marks=pytest.mark.slow)])
@@ -237,15 +241,10 @@ def test_times_of_resumed_runs_add_up(gptq: Resumable, tmp_path: Path, monkeypat
     start = time.perf_counter()
     gptq.run(tmp_path / "out")
     here = time.perf_counter() - start
-    seconds = plain_seconds(tmp_path / "out")
+    seconds = report_of(tmp_path / "out")["seconds"]
     # What came after the last record, half a second here, was lost and does not count.
     assert seconds["total"] == pytest.approx(add_block_times[0] - 0.5 + here, abs=0.25)
     assert sum(value for name, value in seconds.items() if name != "total") <= seconds["total"] + 0.01
-
-
-def plain_seconds(folder: Path) -> dict[str, float]:
-    seconds: dict[str, float] = json.loads((folder / "report.json").read_text())["seconds"]
-    return seconds
 
 
 @pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
@@ -413,9 +412,4 @@ def test_peak_memory_is_that_of_all_runs(gptq: Resumable, tmp_path: Path, monkey
         with pytest.raises(KeyboardInterrupt):
             gptq.run(tmp_path / "out")
     gptq.run(tmp_path / "out")
-    assert plain_report_of(tmp_path / "out")["peak_memory"] == 10**15
-
-
-def plain_report_of(folder: Path) -> dict[str, Any]:
-    report: dict[str, Any] = json.loads((folder / "report.json").read_text())
-    return report
+    assert report_of(tmp_path / "out")["peak_memory"] == 10**15

@@ -40,6 +40,8 @@ from subnibble.report import DistillReport
 from subnibble.resume.interrupt import safe_point
 from subnibble.resume.keeper import Keeper, State
 
+# Names of the steps that a run records: the state of the training, and its result.
+DISTILLING, DISTILLED = "distilling", "distilled"
 _WARM_UP, _LAST_RATE, _BETAS = 0.1, 0.05, (0.9, 0.95)
 _LARGEST_GRADIENT = 1.0
 # One window in _HELD_OUT is held out, up to _HELD_OUT_TOKENS tokens in all.

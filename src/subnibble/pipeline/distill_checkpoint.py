@@ -11,7 +11,7 @@ from subnibble.checkpoint.edit import change_checkpoint, check_space, open_packe
 from subnibble.checkpoint.opening import open_source
 from subnibble.checkpoint.source import Source
 from subnibble.device import resolve_device, resolve_dtype
-from subnibble.distill.train import Distilled, distill
+from subnibble.distill.train import DISTILLED, DISTILLING, Distilled, distill
 from subnibble.pipeline.check import check_can_distill, given_distillation
 from subnibble.pipeline.size import state_bytes
 from subnibble.progress import Progress, as_progress
@@ -21,8 +21,6 @@ from subnibble.resume import fingerprint
 from subnibble.resume.interrupt import safe_point
 from subnibble.resume.keeper import Keeper
 from subnibble.resume.run import Run, checked_resume
-
-_DISTILLING, _DISTILLED = "distilling", "distilled"
 
 
 def distill_checkpoint(
@@ -68,20 +66,20 @@ def distill_checkpoint(
     }  # fmt: skip
     with Run(packed.path, "distill", target, resume, of_final=["checkpoint"]) as run:
         check_space(packed, run, state_bytes(packed))
-        values = run.journal.value(_DISTILLED)
+        values = run.journal.value(DISTILLED)
         if values is None:
             distilled = distill(
                 source, packed, config, settings, windows, dtype, device, recipe.seed,
-                Keeper(run.journal, _DISTILLING), on_progress,
+                Keeper(run.journal, DISTILLING), on_progress,
             )  # fmt: skip
             values, tensors = distilled.state()
-            run.journal.record({_DISTILLED: values}, tensors, forget=[_DISTILLING])
+            run.journal.record({DISTILLED: values}, tensors, forget=[DISTILLING])
             safe_point()
         elif run.is_committed:
             run.finish()
             return DistillReport(**values["report"])
         else:
-            distilled = Distilled.of_state(values, run.journal.tensors(_DISTILLED))
+            distilled = Distilled.of_state(values, run.journal.tensors(DISTILLED))
         earlier = read_report(packed.path).get("distilled_later", [])
         entry = {**asdict(distilled.report), **settings.to_dict(), **facts}
         change_checkpoint(packed, distilled.config, distilled.tensors, {"distilled_later": [*earlier, entry]}, run)

@@ -22,7 +22,7 @@ from torch import Tensor
 from subnibble.checkpoint.manifest import modules_from_dict, modules_to_dict
 from subnibble.checkpoint.module_specs import Spec
 from subnibble.checkpoint.writer import CheckpointWriter, Shard
-from subnibble.distill.train import Distilled
+from subnibble.distill.train import DISTILLED, DISTILLING, Distilled
 from subnibble.pipeline.plan import Resolved
 from subnibble.pipeline.store import StoredBlock
 from subnibble.pipeline.streams import Streams
@@ -38,7 +38,7 @@ from subnibble.tensor.cache_scheme import PrefixIds
 from subnibble.transforms.residual_order import ResidualOrder
 from subnibble.transforms.rotate import ResidualEdit
 
-_SURVEY, _FINAL, _DISTILLING, _DISTILLED = "survey", "final layers", "distilling", "distilled"
+_SURVEY, _FINAL = "survey", "final layers"
 
 
 class QuantizationJournal:
@@ -67,7 +67,7 @@ class QuantizationJournal:
             shards.append(Shard.from_json(value["shard"]))
         if (final := self._journal.value(_FINAL)) is not None:
             shards.append(Shard.from_json(final["shard"]))
-        rewritten = self._journal.value(_DISTILLED) or {"rewritten": {}}
+        rewritten = self._journal.value(DISTILLED) or {"rewritten": {}}
         writer.continue_with(shards, rewritten["rewritten"])
         if self._journal.steps:
             last = self._journal.value(self._journal.last)
@@ -156,26 +156,26 @@ class QuantizationJournal:
 
     def keeper(self) -> Keeper:
         """Keeps the state of distillation."""
-        return Keeper(self._journal, _DISTILLING, self._facts)
+        return Keeper(self._journal, DISTILLING, self._facts)
 
     @property
     def distilled(self) -> Distilled | None:
         """The result of distillation, None if it is not finished."""
-        value = self._journal.value(_DISTILLED)
+        value = self._journal.value(DISTILLED)
         if value is None:
             return None
-        return Distilled.of_state(value, self._journal.tensors(_DISTILLED))
+        return Distilled.of_state(value, self._journal.tensors(DISTILLED))
 
     def record_distilled(self, distilled: Distilled) -> None:
         """Record the result of distillation."""
         values, tensors = distilled.state()
-        self._record({_DISTILLED: {**values, "rewritten": {}}}, list(tensors), forget=[_DISTILLING])
+        self._record({DISTILLED: {**values, "rewritten": {}}}, list(tensors), forget=[DISTILLING])
         safe_point()
 
     def record_checksum(self, shard: str, sha256: str) -> None:
         """Record the checksum of a shard with learned tensors, before the shard replaces the one without."""
-        value = self._journal.value(_DISTILLED)
-        self._journal.amend(_DISTILLED, {**value, "rewritten": {**value["rewritten"], shard: sha256}})
+        value = self._journal.value(DISTILLED)
+        self._journal.amend(DISTILLED, {**value, "rewritten": {**value["rewritten"], shard: sha256}})
 
     def _record_blocks(self, tensors: list[Tensor]) -> None:
         if tensors:
@@ -196,7 +196,7 @@ class QuantizationJournal:
 
 
 def fingerprint_of(resolved: Resolved, windows: Tensor | None) -> dict[str, Any]:
-    """Everything that the bytes of the packed checkpoint depend on. windows: (n, t) token ids, or None."""
+    """The inputs that determine the packed checkpoint. windows: (n, t) token ids, or None."""
     return {
         "model": fingerprint.files(resolved.skeleton.source.files()),
         "recipe": resolved.recipe.to_dict(),

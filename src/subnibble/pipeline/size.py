@@ -60,7 +60,7 @@ def packed_bytes(
 
 
 def disk_bytes(resolved: Resolved) -> dict[str, int]:
-    """Bytes of disk space that a quantization needs, by what needs it, and at most at the same time ("peak").
+    """Bytes of disk space that a quantization needs, by part; "peak" is the largest sum at one time.
 
     The journal keeps the newest activation streams, and writes the next ones before it removes these. It keeps
     distillation's state likewise: parameters, best parameters and two moments of the optimizer.

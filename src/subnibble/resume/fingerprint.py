@@ -39,7 +39,7 @@ def tokens(windows: Tensor | None) -> str | None:
 
 
 def versions() -> dict[str, str]:
-    """Release of each package that computes, and of subnibble with a digest of its code."""
+    """Package -> release; for subnibble, with a digest of its source code."""
     return {"subnibble": f"{__version__}+{_code()}", **{name: version(name) for name in _PACKAGES}}
 
 
