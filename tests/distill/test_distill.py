@@ -28,8 +28,8 @@ DATA = {"num_windows": 32, "window": 24, "device": "cpu", "dtype": "float32"}
 DISTILLED = {"distill_steps": 8, "distill": {"tokens": 192, "rate": 0.02}}
 # So slow that every look finds something better than the one before.
 GENTLE = {"distill_steps": 8, "distill": {"tokens": 192, "rate": 0.002}}
-# So fast that its end has another loss than its start, whether or not it is better.
-FAR = {"distill_steps": 6, "distill": {"tokens": 192, "rate": 0.03}}
+# So fast that its end has another loss than its start: no small step's end can meet the start by chance.
+FAR = {"distill_steps": 6, "distill": {"tokens": 192, "rate": 0.8}}
 PROMPT = "w5 w9 w2 w7"
 MIXED: dict[str, Any] = {"bits": 2, "group_size": 16, "activation_bits": 3, "embedding_bits": 8, "kv_bits": 4}
 METHODS: dict[str, dict[str, Any]] = {
