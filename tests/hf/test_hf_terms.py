@@ -21,6 +21,7 @@ from subnibble.checkpoint.opening import open_source
 from subnibble.checkpoint.size import measure
 from subnibble.errors import CheckpointError
 from subnibble.hf import packed_modules
+from subnibble.kernels.native import TORCH, chosen
 from subnibble.rounding.grid import Clip, quantized
 from subnibble.runtime.modules import PackedLinear
 from subnibble.tensor.activation_scheme import ActivationScheme
@@ -85,7 +86,10 @@ def test_generation_with_column_scales_is_that_of_the_dense_model(scaled: Path, 
     assert torch.equal(model.generate(ids, **settings), dense.generate(ids, **settings))
     with torch.no_grad():
         logits = model(ids).logits
-        assert torch.equal(logits, dense(ids).logits)
+        with chosen(TORCH):
+            assert torch.equal(model(ids).logits, dense(ids).logits)
+        # Kernels sum in another order: a few rounding errors of float32.
+        torch.testing.assert_close(logits, dense(ids).logits, rtol=1e-5, atol=1e-5)
         # The scales matter: without one of them the model is another.
         model.get_submodule(O_PROJ).column_scale.fill_(1)
         assert float((model(ids).logits - logits).norm() / logits.norm()) > 1e-3

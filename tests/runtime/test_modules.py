@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from linears import built
+from subnibble.kernels.native import TORCH, chosen
 from subnibble.runtime.modules import (
     HeadInputMatrix,
     PackedEmbedding,
@@ -45,8 +46,9 @@ def test_packed_linear_equals_the_dense_linear(name, dtype, has_bias) -> None:
     y = linear(x)
     assert y.dtype == dtype
     assert within_bound(y, x, dense(weight), bias)
-    # The same function of the dequantized weight, cast once: equal to the last bit.
-    assert torch.equal(y, nn.functional.linear(x, weight.dequantize().to(dtype), bias))
+    # On torch operations it is the same function of the dequantized weight, cast once: equal to the last bit.
+    with chosen(TORCH):
+        assert torch.equal(linear(x), nn.functional.linear(x, weight.dequantize().to(dtype), bias))
 
 
 def scale_off_by_two_percent(quantized: QuantizedMatrix) -> None:
@@ -250,7 +252,7 @@ def test_a_tied_head_stores_nothing_and_equals_the_linear_of_the_table(name) -> 
     assert (head.in_features, head.out_features) == (weight.shape[1], weight.shape[0])
     x = inputs(head.in_features)
     assert within_bound(head(x), x, dense(weight), None)
-    assert torch.equal(head(x), nn.functional.linear(x, weight.dequantize()))
+    assert torch.equal(head(x), PackedLinear(built(weight))(x))
 
 
 @pytest.mark.parametrize("head_first", [False, True])
@@ -273,7 +275,7 @@ def test_a_tied_head_follows_its_table_to_another_device_and_to_loaded_weights()
     model = nn.ModuleDict({"embedding": embedding, "head": TiedHead(embedding)})
     model.load_state_dict({f"embedding.{key}": part for key, part in weight.state().items()}, assign=True)
     x = inputs(weight.shape[1])
-    assert torch.equal(model["head"](x), nn.functional.linear(x, weight.dequantize()))
+    assert torch.equal(model["head"](x), PackedLinear(built(weight))(x))
     assert model.to("meta")["head"](x.to("meta")).is_meta
 
 

@@ -22,6 +22,7 @@ def inspect(model: o.Model, json: o.Json = False) -> None:
     from subnibble.checkpoint.manifest import packed_config_of
     from subnibble.checkpoint.opening import open_source
     from subnibble.checkpoint.size import measure, weight_files, weights_hash
+    from subnibble.kernels import native
 
     source = open_source(model)
     packed = packed_config_of(source.config)
@@ -37,6 +38,8 @@ def inspect(model: o.Model, json: o.Json = False) -> None:
         content["modules"] = packed.to_dict()["modules"]
         content["cache"] = None if packed.cache is None else packed.cache.to_dict()
         content["prefix"] = None if packed.prefix is None else packed.prefix.to_dict()
+        content["instruction_sets"] = list(native.instruction_sets())
+        content["kernels"] = _kernels(packed)
     if json:
         print_json(content)
         return
@@ -55,10 +58,10 @@ def inspect(model: o.Model, json: o.Json = False) -> None:
     ])  # fmt: skip
     if packed is not None:
         rows = [
-            (path, entry["kind"], str(entry.get("rows", "-")), _ranges(entry))
+            (path, entry["kind"], str(entry.get("rows", "-")), _ranges(entry), _kernel_name(content["kernels"], path))
             for path, entry in content["modules"].items()
         ]
-        table(("module", "kind", "rows", "columns x scheme"), rows)
+        table(("module", "kind", "rows", "columns x scheme", "runs on (CPU)"), rows)
 
 
 def prefix(
@@ -105,6 +108,23 @@ def distill(
 
 def _cache_name(packed: PackedConfig | None) -> str:
     return "" if packed is None or packed.cache is None else f", {packed.cache.name}"
+
+
+def _kernels(packed: PackedConfig) -> dict[str, Any]:
+    """What multiplies each packed matrix on the CPU, by path: kernel and reason."""
+    from dataclasses import asdict
+
+    from subnibble.checkpoint.module_specs import PackedEmbeddingSpec, PackedLinearSpec, TiedHeadSpec
+    from subnibble.runtime.native import choice
+
+    kinds = (PackedLinearSpec, PackedEmbeddingSpec, TiedHeadSpec)
+    specs = {path: spec for path, spec in packed.modules.items() if isinstance(spec, kinds)}
+    return {path: asdict(choice(activation=getattr(spec, "activation", None))) for path, spec in specs.items()}
+
+
+def _kernel_name(kernels: dict[str, Any], path: str) -> str:
+    chosen = kernels.get(path)
+    return "-" if chosen is None else f"{chosen['kernel']}: {chosen['reason']}"
 
 
 def _ranges(entry: dict[str, Any]) -> str:

@@ -72,6 +72,10 @@ def root(
         from subnibble.resume.places import runs_in
 
         context.with_resource(runs_in(Path(cache) / "subnibble" / "runs"))
+    if isa := os.environ.get("SUBNIBBLE_ISA"):
+        from subnibble.kernels.native import chosen
+
+        context.with_resource(chosen(isa))
     if skip_checksums:
         from subnibble.checkpoint.checksums import unverified
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from subnibble.errors import NoWeight
-from subnibble.runtime import ops, site_input
+from subnibble.runtime import native, ops, site_input
 from subnibble.runtime.cached_handle import CachedHandle
 from subnibble.runtime.offloaded import has_hook, resident
 from subnibble.runtime.precision import as_written
@@ -198,6 +198,11 @@ class PackedLinear(PackedModule):
         """Share the input's steps, and their result, with `other`, which stores them for both."""
         self._input = (other,)
         other._memo.readers += 1
+
+    @property
+    def kernel(self) -> native.Choice:
+        """What multiplies this linear in eager mode, and why: a kernel of the C++ module, or torch."""
+        return native.choice(self.get_buffer("codes").device.type, self.input.activation)
 
     def _build_linear(self) -> Linear:
         source = self.input

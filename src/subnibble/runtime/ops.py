@@ -1,6 +1,8 @@
 """The operations of a running packed model, each under one name.
 
-These are the torch references that every faster kernel must agree with. No dense copy of a weight outlives the call.
+On the CPU, products with inputs that are not quantized and dequantization run on C++ kernels where they were built
+(`native.py`); `kernels.native.chosen("torch")` gives the torch references that every faster kernel must agree with. No
+dense copy of a weight outlives the call.
 """
 
 from __future__ import annotations
@@ -8,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from subnibble.runtime import activations, site_input
+from subnibble.runtime import activations, native, site_input
 from subnibble.runtime.integer import multiply_add_
 from subnibble.runtime.precision import as_written
 from subnibble.runtime.site_input import PreparedInput
@@ -32,11 +34,7 @@ def product(x: Tensor, prepared: PreparedInput, layer: Linear) -> Tensor:
     weight = layer.weight
     if prepared.quantized is None:
         assert prepared.tokens is not None
-        y = torch.nn.functional.linear(prepared.tokens, dense(weight).to(x.dtype), weight.bias)
-        if weight.low_rank is not None:
-            down, up = weight.low_rank
-            inner = torch.nn.functional.linear(prepared.tokens, down.dequantize(x.dtype))
-            y = y + torch.nn.functional.linear(inner, up.dequantize(x.dtype))
+        y = _float_product(prepared.tokens, weight)
         return y.view(*x.shape[:-1], y.shape[1])
     with as_written(x.device):
         y = _integer(prepared.quantized, prepared.rest, layer)
@@ -52,14 +50,21 @@ def embedding(ids: Tensor, weight: PackedTensor, dtype: torch.dtype) -> Tensor:
     weight: packed (n, d).
     Returns (*ids.shape, d) in `dtype`. Raises `IndexError` for an id outside 0 .. n - 1, as `nn.Embedding` does.
     """
-    return weight.rows(ids.reshape(-1)).dequantize(dtype).view(*ids.shape, weight.shape[1])
+    return dequantize(weight.rows(ids.reshape(-1)), dtype).view(*ids.shape, weight.shape[1])
+
+
+def dequantize(weight: PackedTensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Dense matrix (m, k), computed in float32 and cast once to `dtype`."""
+    if not torch.compiler.is_compiling() and native.runs(weight.ranges[0].codes):
+        return native.dequantize(weight, dtype)
+    return weight.dequantize(dtype)
 
 
 def dense(weight: PackedWeight) -> Tensor:
     """Dense weight (m, k) float32 for the prepared input, without the low-rank branch."""
-    summed = weight.main.dequantize()
+    summed = dequantize(weight.main)
     if weight.salient is not None:
-        summed[:, : weight.salient.shape[1]] += weight.salient.dequantize()
+        summed[:, : weight.salient.shape[1]] += dequantize(weight.salient)
     return summed
 
 
@@ -68,12 +73,24 @@ def dense_from_input(layer: Linear) -> Tensor:
     weight, site = dense(layer.weight), layer.input
     if layer.weight.low_rank is not None:
         down, up = layer.weight.low_rank
-        weight += up.dequantize() @ down.dequantize()
+        weight += dequantize(up) @ dequantize(down)
     if site.blocks:
         weight = hadamard.multiply_transposed(weight, site.blocks)
     if site.gather is not None:
         weight = torch.empty_like(weight).index_copy_(1, site.gather.long(), weight)
     return weight if site.column_scale is None else weight * site.column_scale.float()
+
+
+def _float_product(tokens: Tensor, weight: PackedWeight) -> Tensor:
+    """Multiply tokens (t, k) that are not quantized, and add the bias: (t, m) in their dtype, or in autocast's."""
+    if native.runs(tokens) and not native.needs_gradient(tokens, weight):
+        return native.product(tokens, weight)
+    y = torch.nn.functional.linear(tokens, dense(weight).to(tokens.dtype), weight.bias)
+    if weight.low_rank is not None:
+        down, up = weight.low_rank
+        inner = torch.nn.functional.linear(tokens, dequantize(down, tokens.dtype))
+        y = y + torch.nn.functional.linear(inner, dequantize(up, tokens.dtype))
+    return y
 
 
 def _integer(x: activations.Quantized, residual: activations.Quantized | None, layer: Linear) -> Tensor:

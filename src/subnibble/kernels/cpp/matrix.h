@@ -1,0 +1,73 @@
+// What the kernels compute on: one column range of a packed weight, as the checkpoint stores it (docs/format.md).
+#pragma once
+
+#include <cstdint>
+
+namespace subnibble {
+
+enum class Grid : int { uniform = 0, sign = 1, mxfp4 = 2 };
+
+enum class Number : int { float16 = 0, bfloat16 = 1, float32 = 2, e8m0 = 3 };
+
+// A matrix (rows, columns). Codes of a row are one bit stream that starts on a byte; scales are (rows, groups), on a
+// sign grid (rows, groups * bits). Nothing has to be aligned.
+struct Matrix {
+    const std::uint8_t* codes;
+    const std::uint8_t* scales;
+    // (rows, groups) numbers of the scales' type, or packed codes of `bits` bits; null if there are none.
+    const std::uint8_t* zeros;
+    std::int64_t rows;
+    std::int64_t columns;
+    int bits;
+    // Columns that share a scale, at most `columns`; the last group may be shorter.
+    std::int64_t group;
+    Grid grid;
+    Number scale_type;
+    bool integer_zeros;
+};
+
+// How a kernel walks over a row: in chunks of `lanes` words; a word holds 8 codes (4 of 8 bits) in 32 bits.
+enum class Spread : int {
+    // All columns of a chunk are in one group.
+    whole,
+    // All columns of a word are in one group; chunks begin with a group.
+    lanes,
+    // All columns of a word are in one group; scales are repeated for each word.
+    words,
+    // Groups may end anywhere: weights are decoded one by one.
+    any,
+};
+
+struct Plan {
+    Spread spread;
+    std::int64_t groups;
+    int word_codes;
+    std::int64_t chunk;
+    // Chunks of a row, the last one perhaps partial.
+    std::int64_t chunks;
+    // Length of one token in the kernel's order, in floats.
+    std::int64_t token;
+    // Floats of working memory for each thread.
+    std::int64_t scratch;
+};
+
+// The functions of one instruction set.
+struct Kernel {
+    const char* name;
+    int lanes;
+    // y[t * y_stride + r] = (or +=, if `add`) the product of token t and row r, for rows first .. last - 1.
+    // tokens: in the order that `arrange` writes, plan.token floats each.
+    void (*multiply)(const Matrix&, const Plan&, const float* tokens, std::int64_t count, float* y,
+                     std::int64_t y_stride, bool add, std::int64_t first, std::int64_t last, float* scratch);
+    // Dense rows first .. last - 1, row `first` at `out`; type float32 or bfloat16.
+    void (*dequantize)(const Matrix&, const Plan&, void* out, Number type, std::int64_t out_stride, std::int64_t first,
+                       std::int64_t last, float* scratch);
+};
+
+extern const Kernel portable;
+#if defined(SUBNIBBLE_X86)
+extern const Kernel avx2;
+extern const Kernel avx512;
+#endif
+
+}  // namespace subnibble

@@ -1,0 +1,464 @@
+// The kernels, written once for every instruction set. A source file defines its vector type `V` in an unnamed
+// namespace and includes this file. Everything here has internal linkage and calls nothing of the standard library but
+// memcpy and memset: a function that two sources share may be linked in the form that only the newer processor runs.
+//
+// One vector of 32-bit words holds a chunk: V::lanes words of 8 codes (of 4 codes at 8 bits), in the order of the bit
+// stream. Step s takes code s of each word: the words are shifted right by one code per step, and the low bits choose
+// from a table of at most 16 floats. So a vector of weights costs a shift and a look-up, on any grid. Tokens are
+// arranged to match: element s * V::lanes + i of a chunk is column word_codes * i + s.
+
+#include <cstring>
+
+#include "matrix.h"
+
+namespace {
+
+using subnibble::Grid;
+using subnibble::Matrix;
+using subnibble::Number;
+using subnibble::Plan;
+using subnibble::Spread;
+using F = V::F;
+using I = V::I;
+constexpr int L = V::lanes;
+
+template <int BITS>
+constexpr int word_codes = BITS == 8 ? 4 : 8;
+template <int BITS>
+constexpr int chunk_bytes = L * word_codes<BITS> * BITS / 8;
+
+constexpr float e2m1[16] = {0.0f,  0.5f,  1.0f,  1.5f,  2.0f,  3.0f,  4.0f,  6.0f,
+                            -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f};
+
+inline float from_bits(std::uint32_t bits) {
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
+inline std::uint32_t to_bits(float value) {
+    std::uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    return bits;
+}
+
+inline float from_half(std::uint16_t half) {
+    const std::uint32_t sign = (half & 0x8000u) << 16, exponent = (half >> 10) & 31, mantissa = half & 0x3FFu;
+    if (exponent == 31) return from_bits(sign | 0x7F800000u | mantissa << 13);
+    if (exponent != 0) return from_bits(sign | (exponent + 112) << 23 | mantissa << 13);
+    const float magnitude = static_cast<float>(mantissa) * 0x1p-24f;
+    return from_bits(sign | to_bits(magnitude));
+}
+
+inline std::uint16_t to_bfloat16(float value) {
+    const std::uint32_t bits = to_bits(value);
+    if ((bits & 0x7FFFFFFFu) > 0x7F800000u) return 0x7FC0;
+    return static_cast<std::uint16_t>((bits + 0x7FFFu + (bits >> 16 & 1)) >> 16);
+}
+
+inline std::int64_t number_bytes(Number type) {
+    return type == Number::float32 ? 4 : type == Number::e8m0 ? 1 : 2;
+}
+
+// Number `index` at `from`, which need not be aligned.
+inline float number(const std::uint8_t* from, Number type, std::int64_t index) {
+    if (type == Number::float32) {
+        float value;
+        std::memcpy(&value, from + 4 * index, 4);
+        return value;
+    }
+    if (type == Number::e8m0) {
+        const std::uint32_t exponent = from[index];
+        return from_bits(exponent == 0 ? 0x00400000u : exponent << 23);
+    }
+    std::uint16_t half;
+    std::memcpy(&half, from + 2 * index, 2);
+    return type == Number::float16 ? from_half(half) : from_bits(static_cast<std::uint32_t>(half) << 16);
+}
+
+inline std::uint32_t code(const std::uint8_t* stream, int bits, std::int64_t index) {
+    const std::int64_t bit = index * bits;
+    const std::uint32_t low = stream[bit / 8];
+    const int shift = static_cast<int>(bit % 8);
+    const std::uint32_t pair = shift + bits > 8 ? low | static_cast<std::uint32_t>(stream[bit / 8 + 1]) << 8 : low;
+    return pair >> shift & ((1u << bits) - 1);
+}
+
+// The first `count` codes of a stream, as floats.
+inline void codes_as_floats(const std::uint8_t* stream, int bits, std::int64_t count, float* out) {
+    const std::int64_t bytes = (count * bits + 7) / 8;
+    const std::uint64_t mask = (1u << bits) - 1;
+    for (std::int64_t first = 0; first < count; first += 8) {
+        // 8 codes fill `bits` bytes.
+        const std::int64_t at = first / 8 * bits, left = bytes - at < bits ? bytes - at : bits;
+        std::uint64_t word = 0;
+        std::memcpy(&word, stream + at, static_cast<std::size_t>(left));
+        const std::int64_t stop = count - first < 8 ? count - first : 8;
+        for (std::int64_t i = 0; i < stop; ++i) out[first + i] = static_cast<float>(word >> i * bits & mask);
+    }
+}
+
+// Scales and zero-points of one row as floats, and its codes.
+struct Row {
+    const std::uint8_t* codes;
+    const std::uint8_t* end;
+    // whole, any: (groups * planes); lanes: (groups); words: one for each word. Padded with L zeros.
+    float* scales;
+    float* zeros;
+};
+
+inline std::int64_t planes(const Matrix& w) { return w.grid == Grid::sign ? w.bits : 1; }
+
+inline float middle(const Matrix& w) { return w.grid == Grid::uniform ? static_cast<float>(1 << (w.bits - 1)) : 0.0f; }
+
+// Spread `count` floats so that word i of the row has that of its group; from the last to the first, in place.
+inline void repeat_for_words(float* values, std::int64_t groups, std::int64_t words, std::int64_t group_words) {
+    for (std::int64_t group = groups - 1; group >= 0; --group) {
+        const float value = values[group];
+        const std::int64_t stop = (group + 1) * group_words < words ? (group + 1) * group_words : words;
+        for (std::int64_t word = group * group_words; word < stop; ++word) values[word] = value;
+    }
+}
+
+// scratch: room for one row, plan.scratch floats in all rows of a tile.
+inline Row prepare(const Matrix& w, const Plan& plan, std::int64_t row, float* scratch) {
+    const std::int64_t code_bytes = (w.columns * w.bits + 7) / 8, count = plan.groups * planes(w);
+    const std::int64_t words = plan.chunks * L, room = (count > words ? count : words) + 2 * L;
+    Row result{w.codes + row * code_bytes, w.codes + (row + 1) * code_bytes, scratch, scratch + room};
+    const std::uint8_t* scales = w.scales + row * count * number_bytes(w.scale_type);
+    if (!(w.scale_type == Number::float16 && V::from_halves(scales, count, result.scales)))
+        for (std::int64_t i = 0; i < count; ++i) result.scales[i] = number(scales, w.scale_type, i);
+    if (w.zeros == nullptr) {
+        for (std::int64_t i = 0; i < plan.groups; ++i) result.zeros[i] = middle(w);
+    } else if (w.integer_zeros) {
+        const std::int64_t bytes = (plan.groups * w.bits + 7) / 8;
+        codes_as_floats(w.zeros + row * bytes, w.bits, plan.groups, result.zeros);
+    } else {
+        const std::uint8_t* zeros = w.zeros + row * plan.groups * number_bytes(w.scale_type);
+        if (!(w.scale_type == Number::float16 && V::from_halves(zeros, plan.groups, result.zeros)))
+            for (std::int64_t i = 0; i < plan.groups; ++i) result.zeros[i] = number(zeros, w.scale_type, i);
+    }
+    std::int64_t used = count, used_zeros = plan.groups;
+    if (plan.spread == Spread::words) {
+        const std::int64_t all = (w.columns + plan.word_codes - 1) / plan.word_codes;
+        repeat_for_words(result.scales, plan.groups, all, w.group / plan.word_codes);
+        repeat_for_words(result.zeros, plan.groups, all, w.group / plan.word_codes);
+        used = used_zeros = all;
+    }
+    // Beyond the last group are inputs of zero; what multiplies them must be finite.
+    const std::int64_t pad = plan.spread == Spread::words ? words - used + L : 2 * L;
+    if (pad > 0) std::memset(result.scales + used, 0, static_cast<std::size_t>(pad) * 4);
+    const std::int64_t pad_zeros = plan.spread == Spread::words ? words - used_zeros + L : 2 * L;
+    if (pad_zeros > 0) std::memset(result.zeros + used_zeros, 0, static_cast<std::size_t>(pad_zeros) * 4);
+    return result;
+}
+
+inline std::int64_t row_room(const Matrix& w, const Plan& plan) {
+    const std::int64_t count = plan.groups * planes(w), words = plan.chunks * L;
+    return 2 * ((count > words ? count : words) + 2 * L);
+}
+
+// Level of code j in units of the scale, zero-point not subtracted, repeated so that higher bits do not matter.
+template <int BITS>
+inline void levels(Grid grid, float* out) {
+    for (int j = 0; j < 16; ++j) {
+        const int own = j & ((1 << (BITS == 8 ? 4 : BITS)) - 1);
+        out[j] = grid == Grid::mxfp4 ? e2m1[own] : static_cast<float>(own);
+    }
+}
+
+// Weights of a sign grid by code: the signed scales summed from bit 0 on, in the order of the reference.
+template <int BITS>
+inline void sign_levels(const float* scales, float* out) {
+    for (int j = 0; j < 16; ++j) {
+        float sum = 0.0f;
+        for (int bit = 0; bit < BITS && BITS != 8; ++bit) sum += j >> bit & 1 ? scales[bit] : -scales[bit];
+        out[j] = sum;
+    }
+}
+
+template <int BITS>
+inline I load_words(const std::uint8_t* from, const std::uint8_t* end) {
+    if (end - from >= chunk_bytes<BITS>) return V::words<BITS>(from);
+    std::uint8_t bytes[chunk_bytes<BITS>] = {};
+    std::memcpy(bytes, from, static_cast<std::size_t>(end - from));
+    return V::words<BITS>(bytes);
+}
+
+// Where scales of chunks are found in a row.
+struct Steps {
+    // whole: chunks of a group; lanes, words: groups (words) of a chunk.
+    std::int64_t size;
+    std::int32_t pattern[L];
+};
+
+template <int BITS>
+inline Steps steps_of(const Matrix& w, const Plan& plan) {
+    Steps steps{};
+    if (plan.spread == Spread::whole) {
+        steps.size = w.group >= w.columns ? plan.chunks : w.group / plan.chunk;
+    } else if (plan.spread == Spread::lanes) {
+        steps.size = plan.chunk / w.group;
+        for (int i = 0; i < L; ++i) steps.pattern[i] = static_cast<std::int32_t>(i * word_codes<BITS> / w.group);
+    } else {
+        steps.size = L;
+        for (int i = 0; i < L; ++i) steps.pattern[i] = i;
+    }
+    return steps;
+}
+
+// ZEROS: what a chunk's zero-points are.
+enum class Zeros { in_table, by_word };
+
+// The product of R rows and M tokens; each output sums in the same order, whatever R and M are.
+template <int BITS, bool WHOLE, Zeros ZEROS, int R, int M>
+inline void tile(const Matrix& w, const Plan& plan, const Steps& steps, const Row* rows, const float* tokens, float* y,
+                 std::int64_t y_stride, bool add) {
+    constexpr int U = word_codes<BITS>;
+    alignas(64) float base[16];
+    levels<BITS>(w.grid, base);
+    const auto base_levels = V::template levels<BITS>(base);
+    auto table = V::template table<BITS>(base_levels, V::broadcast(ZEROS == Zeros::in_table ? middle(w) : 0.0f));
+    const I pattern = V::load_int(steps.pattern);
+    typename V::template Table<BITS> tables[R];
+    F scale[R], zero[R], sum[R][M], total[R][M];
+    I words[R];
+    for (int r = 0; r < R; ++r) {
+        tables[r] = table;
+        for (int m = 0; m < M; ++m) total[r][m] = V::zero();
+    }
+    std::int64_t left = 0, group = -1;
+    for (std::int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
+        if constexpr (WHOLE) {
+            if (left == 0) {
+                ++group;
+                left = steps.size;
+                for (int r = 0; r < R; ++r) {
+                    if (w.grid == Grid::sign) {
+                        alignas(64) float signs[16];
+                        sign_levels<BITS>(rows[r].scales + group * BITS, signs);
+                        tables[r] = V::template table<BITS>(V::template levels<BITS>(signs), V::zero());
+                        scale[r] = V::broadcast(1.0f);
+                    } else {
+                        tables[r] = V::template table<BITS>(base_levels, V::broadcast(rows[r].zeros[group]));
+                        scale[r] = V::broadcast(rows[r].scales[group]);
+                    }
+                }
+            }
+            --left;
+        }
+        const std::int64_t first = chunk * chunk_bytes<BITS>;
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+            words[r] = load_words<BITS>(rows[r].codes + first, rows[r].end);
+            if constexpr (!WHOLE) {
+                scale[r] = V::choose(rows[r].scales + chunk * steps.size, pattern);
+                if constexpr (ZEROS == Zeros::by_word) zero[r] = V::choose(rows[r].zeros + chunk * steps.size, pattern);
+            }
+        }
+        const float* x = tokens + chunk * plan.chunk;
+#pragma GCC unroll 8
+        for (int s = 0; s < U; ++s) {
+#pragma GCC unroll 4
+            for (int r = 0; r < R; ++r) {
+                F weight = V::template look_up<BITS>(tables[r], words[r]);
+                if constexpr (ZEROS == Zeros::by_word) weight = V::sub(weight, zero[r]);
+                words[r] = V::template next<BITS>(words[r]);
+#pragma GCC unroll 4
+                for (int m = 0; m < M; ++m) {
+                    const F value = V::load(x + m * plan.token + s * L);
+                    sum[r][m] = s == 0 ? V::mul(weight, value) : V::fma(weight, value, sum[r][m]);
+                }
+            }
+        }
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+            for (int m = 0; m < M; ++m) total[r][m] = V::fma(scale[r], sum[r][m], total[r][m]);
+    }
+    for (int r = 0; r < R; ++r)
+        for (int m = 0; m < M; ++m) {
+            float* to = y + m * y_stride + r;
+            const float value = V::reduce(total[r][m]);
+            *to = add ? *to + value : value;
+        }
+}
+
+template <int BITS, bool WHOLE, Zeros ZEROS, int R>
+inline void tile_of_tokens(const Matrix& w, const Plan& plan, const Steps& steps, const Row* rows, const float* tokens,
+                           std::int64_t count, float* y, std::int64_t y_stride, bool add) {
+    std::int64_t done = 0;
+    for (; count - done >= 4; done += 4)
+        tile<BITS, WHOLE, ZEROS, R, 4>(w, plan, steps, rows, tokens + done * plan.token, y + done * y_stride, y_stride,
+                                       add);
+    if (count - done >= 2) {
+        tile<BITS, WHOLE, ZEROS, R, 2>(w, plan, steps, rows, tokens + done * plan.token, y + done * y_stride, y_stride,
+                                       add);
+        done += 2;
+    }
+    if (count > done)
+        tile<BITS, WHOLE, ZEROS, R, 1>(w, plan, steps, rows, tokens + done * plan.token, y + done * y_stride, y_stride,
+                                       add);
+}
+
+template <int BITS, bool WHOLE, Zeros ZEROS>
+void multiply_rows(const Matrix& w, const Plan& plan, const float* tokens, std::int64_t count, float* y,
+                   std::int64_t y_stride, bool add, std::int64_t first, std::int64_t last, float* scratch) {
+    constexpr int R = V::rows;
+    const Steps steps = steps_of<BITS>(w, plan);
+    const std::int64_t room = row_room(w, plan);
+    Row rows[R];
+    std::int64_t row = first;
+    for (; row + R <= last; row += R) {
+        for (int r = 0; r < R; ++r) rows[r] = prepare(w, plan, row + r, scratch + r * room);
+        tile_of_tokens<BITS, WHOLE, ZEROS, R>(w, plan, steps, rows, tokens, count, y + row, y_stride, add);
+    }
+    for (; row < last; ++row) {
+        rows[0] = prepare(w, plan, row, scratch);
+        tile_of_tokens<BITS, WHOLE, ZEROS, 1>(w, plan, steps, rows, tokens, count, y + row, y_stride, add);
+    }
+}
+
+// Decode a row whose groups end anywhere, one code at a time.
+inline void decode_row(const Matrix& w, const Row& row, float* out) {
+    std::int64_t column = 0;
+    for (std::int64_t group = 0; column < w.columns; ++group) {
+        const std::int64_t stop = column + w.group < w.columns ? column + w.group : w.columns;
+        for (; column < stop; ++column) {
+            const std::uint32_t c = code(row.codes, w.bits, column);
+            if (w.grid == Grid::sign) {
+                float sum = 0.0f;
+                for (int bit = 0; bit < w.bits; ++bit) {
+                    const float scale = row.scales[group * w.bits + bit];
+                    sum += c >> bit & 1 ? scale : -scale;
+                }
+                out[column] = sum;
+            } else {
+                const float level = w.grid == Grid::mxfp4 ? e2m1[c & 15] : static_cast<float>(c);
+                out[column] = (level - row.zeros[group]) * row.scales[group];
+            }
+        }
+    }
+}
+
+void multiply_any(const Matrix& w, const Plan& plan, const float* tokens, std::int64_t count, float* y,
+                  std::int64_t y_stride, bool add, std::int64_t first, std::int64_t last, float* scratch) {
+    float* decoded = scratch + row_room(w, plan);
+    std::memset(decoded, 0, static_cast<std::size_t>(plan.token) * 4);
+    for (std::int64_t row = first; row < last; ++row) {
+        decode_row(w, prepare(w, plan, row, scratch), decoded);
+        for (std::int64_t token = 0; token < count; ++token) {
+            F sum = V::zero();
+            const float* x = tokens + token * plan.token;
+            for (std::int64_t i = 0; i < plan.token; i += L) sum = V::fma(V::load(decoded + i), V::load(x + i), sum);
+            float* to = y + token * y_stride + row;
+            *to = add ? *to + V::reduce(sum) : V::reduce(sum);
+        }
+    }
+}
+
+template <int BITS>
+void multiply_bits(const Matrix& w, const Plan& plan, const float* tokens, std::int64_t count, float* y,
+                   std::int64_t y_stride, bool add, std::int64_t first, std::int64_t last, float* scratch) {
+    if (plan.spread == Spread::whole)
+        multiply_rows<BITS, true, Zeros::in_table>(w, plan, tokens, count, y, y_stride, add, first, last, scratch);
+    else if (w.zeros == nullptr)
+        multiply_rows<BITS, false, Zeros::in_table>(w, plan, tokens, count, y, y_stride, add, first, last, scratch);
+    else
+        multiply_rows<BITS, false, Zeros::by_word>(w, plan, tokens, count, y, y_stride, add, first, last, scratch);
+}
+
+void multiply(const Matrix& w, const Plan& plan, const float* tokens, std::int64_t count, float* y,
+              std::int64_t y_stride, bool add, std::int64_t first, std::int64_t last, float* scratch) {
+    auto* run = plan.spread == Spread::any ? multiply_any
+                : w.bits == 2              ? multiply_bits<2>
+                : w.bits == 3              ? multiply_bits<3>
+                : w.bits == 4              ? multiply_bits<4>
+                                           : multiply_bits<8>;
+    run(w, plan, tokens, count, y, y_stride, add, first, last, scratch);
+}
+
+// Write the first `count` of `values` to column `column` of a dense row.
+inline void put(void* row, Number type, std::int64_t column, const float* values, std::int64_t count) {
+    if (type == Number::float32) {
+        std::memcpy(static_cast<std::uint8_t*>(row) + 4 * column, values, static_cast<std::size_t>(count) * 4);
+        return;
+    }
+    std::uint8_t* to = static_cast<std::uint8_t*>(row) + 2 * column;
+    for (std::int64_t i = 0; i < count; ++i) {
+        const std::uint16_t half = to_bfloat16(values[i]);
+        std::memcpy(to + 2 * i, &half, 2);
+    }
+}
+
+// Weights of a row in their own order: vector t of a chunk holds columns t * L .. t * L + L - 1.
+template <int BITS>
+void dequantize_bits(const Matrix& w, const Plan& plan, void* out, Number type, std::int64_t out_stride,
+                     std::int64_t first, std::int64_t last, float* scratch) {
+    constexpr int U = word_codes<BITS>;
+    const Steps steps = steps_of<BITS>(w, plan);
+    const bool whole = plan.spread == Spread::whole, sign = w.grid == Grid::sign;
+    alignas(64) float base[16];
+    levels<BITS>(w.grid, base);
+    std::int32_t shifts[L], of_word[U][L];
+    for (int i = 0; i < L; ++i) shifts[i] = i % U * BITS;
+    for (int t = 0; t < U; ++t)
+        for (int i = 0; i < L; ++i) of_word[t][i] = (t * L + i) / U;
+    const I shift = V::load_int(shifts), pattern = V::load_int(steps.pattern);
+    for (std::int64_t r = first; r < last; ++r) {
+        const Row row = prepare(w, plan, r, scratch);
+        void* to = static_cast<std::uint8_t*>(out) + (r - first) * out_stride * number_bytes(type);
+        auto table = V::template table<BITS>(V::template levels<BITS>(base), V::zero());
+        for (std::int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
+            const std::int64_t start = chunk * plan.chunk, at = whole ? chunk / steps.size : chunk * steps.size;
+            const I words = load_words<BITS>(row.codes + chunk * chunk_bytes<BITS>, row.end);
+            F scale = V::broadcast(1.0f), zero = V::zero();
+            if (sign) {
+                alignas(64) float signs[16];
+                sign_levels<BITS>(row.scales + at * BITS, signs);
+                table = V::template table<BITS>(V::template levels<BITS>(signs), V::zero());
+            } else {
+                scale = whole ? V::broadcast(row.scales[at]) : V::choose(row.scales + at, pattern);
+                zero = whole ? V::broadcast(row.zeros[at]) : V::choose(row.zeros + at, pattern);
+            }
+            for (int t = 0; t < U && start + t * L < w.columns; ++t) {
+                const I lane = V::load_int(of_word[t]);
+                const I codes = V::shift_right(V::permute(words, lane), shift);
+                const F level = V::template look_up<BITS>(table, codes);
+                F weight = level;
+                if (whole && !sign) weight = V::mul(V::sub(level, zero), scale);
+                if (!whole) weight = V::mul(V::sub(level, V::permute(zero, lane)), V::permute(scale, lane));
+                const std::int64_t column = start + t * L, left = w.columns - column;
+                if (left >= L && type == Number::float32) {
+                    V::store(static_cast<float*>(to) + column, weight);
+                } else {
+                    alignas(64) float values[L];
+                    V::store(values, weight);
+                    put(to, type, column, values, left < L ? left : L);
+                }
+            }
+        }
+    }
+}
+
+void dequantize_any(const Matrix& w, const Plan& plan, void* out, Number type, std::int64_t out_stride,
+                    std::int64_t first, std::int64_t last, float* scratch) {
+    float* decoded = scratch + row_room(w, plan);
+    for (std::int64_t r = first; r < last; ++r) {
+        decode_row(w, prepare(w, plan, r, scratch), decoded);
+        put(static_cast<std::uint8_t*>(out) + (r - first) * out_stride * number_bytes(type), type, 0, decoded,
+            w.columns);
+    }
+}
+
+void dequantize(const Matrix& w, const Plan& plan, void* out, Number type, std::int64_t out_stride, std::int64_t first,
+                std::int64_t last, float* scratch) {
+    auto* run = plan.spread == Spread::any ? dequantize_any
+                : w.bits == 2              ? dequantize_bits<2>
+                : w.bits == 3              ? dequantize_bits<3>
+                : w.bits == 4              ? dequantize_bits<4>
+                                           : dequantize_bits<8>;
+    run(w, plan, out, type, out_stride, first, last, scratch);
+}
+
+}  // namespace

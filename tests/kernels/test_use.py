@@ -1,0 +1,222 @@
+"""Where packed modules use the kernels, where they do not, and that the rest of torch goes on working."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from kernel_samples import sample, tokens
+from torch.autograd import forward_ad
+from transformers import AutoModelForCausalLM
+
+from linears import built
+from subnibble.errors import BadRecipe
+from subnibble.hf import packed_modules
+from subnibble.kernels import native as kernels
+from subnibble.runtime import native, ops
+from subnibble.runtime.modules import PackedEmbedding, PackedLinear
+from subnibble.tensor.activation_scheme import ActivationScheme
+from subnibble.tensor.packed import PackedTensor
+from subnibble.tensor.scheme import Scheme
+
+needs_kernels = pytest.mark.skipif(not kernels.instruction_sets(), reason="the kernels were not built")
+
+
+def linear(bias: bool = True) -> PackedLinear:
+    weight = PackedTensor((sample(Scheme(3, 32), 300), sample(Scheme(8, -1, "none"), 19, seed=1)))
+    low_rank = PackedTensor((sample(Scheme(4, 64), 319, rows=5),)), PackedTensor((sample(Scheme(4, -1), 5),))
+    salient = PackedTensor((sample(Scheme(4, 16), 37),))
+    return PackedLinear(built(weight, torch.randn(7) if bias else None, salient=salient, low_rank=low_rank))
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Numbers of tokens of the products that kernels computed."""
+    counts: list[int] = []
+    product = native.product
+
+    def counted(x, weight):
+        counts.append(x.shape[0])
+        return product(x, weight)
+
+    monkeypatch.setattr(native, "product", counted)
+    return counts
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("count", [1, 7, native.FEW_TOKENS, native.FEW_TOKENS + 1, 60])
+def test_few_and_many_tokens_are_those_of_the_reference_within_rounding(calls, count, dtype) -> None:
+    module, x = linear().to(dtype), tokens(count, 319, dtype)
+    y = module(x)
+    assert calls == [count]
+    with kernels.chosen(kernels.TORCH):
+        exact = linear_in_float64(module, x)
+        assert len(calls) == 1
+    size = x.double().abs() @ module.dequantize().double().abs().T + 1
+    assert y.dtype == dtype
+    # The branch's inner tensor is rounded once more.
+    assert bool(((y.double() - exact).abs() <= 4 * torch.finfo(dtype).eps * 319**0.5 * size).all())
+
+
+def linear_in_float64(module: PackedLinear, x: torch.Tensor) -> torch.Tensor:
+    return x.double() @ module.dequantize().double().T + module.bias.double()
+
+
+@needs_kernels
+def test_rows_in_panels_are_those_at_once(monkeypatch) -> None:
+    module, x = linear(), tokens(60, 319)
+    whole = module(x)
+    monkeypatch.setattr(native, "_PANEL", 3 * 319)
+    torch.testing.assert_close(module(x), whole, rtol=1e-5, atol=1e-3)
+
+
+# torch's own forward-mode rules are compiled with what it calls deprecated.
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@needs_kernels
+def test_products_that_learn_and_other_dtypes_run_on_torch(calls) -> None:
+    module, x = linear(), tokens(3, 319)
+    expected = module(x).detach()
+    learning = x.clone().requires_grad_()
+    y = module(learning)
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-3)
+    y.sum().backward()
+    torch.testing.assert_close(learning.grad[0], module.dequantize().sum(0), rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        module(learning)
+    assert calls == [3, 3]
+    module.bias.requires_grad_()
+    assert module(x).requires_grad
+    module.bias.requires_grad_(False)
+    copy.deepcopy(module).double()(x.double())
+    with forward_ad.dual_level():
+        dual = module(forward_ad.make_dual(x, torch.ones_like(x)))
+        assert forward_ad.unpack_dual(dual).tangent is not None
+    assert calls == [3, 3]
+
+
+@needs_kernels
+def test_autocast_gives_the_dtype_that_it_gave_on_torch() -> None:
+    module, x = linear(), tokens(3, 319)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = module(x)
+        with kernels.chosen(kernels.TORCH):
+            expected = module(x)
+    assert y.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), expected.float(), rtol=0.05, atol=5.0)
+
+
+@needs_kernels
+def test_a_compiled_linear_calls_the_kernels_as_one_operation() -> None:
+    module, x = linear(), tokens(3, 319)
+    torch._dynamo.reset()
+    compiled = torch.compile(module, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), module(x), rtol=1e-5, atol=1e-3)
+    torch.library.opcheck(native._range_product, _arguments(), test_utils=("test_schema", "test_faketensor"))
+
+
+def _arguments() -> tuple[object, ...]:
+    part, x = sample(Scheme(3, 32), 300), tokens(3, 300)
+    return x, part.codes, part.scales, part.zeros, 3, 32, "integer", "float16", "uniform"
+
+
+@needs_kernels
+def test_copies_and_moved_buffers_are_read_where_they_are() -> None:
+    module, x = linear(), tokens(3, 319)
+    y = module(x)
+    assert torch.equal(copy.deepcopy(module)(x), y)
+    assert torch.equal(pickle.loads(pickle.dumps(module))(x), y)
+    # Shared memory is another address of the same tensors.
+    module.share_memory()
+    assert torch.equal(module(x), y)
+    module.scales.data = module.scales.data * 2
+    assert not torch.equal(module(x), y)
+
+
+@needs_kernels
+def test_an_embedding_is_dequantized_bit_for_bit() -> None:
+    table = PackedTensor((sample(Scheme(4, 64), 139, rows=40),))
+    ids = torch.tensor([[3, 39, 0], [7, 7, 21]])
+    rows = PackedEmbedding(table, torch.bfloat16)(ids)
+    with kernels.chosen(kernels.TORCH):
+        assert torch.equal(rows, PackedEmbedding(table, torch.bfloat16)(ids))
+        assert torch.equal(ops.dequantize(table), table.dequantize())
+    assert torch.equal(ops.dequantize(table), table.dequantize())
+
+
+@needs_kernels
+def test_a_linear_says_what_runs_it_and_why() -> None:
+    module = linear()
+    assert module.kernel == native.Choice(kernels.isa(), "fastest of this processor")
+    with kernels.chosen("portable"):
+        assert module.kernel == native.Choice("portable", "chosen")
+    with kernels.chosen(kernels.TORCH):
+        assert module.kernel == native.Choice("torch", "chosen")
+    module.activation = ActivationScheme(8, 64)
+    assert module.kernel == native.Choice("torch", f"no kernel for inputs of {ActivationScheme(8, 64).name}")
+    assert linear().to("meta").kernel == native.Choice("torch", "kernels run on the CPU, not on meta")
+
+
+def test_an_unknown_instruction_set_is_refused() -> None:
+    with pytest.raises(BadRecipe, match=r"'sse9'.*choose one of .*torch"), kernels.chosen("sse9"):
+        pass
+
+
+def test_missing_kernels_are_reported_once(monkeypatch, caplog) -> None:
+    monkeypatch.setattr(kernels, "module", None)
+    monkeypatch.setattr(kernels, "_missing", "no module")
+    monkeypatch.setattr(kernels, "_chosen", kernels._Chosen())
+    module, x = linear(), tokens(2, 319)
+    with caplog.at_level(logging.WARNING):
+        first, second = module(x), module(x)
+    assert torch.equal(first, second)
+    assert len(caplog.records) == 1
+    assert "torch operations" in caplog.text
+    assert module.kernel == native.Choice("torch", "the kernels were not built (no module)")
+
+
+@needs_kernels
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_process_has_one_openmp_runtime() -> None:
+    code = (
+        "from subnibble.kernels import native; assert native.module is not None\n"
+        "maps = open('/proc/self/maps').read().split()\n"
+        "print(len({path for path in maps if 'gomp' in path or 'iomp' in path or 'libomp' in path}))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "1\n"
+
+
+def test_inspect_shows_what_runs_each_module(run, packed: dict[str, Path], monkeypatch) -> None:
+    code, out, _ = run("inspect", packed["qwen2"], "--json")
+    assert code == 0
+    content = json.loads(out)
+    assert content["instruction_sets"] == list(kernels.instruction_sets())
+    assert {entry["kernel"] for entry in content["kernels"].values()} == {kernels.isa()}
+    assert "lm_head" in content["kernels"]
+    monkeypatch.setenv("SUBNIBBLE_ISA", "torch")
+    code, out, _ = run("inspect", packed["qwen2"])
+    assert code == 0
+    assert "torch: " in out
+    monkeypatch.setenv("SUBNIBBLE_ISA", "nothing")
+    assert run("inspect", packed["qwen2"])[0] == 2
+
+
+@needs_kernels
+def test_a_loaded_model_runs_on_the_kernels(packed: dict[str, Path]) -> None:
+    model = AutoModelForCausalLM.from_pretrained(packed["llama"], dtype=torch.float32)
+    linears = [module for module in packed_modules(model).values() if isinstance(module, PackedLinear)]
+    assert linears
+    assert {module.kernel.kernel for module in linears} == {kernels.isa()}
+    ids = torch.arange(1, 13).view(1, 12)
+    with torch.no_grad():
+        logits = model(ids).logits
+        with kernels.chosen(kernels.TORCH):
+            torch.testing.assert_close(logits, model(ids).logits, rtol=1e-4, atol=1e-4)
