@@ -117,9 +117,12 @@ def _kernels(packed: PackedConfig) -> dict[str, Any]:
     from subnibble.checkpoint.module_specs import PackedEmbeddingSpec, PackedLinearSpec, TiedHeadSpec
     from subnibble.runtime.native import choice
 
-    kinds = (PackedLinearSpec, PackedEmbeddingSpec, TiedHeadSpec)
-    specs = {path: spec for path, spec in packed.modules.items() if isinstance(spec, kinds)}
-    return {path: asdict(choice(activation=getattr(spec, "activation", None))) for path, spec in specs.items()}
+    kernels = {}
+    for path, spec in packed.modules.items():
+        table = packed.modules[spec.table] if isinstance(spec, TiedHeadSpec) else spec
+        if isinstance(table, PackedLinearSpec | PackedEmbeddingSpec):
+            kernels[path] = asdict(choice(columns=table.layout.num_columns))
+    return kernels
 
 
 def _kernel_name(kernels: dict[str, Any], path: str) -> str:

@@ -6,20 +6,31 @@ class Form:
     ) -> None: ...
 
 def instruction_sets() -> list[str]: ...
-def multiply(
-    form: Form,
-    codes: int,
-    scales: int,
-    zeros: int,
-    x: int,
-    x_type: int,
-    tokens: int,
-    x_stride: int,
-    y: int,
-    y_stride: int,
-    add: bool,
-    /,
-) -> None: ...
+class Input:
+    """Tokens as whole numbers."""
+
+    @property
+    def count(self) -> int: ...
+    @property
+    def columns(self) -> int: ...
+
+class Scheme:
+    """How tokens are rounded. kind: as `Rounding::Kind` in cpp/tiles.h. planes: bytes of a number, 1 to 3."""
+
+    def __init__(
+        self, isa: str, kind: int, last: int, clip: float, group: int, outliers: int, planes: int
+    ) -> None: ...
+    def round(self, x: int, x_type: int, tokens: int, columns: int, x_stride: int, /) -> Input: ...
+    def rest(self, rounded: Input, x: int, x_type: int, x_stride: int, columns: int, /) -> Input: ...
+
+class Weight:
+    """A packed matrix, repacked into tiles."""
+
+    def __init__(self, form: Form, codes: int, scales: int, zeros: int, /) -> None: ...
+    def multiply(self, x: Input, start: int, y: int, y_stride: int, add: bool, /) -> None: ...
+    @property
+    def nbytes(self) -> int: ...
+
 def dequantize(
     form: Form,
     codes: int,

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from subnibble.errors import NoWeight
-from subnibble.runtime import native, ops, site_input
+from subnibble.runtime import native, ops
 from subnibble.runtime.cached_handle import CachedHandle
 from subnibble.runtime.offloaded import has_hook, resident
 from subnibble.runtime.precision import as_written
+from subnibble.runtime.native import NativeInput
 from subnibble.runtime.site_input import PreparedInput
 from subnibble.runtime.site_memo import SiteMemo
 from subnibble.tensor.linear import Linear, PackedWeight, SiteInput
@@ -160,7 +161,7 @@ class PackedLinear(PackedModule):
     def __init__(self, linear: Linear) -> None:
         super().__init__(linear.weight.main)
         self._linear: CachedHandle[Linear] = CachedHandle()
-        self._memo: SiteMemo[PreparedInput] = SiteMemo()
+        self._memo: SiteMemo[PreparedInput | NativeInput] = SiteMemo()
         # Another linear, if it stores the input's steps for this one. In a tuple, so that it is not registered, saved
         # and counted twice.
         self._input: tuple[PackedLinear, ...] = ()
@@ -202,7 +203,7 @@ class PackedLinear(PackedModule):
     @property
     def kernel(self) -> native.Choice:
         """What multiplies this linear in eager mode, and why: a kernel of the C++ module, or torch."""
-        return native.choice(self.get_buffer("codes").device.type, self.input.activation)
+        return native.choice(self.get_buffer("codes").device.type, self.in_features)
 
     def _build_linear(self) -> Linear:
         source = self.input
@@ -215,9 +216,7 @@ class PackedLinear(PackedModule):
         """Apply the linear: x (..., k) to (..., m)."""
         linear = self.linear
         site = linear.input
-        if site.is_plain:
-            return ops.linear(x, linear)
-        return ops.product(x, self.input._memo.of(x, lambda: site_input.apply(x, site)), linear)
+        return ops.product(x, self.input._memo.of(x, lambda: ops.prepare(x, site)), linear)
 
     def dequantize(self) -> Tensor:
         """Dense weight (m, k) float32 for the untransformed input, all terms included."""

@@ -1,37 +1,45 @@
 """Products of packed weights by the C++ kernels (`kernels/`): where they run, and why not elsewhere.
 
-Few tokens are multiplied by the kernel, which decodes weights in registers; more than `FEW_TOKENS` by torch, with rows
-that the kernel dequantizes part by part. Both read the checkpoint's own bytes. Weights are the reference's, bit for bit
-(`PackedTensor.dequantize`); sums are float32 in another order.
+Kernels multiply whole numbers. A weight is repacked once into tiles, in the order in which the processor multiplies it;
+tokens are rounded once for all linears that read them. Inputs of a scheme are those of `activations.quantize`, and
+products are those of `integer.multiply_add_`, both bit for bit. Inputs without a scheme are rounded to fixed point in
+groups of `FIXED_GROUP` channels: 24 bits of float32 inputs, 16 bits of bfloat16 and float16 ones.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from subnibble.kernels import native
+from subnibble.runtime import site_input
 from subnibble.runtime.precision import as_written
 from subnibble.tensor.activation_scheme import ActivationScheme
-from subnibble.tensor.linear import PackedWeight
-from subnibble.tensor.packed import PackedRange, PackedTensor
+from subnibble.tensor.linear import PackedWeight, SiteInput
+from subnibble.tensor.packed import PackedLayout, PackedRange, PackedTensor
 from subnibble.tensor.scheme import Scheme
 
-# More tokens than this are multiplied by torch: measured in bench/kernels.py.
-FEW_TOKENS = 24
-# Floats of dense rows at once, so few that they are still in the processor's cache when they are multiplied.
-_PANEL = 2**18
-# As in cpp/matrix.h.
+# Channels that share a scale where inputs have no scheme.
+FIXED_GROUP = 128
+# Bytes of a fixed-point number.
+_FIXED_BYTES = {torch.float32: 3, torch.bfloat16: 2, torch.float16: 2}
+# As in cpp/matrix.h and cpp/tiles.h.
 _GRIDS = {"uniform": 0, "sign": 1, "mxfp4": 2}
 _NUMBERS = {"float16": 0, "bfloat16": 1, "float32": 2, "e8m0": 3}
+_SYMMETRIC, _ASYMMETRIC, _MXFP4, _FIXED = range(4)
 _TYPES = {torch.bfloat16: 1, torch.float32: 2}
 # Of tokens, and of codes.
 _RUNS = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
+# Sums of more products of 8 bits with 8 bits may not fit 32 bits.
+_MOST_COLUMNS = 2**31 // 255**2
 
 
 @dataclass(frozen=True)
@@ -42,11 +50,11 @@ class Choice:
     reason: str
 
 
-def choice(device: str = "cpu", activation: ActivationScheme | None = None) -> Choice:
+def choice(device: str = "cpu", columns: int = 0) -> Choice:
     """What multiplies a packed matrix in eager mode, without gradients.
 
     device: type of the device that holds it.
-    activation: how its inputs are quantized, None if they are not.
+    columns: its number of input columns.
     """
     if reason := native.why_missing():
         return Choice(native.TORCH, reason)
@@ -54,8 +62,8 @@ def choice(device: str = "cpu", activation: ActivationScheme | None = None) -> C
         return Choice(native.TORCH, "chosen")
     if device != "cpu":
         return Choice(native.TORCH, f"kernels run on the CPU, not on {device}")
-    if activation is not None:
-        return Choice(native.TORCH, f"no kernel for inputs of {activation.name}")
+    if columns > _MOST_COLUMNS:
+        return Choice(native.TORCH, f"sums over more than {_MOST_COLUMNS} columns may not fit 32 bits")
     if native.isa() == native.instruction_sets()[0]:
         return Choice(native.isa(), "fastest of this processor")
     return Choice(native.isa(), "chosen")
@@ -70,168 +78,157 @@ def runs(x: Tensor) -> bool:
     return x.is_cpu and x.dtype in _RUNS and type(x) in (Tensor, torch.nn.Parameter)
 
 
-def needs_gradient(x: Tensor, weight: PackedWeight) -> bool:
-    """Whether autograd has to record a product: x or the bias learns, or derivatives are pushed forward."""
-    learns = x.requires_grad or (weight.bias is not None and weight.bias.requires_grad)
-    return (learns and torch.is_grad_enabled()) or forward_ad._current_level >= 0
+def takes(x: Tensor) -> bool:
+    """Whether kernels multiply the tokens x (..., k): kernels run, and no derivative goes through x."""
+    differentiates = (x.requires_grad and torch.is_grad_enabled()) or forward_ad._current_level >= 0
+    return runs(x) and not differentiates and x.shape[-1] <= _MOST_COLUMNS
 
 
-def product(x: Tensor, weight: PackedWeight) -> Tensor:
-    """Multiply tokens x (t, k) with all terms of a weight, bias included: (t, m) in x's dtype, or in autocast's.
+@dataclass(frozen=True)
+class NativeInput:
+    """Tokens after all steps of a `SiteInput`, as the kernels multiply them.
 
-    Records no gradient. Sums are float32 and rounded to the result's dtype once; of many bfloat16 or float16 tokens, as
-    torch's product rounds.
+    tokens: (t, k) before they are rounded; under torch.compile they are rounded by each linear.
+    scheme: how they are rounded, None for fixed point.
+    requantized: number of first channels whose error is rounded again.
+    dtype: of the product.
+    rounded, rest: C++ objects: the tokens as whole numbers; the error of the first channels, rounded again, or None.
     """
-    if torch.is_autocast_enabled("cpu"):
-        x = x.to(torch.get_autocast_dtype("cpu"))
-        with as_written(x.device):
-            return product(x, weight)
+
+    tokens: Tensor
+    scheme: ActivationScheme | None
+    requantized: int
+    dtype: torch.dtype
+    rounded: Any = None
+    rest: Any = None
+
+    @property
+    def fixed_bytes(self) -> int:
+        """Bytes of a fixed-point number, for inputs without a scheme."""
+        return _FIXED_BYTES[self.tokens.dtype]
+
+
+def prepare(x: Tensor, site: SiteInput) -> NativeInput:
+    """Apply a site's steps to x (..., k), the last one by a kernel."""
+    dtype, tokens = x.dtype, site_input.enter(x, site).reshape(-1, x.shape[-1])
+    if site.activation is None and torch.is_autocast_enabled("cpu"):
+        dtype = torch.get_autocast_dtype("cpu")
+        tokens = tokens.to(dtype)
     if torch.compiler.is_compiling():
-        return _traced(x, weight)
-    return _few(x, weight) if x.shape[0] <= FEW_TOKENS else _many(x, weight)
+        return NativeInput(tokens, site.activation, site.requantized, dtype)
+    how = _rounding(native.isa(), site.activation, _FIXED_BYTES[tokens.dtype])
+    dense = _readable(tokens)
+    address, number = dense.data_ptr(), _TYPES[dense.dtype]
+    whole = how.round(address, number, *dense.shape, dense.stride(0))
+    rest = how.rest(whole, address, number, dense.stride(0), site.requantized) if site.requantized else None
+    return NativeInput(tokens, site.activation, site.requantized, dtype, whole, rest)
 
 
-def _few(x: Tensor, weight: PackedWeight) -> Tensor:
-    tokens = x if x.dtype in _TYPES else x.float()
-    y = torch.empty(x.shape[0], weight.main.shape[0], dtype=torch.float32)
-    multiply_(y, tokens, weight.main)
+def product(x: NativeInput, weight: PackedWeight) -> Tensor:
+    """Multiply prepared tokens (t, k) with all terms of a weight, bias included: (t, m) in x's dtype."""
+    with as_written(x.tokens.device):
+        y = _traced(x, weight) if torch.compiler.is_compiling() else _eager(x, weight)
+        if weight.bias is not None:
+            y = y + weight.bias.float()
+        return y.to(x.dtype)
+
+
+def _eager(x: NativeInput, weight: PackedWeight) -> Tensor:
+    y = torch.empty(x.tokens.shape[0], weight.main.shape[0], dtype=torch.float32)
+    multiply_(y, x.rounded, weight.main)
     if weight.salient is not None:
-        multiply_(y, tokens, weight.salient, add=True)
+        multiply_(y, x.rounded, weight.salient, add=True)
+        if x.rest is not None:
+            multiply_(y, x.rest, weight.salient, add=True)
     if weight.low_rank is not None:
         down, up = weight.low_rank
-        inner = torch.empty(x.shape[0], down.shape[0], dtype=torch.float32)
-        multiply_(inner, tokens, down)
-        multiply_(y, inner, up, add=True)
-    if weight.bias is not None:
-        y += weight.bias
-    return y.to(x.dtype)
-
-
-def _many(x: Tensor, weight: PackedWeight) -> Tensor:
-    rows, columns = weight.main.shape
-    y = torch.empty(x.shape[0], rows, dtype=x.dtype)
-    size = max(1, _PANEL // max(1, columns))
-    for first in range(0, rows, size):
-        last = min(rows, first + size)
-        panel = dense_rows(weight, first, last).to(x.dtype).T
-        if weight.bias is None:
-            torch.mm(x, panel, out=y[:, first:last])
-        else:
-            torch.addmm(weight.bias[first:last].to(x.dtype), x, panel, out=y[:, first:last])
-    if weight.low_rank is not None:
-        down, up = weight.low_rank
-        inner = torch.nn.functional.linear(x, dequantize(down, x.dtype))
-        y += torch.nn.functional.linear(inner, dequantize(up, x.dtype))
+        inner = torch.empty(x.tokens.shape[0], down.shape[0], dtype=torch.float32)
+        multiply_(inner, x.rounded, down)
+        # There are no outlier channels between the low-rank factors.
+        scheme = None if x.scheme is None else x.scheme.without_outliers
+        multiply_(y, rounded(inner, scheme, x.fixed_bytes), up, add=True)
     return y
 
 
-def _traced(x: Tensor, weight: PackedWeight) -> Tensor:
-    """`product` as operations that torch.compile does not look into, one for each range."""
-    y = _traced_sum(x, weight.main)
-    if weight.salient is not None:
-        y = y + _traced_sum(x, weight.salient)
-    if weight.low_rank is not None:
-        down, up = weight.low_rank
-        y = y + _traced_sum(_traced_sum(x, down), up)
-    if weight.bias is not None:
-        y = y + weight.bias
-    return y.to(x.dtype)
+def rounded(tokens: Tensor, scheme: ActivationScheme | None, fixed_bytes: int = 3) -> Any:
+    """Round tokens (t, k), by a scheme or to fixed point: a C++ object."""
+    dense = _readable(tokens)
+    how = _rounding(native.isa(), scheme, fixed_bytes)
+    return how.round(dense.data_ptr(), _TYPES[dense.dtype], *dense.shape, dense.stride(0))
 
 
-def _traced_sum(x: Tensor, weight: PackedTensor) -> Tensor:
-    start = 0
-    y: Tensor | None = None
-    for part in weight.ranges:
-        scheme, stop = part.scheme, start + part.num_columns
-        fields = (scheme.bits, scheme.group_size, scheme.zero_point, scheme.scale_type, scheme.grid)
-        term: Tensor = _range_product(x[:, start:stop], part.codes, part.scales, part.zeros, *fields)
-        y, start = term if y is None else y + term, stop
-    assert y is not None
-    return y
-
-
-@torch.library.custom_op("subnibble::range_product", mutates_args=())
-def _range_product(
-    x: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    bits: int,
-    group_size: int,
-    zero_point: str,
-    scale_type: str,
-    grid: str,
-) -> Tensor:
-    """X (t, k) times a range (m, k): (t, m) float32. Fields of the range's scheme follow its tensors."""
-    scheme = Scheme(bits, group_size, zero_point, scale_type, grid)
-    packed = PackedTensor((PackedRange(scheme, x.shape[1], codes, scales, zeros),))
-    run = _few if x.shape[0] <= FEW_TOKENS else _many
-    return run(x.float(), PackedWeight(packed))
-
-
-@_range_product.register_fake
-def _(
-    x: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    bits: int,
-    group_size: int,
-    zero_point: str,
-    scale_type: str,
-    grid: str,
-) -> Tensor:
-    return x.new_empty((x.shape[0], codes.shape[0]), dtype=torch.float32)
-
-
-def multiply_(y: Tensor, x: Tensor, weight: PackedTensor, add: bool = False) -> None:
+def multiply_(y: Tensor, x: Any, weight: PackedTensor, add: bool = False) -> None:
     """Write x wᵀ to y, or add it.
 
     y: (t, m) float32, rows contiguous.
-    x: (t, k') float32 or bfloat16; of more columns than the weight has, the first ones count.
+    x: rounded tokens (t, k'); of more columns than the weight has, the first ones count.
     weight: (m, k).
     """
     start = 0
     for part in weight.ranges:
-        stop = start + part.num_columns
-        columns = x[:, start:stop]
-        if columns.stride(1) != 1:
-            columns = columns.contiguous()
-        _on(part, native.module.multiply, columns.data_ptr(), _TYPES[x.dtype], x.shape[0], columns.stride(0),
-            y.data_ptr(), y.stride(0), add)  # fmt: skip
-        start, add = stop, True
+        _repacked(part).multiply(x, start, y.data_ptr(), y.stride(0), add)
+        start, add = start + part.num_columns, True
+
+
+def _readable(tokens: Tensor) -> Tensor:
+    """Tokens in a dtype that kernels read, channels side by side."""
+    dense = tokens if tokens.dtype in _TYPES else tokens.float()
+    return dense if dense.stride(1) == 1 or dense.shape[1] == 1 else dense.contiguous()
+
+
+@cache
+def _rounding(isa: str, scheme: ActivationScheme | None, fixed_bytes: int) -> Any:
+    """How kernels of an instruction set round tokens."""
+    if scheme is None:
+        return native.module.Scheme(isa, _FIXED, 0, 1.0, FIXED_GROUP, 0, fixed_bytes)
+    symmetric = scheme.zero_point == "none"
+    kind = _MXFP4 if scheme.grid == "mxfp4" else _SYMMETRIC if symmetric else _ASYMMETRIC
+    last = 2 ** (scheme.bits - 1) - 1 if symmetric else 2**scheme.bits - 1
+    group = 2**62 if scheme.group_size == -1 else scheme.group_size
+    # Numbers of an asymmetric scheme of 8 bits are -255 .. 255.
+    planes = 2 if last > 127 else 1
+    return native.module.Scheme(isa, kind, last, scheme.clip, group, scheme.outliers, planes)
+
+
+# Codes of a range -> (state of its tensors, the range in tiles).
+_tiles: Any = WeakTensorKeyDictionary()
+
+
+def _repacked(part: PackedRange) -> Any:
+    """The range in tiles: repacked at its first product, and again after its tensors were written to."""
+    state = (native.isa(), *(_state(tensor) for tensor in (part.codes, part.scales, part.zeros)))
+    known = _tiles.get(part.codes)
+    if known is not None and known[0] == state:
+        return known[1]
+    tiles: Any = _on(part, native.module.Weight)
+    _tiles[part.codes] = state, tiles
+    return tiles
+
+
+def _state(tensor: Tensor | None) -> tuple[int, int] | None:
+    """Where a tensor's data is, and how often it was written to (0 for an inference tensor, which does not count)."""
+    return None if tensor is None else (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
 
 
 def dequantize(weight: PackedTensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Dense (m, k) in `dtype`, bit for bit that of `PackedTensor.dequantize`."""
-    return _dense(weight, 0, weight.shape[0]).to(dtype)
-
-
-def dense_rows(weight: PackedWeight, first: int, last: int) -> Tensor:
-    """Dense rows first .. last - 1 (.., k) float32 of the main and salient matrices."""
-    summed = _dense(weight.main, first, last)
-    if weight.salient is not None:
-        summed[:, : weight.salient.shape[1]] += _dense(weight.salient, first, last)
-    return summed
-
-
-def _dense(weight: PackedTensor, first: int, last: int) -> Tensor:
-    out = torch.empty(last - first, weight.shape[1], dtype=torch.float32)
+    out = torch.empty(weight.shape, dtype=torch.float32)
     start = 0
     for part in weight.ranges:
         columns = out[:, start:]
-        _on(part, native.module.dequantize, first, last, columns.data_ptr(), _TYPES[out.dtype], out.stride(0))
+        _on(part, native.module.dequantize, 0, out.shape[0], columns.data_ptr(), _TYPES[out.dtype], out.stride(0))
         start += part.num_columns
-    return out
+    return out.to(dtype)
 
 
-def _on(part: PackedRange, function: Callable[..., None], *arguments: object) -> None:
-    """Call a kernel on a range. Addresses are taken at each call: a module's tensors may move in place."""
+def _on(part: PackedRange, function: Callable[..., Any], *arguments: object) -> Any:
+    """Call a function of a range's form and addresses. Addresses are taken at each call: tensors may move in place."""
     # Contiguous copies of what is not live until the call is over.
     codes, scales = part.codes.contiguous(), part.scales.contiguous()
     zeros = None if part.zeros is None else part.zeros.contiguous()
     form = _form(native.isa(), part.scheme, codes.shape[0], part.num_columns)
-    function(form, codes.data_ptr(), scales.data_ptr(), 0 if zeros is None else zeros.data_ptr(), *arguments)
+    addresses = (codes.data_ptr(), scales.data_ptr(), 0 if zeros is None else zeros.data_ptr())
+    return function(form, *addresses, *arguments)
 
 
 @cache
@@ -248,3 +245,46 @@ def _form(isa: str, scheme: Scheme, rows: int, columns: int) -> object:
         _NUMBERS[scheme.scale_type],
         scheme.zero_point == "integer",
     )
+
+
+def _traced(x: NativeInput, weight: PackedWeight) -> Tensor:
+    """`_eager` as one operation that torch.compile does not look into."""
+    down, up = weight.low_rank or (None, None)
+    matrices = {"main": weight.main, "salient": weight.salient, "down": down, "up": up}
+    tensors, layouts = [], {}
+    for name, matrix in matrices.items():
+        if matrix is not None:
+            state, layout = matrix.state(), matrix.layout
+            tensors += list(state.values())
+            ranges = [[columns, scheme.to_dict()] for columns, scheme in layout.ranges]
+            layouts[name] = [list(state), layout.rows, ranges]
+    activation = "" if x.scheme is None else json.dumps(x.scheme.to_dict())
+    y: Tensor = _compiled_product(x.tokens, tensors, json.dumps(layouts), activation, x.requantized, weight.main.shape[0])
+    return y
+
+
+@torch.library.custom_op("subnibble::packed_product", mutates_args=())
+def _compiled_product(
+    tokens: Tensor, tensors: list[Tensor], layouts: str, activation: str, requantized: int, rows: int
+) -> Tensor:
+    """Multiply tokens (t, k) with a weight's terms, bias excluded: (t, rows) float32.
+
+    tensors: stored tensors of all matrices, in order. layouts: JSON, the names, rows and ranges of each matrix.
+    activation: JSON of the `ActivationScheme`, "" for none.
+    """
+    scheme = ActivationScheme.from_dict(json.loads(activation)) if activation else None
+    matrices: dict[str, PackedTensor] = {}
+    rest = iter(tensors)
+    for name, (stored, count, ranges) in json.loads(layouts).items():
+        layout = PackedLayout(count, tuple((columns, Scheme.from_dict(fields)) for columns, fields in ranges))
+        matrices[name] = PackedTensor.from_state({key: next(rest) for key in stored}, layout)
+    low_rank = (matrices["down"], matrices["up"]) if "down" in matrices else None
+    weight = PackedWeight(matrices["main"], None, matrices.get("salient"), low_rank)
+    return _eager(prepare(tokens, SiteInput(activation=scheme, requantized=requantized)), weight)
+
+
+@_compiled_product.register_fake
+def _(
+    tokens: Tensor, tensors: list[Tensor], layouts: str, activation: str, requantized: int, rows: int
+) -> Tensor:
+    return tokens.new_empty((tokens.shape[0], rows), dtype=torch.float32)

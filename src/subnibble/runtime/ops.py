@@ -1,8 +1,8 @@
 """The operations of a running packed model, each under one name.
 
-On the CPU, products with inputs that are not quantized and dequantization run on C++ kernels where they were built
-(`native.py`); `kernels.native.chosen("torch")` gives the torch references that every faster kernel must agree with. No
-dense copy of a weight outlives the call.
+On the CPU, products and dequantization run on C++ kernels where they were built (`native.py`);
+`kernels.native.chosen("torch")` gives the torch references that every faster kernel must agree with. No dense copy of a
+weight outlives the call.
 """
 
 from __future__ import annotations
@@ -12,26 +12,35 @@ from torch import Tensor
 
 from subnibble.runtime import activations, native, site_input
 from subnibble.runtime.integer import multiply_add_
+from subnibble.runtime.native import NativeInput
 from subnibble.runtime.precision import as_written
 from subnibble.runtime.site_input import PreparedInput
 from subnibble.tensor import hadamard
-from subnibble.tensor.linear import Linear, PackedWeight
+from subnibble.tensor.linear import Linear, PackedWeight, SiteInput
 from subnibble.tensor.packed import PackedTensor
 
 
 def linear(x: Tensor, layer: Linear) -> Tensor:
     """Apply a linear. x: (..., k). Returns (..., m) in x's dtype."""
-    return product(x, site_input.apply(x, layer.input), layer)
+    return product(x, prepare(x, layer.input), layer)
 
 
-def product(x: Tensor, prepared: PreparedInput, layer: Linear) -> Tensor:
+def prepare(x: Tensor, site: SiteInput) -> PreparedInput | NativeInput:
+    """Apply a site's steps to x (..., k), by kernels where they run."""
+    return native.prepare(x, site) if native.takes(x) else site_input.apply(x, site)
+
+
+def product(x: Tensor, prepared: PreparedInput | NativeInput, layer: Linear) -> Tensor:
     """Multiply a prepared input with the linear's weight, and add the bias.
 
     x: (..., k), the input itself, which gives the result's shape and dtype.
-    prepared: `site_input.apply` of x.
-    Returns (..., m) in x's dtype.
+    prepared: `prepare` of x.
+    Returns (..., m) in x's dtype, or in autocast's if the input is not quantized.
     """
     weight = layer.weight
+    if isinstance(prepared, NativeInput):
+        y = native.product(prepared, weight)
+        return y.view(*x.shape[:-1], y.shape[1])
     if prepared.quantized is None:
         assert prepared.tokens is not None
         y = _float_product(prepared.tokens, weight)
@@ -83,8 +92,6 @@ def dense_from_input(layer: Linear) -> Tensor:
 
 def _float_product(tokens: Tensor, weight: PackedWeight) -> Tensor:
     """Multiply tokens (t, k) that are not quantized, and add the bias: (t, m) in their dtype, or in autocast's."""
-    if native.runs(tokens) and not native.needs_gradient(tokens, weight):
-        return native.product(tokens, weight)
     y = torch.nn.functional.linear(tokens, dense(weight).to(tokens.dtype), weight.bias)
     if weight.low_rank is not None:
         down, up = weight.low_rank

@@ -1,49 +1,55 @@
 #include "dispatch.h"
 
 #include <algorithm>
-#include <cstring>
-#include <memory>
-#include <new>
+#include <stdexcept>
 
+#if defined(SUBNIBBLE_X86)
+#include <cpuid.h>
+#endif
 #if defined(_OPENMP)
 #include <omp.h>
 #endif
+
+#include "memory.h"
 
 namespace subnibble {
 
 namespace {
 
-// Fewer weights than this (times tokens) are not worth waking another thread.
-constexpr std::int64_t kSerialWork = 1 << 16;
-// Bytes.
-constexpr std::int64_t kAlign = 64;
-
-struct Free {
-    void operator()(float* memory) const { ::operator delete[](memory, std::align_val_t{kAlign}); }
-};
-using Floats = std::unique_ptr<float[], Free>;
-
-Floats floats(std::int64_t count) {
-    const auto bytes = static_cast<std::size_t>(std::max<std::int64_t>(count, 1)) * sizeof(float);
-    return Floats(static_cast<float*>(::operator new[](bytes, std::align_val_t{kAlign})));
-}
+// Fewer products than this are not worth waking another thread.
+constexpr std::int64_t kSerialWork = 1 << 17;
+// From this many tokens on, codes are decoded once for all of them. Those of a sign grid always are.
+constexpr std::int64_t kManyTokens = 5;
 
 const Kernel* const kKernels[] = {
 #if defined(SUBNIBBLE_X86)
+    &avx512vnni,
     &avx512,
+    &avxvnni,
     &avx2,
 #endif
     &portable,
 };
 
+#if defined(SUBNIBBLE_X86)
+// GCC 12 does not know this feature by name: leaf 7, subleaf 1, EAX bit 4.
+bool has_avx_vnni() {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a >> 4 & 1) != 0;
+}
+#endif
+
 bool runs(const Kernel& kernel) {
     const std::string name = kernel.name;
 #if defined(SUBNIBBLE_X86)
-    if (name == "avx512")
-        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-               __builtin_cpu_supports("avx512vl");
-    if (name == "avx2")
-        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    const bool narrow =
+        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    const bool wide = narrow && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    if (name == "avx512vnni") return wide && __builtin_cpu_supports("avx512vnni");
+    if (name == "avx512") return wide;
+    if (name == "avxvnni") return narrow && has_avx_vnni();
+    if (name == "avx2") return narrow;
 #endif
     return name == "portable";
 }
@@ -62,44 +68,17 @@ Plan plan_of(const Kernel& kernel, const Matrix& w) {
         plan.spread = plan.chunk % w.group == 0 ? Spread::lanes : Spread::words;
     else
         plan.spread = Spread::any;
-    plan.token = plan.chunks * plan.chunk;
+    plan.columns = plan.chunks * plan.chunk;
     const std::int64_t numbers = plan.groups * (sign ? w.bits : 1), words = plan.chunks * lanes;
-    // Scales and zero-points of the largest tile's rows, and one dense row.
-    plan.scratch = 4 * 2 * (std::max(numbers, words) + 2 * lanes) + plan.token;
+    // Scales and zero-points of one row, and the dense row.
+    plan.scratch = 2 * (std::max(numbers, words) + 2 * lanes) + plan.columns;
     return plan;
 }
 
-float number(const std::uint8_t* from, Number type, std::int64_t index) {
-    float value;
-    if (type == Number::float32) {
-        std::memcpy(&value, from + 4 * index, 4);
-        return value;
-    }
-    std::uint16_t half;
-    std::memcpy(&half, from + 2 * index, 2);
-    const std::uint32_t bits = static_cast<std::uint32_t>(half) << 16;
-    std::memcpy(&value, &bits, 4);
-    return value;
-}
-
-// Write one token as floats in the kernel's order, with zeros beyond its last column.
-void arrange(const Plan& plan, int lanes, const std::uint8_t* x, Number type, std::int64_t columns, float* out) {
-    if (plan.spread == Spread::any) {
-        for (std::int64_t i = 0; i < plan.token; ++i) out[i] = i < columns ? number(x, type, i) : 0.0f;
-        return;
-    }
-    const int step = plan.word_codes;
-    for (std::int64_t start = 0; start < plan.token; start += plan.chunk) {
-        const std::int64_t count = std::min(plan.chunk, columns - start);
-        if (count < plan.chunk) std::fill(out + start, out + start + plan.chunk, 0.0f);
-        for (std::int64_t j = 0; j < count; ++j)
-            out[start + j % step * lanes + j / step] = number(x, type, start + j);
-    }
-}
-
-// Run `work(first, last, scratch)` on parts of rows first .. last - 1, in parallel if `amount` of work is worth it.
+// Run `work(first, last)` on parts of 0 .. count - 1, in parallel if `amount` of work is worth it. Parts begin at
+// multiples of `step`.
 template <typename Work>
-void share_rows(std::int64_t first, std::int64_t last, std::int64_t amount, std::int64_t scratch, Work work) {
+void share(std::int64_t count, std::int64_t step, std::int64_t amount, Work work) {
     [[maybe_unused]] const bool parallel = amount > kSerialWork;
 #if defined(_OPENMP)
 #pragma omp parallel if (parallel)
@@ -110,14 +89,28 @@ void share_rows(std::int64_t first, std::int64_t last, std::int64_t amount, std:
 #else
         const std::int64_t threads = 1, index = 0;
 #endif
-        // Whole tiles for each thread.
-        const std::int64_t tiles = (last - first + 3) / 4, from = first + 4 * (tiles * index / threads),
-                           to = std::min(last, first + 4 * (tiles * (index + 1) / threads));
-        if (from < to) {
-            const Floats memory = floats(scratch);
-            work(from, to, memory.get());
-        }
+        const std::int64_t parts = (count + step - 1) / step, from = step * (parts * index / threads),
+                           to = std::min(count, step * (parts * (index + 1) / threads));
+        if (from < to) work(from, to);
     }
+}
+
+// Runs of a weight's columns that lie in one of its groups and in one group of the input, from `start` on.
+std::vector<Segment> segments_of(const Tiles& w, const Input& x, std::int64_t start) {
+    std::vector<Segment> segments;
+    const std::vector<std::int64_t>& bounds = x.bounds();
+    std::int64_t column = 0;
+    std::int64_t group = std::upper_bound(bounds.begin(), bounds.end(), start) - bounds.begin() - 1;
+    while (column < w.columns) {
+        while (bounds[static_cast<std::size_t>(group) + 1] <= start + column) ++group;
+        const std::int64_t of_weight = column / w.group;
+        const std::int64_t stop =
+            std::min({(of_weight + 1) * w.group, w.columns, bounds[static_cast<std::size_t>(group) + 1] - start});
+        const std::int64_t block = column / kBlockColumns;
+        segments.push_back({block, (stop + kBlockColumns - 1) / kBlockColumns - block, column, of_weight, group});
+        column = stop;
+    }
+    return segments;
 }
 
 }  // namespace
@@ -135,21 +128,65 @@ const Kernel* find_kernel(const std::string& name) {
     return nullptr;
 }
 
-void multiply(const Kernel& kernel, const Matrix& w, const void* x, Number x_type, std::int64_t tokens,
-              std::int64_t x_stride, float* y, std::int64_t y_stride, bool add) {
+void multiply(const Kernel& kernel, const Tiles& w, const Input& x, std::int64_t start, float* y, std::int64_t y_stride,
+              bool add) {
+    if (start < 0 || start + w.columns > x.columns())
+        throw std::invalid_argument("the weight has columns beyond those of the input");
     if (w.columns == 0 && !add)
-        for (std::int64_t t = 0; t < tokens; ++t) std::fill(y + t * y_stride, y + t * y_stride + w.rows, 0.0f);
-    if (tokens == 0 || w.rows == 0 || w.columns == 0) return;
-    const Plan plan = plan_of(kernel, w);
-    const Floats arranged = floats(tokens * plan.token);
-    const auto* bytes = static_cast<const std::uint8_t*>(x);
-    for (std::int64_t t = 0; t < tokens; ++t)
-        arrange(plan, kernel.lanes, bytes + t * x_stride * (x_type == Number::float32 ? 4 : 2), x_type, w.columns,
-                arranged.get() + t * plan.token);
-    share_rows(0, w.rows, w.rows * w.columns * tokens, plan.scratch,
-               [&](std::int64_t first, std::int64_t last, float* scratch) {
-                   kernel.multiply(w, plan, arranged.get(), tokens, y, y_stride, add, first, last, scratch);
-               });
+        for (std::int64_t t = 0; t < x.count(); ++t) std::fill(y + t * y_stride, y + t * y_stride + w.rows, 0.0f);
+    if (x.count() == 0 || w.rows == 0 || w.columns == 0) return;
+    std::vector<Segment> segments = segments_of(w, x, start);
+    const auto count = static_cast<std::int64_t>(segments.size());
+    const int planes = x.planes();
+
+    Tokens tokens{x.numbers() + start, x.token_stride(), x.plane_stride(), planes, x.count(),
+                  x.scales(),          x.groups(),       nullptr,          segments.data(), count};
+    // A segment's blocks must hold zeros where its columns are not. As numbers lie, this is so where it begins and ends
+    // with a block, or where the input ends. Otherwise each segment gets a copy, with zeros around it.
+    bool aligned_blocks = true;
+    std::int64_t room = 0;
+    std::vector<std::int64_t> stops;
+    for (std::int64_t s = 0; s < count; ++s) {
+        const std::int64_t stop = s + 1 < count ? segments[s + 1].offset : w.columns;
+        stops.push_back(stop);
+        aligned_blocks = aligned_blocks && segments[s].offset % kBlockColumns == 0 &&
+                         (stop % kBlockColumns == 0 || (start + stop == x.columns() && start % kBlockColumns == 0));
+        room += segments[s].blocks * kBlockColumns;
+    }
+    const auto sums = aligned<std::int32_t>(x.count() * count * planes);
+    for (std::int64_t t = 0; t < x.count(); ++t)
+        for (std::int64_t s = 0; s < count; ++s)
+            for (int p = 0; p < planes; ++p) {
+                const std::int8_t* from = tokens.numbers + p * tokens.plane_stride + t * tokens.token_stride;
+                std::int32_t sum = 0;
+                for (std::int64_t i = segments[s].offset; i < stops[s]; ++i) sum += from[i];
+                sums[(t * count + s) * planes + p] = sum;
+            }
+    tokens.sums = sums.get();
+    Aligned<std::int8_t> arranged;
+    if (!aligned_blocks) {
+        arranged = aligned<std::int8_t>(planes * x.count() * room);
+        std::fill(arranged.get(), arranged.get() + planes * x.count() * room, std::int8_t{0});
+        std::int64_t place = 0;
+        for (std::int64_t s = 0; s < count; ++s) {
+            Segment& segment = segments[s];
+            const std::int64_t first = segment.offset, at = place + first - segment.block * kBlockColumns;
+            for (int p = 0; p < planes; ++p)
+                for (std::int64_t t = 0; t < x.count(); ++t) {
+                    const std::int8_t* from = tokens.numbers + p * tokens.plane_stride + t * tokens.token_stride;
+                    std::copy(from + first, from + stops[s], arranged.get() + (p * x.count() + t) * room + at);
+                }
+            segment.offset = place;
+            place += segment.blocks * kBlockColumns;
+        }
+        tokens.numbers = arranged.get(), tokens.token_stride = room, tokens.plane_stride = x.count() * room;
+    }
+    const std::int64_t panel_bytes = w.planes() * w.blocks * 8 * kVectorBytes;
+    share(w.tiles, 2, w.rows * w.columns * x.count(), [&](std::int64_t first, std::int64_t last) {
+        Aligned<std::uint8_t> scratch;
+        if (x.count() >= kManyTokens || w.grid == Grid::sign) scratch = aligned<std::uint8_t>(2 * panel_bytes);
+        kernel.product(w, tokens, y, y_stride, add, first, last, scratch.get());
+    });
 }
 
 void dequantize(const Kernel& kernel, const Matrix& w, std::int64_t first, std::int64_t last, void* out, Number type,
@@ -157,11 +194,11 @@ void dequantize(const Kernel& kernel, const Matrix& w, std::int64_t first, std::
     if (first >= last || w.columns == 0) return;
     const Plan plan = plan_of(kernel, w);
     const std::int64_t row_bytes = out_stride * (type == Number::float32 ? 4 : 2);
-    share_rows(first, last, (last - first) * w.columns, plan.scratch,
-               [&](std::int64_t from, std::int64_t to, float* scratch) {
-                   auto* rows = static_cast<std::uint8_t*>(out) + (from - first) * row_bytes;
-                   kernel.dequantize(w, plan, rows, type, out_stride, from, to, scratch);
-               });
+    share(last - first, 1, (last - first) * w.columns, [&](std::int64_t from, std::int64_t to) {
+        const auto scratch = aligned<float>(plan.scratch);
+        auto* rows = static_cast<std::uint8_t*>(out) + from * row_bytes;
+        kernel.dequantize(w, plan, rows, type, out_stride, first + from, first + to, scratch.get());
+    });
 }
 
 }  // namespace subnibble

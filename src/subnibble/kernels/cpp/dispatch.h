@@ -4,7 +4,9 @@
 #include <string>
 #include <vector>
 
+#include "input.h"
 #include "matrix.h"
+#include "repack.h"
 
 namespace subnibble {
 
@@ -14,10 +16,10 @@ std::vector<std::string> instruction_sets();
 // The kernels of an instruction set; null if it is not among `instruction_sets()`.
 const Kernel* find_kernel(const std::string& name);
 
-// y (tokens, rows) float32 = x wᵀ, or += if `add`.
-// x: (tokens, columns) float32 or bfloat16, `x_stride` elements from token to token. y: `y_stride` likewise.
-void multiply(const Kernel& kernel, const Matrix& w, const void* x, Number x_type, std::int64_t tokens,
-              std::int64_t x_stride, float* y, std::int64_t y_stride, bool add);
+// y (tokens, rows) float32 = x wᵀ, or += if `add`; `y_stride` elements from token to token.
+// x: its columns from `start` on are multiplied; of more columns than the weight has, the first ones.
+void multiply(const Kernel& kernel, const Tiles& w, const Input& x, std::int64_t start, float* y, std::int64_t y_stride,
+              bool add);
 
 // Dense rows first .. last - 1 as float32 or bfloat16, the values of the reference bit for bit.
 // out: (last - first, columns), `out_stride` elements from row to row.

@@ -45,29 +45,38 @@ struct Plan {
     std::int64_t chunk;
     // Chunks of a row, the last one perhaps partial.
     std::int64_t chunks;
-    // Length of one token in the kernel's order, in floats.
-    std::int64_t token;
+    // Columns of all chunks.
+    std::int64_t columns;
     // Floats of working memory for each thread.
     std::int64_t scratch;
 };
+
+struct Tiles;
+struct Tokens;
+struct Rounding;
 
 // The functions of one instruction set.
 struct Kernel {
     const char* name;
     int lanes;
-    // y[t * y_stride + r] = (or +=, if `add`) the product of token t and row r, for rows first .. last - 1.
-    // tokens: in the order that `arrange` writes, plan.token floats each.
-    void (*multiply)(const Matrix&, const Plan&, const float* tokens, std::int64_t count, float* y,
-                     std::int64_t y_stride, bool add, std::int64_t first, std::int64_t last, float* scratch);
     // Dense rows first .. last - 1, row `first` at `out`; type float32 or bfloat16.
     void (*dequantize)(const Matrix&, const Plan&, void* out, Number type, std::int64_t out_stride, std::int64_t first,
                        std::int64_t last, float* scratch);
+    // y[t * y_stride + r] = (or +=, if `add`) the product of token t and row r, for rows of tiles first .. last - 1.
+    // scratch: room for the panels of two tiles, or null: codes are decoded for every few tokens.
+    void (*product)(const Tiles&, const Tokens&, float* y, std::int64_t y_stride, bool add, std::int64_t first,
+                    std::int64_t last, std::uint8_t* scratch);
+    // One token as whole numbers (products.h).
+    void (*round_token)(const Rounding&, int planes, const float* x, const std::int64_t* bounds, std::int64_t groups,
+                        std::int8_t* numbers, std::int64_t plane_stride, float* scales, std::int32_t* work);
 };
 
 extern const Kernel portable;
 #if defined(SUBNIBBLE_X86)
 extern const Kernel avx2;
+extern const Kernel avxvnni;
 extern const Kernel avx512;
+extern const Kernel avx512vnni;
 #endif
 
 }  // namespace subnibble

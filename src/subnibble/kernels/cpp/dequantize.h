@@ -1,11 +1,11 @@
-// The kernels, written once for every instruction set. A source file defines its vector type `V` in an unnamed
-// namespace and includes this file. Everything here has internal linkage and calls nothing of the standard library but
-// memcpy and memset: a function that two sources share may be linked in the form that only the newer processor runs.
+// Dense rows of a packed matrix in the checkpoint's own order, written once for every instruction set. A source file
+// defines its vector type `V` in an unnamed namespace and includes this file. Everything here has internal linkage and
+// calls nothing of the standard library but memcpy and memset: a function that two sources share may be linked in the
+// form that only the newer processor runs.
 //
 // One vector of 32-bit words holds a chunk: V::lanes words of 8 codes (of 4 codes at 8 bits), in the order of the bit
-// stream. Step s takes code s of each word: the words are shifted right by one code per step, and the low bits choose
-// from a table of at most 16 floats. So a vector of weights costs a shift and a look-up, on any grid. Tokens are
-// arranged to match: element s * V::lanes + i of a chunk is column word_codes * i + s.
+// stream. Each lane takes a word, shifts it by its code's place, and the low bits choose from a table of at most 16
+// floats. So a vector of weights costs a shift and a look-up, on any grid.
 
 #include <cstring>
 
@@ -207,118 +207,6 @@ inline Steps steps_of(const Matrix& w, const Plan& plan) {
     return steps;
 }
 
-// ZEROS: what a chunk's zero-points are.
-enum class Zeros { in_table, by_word };
-
-// The product of R rows and M tokens; each output sums in the same order, whatever R and M are.
-template <int BITS, bool WHOLE, Zeros ZEROS, int R, int M>
-inline void tile(const Matrix& w, const Plan& plan, const Steps& steps, const Row* rows, const float* tokens, float* y,
-                 std::int64_t y_stride, bool add) {
-    constexpr int U = word_codes<BITS>;
-    alignas(64) float base[16];
-    levels<BITS>(w.grid, base);
-    const auto base_levels = V::template levels<BITS>(base);
-    auto table = V::template table<BITS>(base_levels, V::broadcast(ZEROS == Zeros::in_table ? middle(w) : 0.0f));
-    const I pattern = V::load_int(steps.pattern);
-    typename V::template Table<BITS> tables[R];
-    F scale[R], zero[R], sum[R][M], total[R][M];
-    I words[R];
-    for (int r = 0; r < R; ++r) {
-        tables[r] = table;
-        for (int m = 0; m < M; ++m) total[r][m] = V::zero();
-    }
-    std::int64_t left = 0, group = -1;
-    for (std::int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
-        if constexpr (WHOLE) {
-            if (left == 0) {
-                ++group;
-                left = steps.size;
-                for (int r = 0; r < R; ++r) {
-                    if (w.grid == Grid::sign) {
-                        alignas(64) float signs[16];
-                        sign_levels<BITS>(rows[r].scales + group * BITS, signs);
-                        tables[r] = V::template table<BITS>(V::template levels<BITS>(signs), V::zero());
-                        scale[r] = V::broadcast(1.0f);
-                    } else {
-                        tables[r] = V::template table<BITS>(base_levels, V::broadcast(rows[r].zeros[group]));
-                        scale[r] = V::broadcast(rows[r].scales[group]);
-                    }
-                }
-            }
-            --left;
-        }
-        const std::int64_t first = chunk * chunk_bytes<BITS>;
-#pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) {
-            words[r] = load_words<BITS>(rows[r].codes + first, rows[r].end);
-            if constexpr (!WHOLE) {
-                scale[r] = V::choose(rows[r].scales + chunk * steps.size, pattern);
-                if constexpr (ZEROS == Zeros::by_word) zero[r] = V::choose(rows[r].zeros + chunk * steps.size, pattern);
-            }
-        }
-        const float* x = tokens + chunk * plan.chunk;
-#pragma GCC unroll 8
-        for (int s = 0; s < U; ++s) {
-#pragma GCC unroll 4
-            for (int r = 0; r < R; ++r) {
-                F weight = V::template look_up<BITS>(tables[r], words[r]);
-                if constexpr (ZEROS == Zeros::by_word) weight = V::sub(weight, zero[r]);
-                words[r] = V::template next<BITS>(words[r]);
-#pragma GCC unroll 4
-                for (int m = 0; m < M; ++m) {
-                    const F value = V::load(x + m * plan.token + s * L);
-                    sum[r][m] = s == 0 ? V::mul(weight, value) : V::fma(weight, value, sum[r][m]);
-                }
-            }
-        }
-#pragma GCC unroll 4
-        for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-            for (int m = 0; m < M; ++m) total[r][m] = V::fma(scale[r], sum[r][m], total[r][m]);
-    }
-    for (int r = 0; r < R; ++r)
-        for (int m = 0; m < M; ++m) {
-            float* to = y + m * y_stride + r;
-            const float value = V::reduce(total[r][m]);
-            *to = add ? *to + value : value;
-        }
-}
-
-template <int BITS, bool WHOLE, Zeros ZEROS, int R>
-inline void tile_of_tokens(const Matrix& w, const Plan& plan, const Steps& steps, const Row* rows, const float* tokens,
-                           std::int64_t count, float* y, std::int64_t y_stride, bool add) {
-    std::int64_t done = 0;
-    for (; count - done >= 4; done += 4)
-        tile<BITS, WHOLE, ZEROS, R, 4>(w, plan, steps, rows, tokens + done * plan.token, y + done * y_stride, y_stride,
-                                       add);
-    if (count - done >= 2) {
-        tile<BITS, WHOLE, ZEROS, R, 2>(w, plan, steps, rows, tokens + done * plan.token, y + done * y_stride, y_stride,
-                                       add);
-        done += 2;
-    }
-    if (count > done)
-        tile<BITS, WHOLE, ZEROS, R, 1>(w, plan, steps, rows, tokens + done * plan.token, y + done * y_stride, y_stride,
-                                       add);
-}
-
-template <int BITS, bool WHOLE, Zeros ZEROS>
-void multiply_rows(const Matrix& w, const Plan& plan, const float* tokens, std::int64_t count, float* y,
-                   std::int64_t y_stride, bool add, std::int64_t first, std::int64_t last, float* scratch) {
-    constexpr int R = V::rows;
-    const Steps steps = steps_of<BITS>(w, plan);
-    const std::int64_t room = row_room(w, plan);
-    Row rows[R];
-    std::int64_t row = first;
-    for (; row + R <= last; row += R) {
-        for (int r = 0; r < R; ++r) rows[r] = prepare(w, plan, row + r, scratch + r * room);
-        tile_of_tokens<BITS, WHOLE, ZEROS, R>(w, plan, steps, rows, tokens, count, y + row, y_stride, add);
-    }
-    for (; row < last; ++row) {
-        rows[0] = prepare(w, plan, row, scratch);
-        tile_of_tokens<BITS, WHOLE, ZEROS, 1>(w, plan, steps, rows, tokens, count, y + row, y_stride, add);
-    }
-}
-
 // Decode a row whose groups end anywhere, one code at a time.
 inline void decode_row(const Matrix& w, const Row& row, float* out) {
     std::int64_t column = 0;
@@ -339,43 +227,6 @@ inline void decode_row(const Matrix& w, const Row& row, float* out) {
             }
         }
     }
-}
-
-void multiply_any(const Matrix& w, const Plan& plan, const float* tokens, std::int64_t count, float* y,
-                  std::int64_t y_stride, bool add, std::int64_t first, std::int64_t last, float* scratch) {
-    float* decoded = scratch + row_room(w, plan);
-    std::memset(decoded, 0, static_cast<std::size_t>(plan.token) * 4);
-    for (std::int64_t row = first; row < last; ++row) {
-        decode_row(w, prepare(w, plan, row, scratch), decoded);
-        for (std::int64_t token = 0; token < count; ++token) {
-            F sum = V::zero();
-            const float* x = tokens + token * plan.token;
-            for (std::int64_t i = 0; i < plan.token; i += L) sum = V::fma(V::load(decoded + i), V::load(x + i), sum);
-            float* to = y + token * y_stride + row;
-            *to = add ? *to + V::reduce(sum) : V::reduce(sum);
-        }
-    }
-}
-
-template <int BITS>
-void multiply_bits(const Matrix& w, const Plan& plan, const float* tokens, std::int64_t count, float* y,
-                   std::int64_t y_stride, bool add, std::int64_t first, std::int64_t last, float* scratch) {
-    if (plan.spread == Spread::whole)
-        multiply_rows<BITS, true, Zeros::in_table>(w, plan, tokens, count, y, y_stride, add, first, last, scratch);
-    else if (w.zeros == nullptr)
-        multiply_rows<BITS, false, Zeros::in_table>(w, plan, tokens, count, y, y_stride, add, first, last, scratch);
-    else
-        multiply_rows<BITS, false, Zeros::by_word>(w, plan, tokens, count, y, y_stride, add, first, last, scratch);
-}
-
-void multiply(const Matrix& w, const Plan& plan, const float* tokens, std::int64_t count, float* y,
-              std::int64_t y_stride, bool add, std::int64_t first, std::int64_t last, float* scratch) {
-    auto* run = plan.spread == Spread::any ? multiply_any
-                : w.bits == 2              ? multiply_bits<2>
-                : w.bits == 3              ? multiply_bits<3>
-                : w.bits == 4              ? multiply_bits<4>
-                                           : multiply_bits<8>;
-    run(w, plan, tokens, count, y, y_stride, add, first, last, scratch);
 }
 
 // Write the first `count` of `values` to column `column` of a dense row.

@@ -1,0 +1,2 @@
+// The sources of AVX-512, compiled with VNNI.
+#include "avx512.h"

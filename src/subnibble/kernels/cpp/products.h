@@ -1,0 +1,490 @@
+// Products of tiles with whole-numbered tokens, written once for every instruction set. A source file defines its
+// vector type `V` in an unnamed namespace and includes this file, which has internal linkage only (see dequantize.h).
+//
+// Sums of products within a segment are exact, modulo 2^32. What follows is float32 with one rounding for each
+// operation, in the order of the reference (runtime/integer.py): (sum - zero * sum of x) * scale * scale of x, segments
+// from left to right, planes of a sign grid from bit 0 on.
+#include <cstddef>
+#include <cstring>
+#include <utility>
+
+#include "tiles.h"
+
+namespace {
+
+namespace products {
+
+using subnibble::Grid;
+using subnibble::kTileRows;
+using subnibble::kVectorBytes;
+using subnibble::Number;
+using subnibble::Rounding;
+using subnibble::Segment;
+using subnibble::Tiles;
+using subnibble::Tokens;
+using subnibble::Zero;
+using F = V::F;
+using I = V::I;
+
+// Vectors of a tile, and bytes of a vector.
+constexpr int kHalves = static_cast<int>(kTileRows) / V::lanes;
+constexpr int kBytes = 4 * V::lanes;
+
+enum class Kind { uniform, sign, mxfp4 };
+
+template <std::size_t... S, typename Function>
+inline __attribute__((always_inline)) void each(std::index_sequence<S...>, Function function) {
+    (function(std::integral_constant<int, static_cast<int>(S)>{}), ...);
+}
+
+// Codes of step S (columns 4 S .. 4 S + 3) of a block, one byte each.
+template <int BITS, int S>
+inline I codes(const std::uint8_t* block) {
+    if constexpr (BITS == 8) {
+        return V::load_bytes(block + S * kVectorBytes);
+    } else if constexpr (BITS == 4) {
+        return V::bits_and(V::template right<4 * (S % 2)>(V::load_bytes(block + S / 2 * kVectorBytes)), V::bytes(15));
+    } else {
+        const I low = V::template right<2 * (S % 4)>(V::load_bytes(block + S / 4 * kVectorBytes));
+        if constexpr (BITS == 2) {
+            return V::bits_and(low, V::bytes(3));
+        } else {
+            const I all = V::load_bytes(block + 2 * kVectorBytes);
+            I high;
+            if constexpr (S >= 2)
+                high = V::template right<S - 2>(all);
+            else
+                high = V::template left<2 - S>(all);
+            return V::merge(high, low, V::bytes(3), V::bytes(7));
+        }
+    }
+}
+
+// Whole numbers 0 .. 255 of step S: codes, bit `plane` of them on a sign grid, or levels of MXFP4 plus 12.
+template <int BITS, Kind KIND, int S>
+inline I levels(const std::uint8_t* block, int plane) {
+    const I code = codes<BITS, S>(block);
+    if constexpr (KIND == Kind::sign) return V::bits_and(V::right_by(code, plane), V::bytes(1));
+    if constexpr (KIND == Kind::mxfp4) return V::choose_bytes(V::e2m1_levels(), code);
+    return code;
+}
+
+inline I wrapped_product(I zeros, std::int32_t sum) { return V::mul_int(zeros, V::broadcast_int(sum)); }
+
+struct Sums {
+    std::int32_t high, low;
+};
+
+// What a segment adds for rows of one vector, before the scales of x. low, high: sums of products, of which the high
+// ones count 65536 times (three planes only); of_x: sums of x likewise.
+template <Kind KIND>
+inline F scaled(const Tiles& w, std::int64_t tile, int half, const Segment& segment, int plane, bool three, I high,
+                I low, Sums of_x) {
+    const std::int64_t at = tile * w.groups + segment.weight_group;
+    const std::int64_t first = kTileRows * at + half * V::lanes;
+    F value;
+    if constexpr (KIND == Kind::sign) {
+        low = V::sub_int(V::add_int(low, low), V::broadcast_int(of_x.low));
+        if (three) high = V::sub_int(V::add_int(high, high), V::broadcast_int(of_x.high));
+    } else if (w.zero != Zero::real) {
+        if (w.zero == Zero::integer) {
+            const I zeros = V::widen(w.zeros + first);
+            low = V::sub_int(low, wrapped_product(zeros, of_x.low));
+            if (three) high = V::sub_int(high, wrapped_product(zeros, of_x.high));
+        } else {
+            const std::int32_t middle = KIND == Kind::mxfp4 ? 12 : 1 << (w.bits - 1);
+            low = V::sub_int(low, V::broadcast_int(middle * of_x.low));
+            if (three) high = V::sub_int(high, V::broadcast_int(middle * of_x.high));
+        }
+    }
+    value = V::to_float(low);
+    if (three) value = V::add(V::mul(V::to_float(high), V::broadcast(65536.0f)), value);
+    if (KIND == Kind::uniform && w.zero == Zero::real) {
+        const float sum = three ? static_cast<float>(of_x.high) * 65536.0f + static_cast<float>(of_x.low)
+                                 : static_cast<float>(of_x.low);
+        value = V::sub(value, V::mul(V::broadcast(sum), V::numbers(w.zeros + first * w.scale_bytes(), w.scale_type)));
+    }
+    const std::int64_t planes = KIND == Kind::sign ? w.bits : 1;
+    const std::int64_t scale = kTileRows * (at * planes + plane) + half * V::lanes;
+    return V::mul(value, V::numbers(w.scales + scale * w.scale_bytes(), w.scale_type));
+}
+
+// Sums of x over a segment, of the planes that count 65536 times and of the others.
+inline Sums sums_of(const Tokens& x, std::int64_t token, std::int64_t segment) {
+    const std::int32_t* sums = x.sums + (token * x.segment_count + segment) * x.planes;
+    if (x.planes == 1) return {0, sums[0]};
+    const auto low = static_cast<std::int32_t>(static_cast<std::uint32_t>(sums[0]) +
+                                               256u * static_cast<std::uint32_t>(sums[1]));
+    return {x.planes == 3 ? sums[2] : 0, low};
+}
+
+inline void load_rows(const float* y, std::int64_t rows, F* out) {
+    alignas(64) float values[kTileRows] = {};
+    std::memcpy(values, y, static_cast<std::size_t>(rows < kTileRows ? rows : kTileRows) * 4);
+    for (int half = 0; half < kHalves; ++half) out[half] = V::load_floats(values + half * V::lanes);
+}
+
+inline void store_rows(float* y, std::int64_t rows, const F* values) {
+    if (rows >= kTileRows) {
+        for (int half = 0; half < kHalves; ++half) V::store_floats(y + half * V::lanes, values[half]);
+        return;
+    }
+    alignas(64) float all[kTileRows];
+    for (int half = 0; half < kHalves; ++half) V::store_floats(all + half * V::lanes, values[half]);
+    std::memcpy(y, all, static_cast<std::size_t>(rows) * 4);
+}
+
+template <int T, int M>
+inline void load_totals(const Tiles& w, std::int64_t tile, const float* y, std::int64_t y_stride, bool add,
+                        F (&total)[M][T * kHalves]) {
+    for (int m = 0; m < M; ++m)
+        for (int t = 0; t < T; ++t)
+            if (add)
+                load_rows(y + m * y_stride + t * kTileRows, w.rows - (tile + t) * kTileRows, total[m] + t * kHalves);
+            else
+                for (int half = 0; half < kHalves; ++half) total[m][t * kHalves + half] = V::broadcast(0.0f);
+}
+
+template <int T, int M>
+inline void store_totals(const Tiles& w, std::int64_t tile, float* y, std::int64_t y_stride,
+                         const F (&total)[M][T * kHalves]) {
+    for (int m = 0; m < M; ++m)
+        for (int t = 0; t < T; ++t)
+            store_rows(y + m * y_stride + t * kTileRows, w.rows - (tile + t) * kTileRows, total[m] + t * kHalves);
+}
+
+// One or two tokens: codes are decoded in registers. T tiles, M tokens, P planes.
+template <int BITS, Kind KIND, int P, int T, int M>
+void few_tiles(const Tiles& w, const Tokens& x, std::int64_t tile, std::int64_t token, float* y, std::int64_t y_stride,
+               bool add) {
+    constexpr int N = T * kHalves;
+    constexpr auto steps = std::make_index_sequence<8>{};
+    F total[M][N];
+    load_totals<T, M>(w, tile, y, y_stride, add, total);
+    for (std::int64_t s = 0; s < x.segment_count; ++s) {
+        const Segment& segment = x.segments[s];
+        const std::int8_t* numbers = x.numbers + token * x.token_stride + segment.offset;
+        const std::uint8_t* first = w.codes + tile * w.tile_bytes() + segment.block * kVectorBytes * BITS;
+        I sum[M][P][N];
+        for (auto& of_token : sum)
+            for (auto& of_plane : of_token)
+                for (I& one : of_plane) one = V::broadcast_int(0);
+        for (std::int64_t b = 0; b < segment.blocks; ++b) {
+            const std::uint8_t* block = first + b * kVectorBytes * BITS;
+            const std::int8_t* from = numbers + 32 * b;
+            each(steps, [&](auto step) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+                for (int n = 0; n < N; ++n) {
+                    const std::uint8_t* of_tile = block + n / kHalves * w.tile_bytes() + n % kHalves * kBytes;
+                    const I level = levels<BITS, KIND, step>(of_tile, 0);
+#pragma GCC unroll 2
+                    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 3
+                        for (int p = 0; p < P; ++p)
+                            sum[m][p][n] = V::template dot<BITS == 8>(
+                                sum[m][p][n], level,
+                                V::broadcast_bytes(from + p * x.plane_stride + m * x.token_stride + 4 * step));
+                }
+            });
+        }
+        for (int m = 0; m < M; ++m) {
+            const Sums of_x = sums_of(x, token + m, s);
+            const F scale = V::broadcast(x.scales[(token + m) * x.scale_stride + segment.input_group]);
+            for (int n = 0; n < N; ++n) {
+                I low = sum[m][0][n];
+                if constexpr (P > 1) low = V::add_int(low, V::template left<8>(sum[m][1][n]));
+                const F value = scaled<KIND>(w, tile + n / kHalves, n % kHalves, segment, 0, P == 3, sum[m][P - 1][n],
+                                             low, of_x);
+                total[m][n] = V::add(total[m][n], V::mul(value, scale));
+            }
+        }
+    }
+    store_totals<T, M>(w, tile, y, y_stride, total);
+}
+
+template <int BITS, Kind KIND, int P, int M>
+void few_tokens(const Tiles& w, const Tokens& x, std::int64_t token, float* y, std::int64_t y_stride, bool add,
+                std::int64_t first, std::int64_t last) {
+    constexpr int T = V::registers >= 32 ? 2 : 1;
+    std::int64_t tile = first;
+    y += token * y_stride;
+    for (; tile + T <= last; tile += T)
+        few_tiles<BITS, KIND, P, T, M>(w, x, tile, token, y + tile * kTileRows, y_stride, add);
+    if (tile < last) few_tiles<BITS, KIND, P, 1, M>(w, x, tile, token, y + tile * kTileRows, y_stride, add);
+}
+
+template <int BITS, Kind KIND, int P>
+void few(const Tiles& w, const Tokens& x, float* y, std::int64_t y_stride, bool add, std::int64_t first,
+         std::int64_t last) {
+    std::int64_t token = 0;
+    for (; x.count - token >= 2; token += 2) few_tokens<BITS, KIND, P, 2>(w, x, token, y, y_stride, add, first, last);
+    if (token < x.count) few_tokens<BITS, KIND, P, 1>(w, x, token, y, y_stride, add, first, last);
+}
+
+// Write the levels of a tile as bytes: (planes, blocks, 8 steps, 16 rows, 4 columns).
+template <int BITS, Kind KIND>
+void fill_panel(const Tiles& w, std::int64_t tile, std::uint8_t* panel) {
+    const std::uint8_t* first = w.codes + tile * w.tile_bytes();
+    for (int plane = 0; plane < (KIND == Kind::sign ? BITS : 1); ++plane)
+        for (std::int64_t b = 0; b < w.blocks; ++b) {
+            const std::uint8_t* block = first + b * kVectorBytes * BITS;
+            std::uint8_t* to = panel + (plane * w.blocks + b) * 8 * kVectorBytes;
+            each(std::make_index_sequence<8>{}, [&](auto step) {
+                for (int half = 0; half < kHalves; ++half)
+                    V::store_bytes(to + step * kVectorBytes + half * kBytes,
+                             levels<BITS, KIND, step>(block + half * kBytes, plane));
+            });
+        }
+}
+
+// One plane of x times T panels: adds to `sum`.
+template <bool WIDE, int T, int M>
+inline void add_products(const std::uint8_t* panel, std::int64_t panel_bytes, const std::int8_t* numbers,
+                         std::int64_t token_stride, std::int64_t blocks, I (&sum)[M][T * kHalves]) {
+    constexpr int N = T * kHalves;
+    for (std::int64_t step = 0; step < 8 * blocks; ++step) {
+        I level[N];
+#pragma GCC unroll 4
+        for (int n = 0; n < N; ++n)
+            level[n] = V::load_bytes(panel + n / kHalves * panel_bytes + n % kHalves * kBytes + step * kVectorBytes);
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) {
+            const I x = V::broadcast_bytes(numbers + m * token_stride + 4 * step);
+#pragma GCC unroll 4
+            for (int n = 0; n < N; ++n) sum[m][n] = V::template dot<WIDE>(sum[m][n], level[n], x);
+        }
+    }
+}
+
+template <Kind KIND, bool WIDE, int T, int M>
+void many_tile(const Tiles& w, const Tokens& x, std::int64_t tile, std::int64_t token, const std::uint8_t* panel,
+               std::int64_t panel_bytes, float* y, std::int64_t y_stride, bool add) {
+    constexpr int N = T * kHalves;
+    const bool three = x.planes == 3;
+    F total[M][N];
+    load_totals<T, M>(w, tile, y, y_stride, add, total);
+    for (std::int64_t s = 0; s < x.segment_count; ++s) {
+        const Segment& segment = x.segments[s];
+        const std::int8_t* numbers = x.numbers + token * x.token_stride + segment.offset;
+        for (int plane = 0; plane < (KIND == Kind::sign ? w.bits : 1); ++plane) {
+            const std::uint8_t* from = panel + (plane * w.blocks + segment.block) * 8 * kVectorBytes;
+            I sum[M][N], high[M][N];
+            for (auto& of_token : sum)
+                for (I& one : of_token) one = V::broadcast_int(0);
+            for (int p = x.planes - 1; p >= 0; --p) {
+                add_products<WIDE, T, M>(from, panel_bytes, numbers + p * x.plane_stride, x.token_stride,
+                                         segment.blocks, sum);
+                if (p == 2) {
+                    for (int m = 0; m < M; ++m)
+                        for (int n = 0; n < N; ++n) high[m][n] = sum[m][n], sum[m][n] = V::broadcast_int(0);
+                } else if (p == 1) {
+                    for (auto& of_token : sum)
+                        for (I& one : of_token) one = V::template left<8>(one);
+                }
+            }
+            for (int m = 0; m < M; ++m) {
+                const Sums of_x = sums_of(x, token + m, s);
+                const F scale = V::broadcast(x.scales[(token + m) * x.scale_stride + segment.input_group]);
+                for (int n = 0; n < N; ++n) {
+                    const F value = scaled<KIND>(w, tile + n / kHalves, n % kHalves, segment, plane, three,
+                                                 three ? high[m][n] : sum[m][n], sum[m][n], of_x);
+                    total[m][n] = V::add(total[m][n], V::mul(value, scale));
+                }
+            }
+        }
+    }
+    store_totals<T, M>(w, tile, y, y_stride, total);
+}
+
+template <Kind KIND, bool WIDE, int T>
+void many_tokens(const Tiles& w, const Tokens& x, std::int64_t tile, std::int64_t first, std::int64_t last,
+                 const std::uint8_t* panel, std::int64_t panel_bytes, float* y, std::int64_t y_stride, bool add) {
+    constexpr int M = V::registers >= 32 ? 8 : 4;
+    std::int64_t token = first;
+    y += tile * kTileRows;
+    for (; last - token >= M; token += M)
+        many_tile<KIND, WIDE, T, M>(w, x, tile, token, panel, panel_bytes, y + token * y_stride, y_stride, add);
+    for (; last - token >= 2; token += 2)
+        many_tile<KIND, WIDE, T, 2>(w, x, tile, token, panel, panel_bytes, y + token * y_stride, y_stride, add);
+    if (token < last)
+        many_tile<KIND, WIDE, T, 1>(w, x, tile, token, panel, panel_bytes, y + token * y_stride, y_stride, add);
+}
+
+// Many tokens: the codes of a tile are decoded once, into a panel that stays in the processor's cache.
+// scratch: room for 2 panels.
+template <int BITS, Kind KIND>
+void many(const Tiles& w, const Tokens& x, float* y, std::int64_t y_stride, bool add, std::int64_t first,
+          std::int64_t last, std::uint8_t* scratch) {
+    constexpr int T = V::registers >= 32 ? 2 : 1;
+    constexpr bool wide = BITS == 8;
+    // Bytes of x that stay in the cache while all tiles pass.
+    constexpr std::int64_t kResident = 3 << 18;
+    const std::int64_t panel_bytes = w.planes() * w.blocks * 8 * kVectorBytes;
+    std::int64_t together = kResident / (w.columns * x.planes) / 8 * 8;
+    if (together < 32) together = 32;
+    for (std::int64_t from = 0; from < x.count; from += together) {
+        const std::int64_t to = from + together < x.count ? from + together : x.count;
+        std::int64_t tile = first;
+        for (; tile + T <= last; tile += T) {
+            for (int t = 0; t < T; ++t) fill_panel<BITS, KIND>(w, tile + t, scratch + t * panel_bytes);
+            many_tokens<KIND, wide, T>(w, x, tile, from, to, scratch, panel_bytes, y, y_stride, add);
+        }
+        for (; tile < last; ++tile) {
+            fill_panel<BITS, KIND>(w, tile, scratch);
+            many_tokens<KIND, wide, 1>(w, x, tile, from, to, scratch, panel_bytes, y, y_stride, add);
+        }
+    }
+}
+
+template <int BITS, Kind KIND>
+void product_of(const Tiles& w, const Tokens& x, float* y, std::int64_t y_stride, bool add, std::int64_t first,
+                std::int64_t last, std::uint8_t* scratch) {
+    if constexpr (KIND != Kind::sign) {
+        if (scratch == nullptr) {
+            auto* run = x.planes == 1 ? few<BITS, KIND, 1> : x.planes == 2 ? few<BITS, KIND, 2> : few<BITS, KIND, 3>;
+            return run(w, x, y, y_stride, add, first, last);
+        }
+    }
+    many<BITS, KIND>(w, x, y, y_stride, add, first, last, scratch);
+}
+
+void product(const Tiles& w, const Tokens& x, float* y, std::int64_t y_stride, bool add, std::int64_t first,
+             std::int64_t last, std::uint8_t* scratch) {
+    auto* run = w.grid == Grid::mxfp4  ? product_of<4, Kind::mxfp4>
+                : w.grid == Grid::sign ? (w.bits == 2   ? product_of<2, Kind::sign>
+                                          : w.bits == 3 ? product_of<3, Kind::sign>
+                                                        : product_of<4, Kind::sign>)
+                : w.bits == 2          ? product_of<2, Kind::uniform>
+                : w.bits == 3          ? product_of<3, Kind::uniform>
+                : w.bits == 4          ? product_of<4, Kind::uniform>
+                                       : product_of<8, Kind::uniform>;
+    run(w, x, y, y_stride, add, first, last, scratch);
+}
+
+// ---- tokens to whole numbers ----
+
+inline float float_of(std::uint32_t bits) {
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
+inline std::uint32_t bits_of(float value) {
+    std::uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    return bits;
+}
+
+// Nearest whole number, ties to even, of a magnitude below 2^22.
+inline float nearest(float value) {
+    constexpr float shift = 12582912.0f;
+    return (value + shift) - shift;
+}
+
+// Nearest bfloat16 of a finite positive value.
+inline float as_bfloat16(float value) {
+    const std::uint32_t bits = bits_of(value);
+    return float_of((bits + 0x7FFFu + (bits >> 16 & 1)) & 0xFFFF0000u);
+}
+
+constexpr float kSmallestScale = 0x1p-120f;
+
+inline float stored(float scale) { return as_bfloat16(scale < kSmallestScale ? kSmallestScale : scale); }
+
+inline float nan() { return float_of(0x7FC00000u); }
+
+// Round a group of `count` values to whole numbers; returns the scale, NaN if a value is not finite.
+inline float round_group(const Rounding& how, int planes, const float* x, std::int64_t count, std::int32_t* out) {
+    std::uint32_t largest = 0;
+    for (std::int64_t i = 0; i < count; ++i) {
+        const std::uint32_t magnitude = bits_of(x[i]) & 0x7FFFFFFFu;
+        largest = magnitude > largest ? magnitude : largest;
+    }
+    if (largest >= 0x7F800000u) {
+        for (std::int64_t i = 0; i < count; ++i) out[i] = 0;
+        return nan();
+    }
+    const float max_abs = float_of(largest), last = static_cast<float>(how.last);
+    switch (how.kind) {
+        case Rounding::Kind::fixed: {
+            // Planes of numbers up to 127, 127 * 257 and 127 * 65793 are within -128 .. 127. Of three planes, the
+            // largest value may be rounded up by one, so some numbers are left free.
+            const float limit = planes == 1 ? 127.0f : planes == 2 ? 32639.0f : 8355584.0f;
+            float scale = max_abs / limit;
+            if (scale < kSmallestScale) scale = kSmallestScale;
+            const float inverse = 1.0f / scale;
+            V::round_to_int(x, inverse, count, out);
+            return scale;
+        }
+        case Rounding::Kind::symmetric: {
+            const float scale = stored(how.clip * max_abs / last);
+            for (std::int64_t i = 0; i < count; ++i) {
+                float number = nearest(x[i] / scale);
+                number = number < -last ? -last : number;
+                number = number > last ? last : number;
+                out[i] = static_cast<std::int32_t>(number);
+            }
+            return scale;
+        }
+        case Rounding::Kind::asymmetric: {
+            // Order of floats as whole numbers: of negative ones, the other way round.
+            std::int32_t low_key = 0, high_key = 0;
+            for (std::int64_t i = 0; i < count; ++i) {
+                const auto bits = static_cast<std::int32_t>(bits_of(x[i]));
+                const std::int32_t key = bits ^ ((bits >> 31) & 0x7FFFFFFF);
+                low_key = key < low_key ? key : low_key;
+                high_key = key > high_key ? key : high_key;
+            }
+            const float low = float_of(static_cast<std::uint32_t>(low_key ^ ((low_key >> 31) & 0x7FFFFFFF)));
+            const float high = float_of(static_cast<std::uint32_t>(high_key));
+            const float scale = stored(how.clip * (high - low) / last);
+            float zero = nearest(how.clip * -low / scale);
+            zero = zero < 0.0f ? 0.0f : zero > last ? last : zero;
+            for (std::int64_t i = 0; i < count; ++i) {
+                float number = nearest(x[i] / scale) + zero;
+                number = number < 0.0f ? 0.0f : number;
+                number = number > last ? last : number;
+                out[i] = static_cast<std::int32_t>(number - zero);
+            }
+            return scale;
+        }
+        case Rounding::Kind::mxfp4: break;
+    }
+    // Of a magnitude in [2^e, 2^(e + 1)): 2^(e - 2), within 2^-126 .. 2^127. Subnormal ones are below the smallest.
+    const std::int32_t exponent = static_cast<std::int32_t>(largest >> 23) - 2;
+    const float scale = float_of(static_cast<std::uint32_t>(exponent < 1 ? 1 : exponent) << 23);
+    for (std::int64_t i = 0; i < count; ++i) {
+        const float value = x[i] / scale, magnitude = value < 0.0f ? -value : value;
+        const float spacing = magnitude < 2.0f ? 0.5f : magnitude < 4.0f ? 1.0f : 2.0f;
+        float number = nearest(value / spacing) * spacing;
+        number = number < -6.0f ? -6.0f : number;
+        number = number > 6.0f ? 6.0f : number;
+        out[i] = static_cast<std::int32_t>(2.0f * number);
+    }
+    return 0.5f * scale;
+}
+
+// Round a token group by group. bounds: group g has columns bounds[g] .. bounds[g + 1] - 1.
+// numbers: plane p at numbers + p * plane_stride. work: room for one token.
+void round_token(const Rounding& how, int planes, const float* x, const std::int64_t* bounds, std::int64_t groups,
+                 std::int8_t* numbers, std::int64_t plane_stride, float* scales, std::int32_t* work) {
+    for (std::int64_t g = 0; g < groups; ++g)
+        scales[g] = round_group(how, planes, x + bounds[g], bounds[g + 1] - bounds[g], work + bounds[g]);
+    const std::int64_t first = bounds[0], last = bounds[groups];
+    for (int p = 0; p < planes; ++p) {
+        std::int8_t* to = numbers + p * plane_stride;
+        if (p + 1 == planes) {
+            for (std::int64_t i = first; i < last; ++i) to[i] = static_cast<std::int8_t>(work[i]);
+        } else {
+            for (std::int64_t i = first; i < last; ++i) {
+                const auto low = static_cast<std::int8_t>(work[i]);
+                to[i] = low;
+                work[i] = (work[i] - low) >> 8;
+            }
+        }
+    }
+}
+
+}  // namespace products
+
+}  // namespace

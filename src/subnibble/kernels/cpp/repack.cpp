@@ -1,0 +1,139 @@
+#include "repack.h"
+
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+
+namespace subnibble {
+
+namespace {
+
+// Codes of a bit stream as bytes: `count` of them, the stream has no more. out: room for a multiple of 8.
+template <int BITS>
+void unpack(const std::uint8_t* stream, std::int64_t count, std::uint8_t* out) {
+    constexpr std::uint64_t mask = (1u << BITS) - 1;
+    const std::int64_t bytes = (count * BITS + 7) / 8;
+    for (std::int64_t first = 0; first < count; first += 8) {
+        // 8 codes fill BITS bytes.
+        const std::int64_t at = first / 8 * BITS;
+        std::uint64_t word = 0;
+        if (bytes - at >= BITS)
+            std::memcpy(&word, stream + at, BITS);
+        else
+            std::memcpy(&word, stream + at, static_cast<std::size_t>(bytes - at));
+        for (int i = 0; i < 8; ++i) out[first + i] = static_cast<std::uint8_t>(word >> i * BITS & mask);
+    }
+}
+
+void unpack(int bits, const std::uint8_t* stream, std::int64_t count, std::uint8_t* out) {
+    if (bits == 8)
+        std::memcpy(out, stream, static_cast<std::size_t>(count));
+    else
+        (bits == 2 ? unpack<2> : bits == 3 ? unpack<3> : unpack<4>)(stream, count, out);
+}
+
+std::uint32_t four_bytes(const std::uint8_t* from) {
+    std::uint32_t word;
+    std::memcpy(&word, from, 4);
+    return word;
+}
+
+// Place 32 codes of a row in its block (tiles.h). block: at the row's first 4 bytes.
+template <int BITS>
+void place(const std::uint8_t* codes, std::uint8_t* block) {
+    std::uint32_t step[8], word[8] = {};
+    for (int s = 0; s < 8; ++s) step[s] = four_bytes(codes + 4 * s);
+    if constexpr (BITS == 8) {
+        for (int s = 0; s < 8; ++s) word[s] = step[s];
+    } else if constexpr (BITS == 4) {
+        for (int s = 0; s < 8; ++s) word[s / 2] |= step[s] << 4 * (s % 2);
+    } else {
+        for (int s = 0; s < 8; ++s) word[s / 4] |= (step[s] & 0x03030303u) << 2 * (s % 4);
+        if constexpr (BITS == 3)
+            for (int s = 0; s < 8; ++s) word[2] |= (step[s] >> 2 & 0x01010101u) << s;
+    }
+    for (int v = 0; v < BITS; ++v) std::memcpy(block + v * kVectorBytes, word + v, 4);
+}
+
+template <int BITS>
+void place_row(const std::uint8_t* codes, std::int64_t blocks, std::uint8_t* row) {
+    for (std::int64_t b = 0; b < blocks; ++b) place<BITS>(codes + kBlockColumns * b, row + b * kVectorBytes * BITS);
+}
+
+// Half of a scale of E8M0, whose levels are counted in halves, as bfloat16: exact.
+std::uint16_t half_of_e8m0(std::uint8_t exponent) {
+    if (exponent < 2) return exponent == 1 ? 0x0040 : 0x0020;
+    return static_cast<std::uint16_t>(exponent == 255 ? 0x7F80 : (exponent - 1) << 7);
+}
+
+}  // namespace
+
+Repacked::Repacked(const Matrix& w) {
+    if ((w.grid == Grid::mxfp4) != (w.scale_type == Number::e8m0))
+        throw std::invalid_argument("scales of type E8M0 belong to the grid of MXFP4, and to no other");
+    Tiles& t = tiles_;
+    t.rows = w.rows, t.columns = w.columns, t.bits = w.bits, t.grid = w.grid;
+    t.group = std::max<std::int64_t>(w.group, 1);
+    t.groups = (w.columns + t.group - 1) / t.group;
+    t.tiles = (w.rows + kTileRows - 1) / kTileRows;
+    t.blocks = (w.columns + kBlockColumns - 1) / kBlockColumns;
+    t.scale_type = w.scale_type == Number::e8m0 ? Number::bfloat16 : w.scale_type;
+    t.zero = w.zeros == nullptr ? Zero::constant : w.integer_zeros ? Zero::integer : Zero::real;
+    const std::int64_t planes = t.planes(), numbers = t.groups * planes, width = t.scale_bytes();
+    const std::int64_t code_bytes = t.tiles * t.tile_bytes(), scale_bytes = t.tiles * numbers * kTileRows * width;
+    const std::int64_t zero_width = t.zero == Zero::integer ? 1 : t.zero == Zero::real ? width : 0;
+    const std::int64_t zero_bytes = t.tiles * t.groups * kTileRows * zero_width;
+    codes_ = aligned<std::uint8_t>(code_bytes), scales_ = aligned<std::uint8_t>(scale_bytes);
+    if (t.zero != Zero::constant) zeros_ = aligned<std::uint8_t>(zero_bytes);
+    nbytes_ = code_bytes + scale_bytes + zero_bytes;
+    t.codes = codes_.get(), t.scales = scales_.get(), t.zeros = zeros_.get();
+
+    const std::int64_t row_bytes = (w.columns * w.bits + 7) / 8, zero_row_bytes = (t.groups * w.bits + 7) / 8;
+    const std::int64_t source_width = w.scale_type == Number::e8m0 ? 1 : width;
+#if defined(_OPENMP)
+#pragma omp parallel if (w.rows * w.columns > 1 << 18)
+#endif
+    {
+        const auto codes = aligned<std::uint8_t>(t.blocks * kBlockColumns);
+        const auto zeros = aligned<std::uint8_t>(t.groups + 8);
+#if defined(_OPENMP)
+#pragma omp for
+#endif
+        for (std::int64_t r = 0; r < t.tiles * kTileRows; ++r) {
+            const std::int64_t tile = r / kTileRows, lane = r % kTileRows;
+            std::memset(codes.get(), 0, static_cast<std::size_t>(t.blocks * kBlockColumns));
+            if (r < w.rows) unpack(w.bits, w.codes + r * row_bytes, w.columns, codes.get());
+            // The last word may hold more than the last column's code.
+            std::fill(codes.get() + w.columns, codes.get() + t.blocks * kBlockColumns, std::uint8_t{0});
+            auto* to = codes_.get() + tile * t.tile_bytes() + 4 * lane;
+            (w.bits == 2   ? place_row<2>
+             : w.bits == 3 ? place_row<3>
+             : w.bits == 4 ? place_row<4>
+                           : place_row<8>)(codes.get(), t.blocks, to);
+            for (std::int64_t i = 0; i < numbers; ++i) {
+                std::uint8_t* scale = scales_.get() + ((tile * numbers + i) * kTileRows + lane) * width;
+                if (r >= w.rows) {
+                    std::memset(scale, 0, static_cast<std::size_t>(width));
+                } else if (w.scale_type == Number::e8m0) {
+                    const std::uint16_t half = half_of_e8m0(w.scales[r * numbers + i]);
+                    std::memcpy(scale, &half, 2);
+                } else {
+                    std::memcpy(scale, w.scales + (r * numbers + i) * source_width, static_cast<std::size_t>(width));
+                }
+            }
+            if (t.zero == Zero::integer && r < w.rows)
+                unpack(w.bits, w.zeros + r * zero_row_bytes, t.groups, zeros.get());
+            for (std::int64_t g = 0; g < t.groups && t.zero != Zero::constant; ++g) {
+                std::uint8_t* zero = zeros_.get() + ((tile * t.groups + g) * kTileRows + lane) * zero_width;
+                if (r >= w.rows)
+                    std::memset(zero, 0, static_cast<std::size_t>(zero_width));
+                else if (t.zero == Zero::integer)
+                    *zero = zeros[g];
+                else
+                    std::memcpy(zero, w.zeros + (r * t.groups + g) * width, static_cast<std::size_t>(width));
+            }
+        }
+    }
+}
+
+}  // namespace subnibble

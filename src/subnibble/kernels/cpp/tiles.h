@@ -1,0 +1,77 @@
+// A packed weight in the order in which processors multiply it, and the quantized tokens that it is multiplied with.
+//
+// 16 rows are a tile, 32 columns of a tile are a block. A block holds 64 * bits bytes: vectors of 64 bytes, 4 bytes for
+// each row, so that an instruction that adds products of 4 bytes gives each row its own sum. In the 4 bytes of a row,
+// byte j holds codes of columns 4 s + j of the block:
+//   2 bits: vector v (of 2), bits 2 (s - 4 v) and up, for s = 4 v .. 4 v + 3
+//   3 bits: the low two bits as of 2 bits; bit s of the third vector is the high bit
+//   4 bits: vector v (of 4), bits 4 (s - 2 v) and up, for s = 2 v, 2 v + 1
+//   8 bits: vector s
+// Rows and columns beyond the last are zeros.
+#pragma once
+
+#include <cstdint>
+
+#include "matrix.h"
+
+namespace subnibble {
+
+constexpr std::int64_t kTileRows = 16, kBlockColumns = 32, kVectorBytes = 64;
+
+// What is subtracted from a code: the same for all, one whole number per group, or one real number per group.
+enum class Zero : int { constant = 0, integer = 1, real = 2 };
+
+struct Tiles {
+    std::int64_t rows, columns, group, groups, tiles, blocks;
+    int bits;
+    Grid grid;
+    // float16, bfloat16 or float32.
+    Number scale_type;
+    Zero zero;
+    // (tiles, blocks, 64 * bits) bytes.
+    const std::uint8_t* codes;
+    // (tiles, groups, planes, 16) numbers of scale_type.
+    const std::uint8_t* scales;
+    // (tiles, groups, 16): bytes if zero is integer, numbers of scale_type if real; else null.
+    const std::uint8_t* zeros;
+
+    // Scales of a group: a sign grid has one for each bit.
+    std::int64_t planes() const { return grid == Grid::sign ? bits : 1; }
+    std::int64_t tile_bytes() const { return blocks * kVectorBytes * bits; }
+    std::int64_t scale_bytes() const { return scale_type == Number::float32 ? 4 : 2; }
+};
+
+// Columns that are in one group of the weight and in one group of the input.
+struct Segment {
+    std::int64_t block, blocks;
+    // Place of its first column's number in a token.
+    std::int64_t offset;
+    std::int64_t weight_group, input_group;
+};
+
+// Tokens as whole numbers: x = scale * sum over planes p of 256^p * number[p].
+struct Tokens {
+    // The number of column c, token t and plane p: numbers[p * plane_stride + t * token_stride + c].
+    const std::int8_t* numbers;
+    std::int64_t token_stride, plane_stride;
+    int planes;
+    std::int64_t count;
+    // (tokens, groups of the input).
+    const float* scales;
+    std::int64_t scale_stride;
+    // (tokens, segments, planes): sums of a segment's numbers.
+    const std::int32_t* sums;
+    const Segment* segments;
+    std::int64_t segment_count;
+};
+
+// How a token is quantized when a linear runs (docs/format.md, "Activations").
+struct Rounding {
+    enum class Kind : int { symmetric = 0, asymmetric = 1, mxfp4 = 2, fixed = 3 };
+    Kind kind;
+    // Largest number: 127, 7 or 3 of a symmetric one, 255, 15 or 7 of an asymmetric one.
+    std::int32_t last;
+    float clip;
+};
+
+}  // namespace subnibble
