@@ -116,7 +116,9 @@ struct V {
     template <bool WIDE>
     static I dot(I sum, I level, I x) {
 #if defined(__AVX512VNNI__)
-        return _mm512_dpbusd_epi32(sum, level, x);
+        // The intrinsic makes GCC 12 copy each sum twice.
+        asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(level), "v"(x));
+        return sum;
 #else
         const I ones = _mm512_set1_epi16(1);
         if constexpr (WIDE) {

@@ -19,7 +19,7 @@ namespace {
 // Fewer products than this are not worth waking another thread.
 constexpr std::int64_t kSerialWork = 1 << 17;
 // From this many tokens on, codes are decoded once for all of them. Those of a sign grid always are.
-constexpr std::int64_t kManyTokens = 5;
+constexpr std::int64_t kManyTokens = 3;
 
 const Kernel* const kKernels[] = {
 #if defined(SUBNIBBLE_X86)
@@ -139,8 +139,8 @@ void multiply(const Kernel& kernel, const Tiles& w, const Input& x, std::int64_t
     const auto count = static_cast<std::int64_t>(segments.size());
     const int planes = x.planes();
 
-    Tokens tokens{x.numbers() + start, x.token_stride(), x.plane_stride(), planes, x.count(),
-                  x.scales(),          x.groups(),       nullptr,          segments.data(), count};
+    Tokens tokens{x.numbers() + start, x.token_stride(), x.plane_stride(), planes, x.fixed(), x.count(),
+                  x.scales(),          x.groups(),       nullptr,          nullptr,         segments.data(), count};
     // A segment's blocks must hold zeros where its columns are not. As numbers lie, this is so where it begins and ends
     // with a block, or where the input ends. Otherwise each segment gets a copy, with zeros around it.
     bool aligned_blocks = true;
@@ -154,15 +154,21 @@ void multiply(const Kernel& kernel, const Tiles& w, const Input& x, std::int64_t
         room += segments[s].blocks * kBlockColumns;
     }
     const auto sums = aligned<std::int32_t>(x.count() * count * planes);
+    const auto float_sums = aligned<float>(x.count() * count);
     for (std::int64_t t = 0; t < x.count(); ++t)
-        for (std::int64_t s = 0; s < count; ++s)
+        for (std::int64_t s = 0; s < count; ++s) {
+            std::int32_t* of_segment = sums.get() + (t * count + s) * planes;
             for (int p = 0; p < planes; ++p) {
                 const std::int8_t* from = tokens.numbers + p * tokens.plane_stride + t * tokens.token_stride;
                 std::int32_t sum = 0;
                 for (std::int64_t i = segments[s].offset; i < stops[s]; ++i) sum += from[i];
-                sums[(t * count + s) * planes + p] = sum;
+                of_segment[p] = sum;
             }
+            const std::int64_t low = of_segment[0] + (planes > 1 ? 256 * std::int64_t{of_segment[1]} : 0);
+            float_sums[t * count + s] = static_cast<float>(low);
+        }
     tokens.sums = sums.get();
+    tokens.float_sums = float_sums.get();
     Aligned<std::int8_t> arranged;
     if (!aligned_blocks) {
         arranged = aligned<std::int8_t>(planes * x.count() * room);

@@ -10,7 +10,9 @@ namespace {
 // Fewer numbers than this are not worth waking another thread.
 constexpr std::int64_t kSerialNumbers = 1 << 15;
 
-std::int64_t rounded_up(std::int64_t count) { return (count + kBlockColumns - 1) / kBlockColumns * kBlockColumns; }
+// Bytes of a token: whole blocks, and an odd number of cache lines, so that tokens side by side do not compete for the
+// same lines of the processor's cache.
+std::int64_t token_bytes(std::int64_t columns) { return ((columns + 63) / 64 | 1) * 64; }
 
 }  // namespace
 
@@ -29,7 +31,8 @@ void Dense::read(std::int64_t index, float* out) const {
 }
 
 Input::Input(const InputScheme& scheme, std::int64_t count, std::int64_t columns)
-    : count_(count), columns_(columns), token_stride_(rounded_up(columns)), planes_(scheme.planes) {
+    : count_(count), columns_(columns), token_stride_(token_bytes(columns)), planes_(scheme.planes),
+      fixed_(scheme.rounding.kind == Rounding::Kind::fixed) {
     const std::int64_t inliers = columns - scheme.outliers;
     for (std::int64_t first = 0; first < inliers; first += scheme.group) bounds_.push_back(first);
     if (scheme.outliers > 0 || bounds_.empty()) bounds_.push_back(inliers);

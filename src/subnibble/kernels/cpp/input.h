@@ -40,6 +40,7 @@ class Input {
     std::int64_t count() const { return count_; }
     std::int64_t columns() const { return columns_; }
     int planes() const { return planes_; }
+    bool fixed() const { return fixed_; }
     std::int64_t groups() const { return static_cast<std::int64_t>(bounds_.size()) - 1; }
     // First column of each group, and the number of columns.
     const std::vector<std::int64_t>& bounds() const { return bounds_; }
@@ -57,6 +58,7 @@ class Input {
 
     std::int64_t count_, columns_, token_stride_;
     int planes_;
+    bool fixed_;
     std::vector<std::int64_t> bounds_;
     Aligned<std::int8_t> numbers_;
     Aligned<float> scales_;

@@ -69,44 +69,64 @@ inline I levels(const std::uint8_t* block, int plane) {
     return code;
 }
 
-inline I wrapped_product(I zeros, std::int32_t sum) { return V::mul_int(zeros, V::broadcast_int(sum)); }
-
 struct Sums {
     std::int32_t high, low;
 };
 
-// What a segment adds for rows of one vector, before the scales of x. low, high: sums of products, of which the high
-// ones count 65536 times (three planes only); of_x: sums of x likewise.
+// Scale and zero-points of one vector of rows in one segment.
+struct Group {
+    F scale, zero;
+    // Zero-points as whole numbers.
+    I integer_zero;
+};
+
 template <Kind KIND>
-inline F scaled(const Tiles& w, std::int64_t tile, int half, const Segment& segment, int plane, bool three, I high,
-                I low, Sums of_x) {
-    const std::int64_t at = tile * w.groups + segment.weight_group;
+inline Group group_of(const Tiles& w, std::int64_t tile, int half, const Segment& segment, int plane) {
+    const std::int64_t planes = KIND == Kind::sign ? w.bits : 1, at = tile * w.groups + segment.weight_group;
     const std::int64_t first = kTileRows * at + half * V::lanes;
+    const std::int64_t scale = kTileRows * (at * planes + plane) + half * V::lanes;
+    Group group;
+    group.scale = V::numbers(w.scales + scale * w.scale_bytes(), w.scale_type);
+    if (KIND == Kind::uniform && w.zero == Zero::real) {
+        group.zero = V::numbers(w.zeros + first * w.scale_bytes(), w.scale_type);
+        group.integer_zero = V::broadcast_int(0);
+    } else {
+        group.integer_zero = KIND == Kind::uniform && w.zero == Zero::integer
+                                 ? V::widen(w.zeros + first)
+                                 : V::broadcast_int(KIND == Kind::mxfp4 ? 12 : 1 << (w.bits - 1));
+        group.zero = V::to_float(group.integer_zero);
+    }
+    return group;
+}
+
+// What a segment adds for one vector of rows, before the scale of x. low, high: sums of products, of which the high ones
+// count 65536 times (three planes only); of_x: sums of x likewise. in_float: zero-points are subtracted in float32.
+template <Kind KIND>
+inline F scaled(const Group& group, bool in_float, bool three, I high, I low, Sums of_x) {
     F value;
     if constexpr (KIND == Kind::sign) {
         low = V::sub_int(V::add_int(low, low), V::broadcast_int(of_x.low));
+        value = V::to_float(low);
         if (three) high = V::sub_int(V::add_int(high, high), V::broadcast_int(of_x.high));
-    } else if (w.zero != Zero::real) {
-        if (w.zero == Zero::integer) {
-            const I zeros = V::widen(w.zeros + first);
-            low = V::sub_int(low, wrapped_product(zeros, of_x.low));
-            if (three) high = V::sub_int(high, wrapped_product(zeros, of_x.high));
-        } else {
-            const std::int32_t middle = KIND == Kind::mxfp4 ? 12 : 1 << (w.bits - 1);
-            low = V::sub_int(low, V::broadcast_int(middle * of_x.low));
-            if (three) high = V::sub_int(high, V::broadcast_int(middle * of_x.high));
+    } else if (in_float) {
+        value = V::sub(V::to_float(low), V::mul(V::broadcast(static_cast<float>(of_x.low)), group.zero));
+        if (three) {
+            const F zeros = V::mul(V::broadcast(static_cast<float>(of_x.high)), group.zero);
+            value = V::add(V::mul(V::sub(V::to_float(high), zeros), V::broadcast(65536.0f)), value);
         }
+        return V::mul(value, group.scale);
+    } else {
+        value = V::to_float(V::sub_int(low, V::mul_int(group.integer_zero, V::broadcast_int(of_x.low))));
+        if (three) high = V::sub_int(high, V::mul_int(group.integer_zero, V::broadcast_int(of_x.high)));
     }
-    value = V::to_float(low);
     if (three) value = V::add(V::mul(V::to_float(high), V::broadcast(65536.0f)), value);
-    if (KIND == Kind::uniform && w.zero == Zero::real) {
-        const float sum = three ? static_cast<float>(of_x.high) * 65536.0f + static_cast<float>(of_x.low)
-                                 : static_cast<float>(of_x.low);
-        value = V::sub(value, V::mul(V::broadcast(sum), V::numbers(w.zeros + first * w.scale_bytes(), w.scale_type)));
-    }
-    const std::int64_t planes = KIND == Kind::sign ? w.bits : 1;
-    const std::int64_t scale = kTileRows * (at * planes + plane) + half * V::lanes;
-    return V::mul(value, V::numbers(w.scales + scale * w.scale_bytes(), w.scale_type));
+    return V::mul(value, group.scale);
+}
+
+// Whether zero-points are subtracted in float32: where sums are below 2^24 and so exact, and where inputs are fixed-point
+// numbers, whose rounding is coarser.
+inline bool sums_fit_float(const Tiles& w, const Tokens& x, const Segment& segment) {
+    return x.fixed || (x.planes == 1 && (segment.blocks * 32 << (w.bits + 7)) < 1 << 24);
 }
 
 // Sums of x over a segment, of the planes that count 65536 times and of the others.
@@ -187,14 +207,14 @@ void few_tiles(const Tiles& w, const Tokens& x, std::int64_t tile, std::int64_t 
                 }
             });
         }
-        for (int m = 0; m < M; ++m) {
-            const Sums of_x = sums_of(x, token + m, s);
-            const F scale = V::broadcast(x.scales[(token + m) * x.scale_stride + segment.input_group]);
-            for (int n = 0; n < N; ++n) {
+        const bool in_float = w.zero == Zero::real || sums_fit_float(w, x, segment);
+        for (int n = 0; n < N; ++n) {
+            const Group group = group_of<KIND>(w, tile + n / kHalves, n % kHalves, segment, 0);
+            for (int m = 0; m < M; ++m) {
+                const F scale = V::broadcast(x.scales[(token + m) * x.scale_stride + segment.input_group]);
                 I low = sum[m][0][n];
                 if constexpr (P > 1) low = V::add_int(low, V::template left<8>(sum[m][1][n]));
-                const F value = scaled<KIND>(w, tile + n / kHalves, n % kHalves, segment, 0, P == 3, sum[m][P - 1][n],
-                                             low, of_x);
+                const F value = scaled<KIND>(group, in_float, P == 3, sum[m][P - 1][n], low, sums_of(x, token + m, s));
                 total[m][n] = V::add(total[m][n], V::mul(value, scale));
             }
         }
@@ -237,30 +257,40 @@ void fill_panel(const Tiles& w, std::int64_t tile, std::uint8_t* panel) {
         }
 }
 
-// One plane of x times T panels: adds to `sum`.
+// One plane of x times T panels: adds to `sum`, which stays in registers.
 template <bool WIDE, int T, int M>
-inline void add_products(const std::uint8_t* panel, std::int64_t panel_bytes, const std::int8_t* numbers,
-                         std::int64_t token_stride, std::int64_t blocks, I (&sum)[M][T * kHalves]) {
+inline __attribute__((always_inline)) void add_products(const std::uint8_t* panel, std::int64_t panel_bytes,
+                                                        const std::int8_t* numbers, std::int64_t token_stride,
+                                                        std::int64_t blocks, I (&sum)[M][T * kHalves]) {
     constexpr int N = T * kHalves;
-    for (std::int64_t step = 0; step < 8 * blocks; ++step) {
+    const std::uint8_t* const end = panel + 8 * blocks * kVectorBytes;
+    for (; panel < end; panel += kVectorBytes, numbers += 4) {
         I level[N];
 #pragma GCC unroll 4
-        for (int n = 0; n < N; ++n)
-            level[n] = V::load_bytes(panel + n / kHalves * panel_bytes + n % kHalves * kBytes + step * kVectorBytes);
+        for (int n = 0; n < N; ++n) level[n] = V::load_bytes(panel + n / kHalves * panel_bytes + n % kHalves * kBytes);
 #pragma GCC unroll 8
         for (int m = 0; m < M; ++m) {
-            const I x = V::broadcast_bytes(numbers + m * token_stride + 4 * step);
+            const I x = V::broadcast_bytes(numbers + m * token_stride);
 #pragma GCC unroll 4
             for (int n = 0; n < N; ++n) sum[m][n] = V::template dot<WIDE>(sum[m][n], level[n], x);
         }
     }
 }
 
+// Apply `function(m, n)` to all, unrolled: what it indexes stays in registers.
+template <int M, int N, typename Function>
+inline __attribute__((always_inline)) void all(Function function) {
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+        for (int n = 0; n < N; ++n) function(m, n);
+}
+
 template <Kind KIND, bool WIDE, int T, int M>
-void many_tile(const Tiles& w, const Tokens& x, std::int64_t tile, std::int64_t token, const std::uint8_t* panel,
-               std::int64_t panel_bytes, float* y, std::int64_t y_stride, bool add) {
+void many_tile(const Tiles& w, const Tokens& x, std::int64_t tile, std::int64_t token,
+               const std::uint8_t* panel, std::int64_t panel_bytes, float* y, std::int64_t y_stride, bool add) {
     constexpr int N = T * kHalves;
-    const bool three = x.planes == 3;
+    const bool three = x.planes == 3, real = w.zero == Zero::real;
     F total[M][N];
     load_totals<T, M>(w, tile, y, y_stride, add, total);
     for (std::int64_t s = 0; s < x.segment_count; ++s) {
@@ -269,27 +299,38 @@ void many_tile(const Tiles& w, const Tokens& x, std::int64_t tile, std::int64_t 
         for (int plane = 0; plane < (KIND == Kind::sign ? w.bits : 1); ++plane) {
             const std::uint8_t* from = panel + (plane * w.blocks + segment.block) * 8 * kVectorBytes;
             I sum[M][N], high[M][N];
-            for (auto& of_token : sum)
-                for (I& one : of_token) one = V::broadcast_int(0);
+            all<M, N>([&](int m, int n) { sum[m][n] = V::broadcast_int(0); });
             for (int p = x.planes - 1; p >= 0; --p) {
                 add_products<WIDE, T, M>(from, panel_bytes, numbers + p * x.plane_stride, x.token_stride,
                                          segment.blocks, sum);
-                if (p == 2) {
-                    for (int m = 0; m < M; ++m)
-                        for (int n = 0; n < N; ++n) high[m][n] = sum[m][n], sum[m][n] = V::broadcast_int(0);
-                } else if (p == 1) {
-                    for (auto& of_token : sum)
-                        for (I& one : of_token) one = V::template left<8>(one);
-                }
+                if (p == 2)
+                    all<M, N>([&](int m, int n) { high[m][n] = sum[m][n], sum[m][n] = V::broadcast_int(0); });
+                else if (p == 1)
+                    all<M, N>([&](int m, int n) { sum[m][n] = V::template left<8>(sum[m][n]); });
             }
-            for (int m = 0; m < M; ++m) {
-                const Sums of_x = sums_of(x, token + m, s);
-                const F scale = V::broadcast(x.scales[(token + m) * x.scale_stride + segment.input_group]);
-                for (int n = 0; n < N; ++n) {
-                    const F value = scaled<KIND>(w, tile + n / kHalves, n % kHalves, segment, plane, three,
-                                                 three ? high[m][n] : sum[m][n], sum[m][n], of_x);
-                    total[m][n] = V::add(total[m][n], V::mul(value, scale));
-                }
+            const bool in_float = KIND != Kind::sign && (real || sums_fit_float(w, x, segment));
+            const float* sums_of_x = x.float_sums + token * x.segment_count + s;
+            const float* scales_of_x = x.scales + token * x.scale_stride + segment.input_group;
+            Group group[N];
+#pragma GCC unroll 4
+            for (int n = 0; n < N; ++n)
+                group[n] = group_of<KIND>(w, tile + n / kHalves, n % kHalves, segment, plane);
+            if (in_float && !three) {
+                // The usual case of `scaled`, without its branches.
+                all<M, N>([&](int m, int n) {
+                    const F zeros = V::mul(V::broadcast(sums_of_x[m * x.segment_count]), group[n].zero);
+                    const F value = V::mul(V::sub(V::to_float(sum[m][n]), zeros), group[n].scale);
+                    total[m][n] = V::add(total[m][n], V::mul(value, V::broadcast(scales_of_x[m * x.scale_stride])));
+                });
+            } else {
+                I low[M][N];
+                all<M, N>([&](int m, int n) { low[m][n] = sum[m][n]; });
+                for (int m = 0; m < M; ++m)
+                    for (int n = 0; n < N; ++n) {
+                        const F value = scaled<KIND>(group[n], in_float, three, three ? high[m][n] : low[m][n], low[m][n],
+                                                     sums_of(x, token + m, s));
+                        total[m][n] = V::add(total[m][n], V::mul(value, V::broadcast(scales_of_x[m * x.scale_stride])));
+                    }
             }
         }
     }
@@ -299,40 +340,43 @@ void many_tile(const Tiles& w, const Tokens& x, std::int64_t tile, std::int64_t 
 template <Kind KIND, bool WIDE, int T>
 void many_tokens(const Tiles& w, const Tokens& x, std::int64_t tile, std::int64_t first, std::int64_t last,
                  const std::uint8_t* panel, std::int64_t panel_bytes, float* y, std::int64_t y_stride, bool add) {
-    constexpr int M = V::registers >= 32 ? 8 : 4;
     std::int64_t token = first;
     y += tile * kTileRows;
-    for (; last - token >= M; token += M)
-        many_tile<KIND, WIDE, T, M>(w, x, tile, token, panel, panel_bytes, y + token * y_stride, y_stride, add);
+    if constexpr (V::registers >= 32)
+        for (; last - token >= 8; token += 8)
+            many_tile<KIND, WIDE, T, 8>(w, x, tile, token, panel, panel_bytes, y + token * y_stride, y_stride, add);
+    for (; last - token >= 4; token += 4)
+        many_tile<KIND, WIDE, T, 4>(w, x, tile, token, panel, panel_bytes, y + token * y_stride, y_stride, add);
     for (; last - token >= 2; token += 2)
         many_tile<KIND, WIDE, T, 2>(w, x, tile, token, panel, panel_bytes, y + token * y_stride, y_stride, add);
     if (token < last)
         many_tile<KIND, WIDE, T, 1>(w, x, tile, token, panel, panel_bytes, y + token * y_stride, y_stride, add);
 }
 
-// Many tokens: the codes of a tile are decoded once, into a panel that stays in the processor's cache.
+// Many tokens: the codes of T tiles are decoded once, into panels that stay in the processor's cache.
+template <int BITS, Kind KIND, int T>
+void many_of_tiles(const Tiles& w, const Tokens& x, std::int64_t tile, std::int64_t first, std::int64_t last,
+                   std::uint8_t* panel, float* y, std::int64_t y_stride, bool add) {
+    const std::int64_t panel_bytes = w.planes() * w.blocks * 8 * kVectorBytes;
+    for (int t = 0; t < T; ++t) fill_panel<BITS, KIND>(w, tile + t, panel + t * panel_bytes);
+    many_tokens<KIND, BITS == 8, T>(w, x, tile, first, last, panel, panel_bytes, y, y_stride, add);
+}
+
 // scratch: room for 2 panels.
 template <int BITS, Kind KIND>
 void many(const Tiles& w, const Tokens& x, float* y, std::int64_t y_stride, bool add, std::int64_t first,
           std::int64_t last, std::uint8_t* scratch) {
     constexpr int T = V::registers >= 32 ? 2 : 1;
-    constexpr bool wide = BITS == 8;
     // Bytes of x that stay in the cache while all tiles pass.
     constexpr std::int64_t kResident = 3 << 18;
-    const std::int64_t panel_bytes = w.planes() * w.blocks * 8 * kVectorBytes;
     std::int64_t together = kResident / (w.columns * x.planes) / 8 * 8;
     if (together < 32) together = 32;
     for (std::int64_t from = 0; from < x.count; from += together) {
         const std::int64_t to = from + together < x.count ? from + together : x.count;
         std::int64_t tile = first;
-        for (; tile + T <= last; tile += T) {
-            for (int t = 0; t < T; ++t) fill_panel<BITS, KIND>(w, tile + t, scratch + t * panel_bytes);
-            many_tokens<KIND, wide, T>(w, x, tile, from, to, scratch, panel_bytes, y, y_stride, add);
-        }
-        for (; tile < last; ++tile) {
-            fill_panel<BITS, KIND>(w, tile, scratch);
-            many_tokens<KIND, wide, 1>(w, x, tile, from, to, scratch, panel_bytes, y, y_stride, add);
-        }
+        for (; tile + T <= last; tile += T)
+            many_of_tiles<BITS, KIND, T>(w, x, tile, from, to, scratch, y, y_stride, add);
+        for (; tile < last; ++tile) many_of_tiles<BITS, KIND, 1>(w, x, tile, from, to, scratch, y, y_stride, add);
     }
 }
 

@@ -55,12 +55,16 @@ struct Tokens {
     const std::int8_t* numbers;
     std::int64_t token_stride, plane_stride;
     int planes;
+    // Whether they are fixed-point numbers of inputs that have no scheme.
+    bool fixed;
     std::int64_t count;
     // (tokens, groups of the input).
     const float* scales;
     std::int64_t scale_stride;
     // (tokens, segments, planes): sums of a segment's numbers.
     const std::int32_t* sums;
+    // (tokens, segments): of planes 0 and 1 together, as float32.
+    const float* float_sums;
     const Segment* segments;
     std::int64_t segment_count;
 };
