@@ -19,7 +19,7 @@ namespace {
 // Fewer products than this are not worth waking another thread.
 constexpr std::int64_t kSerialWork = 1 << 17;
 // From this many tokens on, codes are decoded once for all of them. Those of a sign grid always are.
-constexpr std::int64_t kManyTokens = 3;
+constexpr std::int64_t kManyTokens = 5;
 
 const Kernel* const kKernels[] = {
 #if defined(SUBNIBBLE_X86)

@@ -154,6 +154,15 @@ inline void store_rows(float* y, std::int64_t rows, const F* values) {
     std::memcpy(y, all, static_cast<std::size_t>(rows) * 4);
 }
 
+// Apply `function(m, n)` to all, unrolled: what it indexes stays in registers.
+template <int M, int N, typename Function>
+inline __attribute__((always_inline)) void all(Function function) {
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+        for (int n = 0; n < N; ++n) function(m, n);
+}
+
 template <int T, int M>
 inline void load_totals(const Tiles& w, std::int64_t tile, const float* y, std::int64_t y_stride, bool add,
                         F (&total)[M][T * kHalves]) {
@@ -179,19 +188,24 @@ void few_tiles(const Tiles& w, const Tokens& x, std::int64_t tile, std::int64_t 
                bool add) {
     constexpr int N = T * kHalves;
     constexpr auto steps = std::make_index_sequence<8>{};
+    // Bytes of codes that are on their way from memory.
+    constexpr std::int64_t kAhead = 2048;
     F total[M][N];
     load_totals<T, M>(w, tile, y, y_stride, add, total);
     for (std::int64_t s = 0; s < x.segment_count; ++s) {
         const Segment& segment = x.segments[s];
         const std::int8_t* numbers = x.numbers + token * x.token_stride + segment.offset;
         const std::uint8_t* first = w.codes + tile * w.tile_bytes() + segment.block * kVectorBytes * BITS;
-        I sum[M][P][N];
-        for (auto& of_token : sum)
-            for (auto& of_plane : of_token)
-                for (I& one : of_plane) one = V::broadcast_int(0);
+        // Sums of odd steps apart, where there are too few sums to keep the processor's multipliers busy.
+        constexpr int C = P == 1 && M * N <= 2 ? 2 : 1;
+        I sum[C][M][P][N];
+        all<C * M * P, N>([&](int i, int n) { sum[i / (M * P)][i / P % M][i % P][n] = V::broadcast_int(0); });
         for (std::int64_t b = 0; b < segment.blocks; ++b) {
             const std::uint8_t* block = first + b * kVectorBytes * BITS;
             const std::int8_t* from = numbers + 32 * b;
+            for (int t = 0; t < T; ++t)
+                for (int v = 0; v < BITS; ++v)
+                    __builtin_prefetch(block + t * w.tile_bytes() + v * kVectorBytes + kAhead);
             each(steps, [&](auto step) __attribute__((always_inline)) {
 #pragma GCC unroll 4
                 for (int n = 0; n < N; ++n) {
@@ -200,22 +214,33 @@ void few_tiles(const Tiles& w, const Tokens& x, std::int64_t tile, std::int64_t 
 #pragma GCC unroll 2
                     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 3
-                        for (int p = 0; p < P; ++p)
-                            sum[m][p][n] = V::template dot<BITS == 8>(
-                                sum[m][p][n], level,
-                                V::broadcast_bytes(from + p * x.plane_stride + m * x.token_stride + 4 * step));
+                        for (int p = 0; p < P; ++p) {
+                            I& one = sum[step % C][m][p][n];
+                            one = V::template dot<BITS == 8>(
+                                one, level, V::broadcast_bytes(from + p * x.plane_stride + m * x.token_stride + 4 * step));
+                        }
                 }
             });
         }
         const bool in_float = w.zero == Zero::real || sums_fit_float(w, x, segment);
+        const float* scales_of_x = x.scales + token * x.scale_stride + segment.input_group;
+#pragma GCC unroll 4
         for (int n = 0; n < N; ++n) {
             const Group group = group_of<KIND>(w, tile + n / kHalves, n % kHalves, segment, 0);
+#pragma GCC unroll 2
             for (int m = 0; m < M; ++m) {
-                const F scale = V::broadcast(x.scales[(token + m) * x.scale_stride + segment.input_group]);
-                I low = sum[m][0][n];
-                if constexpr (P > 1) low = V::add_int(low, V::template left<8>(sum[m][1][n]));
-                const F value = scaled<KIND>(group, in_float, P == 3, sum[m][P - 1][n], low, sums_of(x, token + m, s));
-                total[m][n] = V::add(total[m][n], V::mul(value, scale));
+                I low = sum[0][m][0][n];
+                if constexpr (C == 2) low = V::add_int(low, sum[1][m][0][n]);
+                if constexpr (P > 1) low = V::add_int(low, V::template left<8>(sum[0][m][1][n]));
+                F value;
+                if (P < 3 && in_float) {
+                    // The usual case of `scaled`, without its branches.
+                    const F of_x = V::broadcast(x.float_sums[(token + m) * x.segment_count + s]);
+                    value = V::mul(V::sub(V::to_float(low), V::mul(of_x, group.zero)), group.scale);
+                } else {
+                    value = scaled<KIND>(group, in_float, P == 3, sum[0][m][P - 1][n], low, sums_of(x, token + m, s));
+                }
+                total[m][n] = V::add(total[m][n], V::mul(value, V::broadcast(scales_of_x[m * x.scale_stride])));
             }
         }
     }
@@ -275,15 +300,6 @@ inline __attribute__((always_inline)) void add_products(const std::uint8_t* pane
             for (int n = 0; n < N; ++n) sum[m][n] = V::template dot<WIDE>(sum[m][n], level[n], x);
         }
     }
-}
-
-// Apply `function(m, n)` to all, unrolled: what it indexes stays in registers.
-template <int M, int N, typename Function>
-inline __attribute__((always_inline)) void all(Function function) {
-#pragma GCC unroll 8
-    for (int m = 0; m < M; ++m)
-#pragma GCC unroll 4
-        for (int n = 0; n < N; ++n) function(m, n);
 }
 
 template <Kind KIND, bool WIDE, int T, int M>

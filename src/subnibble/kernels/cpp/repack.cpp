@@ -83,10 +83,12 @@ Repacked::Repacked(const Matrix& w) {
     const std::int64_t code_bytes = t.tiles * t.tile_bytes(), scale_bytes = t.tiles * numbers * kTileRows * width;
     const std::int64_t zero_width = t.zero == Zero::integer ? 1 : t.zero == Zero::real ? width : 0;
     const std::int64_t zero_bytes = t.tiles * t.groups * kTileRows * zero_width;
-    codes_ = aligned<std::uint8_t>(code_bytes), scales_ = aligned<std::uint8_t>(scale_bytes);
-    if (t.zero != Zero::constant) zeros_ = aligned<std::uint8_t>(zero_bytes);
+    // Codes come first, in whole vectors; scales begin on a boundary of 64 bytes, too.
     nbytes_ = code_bytes + scale_bytes + zero_bytes;
-    t.codes = codes_.get(), t.scales = scales_.get(), t.zeros = zeros_.get();
+    memory_ = long_lived(nbytes_);
+    std::uint8_t *const codes_at = memory_.get(), *const scales_at = codes_at + code_bytes;
+    std::uint8_t* const zeros_at = t.zero == Zero::constant ? nullptr : scales_at + scale_bytes;
+    t.codes = codes_at, t.scales = scales_at, t.zeros = zeros_at;
 
     const std::int64_t row_bytes = (w.columns * w.bits + 7) / 8, zero_row_bytes = (t.groups * w.bits + 7) / 8;
     const std::int64_t source_width = w.scale_type == Number::e8m0 ? 1 : width;
@@ -105,13 +107,13 @@ Repacked::Repacked(const Matrix& w) {
             if (r < w.rows) unpack(w.bits, w.codes + r * row_bytes, w.columns, codes.get());
             // The last word may hold more than the last column's code.
             std::fill(codes.get() + w.columns, codes.get() + t.blocks * kBlockColumns, std::uint8_t{0});
-            auto* to = codes_.get() + tile * t.tile_bytes() + 4 * lane;
+            auto* to = codes_at + tile * t.tile_bytes() + 4 * lane;
             (w.bits == 2   ? place_row<2>
              : w.bits == 3 ? place_row<3>
              : w.bits == 4 ? place_row<4>
                            : place_row<8>)(codes.get(), t.blocks, to);
             for (std::int64_t i = 0; i < numbers; ++i) {
-                std::uint8_t* scale = scales_.get() + ((tile * numbers + i) * kTileRows + lane) * width;
+                std::uint8_t* scale = scales_at + ((tile * numbers + i) * kTileRows + lane) * width;
                 if (r >= w.rows) {
                     std::memset(scale, 0, static_cast<std::size_t>(width));
                 } else if (w.scale_type == Number::e8m0) {
@@ -124,7 +126,7 @@ Repacked::Repacked(const Matrix& w) {
             if (t.zero == Zero::integer && r < w.rows)
                 unpack(w.bits, w.zeros + r * zero_row_bytes, t.groups, zeros.get());
             for (std::int64_t g = 0; g < t.groups && t.zero != Zero::constant; ++g) {
-                std::uint8_t* zero = zeros_.get() + ((tile * t.groups + g) * kTileRows + lane) * zero_width;
+                std::uint8_t* zero = zeros_at + ((tile * t.groups + g) * kTileRows + lane) * zero_width;
                 if (r >= w.rows)
                     std::memset(zero, 0, static_cast<std::size_t>(zero_width));
                 else if (t.zero == Zero::integer)

@@ -19,7 +19,7 @@ class Repacked {
    private:
     Tiles tiles_{};
     std::int64_t nbytes_ = 0;
-    Aligned<std::uint8_t> codes_, scales_, zeros_;
+    std::shared_ptr<std::uint8_t> memory_;
 };
 
 }  // namespace subnibble
