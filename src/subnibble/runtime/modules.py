@@ -16,7 +16,7 @@ from subnibble.runtime.offloaded import has_hook, resident
 from subnibble.runtime.precision import as_written
 from subnibble.runtime.native import NativeInput
 from subnibble.runtime.site_input import PreparedInput
-from subnibble.runtime.site_memo import SiteMemo
+from subnibble.runtime.site_memo import SiteMemo, plain_inputs
 from subnibble.tensor.linear import Linear, PackedWeight, SiteInput
 from subnibble.tensor.packed import PackedLayout, PackedTensor
 
@@ -216,7 +216,8 @@ class PackedLinear(PackedModule):
         """Apply the linear: x (..., k) to (..., m)."""
         linear = self.linear
         site = linear.input
-        return ops.product(x, self.input._memo.of(x, lambda: ops.prepare(x, site)), linear)
+        memo = plain_inputs() if site.is_plain else self.input._memo
+        return ops.product(x, memo.of(x, lambda: ops.prepare(x, site)), linear)
 
     def dequantize(self) -> Tensor:
         """Dense weight (m, k) float32 for the untransformed input, all terms included."""

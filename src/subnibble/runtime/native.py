@@ -126,15 +126,21 @@ def prepare(x: Tensor, site: SiteInput) -> NativeInput:
 
 def product(x: NativeInput, weight: PackedWeight) -> Tensor:
     """Multiply prepared tokens (t, k) with all terms of a weight, bias included: (t, m) in x's dtype."""
-    with as_written(x.tokens.device):
-        y = _traced(x, weight) if torch.compiler.is_compiling() else _eager(x, weight)
-        if weight.bias is not None:
-            y = y + weight.bias.float()
-        return y.to(x.dtype)
+    if torch.is_autocast_enabled("cpu"):
+        with as_written(x.tokens.device):
+            return _product(x, weight)
+    return _product(x, weight)
+
+
+def _product(x: NativeInput, weight: PackedWeight) -> Tensor:
+    y = _traced(x, weight) if torch.compiler.is_compiling() else _eager(x, weight)
+    if weight.bias is not None:
+        y = y + weight.bias.float()
+    return y.to(x.dtype)
 
 
 def _eager(x: NativeInput, weight: PackedWeight) -> Tensor:
-    y = torch.empty(x.tokens.shape[0], weight.main.shape[0], dtype=torch.float32)
+    y = torch.empty(x.tokens.shape[0], weight.main.ranges[0].codes.shape[0], dtype=torch.float32)
     multiply_(y, x.rounded, weight.main)
     if weight.salient is not None:
         multiply_(y, x.rounded, weight.salient, add=True)
@@ -190,19 +196,19 @@ def _rounding(isa: str, scheme: ActivationScheme | None, fixed_bytes: int) -> An
     return native.module.Scheme(isa, kind, last, scheme.clip, group, scheme.outliers, planes)
 
 
-# Codes of a range -> (state of its tensors, the range in tiles).
+# Codes of a range -> (state of its tensors, the range in tiles): for ranges that live only for one call.
 _tiles: Any = WeakTensorKeyDictionary()
 
 
 def _repacked(part: PackedRange) -> Any:
     """The range in tiles: repacked at its first product, and again after its tensors were written to."""
-    state = (native.isa(), *(_state(tensor) for tensor in (part.codes, part.scales, part.zeros)))
-    known = _tiles.get(part.codes)
-    if known is not None and known[0] == state:
-        return known[1]
-    tiles: Any = _on(part, native.module.Weight)
-    _tiles[part.codes] = state, tiles
-    return tiles
+    state = (native.isa(), _state(part.codes), _state(part.scales), _state(part.zeros))
+    known = part.derived.get("tiles") or _tiles.get(part.codes)
+    if known is None or known[0] != state:
+        known = state, _on(part, native.module.Weight)
+        _tiles[part.codes] = known
+    part.derived["tiles"] = known
+    return known[1]
 
 
 def _state(tensor: Tensor | None) -> tuple[int, int] | None:

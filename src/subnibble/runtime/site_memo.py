@@ -6,6 +6,8 @@ dropped as soon as the last reader has used it, or the tensor is freed.
 
 from __future__ import annotations
 
+import sys
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
@@ -49,6 +51,20 @@ class SiteMemo(Generic[T]):
     def __reduce__(self) -> tuple[type[SiteMemo[T]], tuple[int]]:
         """Pickle as empty."""
         return SiteMemo, (self.readers,)
+
+
+class _Plain(threading.local):
+    def __init__(self) -> None:
+        # More readers than there are: the result is dropped with the tensor.
+        self.memo: SiteMemo[Any] = SiteMemo(readers=sys.maxsize)
+
+
+_plain = _Plain()
+
+
+def plain_inputs() -> SiteMemo[Any]:
+    """This thread's memo of tensors that linears without steps read: any such linear prepares them the same way."""
+    return _plain.memo
 
 
 def _version(x: Tensor) -> int:

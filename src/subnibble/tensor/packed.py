@@ -8,7 +8,8 @@ Integer zero-points are packed along the groups in the same way. docs/format.md 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -127,6 +128,8 @@ class PackedRange:
     codes: Tensor
     scales: Tensor
     zeros: Tensor | None
+    # What a runtime made of these tensors, by name; not part of the value.
+    derived: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def pack(cls, quantized: QuantizedMatrix, scheme: Scheme) -> PackedRange:

@@ -44,19 +44,14 @@ inline I codes(const std::uint8_t* block) {
         return V::load_bytes(block + S * kVectorBytes);
     } else if constexpr (BITS == 4) {
         return V::bits_and(V::template right<4 * (S % 2)>(V::load_bytes(block + S / 2 * kVectorBytes)), V::bytes(15));
+    } else if constexpr (BITS == 2) {
+        return V::bits_and(V::template right<2 * (S % 4)>(V::load_bytes(block + S / 4 * kVectorBytes)), V::bytes(3));
+    } else if constexpr (S < 6) {
+        return V::bits_and(V::template right<3 * (S % 2)>(V::load_bytes(block + S / 2 * kVectorBytes)), V::bytes(7));
     } else {
-        const I low = V::template right<2 * (S % 4)>(V::load_bytes(block + S / 4 * kVectorBytes));
-        if constexpr (BITS == 2) {
-            return V::bits_and(low, V::bytes(3));
-        } else {
-            const I all = V::load_bytes(block + 2 * kVectorBytes);
-            I high;
-            if constexpr (S >= 2)
-                high = V::template right<S - 2>(all);
-            else
-                high = V::template left<2 - S>(all);
-            return V::merge(high, low, V::bytes(3), V::bytes(7));
-        }
+        const I low = V::template right<6>(V::load_bytes(block + (S - 6) * kVectorBytes));
+        const I high = V::template right<S - 2>(V::load_bytes(block + 2 * kVectorBytes));
+        return V::merge(high, low, V::bytes(3), V::bytes(7));
     }
 }
 

@@ -47,10 +47,14 @@ void place(const std::uint8_t* codes, std::uint8_t* block) {
         for (int s = 0; s < 8; ++s) word[s] = step[s];
     } else if constexpr (BITS == 4) {
         for (int s = 0; s < 8; ++s) word[s / 2] |= step[s] << 4 * (s % 2);
+    } else if constexpr (BITS == 2) {
+        for (int s = 0; s < 8; ++s) word[s / 4] |= step[s] << 2 * (s % 4);
     } else {
-        for (int s = 0; s < 8; ++s) word[s / 4] |= (step[s] & 0x03030303u) << 2 * (s % 4);
-        if constexpr (BITS == 3)
-            for (int s = 0; s < 8; ++s) word[2] |= (step[s] >> 2 & 0x01010101u) << s;
+        for (int s = 0; s < 6; ++s) word[s / 2] |= step[s] << 3 * (s % 2);
+        for (int s = 6; s < 8; ++s) {
+            word[s - 6] |= (step[s] & 0x03030303u) << 6;
+            word[2] |= (step[s] & 0x04040404u) << (s - 2);
+        }
     }
     for (int v = 0; v < BITS; ++v) std::memcpy(block + v * kVectorBytes, word + v, 4);
 }
