@@ -9,7 +9,7 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
 from conftest import VOCABULARY
 from gguf_files import interleave, metadata_of
@@ -22,6 +22,7 @@ SIZES: dict[str, Any] = {
 CONFIGS = {
     "llama": LlamaConfig(**SIZES, head_dim=64, attention_bias=True, tie_word_embeddings=False),
     "qwen2": Qwen2Config(**SIZES, tie_word_embeddings=True),
+    "qwen3": Qwen3Config(**SIZES, head_dim=64, tie_word_embeddings=True),
 }
 
 

@@ -60,6 +60,7 @@ def test_blocks_are_taken_apart_as_gguf_dequantizes_them(kind: str) -> None:
     [
         ("llama", {"embed_tokens": "Q8_0", "lm_head": "Q6_K"}, "Q4_0"),
         ("qwen2", {"embed_tokens": "Q6_K", "down_proj": "Q5_0", "o_proj": "F16"}, "Q8_0"),
+        ("qwen3", {"embed_tokens": "Q4_0"}, "Q4_0"),
         ("llama", {"embed_tokens": "F16", "lm_head": "F32", "k_proj": "Q6_K"}, "Q3_K"),
     ],
 )

@@ -25,7 +25,9 @@ from subnibble.checkpoint.tokenizer import load_gguf_tokenizer
 from subnibble.errors import CheckpointError, UnsupportedModel
 
 # Supported architectures, and whether llama.cpp's converter interleaves their q and k rows.
-_INTERLEAVED = {"llama": True, "qwen2": False}
+_INTERLEAVED = {"llama": True, "qwen2": False, "qwen3": False}
+# Norms of a block that no table of sites names.
+_HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 _DIVISORS = "rope_freqs.weight"
 _ENDS = ("eot", "eom")
 
@@ -172,7 +174,7 @@ def _reads(kind: Any) -> bool:
 def _hf_names(arch: Arch, blocks: int) -> list[str]:
     """Return every tensor name that a model of this architecture may have. blocks: number of blocks."""
     stems = [arch.embedding, arch.final_norm, arch.head]
-    modules = (*arch.linears, *arch.residual.norms)
+    modules = (*arch.linears, *arch.residual.norms, *_HEAD_NORMS)
     stems += [f"{arch.block_path(index)}.{module}" for index in range(blocks) for module in modules]
     return [f"{stem}.{kind}" for stem in stems for kind in ("weight", "bias")]
 
