@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from subnibble.cli import options as o
-from subnibble.cli.console import duration, megabytes, progress
+from subnibble.cli.console import duration, megabytes, shown_progress
 from subnibble.cli.streams import say
 
 
@@ -27,7 +27,7 @@ def convert(
     from subnibble.conversion.convert import DIFFERENCE
     from subnibble.conversion.convert import convert as run
 
-    with progress("convert") as on_progress:
+    with shown_progress("convert") as on_progress:
         report = run(model, out, dense=dense, overwrite=overwrite, progress=on_progress)
     size = report.size
     schemes = "+".join(sorted({linear.scheme for linear in report.linears}))
