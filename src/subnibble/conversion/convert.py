@@ -6,8 +6,8 @@ it is written. Matrices that are not quantized keep all their bits. One block is
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -18,7 +18,6 @@ from subnibble.checkpoint.checksums import weights_checksum
 from subnibble.checkpoint.manifest import PackedConfig
 from subnibble.checkpoint.module_specs import (
     PackedEmbeddingSpec,
-    PackedLinearSpec,
     Spec,
     TiedHeadSpec,
     gather_type,
@@ -49,6 +48,15 @@ from subnibble.version import __version__
 DIFFERENCE = "largest difference"
 
 
+@dataclass(frozen=True)
+class _Converted:
+    """A packed linear; the largest difference of a weight from the original's, and ||W - Q||² / ||W||²."""
+
+    linear: Linear
+    difference: float
+    error: float
+
+
 @dataclass
 class _Shard:
     """Contents of one weight file, and what config and report say of them."""
@@ -56,6 +64,26 @@ class _Shard:
     tensors: dict[str, Tensor] = field(default_factory=dict)
     specs: dict[str, Spec] = field(default_factory=dict)
     linears: list[LinearReport] = field(default_factory=list)
+
+    def add_linear(self, path: str, converted: _Converted, first: str | None) -> None:
+        """Add a linear. first: path of another one that stores the order of the inputs of both, or None."""
+        spec = linear_spec(converted.linear, first)
+        state = {name: tensor for name, tensor in linear_state(converted.linear).items() if name not in spec.elsewhere}
+        self.tensors |= {f"{path}.{name}": tensor for name, tensor in state.items()}
+        self.specs[path] = spec
+        shape, scheme = (spec.layout.rows, spec.layout.num_columns), spec.layout.ranges[0][1].name
+        bits, notes = spec.stored_bits / (shape[0] * shape[1]), {DIFFERENCE: converted.difference}
+        self.linears.append(LinearReport(path, shape, scheme, bits, converted.error, None, None, 0.0, notes))
+
+    def add_unquantized(self, source: Source, names: Iterable[str]) -> None:
+        """Add the tensors of all modules that are not packed, float32 matrices in 16 bits if that changes no value."""
+        for name in names:
+            if name.rpartition(".")[0] in self.specs:
+                continue
+            tensor = source.load(name)
+            if tensor.dim() > 1 and tensor.dtype == torch.float32:
+                tensor = tensor.to(getattr(torch, smallest_type(tensor)))
+            self.tensors[name] = tensor
 
 
 def convert(
@@ -125,15 +153,17 @@ def _block(foreign: Foreign, skeleton: Skeleton, index: int) -> _Shard:
     """Convert a decoder block."""
     path = skeleton.arch.block_path(index)
     names = [name for name in skeleton.parameter_shapes() if name.startswith(f"{path}.")]
-    shard, linears = _Shard(), dict[str, Linear]()
-    for name in skeleton.arch.linears:
-        if f"{path}.{name}.weight" in foreign.quantized:
-            linears[name] = _linear(foreign, f"{path}.{name}", names, shard)
-    firsts = {name: first for site in skeleton.arch.sites for name, first in shared_inputs(site, linears).items()}
-    for name, linear in linears.items():
-        first = firsts.get(name)
-        _add_linear(shard, f"{path}.{name}", linear, None if first is None else f"{path}.{first}")
-    _add_unquantized(shard, foreign.source, (name for name in names if _owner(name) not in shard.specs))
+    linears = {
+        name: _linear(foreign, f"{path}.{name}", names)
+        for name in skeleton.arch.linears
+        if f"{path}.{name}.weight" in foreign.quantized
+    }
+    inputs = {name: converted.linear for name, converted in linears.items()}
+    firsts = {name: first for site in skeleton.arch.sites for name, first in shared_inputs(site, inputs).items()}
+    shard = _Shard()
+    for name, converted in linears.items():
+        shard.add_linear(f"{path}.{name}", converted, f"{path}.{firsts[name]}" if name in firsts else None)
+    shard.add_unquantized(foreign.source, names)
     return shard
 
 
@@ -142,22 +172,21 @@ def _outer(foreign: Foreign, skeleton: Skeleton) -> _Shard:
     arch, shard = skeleton.arch, _Shard()
     names = [name for name in skeleton.parameter_shapes() if not name.startswith(f"{arch.blocks}.")]
     if f"{arch.embedding}.weight" in foreign.quantized:
-        table = _linear(foreign, arch.embedding, names, shard)
-        if not table.input.is_plain:
+        table = _linear(foreign, arch.embedding, names)
+        if not table.linear.input.is_plain:
             raise UnsupportedModel(f"{foreign.source.path}: the columns of {arch.embedding} have an order of their own")
-        state = table.weight.main.state()
-        shard.tensors |= {f"{arch.embedding}.{name}": tensor for name, tensor in state.items()}
-        shard.specs[arch.embedding] = PackedEmbeddingSpec(table.weight.main.layout)
+        shard.add_linear(arch.embedding, table, None)
+        shard.specs[arch.embedding] = PackedEmbeddingSpec(table.linear.weight.main.layout)
         if skeleton.tied:
             shard.specs[arch.head] = TiedHeadSpec(arch.embedding)
     if f"{arch.head}.weight" in foreign.quantized and not skeleton.tied:
-        _add_linear(shard, arch.head, _linear(foreign, arch.head, names, shard), None)
-    _add_unquantized(shard, foreign.source, (name for name in names if _owner(name) not in shard.specs))
+        shard.add_linear(arch.head, _linear(foreign, arch.head, names), None)
+    shard.add_unquantized(foreign.source, names)
     return shard
 
 
-def _linear(foreign: Foreign, path: str, names: Iterable[str], shard: _Shard) -> Linear:
-    """Convert the quantized matrix at `path`, with its bias, and add its report.
+def _linear(foreign: Foreign, path: str, names: Collection[str]) -> _Converted:
+    """Convert the quantized matrix at `path`, with its bias.
 
     names: names of the model's parameters near `path`.
     Raises `NotSame` if it should equal the foreign matrix and does not.
@@ -173,34 +202,4 @@ def _linear(foreign: Foreign, path: str, names: Iterable[str], shard: _Shard) ->
         raise NotSame(f"{path}: a packed weight differs by {largest} from that of the other tool")
     energy = float(dense.square_().sum(dtype=torch.float64))
     error = float(difference.square_().sum(dtype=torch.float64)) / energy if largest else 0.0
-    layout = packed.matrix.layout
-    bits = linear_spec(linear).stored_bits / (layout.rows * layout.num_columns)
-    scheme = layout.ranges[0][1].name
-    shard.linears.append(
-        LinearReport(path, packed.matrix.shape, scheme, bits, error, None, None, 0.0, {DIFFERENCE: largest})
-    )
-    return linear
-
-
-def _add_linear(shard: _Shard, path: str, linear: Linear, first: str | None) -> None:
-    """Add a linear's tensors and spec. first: path of another linear that stores the order of the inputs of both."""
-    spec: PackedLinearSpec = linear_spec(linear, first)
-    state = {name: tensor for name, tensor in linear_state(linear).items() if name not in spec.elsewhere}
-    shard.tensors |= {f"{path}.{name}": tensor for name, tensor in state.items()}
-    shard.specs[path] = spec
-    bits = spec.stored_bits / (spec.layout.rows * spec.layout.num_columns)
-    shard.linears = [replace(item, effective_bits=bits) if item.path == path else item for item in shard.linears]
-
-
-def _add_unquantized(shard: _Shard, source: Source, names: Iterable[str]) -> None:
-    """Add tensors that are not quantized: float32 matrices in 16 bits if that changes no value, others as they are."""
-    for name in names:
-        tensor = source.load(name)
-        if tensor.dim() > 1 and tensor.dtype == torch.float32:
-            tensor = tensor.to(getattr(torch, smallest_type(tensor)))
-        shard.tensors[name] = tensor
-
-
-def _owner(name: str) -> str:
-    """Path of the module that has a parameter."""
-    return name.rpartition(".")[0]
+    return _Converted(linear, largest, error)
