@@ -21,6 +21,7 @@ CALLS: dict[str, Callable[..., Any]] = {
     "estimate": subnibble.estimate,
     "evaluate": subnibble.evaluate,
     "compare": subnibble.compare,
+    "convert": subnibble.convert,
     "add_prefix": subnibble.add_prefix,
     "distill_checkpoint": subnibble.distill_checkpoint,
     "fold_norm_biases_": subnibble.fold_norm_biases_,

@@ -19,7 +19,7 @@ RANK = {
     "tuning": 7, "report": 7,
     "distill": 8, "recipe": 8, "methods": 8, "presets": 8,
     "pipeline": 9,
-    "hf": 10, "export": 10,
+    "hf": 10, "export": 10, "conversion": 10,
     "generate": 11,
     "evaluation": 12,
     "cli": 13,

@@ -14,6 +14,7 @@ from subnibble.version import __version__
 
 if TYPE_CHECKING:
     from subnibble.checkpoint.checksums import unverified
+    from subnibble.conversion.convert import convert
     from subnibble.evaluation.compare import compare
     from subnibble.evaluation.evaluate import Evaluation, evaluate
     from subnibble.export.fold import fold_norm_biases_
@@ -30,6 +31,7 @@ __all__ = [
     "__version__",
     "add_prefix",
     "compare",
+    "convert",
     "distill_checkpoint",
     "estimate",
     "evaluate",
@@ -45,6 +47,7 @@ _HOMES = {
     "Recipe": "recipe",
     "add_prefix": "generate.prefix",
     "compare": "evaluation.compare",
+    "convert": "conversion.convert",
     "distill_checkpoint": "pipeline.distill_checkpoint",
     "estimate": "pipeline.estimate",
     "evaluate": "evaluation.evaluate",

@@ -1,7 +1,7 @@
 """Exception types. Every message says what is wrong, where, and what to do.
 
 The user can fix every `SubnibbleError`: the command line prints its message alone and exits with code 2. Any other
-exception, `SilentFailure` and `NotLoadable` included, is a bug in subnibble (exit code 1).
+exception, `SilentFailure`, `NotLoadable` and `NotSame` included, is a bug in subnibble (exit code 1).
 """
 
 
@@ -59,3 +59,7 @@ class SilentFailure(RuntimeError):
 
 class NotLoadable(RuntimeError):
     """The checkpoint that a run wrote would not load, so it is not kept."""
+
+
+class NotSame(RuntimeError):
+    """A converted weight is not the same number as in the model that it was converted from."""

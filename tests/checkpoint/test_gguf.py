@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from gguf_files import write_gguf
 
+from gguf_files import write_gguf
 from subnibble.checkpoint import gguf_source
 from subnibble.checkpoint.opening import open_source
 from subnibble.errors import UnsupportedModel
@@ -16,7 +16,14 @@ from subnibble.hf import load_model
 
 
 @pytest.mark.parametrize(
-    ("name", "arch"), [("llama-tied", "llama"), ("llama", "llama"), ("qwen2", "qwen2"), ("qwen2-untied", "qwen2")]
+    ("name", "arch"),
+    [
+        ("llama-tied", "llama"),
+        ("llama", "llama"),
+        ("qwen2", "qwen2"),
+        ("qwen2-untied", "qwen2"),
+        ("qwen3", "qwen3"),
+    ],
 )
 def test_gguf_reads_back_as_the_model_that_was_written(name: str, arch: str, tmp_path: Path) -> None:
     model = write_gguf(tmp_path / "model.gguf", name, arch)
@@ -47,5 +54,5 @@ def test_gguf_with_a_tensor_nobody_maps_is_refused(tmp_path: Path) -> None:
 def test_gguf_of_another_architecture_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_gguf(tmp_path / "model.gguf", "qwen2", "qwen2")
     monkeypatch.delitem(gguf_source._INTERLEAVED, "qwen2")
-    with pytest.raises(UnsupportedModel, match="'qwen2' is not supported; supported: llama"):
+    with pytest.raises(UnsupportedModel, match="'qwen2' is not supported; supported: llama, qwen3"):
         open_source(tmp_path / "model.gguf")

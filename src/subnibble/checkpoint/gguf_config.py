@@ -131,7 +131,7 @@ def _values(
     if metadata.arch == "llama":
         values["attention_bias"] = "blk.0.attn_q.bias" in tensors
         values["mlp_bias"] = "blk.0.ffn_gate.bias" in tensors
-    if metadata.arch == "llama" or width * heads != hidden:
+    if metadata.arch in ("llama", "qwen3") or width * heads != hidden:
         values["head_dim"] = width
     return values
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from subnibble.arch import find_arch
@@ -24,7 +25,9 @@ from subnibble.checkpoint.tokenizer import load_gguf_tokenizer
 from subnibble.errors import CheckpointError, UnsupportedModel
 
 # Supported architectures, and whether llama.cpp's converter interleaves their q and k rows.
-_INTERLEAVED = {"llama": True, "qwen2": False}
+_INTERLEAVED = {"llama": True, "qwen2": False, "qwen3": False}
+# Norms of a block that no table of sites names.
+_HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 _DIVISORS = "rope_freqs.weight"
 _ENDS = ("eot", "eom")
 
@@ -79,12 +82,30 @@ class GgufSource:
         tensor = self._tensors[name]
         dense = tensor.data if tensor.tensor_type.name == "F64" else dequantize(tensor.data, tensor.tensor_type)
         weight = torch.from_numpy(dense.copy()).float().view(self.shape(name))
+        return checked(self.in_model_order(name, weight), name, self.path)
+
+    def type_name(self, name: str) -> str:
+        """Return the name of a tensor's type, for example "Q4_0"."""
+        return str(self._tensors[name].tensor_type.name)
+
+    def blocks(self, name: str) -> NDArray[np.uint8]:
+        """Return the blocks of a quantized tensor, (blocks, bytes of a block), row by row in the file's order."""
+        import gguf
+
+        tensor = self._tensors[name]
+        return tensor.data.reshape(-1, gguf.GGML_QUANT_SIZES[tensor.tensor_type][1])  # type: ignore[no-any-return]
+
+    def in_model_order(self, name: str, rows: Tensor) -> Tensor:
+        """Return the rows of a tensor, or what belongs to each of them, in the model's order.
+
+        rows: (m, ...), in the file's order.
+        """
         if _INTERLEAVED[self.config.model_type]:
             if ".q_proj." in name:
-                weight = _split_rotary_pairs(weight, self.config.num_attention_heads)
-            elif ".k_proj." in name:
-                weight = _split_rotary_pairs(weight, self.config.num_key_value_heads)
-        return checked(weight, name, self.path)
+                return _split_rotary_pairs(rows, self.config.num_attention_heads)
+            if ".k_proj." in name:
+                return _split_rotary_pairs(rows, self.config.num_key_value_heads)
+        return rows
 
     def file_bytes(self) -> int:
         """Return the size of all parts together, in bytes."""
@@ -153,7 +174,7 @@ def _reads(kind: Any) -> bool:
 def _hf_names(arch: Arch, blocks: int) -> list[str]:
     """Return every tensor name that a model of this architecture may have. blocks: number of blocks."""
     stems = [arch.embedding, arch.final_norm, arch.head]
-    modules = (*arch.linears, *arch.residual.norms)
+    modules = (*arch.linears, *arch.residual.norms, *_HEAD_NORMS)
     stems += [f"{arch.block_path(index)}.{module}" for index in range(blocks) for module in modules]
     return [f"{stem}.{kind}" for stem in stems for kind in ("weight", "bias")]
 

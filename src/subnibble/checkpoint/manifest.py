@@ -182,7 +182,10 @@ def readable_config_of(config: Any, where: Path) -> PackedConfig | None:
     if packed is None and getattr(config, "quantization_config", None):
         values = config.quantization_config
         method = values.get("quant_method") if isinstance(values, Mapping) else getattr(values, "quant_method", None)
-        raise CheckpointError(f"{where} was quantized as {method!r}, which is not supported; give the original model")
+        raise CheckpointError(
+            f"{where} was quantized as {method!r} and cannot be used as it is: `subnibble convert` packs some "
+            "formats of other tools (GPTQ, compressed-tensors); else give the original model"
+        )
     return packed
 
 

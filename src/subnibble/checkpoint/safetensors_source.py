@@ -70,16 +70,16 @@ class SafetensorsSource:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor, from the header."""
-        return self._find(name).shape
+        return self.header(name).shape
 
     def stored_bits(self, name: str) -> int:
         """Return the bits that a tensor takes in its file."""
-        stored = self._find(name)
+        stored = self.header(name)
         return numel(stored.shape) * _BITS.get(stored.kind, 64)
 
     def check_type(self, name: str) -> None:
         """Raise `CheckpointError` unless the tensor has a type that `load` reads; from the header."""
-        kind = self._find(name).kind
+        kind = self.header(name).kind
         if kind not in _FLOATS:
             raise CheckpointError(
                 f"{self.path}: {name} is stored as {kind}, and weights are read only from {', '.join(_FLOATS)}; "
@@ -94,7 +94,7 @@ class SafetensorsSource:
 
     def load_raw(self, name: str) -> Tensor:
         """Read one tensor as stored, without checks; packed codes are integers."""
-        stored = self._find(name)
+        stored = self.header(name)
         file = self.path / stored.file
         try:
             with safe_open(file, framework="pt") as handle:
@@ -103,7 +103,8 @@ class SafetensorsSource:
             raise CheckpointError(f"{file}: {stored.name} cannot be read ({error}); get an intact copy") from error
         return tensor
 
-    def _find(self, name: str) -> Stored:
+    def header(self, name: str) -> Stored:
+        """Return what the header says of a tensor; `CheckpointError` if there is none."""
         if name not in self._stored:
             raise CheckpointError(f"{self.path}: tensor {name} is missing; config.json and weights do not match")
         return self._stored[name]

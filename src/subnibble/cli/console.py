@@ -31,7 +31,7 @@ def progress(title: str) -> Iterator[Progress]:
 
     Inside, the first Ctrl-C or SIGTERM waits for the next safe point of the call.
     """
-    with stops_at_safe_points(_on_signal), _shown(title) as callback:
+    with stops_at_safe_points(_on_signal), shown_progress(title) as callback:
         yield callback
 
 
@@ -40,7 +40,8 @@ def _on_signal() -> None:
 
 
 @contextmanager
-def _shown(title: str) -> Iterator[Progress]:
+def shown_progress(title: str) -> Iterator[Progress]:
+    """Show progress like `progress`, for a call without safe points: a signal stops it at once."""
     if not sys.stderr.isatty():
         yield _PlainLines(title)
         return

@@ -17,7 +17,7 @@ from typing import Annotated
 
 import typer
 
-from subnibble.cli import checkpoints, compare, demo, evaluate, quantize
+from subnibble.cli import checkpoints, compare, convert, demo, evaluate, quantize
 from subnibble.cli.streams import prepare, say, tell
 from subnibble.errors import SubnibbleError
 from subnibble.version import __version__
@@ -33,6 +33,7 @@ app = typer.Typer(
     add_completion=False,
 )
 app.command("quantize")(quantize.quantize)
+app.command("convert")(convert.convert)
 app.command("evaluate")(evaluate.evaluate)
 app.command("compare")(compare.compare)
 app.command("generate")(evaluate.generate)

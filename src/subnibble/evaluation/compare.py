@@ -110,7 +110,7 @@ def compare(
     for name, recipe in recipes_of.items():
         resolved = resolve(source, recipe).recipe
         if out is not None:
-            check_apart(out / name, source.path, resolved)
+            check_apart(out / name, source.path, (resolved.calibration, resolved.system_prompt))
         reads_text[name] = resolved.calibration is not None
     tokenizer = source.load_tokenizer()
     windows = evaluation.windows(source, tokenizer, None if prompt is None else prefix_ids(prompt, tokenizer))

@@ -8,6 +8,7 @@ step (`Scheme.check_width`, `Rounder.check`, ...); this file calls all of these 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -147,12 +148,15 @@ def check_can_distill(
     check_positions(window, original.config, prefix_length(config.prefix))
 
 
-def check_apart(out: Path, model: Path, recipe: Recipe) -> None:
-    """Raise `OutputError` if replacing the folder `out` would delete the model or a text that the recipe reads."""
+def check_apart(out: Path, model: Path, texts: Iterable[str | None] = ()) -> None:
+    """Raise `OutputError` if replacing the folder `out` would delete the model or a text that the run reads.
+
+    texts: names or files of texts, None for none.
+    """
     if model.resolve() == out.resolve():
         raise OutputError(f"the output folder {out} is the model itself; choose another folder")
-    texts = [expanded(name) for name in (recipe.calibration, recipe.system_prompt) if name and is_file(name)]
-    for path in (model, *texts):
+    files = [expanded(name) for name in texts if name and is_file(name)]
+    for path in (model, *files):
         if out.resolve() in path.resolve().parents:
             raise OutputError(f"{path} lies in {out}, which would be replaced; choose another output folder")
 

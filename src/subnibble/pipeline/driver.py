@@ -91,7 +91,7 @@ def quantize(
     check_output(final, overwrite)
     clock = Clock()
     resolved = resolve(model, parsed)
-    check_apart(final, resolved.skeleton.source.path, resolved.recipe)
+    check_apart(final, resolved.skeleton.source.path, (resolved.recipe.calibration, resolved.recipe.system_prompt))
     windows = _windows(resolved, clock)
     with clock.step("check sites"):
         resolved.skeleton.check_tied_head()

@@ -26,7 +26,7 @@ def write_config(writer: CheckpointWriter, resolved: Resolved, packed: PackedCon
 
     packed: specs of all packed modules, the KV cache and the prompt prefix.
     """
-    _write_model_config(writer, resolved.skeleton, packed)
+    write_model_config(writer, resolved.skeleton, packed)
     writer.write_text("recipe.toml", resolved.recipe.to_toml())
     writer.finish_weights()
 
@@ -57,7 +57,7 @@ def tune_whole(
         journal.record_distilled(tuned)
     with clock.step("write"):
         writer.rewrite(tuned.tensors, journal.record_checksum)
-        _write_model_config(writer, skeleton, tuned.config)
+        write_model_config(writer, skeleton, tuned.config)
     return tuned.report
 
 
@@ -88,7 +88,8 @@ def write_report(
     return report
 
 
-def _write_model_config(writer: CheckpointWriter, skeleton: Skeleton, packed: PackedConfig) -> None:
+def write_model_config(writer: CheckpointWriter, skeleton: Skeleton, packed: PackedConfig) -> None:
+    """Write config.json of a packed model, with the checksums of the shards written so far."""
     config = skeleton.config.to_diff_dict()
     config["tie_word_embeddings"] = skeleton.tied
     config["quantization_config"] = packed.to_dict() | {CHECKSUMS: writer.checksums}

@@ -61,7 +61,7 @@ def store(rounded: RoundedBlock, resolved: Resolved, tuned: BlockReport | None =
     block, path = rounded.block, rounded.block.path
     terms, exact = _absorbed(rounded)
     terms, exact, row_orders = _ordered(rounded, terms, exact)
-    inputs = {name: first for site in block.arch.sites for name, first in _inputs(site, terms).items()}
+    inputs = {name: first for site in block.arch.sites for name, first in shared_inputs(site, terms).items()}
     tensors: dict[str, Tensor] = {}
     specs: dict[str, Spec] = {}
     linears = []
@@ -147,7 +147,7 @@ def _offline_rows(rounded: RoundedBlock, site: Site) -> dict[str, Tensor] | None
     return offline_rows(site, basis.order, rounded.block.heads)
 
 
-def _inputs(site: Site, terms: Mapping[str, Linear]) -> dict[str, str]:
+def shared_inputs(site: Site, terms: Mapping[str, Linear]) -> dict[str, str]:
     """Name of a reader -> name of an earlier reader with the same input steps, which stores them for both."""
     firsts, shared = list[str](), dict[str, str]()
     for name in site.readers:
