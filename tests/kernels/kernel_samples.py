@@ -56,7 +56,7 @@ def tokens(count: int, columns: int, dtype: torch.dtype = torch.float32) -> Tens
 def multiplied(part: PackedRange, x: Tensor) -> Tensor:
     """The kernel's product, in an output that was filled with NaN."""
     y = torch.full((x.shape[0], part.codes.shape[0]), math.nan)
-    native.multiply_(y, x, PackedTensor((part,)))
+    native.multiply_(y, native.rounded(x, None, 3), PackedTensor((part,)))
     return y
 
 

@@ -46,4 +46,14 @@ std::shared_ptr<std::uint8_t> long_lived(std::int64_t bytes) {
     return {block, memory};
 }
 
+void not_needed_soon([[maybe_unused]] const void* memory, [[maybe_unused]] std::int64_t bytes) {
+#if defined(__linux__) && defined(MADV_PAGEOUT)
+    // Whole pages only: others share the first and the last one.
+    constexpr std::uintptr_t page = 4096;
+    const auto first = (reinterpret_cast<std::uintptr_t>(memory) + page - 1) / page * page;
+    const auto last = (reinterpret_cast<std::uintptr_t>(memory) + static_cast<std::uintptr_t>(bytes)) / page * page;
+    if (first < last) (void)madvise(reinterpret_cast<void*>(first), last - first, MADV_PAGEOUT);
+#endif
+}
+
 }  // namespace subnibble

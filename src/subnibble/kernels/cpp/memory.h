@@ -27,4 +27,7 @@ Aligned<T> aligned(std::int64_t count) {
 // are read a fifth faster (bench/kernels.py). A block is freed when nothing in it is in use. Safe from several threads.
 std::shared_ptr<std::uint8_t> long_lived(std::int64_t bytes);
 
+// Tell the system that nobody reads `memory` soon: pages of a file are given back, and read again when they are needed.
+void not_needed_soon(const void* memory, std::int64_t bytes);
+
 }  // namespace subnibble

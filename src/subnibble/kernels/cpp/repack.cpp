@@ -140,6 +140,7 @@ Repacked::Repacked(const Matrix& w) {
             }
         }
     }
+    not_needed_soon(w.codes, w.rows * row_bytes);
 }
 
 }  // namespace subnibble
