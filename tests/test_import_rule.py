@@ -10,8 +10,9 @@ import subnibble
 ROOT = Path(subnibble.__file__).parent
 # A module may import from its own rank and below.
 RANK = {
-    "errors": 0, "version": 0, "progress": 0, "paths": 0, "text_file": 0, "arguments": 0, "device": 0, "resume": 0,
-    "kernels": 1, "tensor": 1, "arch": 1, "packaged": 1,
+    "errors": 0, "version": 0, "progress": 0, "paths": 0, "text_file": 0, "arguments": 0, "device": 0,
+    "kernels": 0, "resume": 0,
+    "tensor": 1, "arch": 1, "packaged": 1,
     "runtime": 2,
     "checkpoint": 3, "model": 3,
     "calibrate": 5,

@@ -61,11 +61,30 @@ def multiplied(part: PackedRange, x: Tensor) -> Tensor:
 
 
 def near(y: Tensor, x: Tensor, part: PackedRange, c: float = 2.0) -> bool:
-    """Every element within `c * eps * sqrt(K) * (|x| @ |w|)` of the product in float64."""
+    """Every element near the product in float64.
+
+    The bound is `c * eps * sqrt(K) * (|x| @ |w|)` for sums, and half a step of the fixed-point inputs times |w|.
+    """
     w = part.dequantize().double()
-    exact, size = x.double() @ w.T, x.double().abs() @ w.abs().T
-    bound = c * torch.finfo(torch.float32).eps * w.shape[1] ** 0.5 * size
+    exact, size = x.double() @ w.T, x.double().abs() @ (w.abs() + cancelled(part)).T
+    largest = 2.0 ** (23 if x.dtype == torch.float32 else 15)
+    steps = [part.abs().amax(1, keepdim=True).expand_as(part) for part in x.double().split(native.FIXED_GROUP, 1)]
+    rounding = torch.cat(steps, 1) @ w.abs().T * (1.01 * 0.5 / largest)
+    bound = c * torch.finfo(torch.float32).eps * w.shape[1] ** 0.5 * size + rounding
     return y.shape == exact.shape and bool(((y.double() - exact).abs() <= bound).all())
+
+
+def cancelled(part: PackedRange) -> Tensor:
+    """What cancels in a weight, (m, k) float64: scale * code and scale * zero, or scales of several bits."""
+    matrix = part.unpack()
+    widths = torch.tensor([stop - start for start, stop in part.scheme.group_bounds(part.num_columns)])
+    if matrix.zeros is not None:
+        offsets = (matrix.scales.abs() * (part.scheme.levels + matrix.zeros.abs())).double()
+    elif part.scheme.grid == "sign":
+        offsets = matrix.scales.abs().double().unflatten(1, (-1, part.scheme.bits)).sum(2)
+    else:
+        return torch.zeros(matrix.codes.shape, dtype=torch.float64)
+    return offsets.repeat_interleave(widths, dim=1)
 
 
 def misaligned(tensor: Tensor, offset: int) -> Tensor:

@@ -88,8 +88,8 @@ def test_no_address_has_to_be_aligned(isa: str, offset: int) -> None:
         with kernels.chosen(isa):
             form = native._form(isa, scheme, ROWS, 300)
             zeros = 0 if moved.zeros is None else moved.zeros.data_ptr()
-            data = (moved.codes.data_ptr(), moved.scales.data_ptr(), zeros, moved_x.data_ptr(), 2, 2, 300)
-            kernels.module.multiply(form, *data, y.data_ptr(), y.stride(0), False)
+            tiles = kernels.module.Weight(form, moved.codes.data_ptr(), moved.scales.data_ptr(), zeros)
+            tiles.multiply(native.rounded(moved_x, None), 0, y.data_ptr(), y.stride(0), False)
             assert torch.equal(y[:, :ROWS], multiplied(part, x))
         # Nothing is written beyond the rows.
         assert bool(y[:, ROWS:].isnan().all())
@@ -119,7 +119,7 @@ def test_rows_of_inputs_and_outputs_may_lie_apart(isa: str) -> None:
     part, wide = sample(Scheme(2, 32), 139), tokens(3, 200)
     y = torch.full((3, 20), math.nan)
     with kernels.chosen(isa):
-        native.multiply_(y[:, 4 : 4 + ROWS], wide[:, 30:169], PackedTensor((part,)))
+        native.multiply_(y[:, 4 : 4 + ROWS], native.rounded(wide[:, 30:169], None), PackedTensor((part,)))
         assert torch.equal(y[:, 4 : 4 + ROWS], multiplied(part, wide[:, 30:169].contiguous()))
     assert bool(y[:, :4].isnan().all())
     assert bool(y[:, 4 + ROWS :].isnan().all())

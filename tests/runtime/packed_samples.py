@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from subnibble.runtime.native import FIXED_GROUP
 from subnibble.tensor.packed import PackedRange, PackedTensor, QuantizedMatrix, scale_dtype
 from subnibble.tensor.scheme import Scheme
 
@@ -76,13 +77,30 @@ def column_scale_of(columns: int) -> Tensor:
     return torch.exp2(torch.rand(columns, generator=torch.Generator().manual_seed(8)) * 12 - 6).half()
 
 
-def within_bound(y: Tensor, x: Tensor, w: Tensor, bias: Tensor | None, c: float = 2.0) -> bool:
-    """Every element within `c * eps * sqrt(K) * (|x| @ |w| + |b|)` of the product in float64."""
+def within_bound(
+    y: Tensor, x: Tensor, w: Tensor, bias: Tensor | None, c: float = 2.0, rounding: Tensor | None = None
+) -> bool:
+    """Every element within `c * eps * sqrt(K) * (|x| @ |w| + |b|)` of the product in float64.
+
+    Kernels round inputs to fixed point first: half a step of each input (`rounding`) times |w| is added.
+    """
     exact, size = x.double() @ w.T, x.double().abs() @ w.abs().T
     if bias is not None:
         exact, size = exact + bias.double(), size + bias.double().abs()
-    bound = c * torch.finfo(y.dtype).eps * w.shape[1] ** 0.5 * size
+    bound = (
+        c * torch.finfo(y.dtype).eps * w.shape[1] ** 0.5 * size
+        + (half_steps(x) if rounding is None else rounding) @ w.abs().T
+    )
     return y.shape == exact.shape and bool(((y.double() - exact).abs() <= bound).all())
+
+
+def half_steps(x: Tensor) -> Tensor:
+    """Half of the distance between fixed-point numbers in each input's group, as kernels round x (..., k)."""
+    largest = {torch.float32: 2.0**23, torch.bfloat16: 2.0**15, torch.float16: 2.0**15}.get(x.dtype)
+    if largest is None:
+        return torch.zeros_like(x, dtype=torch.float64)
+    groups = [part.abs().amax(-1, keepdim=True).expand_as(part) for part in x.double().split(FIXED_GROUP, -1)]
+    return torch.cat(groups, -1) * (1.01 * 0.5 / largest)
 
 
 def state_bytes(module: nn.Module) -> dict[str, tuple[torch.dtype, bytes]]:

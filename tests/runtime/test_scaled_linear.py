@@ -11,6 +11,7 @@ from packed_samples import (
     bias_of,
     column_scale_of,
     dense,
+    half_steps,
     inputs,
     packed_tensor,
     state_bytes,
@@ -34,7 +35,8 @@ def within_scaled_bound(y: Tensor, x: Tensor, w: Tensor, bias: Tensor | None, co
     """As `within_bound`, of the inputs times c; narrow types round that product as well, element by element."""
     c = column_scale.double()
     # x c is rounded once, and c where the type is narrower than its own.
-    return within_bound(y, x.double() * c, w, bias, c=4.0)
+    rounding = half_steps((x.float() * column_scale.float()).to(x.dtype)) if x.dtype != torch.float64 else None
+    return within_bound(y, x.double() * c, w, bias, c=4.0, rounding=rounding)
 
 
 @pytest.mark.parametrize("has_bias", [False, True])
@@ -63,7 +65,8 @@ def test_dequantize_is_the_weight_that_plain_inputs_meet(name) -> None:
     plain = PackedLinear(built(packed_tensor(name), None))
     assert torch.equal(plain.dequantize(), packed_tensor(name).dequantize())
     x = inputs(linear.in_features)
-    assert within_bound(linear(x), x, linear.dequantize().double(), None, c=4.0)
+    rounding = half_steps(x * linear.column_scale.float()) / linear.column_scale.double()
+    assert within_bound(linear(x), x, linear.dequantize().double(), None, c=4.0, rounding=rounding)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from test_linear_terms import every_term
 
-from subnibble.runtime import ops, site_input
+from subnibble.runtime import ops
 from subnibble.runtime.modules import PackedLinear
 from subnibble.runtime.site_memo import SiteMemo
 from subnibble.tensor.activation_scheme import ActivationScheme
@@ -39,8 +39,8 @@ def test_what_shares_an_input_gives_what_each_gives_alone() -> None:
 
 def test_an_input_is_made_once_for_all_readers_and_then_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     whole, applied = readers(), []
-    usual = site_input.apply
-    monkeypatch.setattr(site_input, "apply", lambda x, site: applied.append(x) or usual(x, site))
+    usual = ops.prepare
+    monkeypatch.setattr(ops, "prepare", lambda x, site: applied.append(x) or usual(x, site))
     for _ in range(2):
         x = torch.randn(4, 139)
         for module in whole:
@@ -71,9 +71,9 @@ def test_nothing_is_kept_of_a_tensor_that_is_gone() -> None:
 def test_gradients_of_one_reader_do_not_meet_anothers() -> None:
     memo, x = SiteMemo(), torch.randn(2, requires_grad=True)
     memo.readers = 2
-    assert memo.of(x, lambda: [1]) is not memo.of(x, lambda: [1])
+    assert memo.of(x, 0, lambda: [1]) is not memo.of(x, 0, lambda: [1])
     with torch.no_grad():
-        assert memo.of(x, lambda: [1]) is memo.of(x, lambda: [2])
+        assert memo.of(x, 0, lambda: [1]) is memo.of(x, 0, lambda: [2])
 
 
 def test_a_copied_model_shares_within_the_copy() -> None:

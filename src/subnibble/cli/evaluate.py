@@ -22,6 +22,7 @@ def evaluate(
     kv_bits: o.LoadedKvBits = None,
     kv_option: o.KvOptions = None,
     system_prompt: o.SystemPrompt = None,
+    activations: o.Activations = None,
     layers: Annotated[
         bool, typer.Option("--layers", help="Add the output error of each linear layer; needs --reference.")
     ] = False,
@@ -36,7 +37,7 @@ def evaluate(
 
     settings = o.kv_settings(kv_option)
     evaluation = Evaluation(
-        text, window, max_windows, device or "auto", dtype or "auto", kv_bits, settings, system_prompt
+        text, window, max_windows, device or "auto", dtype or "auto", kv_bits, settings, system_prompt, activations
     )
     with progress("evaluate") as on_progress:
         result = run(model, evaluation, reference, layers=layers, resume=resume, progress=on_progress)
@@ -48,6 +49,8 @@ def evaluate(
         ("windows", f"{result['windows']} of {window} tokens{' after BOS' if result['bos'] else ''}"),
         ("effective bits", f"{result['effective_bits']:.3f}"),
         ("model bits", f"{result['model_bits']:.3f}"),
+        ("inputs of linears", result["activations"]),
+        ("kernels", result["kernels"]),
         ("KV cache", f"{result['cache_bytes']:.0f} bytes per token"),
         *([("system prompt", f"{result['prefix_tokens']} tokens at 16 bits")] if result["prefix_tokens"] else []),
         ("on disk", megabytes(result["file_bytes"])),
@@ -78,6 +81,7 @@ def generate(
     kv_bits: o.LoadedKvBits = None,
     kv_option: o.KvOptions = None,
     system_prompt: o.SystemPrompt = None,
+    activations: o.Activations = None,
     device: o.Device = None,
     dtype: o.Dtype = None,
 ) -> None:
@@ -93,7 +97,7 @@ def generate(
     tokenizer = source.load_tokenizer()
     loaded = load_model(source, dtype or "auto", device or "auto")
     prefix = None if system_prompt is None else prefix_ids(system_prompt, tokenizer)
-    prepare_(loaded, kv_bits, o.kv_settings(kv_option), prefix)
+    prepare_(loaded, kv_bits, o.kv_settings(kv_option), prefix, activations)
     text = prompt
     if chat:
         attached = attached_cache(loaded)

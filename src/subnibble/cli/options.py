@@ -37,6 +37,13 @@ ActivationGroupSize = Annotated[
 ]
 _KV_BITS = "Bits of the KV cache: 16 (not quantized), 8, 4, 3 or 2."
 KvBits = Annotated[int | None, typer.Option(help=f"{_KV_BITS} Default 16.")]
+Activations = Annotated[
+    str | None,
+    typer.Option(
+        help="int8: round inputs that MODEL keeps at 16 bits to 8, which is faster and costs accuracy. Default: as "
+        "stored."
+    ),
+]
 LoadedKvBits = Annotated[int | None, typer.Option(help=f"{_KV_BITS} Default: as MODEL was quantized.")]
 KvOptions = Annotated[
     list[str] | None,

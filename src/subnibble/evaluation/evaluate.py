@@ -26,6 +26,8 @@ from subnibble.evaluation.perplexity import check_vocabularies, score
 from subnibble.generate.prefix import attach_prefix_, same_prefix_
 from subnibble.hf import load_model, memory_bytes
 from subnibble.hf.attention import attached_cache, change_scheme_
+from subnibble.hf.inputs import round_inputs_
+from subnibble.kernels import native
 from subnibble.progress import Progress, as_progress
 from subnibble.recipe import Recipe
 from subnibble.report.clock import Clock, peak_memory
@@ -37,6 +39,7 @@ from subnibble.tensor.cache_scheme import CacheScheme, PrefixIds
 _TYPES = {
     "text": str, "window": int, "max_windows": (int, type(None)), "device": str, "dtype": str,
     "kv_bits": (int, type(None)), "kv": Mapping, "system_prompt": (str, type(None)),
+    "activations": (str, type(None)),
 }  # fmt: skip
 
 
@@ -51,6 +54,7 @@ class Evaluation:
     kv_bits, kv: KV-cache settings that override the checkpoint's, as in `Recipe`; None and {} change nothing.
     system_prompt: prompt before every window, see `calibrate/prompt.py`; the evaluated model computes its keys and
         values. None keeps the checkpoint's prompt.
+    activations: "int8" rounds the inputs of linears that the checkpoint keeps at 16 bits; None keeps them.
     """
 
     text: str
@@ -61,9 +65,10 @@ class Evaluation:
     kv_bits: int | None = None
     kv: Mapping[str, Any] = field(default_factory=dict)
     system_prompt: str | None = None
+    activations: str | None = None
 
     def __post_init__(self) -> None:
-        for key in ("text", "device", "dtype", "system_prompt"):
+        for key in ("text", "device", "dtype", "system_prompt", "activations"):
             object.__setattr__(self, key, plain(getattr(self, key)))
         check_types(self, _TYPES)
         if self.window < 2 or (self.max_windows is not None and self.max_windows < 1):
@@ -109,13 +114,22 @@ class Evaluation:
 AnyEvaluation = Evaluation | Mapping[str, Any] | str | Path
 
 
-def prepare_(model: Any, kv_bits: int | None, kv: Mapping[str, Any], prefix: PrefixIds | None) -> None:
-    """Attach a quantized KV cache and a prompt prefix to a loaded model, in place, if they are given.
+def prepare_(
+    model: Any,
+    kv_bits: int | None,
+    kv: Mapping[str, Any],
+    prefix: PrefixIds | None,
+    activations: str | None = None,
+) -> None:
+    """Attach a quantized KV cache and a prompt prefix to a loaded model and round its inputs, in place, where given.
 
     model: a transformers model.
     kv_bits, kv: as in `Evaluation`; kv without kv_bits changes settings of the model's existing quantized cache.
     prefix: None keeps the model's prefix.
+    activations: a name of `hf.inputs.INPUTS`, None to keep inputs as the checkpoint says.
     """
+    if activations is not None:
+        round_inputs_(model, activations)
     attached = attached_cache(model)
     scheme = None if attached is None else attached.scheme
     if kv_bits is not None:
@@ -165,7 +179,7 @@ def evaluate(
     prompt = None if evaluation.system_prompt is None else prefix_ids(evaluation.system_prompt, tokenizer)
     windows = evaluation.windows(source, tokenizer, prompt or (None if packed is None else packed.prefix))
     loaded = load_model(source, evaluation.dtype, evaluation.device)
-    prepare_(loaded, evaluation.kv_bits, evaluation.kv, prompt)
+    prepare_(loaded, evaluation.kv_bits, evaluation.kv, prompt, evaluation.activations)
     reference_model = (
         None if reference_source is None else load_model(reference_source, evaluation.dtype, evaluation.device)
     )
@@ -192,6 +206,8 @@ def evaluate(
     results |= {
         "text": evaluation.text,
         "dtype": str(loaded.dtype).removeprefix("torch."),
+        "activations": evaluation.activations or "as stored",
+        "kernels": native.isa(),
         "memory_bytes": memory_bytes(loaded),
         **_attached_facts(loaded),
     }

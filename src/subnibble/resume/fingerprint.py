@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import subnibble
+from subnibble.kernels import native
 from subnibble.version import __version__
 
 _PACKAGES = ("torch", "transformers", "safetensors", "numpy")
@@ -44,11 +45,12 @@ def versions() -> dict[str, str]:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """The machine's properties that change the order of sums: processor, threads, accelerator, precision."""
+    """The machine's properties that change the order of sums: processor, threads, accelerator, precision, kernels."""
     return {
         "processor": f"{_processor()}, {torch.backends.cpu.get_cpu_capability()}",
         "float32 products": torch.get_float32_matmul_precision(),
         "threads": torch.get_num_threads(),
+        "kernels": native.isa(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
     }
 

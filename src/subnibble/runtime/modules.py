@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from subnibble.errors import NoWeight
 from subnibble.runtime import native, ops
 from subnibble.runtime.cached_handle import CachedHandle
+from subnibble.runtime.native import NativeInput
 from subnibble.runtime.offloaded import has_hook, resident
 from subnibble.runtime.precision import as_written
-from subnibble.runtime.native import NativeInput
 from subnibble.runtime.site_input import PreparedInput
 from subnibble.runtime.site_memo import SiteMemo, plain_inputs
+from subnibble.tensor.activation_scheme import ActivationScheme
 from subnibble.tensor.linear import Linear, PackedWeight, SiteInput
 from subnibble.tensor.packed import PackedLayout, PackedTensor
 
@@ -217,7 +218,7 @@ class PackedLinear(PackedModule):
         linear = self.linear
         site = linear.input
         memo = plain_inputs() if site.is_plain else self.input._memo
-        return ops.product(x, memo.of(x, lambda: ops.prepare(x, site)), linear)
+        return ops.product(x, memo.of(x, native.settings(), lambda: ops.prepare(x, site)), linear)
 
     def dequantize(self) -> Tensor:
         """Dense weight (m, k) float32 for the untransformed input, all terms included."""
@@ -259,6 +260,7 @@ class TiedHead(nn.Module):
         # In a tuple, so that the table is not registered, saved and counted twice.
         self._embedding = (embedding,)
         self.in_features, self.out_features = embedding.layout.num_columns, embedding.layout.rows
+        self.activation: ActivationScheme | None = None
 
     def __getattr__(self, name: str) -> Any:
         """Look up as `PackedModule` does: `weight` raises `NoWeight`."""
@@ -269,7 +271,8 @@ class TiedHead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Compute logits: x (..., d) to (..., n)."""
         _ran_(self)
-        return ops.linear(x, Linear(PackedWeight(self._embedding[0].packed)))
+        site = SiteInput(activation=self.activation)
+        return ops.linear(x, Linear(PackedWeight(self._embedding[0].packed), site))
 
 
 def _no_weight(module: PackedModule) -> NoWeight:

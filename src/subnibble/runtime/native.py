@@ -8,7 +8,6 @@ groups of `FIXED_GROUP` channels: 24 bits of float32 inputs, 16 bits of bfloat16
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -78,6 +77,11 @@ def runs(x: Tensor) -> bool:
     return x.is_cpu and x.dtype in _RUNS and type(x) in (Tensor, torch.nn.Parameter)
 
 
+def settings() -> tuple[str, torch.dtype | None]:
+    """What a prepared input depends on beside the tensor: the instruction set, and autocast's dtype if it is on."""
+    return native.isa(), torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+
+
 def takes(x: Tensor) -> bool:
     """Whether kernels multiply the tokens x (..., k): kernels run, and no derivative goes through x."""
     differentiates = (x.requires_grad and torch.is_grad_enabled()) or forward_ad._current_level >= 0
@@ -120,7 +124,8 @@ def prepare(x: Tensor, site: SiteInput) -> NativeInput:
     dense = _readable(tokens)
     address, number = dense.data_ptr(), _TYPES[dense.dtype]
     whole = how.round(address, number, *dense.shape, dense.stride(0))
-    rest = how.rest(whole, address, number, dense.stride(0), site.requantized) if site.requantized else None
+    requantized = site.requantized and site.activation is not None
+    rest = how.rest(whole, address, number, dense.stride(0), site.requantized) if requantized else None
     return NativeInput(tokens, site.activation, site.requantized, dtype, whole, rest)
 
 
@@ -257,16 +262,43 @@ def _traced(x: NativeInput, weight: PackedWeight) -> Tensor:
     """`_eager` as one operation that torch.compile does not look into."""
     down, up = weight.low_rank or (None, None)
     matrices = {"main": weight.main, "salient": weight.salient, "down": down, "up": up}
-    tensors, layouts = [], {}
+    tensors, layouts = [], []
     for name, matrix in matrices.items():
         if matrix is not None:
-            state, layout = matrix.state(), matrix.layout
+            state = matrix.state()
             tensors += list(state.values())
-            ranges = [[columns, scheme.to_dict()] for columns, scheme in layout.ranges]
-            layouts[name] = [list(state), layout.rows, ranges]
-    activation = "" if x.scheme is None else json.dumps(x.scheme.to_dict())
-    y: Tensor = _compiled_product(x.tokens, tensors, json.dumps(layouts), activation, x.requantized, weight.main.shape[0])
+            ranges = [f"{columns},{_text(scheme)}" for columns, scheme in matrix.layout.ranges]
+            layouts.append(" ".join([name, str(matrix.layout.rows), ",".join(state), *ranges]))
+    rows = weight.main.shape[0]
+    y: Tensor = _compiled_product(x.tokens, tensors, ";".join(layouts), _text(x.scheme), x.requantized, rows)
     return y
+
+
+def _text(scheme: Scheme | ActivationScheme | None) -> str:
+    """A scheme as text, in operations that torch.compile can trace; "" for None."""
+    if scheme is None:
+        return ""
+    if isinstance(scheme, Scheme):
+        return f"{scheme.bits},{scheme.group_size},{scheme.zero_point},{scheme.scale_type},{scheme.grid}"
+    fields = f"{scheme.bits},{scheme.group_size},{scheme.zero_point},{scheme.grid}"
+    return f"{fields},{scheme.clip},{scheme.outliers}"
+
+
+@cache
+def _layout(text: str) -> PackedLayout:
+    """The layout that `_traced` wrote as "name rows names-of-tensors columns,scheme columns,scheme ..."."""
+    _, rows, _, *ranges = text.split()
+    parts = [part.split(",") for part in ranges]
+    schemes = [Scheme(int(bits), int(group), zero, scale, grid) for _, bits, group, zero, scale, grid in parts]
+    return PackedLayout(int(rows), tuple(zip((int(part[0]) for part in parts), schemes, strict=True)))
+
+
+@cache
+def _activation(text: str) -> ActivationScheme | None:
+    if not text:
+        return None
+    bits, group, zero, grid, clip, outliers = text.split(",")
+    return ActivationScheme(int(bits), int(group), zero, grid, float(clip), int(outliers))
 
 
 @torch.library.custom_op("subnibble::packed_product", mutates_args=())
@@ -275,22 +307,20 @@ def _compiled_product(
 ) -> Tensor:
     """Multiply tokens (t, k) with a weight's terms, bias excluded: (t, rows) float32.
 
-    tensors: stored tensors of all matrices, in order. layouts: JSON, the names, rows and ranges of each matrix.
-    activation: JSON of the `ActivationScheme`, "" for none.
+    tensors: stored tensors of all matrices, in order. layouts: names and layouts of the matrices, see `_layout`, with
+        ";" between them.
+    activation: the `ActivationScheme` as `_text` writes it, "" for none.
     """
-    scheme = ActivationScheme.from_dict(json.loads(activation)) if activation else None
     matrices: dict[str, PackedTensor] = {}
     rest = iter(tensors)
-    for name, (stored, count, ranges) in json.loads(layouts).items():
-        layout = PackedLayout(count, tuple((columns, Scheme.from_dict(fields)) for columns, fields in ranges))
-        matrices[name] = PackedTensor.from_state({key: next(rest) for key in stored}, layout)
+    for text in layouts.split(";"):
+        name, _, stored, *_ = text.split()
+        matrices[name] = PackedTensor.from_state({key: next(rest) for key in stored.split(",")}, _layout(text))
     low_rank = (matrices["down"], matrices["up"]) if "down" in matrices else None
     weight = PackedWeight(matrices["main"], None, matrices.get("salient"), low_rank)
-    return _eager(prepare(tokens, SiteInput(activation=scheme, requantized=requantized)), weight)
+    return _eager(prepare(tokens, SiteInput(activation=_activation(activation), requantized=requantized)), weight)
 
 
 @_compiled_product.register_fake
-def _(
-    tokens: Tensor, tensors: list[Tensor], layouts: str, activation: str, requantized: int, rows: int
-) -> Tensor:
+def _(tokens: Tensor, tensors: list[Tensor], layouts: str, activation: str, requantized: int, rows: int) -> Tensor:
     return tokens.new_empty((tokens.shape[0], rows), dtype=torch.float32)

@@ -23,15 +23,18 @@ class SiteMemo(Generic[T]):
 
     def __init__(self, readers: int = 1) -> None:
         self.readers = readers
-        # The tensor, its version, the result, and the number of readers that have used it.
-        self._kept: tuple[weakref.ref[Tensor], int, T, int] | None = None
+        # The tensor, its version and the settings, the result, and the number of readers that have used it.
+        self._kept: tuple[weakref.ref[Tensor], tuple[int, object], T, int] | None = None
 
-    def of(self, x: Tensor, make: Callable[[], T]) -> T:
-        """Return `make()` for `x`: computed now, or reused from another reader of the same tensor object."""
+    def of(self, x: Tensor, settings: object, make: Callable[[], T]) -> T:
+        """Return `make()` for `x`: computed now, or reused from another reader of the same tensor object.
+
+        settings: what else the result depends on.
+        """
         # A traced call has no state between calls, and readers must not share an autograd graph.
         if self.readers == 1 or torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
             return make()
-        memo, version = self._kept, _version(x)
+        memo, version = self._kept, (_version(x), settings)
         if memo is not None and memo[0]() is x and memo[1] == version:
             used = memo[3] + 1
             self._kept = None if used == self.readers else (*memo[:3], used)
@@ -63,7 +66,7 @@ _plain = _Plain()
 
 
 def plain_inputs() -> SiteMemo[Any]:
-    """This thread's memo of tensors that linears without steps read: any such linear prepares them the same way."""
+    """Return this thread's memo of tensors that linears without steps read: they all prepare them the same way."""
     return _plain.memo
 
 
