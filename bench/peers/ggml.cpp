@@ -56,6 +56,13 @@ ggml_to_float_t to_float(ggml_type type) {
 #endif
 }
 
+// ggml would print a line for every copy that it repacks.
+void quiet() {
+#ifndef IK
+    ggml_log_set([](ggml_log_level, const char*, void*) {}, nullptr);
+#endif
+}
+
 #ifndef IK
 // The buffer type in which llama.cpp keeps weights of this type and shape: as llama-model-loader.cpp chooses it.
 ggml_backend_buffer_type_t buffer_type(ggml_type type, int64_t columns, int64_t rows) {
@@ -89,17 +96,18 @@ extern "C" {
 // bytes: gets the size of one copy.
 Weights* weights_new(const char* name, int64_t columns, int64_t rows, int copies, int repack, float* dense,
                      int64_t* bytes) {
-    ggml_log_set([](ggml_log_level, const char*, void*) {}, nullptr);
+    quiet();
     auto type = type_named(name);
     if (type == GGML_TYPE_COUNT || columns % ggml_blck_size(type) || !to_float(type))
         return nullptr;
+    // ggml's first context fills the tables with which it quantizes.
+    auto weights = new Weights{columns, rows, context_of(copies)};
     auto row = ggml_row_size(type, columns);
     std::vector<char> codes(row * rows);
     ggml_quantize_chunk(type, dense, codes.data(), 0, rows, columns, nullptr);
     for (int64_t i = 0; i < rows; ++i)
         to_float(type)(codes.data() + i * row, dense + i * columns, columns);
     *bytes = int64_t(codes.size());
-    auto weights = new Weights{columns, rows, context_of(copies)};
     for (int i = 0; i < copies; ++i)
         weights->copies.push_back(ggml_new_tensor_2d(weights->context, type, columns, rows));
 #ifdef IK

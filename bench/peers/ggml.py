@@ -16,8 +16,8 @@ from peers.build import IK, LLAMA, Source
 from peers.product import Method, Missing, Tolerance, Weight
 
 # Name of a type in ggml -> (bits, inputs that share a scale of 8 bits). Types of 256 weights take no other columns.
-_TYPES = {"q4_0": (4, 32), "q8_0": (8, 32), "q2_K": (2, 256), "q3_K": (3, 256), "q4_K": (4, 256), "iq2_k": (2, 256)}
-_TYPES_OF = {LLAMA: ("q2_K", "q3_K", "q4_0", "q8_0"), IK: ("q2_K", "q3_K", "q4_0", "iq2_k")}
+_TYPES = {"q4_0": (4, 32), "q8_0": (8, 32), "q2_K": (2, 256), "q3_K": (3, 256), "iq2_k": (2, 256)}
+_TYPES_OF = {LLAMA: ("q2_K", "q3_K", "q4_0", "q8_0"), IK: ("q2_K", "iq2_k", "q3_K", "q4_0", "q8_0")}
 
 
 def methods(source: Source, folder: Path) -> list[Method]:

@@ -1,0 +1,202 @@
+"""Compare the speed of whole models: SmolLM2-135M in float32, packed to 2, 3 and 4 bits, and llama.cpp's Q4_0.
+
+    python bench/model_speed.py [--threads N ...] [--rounds N]
+    python bench/model_speed.py --print
+
+A prompt of 512 tokens, then decoding, through transformers and by llama-bench in turn. Models are rounded to nearest,
+because a method does not change the operations that run; Q4_0 is made from the package's Q4_1 by llama-quantize. One
+thread is timed in CPU time, several in wall time. llama-bench starts anew in every round; its figure is the difference
+between many repetitions and one, so that loading and its first run do not count. Finished rows are appended to the
+results file; later runs skip them. `peers/build.py` builds llama.cpp.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from measure import HERE, environment, print_table
+from peers.build import FOLDER, LLAMA
+from peers.machine import processor
+from rows import Rows
+
+PROMPT, DECODED, ROUNDS = 512, 32, 5
+# Repetitions of one call of llama-bench.
+REPEATED = 4
+THREADS = (1, 2)
+BITS = (2, 3, 4)
+KEY = ("cpu", "instructions", "threads")
+# What a model does: name -> (tokens of the prompt, tokens of decoding) that llama-bench runs.
+PARTS = {"prompt": (PROMPT, 0), "decode": (0, DECODED)}
+
+# Seconds that a token of each part takes, in one round.
+Timer = Callable[[], dict[str, float]]
+
+
+def main() -> None:
+    """Measure each number of threads that is missing in its own process, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, nargs="+", default=THREADS, metavar="N")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--peers", type=Path, default=FOLDER, metavar="DIR", help="where peers/build.py built")
+    parser.add_argument("--results", type=Path, default=HERE / "results" / "model_speed.json", help="results file")
+    parser.add_argument("--print", action="store_true", help="print finished rows, measure none")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    table = Rows(arguments.results, KEY)
+    if arguments.child:
+        table.append(measured(arguments.threads[0], arguments.rounds, arguments.peers))
+        return
+    numbers = [] if arguments.print else arguments.threads
+    for threads in numbers:
+        if table.has({**processor(), "threads": threads}):
+            continue
+        command = [sys.executable, __file__, "--child", "--threads", str(threads), "--rounds", str(arguments.rounds)]
+        command += ["--results", str(arguments.results), "--peers", str(arguments.peers)]
+        subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
+    show(Rows(arguments.results, KEY).rows)
+
+
+def measured(threads: int, number: int, peers: Path) -> dict[str, Any]:
+    """Time all models in turn and return the row."""
+    import torch
+
+    torch.set_num_threads(threads)
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        timers: dict[str, Timer] = {}
+        sizes: dict[str, int] = {}
+        missing = {}
+        for name, path in models(folder):
+            timers[name] = _transformers(path, threads)
+            sizes[name] = _bytes(path)
+        if LLAMA.program(peers, "llama-bench").is_file():
+            file = requantized(folder, peers)
+            timers["llama.cpp Q4_0"] = _llama_bench(file, threads, LLAMA.program(peers, "llama-bench"))
+            sizes["llama.cpp Q4_0"] = _bytes(file)
+        else:
+            missing[LLAMA.name] = f"not in {peers}: python bench/peers/build.py"
+        speeds: dict[str, dict[str, list[float]]] = {name: {part: [] for part in PARTS} for name in timers}
+        for index in range(number):
+            print(f"{threads} threads, round {index + 1} of {number}", file=sys.stderr, flush=True)
+            for name, timer in timers.items():
+                for part, seconds in timer().items():
+                    speeds[name][part].append(round(1 / seconds, 3))
+    facts = {**environment(), **processor(), "llama.cpp": f"{LLAMA.package} {LLAMA.version}", "missing": missing}
+    return {**facts, "prompt": PROMPT, "decoded": DECODED, "bytes": sizes, "tokens_per_second": speeds}
+
+
+def models(folder: Path) -> Iterator[tuple[str, Path]]:
+    """Yield the models that run through transformers: name, path. The packed ones are written into `folder`."""
+    from subnibble import Recipe, quantize
+    from subnibble.packaged.model import find_model
+
+    yield "float32", find_model()
+    for bits in BITS:
+        path = folder / f"w{bits}"
+        quantize(find_model(), path, Recipe("rtn", bits, options={"clip": "minmax"}))
+        yield f"subnibble w{bits}", path
+
+
+def requantized(folder: Path, peers: Path) -> Path:
+    """Write the package's model as Q4_0."""
+    from subnibble.packaged.model import find_model
+
+    file = folder / "q4_0.gguf"
+    command = [LLAMA.program(peers, "llama-quantize"), "--allow-requantize", "--pure", find_model(), file, "Q4_0"]
+    subprocess.run([str(part) for part in command], check=True, capture_output=True)
+    return file
+
+
+def _bytes(path: Path) -> int:
+    files = [path] if path.is_file() else path.iterdir()
+    return sum(file.stat().st_size for file in files if file.suffix in (".safetensors", ".gguf"))
+
+
+def _transformers(path: Path, threads: int) -> Timer:
+    """Time generation: the prompt as the time to the first token, decoding as the time of the tokens after it."""
+    import torch
+
+    from subnibble.hf import load_model
+
+    model = load_model(path, "float32")
+    ids = torch.arange(1000, 1000 + PROMPT)[None]
+    clock = time.process_time if threads == 1 else time.perf_counter
+
+    def seconds(tokens: int) -> float:
+        start = clock()
+        model.generate(ids, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
+        return clock() - start
+
+    def run() -> dict[str, float]:
+        first = seconds(1)
+        return {"prompt": first / PROMPT, "decode": (seconds(1 + DECODED) - first) / DECODED}
+
+    seconds(2)
+    return run
+
+
+def _llama_bench(file: Path, threads: int, program: Path) -> Timer:
+    """Time llama-bench: CPU time of its process for one thread, the wall time that it prints for several."""
+
+    def called(tokens: tuple[int, int], repeated: int) -> tuple[float, list[dict[str, Any]]]:
+        options = {"-m": file, "-t": threads, "-p": tokens[0], "-n": tokens[1], "-r": repeated, "-o": "json"}
+        command = [str(program), *(str(part) for pair in options.items() for part in pair)]
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, json.loads(done.stdout)
+
+    def run() -> dict[str, float]:
+        seconds = {}
+        for part, tokens in PARTS.items():
+            many, results = called(tokens, REPEATED)
+            if threads == 1:
+                seconds[part] = (many - called(tokens, 1)[0]) / (REPEATED - 1) / sum(tokens)
+            else:
+                seconds[part] = min(results[0]["samples_ns"]) / 1e9 / sum(tokens)
+        return seconds
+
+    return run
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """Print a table for each processor and number of threads."""
+    columns = ("model", "file, MB", "prompt, t/s", "of float32's", "decode, t/s", "of float32's", "of Q4_0's")
+    for row in rows:
+        threads = row["threads"]
+        print(f"**{threads} thread{'s' if threads > 1 else ''}**, {row['cpu']}, {row['instructions']}\n")
+        print_table(columns, _lines(row))
+        print()
+
+
+def _lines(row: dict[str, Any]) -> Iterator[list[str]]:
+    speeds = row["tokens_per_second"]
+
+    def of(name: str, other: str, part: str) -> str:
+        if other not in speeds:
+            return ""
+        pairs = zip(speeds[name][part], speeds[other][part], strict=True)
+        return f"{median(ours / theirs for ours, theirs in pairs):.2f}"
+
+    for name, parts in speeds.items():
+        prompt, decode = max(parts["prompt"]), max(parts["decode"])
+        yield [
+            name, f"{row['bytes'][name] / 1e6:.1f}", f"{prompt:.0f}", of(name, "float32", "prompt"),
+            f"{decode:.1f}", of(name, "float32", "decode"), of(name, "llama.cpp Q4_0", "decode"),
+        ]  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
