@@ -103,7 +103,7 @@ def models(folder: Path) -> Iterator[tuple[str, Path]]:
     yield "float32", find_model()
     for bits in BITS:
         path = folder / f"w{bits}"
-        quantize(find_model(), path, Recipe("rtn", bits, options={"clip": "minmax"}))
+        quantize(find_model(), path, Recipe("rtn", bits, embedding_bits=8, options={"clip": "minmax"}))
         yield f"subnibble w{bits}", path
 
 
