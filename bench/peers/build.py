@@ -69,8 +69,8 @@ class Library:
 
 
 LLAMA = Source("llama.cpp", "llama-cpp-python", "0.3.36")
-# Of its attention kernels, which take most of the compiler's time, as few as it lets: products do not need them.
-IK = Source("ik_llama.cpp", "ik-llama-cpp-python", "0.1.5", ("-DGGML_IQK_FA_ALL_QUANTS=OFF",))
+# Its attention kernels would take most of the compiler's time; ggml.cpp stands in for them.
+IK = Source("ik_llama.cpp", "ik-llama-cpp-python", "0.1.5", ("-DGGML_IQK_FLASH_ATTENTION=OFF",))
 _GGML = ("ggml/src/libggml.a", "ggml/src/libggml-cpu.a", "ggml/src/libggml-base.a")
 LLAMA_PRODUCTS = Library(LLAMA, "ggml.cpp", "ggml", _GGML)
 IK_PRODUCTS = Library(IK, "ggml.cpp", "ggml", ("ggml/src/libggml.a",), ("-DIK",))

@@ -89,6 +89,12 @@ ggml_backend_buffer_type_t buffer_type(ggml_type type, int64_t columns, int64_t 
 
 extern "C" {
 
+#ifdef IK
+// Its attention is not built (build.py), but named by what is; products do not call it.
+void iqk_flash_attn_noalibi() { std::abort(); }
+void iqk_fa_work_buffer_size() { std::abort(); }
+#endif
+
 // Quantize a dense matrix (rows, columns) to a named type and keep copies of it; null if the type takes no such rows.
 //
 // dense: the matrix; overwritten by what the quantized one stands for.
