@@ -61,7 +61,8 @@ def main() -> None:
             continue
         command = [sys.executable, __file__, "--child", "--threads", str(threads), "--rounds", str(arguments.rounds)]
         command += ["--results", str(arguments.results), "--peers", str(arguments.peers)]
-        subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
+        bound = {"OMP_PROC_BIND": "close", "OMP_PLACES": "cores"} if threads > 1 else {}
+        subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": str(threads), **bound})
     show(Rows(arguments.results, KEY).rows)
 
 
