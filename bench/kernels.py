@@ -1,193 +1,301 @@
-"""Time a packed linear's product against torch's, in one process and on one thread.
+"""Time products of packed linears against other programs' and against this machine's limits, in one process.
 
-    python bench/kernels.py [--isa NAME ...] [--threads N]
+    python bench/kernels.py [--shape NxK ...] [--tokens N ...] [--threads N ...] [--inputs BITS ...]
+    python bench/kernels.py --print
 
-Groups of 128 with integer zero-points, inputs in float32. Every round times all methods in turn; figures are the least
-microseconds of CPU time a call (of wall time with several threads), over copies of the weight that do not fit the
-processor's cache. The kernels' results are checked first: outside the error bound, nothing is timed. "float32" and
-"bfloat16" are dense products; "int4pack" is torch's weight-only product of 4 bits in bfloat16, None where the shape has
-no such product. "read" is the time to sum a dense float32 weight, as GB/s.
+Every round runs all methods in turn, so that other load slows all of them; figures are those of the fastest round,
+ratios the median of rounds. One thread is timed in CPU time, several in wall time, on a pool whose threads are bound to
+one processor each and have just run. Up to 16 tokens a method's weights are so many copies that none is in the cache;
+above, it is one copy. All methods get tokens in the type that they take and are checked first (peers/checking.py): a
+wrong product ends the process, and nothing is printed.
+
+Peers are optional: --missing says what is not installed and how to get it. A row is of one shape, number of tokens,
+number of threads and processor; finished rows are appended to the results file, and later runs skip them.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import os
+import subprocess
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from measure import environment, print_table
+from measure import HERE, environment, print_table
+from peers.machine import processor
+from rows import Rows
 
 if TYPE_CHECKING:
-    from subnibble.tensor.packed import PackedTensor
+    from torch import Tensor
 
-SHAPES = ((4096, 4096), (1536, 576), (576, 1536))
-TOKENS = (1, 4, 16, 128)
-BITS = (2, 3, 4, 8)
-GROUP = 128
-# Together, the copies of a dense float32 weight have at least this many bytes.
-COLD = 2**28
-ROUNDS = 5
+    from peers.product import Method, Weight
+
+# Outputs x inputs.
+SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (576, 1536), (1536, 576))
+TOKENS = (1, 4, 16, 128, 512)
+THREADS = (1, 2)
+ROUNDS = 7
+# Bits of our kernels' inputs; 16 for inputs that are not quantized.
+INPUTS = (16,)
+# Up to so many tokens weights come from memory; their copies have at least so many bytes together.
+COLD_TOKENS, COLD_BYTES, MOST_COPIES = 16, 2**28, 512
+KEY = ("cpu", "instructions", "shape", "tokens", "threads")
 
 
 def main() -> None:
-    """Check the kernels, time them, and print a table, or JSON rows."""
-    from subnibble.kernels import native as kernels
+    """Measure the rows that are missing, each shape and number of threads in its own process, and print the tables."""
+    arguments = _arguments()
+    table = Rows(arguments.results, KEY)
+    if arguments.missing:
+        for peer, reason in found(arguments)[1].items():
+            print(f"{peer}: {reason}")
+        return
+    if arguments.child:
+        for row in measured(arguments, arguments.shape[0], arguments.threads[0], arguments.tokens):
+            table.append(row)
+        return
+    if not arguments.print:
+        for threads in arguments.threads:
+            for shape in arguments.shape:
+                key = {**processor(), "shape": _written(shape), "threads": threads}
+                if tokens := [one for one in arguments.tokens if not table.has({**key, "tokens": one})]:
+                    _run(arguments, shape, threads, tokens)
+    show(Rows(arguments.results, KEY).rows)
+
+
+def _arguments() -> argparse.Namespace:
+    from peers.build import FOLDER
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    sets = kernels.instruction_sets()
-    parser.add_argument("--isa", action="append", choices=sets, help="time these instruction sets; default: fastest")
-    parser.add_argument("--threads", type=int, default=1, help="number of threads")
-    parser.add_argument("--json", action="store_true", help="print rows as JSON")
-    arguments = parser.parse_args()
-    if not sets:
-        sys.exit(f"{kernels.why_missing()}: nothing to time")
-    torch.set_num_threads(arguments.threads)
-    clock = time.process_time if arguments.threads == 1 else time.perf_counter
-    facts, rows = environment(), []
-    for shape in SHAPES:
-        for row in measured(shape, arguments.isa or [sets[0]], clock):
-            rows.append({**row, **facts})
-            print(f"{shape} {row['tokens']}", file=sys.stderr, flush=True)
-    if arguments.json:
-        print(json.dumps(rows, indent=1))
-        return
-    names = [name for name in rows[0] if name not in ("shape", "tokens", *facts)]
-    print_table(("shape", "tokens", *names), [[row["shape"], str(row["tokens"]), *_cells(row, names)] for row in rows])
+    parser.add_argument("--shape", type=_shape, nargs="+", default=SHAPES, metavar="NxK", help="outputs x inputs")
+    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS, metavar="N")
+    parser.add_argument("--threads", type=int, nargs="+", default=THREADS, metavar="N")
+    names = "only methods whose names hold a text: the row counts as finished, so give --results, too"
+    parser.add_argument("--method", nargs="+", default=[], metavar="TEXT", help=names)
+    parser.add_argument("--inputs", type=int, nargs="+", default=INPUTS, metavar="BITS", help="bits of our inputs")
+    parser.add_argument("--isa", nargs="+", default=[], help="time our kernels of these instruction sets, too")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--peers", type=Path, default=FOLDER, metavar="DIR", help="where peers/build.py built")
+    parser.add_argument("--results", type=Path, default=HERE / "results" / "kernels.json", help="results file")
+    parser.add_argument("--print", action="store_true", help="print finished rows, measure none")
+    parser.add_argument("--missing", action="store_true", help="list peers that cannot be used here, and why")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    return parser.parse_args()
 
 
-def _cells(row: dict[str, Any], names: list[str]) -> list[str]:
-    return ["-" if row[name] is None else f"{row[name]:.0f}" for name in names]
+def _shape(text: str) -> tuple[int, int]:
+    rows, _, columns = text.partition("x")
+    if not (rows.isdecimal() and columns.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r}: give OUTPUTSxINPUTS, for example 4096x4096")
+    return int(rows), int(columns)
 
 
-def measured(shape: tuple[int, int], isas: list[str], clock: Callable[[], float]) -> list[dict[str, Any]]:
-    """Time all methods on a weight of `shape` (rows, columns): a row for each number of tokens."""
-    rows, columns = shape
-    copies = max(2, -(-COLD // (4 * rows * columns)))
-    dense = [torch.randn(rows, columns) for _ in range(copies)]
-    narrow = [weight.bfloat16() for weight in dense]
-    # Packed weights are smaller: more copies, so that they do not stay in the cache, either.
-    weights = {bits: [packed(dense[0], bits)] for bits in BITS}
-    for bits, ones in weights.items():
-        ones += [copied(ones[0]) for _ in range(copies * 8 // bits)]
-    int4 = _int4pack(dense[0], copies)
-    table = []
-    for tokens in TOKENS:
-        x = torch.randn(tokens, columns)
-        check(x, [ones[0] for ones in weights.values()], isas)
-        calls = _calls(x, isas, weights, dense, narrow, int4)
-        figures = least(calls, clock, tokens)
-        read = figures.pop("read")
-        assert read is not None
-        shape_name = {"shape": f"{rows}x{columns}", "tokens": tokens}
-        table.append({**shape_name, **figures, "read, GB/s": 4 * rows * columns / read / 1e3})
-    return table
+def _written(shape: tuple[int, int]) -> str:
+    return f"{shape[0]}x{shape[1]}"
 
 
-def packed(weight: torch.Tensor, bits: int) -> PackedTensor:
-    """Round a dense weight to the nearest codes."""
-    from subnibble.rounding.grid import Clip, quantized
-    from subnibble.tensor.packed import PackedRange, PackedTensor
-    from subnibble.tensor.scheme import Scheme
-
-    scheme = Scheme(bits, GROUP)
-    return PackedTensor((PackedRange.pack(quantized(weight, scheme, Clip("minmax")), scheme),))
-
-
-def copied(weight: PackedTensor) -> PackedTensor:
-    """The same weight at other addresses."""
-    from subnibble.tensor.packed import PackedTensor
-
-    state = {name: tensor.clone() for name, tensor in weight.state().items()}
-    return PackedTensor.from_state(state, weight.layout)
+def _run(arguments: argparse.Namespace, shape: tuple[int, int], threads: int, tokens: list[int]) -> None:
+    """Measure rows in a process whose threads are bound from its start."""
+    command = [sys.executable, __file__, "--child", "--shape", _written(shape), "--threads", str(threads), "--tokens"]
+    command += [*map(str, tokens), "--rounds", str(arguments.rounds)]
+    command += ["--results", str(arguments.results), "--peers", str(arguments.peers)]
+    for option, values in (("--method", arguments.method), ("--isa", arguments.isa), ("--inputs", arguments.inputs)):
+        command += [option, *map(str, values)] if values else []
+    bound = {"OMP_PROC_BIND": "close", "OMP_PLACES": "cores"} if threads > 1 else {}
+    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": str(threads), **bound})
 
 
-def check(x: torch.Tensor, weights: list[PackedTensor], isas: list[str]) -> None:
-    """End the process unless every product is within `2 eps sqrt(K) (|x| @ |w|)` of the one in float64."""
-    from subnibble.kernels.native import chosen
-    from subnibble.runtime import ops
-    from subnibble.tensor.linear import Linear, PackedWeight
+def found(arguments: argparse.Namespace) -> tuple[list[Method], dict[str, str]]:
+    """Return the methods that can be timed here, and the peers that are missing: name -> reason."""
+    from peers import auto_round, ggml, onnxruntime_ops, ours, torch_ops
+    from peers.build import IK, IK_PRODUCTS, LLAMA, LLAMA_PRODUCTS
+    from peers.product import Missing
 
-    for weight in weights:
-        wide = weight.dequantize().double()
-        exact, size = x.double() @ wide.T, x.double().abs() @ wide.abs().T
-        bound = 2 * torch.finfo(torch.float32).eps * wide.shape[1] ** 0.5 * size
-        for isa in isas:
-            with chosen(isa):
-                y = ops.linear(x, Linear(PackedWeight(weight)))
-            if not bool(((y.double() - exact).abs() <= bound).all()):
-                sys.exit(f"{isa}: a product of {weight.layout} with {x.shape[0]} tokens is wrong; nothing is timed")
-
-
-def _int4pack(weight: torch.Tensor, copies: int) -> list[tuple[torch.Tensor, torch.Tensor]] | None:
-    """Copies of a weight for torch's 4-bit product: codes and (scale, zero) of each group; None if it takes none."""
-    rows, columns = weight.shape
-    if columns % GROUP or rows % 16:
-        return None
-    codes = torch.randint(0, 16, (rows, columns), dtype=torch.int32)
-    scales = torch.rand(columns // GROUP, rows, 2).bfloat16()
-    return [(torch._convert_weight_to_int4pack_for_cpu(codes, 1), scales.clone()) for _ in range(copies)]
-
-
-def _calls(
-    x: torch.Tensor,
-    isas: list[str],
-    weights: dict[int, list[PackedTensor]],
-    dense: list[torch.Tensor],
-    narrow: list[torch.Tensor],
-    int4: list[tuple[torch.Tensor, torch.Tensor]] | None,
-) -> dict[str, tuple[int, Callable[[int], object]] | None]:
-    """Name of a method -> (number of copies of its weight, call with the number of a copy)."""
-    from subnibble.kernels.native import chosen
-    from subnibble.runtime import ops
-    from subnibble.tensor.linear import Linear, PackedWeight
-
-    half = x.bfloat16()
-    calls: dict[str, tuple[int, Callable[[int], object]] | None] = {
-        "float32": (len(dense), lambda i: torch.nn.functional.linear(x, dense[i])),
-        "bfloat16": (len(narrow), lambda i: torch.nn.functional.linear(half, narrow[i])),
-        "int4pack": None,
-        "read": (len(dense), lambda i: dense[i].sum()),
+    adapters: dict[str, Callable[[], list[Method]]] = {
+        "torch": torch_ops.methods,
+        **{
+            f"subnibble a{bits} {isa or ''}": lambda bits=bits, isa=isa: ours.methods(bits, isa)
+            for bits in arguments.inputs
+            for isa in (None, *arguments.isa)
+        },
+        "onnxruntime": onnxruntime_ops.methods,
+        "auto-round": auto_round.methods,
+        LLAMA.name: lambda: ggml.methods(LLAMA_PRODUCTS, arguments.peers),
+        IK.name: lambda: ggml.methods(IK_PRODUCTS, arguments.peers),
     }
-    if int4 is not None:
-        calls["int4pack"] = (
-            len(int4),
-            lambda i: torch._weight_int4pack_mm_for_cpu(half, int4[i][0], GROUP, int4[i][1]),
-        )
-    for isa in isas:
-        for bits, ones in weights.items():
-            linears = [Linear(PackedWeight(one)) for one in ones]
-
-            def call(i: int, linears: list[Linear] = linears, isa: str = isa) -> object:
-                with chosen(isa):
-                    return ops.linear(x, linears[i])
-
-            calls[f"{isa} {bits}"] = (len(linears), call)
-    return calls
+    methods, missing = [], {}
+    for name, adapter in adapters.items():
+        try:
+            methods += adapter()
+        except Missing as error:
+            missing[name] = str(error)
+    texts = arguments.method
+    return [one for one in methods if not texts or any(text in one.name for text in texts)], missing
 
 
-def least(
-    calls: dict[str, tuple[int, Callable[[int], object]] | None], clock: Callable[[], float], tokens: int
-) -> dict[str, float | None]:
-    """Return the least microseconds a call of each method; methods run in turn in every round."""
-    figures: dict[str, float | None] = dict.fromkeys(calls)
+def measured(
+    arguments: argparse.Namespace, shape: tuple[int, int], threads: int, numbers: list[int]
+) -> Iterator[dict[str, Any]]:
+    """Check and time all methods on one shape; yield a row for each number of tokens."""
+    import torch
+
+    from peers.peaks import peaks
+
+    torch.set_num_threads(threads)
+    methods, missing = found(arguments)
+    torch.manual_seed(0)
+    weights, refused = made(methods, torch.randn(shape))
+    limits = peaks()
+    facts = {**environment(), **processor(), "packages": packages(), "missing": missing | refused}
+    for tokens in numbers:
+        print(f"{_written(shape)}, {tokens} tokens, {threads} threads", file=sys.stderr, flush=True)
+        x = torch.randn(tokens, shape[1])
+        calls = {}
+        for method in methods:
+            if method.name in weights:
+                weight = weights[method.name]
+                copies = weight.copies if tokens <= COLD_TOKENS else 1
+                calls[method.name] = (checked(method.name, weight, x, copies), copies)
+        timed = rounds({**calls, **{name: (run, 1) for name, (run, _) in limits.items()}}, arguments.rounds, threads)
+        yield {
+            "shape": _written(shape),
+            "tokens": tokens,
+            **facts,
+            "limits": {name: amount / min(timed[name]) * 1e6 for name, (_, amount) in limits.items()},
+            "bits": {
+                method.name: [method.bits, weights[method.name].bits] for method in methods if method.name in calls
+            },
+            "microseconds": {name: [round(one, 2) for one in timed[name]] for name in calls},
+        }
+
+
+def made(methods: list[Method], dense: Tensor) -> tuple[dict[str, Weight], dict[str, str]]:
+    """Make each method's copies of a weight; also return what methods refused it: name -> reason."""
+    from peers.product import Missing
+
+    def copies(bits: float) -> int:
+        return min(MOST_COPIES, max(2, round(-(-8 * COLD_BYTES // (bits * dense.numel())))))
+
+    weights, refused = {}, {}
+    for method in methods:
+        try:
+            weights[method.name] = method.make(dense, copies)
+        except Missing as error:
+            refused[method.name] = str(error)
+    return weights, refused
+
+
+def checked(name: str, weight: Weight, x: Tensor, copies: int) -> Callable[[], Tensor]:
+    """Return the function that runs the products of x; end the process if a product is wrong."""
+    import torch
+
+    from peers.checking import wrong
+
     with torch.inference_mode():
-        for _ in range(ROUNDS):
-            for name, method in calls.items():
-                if method is None:
-                    continue
-                copies, call = method
-                repeats = copies if tokens == 1 else min(copies, 4)
+        run = weight.bind(x, copies)
+        if reason := wrong(weight.inputs(x), weight.dense, run(), weight.tolerance):
+            sys.exit(f"{name}: a product with {len(x)} tokens is wrong: {reason}; nothing is timed")
+    return run
+
+
+def rounds(calls: dict[str, tuple[Callable[[], object], int]], number: int, threads: int) -> dict[str, list[float]]:
+    """Time methods in turn.
+
+    calls: name -> (function, number of products that one run of it is).
+
+    Returns microseconds of a product in each round. A run that is not timed warms a method's code and threads.
+    """
+    import time
+
+    import torch
+
+    clock = time.process_time if threads == 1 else time.perf_counter
+    figures: dict[str, list[float]] = {name: [] for name in calls}
+    with torch.inference_mode():
+        for _ in range(number):
+            for name, (run, products) in calls.items():
+                run()
                 start = clock()
-                for index in range(repeats):
-                    call(index)
-                spent = 1e6 * (clock() - start) / repeats
-                figures[name] = min(spent, figures[name] or spent)
+                run()
+                figures[name].append(1e6 * (clock() - start) / products)
     return figures
+
+
+def packages() -> dict[str, str]:
+    """Releases of peers that are installed or built."""
+    from importlib import metadata
+
+    from peers.build import IK, LLAMA
+
+    releases = {source.name: f"{source.package} {source.version}" for source in (LLAMA, IK)}
+    for name in ("onnxruntime", "auto-round-lib"):
+        try:
+            releases[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return releases
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """Print a table for each processor, number of threads and shape."""
+    groups: dict[tuple[Any, ...], dict[int, dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["cpu"], row["instructions"], row["threads"], row["shape"]), {})[row["tokens"]] = row
+    for (cpu, instructions, threads, shape), by_tokens in groups.items():
+        print(f"**{shape}, {threads} thread{'s' if threads > 1 else ''}**: {cpu}, {instructions}.")
+        one = [by_tokens[tokens] for tokens in sorted(by_tokens)]
+        limits = (f"{name.replace(',', '')} {max(row['limits'][name] for row in one):.4g}" for name in one[0]["limits"])
+        print(f"Limits: {'; '.join(limits)}. Commit {one[0]['commit']}.\n")
+        heads = (f"{row['tokens']} token{'s' if row['tokens'] > 1 else ''}" for row in one)
+        print_table(("method", "bits", *heads, "of reading", "of int8"), _lines(one))
+        print()
+
+
+def _lines(rows: list[dict[str, Any]]) -> Iterator[list[str]]:
+    """Cells of each method, fewest bits first. rows: of one shape, by the number of tokens."""
+    bits: dict[str, list[float]] = {}
+    for row in rows:
+        bits |= row["bits"]
+    for name in sorted(bits, key=lambda one: (bits[one][0], not _is_ours(one))):
+        yield [name, f"{bits[name][1]:.3g}", *(_cell(row, name) for row in rows), *_shares(rows[0], rows[-1], name)]
+
+
+def _cell(row: dict[str, Any], name: str) -> str:
+    """Microseconds of the fastest round; in brackets how many times as fast ours is as the best peer of its bits."""
+    times, bits = row["microseconds"], row["bits"]
+    if name not in times:
+        return ""
+    cell = f"{min(times[name]):.0f}"
+    peers = [one for one in times if not _is_ours(one) and bits[one][0] == bits[name][0]]
+    if not _is_ours(name) or not peers:
+        return cell
+    return f"{cell} ({min(ratio(row, name, peer) for peer in peers):.2f})"
+
+
+def _shares(few: dict[str, Any], many: dict[str, Any], name: str) -> list[str]:
+    """Shares of the limits: of reading memory with the fewest tokens, of int8 operations with the most."""
+    rows, columns = _shape(few["shape"])
+    cells = []
+    for row, amount, limit in (
+        (few, few["bits"].get(name, [0, 0])[1] * rows * columns / 8, "read, GB/s"),
+        (many, 2 * many["tokens"] * rows * columns, "int8, GOP/s"),
+    ):
+        times = row["microseconds"].get(name)
+        cells.append("" if times is None else f"{100 * amount / min(times) / 1e3 / row['limits'][limit]:.0f} %")
+    return cells
+
+
+def _is_ours(name: str) -> bool:
+    return name.startswith("subnibble")
+
+
+def ratio(row: dict[str, Any], name: str, other: str) -> float:
+    """How many times as fast as another method one is: the median of rounds."""
+    pairs = zip(row["microseconds"][other], row["microseconds"][name], strict=True)
+    return median(theirs / ours for theirs, ours in pairs)
 
 
 if __name__ == "__main__":
