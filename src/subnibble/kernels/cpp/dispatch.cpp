@@ -6,6 +6,10 @@
 #if defined(SUBNIBBLE_X86)
 #include <cpuid.h>
 #endif
+#if defined(SUBNIBBLE_NEON) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
 #if defined(_OPENMP)
 #include <omp.h>
 #endif
@@ -22,6 +26,9 @@ constexpr std::int64_t kSerialWork = 1 << 17;
 constexpr std::int64_t kManyTokens = 5;
 
 const Kernel* const kKernels[] = {
+#if defined(SUBNIBBLE_NEON)
+    &neon,
+#endif
 #if defined(SUBNIBBLE_X86)
     &avx512vnni,
     &avx512,
@@ -39,6 +46,17 @@ bool has_avx_vnni() {
 }
 #endif
 
+#if defined(SUBNIBBLE_NEON)
+bool has_dot_products() {
+#if defined(__linux__)
+    return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
+#else
+    // Every Mac with an ARM processor has them.
+    return true;
+#endif
+}
+#endif
+
 bool runs(const Kernel& kernel) {
     const std::string name = kernel.name;
 #if defined(SUBNIBBLE_X86)
@@ -50,6 +68,9 @@ bool runs(const Kernel& kernel) {
     if (name == "avx512") return wide;
     if (name == "avxvnni") return narrow && has_avx_vnni();
     if (name == "avx2") return narrow;
+#endif
+#if defined(SUBNIBBLE_NEON)
+    if (name == "neon") return has_dot_products();
 #endif
     return name == "portable";
 }
@@ -195,9 +216,10 @@ void multiply(const Kernel& kernel, const Tiles& w, const Input& x, std::int64_t
     });
 }
 
-void dequantize(const Kernel& kernel, const Matrix& w, std::int64_t first, std::int64_t last, void* out, Number type,
+void dequantize(const Kernel& chosen, const Matrix& w, std::int64_t first, std::int64_t last, void* out, Number type,
                 std::int64_t out_stride) {
     if (first >= last || w.columns == 0) return;
+    const Kernel& kernel = chosen.dequantize == nullptr ? portable : chosen;
     const Plan plan = plan_of(kernel, w);
     const std::int64_t row_bytes = out_stride * (type == Number::float32 ? 4 : 2);
     share(last - first, 1, (last - first) * w.columns, [&](std::int64_t from, std::int64_t to) {

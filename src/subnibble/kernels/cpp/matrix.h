@@ -59,7 +59,7 @@ struct Rounding;
 struct Kernel {
     const char* name;
     int lanes;
-    // Dense rows first .. last - 1, row `first` at `out`; type float32 or bfloat16.
+    // Dense rows first .. last - 1, row `first` at `out`; type float32 or bfloat16. Null: the portable one is used.
     void (*dequantize)(const Matrix&, const Plan&, void* out, Number type, std::int64_t out_stride, std::int64_t first,
                        std::int64_t last, float* scratch);
     // y[t * y_stride + r] = (or +=, if `add`) the product of token t and row r, for rows of tiles first .. last - 1.
@@ -72,6 +72,9 @@ struct Kernel {
 };
 
 extern const Kernel portable;
+#if defined(SUBNIBBLE_NEON)
+extern const Kernel neon;
+#endif
 #if defined(SUBNIBBLE_X86)
 extern const Kernel avx2;
 extern const Kernel avxvnni;
