@@ -56,9 +56,12 @@ def choice(device: str = "cpu", activation: ActivationScheme | None = None) -> C
         return Choice(native.TORCH, f"kernels run on the CPU, not on {device}")
     if activation is not None:
         return Choice(native.TORCH, f"no kernel for inputs of {activation.name}")
-    if native.isa() == native.instruction_sets()[0]:
-        return Choice(native.isa(), "fastest of this processor")
-    return Choice(native.isa(), "chosen")
+    if native.isa() != native.default():
+        return Choice(native.isa(), "chosen")
+    fastest = native.instruction_sets()[0]
+    if native.isa() != fastest:
+        return Choice(native.isa(), f"{fastest} is not verified")
+    return Choice(native.isa(), "fastest of this processor")
 
 
 def runs(x: Tensor) -> bool:
