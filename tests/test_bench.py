@@ -7,12 +7,14 @@ import dataclasses
 import importlib
 import json
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from subnibble import Recipe
+from subnibble.kernels import verified
 from subnibble.methods import find_method
 from subnibble.presets import preset
 
@@ -152,3 +154,10 @@ def test_a_row_that_was_killed_finds_its_unfinished_quantization(monkeypatch: py
         with pytest.raises(KeyboardInterrupt):
             measure.measure_row(Recipe("rtn", 4), 1, {})
     assert found == [False, True]
+
+
+def test_a_row_that_a_verification_of_the_kernels_prints_is_one_of_their_table() -> None:
+    program = bench("verify_kernels")
+    row = tomllib.loads(program.row("new", program.processor(), program.commit()))
+    table = tomllib.loads(verified.TABLE.read_text())
+    assert row["verified"][0].keys() == table["verified"][0].keys()

@@ -53,6 +53,10 @@ class MissingExtra(SubnibbleError, ImportError):
     """An optional dependency that is not installed; the message names the extra to install."""
 
 
+class StaleKernels(SubnibbleError):
+    """C++ kernels that were built from other sources than those beside them; the message says what to run."""
+
+
 class SilentFailure(RuntimeError):
     """A hook, patch or stand-in module was never called; without this error the model would silently be worse."""
 

@@ -20,6 +20,7 @@ from linears import built
 from subnibble.errors import BadRecipe
 from subnibble.hf import packed_modules
 from subnibble.kernels import native as kernels
+from subnibble.kernels import verified
 from subnibble.runtime import native, ops
 from subnibble.runtime.modules import PackedEmbedding, PackedLinear
 from subnibble.tensor.activation_scheme import ActivationScheme
@@ -155,7 +156,9 @@ def test_an_embedding_is_dequantized_bit_for_bit() -> None:
 
 
 @needs_kernels
-def test_a_linear_says_what_runs_it_and_why() -> None:
+def test_a_linear_says_what_runs_it_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verified, "names", lambda: frozenset(kernels.instruction_sets()))
+    monkeypatch.setattr(kernels, "_chosen", kernels._Chosen())
     module = linear()
     assert module.kernel == native.Choice(kernels.isa(), "fastest of this processor")
     with kernels.chosen("portable"):
@@ -174,7 +177,7 @@ def test_an_unknown_instruction_set_is_refused() -> None:
 
 def test_missing_kernels_are_reported_once(monkeypatch, caplog) -> None:
     monkeypatch.setattr(kernels, "module", None)
-    monkeypatch.setattr(kernels, "_missing", "no module")
+    monkeypatch.setattr(kernels, "_missing", "the kernels were not built")
     monkeypatch.setattr(kernels, "_chosen", kernels._Chosen())
     module, x = linear(), tokens(2, 319)
     with caplog.at_level(logging.WARNING):
@@ -182,7 +185,7 @@ def test_missing_kernels_are_reported_once(monkeypatch, caplog) -> None:
     assert torch.equal(first, second)
     assert len(caplog.records) == 1
     assert "torch operations" in caplog.text
-    assert module.kernel == native.Choice("torch", "the kernels were not built (no module)")
+    assert module.kernel == native.Choice("torch", "the kernels were not built")
 
 
 @needs_kernels

@@ -5,21 +5,28 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 # torch brings OpenMP's libgomp. Imported first, it is the only one in the process, with one pool of threads.
 import torch  # noqa: F401
 
 from subnibble.errors import BadRecipe
+from subnibble.kernels import built_from, verified
 
 try:
-    from subnibble.kernels import _native
+    import subnibble.kernels._native as _native
 
     module: Any = _native
     _missing = ""
+except ModuleNotFoundError:
+    module = None
+    _missing = "the kernels were not built"
 except ImportError as error:
     module = None
-    _missing = str(error)
+    _missing = f"the kernels cannot be loaded ({error})"
+if module is not None:
+    built_from.check(Path(module.__file__))
 
 _log = logging.getLogger(__name__)
 # As the name of an instruction set: no kernels, torch operations only.
@@ -31,11 +38,16 @@ def instruction_sets() -> tuple[str, ...]:
     return () if module is None else tuple(module.instruction_sets())
 
 
+def default() -> str:
+    """The fastest instruction set that is known to work (verified.toml); "torch" if there is none."""
+    return next((name for name in instruction_sets() if name in verified.names()), TORCH)
+
+
 class _Chosen:
     """The choice of this process. isa: an instruction set, or "torch". said: whether missing kernels were reported."""
 
     def __init__(self) -> None:
-        self.isa = next(iter(instruction_sets()), TORCH)
+        self.isa = default()
         self.said = False
 
 
@@ -71,7 +83,7 @@ def chosen(name: str) -> Iterator[None]:
 
 def why_missing() -> str | None:
     """Why there are no kernels; None if there are."""
-    return f"the kernels were not built ({_missing})" if module is None else None
+    return _missing if module is None else None
 
 
 def say_if_missing() -> None:
@@ -80,7 +92,8 @@ def say_if_missing() -> None:
     if reason is not None and not _chosen.said:
         _chosen.said = True
         _log.warning(
-            "%s: packed models run on torch operations, about ten times slower; install a C++ compiler and install "
-            "subnibble again",
+            "%s: packed models run on torch operations, about ten times slower; kernels need a C++ compiler when "
+            "subnibble is installed: `%s` builds them and shows the compiler's errors",
             reason,
+            built_from.how_to_build(),
         )

@@ -63,9 +63,12 @@ def choice(device: str = "cpu", columns: int = 0) -> Choice:
         return Choice(native.TORCH, f"kernels run on the CPU, not on {device}")
     if columns > _MOST_COLUMNS:
         return Choice(native.TORCH, f"sums over more than {_MOST_COLUMNS} columns may not fit 32 bits")
-    if native.isa() == native.instruction_sets()[0]:
-        return Choice(native.isa(), "fastest of this processor")
-    return Choice(native.isa(), "chosen")
+    if native.isa() != native.default():
+        return Choice(native.isa(), "chosen")
+    fastest = native.instruction_sets()[0]
+    if native.isa() != fastest:
+        return Choice(native.isa(), f"{fastest} is not verified")
+    return Choice(native.isa(), "fastest of this processor")
 
 
 def runs(x: Tensor) -> bool:
