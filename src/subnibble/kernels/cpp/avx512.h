@@ -144,10 +144,15 @@ struct V {
 }  // namespace
 
 #include "dequantize.h"
+#if defined(SUBNIBBLE_USES_AMX)
+#include "amx.h"
+#endif
 #include "products.h"
 
 namespace subnibble {
-#if defined(__AVX512VNNI__)
+#if defined(SUBNIBBLE_USES_AMX)
+const Kernel avx512amx{"avx512amx", L, dequantize, products::product, products::round_token};
+#elif defined(__AVX512VNNI__)
 const Kernel avx512vnni{"avx512vnni", L, dequantize, products::product, products::round_token};
 #else
 const Kernel avx512{"avx512", L, dequantize, products::product, products::round_token};

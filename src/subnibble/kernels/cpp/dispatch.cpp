@@ -5,6 +5,10 @@
 
 #if defined(SUBNIBBLE_X86)
 #include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #endif
 #if defined(SUBNIBBLE_NEON) && defined(__linux__)
 #include <asm/hwcap.h>
@@ -30,6 +34,7 @@ const Kernel* const kKernels[] = {
     &neon,
 #endif
 #if defined(SUBNIBBLE_X86)
+    &avx512amx,
     &avx512vnni,
     &avx512,
     &avxvnni,
@@ -57,6 +62,23 @@ bool has_dot_products() {
 }
 #endif
 
+#if defined(SUBNIBBLE_X86)
+// Leaf 7, EDX bits 24 (tiles) and 25 (products of bytes); Linux gives their registers to a process that asks.
+bool has_amx() {
+#if defined(SUBNIBBLE_EMULATE_AMX)
+    return true;
+#elif defined(__linux__)
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    constexpr unsigned bits = 3u << 24;
+    constexpr long request_permission = 0x1023, tile_data = 18;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d & bits) == bits &&
+           syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+#else
+    return false;
+#endif
+}
+#endif
+
 bool runs(const Kernel& kernel) {
     const std::string name = kernel.name;
 #if defined(SUBNIBBLE_X86)
@@ -64,6 +86,7 @@ bool runs(const Kernel& kernel) {
         __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     const bool wide = narrow && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    if (name == "avx512amx") return wide && __builtin_cpu_supports("avx512vnni") && has_amx();
     if (name == "avx512vnni") return wide && __builtin_cpu_supports("avx512vnni");
     if (name == "avx512") return wide;
     if (name == "avxvnni") return narrow && has_avx_vnni();

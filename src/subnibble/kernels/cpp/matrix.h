@@ -80,6 +80,7 @@ extern const Kernel avx2;
 extern const Kernel avxvnni;
 extern const Kernel avx512;
 extern const Kernel avx512vnni;
+extern const Kernel avx512amx;
 #endif
 
 }  // namespace subnibble
