@@ -4,7 +4,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN = $(VENV)/bin
 
-.PHONY: demo test test-all test-oldest golden lint bench sanitize check-aarch64 verify-kernels clean
+.PHONY: demo test test-all test-oldest golden lint bench sanitize check-aarch64 check-amx verify-kernels clean
 
 demo: $(VENV)/.ready
 	$(BIN)/subnibble demo
@@ -66,6 +66,13 @@ check-aarch64:
 	  -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ -DSUBNIBBLE_MODULE=OFF -DSUBNIBBLE_CHECK=ON
 	cmake --build build/aarch64
 	qemu-aarch64-static -L /usr/aarch64-linux-gnu build/aarch64/kernels_check
+
+# The kernels with AMX's products computed in C++: tests what is around them on a processor without AMX.
+check-amx:
+	cmake -S src/subnibble/kernels/cpp -B build/amx -DSUBNIBBLE_MODULE=OFF -DSUBNIBBLE_CHECK=ON \
+	  -DSUBNIBBLE_EMULATE_AMX=ON
+	cmake --build build/amx
+	build/amx/kernels_check
 
 # Prints the rows of src/subnibble/kernels/verified.toml that this processor's instruction sets may get.
 verify-kernels: $(VENV)/.ready

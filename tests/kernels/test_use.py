@@ -8,6 +8,7 @@ import logging
 import pickle
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -19,10 +20,11 @@ from transformers import AutoModelForCausalLM
 from linears import built
 from subnibble.errors import BadRecipe
 from subnibble.hf import packed_modules
+from subnibble.hf.inputs import round_inputs_
 from subnibble.kernels import native as kernels
 from subnibble.kernels import verified
 from subnibble.runtime import native, ops
-from subnibble.runtime.modules import PackedEmbedding, PackedLinear
+from subnibble.runtime.modules import PackedEmbedding, PackedLinear, TiedHead
 from subnibble.tensor.activation_scheme import ActivationScheme
 from subnibble.tensor.packed import PackedTensor
 from subnibble.tensor.scheme import Scheme
@@ -225,3 +227,59 @@ def test_a_loaded_model_runs_on_the_kernels(packed: dict[str, Path]) -> None:
         logits = model(ids).logits
         with kernels.chosen(kernels.TORCH):
             torch.testing.assert_close(logits, model(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+@needs_kernels
+def test_threads_that_share_a_module_get_what_each_gets_alone() -> None:
+    module = linear()
+    batches = [tokens(3, 319) * (i + 1) for i in range(16)]
+    with torch.no_grad():
+        alone = [module(x) for x in batches]
+        fresh = copy.deepcopy(module)
+        with ThreadPoolExecutor(4) as pool:
+            together = list(pool.map(lambda x: fresh(x), batches))
+    assert all(torch.equal(one, other) for one, other in zip(together, alone, strict=True))
+
+
+@needs_kernels
+def test_one_tensor_is_prepared_anew_for_other_settings() -> None:
+    module, x = linear(), tokens(3, 319)
+    first = module(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert module(x).dtype == torch.bfloat16
+    with kernels.chosen("portable"):
+        assert torch.equal(module(x), first)
+    with kernels.chosen(kernels.TORCH):
+        assert not torch.equal(module(x), first)
+    assert torch.equal(module(x), first)
+
+
+@needs_kernels
+def test_inputs_of_a_loaded_model_are_rounded_to_8_bits_if_asked(packed: dict[str, Path]) -> None:
+    model = AutoModelForCausalLM.from_pretrained(packed["llama"], dtype=torch.float32)
+    ids = torch.arange(1, 13).view(1, 12)
+    with torch.no_grad():
+        before = model(ids).logits
+        changed = round_inputs_(model, "int8")
+        after = model(ids).logits
+        with kernels.chosen(kernels.TORCH):
+            torch.testing.assert_close(after, model(ids).logits, rtol=1e-4, atol=1e-4)
+    assert changed == sum(isinstance(module, PackedLinear | TiedHead) for module in model.modules())
+    assert 1e-4 < float((after - before).norm() / before.norm()) < 0.05
+    with pytest.raises(BadRecipe, match="no packed linear"):
+        round_inputs_(model, "int8")
+    with pytest.raises(BadRecipe, match=r"'int5'.*choose one of int8"):
+        round_inputs_(model, "int5")
+
+
+@pytest.mark.parametrize("command", ["evaluate", "generate"])
+def test_the_option_is_named_in_the_output(command: str, run, packed: dict[str, Path], tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("w5 w9 w2 w7 " * 60)
+    options = ["--text", text, "--window", "16"] if command == "evaluate" else ["--prompt", "w5 w9"]
+    plain = run(command, packed["llama"], *options)
+    rounded = run(command, packed["llama"], *options, "--activations", "int8")
+    assert (plain[0], rounded[0]) == (0, 0)
+    assert "int8" not in plain[1] + plain[2]
+    assert "int8" in rounded[1] + rounded[2]
+    assert run(command, packed["llama"], *options, "--activations", "int5")[0] == 2

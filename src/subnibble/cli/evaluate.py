@@ -8,7 +8,7 @@ import typer
 
 from subnibble.cli import options as o
 from subnibble.cli.console import duration, megabytes, print_json, progress, table
-from subnibble.cli.streams import say
+from subnibble.cli.streams import say, tell
 
 Reference = Annotated[str | None, typer.Option(help="The original model, to compare MODEL with.", metavar="MODEL")]
 
@@ -102,4 +102,6 @@ def generate(
     if chat:
         attached = attached_cache(loaded)
         text = chat_prompt(tokenizer, prompt, None if attached is None else attached.prefix)
+    if activations is not None:
+        tell(f"inputs of linears: {activations}")
     say(speak(loaded, tokenizer, text, max_new_tokens, temperature, seed))
