@@ -38,8 +38,8 @@ SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (576, 1536), (1536, 576))
 TOKENS = (1, 4, 16, 128, 512)
 THREADS = (1, 2)
 ROUNDS = 7
-# Bits of our kernels' inputs; 16 for inputs that are not quantized.
-INPUTS = (16,)
+# Bits of our kernels' inputs: 24 for float32, 16 for bfloat16, 8.
+INPUTS = (24, 16, 8)
 # Up to so many tokens weights come from memory; their copies have at least so many bytes together.
 COLD_TOKENS, COLD_BYTES, MOST_COPIES = 16, 2**28, 512
 KEY = ("cpu", "instructions", "shape", "tokens", "threads")

@@ -19,6 +19,7 @@ from subnibble.checkpoint.module_specs import NormBiasSpec
 from subnibble.checkpoint.safetensors_source import SafetensorsSource
 from subnibble.checkpoint.writer import CheckpointWriter, Shard
 from subnibble.hf import packed_modules
+from subnibble.kernels.native import TORCH, chosen
 from subnibble.methods import METHODS
 from subnibble.model.skeleton import Skeleton
 from subnibble.model.transformers_api.blocks import run_block
@@ -228,7 +229,12 @@ def check_method(method: str, source: Path, tokens: Path, out: Path, settings: d
     model = AutoModelForCausalLM.from_pretrained(out / "a", dtype=torch.float32)
     assert {p for p, m in packed_modules(model).items() if isinstance(m, PackedLinear)} >= set(linears)
     if recipe.activation is None:
-        assert torch.equal(logits(model), logits(dense_copy(source, model)))
+        dense = logits(dense_copy(source, model))
+        with chosen(TORCH):
+            assert torch.equal(logits(model), dense)
+        # Kernels round inputs to 24 bits; a quantized cache may then store another code.
+        if recipe.cache_scheme() is None:
+            assert float((logits(model) - dense).norm() / dense.norm()) < 1e-5
     else:
         check_quantized_linears(model)
     check_reported(report, source, model)

@@ -20,6 +20,7 @@ from subnibble.cli.demo import demo
 from subnibble.evaluation.perplexity import score
 from subnibble.generate.speak import chat_prompt, speak
 from subnibble.hf import load_model, memory_bytes, packed_modules
+from subnibble.kernels.native import TORCH, chosen
 from subnibble.packaged.model import find_model
 
 # Each is nearer to the original than the one before.
@@ -97,7 +98,10 @@ def test_packed_real_model_is_small_and_equal_to_its_dense_form(packed_folders: 
         dense.get_submodule(path).weight.data = module.packed.dequantize()
     ids = torch.arange(100, 164).unsqueeze(0)
     with torch.no_grad():
-        assert torch.equal(packed(ids).logits, dense(ids).logits)
+        exact = dense(ids).logits
+        with chosen(TORCH):
+            assert torch.equal(packed(ids).logits, exact)
+        assert float((packed(ids).logits - exact).norm() / exact.norm()) < 1e-5
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from peers.product import Calls, Method, Tolerance, Weight
@@ -15,17 +16,17 @@ if TYPE_CHECKING:
 
 GROUP = 128
 BITS = (2, 3, 4, 8)
-# Bits of inputs that are not quantized.
-WHOLE = 16
+# Bits of inputs that are not quantized: float32 and bfloat16. Kernels make them fixed point of as many bits.
+FLOAT32, BFLOAT16 = 24, 16
 
 
-def methods(inputs: int = WHOLE, isa: str | None = None) -> list[Method]:
+def methods(inputs: int = FLOAT32, isa: str | None = None) -> list[Method]:
     """Weights of groups of 128 (the last one ragged) with integer zero-points.
 
-    inputs: bits of an input, in the same groups; 16 for float32.
+    inputs: bits of an input: 24 for float32, 16 for bfloat16; 8 or 4 for symmetric numbers in the same groups.
     isa: the instruction set, if not the fastest one; its name becomes part of the methods' names.
     """
-    end = ("" if inputs == WHOLE else f"a{inputs}") + ("" if isa is None else f" {isa}")
+    end = f"a{inputs}" + ("" if isa is None else f" {isa}")
     return [Method(f"subnibble w{bits}{end}", bits, _maker(bits, inputs, isa)) for bits in BITS]
 
 
@@ -34,12 +35,14 @@ class _Linears(Calls):
     """Linears whose inputs are quantized: their product is that of the dequantized tokens."""
 
     activation: ActivationScheme | None = None
+    narrow: torch.dtype | None = None
 
     def inputs(self, x: Tensor) -> Tensor:
         """Quantize and dequantize tokens, as the reference does."""
         from subnibble.runtime.activations import quantize_values
 
-        return x if self.activation is None else quantize_values(x, self.activation)
+        exact = x if self.narrow is None else x.to(self.narrow).float()
+        return exact if self.activation is None else quantize_values(exact, self.activation)
 
 
 def _maker(bits: int, inputs: int, isa: str | None) -> Callable[[Tensor, Callable[[float], int]], Weight]:
@@ -55,7 +58,9 @@ def _maker(bits: int, inputs: int, isa: str | None) -> Callable[[Tensor, Callabl
         scheme = Scheme(bits, GROUP)
         packed = PackedTensor((PackedRange.pack(quantized(weight, scheme, Clip("minmax")), scheme),))
         read = sum(8 * tensor.nbytes for tensor in packed.state().values()) / weight.numel()
-        activation = None if inputs == WHOLE else ActivationScheme(inputs, GROUP)
+        activation = None if inputs in (FLOAT32, BFLOAT16) else ActivationScheme(inputs, GROUP, "none")
+        narrow = torch.bfloat16 if inputs == BFLOAT16 else None
+        tolerance = Tolerance() if narrow is None else Tolerance(inputs=2.0**-9, output=2.0**-9)
 
         def copied() -> Linear:
             state = {name: tensor.clone() for name, tensor in packed.state().items()}
@@ -68,6 +73,7 @@ def _maker(bits: int, inputs: int, isa: str | None) -> Callable[[Tensor, Callabl
                 return ops.linear(x, linear)
 
         ones: list[object] = [copied() for _ in range(copies(read))]
-        return _Linears(packed.dequantize(), read, Tolerance(), ones, product, activation=activation)
+        prepare = (lambda x: x) if narrow is None else (lambda x: x.to(narrow))
+        return _Linears(packed.dequantize(), read, tolerance, ones, product, prepare, activation, narrow)
 
     return make
