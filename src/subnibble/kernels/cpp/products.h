@@ -184,15 +184,15 @@ void few_tiles(const Tiles& w, const Tokens& x, std::int64_t tile, std::int64_t 
     constexpr int N = T * kHalves;
     constexpr auto steps = std::make_index_sequence<8>{};
     // Bytes of codes that are on their way from memory.
-    constexpr std::int64_t kAhead = 2048;
+    constexpr std::int64_t kAhead = 4096;
     F total[M][N];
     load_totals<T, M>(w, tile, y, y_stride, add, total);
     for (std::int64_t s = 0; s < x.segment_count; ++s) {
         const Segment& segment = x.segments[s];
         const std::int8_t* numbers = x.numbers + token * x.token_stride + segment.offset;
         const std::uint8_t* first = w.codes + tile * w.tile_bytes() + segment.block * kVectorBytes * BITS;
-        // Sums of odd steps apart, where there are too few sums to keep the processor's multipliers busy.
-        constexpr int C = P == 1 && M * N <= 2 ? 2 : 1;
+        // Several sums of each, where there are too few to keep the processor's multipliers busy.
+        constexpr int C = M * P * N == 1 ? 4 : M * P * N == 2 ? 2 : 1;
         I sum[C][M][P][N];
         all<C * M * P, N>([&](int i, int n) { sum[i / (M * P)][i / P % M][i % P][n] = V::broadcast_int(0); });
         for (std::int64_t b = 0; b < segment.blocks; ++b) {
@@ -224,8 +224,11 @@ void few_tiles(const Tiles& w, const Tokens& x, std::int64_t tile, std::int64_t 
             const Group group = group_of<KIND>(w, tile + n / kHalves, n % kHalves, segment, 0);
 #pragma GCC unroll 2
             for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 3
+                for (int c = 1; c < C; ++c)
+#pragma GCC unroll 3
+                    for (int p = 0; p < P; ++p) sum[0][m][p][n] = V::add_int(sum[0][m][p][n], sum[c][m][p][n]);
                 I low = sum[0][m][0][n];
-                if constexpr (C == 2) low = V::add_int(low, sum[1][m][0][n]);
                 if constexpr (P > 1) low = V::add_int(low, V::template left<8>(sum[0][m][1][n]));
                 F value;
                 if (P < 3 && in_float) {
@@ -245,12 +248,10 @@ void few_tiles(const Tiles& w, const Tokens& x, std::int64_t tile, std::int64_t 
 template <int BITS, Kind KIND, int P, int M>
 void few_tokens(const Tiles& w, const Tokens& x, std::int64_t token, float* y, std::int64_t y_stride, bool add,
                 std::int64_t first, std::int64_t last) {
-    constexpr int T = V::registers >= 32 ? 2 : 1;
-    std::int64_t tile = first;
+    // Tile by tile: codes are read in the order in which they lie.
     y += token * y_stride;
-    for (; tile + T <= last; tile += T)
-        few_tiles<BITS, KIND, P, T, M>(w, x, tile, token, y + tile * kTileRows, y_stride, add);
-    if (tile < last) few_tiles<BITS, KIND, P, 1, M>(w, x, tile, token, y + tile * kTileRows, y_stride, add);
+    for (std::int64_t tile = first; tile < last; ++tile)
+        few_tiles<BITS, KIND, P, 1, M>(w, x, tile, token, y + tile * kTileRows, y_stride, add);
 }
 
 template <int BITS, Kind KIND, int P>
@@ -297,14 +298,26 @@ inline __attribute__((always_inline)) void add_products(const std::uint8_t* pane
     }
 }
 
+// Codes of the next tiles, which are called from memory bit by bit while these are multiplied.
+struct Ahead {
+    const std::uint8_t *at, *end;
+    // Cache lines for each segment and call.
+    std::int64_t lines;
+
+    void step() {
+        for (std::int64_t i = 0; i < lines && at < end; ++i, at += kVectorBytes) __builtin_prefetch(at, 0, 2);
+    }
+};
+
 template <Kind KIND, bool WIDE, int T, int M>
-void many_tile(const Tiles& w, const Tokens& x, std::int64_t tile, std::int64_t token,
-               const std::uint8_t* panel, std::int64_t panel_bytes, float* y, std::int64_t y_stride, bool add) {
+void many_tile(const Tiles& w, const Tokens& x, std::int64_t tile, std::int64_t token, const std::uint8_t* panel,
+               std::int64_t panel_bytes, float* y, std::int64_t y_stride, bool add, Ahead& ahead) {
     constexpr int N = T * kHalves;
     const bool three = x.planes == 3, real = w.zero == Zero::real;
     F total[M][N];
     load_totals<T, M>(w, tile, y, y_stride, add, total);
     for (std::int64_t s = 0; s < x.segment_count; ++s) {
+        ahead.step();
         const Segment& segment = x.segments[s];
         const std::int8_t* numbers = x.numbers + token * x.token_stride + segment.offset;
         for (int plane = 0; plane < (KIND == Kind::sign ? w.bits : 1); ++plane) {
@@ -414,7 +427,8 @@ void many_tile_amx(const Tiles& w, const Tokens& x, std::int64_t tile, std::int6
 
 template <Kind KIND, bool WIDE, int T>
 void many_tokens(const Tiles& w, const Tokens& x, std::int64_t tile, std::int64_t first, std::int64_t last,
-                 const std::uint8_t* panel, std::int64_t panel_bytes, float* y, std::int64_t y_stride, bool add) {
+                 const std::uint8_t* panel, std::int64_t panel_bytes, float* y, std::int64_t y_stride, bool add,
+                 Ahead ahead) {
     std::int64_t token = first;
     y += tile * kTileRows;
 #if defined(SUBNIBBLE_USES_AMX)
@@ -427,13 +441,17 @@ void many_tokens(const Tiles& w, const Tokens& x, std::int64_t tile, std::int64_
 #endif
     if constexpr (V::registers >= 32)
         for (; last - token >= 8; token += 8)
-            many_tile<KIND, WIDE, T, 8>(w, x, tile, token, panel, panel_bytes, y + token * y_stride, y_stride, add);
+            many_tile<KIND, WIDE, T, 8>(w, x, tile, token, panel, panel_bytes, y + token * y_stride, y_stride, add,
+                                        ahead);
     for (; last - token >= 4; token += 4)
-        many_tile<KIND, WIDE, T, 4>(w, x, tile, token, panel, panel_bytes, y + token * y_stride, y_stride, add);
+        many_tile<KIND, WIDE, T, 4>(w, x, tile, token, panel, panel_bytes, y + token * y_stride, y_stride, add,
+                                        ahead);
     for (; last - token >= 2; token += 2)
-        many_tile<KIND, WIDE, T, 2>(w, x, tile, token, panel, panel_bytes, y + token * y_stride, y_stride, add);
+        many_tile<KIND, WIDE, T, 2>(w, x, tile, token, panel, panel_bytes, y + token * y_stride, y_stride, add,
+                                        ahead);
     if (token < last)
-        many_tile<KIND, WIDE, T, 1>(w, x, tile, token, panel, panel_bytes, y + token * y_stride, y_stride, add);
+        many_tile<KIND, WIDE, T, 1>(w, x, tile, token, panel, panel_bytes, y + token * y_stride, y_stride, add,
+                                        ahead);
 }
 
 // Many tokens: the codes of T tiles are decoded once, into panels that stay in the processor's cache.
@@ -442,7 +460,11 @@ void many_of_tiles(const Tiles& w, const Tokens& x, std::int64_t tile, std::int6
                    std::uint8_t* panel, float* y, std::int64_t y_stride, bool add) {
     const std::int64_t panel_bytes = w.planes() * w.blocks * 8 * kVectorBytes;
     for (int t = 0; t < T; ++t) fill_panel<BITS, KIND>(w, tile + t, panel + t * panel_bytes);
-    many_tokens<KIND, BITS == 8, T>(w, x, tile, first, last, panel, panel_bytes, y, y_stride, add);
+    const std::uint8_t *const next = w.codes + (tile + T) * w.tile_bytes(), *const end = w.codes + w.tiles * w.tile_bytes();
+    const std::int64_t lines = T * w.tile_bytes() / kVectorBytes, calls = (last - first + 7) / 8 * x.segment_count;
+    const Ahead ahead{next < end ? next : end, next + T * w.tile_bytes() < end ? next + T * w.tile_bytes() : end,
+                      (lines + calls - 1) / calls};
+    many_tokens<KIND, BITS == 8, T>(w, x, tile, first, last, panel, panel_bytes, y, y_stride, add, ahead);
 }
 
 // scratch: room for 2 panels.
