@@ -88,7 +88,7 @@ def _change(block: Block, hidden: Tensor, before: Tensor, call: BlockCall, edit:
 
 
 def _residual_change(block: Block, hidden: Tensor, before: Tensor, call: BlockCall, order: Tensor) -> float:
-    """Relative change of the block's output `before` if the residual channels of block, input and output are reordered."""
+    """As `_change`, if the residual channels of block, input and output are reordered."""
     edited = block.copy()
     permute_residual_(edited, block.arch.residual, order)
     after = _run(edited.module, hidden[..., order], call)
