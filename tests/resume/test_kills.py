@@ -57,7 +57,7 @@ def check_kills_at(resumable: Resumable, tmp_path: Path, numbers: range) -> set[
 
 @pytest.mark.parametrize("kind", ["rtn", "prompt, shift, distilled"])
 def test_a_run_killed_at_some_of_its_disk_operations_goes_on(resumable: Resumable, tmp_path: Path) -> None:
-    last = check_kills_at(resumable, tmp_path, range(19, 1000, 37))
+    last = check_kills_at(resumable, tmp_path, range(19, 1000, 25))
     assert len(last) > 1
 
 
