@@ -72,7 +72,7 @@ def packed_folders(shallow: Path, tmp_path_factory: pytest.TempPathFactory) -> d
     text = root / "news.txt"
     text.write_text(read_text("news", "calibration")[:100_000])
     for method in METHODS:
-        settings = {} if method == "rtn" else {"calibration": str(text), "num_windows": 4, "window": 512}
+        settings = {} if method == "rtn" else {"calibration": str(text), "num_windows": 4, "window": 384}
         quantize(shallow, root / method, Recipe(method=method, bits=3, embedding_bits=8, **settings))
     return {method: root / method for method in METHODS}
 
@@ -96,7 +96,7 @@ def test_each_method_is_nearer_to_the_original_than_the_one_before(
 ) -> None:
     text = tmp_path / "news.txt"
     text.write_text(read_text("news", "test")[:10_000])
-    windows = evaluation_windows(str(text), source.load_tokenizer(), 384, 2)
+    windows = evaluation_windows(str(text), source.load_tokenizer(), 256, 2)
     models = {name: load_model(folder) for name, folder in packed_folders.items()}
     scores = score(models, windows, None, load_model(shallow))
     for worse, better in itertools.pairwise(METHODS):

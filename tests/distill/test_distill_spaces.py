@@ -145,7 +145,7 @@ def without_column_scales(model: Any) -> None:
         (without_linear, r"model\.layers\.1\.mlp\.up_proj\.scales"),
         (without_norm, r"model\.layers\.1\.post_attention_layernorm\.weight"),
         (without_bias, r"model\.norm\.bias"),
-        (without_column_scales, r"model\.layers\.2\.self_attn\.o_proj\.column_scale"),
+        (without_column_scales, r"model\.layers\.1\.self_attn\.o_proj\.column_scale"),
     ],
 )
 def test_what_the_model_does_not_run_is_an_error_that_names_it(
