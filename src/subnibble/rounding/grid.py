@@ -17,7 +17,7 @@ search.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,8 +31,6 @@ from subnibble.tensor.scheme import E8M0, Scheme
 
 CLIPS = ("minmax", "mse")
 _SHRINK_STEPS = 80
-# Candidates of the clip search are tried together as long as their errors are no more numbers than this.
-_AT_ONCE = 2**16
 # A real zero-point is -min / scale: this bound keeps it well inside float16 if a group is nearly constant.
 LARGEST_REAL_ZERO = 2.0**12
 # Smaller weights count as 0.
@@ -247,42 +245,21 @@ def _least_error(
     scheme: Scheme,
     power: float,
     weights: Tensor | None,
-    steps: Sequence[int],
+    steps: Iterable[int],
 ) -> tuple[Tensor, Tensor]:
     """Search the range with the least error; see `mse` in the module. steps: percents by which the range shrinks."""
     low, high = span
     middle = (low + high) / 2 if scheme.zero_point == "real" else torch.zeros_like(low)
     best = torch.full_like(low, torch.inf)
-    scale, zero = _span(low, high, scheme)
-    at_once = min(len(steps), max(1, _AT_ONCE // max(1, group.numel())))
-    # Candidates are below each other: (candidates * m, g).
-    groups = group.repeat(at_once, 1) if at_once > 1 else group
-    for first in range(0, len(steps), at_once):
-        shares = [1 - step / 100 for step in steps[first : first + at_once]]
-        s, z = _span(_shrunk(low, middle, shares), _shrunk(high, middle, shares), scheme)
-        groups = groups if len(s) == len(groups) else groups[: len(s)]
-        error = decode(encode(groups, s, z, scheme), s, z).sub_(groups).abs_()
+    scale, zero = s, z = _span(low, high, scheme)
+    for step in steps:
+        if step > 0:
+            fraction = 1 - step / 100
+            s, z = _span(middle + fraction * (low - middle), middle + fraction * (high - middle), scheme)
+        error = decode(encode(group, s, z, scheme), s, z).sub_(group).abs_()
         errors = error.square_() if power == 2 else error.pow_(power)
         loss = (errors if weights is None else errors.mul_(weights)).sum(1, keepdim=True)
-        if at_once > 1:
-            loss, s, z = _first_least(loss, s, z, len(group))
         better = loss < best
         best = torch.where(better, loss, best)
         scale, zero = torch.where(better, s, scale), torch.where(better, z, zero)
     return scale, zero
-
-
-def _shrunk(end: Tensor, middle: Tensor, shares: Sequence[float]) -> Tensor:
-    """Ends (m, 1) of ranges that keep these shares of their distance from the middle: (shares * m, 1)."""
-    if len(shares) == 1:
-        return end if shares[0] == 1 else middle + shares[0] * (end - middle)
-    share = end.new_tensor(shares).view(-1, 1, 1)
-    return torch.where(share == 1, end, middle + share * (end - middle)).flatten(0, 1)
-
-
-def _first_least(loss: Tensor, scale: Tensor, zero: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of candidates below each other, (candidates * rows, 1) each, the first with the least loss: (rows, 1) each."""
-    losses, scales, zeros = (values.view(-1, rows, 1) for values in (loss, scale, zero))
-    # A loss that is no number counts as the largest.
-    index = losses.nan_to_num(torch.inf, torch.inf).argmin(0, keepdim=True)
-    return losses.gather(0, index)[0], scales.gather(0, index)[0], zeros.gather(0, index)[0]
