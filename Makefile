@@ -9,6 +9,9 @@ BIN = $(VENV)/bin
 demo: $(VENV)/.ready
 	$(BIN)/subnibble demo
 
+# Each process of the tests would compile all modules again.
+test test-all: export PYTHONDONTWRITEBYTECODE =
+
 # Tiny models: a process a core is faster than threads, which would wait for each other.
 test: $(VENV)/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses=8 --dist=loadfile --no-loadscope-reorder

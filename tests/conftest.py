@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -149,11 +150,26 @@ def no_runs_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[No
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_waiting_for_disks() -> Iterator[None]:
+    """What tests write need not outlive a power failure; `resume/power.py` has a disk for tests of those."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
+        yield
+
+
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Name of a tiny model -> its folder."""
     root = tmp_path_factory.mktemp("models")
     return {name: save_model(name, root / name) for name in CONFIGS}
+
+
+@pytest.fixture(scope="session")
+def short(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """As `folders`, of two blocks: one that others follow, and a last one."""
+    root = tmp_path_factory.mktemp("short")
+    return {name: save_model(name, root / name, blocks=2) for name in CONFIGS}
 
 
 @pytest.fixture(scope="session")

@@ -94,9 +94,9 @@ def test_an_arm_is_its_base_with_what_differs() -> None:
     ],
 )
 def test_recipe_written_beside_the_checkpoint_makes_the_same_bytes_again(
-    bench: str, arm: str, folders: dict[str, Path], token_file: Path, tmp_path: Path
+    bench: str, arm: str, short: dict[str, Path], token_file: Path, tmp_path: Path
 ) -> None:
     recipe = replace(small(bench, arm), calibration=str(token_file))
-    first = quantize(folders["qwen3"], tmp_path / "first", recipe)
-    again = quantize(folders["qwen3"], tmp_path / "again", Recipe.from_toml(tmp_path / "first" / "recipe.toml"))
+    first = quantize(short["qwen3"], tmp_path / "first", recipe)
+    again = quantize(short["qwen3"], tmp_path / "again", Recipe.from_toml(tmp_path / "first" / "recipe.toml"))
     assert again.weights_sha256 == first.weights_sha256

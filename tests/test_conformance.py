@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import subnibble
-from conftest import CONFIGS, save_model
+from conftest import CONFIGS
 from subnibble import Recipe
 from subnibble.calibrate.stream import BlockStream
 from subnibble.checkpoint.manifest import packed_config_of
@@ -161,10 +162,16 @@ def check_quantized_linears(model: torch.nn.Module) -> None:
         assert bool(((y - target).abs() <= 1e-5 * size + 1e-6).all())
 
 
+@lru_cache(maxsize=len(CONFIGS))
+def original_of(source: Path) -> torch.nn.Module:
+    model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    return model
+
+
 def check_reported(report: Report, source: Path, packed: torch.nn.Module) -> int:
     """Linears that the report calls comparable with the original's are as far from them as it says; how many are."""
     compared = 0
-    original = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    original = original_of(source)
     for linear in report.linears:
         if not linear.basis_changed:
             weight = original.get_submodule(linear.path).weight.detach()
@@ -259,30 +266,23 @@ def check_seed(method: str, source: Path, tokens: Path, out: Path, settings: dic
     assert again.weights_sha256 == first.weights_sha256
 
 
-@pytest.fixture(scope="module")
-def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Name of a tiny model -> its folder, of two blocks: one that others follow, and a last one."""
-    root = tmp_path_factory.mktemp("sources")
-    return {name: save_model(name, root / name, blocks=2) for name in CONFIGS}
-
-
 @pytest.mark.pairwise
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 @pytest.mark.parametrize("model", CONFIGS)
 @pytest.mark.parametrize("method", WEIGHT_ONLY)
 def test_method_conforms(
-    method: str, model: str, settings: dict[str, object], sources: dict[str, Path], token_file: Path, tmp_path: Path
+    method: str, model: str, settings: dict[str, object], short: dict[str, Path], token_file: Path, tmp_path: Path
 ) -> None:
-    check_method(method, sources[model], token_file, tmp_path, settings)
+    check_method(method, short[model], token_file, tmp_path, settings)
 
 
 @pytest.mark.pairwise
 @pytest.mark.parametrize("model", CONFIGS)
 @pytest.mark.parametrize(("method", "settings"), COMBINATIONS)
 def test_method_conforms_with_quantized_inputs(
-    method: str, settings: str, model: str, sources: dict[str, Path], token_file: Path, tmp_path: Path
+    method: str, settings: str, model: str, short: dict[str, Path], token_file: Path, tmp_path: Path
 ) -> None:
-    check_method(method, sources[model], token_file, tmp_path, INPUT_SETTINGS[settings])
+    check_method(method, short[model], token_file, tmp_path, INPUT_SETTINGS[settings])
 
 
 @pytest.mark.each_value
@@ -290,18 +290,18 @@ def test_method_conforms_with_quantized_inputs(
 @pytest.mark.parametrize("model", CONFIGS)
 @pytest.mark.parametrize("method", WEIGHT_ONLY)
 def test_the_same_seed_gives_the_same_bytes(
-    method: str, model: str, settings: dict[str, object], sources: dict[str, Path], token_file: Path, tmp_path: Path
+    method: str, model: str, settings: dict[str, object], short: dict[str, Path], token_file: Path, tmp_path: Path
 ) -> None:
-    check_seed(method, sources[model], token_file, tmp_path, settings)
+    check_seed(method, short[model], token_file, tmp_path, settings)
 
 
 @pytest.mark.each_value
 @pytest.mark.parametrize("model", CONFIGS)
 @pytest.mark.parametrize(("method", "settings"), COMBINATIONS)
 def test_the_same_seed_gives_the_same_bytes_with_quantized_inputs(
-    method: str, settings: str, model: str, sources: dict[str, Path], token_file: Path, tmp_path: Path
+    method: str, settings: str, model: str, short: dict[str, Path], token_file: Path, tmp_path: Path
 ) -> None:
-    check_seed(method, sources[model], token_file, tmp_path, INPUT_SETTINGS[settings])
+    check_seed(method, short[model], token_file, tmp_path, INPUT_SETTINGS[settings])
 
 
 @pytest.mark.parametrize(

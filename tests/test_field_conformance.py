@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -180,6 +180,22 @@ def go_through(small: Path, out: Path, text: Path, recipe: Recipe) -> None:
     assert math.isfinite(scores["perplexity"])
 
 
+@pytest.fixture(scope="module")
+def checkpoint_of(small: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Recipe], Path]:
+    """The folder of a recipe that went through; each is quantized once."""
+    folders: dict[str, Path] = {}
+
+    def folder(recipe: Recipe) -> Path:
+        key = recipe.to_toml()
+        if key not in folders:
+            out = tmp_path_factory.mktemp("field") / "out"
+            go_through(small, out, text_file, recipe)
+            folders[key] = out
+        return folders[key]
+
+    return folder
+
+
 def written(kind: type, name: str, out: Path) -> list[Any]:
     """What a field is in a checkpoint: in the schemes that config.json has, or in recipe.toml."""
     packed, recipe = packed_config_of(SafetensorsSource(out).config), Recipe.from_toml(out / "recipe.toml")
@@ -216,11 +232,10 @@ def test_every_word_that_a_field_may_be_has_a_case() -> None:
     ("kind", "name", "tried"), SINGLE, ids=[f"{kind.__name__}.{name}={tried.value}" for kind, name, tried in SINGLE]
 )
 def test_a_field_is_what_it_was_asked_to_be_once_written_and_runs(
-    kind: type, name: str, tried: Tried, small: Path, token_file: Path, text_file: Path, tmp_path: Path
+    kind: type, name: str, tried: Tried, checkpoint_of: Callable[[Recipe], Path], token_file: Path
 ) -> None:
     recipe = Recipe(**{**BASE, "calibration": str(token_file), **tried.keys})
-    go_through(small, tmp_path / "out", text_file, recipe)
-    stored = written(kind, name, tmp_path / "out")
+    stored = written(kind, name, checkpoint_of(recipe))
     if isinstance(tried.value, dict) and kind is Recipe:
         # Defaults are filled in.
         assert tried.value.items() <= stored[0].items()

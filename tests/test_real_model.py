@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import json
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from subnibble import Recipe, quantize
+from subnibble.calibrate.text import read_text
 from subnibble.calibrate.windows import evaluation_windows
 from subnibble.checkpoint.gguf_source import GgufSource
 from subnibble.checkpoint.size import measure
@@ -26,6 +30,15 @@ from subnibble.packaged.model import find_model
 # Each is nearer to the original than the one before.
 METHODS = ("rtn", "gptq", "d2quant-plus")
 BLOCKS = 4
+
+
+@pytest.fixture(scope="module", autouse=True)
+def metadata_read_once() -> Iterator[None]:
+    """To read the file's vocabulary takes seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        read = functools.cache(gguf.GGUFReader)
+        patch.setattr(gguf, "GGUFReader", lambda path: read(str(path)))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +69,11 @@ def shallow(source: GgufSource, original: torch.nn.Module, tmp_path_factory: pyt
 def packed_folders(shallow: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Method -> its packed folder, worst first."""
     root = tmp_path_factory.mktemp("packed")
+    # The beginning of the news: to tokenize all of them takes seconds.
+    text = root / "news.txt"
+    text.write_text(read_text("news", "calibration")[:100_000])
     for method in METHODS:
-        settings = {} if method == "rtn" else {"calibration": "news", "num_windows": 4, "window": 512}
+        settings = {} if method == "rtn" else {"calibration": str(text), "num_windows": 4, "window": 384}
         quantize(shallow, root / method, Recipe(method=method, bits=3, embedding_bits=8, **settings))
     return {method: root / method for method in METHODS}
 
@@ -77,9 +93,11 @@ def test_gguf_gives_the_weights_that_transformers_gives(source: GgufSource, orig
 
 
 def test_each_method_is_nearer_to_the_original_than_the_one_before(
-    packed_folders: dict[str, Path], shallow: Path, source: GgufSource
+    packed_folders: dict[str, Path], shallow: Path, source: GgufSource, tmp_path: Path
 ) -> None:
-    windows = evaluation_windows("news", source.load_tokenizer(), 512, 2)
+    text = tmp_path / "news.txt"
+    text.write_text(read_text("news", "test")[:10_000])
+    windows = evaluation_windows(str(text), source.load_tokenizer(), 256, 2)
     models = {name: load_model(folder) for name, folder in packed_folders.items()}
     scores = score(models, windows, None, load_model(shallow))
     for worse, better in itertools.pairwise(METHODS):

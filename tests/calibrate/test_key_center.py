@@ -40,14 +40,14 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def folder(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(short: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`llama` whose keys are mostly their bias, as those of real models are."""
     model, result = random_model("llama"), tmp_path_factory.mktemp("biased")
     with torch.no_grad():
         for block in model.model.layers:
             block.self_attn.k_proj.bias *= 8
     model.save_pretrained(result)
-    AutoTokenizer.from_pretrained(folders["llama"]).save_pretrained(result)
+    AutoTokenizer.from_pretrained(short["llama"]).save_pretrained(result)
     return result
 
 
@@ -287,10 +287,10 @@ def test_a_damaged_checkpoint_is_refused(damage: str, folder: Path, token_file: 
 
 @pytest.mark.parametrize("basis", BASES)
 def test_the_mean_is_that_of_rounded_keys_on_quantized_inputs(
-    basis: str, folders: dict[str, Path], token_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    basis: str, short: dict[str, Path], token_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the first block, whose inputs are the same in calibration and in the running model."""
-    means, folder = {}, folders["llama"]
+    means, folder = {}, short["llama"]
     for inputs in ("exact", "quantized"):
         recipe = Recipe(
             method="serq", options={"rank": 16, "inputs": inputs}, bits=2, group_size=16, activation_bits=3,

@@ -12,10 +12,10 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from gguf_files import Extra, write_gguf
 from transformers import AutoModelForCausalLM
 
 from conftest import CONFIGS, random_model
+from gguf_files import Extra, write_gguf
 from subnibble.checkpoint.opening import open_source
 from subnibble.errors import CheckpointError, UnsupportedModel
 from subnibble.hf import load_model

@@ -7,9 +7,9 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
-from gguf_files import Extra, write_gguf
 
 from conftest import random_model
+from gguf_files import Extra, write_gguf
 from subnibble.checkpoint.opening import open_source
 from subnibble.errors import CheckpointError
 from subnibble.hf import load_model

@@ -105,12 +105,12 @@ def loss_of(folder: Path, training: Any) -> float:
 
 
 @pytest.fixture
-def run(folders: dict[str, Path], token_file: Path, tmp_path: Path) -> Any:
+def run(short: dict[str, Path], token_file: Path, tmp_path: Path) -> Any:
     """Quantizes a tiny model; its report and folder."""
 
     def quantized(out: str, name: str = "llama", **settings: Any) -> tuple[Report, Path]:
         recipe = Recipe(calibration=str(token_file), **{**DATA, **settings})
-        return quantize(folders[name], tmp_path / out, recipe), tmp_path / out
+        return quantize(short[name], tmp_path / out, recipe), tmp_path / out
 
     return quantized
 
@@ -281,10 +281,10 @@ def test_predictions_that_are_not_finite_are_refused_and_not_stored(
 
 
 def test_the_command_line_distills_and_the_recipe_says_so(
-    folders: dict[str, Path], token_file: Path, tmp_path: Path
+    short: dict[str, Path], token_file: Path, tmp_path: Path
 ) -> None:
     arguments = [
-        "quantize", str(folders["llama"]), str(tmp_path / "out"), "--method", "rtn", "--bits", "2",
+        "quantize", str(short["llama"]), str(tmp_path / "out"), "--method", "rtn", "--bits", "2",
         "--group-size", "16", "--calibration", str(token_file), "--num-windows", "8", "--window", "24",
         "--distill-steps", "3", "--distill-option", "tokens=24", "--distill-option", "norms=false",
     ]  # fmt: skip
@@ -296,11 +296,11 @@ def test_the_command_line_distills_and_the_recipe_says_so(
     assert kept.distillation == distill.Distillation(steps=3, tokens=24, norms=False)
 
 
-def test_the_estimate_knows_of_distillation(folders: dict[str, Path], token_file: Path) -> None:
+def test_the_estimate_knows_of_distillation(short: dict[str, Path], token_file: Path) -> None:
     plain = Recipe(calibration=str(token_file), method="rtn", bits=2, group_size=16, **DATA)
     distilled = Recipe.from_dict(plain.to_dict() | {"distill_steps": 10_000})
 
-    actual, more = (estimate(folders["llama"], recipe) for recipe in (plain, distilled))
+    actual, more = (estimate(short["llama"], recipe) for recipe in (plain, distilled))
 
     assert more.seconds > 10 * actual.seconds
     assert more.memory_bytes["peak"] > actual.memory_bytes["peak"]

@@ -39,21 +39,21 @@ def config_of(folder: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def gptq(folders: dict[str, Path], token_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def gptq(short: dict[str, Path], token_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A plain checkpoint, for tests to copy."""
     out = tmp_path_factory.mktemp("gptq") / "out"
-    quantize(folders["llama"], out, recipe_of("gptq", token_file))
+    quantize(short["llama"], out, recipe_of("gptq", token_file))
     return out
 
 
 @pytest.mark.parametrize(("kind", "name"), [("gptq", "llama"), ("quarot", "llama-tied"), ("atom", "llama")])
 def test_later_is_as_good_as_at_once(
-    kind: str, name: str, folders: dict[str, Path], token_file: Path, tmp_path: Path
+    kind: str, name: str, short: dict[str, Path], token_file: Path, tmp_path: Path
 ) -> None:
     plain, whole = recipe_of(kind, token_file), recipe_of(kind, token_file, **GENTLE)
-    target = quantize(folders[name], tmp_path / "once", whole)
-    before = quantize(folders[name], tmp_path / "later", plain)
-    actual = distill_checkpoint(tmp_path / "later", folders[name], whole)
+    target = quantize(short[name], tmp_path / "once", whole)
+    before = quantize(short[name], tmp_path / "later", plain)
+    actual = distill_checkpoint(tmp_path / "later", short[name], whole)
     assert actual == target.distilled
     once, later = tensors_of(tmp_path / "once"), tensors_of(tmp_path / "later")
     assert once.keys() == later.keys()
@@ -71,16 +71,16 @@ def test_later_is_as_good_as_at_once(
 
 
 def test_the_recipe_and_other_files_stay_and_it_may_be_done_again(
-    gptq: Path, folders: dict[str, Path], token_file: Path, tmp_path: Path
+    gptq: Path, short: dict[str, Path], token_file: Path, tmp_path: Path
 ) -> None:
     out, recipe = tmp_path / "out", recipe_of("gptq", token_file, **DISTILLED)
     shutil.copytree(gptq, out)
     (out / "notes.txt").write_text("mine")
     kept = (out / "recipe.toml").read_text()
     files = sorted(path.name for path in out.iterdir())
-    first = distill_checkpoint(out, folders["llama"], recipe)
+    first = distill_checkpoint(out, short["llama"], recipe)
     assert first.after < first.before
-    again = distill_checkpoint(out, folders["llama"], replace(recipe, seed=1))
+    again = distill_checkpoint(out, short["llama"], replace(recipe, seed=1))
     assert again.before == pytest.approx(first.after, rel=0.3)
     assert again.after <= again.before
     report = json.loads((out / "report.json").read_text())
@@ -93,11 +93,11 @@ def test_the_recipe_and_other_files_stay_and_it_may_be_done_again(
 
 @pytest.mark.parametrize("kind", ["gptq", "quarot"])
 def test_the_loss_that_is_reported_is_that_of_what_is_stored(
-    kind: str, folders: dict[str, Path], token_file: Path, tmp_path: Path
+    kind: str, short: dict[str, Path], token_file: Path, tmp_path: Path
 ) -> None:
     # Gains of bfloat16, which hold little of what is learned of them.
     half, out, recipe = tmp_path / "half", tmp_path / "out", recipe_of(kind, token_file, **DISTILLED)
-    shutil.copytree(folders["llama"], half)
+    shutil.copytree(short["llama"], half)
     AutoModelForCausalLM.from_pretrained(half, dtype=torch.bfloat16).save_pretrained(half)
     first = quantize(half, out, recipe).distilled
     assert first.after < first.before
@@ -114,7 +114,7 @@ def test_the_loss_that_is_reported_is_that_of_what_is_stored(
     ],
 )
 def test_what_cannot_be_leaves_the_checkpoint_as_it_was(
-    change: dict[str, Any], error: type[Exception], said: str, gptq: Path, folders: dict[str, Path], token_file: Path,
+    change: dict[str, Any], error: type[Exception], said: str, gptq: Path, short: dict[str, Path], token_file: Path,
     tmp_path: Path,
 ) -> None:  # fmt: skip
     out = tmp_path / "out"
@@ -123,7 +123,7 @@ def test_what_cannot_be_leaves_the_checkpoint_as_it_was(
     values = recipe_of("gptq", token_file, **DISTILLED).to_dict() | change
 
     def run() -> None:
-        distill_checkpoint(out, folders["llama"], Recipe.from_dict(values))
+        distill_checkpoint(out, short["llama"], Recipe.from_dict(values))
 
     with pytest.raises(error, match=said):
         run()
@@ -131,15 +131,15 @@ def test_what_cannot_be_leaves_the_checkpoint_as_it_was(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_centres_prompts_and_norm_biases_stay(folders: dict[str, Path], token_file: Path, tmp_path: Path) -> None:
+def test_centres_prompts_and_norm_biases_stay(short: dict[str, Path], token_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     more = {"kv_bits": 3, "kv": {"key_center": "mean"}}
-    quantize(folders["llama"], out, recipe_of("d2quant", token_file, **more))
+    quantize(short["llama"], out, recipe_of("d2quant", token_file, **more))
     add_prefix(out, "w5 w9 w2", device="cpu")
     # What is not of the checkpoint is not taken for it.
     save_file({"lm_head.weight": torch.zeros(3)}, out / "adapter.safetensors")
     before, shards = config_of(out), SafetensorsSource(out).shards()
-    result = distill_checkpoint(out, folders["llama"], recipe_of("d2quant", token_file, **DISTILLED))
+    result = distill_checkpoint(out, short["llama"], recipe_of("d2quant", token_file, **DISTILLED))
     assert result.after <= result.before
     assert config_of(out) == before
     assert SafetensorsSource(out).shards() == shards
@@ -150,7 +150,7 @@ def test_centres_prompts_and_norm_biases_stay(folders: dict[str, Path], token_fi
 
 
 def test_a_checkpoint_that_is_not_whole_is_refused_before_training(
-    gptq: Path, folders: dict[str, Path], token_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    gptq: Path, short: dict[str, Path], token_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, recipe = tmp_path / "out", recipe_of("gptq", token_file, **DISTILLED)
     shutil.copytree(gptq, out)
@@ -158,29 +158,29 @@ def test_a_checkpoint_that_is_not_whole_is_refused_before_training(
     with monkeypatch.context() as patch:
         patch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10))
         with pytest.raises(OutputError, match="GB are needed to replace it; free space"):
-            distill_checkpoint(out, folders["llama"], recipe)
+            distill_checkpoint(out, short["llama"], recipe)
     config = config_of(out)
     config["quantization_config"]["modules"]["model.layers.0.mlp.up_proj"]["rows"] = 81
     (out / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=r"up_proj\.\S+ has shape .* do not belong together"):
-        distill_checkpoint(out, folders["llama"], recipe)
+        distill_checkpoint(out, short["llama"], recipe)
 
 
 def test_a_checkpoint_whose_scales_are_no_numbers_is_refused_before_training(
-    gptq: Path, folders: dict[str, Path], token_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    gptq: Path, short: dict[str, Path], token_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = "model.layers.1.mlp.up_proj.scales"
     folder = spoiled_copy(gptq, tmp_path / "spoiled", name, "not finite")
     monkeypatch.setattr("subnibble.distill.train._Training.run", lambda *args: pytest.fail("it was trained"))
     with pytest.raises(CheckpointError, match=f"{name} is not finite"):
-        distill_checkpoint(folder, folders["llama"], recipe_of("gptq", token_file, **DISTILLED))
+        distill_checkpoint(folder, short["llama"], recipe_of("gptq", token_file, **DISTILLED))
 
 
 @pytest.mark.parametrize("damaged", ["[1]", "{", '"report"', b"\xff\xfe"])
 def test_a_damaged_report_is_refused_before_work(
     damaged: str | bytes,
     gptq: Path,
-    folders: dict[str, Path],
+    short: dict[str, Path],
     token_file: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -191,30 +191,30 @@ def test_a_damaged_report_is_refused_before_work(
     monkeypatch.setattr("subnibble.pipeline.distill_checkpoint.distill", lambda *args: pytest.fail("it was trained"))
     monkeypatch.setattr("subnibble.generate.prefix.load_model", lambda *args: pytest.fail("it was loaded"))
     with pytest.raises(CheckpointError, match=r"report\.json .* remove it, or quantize the model again"):
-        distill_checkpoint(out, folders["llama"], recipe_of("gptq", token_file, **DISTILLED))
+        distill_checkpoint(out, short["llama"], recipe_of("gptq", token_file, **DISTILLED))
     with pytest.raises(CheckpointError, match=r"report\.json .* remove it"):
         add_prefix(out, "w5 w9")
 
 
-def test_nothing_to_learn_is_said(gptq: Path, folders: dict[str, Path], token_file: Path, tmp_path: Path) -> None:
+def test_nothing_to_learn_is_said(gptq: Path, short: dict[str, Path], token_file: Path, tmp_path: Path) -> None:
     out, nothing = tmp_path / "out", {"tokens": 192, "scales": False, "norms": False}
     shutil.copytree(gptq, out)
     with pytest.raises(BadRecipe, match="out has nothing to learn with distill scales = False, zero_points = True, "):
-        distill_checkpoint(out, folders["llama"], recipe_of("gptq", token_file, distill_steps=4, distill=nothing))
+        distill_checkpoint(out, short["llama"], recipe_of("gptq", token_file, distill_steps=4, distill=nothing))
 
 
 def test_both_models_must_be_what_they_should(
-    gptq: Path, folders: dict[str, Path], token_file: Path, tmp_path: Path
+    gptq: Path, short: dict[str, Path], token_file: Path, tmp_path: Path
 ) -> None:
     out, recipe = tmp_path / "out", recipe_of("gptq", token_file, **DISTILLED)
     shutil.copytree(gptq, out)
     with pytest.raises(CheckpointError, match=r"model_type is 'mistral', and .* has 'llama'; give the model"):
-        distill_checkpoint(out, folders["mistral"], recipe)
+        distill_checkpoint(out, short["mistral"], recipe)
     with pytest.raises(CheckpointError, match=r"num_attention_heads is 3, and .* has 6"):
-        distill_checkpoint(out, folders["llama-tied"], recipe)
+        distill_checkpoint(out, short["llama-tied"], recipe)
     # The same shapes, another function.
     other = tmp_path / "other"
-    shutil.copytree(folders["llama"], other)
+    shutil.copytree(short["llama"], other)
     config = config_of(other)
     config["rope_parameters"]["rope_theta"] = 77.0
     (other / "config.json").write_text(json.dumps(config))
@@ -223,16 +223,16 @@ def test_both_models_must_be_what_they_should(
     with pytest.raises(CheckpointError, match="quantized already"):
         distill_checkpoint(out, out, recipe)
     with pytest.raises(CheckpointError, match="quantize the model first"):
-        distill_checkpoint(folders["llama"], folders["llama"], recipe)
+        distill_checkpoint(short["llama"], short["llama"], recipe)
     with pytest.raises(CheckpointError, match="is no folder"):
-        distill_checkpoint(tmp_path / "nowhere", folders["llama"], recipe)
+        distill_checkpoint(tmp_path / "nowhere", short["llama"], recipe)
 
 
-def test_the_command_says_what_it_did(folders: dict[str, Path], token_file: Path, tmp_path: Path) -> None:
+def test_the_command_says_what_it_did(short: dict[str, Path], token_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    quantize(folders["llama"], out, recipe_of("quarot", token_file))
+    quantize(short["llama"], out, recipe_of("quarot", token_file))
     arguments = [
-        "distill", str(out), "--original", str(folders["llama"]), "--steps", "8", "--distill-option", "tokens=192",
+        "distill", str(out), "--original", str(short["llama"]), "--steps", "8", "--distill-option", "tokens=192",
         "--distill-option", "rate=0.02", "--calibration", str(token_file), "--num-windows", "32", "--window", "24",
         "--dtype", "float32", "--device", "cpu",
     ]  # fmt: skip
@@ -240,6 +240,6 @@ def test_the_command_says_what_it_did(folders: dict[str, Path], token_file: Path
     assert result.exit_code == 0, result.output
     (done,) = json.loads((out / "report.json").read_text())["distilled_later"]
     assert f"distilled in 8 steps: KL from the original {done['before']:.3f} before" in result.output
-    quantize(folders["llama"], tmp_path / "once", recipe_of("quarot", token_file, **DISTILLED))
+    quantize(short["llama"], tmp_path / "once", recipe_of("quarot", token_file, **DISTILLED))
     once, later = tensors_of(tmp_path / "once"), tensors_of(out)
     assert all(torch.equal(once[key], later[key]) for key in once)

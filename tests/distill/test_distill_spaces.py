@@ -51,13 +51,13 @@ def quantized(folder: Path, out: Path, tokens: Path, **settings: Any) -> Path:
 def test_the_loaded_checkpoint_is_the_student_bit_for_bit(
     kind: str,
     name: str,
-    folders: dict[str, Path],
+    short: dict[str, Path],
     token_file: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     trained, _ = trainings(monkeypatch), keep_every_look(monkeypatch)
-    folder = quantized(folders[name], tmp_path / "out", token_file, **STORED[kind], **SHORT)
+    folder = quantized(short[name], tmp_path / "out", token_file, **STORED[kind], **SHORT)
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
@@ -83,18 +83,18 @@ def test_the_loaded_checkpoint_is_the_student_bit_for_bit(
 
 
 @pytest.fixture(scope="module")
-def plain(folders: dict[str, Path], token_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def plain(short: dict[str, Path], token_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Everything, before anything is learned."""
-    return quantized(folders["llama"], tmp_path_factory.mktemp("plain") / "out", token_file, **ALL)
+    return quantized(short["llama"], tmp_path_factory.mktemp("plain") / "out", token_file, **ALL)
 
 
 @pytest.mark.parametrize("space", SPACES)
 def test_one_space_alone_moves_nothing_else(
-    space: str, plain: Path, folders: dict[str, Path], token_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    space: str, plain: Path, short: dict[str, Path], token_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keep_every_look(monkeypatch)
     alone = SHORT["distill"] | {name: name == space for name in SPACES}
-    folder = quantized(folders["llama"], tmp_path / "out", token_file, **ALL, distill_steps=6, distill=alone)
+    folder = quantized(short["llama"], tmp_path / "out", token_file, **ALL, distill_steps=6, distill=alone)
 
     before, after = tensors_of(plain), tensors_of(folder)
     changed = {key for key in before if not torch.equal(before[key], after[key])}
@@ -107,11 +107,11 @@ def test_one_space_alone_moves_nothing_else(
     assert (clips_of(plain) != clips_of(folder)) == (space == "clips")
 
 
-def test_later_learns_as_much_as_at_once(folders: dict[str, Path], token_file: Path, tmp_path: Path) -> None:
+def test_later_learns_as_much_as_at_once(short: dict[str, Path], token_file: Path, tmp_path: Path) -> None:
     recipe = {**METHODS["d2quant-plus"], **SHORT}
-    once = tensors_of(quantized(folders["llama"], tmp_path / "once", token_file, **recipe))
-    later = quantized(folders["llama"], tmp_path / "later", token_file, **METHODS["d2quant-plus"])
-    distill_checkpoint(later, folders["llama"], Recipe(calibration=str(token_file), **{**DATA, **recipe}))
+    once = tensors_of(quantized(short["llama"], tmp_path / "once", token_file, **recipe))
+    later = quantized(short["llama"], tmp_path / "later", token_file, **METHODS["d2quant-plus"])
+    distill_checkpoint(later, short["llama"], Recipe(calibration=str(token_file), **{**DATA, **recipe}))
 
     actual = tensors_of(later)
 
@@ -137,7 +137,7 @@ def without_bias(model: Any) -> None:
 
 
 def without_column_scales(model: Any) -> None:
-    linear = model.get_submodule("model.layers.2.self_attn.o_proj")
+    linear = model.get_submodule("model.layers.1.self_attn.o_proj")
     linear.entrance.forward = lambda x: (x.flatten(0, -2), x.flatten(0, -2))
 
 
@@ -147,13 +147,13 @@ def without_column_scales(model: Any) -> None:
         (without_linear, r"model\.layers\.1\.mlp\.up_proj\.scales"),
         (without_norm, r"model\.layers\.1\.post_attention_layernorm\.weight"),
         (without_bias, r"model\.norm\.bias"),
-        (without_column_scales, r"model\.layers\.2\.self_attn\.o_proj\.column_scale"),
+        (without_column_scales, r"model\.layers\.1\.self_attn\.o_proj\.column_scale"),
     ],
 )
 def test_what_the_model_does_not_run_is_an_error_that_names_it(
     fault: Callable[[Any], None],
     said: str,
-    folders: dict[str, Path],
+    short: dict[str, Path],
     token_file: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -167,12 +167,12 @@ def test_what_the_model_does_not_run_is_an_error_that_names_it(
 
     monkeypatch.setattr(Student, "of", spoiled)
     with pytest.raises(SilentFailure, match=f"^no gradient reaches the learned parameter {said} "):
-        quantized(folders["llama"], tmp_path / "out", token_file, **METHODS["d2quant-plus"], **SHORT)
+        quantized(short["llama"], tmp_path / "out", token_file, **METHODS["d2quant-plus"], **SHORT)
     assert not (tmp_path / "out").exists()
 
 
 def test_a_packed_linear_that_would_stay_as_it_is_is_an_error(
-    folders: dict[str, Path], token_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    short: dict[str, Path], token_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usual = nn.Module.set_submodule
 
@@ -184,7 +184,7 @@ def test_a_packed_linear_that_would_stay_as_it_is_is_an_error(
     with pytest.raises(
         SilentFailure, match=r"^model\.layers\.0\.mlp\.down_proj is packed but has no learned parameters"
     ):
-        quantized(folders["llama"], tmp_path / "out", token_file, **METHODS["rtn"], **SHORT)
+        quantized(short["llama"], tmp_path / "out", token_file, **METHODS["rtn"], **SHORT)
 
 
 @pytest.mark.parametrize(
@@ -203,7 +203,7 @@ def test_nothing_to_learn_is_said_before_any_work(
     name: str,
     recipe: dict[str, Any],
     spaces: set[str],
-    folders: dict[str, Path],
+    short: dict[str, Path],
     token_file: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -211,7 +211,7 @@ def test_nothing_to_learn_is_said_before_any_work(
     monkeypatch.setattr("subnibble.pipeline.driver.calibration_windows", lambda *args: pytest.fail("text was read"))
     with pytest.raises(BadRecipe, match="the model has nothing to learn with distill scales = "):
         quantized(
-            folders[name], tmp_path / "out", token_file,
+            short[name], tmp_path / "out", token_file,
             **recipe, distill_steps=3, distill={"tokens": 24} | dict.fromkeys(spaces, False),
         )  # fmt: skip
     assert [item.name for item in tmp_path.iterdir()] == []
@@ -219,13 +219,13 @@ def test_nothing_to_learn_is_said_before_any_work(
 
 @pytest.mark.parametrize("space", ["zero_points", "column_scales", "norm_biases"])
 def test_a_checkpoint_is_known_to_have_it_as_its_plan_did(
-    space: str, folders: dict[str, Path], token_file: Path, tmp_path: Path
+    space: str, short: dict[str, Path], token_file: Path, tmp_path: Path
 ) -> None:
     alone = {"distill_steps": 2, "distill": {"tokens": 96} | {name: name == space for name in SPACES}}
     recipe = Recipe(calibration=str(token_file), **{**DATA, **METHODS["d2quant-plus"], **alone})
-    out = quantized(folders["llama"], tmp_path / "out", token_file, **METHODS["d2quant-plus"], **alone)
-    distill_checkpoint(out, folders["llama"], recipe)
+    out = quantized(short["llama"], tmp_path / "out", token_file, **METHODS["d2quant-plus"], **alone)
+    distill_checkpoint(out, short["llama"], recipe)
 
-    quantized(folders["llama"], tmp_path / "plain", token_file, **METHODS["rtn"])
+    quantized(short["llama"], tmp_path / "plain", token_file, **METHODS["rtn"])
     with pytest.raises(BadRecipe, match="plain has nothing to learn with distill scales = False"):
-        distill_checkpoint(tmp_path / "plain", folders["llama"], recipe)
+        distill_checkpoint(tmp_path / "plain", short["llama"], recipe)

@@ -58,10 +58,10 @@ def text() -> torch.Tensor:
 # transformers reads a qwen2 folder's tokenizer as one of bytes, which the tiny one is not.
 @pytest.mark.parametrize("name", [name for name in CONFIGS if "qwen2" not in name])
 def test_weights_left_alone_behind_a_prompt_give_the_models_own_outputs(
-    name: str, folders: dict[str, Path], tmp_path: Path
+    name: str, short: dict[str, Path], tmp_path: Path
 ) -> None:
-    quantize(folders[name], tmp_path / "out", Recipe(method="none", system_prompt=PROMPT))
-    original, packed = load(folders[name]), load(tmp_path / "out")
+    quantize(short[name], tmp_path / "out", Recipe(method="none", system_prompt=PROMPT))
+    original, packed = load(short[name]), load(tmp_path / "out")
     assert attached_cache(packed).prefix.ids == IDS
     whole = torch.cat([torch.tensor([IDS]).expand(2, -1), text()], 1)
     target = logits(original, whole)[:, len(IDS) :]
@@ -75,11 +75,11 @@ def test_weights_left_alone_behind_a_prompt_give_the_models_own_outputs(
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "qwen3"])
 def test_the_prompt_is_in_the_basis_of_the_stored_model(
-    method: str, name: str, folders: dict[str, Path], token_file: Path, tmp_path: Path
+    method: str, name: str, short: dict[str, Path], token_file: Path, tmp_path: Path
 ) -> None:
     """Keys and values of the packed model itself, at 8 bits of weight, are near those of the unquantized one."""
     recipe = Recipe(**METHODS[method], **DATA, bits=8, system_prompt=PROMPT, calibration=str(token_file))
-    quantize(folders[name], tmp_path / "out", recipe)
+    quantize(short[name], tmp_path / "out", recipe)
     packed = load(tmp_path / "out")
     held = [
         (block.self_attn.prefix.keys.float(), block.self_attn.prefix.values.float()) for block in packed.model.layers
@@ -106,18 +106,18 @@ def own_states(packed: torch.nn.Module) -> list[tuple[torch.Tensor, torch.Tensor
 
 
 def test_a_coded_cache_reaches_the_loaded_model_and_the_files(
-    folders: dict[str, Path], token_file: Path, tmp_path: Path
+    short: dict[str, Path], token_file: Path, tmp_path: Path
 ) -> None:
     recipe = Recipe(
         method="quarot", bits=4, group_size=16, activation_bits=4, kv_bits=3, kv={"group_size": 8}, **DATA,
         calibration=str(token_file), system_prompt=PROMPT,
     )  # fmt: skip
-    report = quantize(folders["llama"], tmp_path / "out", recipe)
+    report = quantize(short["llama"], tmp_path / "out", recipe)
     target = CacheScheme(3, 8, key_rotation="hadamard", clip=0.95)
     packed = load(tmp_path / "out")
     assert attached_cache(packed).scheme == target
-    assert report.size["cache_bytes"] == 3 * target.token_bytes(2, 16)
-    assert measure(open_source(folders["llama"])).cache_bytes == 3 * 2 * 2 * 16 * 2
+    assert report.size["cache_bytes"] == 2 * target.token_bytes(2, 16)
+    assert measure(open_source(short["llama"])).cache_bytes == 2 * 2 * 2 * 16 * 2
     with torch.no_grad():
         cache = cache_of(packed(text(), use_cache=True))
     assert cache.nbytes == 2 * 20 * report.size["cache_bytes"]
@@ -129,23 +129,23 @@ def test_a_coded_cache_reaches_the_loaded_model_and_the_files(
     # The recipe beside it makes the same bytes, and leaves to the method what was left to it.
     resolved = Recipe.from_toml(tmp_path / "out" / "recipe.toml")
     assert resolved.kv == recipe.kv
-    requantized = quantize(folders["llama"], tmp_path / "requantized", resolved)
+    requantized = quantize(short["llama"], tmp_path / "requantized", resolved)
     assert requantized.weights_sha256 == report.weights_sha256
     assert (tmp_path / "requantized" / "config.json").read_text() == (tmp_path / "out" / "config.json").read_text()
 
 
 @pytest.mark.parametrize("method", ["rtn", "gptq"])
 def test_the_prompt_changes_what_calibration_sees_and_nothing_else(
-    method: str, folders: dict[str, Path], token_file: Path, tmp_path: Path
+    method: str, short: dict[str, Path], token_file: Path, tmp_path: Path
 ) -> None:
     for name, prompt in (("with", PROMPT), ("without", None)):
         recipe = Recipe(
             method=method, bits=4, group_size=16, **DATA, calibration=str(token_file), system_prompt=prompt
         )  # fmt: skip
-        quantize(folders["qwen3"], tmp_path / name, recipe)
+        quantize(short["qwen3"], tmp_path / name, recipe)
     actual, plain = tensors_of(tmp_path / "with"), tensors_of(tmp_path / "without")
     assert {name for name in actual if name not in plain} == {
-        f"model.layers.{i}.self_attn.prefix.{kind}" for i in range(3) for kind in ("keys", "values")
+        f"model.layers.{i}.self_attn.prefix.{kind}" for i in range(2) for kind in ("keys", "values")
     }
     changed = {name.rpartition(".")[2] for name, tensor in plain.items() if not torch.equal(actual[name], tensor)}
     assert changed <= {"codes", "scales", "zeros"}
@@ -153,9 +153,9 @@ def test_the_prompt_changes_what_calibration_sees_and_nothing_else(
 
 
 @pytest.mark.parametrize("name", [name for name in CONFIGS if "qwen2" not in name])
-def test_calibration_sees_what_the_model_makes_of_a_text_behind_the_prompt(name: str, folders: dict[str, Path]) -> None:
+def test_calibration_sees_what_the_model_makes_of_a_text_behind_the_prompt(name: str, short: dict[str, Path]) -> None:
     """Hidden states behind each block, windows alone on the prefix's states, against whole texts."""
-    skeleton = Skeleton(SafetensorsSource(folders[name]), torch.float32, torch.device("cpu"))
+    skeleton = Skeleton(SafetensorsSource(short[name]), torch.float32, torch.device("cpu"))
     embed = skeleton.load("model.embed_tokens", torch.float32)
     window = text()
     whole = embed(torch.cat([torch.tensor([IDS]).expand(2, -1), window], 1))
@@ -171,20 +171,20 @@ def test_calibration_sees_what_the_model_makes_of_a_text_behind_the_prompt(name:
         torch.testing.assert_close(hidden[0], whole[:, len(IDS) :], rtol=1e-4, atol=1e-4)
 
 
-def test_a_model_of_16_bits_keeps_its_weights_and_bits(folders: dict[str, Path], tmp_path: Path) -> None:
-    report = quantize(folders["llama"], tmp_path / "out", Recipe(method="none", kv_bits=4))
+def test_a_model_of_16_bits_keeps_its_weights_and_bits(short: dict[str, Path], tmp_path: Path) -> None:
+    report = quantize(short["llama"], tmp_path / "out", Recipe(method="none", kv_bits=4))
     assert report.linears == ()
     assert report.size["effective_bits"] == 16
     # The folder of the original holds float32.
-    packed, original = load(tmp_path / "out"), load(folders["llama"])
+    packed, original = load(tmp_path / "out"), load(short["llama"])
     half = {name: p.half().float() if p.dim() > 1 else p for name, p in original.named_parameters()}
     assert all(torch.equal(p, half[name]) for name, p in packed.named_parameters())
 
 
-def test_perplexity_is_scored_behind_the_prompt(folders: dict[str, Path], text_file: Path, tmp_path: Path) -> None:
-    quantize(folders["llama"], tmp_path / "out", Recipe(method="none", system_prompt=PROMPT))
+def test_perplexity_is_scored_behind_the_prompt(short: dict[str, Path], text_file: Path, tmp_path: Path) -> None:
+    quantize(short["llama"], tmp_path / "out", Recipe(method="none", system_prompt=PROMPT))
     actual = evaluate(tmp_path / "out", Evaluation(str(text_file), window=16, dtype="float32"))
-    plain = evaluate(folders["llama"], Evaluation(str(text_file), window=16, dtype="float32"))
+    plain = evaluate(short["llama"], Evaluation(str(text_file), window=16, dtype="float32"))
     assert actual["windows"] == plain["windows"]
     assert actual["perplexity"] != plain["perplexity"]
     with pytest.raises(CalibrationError, match="after a system prompt of 4"):
@@ -213,35 +213,35 @@ def test_perplexity_is_scored_behind_the_prompt(folders: dict[str, Path], text_f
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_written(
-    recipe: dict[str, object], said: str, folders: dict[str, Path], token_file: Path, tmp_path: Path
+    recipe: dict[str, object], said: str, short: dict[str, Path], token_file: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(BadRecipe, match=said):
-        quantize(folders["llama"], tmp_path / "out", Recipe(**recipe, calibration=str(token_file)))
+        quantize(short["llama"], tmp_path / "out", Recipe(**recipe, calibration=str(token_file)))
     assert not list(tmp_path.iterdir())
 
 
-def test_a_prompt_longer_than_the_model_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_a_prompt_longer_than_the_model_is_refused(short: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(CalibrationError, match="system prompt of 128"):
-        quantize(folders["llama"], tmp_path / "out", Recipe(method="none", system_prompt="w1 " * 128))
+        quantize(short["llama"], tmp_path / "out", Recipe(method="none", system_prompt="w1 " * 128))
 
 
-def test_a_prefix_without_its_tensors_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
-    quantize(folders["llama"], tmp_path / "out", Recipe(method="none", kv_bits=4))
+def test_a_prefix_without_its_tensors_is_refused(short: dict[str, Path], tmp_path: Path) -> None:
+    quantize(short["llama"], tmp_path / "out", Recipe(method="none", kv_bits=4))
     file = tmp_path / "out" / "config.json"
     config = json.loads(file.read_text())
     config["quantization_config"]["prefix"] = {"ids": list(IDS), "bos": None}
     config["quantization_config"]["modules"] = {
-        f"model.layers.{i}.self_attn": {"kind": "prefix", "heads": 2, "tokens": 4, "width": 16} for i in range(3)
+        f"model.layers.{i}.self_attn": {"kind": "prefix", "heads": 2, "tokens": 4, "width": 16} for i in range(2)
     }
     file.write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=r"prefix.keys is missing"):
         load(tmp_path / "out")
 
 
-def test_a_prompt_can_be_added_and_replaced_later(folders: dict[str, Path], token_file: Path, tmp_path: Path) -> None:
+def test_a_prompt_can_be_added_and_replaced_later(short: dict[str, Path], token_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     recipe = Recipe(bits=4, group_size=16, **DATA, calibration=str(token_file), kv_bits=8, system_prompt="w1 w2")
-    quantize(folders["mistral"], out, recipe)
+    quantize(short["mistral"], out, recipe)
     (out / "notes.txt").write_text("mine")
     save_file({"a": torch.ones(3)}, out / "adapter.safetensors")
     before = json.loads((out / "report.json").read_text())
@@ -272,11 +272,11 @@ def test_a_prompt_can_be_added_and_replaced_later(folders: dict[str, Path], toke
 
 
 def test_a_prompt_is_added_to_packed_checkpoints_alone_and_nothing_is_lost(
-    folders: dict[str, Path], tmp_path: Path
+    short: dict[str, Path], tmp_path: Path
 ) -> None:
     with pytest.raises(CheckpointError, match="quantize the model first"):
-        add_prefix(folders["llama"], PROMPT)
-    quantize(folders["llama"], tmp_path / "out", Recipe(method="none", kv_bits=4))
+        add_prefix(short["llama"], PROMPT)
+    quantize(short["llama"], tmp_path / "out", Recipe(method="none", kv_bits=4))
     names = {file.name: file.stat().st_size for file in (tmp_path / "out").iterdir()}
     with pytest.raises(BadRecipe, match="has no chat template"):
         add_prefix(tmp_path / "out", "default")
@@ -284,57 +284,55 @@ def test_a_prompt_is_added_to_packed_checkpoints_alone_and_nothing_is_lost(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_reference_is_scored_behind_the_same_prompt(
-    folders: dict[str, Path], text_file: Path, tmp_path: Path
-) -> None:
-    quantize(folders["llama"], tmp_path / "out", Recipe(method="none", system_prompt=PROMPT))
+def test_a_reference_is_scored_behind_the_same_prompt(short: dict[str, Path], text_file: Path, tmp_path: Path) -> None:
+    quantize(short["llama"], tmp_path / "out", Recipe(method="none", system_prompt=PROMPT))
     evaluation = Evaluation(str(text_file), window=16, dtype="float32")
-    result = evaluate(tmp_path / "out", evaluation, folders["llama"])
+    result = evaluate(tmp_path / "out", evaluation, short["llama"])
     assert result["prefix_tokens"] == 4
     # Nothing but half precision tells them apart.
     assert result["kl_divergence"] < 1e-4
-    alone = evaluate(folders["llama"], evaluation, tmp_path / "out")
+    alone = evaluate(short["llama"], evaluation, tmp_path / "out")
     assert alone["kl_divergence"] < 1e-4
-    after_prefix = evaluate(folders["llama"], replace(evaluation, system_prompt=PROMPT), folders["llama"])
+    after_prefix = evaluate(short["llama"], replace(evaluation, system_prompt=PROMPT), short["llama"])
     assert after_prefix["kl_divergence"] == 0
     assert abs(after_prefix["perplexity"] / result["perplexity"] - 1) < 1e-3
 
 
-def test_any_model_can_be_scored_on_a_coded_cache(folders: dict[str, Path], text_file: Path, tmp_path: Path) -> None:
+def test_any_model_can_be_scored_on_a_coded_cache(short: dict[str, Path], text_file: Path, tmp_path: Path) -> None:
     evaluation = Evaluation(str(text_file), window=16, dtype="float32")
     distances = [
-        evaluate(folders["llama"], replace(evaluation, kv_bits=bits), folders["llama"])["kl_divergence"]
+        evaluate(short["llama"], replace(evaluation, kv_bits=bits), short["llama"])["kl_divergence"]
         for bits in (8, 4, 2)
     ]
     assert distances == sorted(distances)
     assert distances[2] > 10 * distances[0] > 0
-    quantize(folders["llama"], tmp_path / "out", Recipe(method="none", system_prompt=PROMPT))
+    quantize(short["llama"], tmp_path / "out", Recipe(method="none", system_prompt=PROMPT))
     both = evaluate(tmp_path / "out", replace(evaluation, kv_bits=2))
-    assert (both["prefix_tokens"], both["cache_bytes"]) == (4, 3 * CacheScheme(2).token_bytes(2, 16))
+    assert (both["prefix_tokens"], both["cache_bytes"]) == (4, 2 * CacheScheme(2).token_bytes(2, 16))
 
 
 def test_what_is_asked_for_goes_over_the_checkpoints_own_cache(
-    folders: dict[str, Path], text_file: Path, tmp_path: Path
+    short: dict[str, Path], text_file: Path, tmp_path: Path
 ) -> None:
     evaluation = Evaluation(str(text_file), window=16, dtype="float32")
-    quantize(folders["llama"], tmp_path / "out", Recipe(method="none", kv_bits=2))
+    quantize(short["llama"], tmp_path / "out", Recipe(method="none", kv_bits=2))
     result = {
         name: evaluate(tmp_path / "out", replace(evaluation, **settings))
         for name, settings in (("own", {}), ("plain", {"kv_bits": 16}), ("groups", {"kv": {"group_size": 8}}))
     }
-    assert result["own"]["cache_bytes"] == 3 * CacheScheme(2).token_bytes(2, 16)
-    assert result["plain"]["cache_bytes"] == 3 * 2 * 2 * 16 * 2
-    assert result["groups"]["cache_bytes"] == 3 * CacheScheme(2, 8).token_bytes(2, 16)
-    original = evaluate(folders["llama"], evaluation)["perplexity"]
+    assert result["own"]["cache_bytes"] == 2 * CacheScheme(2).token_bytes(2, 16)
+    assert result["plain"]["cache_bytes"] == 2 * 2 * 2 * 16 * 2
+    assert result["groups"]["cache_bytes"] == 2 * CacheScheme(2, 8).token_bytes(2, 16)
+    original = evaluate(short["llama"], evaluation)["perplexity"]
     assert abs(result["plain"]["perplexity"] / original - 1) < 1e-3
     assert abs(result["own"]["perplexity"] / original - 1) > 1e-3
     with pytest.raises(BadRecipe, match="set --kv-bits"):
-        evaluate(folders["llama"], replace(evaluation, kv={"window": 4}))
+        evaluate(short["llama"], replace(evaluation, kv={"window": 4}))
 
 
-def test_what_a_packed_model_runs_on_is_saved_with_it(folders: dict[str, Path], tmp_path: Path) -> None:
-    quantize(folders["llama"], tmp_path / "out", Recipe(method="none", kv_bits=4, system_prompt=PROMPT))
-    states = [(torch.zeros(2, 1, 16).half(), torch.zeros(2, 1, 16).half()) for _ in range(3)]
+def test_what_a_packed_model_runs_on_is_saved_with_it(short: dict[str, Path], tmp_path: Path) -> None:
+    quantize(short["llama"], tmp_path / "out", Recipe(method="none", kv_bits=4, system_prompt=PROMPT))
+    states = [(torch.zeros(2, 1, 16).half(), torch.zeros(2, 1, 16).half()) for _ in range(2)]
     changed = load(tmp_path / "out")
     attach_cache_(changed, CacheScheme(3), PrefixIds((7,)))
     set_prefix_(changed, states)
@@ -352,18 +350,18 @@ def test_what_a_packed_model_runs_on_is_saved_with_it(folders: dict[str, Path], 
     )
 
 
-def test_a_prefix_keeps_its_type_and_a_plain_model_does_not_save_it(folders: dict[str, Path], tmp_path: Path) -> None:
-    quantize(folders["llama"], tmp_path / "out", Recipe(method="none", system_prompt=PROMPT))
+def test_a_prefix_keeps_its_type_and_a_plain_model_does_not_save_it(short: dict[str, Path], tmp_path: Path) -> None:
+    quantize(short["llama"], tmp_path / "out", Recipe(method="none", system_prompt=PROMPT))
     packed = load(tmp_path / "out").to(torch.bfloat16)
     assert packed.model.layers[0].self_attn.prefix.keys.dtype == torch.float16
-    plain = load(folders["llama"])
+    plain = load(short["llama"])
     attach_prefix_(plain, CacheScheme(4), PrefixIds(IDS))
     plain.save_pretrained(tmp_path / "plain")
     assert not any("prefix" in name for name in tensors_of(tmp_path / "plain"))
 
 
-def test_a_prefix_that_cannot_be_leaves_the_model_as_it_was(folders: dict[str, Path]) -> None:
-    model = load(folders["llama"])
+def test_a_prefix_that_cannot_be_leaves_the_model_as_it_was(short: dict[str, Path]) -> None:
+    model = load(short["llama"])
     attach_prefix_(model, CacheScheme(4), PrefixIds(IDS))
     target = logits(model, text())
     for ids in ((3,) * 200, (3, 10_000)):

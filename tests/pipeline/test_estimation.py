@@ -49,10 +49,10 @@ COUNTED: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "qwen2-untied"])
 @pytest.mark.parametrize("case", COUNTED)
 def test_sizes_are_those_of_what_is_written(
-    case: str, name: str, recipe: Recipe, folders: dict[str, Path], tmp_path: Path
+    case: str, name: str, recipe: Recipe, short: dict[str, Path], tmp_path: Path
 ) -> None:
     chosen = replace(recipe, activation_bits=16 if case.startswith(("norm", "column")) else 4, **COUNTED[case])
-    report, result = quantize(folders[name], tmp_path / "out", chosen), estimation.estimate(folders[name], chosen)
+    report, result = quantize(short[name], tmp_path / "out", chosen), estimation.estimate(short[name], chosen)
     assert report.size["effective_bits"] == pytest.approx(result.effective_bits, rel=1e-12)
     assert report.size["activation_bits"] == pytest.approx(result.activation_bits, rel=1e-12)
     tensors = [tensor for file in (tmp_path / "out").glob("*.safetensors") for tensor in load_file(file).values()]
@@ -74,7 +74,7 @@ def test_what_no_model_would_change_is_known_before_one_is_fetched(
 
 @pytest.mark.parametrize(("method", "streams"), [("gptq", 1), ("gptaq", 2)])
 def test_activation_streams_are_what_a_run_holds(
-    method: str, streams: int, recipe: Recipe, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: str, streams: int, recipe: Recipe, short: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held: list[int] = []
     advance = Passage.advance
@@ -88,8 +88,8 @@ def test_activation_streams_are_what_a_run_holds(
     monkeypatch.setattr(Passage, "advance", record)
     for windows in (4, 8):
         chosen = replace(recipe, method=method, num_windows=windows)
-        quantize(folders["llama"], tmp_path / f"{windows}", chosen)
-        result = estimation.estimate(folders["llama"], chosen).memory_bytes
+        quantize(short["llama"], tmp_path / f"{windows}", chosen)
+        result = estimation.estimate(short["llama"], chosen).memory_bytes
         # Between a block's sites the inputs of its output and down projections are kept, too, beside 48 channels.
         assert result["activation streams"] == max(held) * (48 + 96 + 80) // 48
         assert result["peak"] == sum(size for part, size in result.items() if part != "peak")
@@ -97,13 +97,13 @@ def test_activation_streams_are_what_a_run_holds(
 
 
 def test_time_grows_with_tokens_steps_and_slowness(
-    recipe: Recipe, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    recipe: Recipe, short: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     speed = 1e6
 
     def seconds(**changes: Any) -> float:
         monkeypatch.setattr(estimation, "_product_speed", lambda *_: speed)
-        return estimation.estimate(folders["llama"], replace(recipe, **changes)).seconds
+        return estimation.estimate(short["llama"], replace(recipe, **changes)).seconds
 
     one, two, three = (seconds(num_windows=n) for n in (4, 8, 12))
     assert one > 0
@@ -116,13 +116,13 @@ def test_time_grows_with_tokens_steps_and_slowness(
     assert seconds() == pytest.approx(2 * one, rel=0.1)
 
 
-def test_statistics_are_as_large_as_the_widest_input(recipe: Recipe, folders: dict[str, Path]) -> None:
+def test_statistics_are_as_large_as_the_widest_input(recipe: Recipe, short: dict[str, Path]) -> None:
     def statistics(method: str) -> int:
-        return estimation.estimate(folders["llama"], replace(recipe, method=method)).memory_bytes["statistics"]
+        return estimation.estimate(short["llama"], replace(recipe, method=method)).memory_bytes["statistics"]
 
     # The Gram matrix of 96 channels (6 heads of 16), at least, and with it a drift of the same size.
     matrix = 96 * 96 * torch.float32.itemsize
     assert statistics("gptq") >= matrix
     assert statistics("gptaq") - statistics("gptq") == matrix
-    without = estimation.estimate(folders["llama"], replace(recipe, method="rtn", calibration=None))
+    without = estimation.estimate(short["llama"], replace(recipe, method="rtn", calibration=None))
     assert without.memory_bytes["statistics"] == 0

@@ -63,33 +63,33 @@ STAGES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("options", STAGES.values(), ids=STAGES)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_stage_of_serq_leaves_the_function_where_bits_are_many(
-    name: str, options: dict[str, Any], folders: dict[str, Path], token_file: Path, tmp_path: Path
+    name: str, options: dict[str, Any], short: dict[str, Path], token_file: Path, tmp_path: Path
 ) -> None:
     """At 8 bits with a second weight hardly anything is lost: a fold, order or gather gone wrong would show."""
     values = {"method": "serq", "bits": 8, "activation_bits": 8, "options": {"rank": RANK, **options}}
-    _, model = make(folders[name], token_file, tmp_path / "out", **values)
-    assert departure(model, folders[name]) < 0.06
+    _, model = make(short[name], token_file, tmp_path / "out", **values)
+    assert departure(model, short[name]) < 0.06
 
 
 @pytest.mark.each_value
 @pytest.mark.parametrize("method", ["quarot", "smoothquant", "qera", "l2qer"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_baselines_leave_the_function_where_bits_are_many(
-    name: str, method: str, folders: dict[str, Path], token_file: Path, tmp_path: Path
+    name: str, method: str, short: dict[str, Path], token_file: Path, tmp_path: Path
 ) -> None:
-    _, model = make(folders[name], token_file, tmp_path / "out", method=method, bits=8, activation_bits=8)
-    assert departure(model, folders[name]) < 0.04
+    _, model = make(short[name], token_file, tmp_path / "out", method=method, bits=8, activation_bits=8)
+    assert departure(model, short[name]) < 0.04
 
 
 def test_serq_is_better_than_its_baselines_and_twice_the_input_better_still(
-    folders: dict[str, Path], token_file: Path, tmp_path: Path
+    short: dict[str, Path], token_file: Path, tmp_path: Path
 ) -> None:
     # Of the tiny models, this one has outlier channels enough for flattening and salient channels to matter.
     name = "llama"
 
     def result(method: str, **options: Any) -> float:
         values = {"method": method, "activation_bits": 4, "options": options}
-        return departure(make(folders[name], token_file, tmp_path / "out", **values)[1], folders[name])
+        return departure(make(short[name], token_file, tmp_path / "out", **values)[1], short[name])
 
     serq = result("serq", rank=RANK)
     assert serq < min(result("rtn"), result("smoothquant"))
@@ -97,21 +97,21 @@ def test_serq_is_better_than_its_baselines_and_twice_the_input_better_still(
 
 
 def test_output_error_of_every_linear_falls_with_the_rank(
-    folders: dict[str, Path], token_file: Path, tmp_path: Path
+    short: dict[str, Path], token_file: Path, tmp_path: Path
 ) -> None:
     errors = []
     for rank in (0, 16, 32, 48):
         options = {"rank": rank, "rounding": "rtn"}
-        report, _ = make(folders["llama"], token_file, tmp_path / "out", **SERQ, options=options)
+        report, _ = make(short["llama"], token_file, tmp_path / "out", **SERQ, options=options)
         errors.append([linear.output_error for linear in report.linears])
         assert all(linear.output_error is not None for linear in report.linears)
     for one, more in itertools.pairwise(errors):
         assert all(b < a for a, b in zip(one, more, strict=True))
 
 
-def test_offline_orders_store_no_gather(folders: dict[str, Path], token_file: Path, tmp_path: Path) -> None:
+def test_offline_orders_store_no_gather(short: dict[str, Path], token_file: Path, tmp_path: Path) -> None:
     def gathers(**options: Any) -> set[str]:
-        _, model = make(folders["llama"], token_file, tmp_path / "out", **SERQ, options={"rank": RANK, **options})
+        _, model = make(short["llama"], token_file, tmp_path / "out", **SERQ, options={"rank": RANK, **options})
         linears = {path: m for path, m in packed_modules(model).items() if isinstance(m, PackedLinear)}
         assert all(m.linear.input.gather is m.input.gather for m in linears.values())
         return {path.split(".")[-1] for path, module in linears.items() if module.gather is not None}
@@ -121,15 +121,15 @@ def test_offline_orders_store_no_gather(folders: dict[str, Path], token_file: Pa
     assert gathers(permutation="offline") == set()
 
 
-def test_a_global_order_keeps_a_tied_head_tied(folders: dict[str, Path], token_file: Path, tmp_path: Path) -> None:
+def test_a_global_order_keeps_a_tied_head_tied(short: dict[str, Path], token_file: Path, tmp_path: Path) -> None:
     options = {"rank": RANK, "permutation": "offline"}
-    _, model = make(folders["llama-tied"], token_file, tmp_path / "out", **SERQ, options=options)
+    _, model = make(short["llama-tied"], token_file, tmp_path / "out", **SERQ, options=options)
     assert model.config.tie_word_embeddings
     assert "lm_head" not in packed_config_of(model.config).modules
 
 
-def test_bits_are_what_the_stored_terms_take(folders: dict[str, Path], token_file: Path, tmp_path: Path) -> None:
-    report, model = make(folders["llama"], token_file, tmp_path / "out", **SERQ, options={"rank": RANK})
+def test_bits_are_what_the_stored_terms_take(short: dict[str, Path], token_file: Path, tmp_path: Path) -> None:
+    report, model = make(short["llama"], token_file, tmp_path / "out", **SERQ, options={"rank": RANK})
     bits = weights = channels = tokens = 0
     for path, module in packed_modules(model).items():
         if isinstance(module, PackedLinear) and path.startswith("model.layers."):
@@ -146,11 +146,9 @@ def test_bits_are_what_the_stored_terms_take(folders: dict[str, Path], token_fil
     assert sum(each) == pytest.approx(bits)
 
 
-def test_an_override_keeps_one_linears_input(folders: dict[str, Path], token_file: Path, tmp_path: Path) -> None:
+def test_an_override_keeps_one_linears_input(short: dict[str, Path], token_file: Path, tmp_path: Path) -> None:
     overrides = {"re:.*down_proj": {"activation_bits": 8}, "re:.*o_proj": {"activation_bits": 16}}
-    _, model = make(
-        folders["llama"], token_file, tmp_path / "out", method="rtn", activation_bits=4, overrides=overrides
-    )
+    _, model = make(short["llama"], token_file, tmp_path / "out", method="rtn", activation_bits=4, overrides=overrides)
     result = {
         path.split(".")[-1]: None if module.activation is None else module.activation.bits
         for path, module in packed_modules(model).items()
@@ -160,9 +158,9 @@ def test_an_override_keeps_one_linears_input(folders: dict[str, Path], token_fil
 
 
 def test_wider_inputs_come_closer_to_those_that_are_not_quantized(
-    folders: dict[str, Path], token_file: Path, tmp_path: Path
+    short: dict[str, Path], token_file: Path, tmp_path: Path
 ) -> None:
-    _, model = make(folders["llama"], token_file, tmp_path / "out", method="rtn", activation_bits=8)
+    _, model = make(short["llama"], token_file, tmp_path / "out", method="rtn", activation_bits=8)
     eight = logits(model)
     for module in model.modules():
         if isinstance(module, PackedLinear):
@@ -182,40 +180,40 @@ def test_wider_inputs_come_closer_to_those_that_are_not_quantized(
     ({"method": "serq", "options": {"rank": 0, "residual": "salient"}}, "residual is 'salient' but rank is 0"),
 ])  # fmt: skip
 def test_what_does_not_fit_is_refused_before_anything_is_written(
-    values: dict[str, Any], message: str, folders: dict[str, Path], token_file: Path, tmp_path: Path
+    values: dict[str, Any], message: str, short: dict[str, Path], token_file: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(BadRecipe, match=message):
-        make(folders["llama"], token_file, tmp_path / "out", **values)
+        make(short["llama"], token_file, tmp_path / "out", **values)
     assert not list(tmp_path.iterdir())
 
 
 def test_norm_biases_are_not_folded_behind_quantized_inputs(
-    folders: dict[str, Path], token_file: Path, tmp_path: Path
+    short: dict[str, Path], token_file: Path, tmp_path: Path
 ) -> None:
     values = {"method": "d2quant", "activation_bits": 8, "options": {"rotation": "none"}}
-    _, model = make(folders["llama"], token_file, tmp_path / "out", **values)
+    _, model = make(short["llama"], token_file, tmp_path / "out", **values)
     with pytest.raises(CheckpointError, match="the linears that read it quantize their inputs"):
         fold_norm_biases_(model)
 
 
 def test_a_model_without_norm_biases_has_nothing_to_fold(
-    folders: dict[str, Path], token_file: Path, tmp_path: Path
+    short: dict[str, Path], token_file: Path, tmp_path: Path
 ) -> None:
-    _, model = make(folders["llama"], token_file, tmp_path / "out", **SERQ, options={"rank": RANK})
+    _, model = make(short["llama"], token_file, tmp_path / "out", **SERQ, options={"rank": RANK})
     before = logits(model)
     fold_norm_biases_(model)
     assert torch.equal(logits(model), before)
 
 
 def test_readers_of_one_site_are_calibrated_on_what_each_of_them_sees(
-    folders: dict[str, Path], token_file: Path, tmp_path: Path
+    short: dict[str, Path], token_file: Path, tmp_path: Path
 ) -> None:
     """One reader whose input stays as it is must not decide for the others."""
     options = {"inputs": "quantized", "rounding": "gptq"}
     values = {"method": "smoothquant", "activation_bits": 3, "options": options}
-    alike, _ = make(folders["llama"], token_file, tmp_path / "alike", **values)
+    alike, _ = make(short["llama"], token_file, tmp_path / "alike", **values)
     overrides = {"re:.*q_proj": {"activation_bits": 16}}
-    mixed, _ = make(folders["llama"], token_file, tmp_path / "mixed", **values, overrides=overrides)
+    mixed, _ = make(short["llama"], token_file, tmp_path / "mixed", **values, overrides=overrides)
     errors = [
         {linear.path: linear.output_error for linear in report.linears if ".layers.0." in linear.path}
         for report in (alike, mixed)
@@ -227,21 +225,21 @@ def test_readers_of_one_site_are_calibrated_on_what_each_of_them_sees(
 
 
 def test_a_reader_is_not_calibrated_on_what_the_one_before_it_sees(
-    folders: dict[str, Path], token_file: Path, tmp_path: Path
+    short: dict[str, Path], token_file: Path, tmp_path: Path
 ) -> None:
     """k_proj's input stays as it is: q_proj's, quantized and rounded first, must not take its place."""
     values = {"method": "smoothquant", "activation_bits": 3, "options": {"inputs": "quantized", "rounding": "gptq"}}
     errors = []
     for pattern in ("re:.*k_proj", "re:.*[qkv]_proj"):
         overrides = {pattern: {"activation_bits": 16}}
-        report, _ = make(folders["llama"], token_file, tmp_path / "out", **values, overrides=overrides)
+        report, _ = make(short["llama"], token_file, tmp_path / "out", **values, overrides=overrides)
         errors.append({linear.path: linear.output_error for linear in report.linears})
     path = "model.layers.0.self_attn.k_proj"
     assert errors[0][path] == pytest.approx(errors[1][path], rel=1e-4)
 
 
 def test_a_site_is_streamed_once_however_many_ways_its_readers_see_it(
-    folders: dict[str, Path], token_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    short: dict[str, Path], token_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     passages: list[str] = []
     at = BlockStream.at
@@ -254,15 +252,15 @@ def test_a_site_is_streamed_once_however_many_ways_its_readers_see_it(
     overrides = {"re:.*q_proj": {"activation_bits": 8}, "re:.*k_proj": {"activation_bits": 16}}
     options = {"inputs": "quantized", "rounding": "gptq"}
     values = {"method": "quarot", "activation_bits": 4, "options": options, "overrides": overrides}
-    make(folders["llama"], token_file, tmp_path / "out", **values)
-    assert passages == ["attention_in", "attention_out", "mlp_in", "mlp_hidden"] * 3
+    make(short["llama"], token_file, tmp_path / "out", **values)
+    assert passages == ["attention_in", "attention_out", "mlp_in", "mlp_hidden"] * 2
 
 
 @pytest.mark.parametrize("fault", ["twice", "beyond"])
 def test_a_gather_that_is_no_permutation_is_refused_at_load(
-    fault: str, folders: dict[str, Path], token_file: Path, tmp_path: Path
+    fault: str, short: dict[str, Path], token_file: Path, tmp_path: Path
 ) -> None:
-    make(folders["llama"], token_file, tmp_path / "out", **SERQ, options={"rank": RANK})
+    make(short["llama"], token_file, tmp_path / "out", **SERQ, options={"rank": RANK})
     file = tmp_path / "out" / "model.safetensors"
     files = [file] if file.is_file() else sorted((tmp_path / "out").glob("*.safetensors"))
     for one in files:
@@ -277,10 +275,10 @@ def test_a_gather_that_is_no_permutation_is_refused_at_load(
 
 
 def test_layers_in_another_order_are_not_compared_with_the_original(
-    folders: dict[str, Path], token_file: Path, tmp_path: Path
+    short: dict[str, Path], token_file: Path, tmp_path: Path
 ) -> None:
     options = {"rank": RANK, "flattening": "none", "permutation": "offline"}
-    report, _ = make(folders["llama"], token_file, tmp_path / "out", **SERQ, options=options)
+    report, _ = make(short["llama"], token_file, tmp_path / "out", **SERQ, options=options)
     assert all(linear.basis_changed for linear in report.linears)
     bits = [linear.effective_bits * linear.shape[0] * linear.shape[1] for linear in report.linears]
     weights = [linear.shape[0] * linear.shape[1] for linear in report.linears]
@@ -289,7 +287,7 @@ def test_layers_in_another_order_are_not_compared_with_the_original(
 
 @pytest.mark.parametrize("inputs", ["quantized", "exact"])
 def test_calibration_sees_keys_and_values_as_the_cache_quantizes_them(
-    inputs: str, folders: dict[str, Path], token_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    inputs: str, short: dict[str, Path], token_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of the first block, whose inputs are the same in calibration and in the running model."""
     grams: list[Tensor] = []
@@ -303,7 +301,7 @@ def test_calibration_sees_keys_and_values_as_the_cache_quantizes_them(
 
     monkeypatch.setattr(rounding, "_observe", noted)
     _, model = make(
-        folders["llama"], token_file, tmp_path / "out", method="serq", options={"rank": RANK, "inputs": inputs},
+        short["llama"], token_file, tmp_path / "out", method="serq", options={"rank": RANK, "inputs": inputs},
         activation_bits=16, kv_bits=2, num_windows=24,
     )  # fmt: skip
     captured: list[Tensor] = []

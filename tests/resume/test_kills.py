@@ -21,13 +21,13 @@ from subnibble.resume.runs import has_unfinished
 
 
 @pytest.fixture
-def resumable(kind: str, folders: dict[str, Path], token_file: Path, monkeypatch: pytest.MonkeyPatch) -> Resumable:
+def resumable(kind: str, short: dict[str, Path], token_file: Path, monkeypatch: pytest.MonkeyPatch) -> Resumable:
     saves_always(monkeypatch)
     values: dict[str, Any] = {
         "bits": 4, "group_size": 16, "calibration": str(token_file), "num_windows": 8, "window": 24, "device": "cpu",
         "dtype": "float32", **RECIPES[kind],
     }  # fmt: skip
-    return Resumable(folders["llama"], Recipe(**values))
+    return Resumable(short["llama"], Recipe(**values))
 
 
 def check_goes_on(resumable: Resumable, out: Path, target: Any) -> None:
@@ -57,7 +57,7 @@ def check_kills_at(resumable: Resumable, tmp_path: Path, numbers: range) -> set[
 
 @pytest.mark.parametrize("kind", ["rtn", "prompt, shift, distilled"])
 def test_a_run_killed_at_some_of_its_disk_operations_goes_on(resumable: Resumable, tmp_path: Path) -> None:
-    last = check_kills_at(resumable, tmp_path, range(19, 1000, 37))
+    last = check_kills_at(resumable, tmp_path, range(19, 1000, 25))
     assert len(last) > 1
 
 
@@ -122,11 +122,11 @@ def check_power_failures(resumable: Resumable, tmp_path: Path, every: int) -> No
 
 @pytest.mark.parametrize("forgotten", ["sync_file", "sync_folder"])
 def test_writes_that_are_not_synced_are_found_out(
-    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forgotten: str
+    short: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forgotten: str
 ) -> None:
     # The model of a power failure must tell such a run from a right one.
     saves_always(monkeypatch)
-    resumable = Resumable(folders["llama"], Recipe(method="rtn", bits=4, group_size=16, dtype="float32", device="cpu"))
+    resumable = Resumable(short["llama"], Recipe(method="rtn", bits=4, group_size=16, dtype="float32", device="cpu"))
     with monkeypatch.context() as patch:
         patch.setattr(durable, forgotten, lambda path: None)
         with pytest.raises((AssertionError, BadJournal)):

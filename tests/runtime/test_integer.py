@@ -11,6 +11,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
+
 from integer_oracle import (
     COLUMNS,
     INPUTS,
@@ -24,8 +26,6 @@ from integer_oracle import (
     weight_of,
     weight_planes,
 )
-from torch import Tensor
-
 from linears import built
 from subnibble.runtime import integer, ops
 from subnibble.runtime.activations import Quantized, quantize

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+
 from integer_oracle import (
     COLUMNS,
     INPUTS,
@@ -23,7 +24,6 @@ from integer_oracle import (
     weight_of,
     weight_range,
 )
-
 from linears import built, changed
 from subnibble.runtime import integer, ops
 from subnibble.runtime.activations import quantize

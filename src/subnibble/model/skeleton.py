@@ -54,7 +54,9 @@ class Block:
             id(parameter): nn.Parameter(parameter.detach().to(dtype, copy=True), parameter.requires_grad)
             for parameter in self.module.parameters()
         }
-        module = copy.deepcopy(self.module, copies)
+        # Its modules hold the model's config, which copies share.
+        configs = (module.__dict__.get("config") for module in self.module.modules())
+        module = copy.deepcopy(self.module, copies | {id(config): config for config in configs})
         return replace(self, module=module if dtype is None else module.to(dtype))
 
 

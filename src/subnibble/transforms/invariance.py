@@ -59,15 +59,16 @@ def edit_errors(block: Block, call: BlockCall, seed: int = 0) -> Iterator[tuple[
     weight = next(block.module.parameters())
     width = block.gain(block.arch.residual.norms[0]).shape[0]
     hidden = torch.randn(1, _TOKENS, width, generator=generator).to(weight)
+    before = _run(block.module, hidden, call)
     for site in block.arch.sites:
         if "scale" in site.edits:
             factors = (torch.rand(_writer_channels(block, site), generator=generator) * 2 - 1).exp().to(weight)
-            yield _change(block, hidden, call, _scaling(site, factors)), f"scale {site.name}"
+            yield _change(block, hidden, before, call, _scaling(site, factors)), f"scale {site.name}"
         if "permute" in site.edits:
             order = _random_order(block, site, generator).to(weight.device)
-            yield _change(block, hidden, call, _permuting(site, order)), f"permute {site.name}"
+            yield _change(block, hidden, before, call, _permuting(site, order)), f"permute {site.name}"
     order = torch.randperm(width, generator=generator).to(weight.device)
-    yield _residual_change(block, hidden, call, order), "permute the residual stream"
+    yield _residual_change(block, hidden, before, call, order), "permute the residual stream"
 
 
 def _scaling(site: Site, factors: Tensor) -> Callable[[Block], None]:
@@ -78,19 +79,18 @@ def _permuting(site: Site, order: Tensor) -> Callable[[Block], None]:
     return lambda block: permute_site_(block, site, order)
 
 
-def _change(block: Block, hidden: Tensor, call: BlockCall, edit: Callable[[Block], None]) -> float:
-    """Relative change of the block's output by an edit of a copy of it."""
+def _change(block: Block, hidden: Tensor, before: Tensor, call: BlockCall, edit: Callable[[Block], None]) -> float:
+    """Relative change of the block's output `before` by an edit of a copy of it."""
     edited = block.copy()
     edit(edited)
-    before, after = _run(block.module, hidden, call), _run(edited.module, hidden, call)
+    after = _run(edited.module, hidden, call)
     return _relative(after - before, before, hidden, block)
 
 
-def _residual_change(block: Block, hidden: Tensor, call: BlockCall, order: Tensor) -> float:
-    """Relative change of the block's output if the residual channels of block, input and output are reordered."""
+def _residual_change(block: Block, hidden: Tensor, before: Tensor, call: BlockCall, order: Tensor) -> float:
+    """As `_change`, if the residual channels of block, input and output are reordered."""
     edited = block.copy()
     permute_residual_(edited, block.arch.residual, order)
-    before = _run(block.module, hidden, call)
     after = _run(edited.module, hidden[..., order], call)
     return _relative(after - before[..., order], before, hidden, block)
 
