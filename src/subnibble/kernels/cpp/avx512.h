@@ -148,13 +148,15 @@ struct V {
 #include "amx.h"
 #endif
 #include "products.h"
+#include "rounding.h"
+#include "segment_sums.h"
 
 namespace subnibble {
 #if defined(SUBNIBBLE_USES_AMX)
-const Kernel avx512amx{"avx512amx", L, dequantize, products::product, products::round_token};
+const Kernel avx512amx{"avx512amx", L, dequantize, products::product, rounding::round_token, sum_segments};
 #elif defined(__AVX512VNNI__)
-const Kernel avx512vnni{"avx512vnni", L, dequantize, products::product, products::round_token};
+const Kernel avx512vnni{"avx512vnni", L, dequantize, products::product, rounding::round_token, sum_segments};
 #else
-const Kernel avx512{"avx512", L, dequantize, products::product, products::round_token};
+const Kernel avx512{"avx512", L, dequantize, products::product, rounding::round_token, sum_segments};
 #endif
 }

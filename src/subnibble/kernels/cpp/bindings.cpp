@@ -92,8 +92,7 @@ struct Scheme {
         return Input(*kernel, dense(x, type, tokens, columns, stride), scheme);
     }
     Input rest(const Input& quantized, std::uintptr_t x, int type, std::int64_t stride, std::int64_t columns) const {
-        return quantized.rest(*kernel, dense(x, type, quantized.count(), quantized.columns(), stride), scheme,
-                              columns);
+        return quantized.rest(*kernel, dense(x, type, quantized.count(), quantized.columns(), stride), columns);
     }
 };
 

@@ -139,24 +139,6 @@ void share(std::int64_t count, std::int64_t step, std::int64_t amount, Work work
     }
 }
 
-// Runs of a weight's columns that lie in one of its groups and in one group of the input, from `start` on.
-std::vector<Segment> segments_of(const Tiles& w, const Input& x, std::int64_t start) {
-    std::vector<Segment> segments;
-    const std::vector<std::int64_t>& bounds = x.bounds();
-    std::int64_t column = 0;
-    std::int64_t group = std::upper_bound(bounds.begin(), bounds.end(), start) - bounds.begin() - 1;
-    while (column < w.columns) {
-        while (bounds[static_cast<std::size_t>(group) + 1] <= start + column) ++group;
-        const std::int64_t of_weight = column / w.group;
-        const std::int64_t stop =
-            std::min({(of_weight + 1) * w.group, w.columns, bounds[static_cast<std::size_t>(group) + 1] - start});
-        const std::int64_t block = column / kBlockColumns;
-        segments.push_back({block, (stop + kBlockColumns - 1) / kBlockColumns - block, column, of_weight, group});
-        column = stop;
-    }
-    return segments;
-}
-
 }  // namespace
 
 std::vector<std::string> instruction_sets() {
@@ -172,70 +154,32 @@ const Kernel* find_kernel(const std::string& name) {
     return nullptr;
 }
 
+std::int64_t scratch_bytes(const Tiles& w, std::int64_t tokens) {
+    const bool panels = tokens >= kManyTokens || w.grid == Grid::sign;
+    return panels ? 2 * w.planes() * w.blocks * 8 * kVectorBytes : 0;
+}
+
+void multiply_tiles(const Kernel& kernel, const Tiles& w, const Operand& x, float* y, std::int64_t y_stride, bool add,
+                    std::int64_t first, std::int64_t last, std::uint8_t* scratch) {
+    const Tokens& tokens = x.tokens();
+    if (first >= last) return;
+    if (w.columns > 0)
+        kernel.product(w, tokens, y, y_stride, add, first, last,
+                       scratch_bytes(w, tokens.count) > 0 ? scratch : nullptr);
+    else if (!add)
+        for (std::int64_t t = 0; t < tokens.count; ++t)
+            std::fill(y + t * y_stride + first * kTileRows, y + t * y_stride + std::min(last * kTileRows, w.rows), 0.0f);
+}
+
 void multiply(const Kernel& kernel, const Tiles& w, const Input& x, std::int64_t start, float* y, std::int64_t y_stride,
               bool add) {
-    if (start < 0 || start + w.columns > x.columns())
-        throw std::invalid_argument("the weight has columns beyond those of the input");
-    if (w.columns == 0 && !add)
-        for (std::int64_t t = 0; t < x.count(); ++t) std::fill(y + t * y_stride, y + t * y_stride + w.rows, 0.0f);
-    if (x.count() == 0 || w.rows == 0 || w.columns == 0) return;
-    std::vector<Segment> segments = segments_of(w, x, start);
-    const auto count = static_cast<std::int64_t>(segments.size());
-    const int planes = x.planes();
-
-    Tokens tokens{x.numbers() + start, x.token_stride(), x.plane_stride(), planes, x.fixed(), x.count(),
-                  x.scales(),          x.groups(),       nullptr,          nullptr,         segments.data(), count};
-    // A segment's blocks must hold zeros where its columns are not. As numbers lie, this is so where it begins and ends
-    // with a block, or where the input ends. Otherwise each segment gets a copy, with zeros around it.
-    bool aligned_blocks = true;
-    std::int64_t room = 0;
-    std::vector<std::int64_t> stops;
-    for (std::int64_t s = 0; s < count; ++s) {
-        const std::int64_t stop = s + 1 < count ? segments[s + 1].offset : w.columns;
-        stops.push_back(stop);
-        aligned_blocks = aligned_blocks && segments[s].offset % kBlockColumns == 0 &&
-                         (stop % kBlockColumns == 0 || (start + stop == x.columns() && start % kBlockColumns == 0));
-        room += segments[s].blocks * kBlockColumns;
-    }
-    const auto sums = aligned<std::int32_t>(x.count() * count * planes);
-    const auto float_sums = aligned<float>(x.count() * count);
-    for (std::int64_t t = 0; t < x.count(); ++t)
-        for (std::int64_t s = 0; s < count; ++s) {
-            std::int32_t* of_segment = sums.get() + (t * count + s) * planes;
-            for (int p = 0; p < planes; ++p) {
-                const std::int8_t* from = tokens.numbers + p * tokens.plane_stride + t * tokens.token_stride;
-                std::int32_t sum = 0;
-                for (std::int64_t i = segments[s].offset; i < stops[s]; ++i) sum += from[i];
-                of_segment[p] = sum;
-            }
-            const std::int64_t low = of_segment[0] + (planes > 1 ? 256 * std::int64_t{of_segment[1]} : 0);
-            float_sums[t * count + s] = static_cast<float>(low);
-        }
-    tokens.sums = sums.get();
-    tokens.float_sums = float_sums.get();
-    Aligned<std::int8_t> arranged;
-    if (!aligned_blocks) {
-        arranged = aligned<std::int8_t>(planes * x.count() * room);
-        std::fill(arranged.get(), arranged.get() + planes * x.count() * room, std::int8_t{0});
-        std::int64_t place = 0;
-        for (std::int64_t s = 0; s < count; ++s) {
-            Segment& segment = segments[s];
-            const std::int64_t first = segment.offset, at = place + first - segment.block * kBlockColumns;
-            for (int p = 0; p < planes; ++p)
-                for (std::int64_t t = 0; t < x.count(); ++t) {
-                    const std::int8_t* from = tokens.numbers + p * tokens.plane_stride + t * tokens.token_stride;
-                    std::copy(from + first, from + stops[s], arranged.get() + (p * x.count() + t) * room + at);
-                }
-            segment.offset = place;
-            place += segment.blocks * kBlockColumns;
-        }
-        tokens.numbers = arranged.get(), tokens.token_stride = room, tokens.plane_stride = x.count() * room;
-    }
-    const std::int64_t panel_bytes = w.planes() * w.blocks * 8 * kVectorBytes;
+    Operand operand(x, start, w.columns, w.group);
+    if (x.count() == 0) return;
+    operand.read(kernel, x);
     share(w.tiles, 2, w.rows * w.columns * x.count(), [&](std::int64_t first, std::int64_t last) {
-        Aligned<std::uint8_t> scratch;
-        if (x.count() >= kManyTokens || w.grid == Grid::sign) scratch = aligned<std::uint8_t>(2 * panel_bytes);
-        kernel.product(w, tokens, y, y_stride, add, first, last, scratch.get());
+        const std::int64_t bytes = scratch_bytes(w, x.count());
+        const auto scratch = bytes > 0 ? aligned<std::uint8_t>(bytes) : nullptr;
+        multiply_tiles(kernel, w, operand, y, y_stride, add, first, last, scratch.get());
     });
 }
 

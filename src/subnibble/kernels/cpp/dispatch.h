@@ -6,6 +6,7 @@
 
 #include "input.h"
 #include "matrix.h"
+#include "operand.h"
 #include "repack.h"
 
 namespace subnibble {
@@ -20,6 +21,15 @@ const Kernel* find_kernel(const std::string& name);
 // x: its columns from `start` on are multiplied; of more columns than the weight has, the first ones.
 void multiply(const Kernel& kernel, const Tiles& w, const Input& x, std::int64_t start, float* y, std::int64_t y_stride,
               bool add);
+
+// The same for rows of tiles first .. last - 1, by the calling thread alone: allocates nothing, so that threads which
+// share a product by tiles may run it within one parallel region.
+// x: must suit the weight. scratch: `scratch_bytes` bytes of this thread's own, on a boundary of 64.
+void multiply_tiles(const Kernel& kernel, const Tiles& w, const Operand& x, float* y, std::int64_t y_stride, bool add,
+                    std::int64_t first, std::int64_t last, std::uint8_t* scratch);
+
+// Working memory of `multiply_tiles`; 0 for up to four tokens, except with weights on a sign grid.
+std::int64_t scratch_bytes(const Tiles& w, std::int64_t tokens);
 
 // Dense rows first .. last - 1 as float32 or bfloat16, the values of the reference bit for bit.
 // out: (last - first, columns), `out_stride` elements from row to row.

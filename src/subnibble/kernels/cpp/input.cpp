@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <stdexcept>
 
 namespace subnibble {
 
@@ -16,28 +17,25 @@ std::int64_t token_bytes(std::int64_t columns) { return ((columns + 63) / 64 | 1
 
 }  // namespace
 
-void Dense::read(std::int64_t index, float* out) const {
-    if (type == Number::float32) {
-        std::memcpy(out, data + 4 * index * stride, static_cast<std::size_t>(columns) * 4);
-        return;
-    }
+const float* Dense::read(std::int64_t index, float* room) const {
+    if (type == Number::float32) return reinterpret_cast<const float*>(data) + index * stride;
     const std::uint8_t* from = data + 2 * index * stride;
     for (std::int64_t i = 0; i < columns; ++i) {
         std::uint16_t half;
         std::memcpy(&half, from + 2 * i, 2);
         const std::uint32_t bits = static_cast<std::uint32_t>(half) << 16;
-        std::memcpy(out + i, &bits, 4);
+        std::memcpy(room + i, &bits, 4);
     }
+    return room;
 }
 
 Input::Input(const InputScheme& scheme, std::int64_t count, std::int64_t columns)
-    : count_(count), columns_(columns), token_stride_(token_bytes(columns)), planes_(scheme.planes),
-      fixed_(scheme.rounding.kind == Rounding::Kind::fixed) {
+    : scheme_(scheme), room_(count), count_(count), columns_(columns), token_stride_(token_bytes(columns)) {
     const std::int64_t inliers = columns - scheme.outliers;
     for (std::int64_t first = 0; first < inliers; first += scheme.group) bounds_.push_back(first);
     if (scheme.outliers > 0 || bounds_.empty()) bounds_.push_back(inliers);
     bounds_.push_back(columns);
-    numbers_ = aligned<std::int8_t>(planes_ * count_ * token_stride_);
+    numbers_ = aligned<std::int8_t>(planes() * count_ * token_stride_);
     scales_ = aligned<float>(count_ * groups());
 }
 
@@ -46,43 +44,43 @@ Input::Input(const Kernel& kernel, const Dense& x, const InputScheme& scheme) : 
 #pragma omp parallel if (count_ > 1 && count_ * columns_ > kSerialNumbers)
 #endif
     {
-        const auto token = aligned<float>(columns_);
-        const auto work = aligned<std::int32_t>(columns_);
+        const auto room = x.type == Number::float32 ? nullptr : aligned<float>(columns_);
 #if defined(_OPENMP)
 #pragma omp for
 #endif
-        for (std::int64_t t = 0; t < count_; ++t) {
-            x.read(t, token.get());
-            round(kernel, scheme, t, token.get(), work.get());
-        }
+        for (std::int64_t t = 0; t < count_; ++t) round(kernel, t, x.read(t, room.get()));
     }
 }
 
-Input Input::rest(const Kernel& kernel, const Dense& x, const InputScheme& scheme, std::int64_t columns) const {
-    Input result(scheme, count_, columns);
-    const auto token = aligned<float>(columns_), value = aligned<float>(columns_);
-    const auto work = aligned<std::int32_t>(columns_);
+void Input::assign(const Kernel& kernel, const Dense& x, float* room) {
+    if (x.count > room_ || x.columns != columns_) throw std::invalid_argument("the input has no room for these tokens");
+    count_ = x.count;
+    for (std::int64_t t = 0; t < count_; ++t) round(kernel, t, x.read(t, room));
+}
+
+Input Input::rest(const Kernel& kernel, const Dense& x, std::int64_t columns) const {
+    Input result(scheme_, count_, columns);
+    const auto room = aligned<float>(columns_), error = aligned<float>(columns);
     for (std::int64_t t = 0; t < count_; ++t) {
-        x.read(t, token.get());
-        values(t, columns, value.get());
-        for (std::int64_t i = 0; i < columns; ++i) token[i] -= value[i];
-        result.round(kernel, scheme, t, token.get(), work.get());
+        const float* token = x.read(t, room.get());
+        values(t, columns, error.get());
+        for (std::int64_t i = 0; i < columns; ++i) error[i] = token[i] - error[i];
+        result.round(kernel, t, error.get());
     }
     return result;
 }
 
-void Input::round(const Kernel& kernel, const InputScheme& scheme, std::int64_t token, const float* x,
-                  std::int32_t* work) {
+void Input::round(const Kernel& kernel, std::int64_t token, const float* x) {
     std::int8_t* numbers = numbers_.get() + token * token_stride_;
     float* scales = scales_.get() + token * groups();
-    const std::int64_t normal = groups() - (scheme.outliers > 0 ? 1 : 0);
-    kernel.round_token(scheme.rounding, planes_, x, bounds_.data(), normal, numbers, plane_stride(), scales, work);
-    if (scheme.outliers > 0) {
+    const std::int64_t normal = groups() - (scheme_.outliers > 0 ? 1 : 0);
+    kernel.round_token(scheme_.rounding, planes(), x, bounds_.data(), normal, numbers, plane_stride(), scales);
+    if (scheme_.outliers > 0) {
         const Rounding eight_bits{Rounding::Kind::symmetric, 127, 1.0f};
-        kernel.round_token(eight_bits, planes_, x, bounds_.data() + normal, 1, numbers, plane_stride(),
-                           scales + normal, work);
+        kernel.round_token(eight_bits, planes(), x, bounds_.data() + normal, 1, numbers, plane_stride(),
+                           scales + normal);
     }
-    for (int p = 0; p < planes_; ++p)
+    for (int p = 0; p < planes(); ++p)
         std::fill(numbers + p * plane_stride() + columns_, numbers + p * plane_stride() + token_stride_,
                   std::int8_t{0});
 }
@@ -92,7 +90,7 @@ void Input::values(std::int64_t token, std::int64_t columns, float* out) const {
     for (std::int64_t g = 0; g < groups(); ++g)
         for (std::int64_t i = bounds_[g]; i < std::min(bounds_[g + 1], columns); ++i) {
             std::int32_t number = 0;
-            for (int p = planes_ - 1; p >= 0; --p) number = 256 * number + numbers[p * plane_stride() + i];
+            for (int p = planes() - 1; p >= 0; --p) number = 256 * number + numbers[p * plane_stride() + i];
             out[i] = static_cast<float>(number) * scales_[token * groups() + g];
         }
 }

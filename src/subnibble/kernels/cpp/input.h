@@ -15,8 +15,8 @@ struct Dense {
     Number type;
     std::int64_t count, columns, stride;
 
-    // Write token `index` to `out`, as float32.
-    void read(std::int64_t index, float* out) const;
+    // Token `index` as float32: in place, or written to `room`.
+    const float* read(std::int64_t index, float* room) const;
 };
 
 // How a token's groups are rounded.
@@ -32,15 +32,21 @@ struct InputScheme {
 
 class Input {
    public:
+    // Room for `count` tokens.
+    Input(const InputScheme& scheme, std::int64_t count, std::int64_t columns);
     Input(const Kernel& kernel, const Dense& x, const InputScheme& scheme);
 
+    // Round other tokens by the scheme that this input was made with, at most as many as there is room for.
+    // Allocates nothing; one thread. room: for one token as float32; not used, and may be null, if x is float32.
+    void assign(const Kernel& kernel, const Dense& x, float* room);
+
     // The error of this input's first `columns` columns, rounded by the same scheme. x: what this input was made of.
-    Input rest(const Kernel& kernel, const Dense& x, const InputScheme& scheme, std::int64_t columns) const;
+    Input rest(const Kernel& kernel, const Dense& x, std::int64_t columns) const;
 
     std::int64_t count() const { return count_; }
     std::int64_t columns() const { return columns_; }
-    int planes() const { return planes_; }
-    bool fixed() const { return fixed_; }
+    int planes() const { return scheme_.planes; }
+    bool fixed() const { return scheme_.rounding.kind == Rounding::Kind::fixed; }
     std::int64_t groups() const { return static_cast<std::int64_t>(bounds_.size()) - 1; }
     // First column of each group, and the number of columns.
     const std::vector<std::int64_t>& bounds() const { return bounds_; }
@@ -51,14 +57,12 @@ class Input {
     const float* scales() const { return scales_.get(); }
 
    private:
-    Input(const InputScheme& scheme, std::int64_t count, std::int64_t columns);
-    void round(const Kernel& kernel, const InputScheme& scheme, std::int64_t token, const float* x, std::int32_t* work);
+    void round(const Kernel& kernel, std::int64_t token, const float* x);
     // What a token is worth, up to column `columns`.
     void values(std::int64_t token, std::int64_t columns, float* out) const;
 
-    std::int64_t count_, columns_, token_stride_;
-    int planes_;
-    bool fixed_;
+    InputScheme scheme_;
+    std::int64_t room_, count_, columns_, token_stride_;
     std::vector<std::int64_t> bounds_;
     Aligned<std::int8_t> numbers_;
     Aligned<float> scales_;

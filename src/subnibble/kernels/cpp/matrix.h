@@ -66,9 +66,11 @@ struct Kernel {
     // scratch: room for the panels of two tiles, or null: codes are decoded for every few tokens.
     void (*product)(const Tiles&, const Tokens&, float* y, std::int64_t y_stride, bool add, std::int64_t first,
                     std::int64_t last, std::uint8_t* scratch);
-    // One token as whole numbers (products.h).
+    // One token as whole numbers (rounding.h).
     void (*round_token)(const Rounding&, int planes, const float* x, const std::int64_t* bounds, std::int64_t groups,
-                        std::int8_t* numbers, std::int64_t plane_stride, float* scales, std::int32_t* work);
+                        std::int8_t* numbers, std::int64_t plane_stride, float* scales);
+    // Sums of a token's segments (segment_sums.h).
+    void (*sum_segments)(const Tokens&, std::int64_t token, std::int32_t* sums, float* float_sums);
 };
 
 extern const Kernel portable;

@@ -89,8 +89,10 @@ struct V {
 }  // namespace
 
 #include "products.h"
+#include "rounding.h"
+#include "segment_sums.h"
 
 namespace subnibble {
 // Rows are dequantized by the portable kernel.
-const Kernel neon{"neon", 0, nullptr, products::product, products::round_token};
+const Kernel neon{"neon", 0, nullptr, products::product, rounding::round_token, sum_segments};
 }  // namespace subnibble

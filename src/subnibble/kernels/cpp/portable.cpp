@@ -191,7 +191,9 @@ inline F V::numbers(const std::uint8_t* from, subnibble::Number type) {
 }  // namespace
 
 #include "products.h"
+#include "rounding.h"
+#include "segment_sums.h"
 
 namespace subnibble {
-const Kernel portable{"portable", L, dequantize, products::product, products::round_token};
+const Kernel portable{"portable", L, dequantize, products::product, rounding::round_token, sum_segments};
 }
