@@ -10,14 +10,14 @@ from subnibble.errors import StaleKernels
 
 _SOURCES = Path(__file__).parent / "cpp"
 # As in cpp/CMakeLists.txt.
-_PATTERNS = ("*.cpp", "*.h", "*.cmake", "CMakeLists.txt")
+_PATTERNS = ("*.cpp", "*.h", "*.cmake", "CMakeLists.txt", "step/*.cpp", "step/*.h")
 _SYMBOL = "subnibble_built_from"
 
 
 def sources_hash(folder: Path) -> str:
     """SHA-256 of the C++ sources in a folder, the same that CMake computes."""
-    files = sorted((file for pattern in _PATTERNS for file in folder.glob(pattern)), key=lambda file: file.name)
-    lines = (f"{file.name} {sha256(file.read_bytes()).hexdigest()}\n" for file in files)
+    files = {file.relative_to(folder).as_posix(): file for pattern in _PATTERNS for file in folder.glob(pattern)}
+    lines = (f"{name} {sha256(file.read_bytes()).hexdigest()}\n" for name, file in sorted(files.items()))
     return sha256("".join(lines).encode()).hexdigest()
 
 

@@ -262,6 +262,11 @@ class TiedHead(nn.Module):
         self.in_features, self.out_features = embedding.layout.num_columns, embedding.layout.rows
         self.activation: ActivationScheme | None = None
 
+    @property
+    def embedding(self) -> PackedEmbedding:
+        """The embedding whose table the head reads."""
+        return self._embedding[0]
+
     def __getattr__(self, name: str) -> Any:
         """Look up as `PackedModule` does: `weight` raises `NoWeight`."""
         if name == "weight":

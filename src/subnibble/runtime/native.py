@@ -123,7 +123,7 @@ def prepare(x: Tensor, site: SiteInput) -> NativeInput:
         tokens = tokens.to(dtype)
     if torch.compiler.is_compiling():
         return NativeInput(tokens, site.activation, site.requantized, dtype)
-    how = _rounding(native.isa(), site.activation, _FIXED_BYTES[tokens.dtype])
+    how = rounding(native.isa(), site.activation, _FIXED_BYTES[tokens.dtype])
     dense = _readable(tokens)
     address, number = dense.data_ptr(), _TYPES[dense.dtype]
     whole = how.round(address, number, *dense.shape, dense.stride(0))
@@ -167,7 +167,7 @@ def _eager(x: NativeInput, weight: PackedWeight) -> Tensor:
 def rounded(tokens: Tensor, scheme: ActivationScheme | None, fixed_bytes: int = 3) -> Any:
     """Round tokens (t, k), by a scheme or to fixed point: a C++ object."""
     dense = _readable(tokens)
-    how = _rounding(native.isa(), scheme, fixed_bytes)
+    how = rounding(native.isa(), scheme, fixed_bytes)
     return how.round(dense.data_ptr(), _TYPES[dense.dtype], *dense.shape, dense.stride(0))
 
 
@@ -180,7 +180,7 @@ def multiply_(y: Tensor, x: Any, weight: PackedTensor, add: bool = False) -> Non
     """
     start = 0
     for part in weight.ranges:
-        _repacked(part).multiply(x, start, y.data_ptr(), y.stride(0), add)
+        repacked(part).multiply(x, start, y.data_ptr(), y.stride(0), add)
         start, add = start + part.num_columns, True
 
 
@@ -191,7 +191,7 @@ def _readable(tokens: Tensor) -> Tensor:
 
 
 @cache
-def _rounding(isa: str, scheme: ActivationScheme | None, fixed_bytes: int) -> Any:
+def rounding(isa: str, scheme: ActivationScheme | None, fixed_bytes: int) -> Any:
     """How kernels of an instruction set round tokens."""
     if scheme is None:
         return native.module.Scheme(isa, _FIXED, 0, 1.0, FIXED_GROUP, 0, fixed_bytes)
@@ -208,7 +208,7 @@ def _rounding(isa: str, scheme: ActivationScheme | None, fixed_bytes: int) -> An
 _tiles: Any = WeakTensorKeyDictionary()
 
 
-def _repacked(part: PackedRange) -> Any:
+def repacked(part: PackedRange) -> Any:
     """The range in tiles: repacked at its first product, and again after its tensors were written to."""
     state = (native.isa(), _state(part.codes), _state(part.scales), _state(part.zeros))
     known = part.derived.get("tiles") or _tiles.get(part.codes)
@@ -240,13 +240,13 @@ def _on(part: PackedRange, function: Callable[..., Any], *arguments: object) -> 
     # Contiguous copies of what is not live until the call is over.
     codes, scales = part.codes.contiguous(), part.scales.contiguous()
     zeros = None if part.zeros is None else part.zeros.contiguous()
-    form = _form(native.isa(), part.scheme, codes.shape[0], part.num_columns)
+    matrix_form = form(native.isa(), part.scheme, codes.shape[0], part.num_columns)
     addresses = (codes.data_ptr(), scales.data_ptr(), 0 if zeros is None else zeros.data_ptr())
-    return function(form, *addresses, *arguments)
+    return function(matrix_form, *addresses, *arguments)
 
 
 @cache
-def _form(isa: str, scheme: Scheme, rows: int, columns: int) -> object:
+def form(isa: str, scheme: Scheme, rows: int, columns: int) -> object:
     """A matrix's form as the kernels take it: the same for all matrices of one shape and scheme."""
     whole = scheme.group_size == -1 or scheme.group_size > columns
     return native.module.Form(

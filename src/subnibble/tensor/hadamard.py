@@ -80,15 +80,30 @@ def multiply_transposed(x: Tensor, blocks: tuple[int, ...]) -> Tensor:
     return _multiply(x, blocks, transposed=True)
 
 
+def runs(blocks: tuple[int, ...]) -> list[tuple[int, int]]:
+    """(order, number of blocks) for each run of adjacent blocks of one order."""
+    return [(order, len(list(run))) for order, run in itertools.groupby(blocks)]
+
+
+def stage_matrices(order: int) -> list[Tensor]:
+    """Matrices that `multiply` applies to a block one after the other, float32; they lack the factor order ** -0.5.
+
+    Their Kronecker product is the Hadamard matrix; the index of the first one runs fastest.
+    """
+    factors = hadamard_factors(order)
+    assert factors is not None
+    return [_stage_matrix(stage, torch.float32, torch.device("cpu")) for stage in _stages(factors)]
+
+
 def _multiply(x: Tensor, blocks: tuple[int, ...], transposed: bool) -> Tensor:
     if not blocks:
         return x
     # Adjacent blocks of one order are multiplied together.
-    runs = [(order, len(list(run))) for order, run in itertools.groupby(blocks)]
-    chunks = x.split([order * count for order, count in runs], dim=-1)
+    runs_of_blocks = runs(blocks)
+    chunks = x.split([order * count for order, count in runs_of_blocks], dim=-1)
     products = [
         _block(chunk.unflatten(-1, (count, order)), order, transposed).flatten(-2)
-        for chunk, (order, count) in zip(chunks, runs, strict=True)
+        for chunk, (order, count) in zip(chunks, runs_of_blocks, strict=True)
     ]
     return torch.cat(products, dim=-1) if len(products) > 1 else products[0]
 

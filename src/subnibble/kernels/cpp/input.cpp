@@ -52,22 +52,22 @@ Input::Input(const Kernel& kernel, const Dense& x, const InputScheme& scheme) : 
     }
 }
 
-void Input::assign(const Kernel& kernel, const Dense& x, float* room) {
-    if (x.count > room_ || x.columns != columns_) throw std::invalid_argument("the input has no room for these tokens");
-    count_ = x.count;
-    for (std::int64_t t = 0; t < count_; ++t) round(kernel, t, x.read(t, room));
+void Input::resize(std::int64_t count) {
+    if (count > room_) throw std::invalid_argument("the input has no room for these tokens");
+    count_ = count;
 }
 
 Input Input::rest(const Kernel& kernel, const Dense& x, std::int64_t columns) const {
     Input result(scheme_, count_, columns);
     const auto room = aligned<float>(columns_), error = aligned<float>(columns);
-    for (std::int64_t t = 0; t < count_; ++t) {
-        const float* token = x.read(t, room.get());
-        values(t, columns, error.get());
-        for (std::int64_t i = 0; i < columns; ++i) error[i] = token[i] - error[i];
-        result.round(kernel, t, error.get());
-    }
+    for (std::int64_t t = 0; t < count_; ++t) result.round_rest(kernel, *this, t, x.read(t, room.get()), error.get());
     return result;
+}
+
+void Input::round_rest(const Kernel& kernel, const Input& quantized, std::int64_t token, const float* x, float* room) {
+    quantized.values(token, columns_, room);
+    for (std::int64_t i = 0; i < columns_; ++i) room[i] = x[i] - room[i];
+    round(kernel, token, room);
 }
 
 void Input::round(const Kernel& kernel, std::int64_t token, const float* x) {

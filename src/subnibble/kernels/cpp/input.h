@@ -36,9 +36,13 @@ class Input {
     Input(const InputScheme& scheme, std::int64_t count, std::int64_t columns);
     Input(const Kernel& kernel, const Dense& x, const InputScheme& scheme);
 
-    // Round other tokens by the scheme that this input was made with, at most as many as there is room for.
-    // Allocates nothing; one thread. room: for one token as float32; not used, and may be null, if x is float32.
-    void assign(const Kernel& kernel, const Dense& x, float* room);
+    // Hold other tokens from now on, at most as many as there was room for at first; `round` gives them values. None of
+    // these functions allocates.
+    void resize(std::int64_t count);
+    // Round token `token`, x: (columns) float32.
+    void round(const Kernel& kernel, std::int64_t token, const float* x);
+    // Round what token `token` of `quantized`, made of x, lacks of x, in this input's columns. room: (columns).
+    void round_rest(const Kernel& kernel, const Input& quantized, std::int64_t token, const float* x, float* room);
 
     // The error of this input's first `columns` columns, rounded by the same scheme. x: what this input was made of.
     Input rest(const Kernel& kernel, const Dense& x, std::int64_t columns) const;
@@ -57,7 +61,6 @@ class Input {
     const float* scales() const { return scales_.get(); }
 
    private:
-    void round(const Kernel& kernel, std::int64_t token, const float* x);
     // What a token is worth, up to column `columns`.
     void values(std::int64_t token, std::int64_t columns, float* out) const;
 

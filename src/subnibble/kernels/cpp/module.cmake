@@ -26,7 +26,7 @@ __attribute__((visibility(\"default\"))) extern const char subnibble_built_from[
 const char subnibble_built_from[] = \"${built_from}\";
 }
 ")
-nanobind_add_module(_native NB_STATIC bindings.cpp "${CMAKE_CURRENT_BINARY_DIR}/built_from.cpp")
+nanobind_add_module(_native NB_STATIC bindings.cpp step/bindings.cpp "${CMAKE_CURRENT_BINARY_DIR}/built_from.cpp")
 target_link_libraries(_native PRIVATE kernels)
 
 if(SKBUILD_STATE STREQUAL "editable")

@@ -39,6 +39,11 @@ Operand::Operand(const Input& x, std::int64_t start, std::int64_t columns, std::
 }
 
 void Operand::read(const Kernel& kernel, const Input& x) {
+    attach(x);
+    for (std::int64_t t = 0; t < x.count(); ++t) read(kernel, x, t);
+}
+
+void Operand::attach(const Input& x) {
     tokens_.planes = x.planes(), tokens_.fixed = x.fixed(), tokens_.count = x.count();
     tokens_.scales = x.scales(), tokens_.scale_stride = x.groups();
     if (arranged_) {
@@ -46,25 +51,26 @@ void Operand::read(const Kernel& kernel, const Input& x) {
         tokens_.token_stride = x.token_stride(), tokens_.plane_stride = x.plane_stride();
     } else {
         tokens_.numbers = numbers_.get(), tokens_.token_stride = room_, tokens_.plane_stride = x.count() * room_;
-        arrange(x);
     }
-    const std::int64_t count = tokens_.segment_count;
-    for (std::int64_t t = 0; t < x.count(); ++t)
-        kernel.sum_segments(tokens_, t, sums_.get() + t * count * x.planes(), float_sums_.get() + t * count);
 }
 
-void Operand::arrange(const Input& x) {
-    std::fill(numbers_.get(), numbers_.get() + x.planes() * x.count() * room_, std::int8_t{0});
-    for (int p = 0; p < x.planes(); ++p)
-        for (std::int64_t t = 0; t < x.count(); ++t) {
-            const std::int8_t* from = x.numbers() + p * x.plane_stride() + t * x.token_stride() + start_;
-            std::int8_t* to = numbers_.get() + (p * x.count() + t) * room_;
-            for (std::size_t s = 0; s < segments_.size(); ++s) {
-                const Segment& segment = segments_[s];
-                std::copy(from + bounds_[s], from + bounds_[s + 1],
-                          to + segment.offset + bounds_[s] - segment.block * kBlockColumns);
-            }
+void Operand::read(const Kernel& kernel, const Input& x, std::int64_t token) {
+    if (!arranged_) arrange(x, token);
+    const std::int64_t count = tokens_.segment_count;
+    kernel.sum_segments(tokens_, token, sums_.get() + token * count * x.planes(), float_sums_.get() + token * count);
+}
+
+void Operand::arrange(const Input& x, std::int64_t token) {
+    for (int p = 0; p < x.planes(); ++p) {
+        const std::int8_t* from = x.numbers() + p * x.plane_stride() + token * x.token_stride() + start_;
+        std::int8_t* to = numbers_.get() + (p * x.count() + token) * room_;
+        std::fill(to, to + room_, std::int8_t{0});
+        for (std::size_t s = 0; s < segments_.size(); ++s) {
+            const Segment& segment = segments_[s];
+            std::copy(from + bounds_[s], from + bounds_[s + 1],
+                      to + segment.offset + bounds_[s] - segment.block * kBlockColumns);
         }
+    }
 }
 
 }  // namespace subnibble

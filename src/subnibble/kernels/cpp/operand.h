@@ -17,15 +17,19 @@ class Operand {
 
     // Take the numbers of x, which must live as long as they are multiplied. Allocates nothing; one thread.
     void read(const Kernel& kernel, const Input& x);
+    // The same in two steps: once for x, and for each of its tokens by any thread.
+    void attach(const Input& x);
+    void read(const Kernel& kernel, const Input& x, std::int64_t token);
 
     // What `read` took.
     const Tokens& tokens() const { return tokens_; }
+    std::int64_t start() const { return start_; }
     // Whether weights of this form may multiply it.
     bool suits(const Tiles& w) const { return w.columns == columns_ && w.group == group_; }
 
    private:
-    // Copy numbers so that zeros surround each segment's within its blocks.
-    void arrange(const Input& x);
+    // Copy a token's numbers so that zeros surround each segment's within its blocks.
+    void arrange(const Input& x, std::int64_t token);
 
     std::int64_t start_, columns_, group_, room_ = 0;
     // Whether numbers lie so that zeros follow each segment's within its blocks, or nothing does.
