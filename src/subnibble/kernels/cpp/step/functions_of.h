@@ -136,13 +136,17 @@ void dense_rows(const void* rows, std::int64_t columns, const float* x, std::int
         std::int64_t i = 0;
         for (; i + kWide <= columns; i += kWide) {
             F w[R];
+#pragma GCC unroll 8
             for (int k = 0; k < R; ++k) w[k] = numbers<TYPE>(rows, (r + (k < here ? k : 0)) * columns + i);
+#pragma GCC unroll 4
             for (int t = 0; t < T; ++t) {
                 const F of_x = load(x + t * x_stride + i);
+#pragma GCC unroll 8
                 for (int k = 0; k < R; ++k) total[k][t] = total[k][t] + w[k] * of_x;
             }
         }
         for (int k = 0; k < here; ++k)
+#pragma GCC unroll 4
             for (int t = 0; t < T; ++t) {
                 float all = sum(total[k][t]);
                 for (std::int64_t j = i; j < columns; ++j)
@@ -236,6 +240,7 @@ SUBNIBBLE_INLINE void each_channel(const KeyForm& form, const std::uint8_t* tile
             const std::int64_t room = padded(form.width, 16);
             for (std::int64_t from = 0; from < form.width; from += 16) {
                 float of_half[4][16];
+#pragma GCC unroll 2
                 for (int h = 0; h < 2; ++h) {
                     store(of_half[h], load_halves(scales + h * room + from));
                     store(of_half[2 + h], load_halves(lows + h * room + from));
@@ -243,6 +248,7 @@ SUBNIBBLE_INLINE void each_channel(const KeyForm& form, const std::uint8_t* tile
                 for (std::int64_t d = from; d < std::min(form.width, from + 16); ++d) {
                     F code[2], key[2];
                     key_codes<BITS>(tile, form.width, d, code);
+#pragma GCC unroll 2
                     for (int h = 0; h < 2; ++h)
                         key[h] = broadcast(of_half[2 + h][d - from]) + broadcast(of_half[h][d - from]) * code[h];
                     finished(d, key);
@@ -252,6 +258,7 @@ SUBNIBBLE_INLINE void each_channel(const KeyForm& form, const std::uint8_t* tile
             for (std::int64_t d = 0; d < form.width; ++d) {
                 F code[2], key[2];
                 key_codes<BITS>(tile, form.width, d, code);
+#pragma GCC unroll 2
                 for (int h = 0; h < 2; ++h)
                     key[h] = load_halves(lows + 32 * d + 16 * h) + load_halves(scales + 32 * d + 16 * h) * code[h];
                 finished(d, key);
@@ -265,9 +272,11 @@ struct Scores {
     F sum[R][2];
 
     SUBNIBBLE_INLINE Scores() {
-        for (auto& row : sum) row[0] = row[1] = broadcast(0);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) sum[r][0] = sum[r][1] = broadcast(0);
     }
     SUBNIBBLE_INLINE void take(const float* q, std::int64_t q_stride, std::int64_t d, const F (&key)[2]) {
+#pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
             const F x = broadcast(q[r * q_stride + d]);
             sum[r][0] = sum[r][0] + x * key[0];
@@ -275,7 +284,9 @@ struct Scores {
         }
     }
     SUBNIBBLE_INLINE void write(float* out, std::int64_t out_stride) {
+#pragma GCC unroll 8
         for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
             for (int h = 0; h < 2; ++h) store(out + r * out_stride + 16 * h, sum[r][h]);
     }
 };
@@ -449,17 +460,24 @@ template <int R, int N, typename Value>
 SUBNIBBLE_INLINE void weigh_vectors(std::int64_t first, std::int64_t tokens, const float* p, std::int64_t p_stride,
                                     float* out, std::int64_t out_stride, Value value) {
     F total[R][N];
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
         for (int n = 0; n < N; ++n) total[r][n] = load(out + r * out_stride + 16 * (first + n));
     for (std::int64_t j = 0; j < tokens; ++j) {
         F v[N];
+#pragma GCC unroll 4
         for (int n = 0; n < N; ++n) v[n] = value(j, first + n);
+#pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
             const F weight = broadcast(p[r * p_stride + j]);
+#pragma GCC unroll 4
             for (int n = 0; n < N; ++n) total[r][n] = total[r][n] + weight * v[n];
         }
     }
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
         for (int n = 0; n < N; ++n) store(out + r * out_stride + 16 * (first + n), total[r][n]);
 }
 

@@ -41,6 +41,7 @@ struct F {
 
 SUBNIBBLE_INLINE F broadcast(float value) {
     F out;
+#pragma GCC unroll 4
     for (int i = 0; i < kParts; ++i) out.part[i] = value - FloatPart{};
     return out;
 }
@@ -55,30 +56,35 @@ SUBNIBBLE_INLINE void store(float* to, const F& a) { std::memcpy(to, &a, sizeof 
 
 SUBNIBBLE_INLINE F operator+(const F& a, const F& b) {
     F out;
+#pragma GCC unroll 4
     for (int i = 0; i < kParts; ++i) out.part[i] = a.part[i] + b.part[i];
     return out;
 }
 
 SUBNIBBLE_INLINE F operator-(const F& a, const F& b) {
     F out;
+#pragma GCC unroll 4
     for (int i = 0; i < kParts; ++i) out.part[i] = a.part[i] - b.part[i];
     return out;
 }
 
 SUBNIBBLE_INLINE F operator*(const F& a, const F& b) {
     F out;
+#pragma GCC unroll 4
     for (int i = 0; i < kParts; ++i) out.part[i] = a.part[i] * b.part[i];
     return out;
 }
 
 SUBNIBBLE_INLINE F operator/(const F& a, const F& b) {
     F out;
+#pragma GCC unroll 4
     for (int i = 0; i < kParts; ++i) out.part[i] = a.part[i] / b.part[i];
     return out;
 }
 
 SUBNIBBLE_INLINE F max(const F& a, const F& b) {
     F out;
+#pragma GCC unroll 4
     for (int i = 0; i < kParts; ++i) out.part[i] = a.part[i] > b.part[i] ? a.part[i] : b.part[i];
     return out;
 }
@@ -86,6 +92,7 @@ SUBNIBBLE_INLINE F max(const F& a, const F& b) {
 // `a` where it is above `limit`, else 0.
 SUBNIBBLE_INLINE F above(const F& a, const F& compared, float limit) {
     F out;
+#pragma GCC unroll 4
     for (int i = 0; i < kParts; ++i) {
         const FloatPart least = limit - FloatPart{};
         out.part[i] = compared.part[i] > least ? a.part[i] : FloatPart{};
@@ -95,12 +102,14 @@ SUBNIBBLE_INLINE F above(const F& a, const F& compared, float limit) {
 
 SUBNIBBLE_INLINE I operator&(const I& a, std::int32_t mask) {
     I out;
+#pragma GCC unroll 4
     for (int i = 0; i < kParts; ++i) out.part[i] = a.part[i] & mask;
     return out;
 }
 
 SUBNIBBLE_INLINE I operator|(const I& a, const I& b) {
     I out;
+#pragma GCC unroll 4
     for (int i = 0; i < kParts; ++i) out.part[i] = a.part[i] | b.part[i];
     return out;
 }
@@ -108,6 +117,7 @@ SUBNIBBLE_INLINE I operator|(const I& a, const I& b) {
 template <int COUNT>
 SUBNIBBLE_INLINE I right(const I& a) {
     I out;
+#pragma GCC unroll 4
     for (int i = 0; i < kParts; ++i) out.part[i] = a.part[i] >> COUNT;
     return out;
 }
@@ -115,6 +125,7 @@ SUBNIBBLE_INLINE I right(const I& a) {
 template <int COUNT>
 SUBNIBBLE_INLINE I left(const I& a) {
     I out;
+#pragma GCC unroll 4
     for (int i = 0; i < kParts; ++i) out.part[i] = a.part[i] << COUNT;
     return out;
 }
@@ -122,6 +133,7 @@ SUBNIBBLE_INLINE I left(const I& a) {
 // Bit l of `bits` in lane l: 0 or 1.
 SUBNIBBLE_INLINE I spread_bits(std::uint16_t bits) {
     I out;
+#pragma GCC unroll 4
     for (int i = 0; i < kParts; ++i) {
         IntPart lane;
         for (int l = 0; l < kLanes; ++l) lane[l] = i * kLanes + l;
@@ -132,6 +144,7 @@ SUBNIBBLE_INLINE I spread_bits(std::uint16_t bits) {
 
 SUBNIBBLE_INLINE I load_bytes(const std::uint8_t* from) {
     I out;
+#pragma GCC unroll 4
     for (int i = 0; i < kParts; ++i) {
         BytePart bytes;
         std::memcpy(&bytes, from + i * kLanes, kLanes);
@@ -142,6 +155,7 @@ SUBNIBBLE_INLINE I load_bytes(const std::uint8_t* from) {
 
 SUBNIBBLE_INLINE F to_float(const I& a) {
     F out;
+#pragma GCC unroll 4
     for (int i = 0; i < kParts; ++i) out.part[i] = __builtin_convertvector(a.part[i], FloatPart);
     return out;
 }
@@ -151,13 +165,16 @@ SUBNIBBLE_INLINE F load_halves(const std::uint16_t* from) {
 #if defined(__AVX512F__)
     out.part[0] = (FloatPart)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 #elif defined(__AVX2__)
+#pragma GCC unroll 4
     for (int i = 0; i < kParts; ++i)
         out.part[i] =
             (FloatPart)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i * kLanes)));
 #elif defined(__ARM_NEON)
+#pragma GCC unroll 4
     for (int i = 0; i < kParts; ++i)
         out.part[i] = (FloatPart)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from + i * kLanes)));
 #else
+#pragma GCC unroll 4
     for (int i = 0; i < kParts; ++i)
         for (int l = 0; l < kLanes; ++l) out.part[i][l] = subnibble::from_half(from[i * kLanes + l]);
 #endif
@@ -167,6 +184,7 @@ SUBNIBBLE_INLINE F load_halves(const std::uint16_t* from) {
 // Bfloat16 numbers.
 SUBNIBBLE_INLINE F load_bfloats(const std::uint16_t* from) {
     F out;
+#pragma GCC unroll 4
     for (int i = 0; i < kParts; ++i) {
         typedef std::uint16_t ShortPart __attribute__((vector_size(2 * kLanes)));
         ShortPart shorts;
@@ -186,6 +204,7 @@ SUBNIBBLE_INLINE float sum(const F& a) {
 
 SUBNIBBLE_INLINE float largest(const F& a) {
     float out = a.part[0][0];
+#pragma GCC unroll 4
     for (int i = 0; i < kParts; ++i)
         for (int l = 0; l < kLanes; ++l) out = a.part[i][l] > out ? a.part[i][l] : out;
     return out;
@@ -201,6 +220,7 @@ SUBNIBBLE_INLINE F exp(const F& x) {
     F y = broadcast(1.0f / 720);
     for (const float c : {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) y = y * r + broadcast(c);
     F scale;
+#pragma GCC unroll 4
     for (int i = 0; i < kParts; ++i) {
         // The low bits of a number that was shifted are those of n.
         const IntPart bits = (IntPart)shifted.part[i];
