@@ -135,6 +135,15 @@ class Decoder:
                 half[start:stop] = new
 
 
+def cache_rules(scheme: CacheScheme | None, heads: int, width: int) -> Any:
+    """A cache scheme for `heads` key-value heads of `width` channels, as the C++ step takes it."""
+    if scheme is None:
+        return kernels.module.Cache(heads, width, 16, width, False, 0, 1.0, False)
+    group = width if scheme.group_size == -1 else scheme.group_size
+    by_channel, before_rope = scheme.key_axis == "channel", scheme.rope == "before"
+    return kernels.module.Cache(heads, width, scheme.bits, group, by_channel, scheme.window, scheme.clip, before_rope)
+
+
 class _Builder:
     """Collects a model's parts for the C++ decoder, and checks that none is left out."""
 
@@ -164,7 +173,7 @@ class _Builder:
             angles,
             score_factor(attentions[0], self.heads.width),
             _GATES[str(gate_name(self.config))],
-            self._cache(scheme),
+            cache_rules(scheme, self.heads.key_value, self.heads.width),
             self._runs(rotation),
             self.prefix_tokens,
             self._table(self.model.get_submodule(self.arch.embedding)),
@@ -299,15 +308,6 @@ class _Builder:
         gain: Any = norm.weight
         address = self._address(gain.detach().float())
         return address, 0 if bias is None else self._address(bias.detach().float()), norm_eps(norm)
-
-    def _cache(self, scheme: CacheScheme | None) -> Any:
-        heads, width = self.heads.key_value, self.heads.width
-        if scheme is None:
-            return kernels.module.Cache(heads, width, 16, width, False, 0, 1.0, False)
-        by_channel = scheme.key_axis == "channel"
-        group = width if scheme.group_size == -1 else scheme.group_size
-        rules = (scheme.bits, group, by_channel, scheme.window, scheme.clip, scheme.rope == "before")
-        return kernels.module.Cache(heads, width, *rules)
 
     def _runs(self, blocks: tuple[int, ...]) -> list[tuple[int, int, list[tuple[int, int]]]]:
         """Adjacent blocks of one order: (order, count, [(order of a factor, its address)])."""

@@ -162,7 +162,7 @@ void Attention::attend_range(const Unit& unit, std::int64_t range, const Attenti
         }
         functions_.keys(form, keys, exact ? nullptr : center, work.keys);
         if (rotates) {
-            const float* cos = stretch.sequence->angles[static_cast<std::size_t>(tile)].data();
+            const float* cos = stretch.sequence->angles(tile);
             const float* sin = cos + angles_ * kTokens;
             for (std::int64_t i = 0; i < angles_ * kTokens; ++i) {
                 float &x = work.keys[i], &y = work.keys[angles_ * kTokens + i];
@@ -181,7 +181,7 @@ void Attention::attend_range(const Unit& unit, std::int64_t range, const Attenti
         float* scores = work.scores + place;
         if (coded_by_any <= base) {
             key_scores(tile, true, scores, stride);
-        } else if (coded_by_all >= std::min(base + kTokens, last_token + 1)) {
+        } else if (!rules.keeps_exact() || coded_by_all >= std::min(base + kTokens, last_token + 1)) {
             key_scores(tile, false, scores, stride);
         } else {
             key_scores(tile, false, scores, stride);
@@ -221,7 +221,7 @@ void Attention::attend_range(const Unit& unit, std::int64_t range, const Attenti
         const float* p = work.scores + (tile - from) * kTokens;
         if (coded_by_any <= base) {
             weigh(tile, true, tokens, p, stride);
-        } else if (coded_by_all >= base + tokens) {
+        } else if (!rules.keeps_exact() || coded_by_all >= base + tokens) {
             weigh(tile, false, tokens, p, stride);
         } else {
             for (const bool exact : {false, true}) {

@@ -174,6 +174,50 @@ class BoundDecoder {
     std::unique_ptr<Decoder> decoder_;
 };
 
+// Attention of one layer alone, as tests compare it with runtime/attention.py.
+class BoundAttention {
+   public:
+    BoundAttention(const std::string& isa, const BoundCache& cache, std::int64_t query_heads, std::int64_t angles,
+                   std::int64_t window)
+        : functions_(step_functions(kernel_of(isa).name)), store_(cache), angles_(angles),
+          attention_(functions_, store_, query_heads / cache.heads, angles, 0) {
+        layer_.window = window;
+        scratch_.numbers = aligned<float>(attention_.scratch_numbers());
+    }
+    std::unique_ptr<Sequence> open() { return std::make_unique<Sequence>(store_, 1); }
+
+    // Append tokens: keys and values (tokens, heads, width), queries (tokens, query heads, width), scaled; cosines and
+    // sines (tokens, angles) or 0. Writes out, (tokens, query heads, width).
+    void append(Sequence& sequence, std::int64_t tokens, Address q, Address k, Address v, Address cos, Address sin,
+                Address center, Address out) {
+        const CacheRules& rules = store_.rules();
+        layer_.key_center = at<float>(center);
+        sequence.reserve(tokens);
+        if (cos != 0) sequence.place_angles(at<float>(cos), at<float>(sin), tokens, angles_);
+        attention_.begin({{&sequence, 0, tokens, sequence.length()}});
+        for (std::int64_t head = 0; head < rules.heads; ++head) {
+            const float* of_head = center == 0 ? nullptr : at<float>(center) + head * rules.width;
+            for (std::int64_t t = 0; t < tokens; ++t) {
+                const std::int64_t from = (t * rules.heads + head) * rules.width, token = sequence.length() + t;
+                store_.write_key(sequence.layer(0), head, token, at<float>(k) + from, of_head);
+                store_.write_value(sequence.layer(0), head, token, at<float>(v) + from);
+            }
+            store_.code_keys(sequence.layer(0), head, sequence.length() + tokens, of_head);
+            store_.code_values(sequence.layer(0), head, sequence.length() + tokens);
+        }
+        attention_.run(Team{1, 0}, layer_, 0, at<float>(q), reinterpret_cast<float*>(out), scratch_);
+        sequence.advance(tokens);
+    }
+
+   private:
+    const StepFunctions& functions_;
+    KvStore store_;
+    std::int64_t angles_;
+    AttentionLayer layer_{};
+    Attention attention_;
+    Scratch scratch_;
+};
+
 }  // namespace
 
 void bind_step(nb::module_& module) {
@@ -222,6 +266,11 @@ void bind_step(nb::module_& module) {
             const auto* first = static_cast<const std::uint8_t*>(state.data());
             sequence.load({first, first + state.size()});
         });
+    nb::class_<BoundAttention>(module, "Attention")
+        .def(nb::init<const std::string&, const BoundCache&, std::int64_t, std::int64_t, std::int64_t>(), "isa"_a,
+             "cache"_a, "query_heads"_a, "angles"_a, "window"_a)
+        .def("open", &BoundAttention::open, nb::keep_alive<0, 1>())
+        .def("append", &BoundAttention::append);
     nb::class_<BoundDecoder>(module, "Decoder")
         .def(nb::init<const std::string&, std::int64_t, std::int64_t, std::int64_t, float, int, const BoundCache&,
                       const Runs&, std::int64_t, const BoundTable&, const std::vector<LayerForm>&, const Norm&,

@@ -151,17 +151,8 @@ void Decoder::run(const Pass& pass, std::int64_t threads, float* logits) {
     attention_.begin(pass.stretches);
     if (form_.cache.before_rope)
         for (const Stretch& stretch : pass.stretches) {
-            auto& angles = stretch.sequence->angles;
-            angles.resize(static_cast<std::size_t>((stretch.start + stretch.count + kTokens - 1) / kTokens));
-            for (auto& tile : angles) tile.resize(static_cast<std::size_t>(2 * form_.angles * kTokens));
-            for (std::int64_t t = 0; t < stretch.count; ++t) {
-                const std::int64_t token = stretch.start + t, position = form_.prefix_tokens + token;
-                float* tile = angles[static_cast<std::size_t>(token / kTokens)].data() + token % kTokens;
-                for (std::int64_t a = 0; a < form_.angles; ++a) {
-                    tile[a * kTokens] = cos_[position * form_.angles + a];
-                    tile[(form_.angles + a) * kTokens] = sin_[position * form_.angles + a];
-                }
-            }
+            const std::int64_t at = (form_.prefix_tokens + stretch.start) * form_.angles;
+            stretch.sequence->place_angles(cos_ + at, sin_ + at, stretch.count, form_.angles);
         }
     run_together(threads, [&](const Team& team) {
         for (std::int64_t index = 0; index < layers(); ++index) run_layer(team, pass, index);

@@ -266,6 +266,18 @@ void Sequence::reserve(std::int64_t tokens) {
         }
 }
 
+void Sequence::place_angles(const float* cos, const float* sin, std::int64_t tokens, std::int64_t count) {
+    angles_.resize(static_cast<std::size_t>((length_ + tokens + kTokens - 1) / kTokens));
+    for (std::vector<float>& tile : angles_) tile.resize(static_cast<std::size_t>(2 * count * kTokens));
+    for (std::int64_t t = 0; t < tokens; ++t) {
+        float* to = angles_[tile_of(length_ + t)].data() + (length_ + t) % kTokens;
+        for (std::int64_t a = 0; a < count; ++a) {
+            to[a * kTokens] = cos[t * count + a];
+            to[(count + a) * kTokens] = sin[t * count + a];
+        }
+    }
+}
+
 void Sequence::advance(std::int64_t tokens) {
     length_ += tokens;
     const CacheRules& rules = store_.rules();
@@ -297,7 +309,7 @@ bool Sequence::crop(std::int64_t length) {
             side.done = rules.coded_tokens(length, of_keys);
         }
     length_ = length;
-    angles.resize(std::min(angles.size(), static_cast<std::size_t>((length + kTokens - 1) / kTokens)));
+    angles_.resize(std::min(angles_.size(), static_cast<std::size_t>((length + kTokens - 1) / kTokens)));
     return true;
 }
 
@@ -319,7 +331,7 @@ std::vector<std::uint8_t> Sequence::save() const {
                     if (present) append(tile, bytes);
                 }
             }
-    for (const std::vector<float>& tile : angles) append(tile.data(), 4 * tile.size());
+    for (const std::vector<float>& tile : angles_) append(tile.data(), 4 * tile.size());
     return state;
 }
 
@@ -350,12 +362,12 @@ void Sequence::load(const std::vector<std::uint8_t>& state) {
             side.done = store_.rules().coded_tokens(length, of_keys);
         }
     const auto rest = static_cast<std::size_t>(end - at);
-    angles.clear();
+    angles_.clear();
     if (tiles > 0 && rest > 0) {
         if (rest % (4 * tiles) != 0) throw std::invalid_argument("the saved sequence has angles of another size");
         for (std::size_t i = 0; i < tiles; ++i) {
-            angles.emplace_back(rest / tiles / 4);
-            next(angles.back().data(), rest / tiles);
+            angles_.emplace_back(rest / tiles / 4);
+            next(angles_.back().data(), rest / tiles);
         }
     }
     length_ = length;

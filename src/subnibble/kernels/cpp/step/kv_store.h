@@ -89,14 +89,18 @@ class Sequence {
     std::vector<std::uint8_t> save() const;
     void load(const std::vector<std::uint8_t>& state);
 
-    // Cosines and sines of all tokens, in tiles (angles, 32) of each; only if keys are stored without positions.
-    std::vector<std::vector<float>> angles;
+    // Cosines and sines of tokens length .. length + tokens - 1, (tokens, count) each; only needed if keys are stored
+    // without positions.
+    void place_angles(const float* cos, const float* sin, std::int64_t tokens, std::int64_t count);
+    // Those of a tile: cosines (count, 32), then sines.
+    const float* angles(std::int64_t tile) const { return angles_[static_cast<std::size_t>(tile)].data(); }
 
    private:
     void trim(Side& side, bool of_keys, std::int64_t first);
 
     KvStore& store_;
     std::vector<LayerTokens> layers_;
+    std::vector<std::vector<float>> angles_;
     std::int64_t length_ = 0;
 };
 
