@@ -6,7 +6,7 @@ float32. Inputs of linears without an activation scheme are rounded to fixed poi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from subnibble.arch import find_arch
 from subnibble.arch.site import Arch, Heads, Role, Site
 from subnibble.checkpoint.module_specs import KEY_CENTER, PREFIX
-from subnibble.errors import UnsupportedModel
+from subnibble.errors import BadRecipe, UnsupportedModel
 from subnibble.hf.attention import attached_cache
 from subnibble.kernels import native as kernels
 from subnibble.model.transformers_api.decoder import (
@@ -32,13 +32,14 @@ from subnibble.runtime.offloaded import has_hook
 from subnibble.tensor import hadamard
 from subnibble.tensor.cache_scheme import CacheScheme
 from subnibble.tensor.linear import PackedWeight, SiteInput
-from subnibble.tensor.packed import PackedTensor
+from subnibble.tensor.packed import PackedTensor, pack_codes, unpack_codes
 
 # As in cpp/step/functions.h.
 _GATES = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "relu": 3}
 _DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 # Roles of a layer's tensors, in the order of its five named readers.
 _READERS = (Role.ATTENTION_IN, Role.MLP_IN)
+_KINDS = {"keys": True, "values": False}
 # Positions whose cosines and sines are computed at first.
 _FIRST_POSITIONS = 2048
 
@@ -83,6 +84,7 @@ class Decoder:
         self._held = builder.held
         self._positions = 0
         self._prefix_tokens = builder.prefix_tokens
+        self._heads, self._layers = builder.heads, len(model.get_submodule(builder.arch.blocks))
 
     @property
     def nbytes(self) -> int:
@@ -114,6 +116,67 @@ class Decoder:
         self._run([(self.open(), tokens, True)], logits)
         return logits
 
+    def save(self, sequence: Any) -> dict[str, Tensor]:
+        """Copies of a sequence's keys and values, as `generate/backend.py` describes them."""
+        state: dict[str, Tensor] = {}
+        for layer in range(self._layers):
+            for kind, of_keys in _KINDS.items():
+                tensors = self._empty_state(sequence.length, of_keys)
+                sequence.read(layer, of_keys, *(tensor.data_ptr() for tensor in tensors.values()))
+                for name, tensor in tensors.items():
+                    if tensor.numel():
+                        stored = _packed_rows(tensor, self.scheme, of_keys) if name == "codes" else tensor
+                        state[f"layers.{layer}.{kind}.{name}"] = stored
+        return state
+
+    def load(self, state: Mapping[str, Tensor]) -> Any:
+        """A new sequence with the keys and values that `save` returned."""
+        sequence, heads, width = self.open(), self._heads.key_value, self._heads.width
+        codes, exact = (state.get(f"layers.0.values.{name}") for name in ("codes", "exact"))
+        tokens = sum(int(tensor.shape[1]) for tensor in (codes, exact) if tensor is not None)
+        sequence.reserve(tokens)
+        if self.scheme is not None and self.scheme.rope == "before":
+            if self._angles.changes:
+                raise BadRecipe("positions of this model depend on the length of the text: its keys cannot be loaded")
+            cos, sin = self._angles.read(self._prefix_tokens, self._prefix_tokens + tokens)
+            sequence.place_angles(cos.data_ptr(), sin.data_ptr(), tokens, cos.shape[1])
+        for layer in range(self._layers):
+            for kind, of_keys in _KINDS.items():
+                tensors = self._empty_state(tokens, of_keys)
+                for name, empty in tensors.items():
+                    stored = state.get(f"layers.{layer}.{kind}.{name}")
+                    if empty.numel() and stored is None:
+                        raise BadRecipe(f"the saved sequence lacks layers.{layer}.{kind}.{name}")
+                    if empty.numel() and stored is not None:
+                        is_codes = name == "codes"
+                        dense = _unpacked_rows(stored, self.scheme, width, of_keys) if is_codes else stored.to(empty.dtype)
+                        if dense.shape != empty.shape:
+                            raise BadRecipe(
+                                f"layers.{layer}.{kind}.{name} of the saved sequence has shape {tuple(dense.shape)}, "
+                                f"but this model stores {tuple(empty.shape)} ({heads} heads of {width} channels)"
+                            )
+                        tensors[name] = dense.contiguous()
+                sequence.write(layer, of_keys, *(tensor.data_ptr() for tensor in tensors.values()))
+        sequence.advance(tokens)
+        return sequence
+
+    def _empty_state(self, tokens: int, of_keys: bool) -> dict[str, Tensor]:
+        """Empty tensors for the keys or values of one layer; codes are not packed, channels side by side."""
+        scheme, heads, width = self.scheme, self._heads.key_value, self._heads.width
+        coded = 0 if scheme is None else scheme.quantized_tokens(tokens, of_keys)
+        exact = torch.empty(heads, tokens - coded, width, dtype=torch.float16)
+        if scheme is None:
+            none = torch.empty(0, dtype=torch.float16)
+            return {"codes": torch.empty(0, dtype=torch.uint8), "scales": none, "lows": none, "exact": exact}
+        if of_keys and scheme.key_axis == "channel":
+            groups = coded // scheme.group_size
+            codes, scales = (heads, groups, scheme.group_size, width), (heads, groups, width, 1)
+        else:
+            codes, scales = (heads, coded, width), (heads, coded, len(scheme.bounds(width)))
+        numbers = (torch.empty(scales, dtype=torch.float16) for _ in range(2))
+        return {"codes": torch.empty(codes, dtype=torch.uint8), **dict(zip(("scales", "lows"), numbers, strict=True)),
+                "exact": exact}  # fmt: skip
+
     def _run(self, appends: list[tuple[Any, Sequence[int], bool]], logits: Tensor) -> None:
         ends = [self._prefix_tokens + sequence.length + len(ids) for sequence, ids, _ in appends]
         self._prepare_positions(min(end - len(ids) for end, (_, ids, _) in zip(ends, appends, strict=True)), max(ends))
@@ -142,6 +205,22 @@ def cache_rules(scheme: CacheScheme | None, heads: int, width: int) -> Any:
     group = width if scheme.group_size == -1 else scheme.group_size
     by_channel, before_rope = scheme.key_axis == "channel", scheme.rope == "before"
     return kernels.module.Cache(heads, width, scheme.bits, group, by_channel, scheme.window, scheme.clip, before_rope)
+
+
+def _packed_rows(codes: Tensor, scheme: CacheScheme | None, of_keys: bool) -> Tensor:
+    """Pack codes (heads, tokens, width), or keys by channel (heads, groups, tokens of a group, width), row by row."""
+    assert scheme is not None
+    rows = codes.transpose(2, 3) if of_keys and scheme.key_axis == "channel" else codes
+    return pack_codes(rows.flatten(0, -2), scheme.bits).view(*rows.shape[:-1], -1)
+
+
+def _unpacked_rows(packed: Tensor, scheme: CacheScheme | None, width: int, of_keys: bool) -> Tensor:
+    """Inverse of `_packed_rows`."""
+    assert scheme is not None
+    by_channel = of_keys and scheme.key_axis == "channel"
+    columns = scheme.group_size if by_channel else width
+    rows = unpack_codes(packed.flatten(0, -2), scheme.bits, columns).view(*packed.shape[:-1], columns)
+    return rows.transpose(2, 3) if by_channel else rows
 
 
 class _Builder:

@@ -179,7 +179,7 @@ void Attention::attend_range(const Unit& unit, std::int64_t range, const Attenti
         const std::int64_t base = origin + tile * kTokens, place = (tile - from) * kTokens;
         const std::int64_t coded_by_all = coded_of(0, true), coded_by_any = coded_of(count - 1, true);
         float* scores = work.scores + place;
-        if (coded_by_any <= base) {
+        if (of_prefix || coded_by_any <= base) {
             key_scores(tile, true, scores, stride);
         } else if (!rules.keeps_exact() || coded_by_all >= std::min(base + kTokens, last_token + 1)) {
             key_scores(tile, false, scores, stride);
@@ -219,7 +219,7 @@ void Attention::attend_range(const Unit& unit, std::int64_t range, const Attenti
         const std::int64_t tokens =
             std::min(kTokens, of_prefix ? prefix_tokens_ - tile * kTokens : last_token + 1 - base);
         const float* p = work.scores + (tile - from) * kTokens;
-        if (coded_by_any <= base) {
+        if (of_prefix || coded_by_any <= base) {
             weigh(tile, true, tokens, p, stride);
         } else if (!rules.keeps_exact() || coded_by_all >= base + tokens) {
             weigh(tile, false, tokens, p, stride);

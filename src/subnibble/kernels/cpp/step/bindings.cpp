@@ -257,14 +257,24 @@ void bind_step(nb::module_& module) {
     nb::class_<Sequence>(module, "Sequence")
         .def_prop_ro("length", &Sequence::length)
         .def("crop", &Sequence::crop)
-        .def("save",
-             [](const Sequence& sequence) {
-                 const std::vector<std::uint8_t> state = sequence.save();
-                 return nb::bytes(state.data(), state.size());
+        .def("reserve", &Sequence::reserve)
+        .def("advance", &Sequence::advance)
+        .def("coded", &Sequence::coded)
+        .def("place_angles",
+             [](Sequence& sequence, Address cos, Address sin, std::int64_t tokens, std::int64_t count) {
+                 sequence.place_angles(at<float>(cos), at<float>(sin), tokens, count);
              })
-        .def("load", [](Sequence& sequence, nb::bytes state) {
-            const auto* first = static_cast<const std::uint8_t*>(state.data());
-            sequence.load({first, first + state.size()});
+        .def("read",
+             [](const Sequence& sequence, std::int64_t layer, bool of_keys, Address codes, Address scales, Address lows,
+                Address exact) {
+                 sequence.read(layer, of_keys, reinterpret_cast<std::uint8_t*>(codes),
+                               reinterpret_cast<std::uint16_t*>(scales), reinterpret_cast<std::uint16_t*>(lows),
+                               reinterpret_cast<std::uint16_t*>(exact));
+             })
+        .def("write", [](Sequence& sequence, std::int64_t layer, bool of_keys, Address codes, Address scales,
+                         Address lows, Address exact) {
+            sequence.write(layer, of_keys, at<std::uint8_t>(codes), at<std::uint16_t>(scales), at<std::uint16_t>(lows),
+                           at<std::uint16_t>(exact));
         });
     nb::class_<BoundAttention>(module, "Attention")
         .def(nb::init<const std::string&, const BoundCache&, std::int64_t, std::int64_t, std::int64_t>(), "isa"_a,

@@ -62,6 +62,27 @@ void put_key(std::uint8_t* tile, const KeyForm& form, std::int64_t d, std::int64
     }
 }
 
+// Bits of `byte` from bit `shift` on.
+int get(std::uint8_t byte, int shift, int bits) { return byte >> shift & ((1 << bits) - 1); }
+
+int get_key(const std::uint8_t* tile, const KeyForm& form, std::int64_t d, std::int64_t lane) {
+    const std::int64_t l = lane % 16, half = lane / 16;
+    if (form.bits == 8) return tile[32 * d + lane];
+    if (form.bits == 4) return get(tile[16 * d + l], static_cast<int>(4 * half), 4);
+    const int low = get(tile[16 * (d / 2) + l], static_cast<int>(4 * (d % 2) + 2 * half), 2);
+    if (form.bits == 2) return low;
+    return low | get(tile[16 * ((form.width + 1) / 2) + 4 * d + lane / 8], static_cast<int>(lane % 8), 1) << 2;
+}
+
+int get_value(const std::uint8_t* row, const ValueForm& form, std::int64_t d) {
+    const std::int64_t l = d % 16, v = d / 16;
+    if (form.bits == 8) return row[d];
+    if (form.bits == 4) return get(row[16 * (v / 2) + l], static_cast<int>(4 * (v % 2)), 4);
+    const int low = get(row[16 * (v / 4) + l], static_cast<int>(2 * (v % 4)), 2);
+    if (form.bits == 2) return low;
+    return low | get(row[16 * ((form.vectors() + 3) / 4) + 2 * v + l / 8], static_cast<int>(l % 8), 1) << 2;
+}
+
 void put_value(std::uint8_t* row, const ValueForm& form, std::int64_t d, int code) {
     const std::int64_t l = d % 16, v = d / 16;
     if (form.bits == 8) {
@@ -250,7 +271,7 @@ void Sequence::trim(Side& side, bool of_keys, std::int64_t length) {
 
 void Sequence::reserve(std::int64_t tokens) {
     const CacheRules& rules = store_.rules();
-    const std::int64_t total = length_ + tokens;
+    const std::int64_t total = reserved_ = length_ + tokens;
     const auto tiles = static_cast<std::size_t>((total + kTokens - 1) / kTokens);
     for (LayerTokens& layer : layers_)
         for (const bool of_keys : {true, false}) {
@@ -313,64 +334,90 @@ bool Sequence::crop(std::int64_t length) {
     return true;
 }
 
-std::vector<std::uint8_t> Sequence::save() const {
-    std::vector<std::uint8_t> state;
-    const auto append = [&](const void* from, std::size_t bytes) {
-        const auto* first = static_cast<const std::uint8_t*>(from);
-        state.insert(state.end(), first, first + bytes);
-    };
-    append(&length_, sizeof length_);
-    for (const LayerTokens& layer : layers_)
-        for (const bool of_keys : {true, false})
-            for (const bool exact : {true, false}) {
-                const Side& side = of_keys ? layer.keys : layer.values;
-                const auto bytes = static_cast<std::size_t>(store_.pool(of_keys, exact).tile_bytes());
-                for (std::uint8_t* tile : exact ? side.exact : side.coded) {
-                    const std::uint8_t present = tile != nullptr;
-                    append(&present, 1);
-                    if (present) append(tile, bytes);
-                }
-            }
-    for (const std::vector<float>& tile : angles_) append(tile.data(), 4 * tile.size());
-    return state;
+std::int64_t Sequence::coded(std::int64_t layer, bool of_keys) const {
+    const LayerTokens& tokens = layers_[static_cast<std::size_t>(layer)];
+    return (of_keys ? tokens.keys : tokens.values).done;
 }
 
-void Sequence::load(const std::vector<std::uint8_t>& state) {
-    const std::uint8_t *at = state.data(), *const end = at + state.size();
-    const auto next = [&](void* to, std::size_t bytes) {
-        if (static_cast<std::size_t>(end - at) < bytes) throw std::invalid_argument("the saved sequence is cut short");
-        std::memcpy(to, at, bytes);
-        at += bytes;
-    };
-    std::int64_t length;
-    next(&length, sizeof length);
-    if (length < 0) throw std::invalid_argument("the saved sequence has no length");
-    crop(0);
-    const auto tiles = static_cast<std::size_t>((length + kTokens - 1) / kTokens);
-    for (LayerTokens& layer : layers_)
-        for (const bool of_keys : {true, false}) {
-            Side& side = of_keys ? layer.keys : layer.values;
-            for (const bool exact : {true, false}) {
-                std::vector<std::uint8_t*>& list = exact ? side.exact : side.coded;
-                for (std::size_t i = 0; i < tiles; ++i) {
-                    std::uint8_t present;
-                    next(&present, 1);
-                    list.push_back(present ? store_.pool(of_keys, exact).take() : nullptr);
-                    if (present) next(list.back(), static_cast<std::size_t>(store_.pool(of_keys, exact).tile_bytes()));
+// Numbers in the order of `read`: coded(tile, lane, channel, index), scaled(place of a scale, place of the lowest value,
+// index), exact(place, index).
+template <typename Coded, typename Scaled, typename Exact>
+void Sequence::visit(std::int64_t layer, bool of_keys, std::int64_t tokens, Coded coded, Scaled scaled,
+                     Exact exact) const {
+    const CacheRules& rules = store_.rules();
+    const LayerTokens& of_layer = layers_[static_cast<std::size_t>(layer)];
+    const Side& side = of_keys ? of_layer.keys : of_layer.values;
+    const KeyForm &key_form = store_.keys(false), &exact_keys = store_.keys(true);
+    const ValueForm &value_form = store_.values(false), &exact_values = store_.values(true);
+    const std::int64_t done = rules.coded_tokens(tokens, of_keys), width = rules.width;
+    const bool by_channel = of_keys && rules.key_axis == Axis::channel;
+    std::int64_t code = 0, scale = 0, number = 0;
+    for (std::int64_t head = 0; head < rules.heads; ++head) {
+        for (std::int64_t token = 0; token < done; ++token) {
+            const std::int64_t lane = token % kTokens;
+            std::uint8_t* tile = side.coded[tile_of(token)] +
+                                 head * (of_keys ? key_form.tile_bytes() : value_form.tile_bytes());
+            for (std::int64_t d = 0; d < width; ++d) coded(tile, lane, d, code++);
+            std::uint16_t* scales = halves(tile + (of_keys ? key_form.scales_at() : value_form.scales_at()));
+            const std::int64_t all = of_keys ? key_form.scales() : value_form.scales();
+            if (by_channel) {
+                // Tokens of a group hold the same scales; they are written to all, and counted once.
+                const std::int64_t group = head * (done / rules.group) + token / rules.group;
+                for (std::int64_t d = 0; d < width; ++d) {
+                    const std::int64_t at =
+                        key_form.by_halves() ? lane / 16 * padded(width, 16) + d : kTokens * d + lane;
+                    scaled(scales + at, scales + all + at, group * width + d);
                 }
+                continue;
             }
-            side.done = store_.rules().coded_tokens(length, of_keys);
+            const std::int64_t groups = of_keys ? key_form.groups() : value_form.groups();
+            for (std::int64_t g = 0; g < groups; ++g, ++scale) {
+                const std::int64_t at = of_keys ? kTokens * g + lane : lane * groups + g;
+                scaled(scales + at, scales + all + at, scale);
+            }
         }
-    const auto rest = static_cast<std::size_t>(end - at);
-    angles_.clear();
-    if (tiles > 0 && rest > 0) {
-        if (rest % (4 * tiles) != 0) throw std::invalid_argument("the saved sequence has angles of another size");
-        for (std::size_t i = 0; i < tiles; ++i) {
-            angles_.emplace_back(rest / tiles / 4);
-            next(angles_.back().data(), rest / tiles);
+        for (std::int64_t token = done; token < tokens; ++token) {
+            const std::int64_t lane = token % kTokens;
+            std::uint8_t* tile = side.exact[tile_of(token)] +
+                                 head * (of_keys ? exact_keys.tile_bytes() : exact_values.tile_bytes());
+            for (std::int64_t d = 0; d < width; ++d)
+                exact(of_keys ? halves(tile) + kTokens * d + lane : halves(tile + lane * exact_values.row_bytes()) + d,
+                      number++);
         }
     }
-    length_ = length;
+}
+
+void Sequence::read(std::int64_t layer, bool of_keys, std::uint8_t* codes, std::uint16_t* scales, std::uint16_t* lows,
+                    std::uint16_t* exact) const {
+    const KeyForm& key_form = store_.keys(false);
+    const ValueForm& value_form = store_.values(false);
+    visit(
+        layer, of_keys, length_,
+        [&](std::uint8_t* tile, std::int64_t lane, std::int64_t d, std::int64_t index) {
+            const int code = of_keys ? get_key(tile, key_form, d, lane)
+                                     : get_value(tile + lane * value_form.row_bytes(), value_form, d);
+            codes[index] = static_cast<std::uint8_t>(code);
+        },
+        [&](const std::uint16_t* scale, const std::uint16_t* low, std::int64_t index) {
+            scales[index] = *scale, lows[index] = *low;
+        },
+        [&](const std::uint16_t* number, std::int64_t index) { exact[index] = *number; });
+}
+
+void Sequence::write(std::int64_t layer, bool of_keys, const std::uint8_t* codes, const std::uint16_t* scales,
+                     const std::uint16_t* lows, const std::uint16_t* exact) {
+    const KeyForm& key_form = store_.keys(false);
+    const ValueForm& value_form = store_.values(false);
+    visit(
+        layer, of_keys, reserved_,
+        [&](std::uint8_t* tile, std::int64_t lane, std::int64_t d, std::int64_t index) {
+            if (of_keys)
+                put_key(tile, key_form, d, lane, codes[index]);
+            else
+                put_value(tile + lane * value_form.row_bytes(), value_form, d, codes[index]);
+        },
+        [&](std::uint16_t* scale, std::uint16_t* low, std::int64_t index) { *scale = scales[index], *low = lows[index]; },
+        [&](std::uint16_t* number, std::int64_t index) { *number = exact[index]; });
 }
 
 }  // namespace subnibble

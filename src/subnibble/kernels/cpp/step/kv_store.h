@@ -85,9 +85,15 @@ class Sequence {
     // Keep the first `length` tokens; false, and nothing is changed, if coded ones would have to return to 16 bits.
     bool crop(std::int64_t length);
 
-    // All tiles and lengths as bytes, and back.
-    std::vector<std::uint8_t> save() const;
-    void load(const std::vector<std::uint8_t>& state);
+    // Copy the tokens of one layer out, or in after `reserve` for as many: codes (heads, tokens, width), scales and lows
+    // (heads, tokens, groups), by channel (heads, tokens / group, width) of each, and the other tokens,
+    // (heads, tokens, width) float16.
+    void read(std::int64_t layer, bool of_keys, std::uint8_t* codes, std::uint16_t* scales, std::uint16_t* lows,
+              std::uint16_t* exact) const;
+    void write(std::int64_t layer, bool of_keys, const std::uint8_t* codes, const std::uint16_t* scales,
+               const std::uint16_t* lows, const std::uint16_t* exact);
+    // Tokens of one layer that are coded, and the others.
+    std::int64_t coded(std::int64_t layer, bool of_keys) const;
 
     // Cosines and sines of tokens length .. length + tokens - 1, (tokens, count) each; only needed if keys are stored
     // without positions.
@@ -96,12 +102,17 @@ class Sequence {
     const float* angles(std::int64_t tile) const { return angles_[static_cast<std::size_t>(tile)].data(); }
 
    private:
-    void trim(Side& side, bool of_keys, std::int64_t first);
+    void trim(Side& side, bool of_keys, std::int64_t length);
+    // Visit all numbers of one layer; see kv_store.cpp.
+    template <typename Coded, typename Scaled, typename Exact>
+    void visit(std::int64_t layer, bool of_keys, std::int64_t tokens, Coded coded, Scaled scaled, Exact exact) const;
+
 
     KvStore& store_;
     std::vector<LayerTokens> layers_;
     std::vector<std::vector<float>> angles_;
-    std::int64_t length_ = 0;
+    // Tokens that there is room for.
+    std::int64_t length_ = 0, reserved_ = 0;
 };
 
 class KvStore {
