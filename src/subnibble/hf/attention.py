@@ -268,7 +268,7 @@ class _BeforeDecoder:
         is_padding_mask = mask is None or (isinstance(mask, Tensor) and mask.dim() == 2)
         if prefix is not None and not is_padding_mask:
             raise BadRecipe("a model with a prefix takes only attention masks of two dimensions, (batch, tokens)")
-        if prefix is not None and call.ids is not None and cache.get_seq_length() == 0:
+        if prefix is not None and cache.hides and call.ids is not None and cache.get_seq_length() == 0:
             cache.hidden = repeated_prefix(call.ids, mask, prefix)
         new = tokens.shape[1]
         if is_padding_mask:
@@ -304,16 +304,9 @@ def repeated_prefix(ids: Tensor, mask: Tensor | None, prefix: PrefixIds) -> Tens
     Returns (b, t) bool, or None if no token repeats.
     """
     hidden = torch.zeros_like(ids, dtype=torch.bool)
-    prefix_ids = torch.tensor(prefix.ids, device=ids.device)
     for row in range(ids.shape[0]):
         positions = torch.arange(ids.shape[1], device=ids.device) if mask is None else mask[row].nonzero()[:, 0]
-        text = ids[row, positions]
-        if text.shape[0] >= len(prefix_ids) and torch.equal(text[: len(prefix_ids)], prefix_ids):
-            count = len(prefix_ids)
-        else:
-            has_bos = text.shape[0] > 0 and prefix.bos == int(text[0])
-            count = int(has_bos and prefix.bos in (prefix.ids[0], prefix.ids[-1]))
-        hidden[row, positions[: min(count, text.shape[0] - 1)]] = True
+        hidden[row, positions[: prefix.repeated(ids[row, positions].tolist())]] = True
     return hidden if bool(hidden.any()) else None
 
 

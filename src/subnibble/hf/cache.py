@@ -195,7 +195,8 @@ class KVCache(Cache):
     scheme: how they are quantized; None keeps them at 16 bits.
     layers: number of layers.
     prefix: the prompt prefix before its texts, None for none.
-    hidden: (b, t) bool, tokens at the start of rows that repeat the prefix and are hidden; None for none.
+    hides: whether tokens at the start of a text that repeat the prefix are hidden.
+    hidden: (b, t) bool, the tokens that are hidden; None for none.
     """
 
     def __init__(self, scheme: CacheScheme | None, layers: int, prefix: PrefixIds | None = None) -> None:
@@ -203,6 +204,7 @@ class KVCache(Cache):
         self._cache_layers = [CacheLayer(scheme, self.positions) for _ in range(layers)]
         super().__init__(layers=[*self._cache_layers])
         self.scheme, self.prefix = scheme, prefix
+        self.hides = True
         self.hidden: Tensor | None = None
         self._expected_length = 0
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
@@ -119,6 +119,16 @@ class CacheScheme:
             return tokens // self.window * self.window
         return max(tokens - self.window, 0)
 
+    def can_crop(self, length: int, target: int) -> bool:
+        """Whether a cache of `length` tokens can drop all tokens after the first `target`.
+
+        Only the last tokens are kept at 16 bits, and quantized tokens cannot return to 16 bits.
+        """
+        return self.window == 0 or all(
+            self.quantized_tokens(length, of_keys) == self.quantized_tokens(target, of_keys)
+            for of_keys in (True, False)
+        )
+
     def token_bytes(self, heads: int, width: int) -> float:
         """Bytes of one quantized token in one layer: key and value of `heads` key-value heads of `width` channels."""
         row = (width * self.bits + 7) // 8 + len(self.bounds(width)) * GROUP_BITS / 8
@@ -148,6 +158,18 @@ class PrefixIds:
 
     ids: tuple[int, ...]
     bos: int | None = None
+
+    def repeated(self, text: Sequence[int]) -> int:
+        """Number of tokens at the start of a text that repeat the prefix or its BOS; never the text's last token.
+
+        text: token ids.
+        """
+        if tuple(text[: len(self.ids)]) == self.ids:
+            count = len(self.ids)
+        else:
+            has_bos = len(text) > 0 and text[0] == self.bos
+            count = int(has_bos and self.bos in (self.ids[0], self.ids[-1]))
+        return min(count, max(len(text) - 1, 0))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionary, the inverse of `from_dict`."""
