@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
+import subnibble
 from conftest import CONFIGS, VOCABULARY, random_model
 from kv_calls import cache_of, passing
-import subnibble
 from subnibble import Recipe
 from subnibble.errors import UnsupportedModel
 from subnibble.hf.attention import attach_cache_, attached_cache, set_prefix_
@@ -111,7 +111,11 @@ def test_saved_sequences_hold_what_the_reference_stores(scheme: str) -> None:
     decoder.forward([sequence], [tokens[0].tolist()])
     state = decoder.save(sequence)
     for kind, store in (("keys", layer.keys), ("values", layer.values)):
-        rows = {} if store.quantized is None else dict(zip(("codes", "scales", "lows"), store.quantized.tensors, strict=True))
+        rows = (
+            {}
+            if store.quantized is None
+            else dict(zip(("codes", "scales", "lows"), store.quantized.tensors, strict=True))
+        )
         exact = {} if store.exact is None else {"exact": store.exact}
         names = {name for name in state if name.startswith(f"layers.0.{kind}.")}
         assert names == {f"layers.0.{kind}.{name}" for name in (*rows, *exact)}
@@ -124,9 +128,9 @@ def test_saved_sequences_hold_what_the_reference_stores(scheme: str) -> None:
                 torch.testing.assert_close(actual.float(), expected[0].float(), rtol=2e-3, atol=2e-3)
 
 
-@pytest.mark.parametrize("scheme", ("none", "token", "hadamard", "before-rope", "channel-halves", "window"))
-@pytest.mark.parametrize("name", ("llama", "mistral", "qwen3"))
-@pytest.mark.parametrize("length", (3, 40))
+@pytest.mark.parametrize("scheme", ["none", "token", "hadamard", "before-rope", "channel-halves", "window"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen3"])
+@pytest.mark.parametrize("length", [3, 40])
 @pytest.mark.usefixtures("half_caches")
 def test_a_prefix_is_before_every_sequence(name: str, scheme: str, length: int) -> None:
     model, prefix = random_model(name), ids(length, 3)
@@ -193,13 +197,14 @@ def test_planted_faults_are_seen() -> None:
 
 
 def test_rotary_positions_of_every_kind() -> None:
+    shorter = {"original_max_position_embeddings": 32}
     kinds: dict[str, dict[str, Any]] = {
         "linear": {"factor": 3.0},
         "dynamic": {"factor": 2.0},
-        "yarn": {"factor": 4.0, "original_max_position_embeddings": 32},
-        "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32},
-        "longrope": {"factor": 4.0, "short_factor": [1.0] * 8, "long_factor": [1.5] * 8, "original_max_position_embeddings": 32},
-    }  # fmt: skip
+        "yarn": {"factor": 4.0, **shorter},
+        "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, **shorter},
+        "longrope": {"factor": 4.0, "short_factor": [1.0] * 8, "long_factor": [1.5] * 8, **shorter},
+    }
     for kind, settings in kinds.items():
         config = copy.deepcopy(CONFIGS["llama"])
         config.max_position_embeddings = 64
@@ -210,7 +215,10 @@ def test_rotary_positions_of_every_kind() -> None:
         decoder = Decoder(copy.deepcopy(model))
         sequence, tokens = decoder.open(), ids()
         # Frequencies may change as the text grows: both see the same calls.
-        actual = [decoder.forward([sequence], [tokens[0, :20].tolist()]), decoder.forward([sequence], [tokens[0, 20:].tolist()])]
+        actual = [
+            decoder.forward([sequence], [tokens[0, :20].tolist()]),
+            decoder.forward([sequence], [tokens[0, 20:].tolist()]),
+        ]
         with torch.no_grad():
             first = model(tokens[:, :20], use_cache=True)
             second = model(tokens[:, 20:], **passing(model, cache_of(first)), use_cache=True)

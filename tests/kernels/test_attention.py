@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from subnibble.hf.decoder import cache_rules
+from subnibble.hf.decoder_parts import cache_rules
 from subnibble.kernels import native as kernels
 from subnibble.runtime.attention import attend
 from subnibble.runtime.kv_cache import TensorStore, map_view
@@ -136,8 +136,8 @@ def test_pieces_give_the_same_bits_as_a_whole(name: str) -> None:
     assert torch.equal(by_step(case, [13, 1, 1, 90, 200, 25], isa), whole)
 
 
-@pytest.mark.parametrize("window", (1, 5, 32, 100, 257))
-@pytest.mark.parametrize("name", ("none", "4-bits", "window", "4-bits-by-channel"))
+@pytest.mark.parametrize("window", [1, 5, 32, 100, 257])
+@pytest.mark.parametrize("name", ["none", "4-bits", "window", "4-bits-by-channel"])
 def test_a_sliding_window_hides_older_tokens(name: str, window: int) -> None:
     case, isa = case_of(name), kernels.default()
     expected = by_reference(case, window)
@@ -146,7 +146,9 @@ def test_a_sliding_window_hides_older_tokens(name: str, window: int) -> None:
 
 
 @pytest.mark.parametrize("isa", instruction_sets())
-@pytest.mark.parametrize("heads, repeats, width", [(1, 1, 16), (3, 1, 40), (1, 7, 128), (2, 12, 96), (1, 30, 256)])
+@pytest.mark.parametrize(
+    ("heads", "repeats", "width"), [(1, 1, 16), (3, 1, 40), (1, 7, 128), (2, 12, 96), (1, 30, 256)]
+)
 def test_any_head_count_and_width(heads: int, repeats: int, width: int, isa: str) -> None:
     for name in ("none", "3-bits", "window", "by-channel-16"):
         case = case_of(name, heads, repeats, width, 70)

@@ -27,6 +27,7 @@ def compare(
     max_windows: o.MaxWindows = None,
     out: Annotated[Path | None, typer.Option(help="Keep the checkpoints in this folder. Default: delete them.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace checkpoints in --out.")] = False,
+    backend: o.Backend = "auto",
     resume: o.Resume = "auto",
     json: o.Json = False,
 ) -> None:
@@ -45,7 +46,8 @@ def compare(
     from subnibble.evaluation.compare import compare as run
     from subnibble.evaluation.evaluate import Evaluation
 
-    evaluation = Evaluation(text, 2048 if window is None else window, max_windows, device or "auto", dtype or "auto")
+    window = 2048 if window is None else window
+    evaluation = Evaluation(text, window, max_windows, device or "auto", dtype or "auto", backend=backend)
     with progress("compare") as on_progress:
         rows = run(model, recipes, evaluation, out, overwrite=overwrite, resume=resume, progress=on_progress)
     if json:

@@ -23,6 +23,7 @@ def evaluate(
     kv_option: o.KvOptions = None,
     system_prompt: o.SystemPrompt = None,
     activations: o.Activations = None,
+    backend: o.Backend = "auto",
     layers: Annotated[
         bool, typer.Option("--layers", help="Add the output error of each linear layer; needs --reference.")
     ] = False,
@@ -37,8 +38,9 @@ def evaluate(
 
     settings = o.kv_settings(kv_option)
     evaluation = Evaluation(
-        text, window, max_windows, device or "auto", dtype or "auto", kv_bits, settings, system_prompt, activations
-    )
+        text, window, max_windows, device or "auto", dtype or "auto", kv_bits, settings, system_prompt, activations,
+        backend,
+    )  # fmt: skip
     with progress("evaluate") as on_progress:
         result = run(model, evaluation, reference, layers=layers, resume=resume, progress=on_progress)
     if json:
@@ -50,7 +52,7 @@ def evaluate(
         ("effective bits", f"{result['effective_bits']:.3f}"),
         ("model bits", f"{result['model_bits']:.3f}"),
         ("inputs of linears", result["activations"]),
-        ("kernels", result["kernels"]),
+        ("kernels", f"{result['kernels']}, {result['backend']} step"),
         ("KV cache", f"{result['cache_bytes']:.0f} bytes per token"),
         *([("system prompt", f"{result['prefix_tokens']} tokens at 16 bits")] if result["prefix_tokens"] else []),
         ("on disk", megabytes(result["file_bytes"])),

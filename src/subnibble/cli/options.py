@@ -44,6 +44,12 @@ Activations = Annotated[
         "stored."
     ),
 ]
+Backend = Annotated[
+    str,
+    typer.Option(
+        help="What runs packed models: native (C++ step), torch, or auto (native where it can).", metavar="NAME"
+    ),
+]
 LoadedKvBits = Annotated[int | None, typer.Option(help=f"{_KV_BITS} Default: as MODEL was quantized.")]
 KvOptions = Annotated[
     list[str] | None,

@@ -25,6 +25,7 @@ from subnibble.device import resolve_device
 from subnibble.errors import BadArgument, BadRecipe
 from subnibble.evaluation.evaluate import AnyEvaluation, Evaluation
 from subnibble.evaluation.perplexity import Scores, score
+from subnibble.evaluation.runners import runner_of, torch_runner
 from subnibble.generate.prefix import same_prefix_
 from subnibble.hf import load_model, memory_bytes
 from subnibble.methods import find_method
@@ -128,7 +129,9 @@ def compare(
             same_prefix_(models[next(iter(recipes_of))], models[ORIGINAL])
         keeper = Keeper(work.journal, "windows")
         evaluate = titled(on_progress, "evaluate")
-        scores = score(models, windows, bos_token(tokenizer), models[ORIGINAL], evaluate, keeper)
+        runners = {name: runner_of(loaded, evaluation.backend) for name, loaded in models.items() if name != ORIGINAL}
+        runners = {ORIGINAL: torch_runner(models[ORIGINAL]), **runners}
+        scores = score(runners, windows, bos_token(tokenizer), runners[ORIGINAL], evaluate, keeper)
         return [
             _row(name, measure(open_source(path)), memory_bytes(models[name]), seconds.get(name), scores[name])
             for name, path in paths.items()

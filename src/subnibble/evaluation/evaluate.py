@@ -23,6 +23,7 @@ from subnibble.checkpoint.source import Source
 from subnibble.errors import BadArgument, BadRecipe, CheckpointError
 from subnibble.evaluation.layer_error import layer_errors
 from subnibble.evaluation.perplexity import check_vocabularies, score
+from subnibble.evaluation.runners import BACKENDS, backend_of, runner_of, torch_runner
 from subnibble.generate.prefix import attach_prefix_, same_prefix_
 from subnibble.hf import load_model, memory_bytes
 from subnibble.hf.attention import attached_cache, change_scheme_
@@ -39,7 +40,7 @@ from subnibble.tensor.cache_scheme import CacheScheme, PrefixIds
 _TYPES = {
     "text": str, "window": int, "max_windows": (int, type(None)), "device": str, "dtype": str,
     "kv_bits": (int, type(None)), "kv": Mapping, "system_prompt": (str, type(None)),
-    "activations": (str, type(None)),
+    "activations": (str, type(None)), "backend": str,
 }  # fmt: skip
 
 
@@ -66,9 +67,10 @@ class Evaluation:
     kv: Mapping[str, Any] = field(default_factory=dict)
     system_prompt: str | None = None
     activations: str | None = None
+    backend: str = "auto"
 
     def __post_init__(self) -> None:
-        for key in ("text", "device", "dtype", "system_prompt", "activations"):
+        for key in ("text", "device", "dtype", "system_prompt", "activations", "backend"):
             object.__setattr__(self, key, plain(getattr(self, key)))
         check_types(self, _TYPES)
         if self.window < 2 or (self.max_windows is not None and self.max_windows < 1):
@@ -76,6 +78,8 @@ class Evaluation:
                 f"window is {self.window} and max_windows {self.max_windows}; "
                 "--window must be at least 2 and --max-windows at least 1"
             )
+        if self.backend not in BACKENDS:
+            raise BadRecipe(f"backend is {self.backend!r}; choose one of {', '.join(BACKENDS)}")
 
     @classmethod
     def of(cls, evaluation: AnyEvaluation) -> Evaluation:
@@ -199,7 +203,10 @@ def evaluate(
         if journal is not None and (earlier := journal.value("windows")) is not None:
             clock.add(earlier["seconds"])
         keeper = Keeper(journal, "windows", lambda: {"seconds": clock.seconds()})
-        scores = score({"model": loaded}, windows, bos_token(tokenizer), reference_model, on_progress, keeper)["model"]
+        runner, of_reference = runner_of(loaded, evaluation.backend), None
+        if reference_model is not None:
+            of_reference = torch_runner(reference_model)
+        scores = score({"model": runner}, windows, bos_token(tokenizer), of_reference, on_progress, keeper)["model"]
         # Inside the run: the scores are kept until these errors are there, too.
         errors = {"output_errors": layer_errors(loaded, reference_model, windows, changed)} if layers else {}
     results = scores.to_dict() | size.to_dict()
@@ -208,6 +215,7 @@ def evaluate(
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "activations": evaluation.activations or "as stored",
         "kernels": native.isa(),
+        "backend": backend_of(loaded, evaluation.backend)[0],
         "memory_bytes": memory_bytes(loaded),
         **_attached_facts(loaded),
     }

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from subnibble.errors import CalibrationError, NumericalFailure
-from subnibble.model.transformers_api.generation import logits_of
+from subnibble.evaluation.runners import Runner, torch_runner
 from subnibble.progress import Progress, silent
 from subnibble.resume.interrupt import safe_point
 from subnibble.resume.keeper import Keeper, State
@@ -54,19 +54,19 @@ class Scores:
 
 
 def score(
-    models: Mapping[str, nn.Module],
+    models: Mapping[str, nn.Module | Runner],
     windows: Tensor,
     bos: int | None,
-    reference: nn.Module | None = None,
+    reference: nn.Module | Runner | None = None,
     progress: Progress = silent,
     keeper: Keeper | None = None,
 ) -> dict[str, Scores]:
     """Score several models on the same windows; the reference runs once per window for all of them.
 
-    models: transformers causal language models by name.
+    models: by name, transformers models, which run in torch, or what runs them (`runners.py`).
     windows: (count, length) int64 token ids.
     bos: id of the token to put before each window, or None.
-    reference: the model that the others are compared with, or None.
+    reference: the model that the others are compared with, one of `models` or another, or None.
     progress: called after each window.
     keeper: keeps the sums after each window, and has those of an earlier run to continue; None keeps nothing.
 
@@ -168,13 +168,12 @@ class Totals:
         return perplexity, self._divergence / self._compared, self._agreed / self._compared
 
 
-def _log_probabilities(model: nn.Module, window: Tensor, bos: int | None) -> Tensor:
+def _log_probabilities(model: nn.Module | Runner, window: Tensor, bos: int | None) -> Tensor:
     """Log-probabilities of the window's tokens 1.. given the tokens before, (length - 1, vocabulary) float32."""
     ids = window if bos is None else torch.cat([window.new_tensor([bos]), window])
-    device = next(iter((*model.parameters(), *model.buffers()))).device
+    run = torch_runner(model) if isinstance(model, nn.Module) else model
     with torch.inference_mode():
-        logits = logits_of(model, ids.unsqueeze(0).to(device))[0]
-        logits = logits[ids.shape[0] - window.shape[0] : -1].float()
+        logits = run(ids)[ids.shape[0] - window.shape[0] : -1].float()
         for rows in logits.split(_POSITIONS):
             rows.sub_(rows.logsumexp(1, keepdim=True))
     assert isinstance(logits, Tensor)
