@@ -3,9 +3,9 @@
     python bench/model_speed.py [--threads N ...] [--rounds N]
     python bench/model_speed.py --print
 
-A prompt of 512 tokens, then greedy decoding, through transformers and by llama.cpp, in turn in one process. Models are
-rounded to nearest, because a method does not change the operations that run; Q4_0 is what llama-quantize makes of the
-package's Q4_1. One thread is timed in CPU time, several in wall time. Finished rows are appended to the results file;
+A prompt of 512 tokens, then greedy decoding, through transformers, by the native step (16-bit inputs, and int8 ones) and
+by llama.cpp, in turn in one process. Models are rounded to nearest, because a method does not change the operations that
+run; Q4_0 is what llama-quantize makes of the package's Q4_1. One thread is timed in CPU time, several in wall time. Finished rows are appended to the results file;
 later runs skip them. `peers/build.py` builds llama.cpp.
 """
 
@@ -34,6 +34,8 @@ BITS = (2, 3, 4)
 Q4_0 = "llama.cpp Q4_0"
 KEY = ("cpu", "instructions", "threads")
 PARTS = ("prompt", "decode")
+# Inputs of linears in the native step -> `--activations`.
+NATIVE = {"native step, 16-bit inputs": None, "native step, int8 inputs": "int8"}
 # Any tokens that are words.
 TOKENS = list(range(1000, 1000 + PROMPT))
 
@@ -81,6 +83,10 @@ def measured(threads: int, number: int, peers: Path) -> dict[str, Any]:
         for name, path in models(folder):
             timers[name] = _transformers(path, threads)
             sizes[name] = _bytes(path)
+            if name != "float32":
+                for inputs, activations in NATIVE.items():
+                    timers[f"{name}, {inputs}"] = _native(path, threads, activations)
+                    sizes[f"{name}, {inputs}"] = sizes[name]
         try:
             file = requantized(folder, peers)
             timers[Q4_0], sizes[Q4_0] = _llama(file, threads, peers), _bytes(file)
@@ -145,6 +151,30 @@ def _transformers(path: Path, threads: int) -> Timer:
         return {"prompt": first / PROMPT, "decode": (seconds(1 + DECODED) - first) / DECODED}
 
     seconds(2)
+    return run
+
+
+def _native(path: Path, threads: int, activations: str | None) -> Timer:
+    """Time the native step's reading of the prompt, and greedy decoding after it."""
+    from subnibble.hf import load_model
+    from subnibble.hf.decoder import Decoder
+    from subnibble.hf.inputs import round_inputs_
+
+    model, clock = load_model(path, "bfloat16"), _clock(threads)
+    if activations is not None:
+        round_inputs_(model, activations)
+    decoder = Decoder(model)
+
+    def run() -> dict[str, float]:
+        sequence = decoder.open()
+        start = clock()
+        logits = decoder.forward([sequence], [TOKENS])
+        middle = clock()
+        for _ in range(DECODED):
+            logits = decoder.forward([sequence], [[int(logits.argmax())]])
+        return {"prompt": (middle - start) / PROMPT, "decode": (clock() - middle) / DECODED}
+
+    run()
     return run
 
 
