@@ -52,8 +52,8 @@ void place(const std::uint8_t* codes, std::uint8_t* block) {
     } else {
         for (int s = 0; s < 6; ++s) word[s / 2] |= step[s] << 3 * (s % 2);
         for (int s = 6; s < 8; ++s) {
-            word[s - 6] |= (step[s] & 0x03030303u) << 6;
-            word[2] |= (step[s] & 0x04040404u) << (s - 2);
+            word[s - 6] |= (step[s] & 0x06060606u) << 5;
+            word[2] |= (step[s] & 0x01010101u) << s;
         }
     }
     for (int v = 0; v < BITS; ++v) std::memcpy(block + v * kVectorBytes, word + v, 4);

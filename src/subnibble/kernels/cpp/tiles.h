@@ -4,8 +4,8 @@
 // each row, so that an instruction that adds products of 4 bytes gives each row its own sum. In the 4 bytes of a row,
 // byte j holds codes of columns 4 s + j of the block:
 //   2 bits: vector v (of 2), bits 2 (s - 4 v) and up, for s = 4 v .. 4 v + 3
-//   3 bits: vector v (of 3), bits 3 (s - 2 v) and up, for s = 2 v, 2 v + 1; of s = 6 and 7 the low two bits are bits 6
-//     and 7 of vector s - 6, and the high bit is bit s of vector 2
+//   3 bits: vector v (of 3), bits 3 (s - 2 v) and up, for s = 2 v, 2 v + 1; of s = 6 and 7 the high two bits are bits 6
+//     and 7 of vector s - 6, and the low bit is bit s of vector 2
 //   4 bits: vector v (of 4), bits 4 (s - 2 v) and up, for s = 2 v, 2 v + 1
 //   8 bits: vector s
 // Rows and columns beyond the last are zeros.
