@@ -9,6 +9,9 @@ namespace {
 
 namespace products {
 
+// Vectors of sums that stay in registers.
+constexpr int kMostSums = V::registers >= 32 ? 20 : 12;
+
 // Shifts of levels (`shift_of`), and the sums of products with levels that are shifted alike.
 // SHIFTED: whether levels stay shifted. BITS, KIND: of the weight.
 template <int BITS, Kind KIND, bool SHIFTED>
@@ -34,7 +37,7 @@ struct Shifts {
 template <int BITS, Kind KIND, int P, int T, int M>
 struct Few {
     static constexpr int N = T * kHalves;
-    static constexpr bool SHIFTED = V::registers >= 32 || M * P == 1;
+    static constexpr bool SHIFTED = M * P * N * Shifts<BITS, KIND, true>::count <= kMostSums;
     using Sets = Shifts<BITS, KIND, SHIFTED>;
     // Sums of a set, where there are too few to keep the processor's multipliers busy.
     static constexpr int C = M * P * N * Sets::count >= 4 ? 1 : M * P * N * Sets::count >= 2 ? 2 : 4;
@@ -49,7 +52,7 @@ struct Few {
 
     template <int S>
     inline __attribute__((always_inline)) void add_step(const Tokens& x, const std::uint8_t* block,
-                                                        std::int64_t tile_bytes, const std::int8_t* from) {
+                                                        const std::int8_t* from) {
         constexpr int set = Sets::place(Sets::template of<S>) * C + S % C;
 #pragma GCC unroll 2
         for (int m = 0; m < M; ++m)
@@ -58,7 +61,7 @@ struct Few {
                 const I numbers = V::broadcast_bytes(from + p * x.plane_stride + m * x.token_stride + 4 * S);
 #pragma GCC unroll 4
                 for (int n = 0; n < N; ++n) {
-                    const std::uint8_t* of_tile = block + n / kHalves * tile_bytes + n % kHalves * kBytes;
+                    const std::uint8_t* of_tile = block + n / kHalves * kVectorBytes + n % kHalves * kBytes;
                     const I level = SHIFTED ? shifted_levels<BITS, KIND, S>(of_tile) : levels<BITS, KIND, S>(of_tile, 0);
                     sum[set][m][p][n] = V::template dot<(BITS == 8 || V::wide)>(sum[set][m][p][n], level, numbers);
                 }
@@ -88,16 +91,15 @@ struct Few {
     }
 };
 
-// T tiles, M tokens, P planes.
+// T tiles, one or a pair; M tokens, P planes.
 template <int BITS, Kind KIND, int P, int T, int M>
 void few_tiles(const Tiles& w, const Tokens& x, std::int64_t tile, std::int64_t token, float* y, std::int64_t y_stride,
                bool add) {
     constexpr int N = T * kHalves;
     constexpr auto steps = std::make_index_sequence<8>{};
-    // Bytes of a tile's codes that are on their way from memory.
+    // Bytes of codes that are on their way from memory.
     constexpr std::int64_t kAhead = 4096;
-    const std::int64_t tile_bytes = w.tile_bytes();
-    const std::uint8_t* const codes = w.codes + tile * tile_bytes;
+    const std::uint8_t* const codes = w.codes + w.tile_at(tile);
     F total[M][N];
     load_totals<T, M>(w, tile, y, y_stride, add, total);
     for (std::int64_t s = 0; s < x.segment_count; ++s) {
@@ -106,13 +108,11 @@ void few_tiles(const Tiles& w, const Tokens& x, std::int64_t tile, std::int64_t 
         Few<BITS, KIND, P, T, M> sums;
         sums.clear();
         for (std::int64_t b = 0; b < segment.blocks; ++b) {
-            const std::int64_t at = (segment.block + b) * kVectorBytes * BITS;
-            // After the end of these tiles come the next T.
-            const std::int64_t ahead = at + kAhead < tile_bytes ? at + kAhead : at + kAhead + (T - 1) * tile_bytes;
-            for (int t = 0; t < T; ++t)
-                for (int v = 0; v < BITS; ++v) __builtin_prefetch(codes + t * tile_bytes + ahead + v * kVectorBytes);
+            const std::uint8_t* block = codes + (segment.block + b) * kVectorStep * BITS;
+            for (int v = 0; v < BITS; ++v)
+                for (int t = 0; t < T; ++t) __builtin_prefetch(block + v * kVectorStep + t * kVectorBytes + kAhead);
             each(steps, [&](auto step) __attribute__((always_inline)) {
-                sums.template add_step<step>(x, codes + at, tile_bytes, numbers + 32 * b);
+                sums.template add_step<step>(x, block, numbers + 32 * b);
             });
         }
         const bool in_float = w.zero == Zero::real || sums_fit_float(w, x, segment);
@@ -143,13 +143,18 @@ void few_tiles(const Tiles& w, const Tokens& x, std::int64_t tile, std::int64_t 
 template <int BITS, Kind KIND, int P, int M>
 void few_tokens(const Tiles& w, const Tokens& x, std::int64_t token, float* y, std::int64_t y_stride, bool add,
                 std::int64_t first, std::int64_t last) {
-    // Tiles side by side share what they read of x.
-    constexpr int T = V::registers >= 32 && M * P <= 2 ? 1 : 1;
+    // Tiles of a pair share what they read of x.
+    constexpr int T = 2 * kHalves * M * P <= kMostSums ? 2 : 1;
     y += token * y_stride;
-    std::int64_t tile = first;
-    for (; tile + T <= last; tile += T)
-        few_tiles<BITS, KIND, P, T, M>(w, x, tile, token, y + tile * kTileRows, y_stride, add);
-    if (tile < last) few_tiles<BITS, KIND, P, 1, M>(w, x, tile, token, y + tile * kTileRows, y_stride, add);
+    for (std::int64_t tile = first; tile < last;) {
+        if (T == 2 && tile % 2 == 0 && tile + 1 < last) {
+            few_tiles<BITS, KIND, P, T, M>(w, x, tile, token, y + tile * kTileRows, y_stride, add);
+            tile += 2;
+        } else {
+            few_tiles<BITS, KIND, P, 1, M>(w, x, tile, token, y + tile * kTileRows, y_stride, add);
+            tile += 1;
+        }
+    }
 }
 
 template <int BITS, Kind KIND, int P>

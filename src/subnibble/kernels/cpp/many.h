@@ -15,10 +15,10 @@ namespace products {
 // Write the levels of a tile as bytes: (planes, blocks, 8 steps, 16 rows, 4 columns).
 template <int BITS, Kind KIND>
 void fill_panel(const Tiles& w, std::int64_t tile, std::uint8_t* panel) {
-    const std::uint8_t* first = w.codes + tile * w.tile_bytes();
+    const std::uint8_t* first = w.codes + w.tile_at(tile);
     for (int plane = 0; plane < (KIND == Kind::sign ? BITS : 1); ++plane)
         for (std::int64_t b = 0; b < w.blocks; ++b) {
-            const std::uint8_t* block = first + b * kVectorBytes * BITS;
+            const std::uint8_t* block = first + b * kVectorStep * BITS;
             std::uint8_t* to = panel + (plane * w.blocks + b) * 8 * kVectorBytes;
             each(std::make_index_sequence<8>{}, [&](auto step) {
                 for (int half = 0; half < kHalves; ++half)
@@ -146,10 +146,11 @@ void many_of_tiles(const Tiles& w, const Tokens& x, std::int64_t tile, std::int6
                    std::uint8_t* panel, float* y, std::int64_t y_stride, bool add) {
     const std::int64_t panel_bytes = w.planes() * w.blocks * 8 * kVectorBytes;
     for (int t = 0; t < T; ++t) fill_panel<BITS, KIND>(w, tile + t, panel + t * panel_bytes);
-    const std::uint8_t *const next = w.codes + (tile + T) * w.tile_bytes(), *const end = w.codes + w.tiles * w.tile_bytes();
-    const std::int64_t lines = T * w.tile_bytes() / kVectorBytes, calls = (last - first + 7) / 8 * x.segment_count;
-    const Ahead ahead{next < end ? next : end, next + T * w.tile_bytes() < end ? next + T * w.tile_bytes() : end,
-                      (lines + calls - 1) / calls};
+    // The next pair; of one tile, half of it is for the second.
+    const std::int64_t pair = tile / 2 + 1, calls = (last - first + 7) / 8 * x.segment_count;
+    const std::int64_t lines = w.pair_bytes() / kVectorBytes, of_call = (lines * T / 2 + calls - 1) / calls;
+    const std::uint8_t* const next = w.codes + pair * w.pair_bytes();
+    const Ahead ahead{next, pair < w.pairs() ? next + w.pair_bytes() : next, of_call};
     many_tokens<KIND, BITS == 8, T>(w, x, tile, first, last, panel, panel_bytes, y, y_stride, add, ahead);
 }
 

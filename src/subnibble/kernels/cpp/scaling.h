@@ -20,9 +20,9 @@ struct Group {
 
 template <Kind KIND>
 inline Group group_of(const Tiles& w, std::int64_t tile, int half, const Segment& segment, int plane) {
-    const std::int64_t planes = KIND == Kind::sign ? w.bits : 1, at = tile * w.groups + segment.weight_group;
-    const std::int64_t first = kTileRows * at + half * V::lanes;
-    const std::int64_t scale = kTileRows * (at * planes + plane) + half * V::lanes;
+    const std::int64_t planes = KIND == Kind::sign ? w.bits : 1, at = segment.weight_group;
+    const std::int64_t first = Tiles::number_at(tile, w.groups, at) + half * V::lanes;
+    const std::int64_t scale = Tiles::number_at(tile, w.groups * planes, at * planes + plane) + half * V::lanes;
     Group group;
     group.scale = V::numbers(w.scales + scale * w.scale_bytes(), w.scale_type);
     if (KIND == Kind::uniform && w.zero == Zero::real) {
