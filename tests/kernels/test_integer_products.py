@@ -142,7 +142,7 @@ def test_a_weight_that_was_written_to_is_repacked() -> None:
     layer, x = built(weight_of(WEIGHTS["4 bits, whole row"]), activation=ActivationScheme(8)), tokens()
     first = ops.linear(x, layer)
     part = layer.weight.main.ranges[0]
-    assert native._repacked(part) is native._repacked(part)
+    assert native.repacked(part) is native.repacked(part)
     part.scales.mul_(2)
     assert torch.equal(ops.linear(x, layer), 2 * first)
     part.codes[0, 0] ^= 1

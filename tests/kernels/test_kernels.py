@@ -86,7 +86,7 @@ def test_no_address_has_to_be_aligned(isa: str, offset: int) -> None:
         )
         moved_x, y = misaligned(x, 4 * offset), torch.full((2, ROWS + 3), math.nan)
         with kernels.chosen(isa):
-            form = native._form(isa, scheme, ROWS, 300)
+            form = native.form(isa, scheme, ROWS, 300)
             zeros = 0 if moved.zeros is None else moved.zeros.data_ptr()
             tiles = kernels.module.Weight(form, moved.codes.data_ptr(), moved.scales.data_ptr(), zeros)
             tiles.multiply(native.rounded(moved_x, None), 0, y.data_ptr(), y.stride(0), False)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -91,8 +91,7 @@ def takes(x: Tensor) -> bool:
     return runs(x) and not differentiates and x.shape[-1] <= _MOST_COLUMNS
 
 
-@dataclass(frozen=True)
-class NativeInput:
+class NativeInput(NamedTuple):
     """Tokens after all steps of a `SiteInput`, as the kernels multiply them.
 
     tokens: (t, k) before they are rounded; under torch.compile they are rounded by each linear.
@@ -117,7 +116,9 @@ class NativeInput:
 
 def prepare(x: Tensor, site: SiteInput) -> NativeInput:
     """Apply a site's steps to x (..., k), the last one by a kernel."""
-    dtype, tokens = x.dtype, site_input.enter(x, site).reshape(-1, x.shape[-1])
+    dtype, tokens = x.dtype, site_input.enter(x, site)
+    if tokens.ndim != 2:
+        tokens = tokens.reshape(-1, x.shape[-1])
     if site.activation is None and torch.is_autocast_enabled("cpu"):
         dtype = torch.get_autocast_dtype("cpu")
         tokens = tokens.to(dtype)
@@ -125,10 +126,11 @@ def prepare(x: Tensor, site: SiteInput) -> NativeInput:
         return NativeInput(tokens, site.activation, site.requantized, dtype)
     how = rounding(native.isa(), site.activation, _FIXED_BYTES[tokens.dtype])
     dense = _readable(tokens)
+    (count, columns), stride = dense.shape, dense.stride(0)
     address, number = dense.data_ptr(), _TYPES[dense.dtype]
-    whole = how.round(address, number, *dense.shape, dense.stride(0))
+    whole = how.round(address, number, count, columns, stride)
     requantized = site.requantized and site.activation is not None
-    rest = how.rest(whole, address, number, dense.stride(0), site.requantized) if requantized else None
+    rest = how.rest(whole, address, number, stride, site.requantized) if requantized else None
     return NativeInput(tokens, site.activation, site.requantized, dtype, whole, rest)
 
 
@@ -144,7 +146,7 @@ def _product(x: NativeInput, weight: PackedWeight) -> Tensor:
     y = _traced(x, weight) if torch.compiler.is_compiling() else _eager(x, weight)
     if weight.bias is not None:
         y = y + weight.bias.float()
-    return y.to(x.dtype)
+    return y if y.dtype == x.dtype else y.to(x.dtype)
 
 
 def _eager(x: NativeInput, weight: PackedWeight) -> Tensor:
@@ -178,9 +180,9 @@ def multiply_(y: Tensor, x: Any, weight: PackedTensor, add: bool = False) -> Non
     x: rounded tokens (t, k'); of more columns than the weight has, the first ones count.
     weight: (m, k).
     """
-    start = 0
+    start, address, stride = 0, y.data_ptr(), y.stride(0)
     for part in weight.ranges:
-        repacked(part).multiply(x, start, y.data_ptr(), y.stride(0), add)
+        repacked(part).multiply(x, start, address, stride, add)
         start, add = start + part.num_columns, True
 
 

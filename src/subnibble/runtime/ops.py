@@ -40,7 +40,7 @@ def product(x: Tensor, prepared: PreparedInput | NativeInput, layer: Linear) -> 
     weight = layer.weight
     if isinstance(prepared, NativeInput):
         y = native.product(prepared, weight)
-        return y.view(*x.shape[:-1], y.shape[1])
+        return y if x.ndim == 2 else y.view(*x.shape[:-1], y.shape[1])
     if prepared.quantized is None:
         assert prepared.tokens is not None
         y = _float_product(prepared.tokens, weight)

@@ -92,6 +92,11 @@ struct V {
     static I right(I a) {
         return _mm256_srli_epi32(a, COUNT);
     }
+    // Of signed words.
+    template <int COUNT>
+    static I signed_right(I a) {
+        return _mm256_srai_epi32(a, COUNT);
+    }
     template <int COUNT>
     static I left(I a) {
         return _mm256_slli_epi32(a, COUNT);
@@ -121,6 +126,12 @@ struct V {
         if (type == subnibble::Number::float16) return _mm256_cvtph_ps(halves);
         return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
     }
+    // Whether a WIDE `dot` costs no more than another.
+#if defined(__AVXVNNI__)
+    static constexpr bool wide = true;
+#else
+    static constexpr bool wide = false;
+#endif
     // Adds products of unsigned bytes of `level`, 127 at most unless WIDE, and signed bytes of x, four in each lane.
     template <bool WIDE>
     static I dot(I sum, I level, I x) {

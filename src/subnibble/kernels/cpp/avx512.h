@@ -84,6 +84,11 @@ struct V {
     static I right(I a) {
         return _mm512_srli_epi32(a, COUNT);
     }
+    // Of signed words.
+    template <int COUNT>
+    static I signed_right(I a) {
+        return _mm512_srai_epi32(a, COUNT);
+    }
     template <int COUNT>
     static I left(I a) {
         return _mm512_slli_epi32(a, COUNT);
@@ -112,6 +117,12 @@ struct V {
         if (type == subnibble::Number::float16) return _mm512_cvtph_ps(halves);
         return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
     }
+    // Whether a WIDE `dot` costs no more than another.
+#if defined(__AVX512VNNI__)
+    static constexpr bool wide = true;
+#else
+    static constexpr bool wide = false;
+#endif
     // Adds products of unsigned bytes of `level`, 127 at most unless WIDE, and signed bytes of x, four in each lane.
     template <bool WIDE>
     static I dot(I sum, I level, I x) {
@@ -144,9 +155,6 @@ struct V {
 }  // namespace
 
 #include "dequantize.h"
-#if defined(SUBNIBBLE_USES_AMX)
-#include "amx.h"
-#endif
 #include "products.h"
 #include "rounding.h"
 #include "segment_sums.h"

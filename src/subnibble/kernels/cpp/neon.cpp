@@ -33,6 +33,11 @@ struct V {
         if constexpr (COUNT == 0) return a;
         else return vshrq_n_u32(a, COUNT);
     }
+    // Of signed words.
+    template <int COUNT>
+    static I signed_right(I a) {
+        return vreinterpretq_u32_s32(vshrq_n_s32(vreinterpretq_s32_u32(a), COUNT));
+    }
     template <int COUNT>
     static I left(I a) {
         return vshlq_n_u32(a, COUNT);
@@ -63,6 +68,8 @@ struct V {
         if (type == subnibble::Number::float16) return vcvt_f32_f16(vreinterpret_f16_u16(halves));
         return vreinterpretq_f32_u32(vshlq_n_u32(vmovl_u16(halves), 16));
     }
+    // Whether a WIDE `dot` costs no more than another.
+    static constexpr bool wide = false;
     // Adds products of unsigned bytes of `level`, 127 at most unless WIDE, and signed bytes of x, four in each lane.
     template <bool WIDE>
     static I dot(I sum, I level, I x) {

@@ -121,6 +121,12 @@ struct V {
     static I right(I a) {
         return right_by(a, COUNT);
     }
+    // Of signed words.
+    template <int COUNT>
+    static I signed_right(I a) {
+        return each_int(
+            [&](int i) { return static_cast<std::uint32_t>(static_cast<std::int32_t>(a.v[i]) >> COUNT); });
+    }
     template <int COUNT>
     static I left(I a) {
         return each_int([&](int i) { return a.v[i] << COUNT; });
@@ -165,6 +171,8 @@ struct V {
         return each([&](int i) { return a.v[i] + b.v[i]; });
     }
     static F numbers(const std::uint8_t* from, subnibble::Number type);
+    // Whether a WIDE `dot` costs no more than another.
+    static constexpr bool wide = true;
     // Adds products of unsigned bytes of `level` and signed bytes of x, four in each lane.
     template <bool>
     static I dot(I sum, I level, I x) {

@@ -52,16 +52,16 @@ void place(const std::uint8_t* codes, std::uint8_t* block) {
     } else {
         for (int s = 0; s < 6; ++s) word[s / 2] |= step[s] << 3 * (s % 2);
         for (int s = 6; s < 8; ++s) {
-            word[s - 6] |= (step[s] & 0x03030303u) << 6;
-            word[2] |= (step[s] & 0x04040404u) << (s - 2);
+            word[s - 6] |= (step[s] & 0x06060606u) << 5;
+            word[2] |= (step[s] & 0x01010101u) << s;
         }
     }
-    for (int v = 0; v < BITS; ++v) std::memcpy(block + v * kVectorBytes, word + v, 4);
+    for (int v = 0; v < BITS; ++v) std::memcpy(block + v * kVectorStep, word + v, 4);
 }
 
 template <int BITS>
 void place_row(const std::uint8_t* codes, std::int64_t blocks, std::uint8_t* row) {
-    for (std::int64_t b = 0; b < blocks; ++b) place<BITS>(codes + kBlockColumns * b, row + b * kVectorBytes * BITS);
+    for (std::int64_t b = 0; b < blocks; ++b) place<BITS>(codes + kBlockColumns * b, row + b * kVectorStep * BITS);
 }
 
 // Half of a scale of E8M0, whose levels are counted in halves, as bfloat16: exact.
@@ -84,9 +84,10 @@ Repacked::Repacked(const Matrix& w) {
     t.scale_type = w.scale_type == Number::e8m0 ? Number::bfloat16 : w.scale_type;
     t.zero = w.zeros == nullptr ? Zero::constant : w.integer_zeros ? Zero::integer : Zero::real;
     const std::int64_t planes = t.planes(), numbers = t.groups * planes, width = t.scale_bytes();
-    const std::int64_t code_bytes = t.tiles * t.tile_bytes(), scale_bytes = t.tiles * numbers * kTileRows * width;
+    const std::int64_t code_bytes = t.pairs() * t.pair_bytes();
+    const std::int64_t padded = t.pairs() * 2 * kTileRows, scale_bytes = padded * numbers * width;
     const std::int64_t zero_width = t.zero == Zero::integer ? 1 : t.zero == Zero::real ? width : 0;
-    const std::int64_t zero_bytes = t.tiles * t.groups * kTileRows * zero_width;
+    const std::int64_t zero_bytes = padded * t.groups * zero_width;
     // Codes come first, in whole vectors; scales begin on a boundary of 64 bytes, too.
     nbytes_ = code_bytes + scale_bytes + zero_bytes;
     memory_ = long_lived(nbytes_);
@@ -105,19 +106,19 @@ Repacked::Repacked(const Matrix& w) {
 #if defined(_OPENMP)
 #pragma omp for
 #endif
-        for (std::int64_t r = 0; r < t.tiles * kTileRows; ++r) {
+        for (std::int64_t r = 0; r < padded; ++r) {
             const std::int64_t tile = r / kTileRows, lane = r % kTileRows;
             std::memset(codes.get(), 0, static_cast<std::size_t>(t.blocks * kBlockColumns));
             if (r < w.rows) unpack(w.bits, w.codes + r * row_bytes, w.columns, codes.get());
             // The last word may hold more than the last column's code.
             std::fill(codes.get() + w.columns, codes.get() + t.blocks * kBlockColumns, std::uint8_t{0});
-            auto* to = codes_at + tile * t.tile_bytes() + 4 * lane;
+            auto* to = codes_at + t.tile_at(tile) + 4 * lane;
             (w.bits == 2   ? place_row<2>
              : w.bits == 3 ? place_row<3>
              : w.bits == 4 ? place_row<4>
                            : place_row<8>)(codes.get(), t.blocks, to);
             for (std::int64_t i = 0; i < numbers; ++i) {
-                std::uint8_t* scale = scales_at + ((tile * numbers + i) * kTileRows + lane) * width;
+                std::uint8_t* scale = scales_at + (Tiles::number_at(tile, numbers, i) + lane) * width;
                 if (r >= w.rows) {
                     std::memset(scale, 0, static_cast<std::size_t>(width));
                 } else if (w.scale_type == Number::e8m0) {
@@ -130,7 +131,7 @@ Repacked::Repacked(const Matrix& w) {
             if (t.zero == Zero::integer && r < w.rows)
                 unpack(w.bits, w.zeros + r * zero_row_bytes, t.groups, zeros.get());
             for (std::int64_t g = 0; g < t.groups && t.zero != Zero::constant; ++g) {
-                std::uint8_t* zero = zeros_at + ((tile * t.groups + g) * kTileRows + lane) * zero_width;
+                std::uint8_t* zero = zeros_at + (Tiles::number_at(tile, t.groups, g) + lane) * zero_width;
                 if (r >= w.rows)
                     std::memset(zero, 0, static_cast<std::size_t>(zero_width));
                 else if (t.zero == Zero::integer)

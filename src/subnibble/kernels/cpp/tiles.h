@@ -1,14 +1,15 @@
 // A packed weight in the order in which processors multiply it, and the quantized tokens that it is multiplied with.
 //
-// 16 rows are a tile, 32 columns of a tile are a block. A block holds 64 * bits bytes: vectors of 64 bytes, 4 bytes for
-// each row, so that an instruction that adds products of 4 bytes gives each row its own sum. In the 4 bytes of a row,
-// byte j holds codes of columns 4 s + j of the block:
+// 16 rows are a tile, two tiles are a pair, 32 columns of a tile are a block. A block holds 64 * bits bytes: vectors of 64
+// bytes, 4 bytes for each row, so that an instruction that adds products of 4 bytes gives each row its own sum. Vectors of
+// a pair's tiles alternate, and so do their scales, so that two tiles multiplied at once are one stream from memory. In
+// the 4 bytes of a row, byte j holds codes of columns 4 s + j of the block:
 //   2 bits: vector v (of 2), bits 2 (s - 4 v) and up, for s = 4 v .. 4 v + 3
-//   3 bits: vector v (of 3), bits 3 (s - 2 v) and up, for s = 2 v, 2 v + 1; of s = 6 and 7 the low two bits are bits 6
-//     and 7 of vector s - 6, and the high bit is bit s of vector 2
+//   3 bits: vector v (of 3), bits 3 (s - 2 v) and up, for s = 2 v, 2 v + 1; of s = 6 and 7 the high two bits are bits 6
+//     and 7 of vector s - 6, and the low bit is bit s of vector 2
 //   4 bits: vector v (of 4), bits 4 (s - 2 v) and up, for s = 2 v, 2 v + 1
 //   8 bits: vector s
-// Rows and columns beyond the last are zeros.
+// Rows and columns beyond the last are zeros; the last pair is whole.
 #pragma once
 
 #include <cstdint>
@@ -18,6 +19,8 @@
 namespace subnibble {
 
 constexpr std::int64_t kTileRows = 16, kBlockColumns = 32, kVectorBytes = 64;
+// From a tile's vector to its next.
+constexpr std::int64_t kVectorStep = 2 * kVectorBytes;
 
 // What is subtracted from a code: the same for all, one whole number per group, or one real number per group.
 enum class Zero : int { constant = 0, integer = 1, real = 2 };
@@ -29,16 +32,23 @@ struct Tiles {
     // float16, bfloat16 or float32.
     Number scale_type;
     Zero zero;
-    // (tiles, blocks, 64 * bits) bytes.
+    // (pairs, blocks, bits, 2, 64) bytes.
     const std::uint8_t* codes;
-    // (tiles, groups, planes, 16) numbers of scale_type.
+    // (pairs, groups, planes, 2, 16) numbers of scale_type.
     const std::uint8_t* scales;
-    // (tiles, groups, 16): bytes if zero is integer, numbers of scale_type if real; else null.
+    // (pairs, groups, 2, 16): bytes if zero is integer, numbers of scale_type if real; else null.
     const std::uint8_t* zeros;
 
     // Scales of a group: a sign grid has one for each bit.
     std::int64_t planes() const { return grid == Grid::sign ? bits : 1; }
-    std::int64_t tile_bytes() const { return blocks * kVectorBytes * bits; }
+    std::int64_t pairs() const { return (tiles + 1) / 2; }
+    std::int64_t pair_bytes() const { return blocks * kVectorStep * bits; }
+    // Where a tile's first vector lies; the next one is kVectorStep on.
+    std::int64_t tile_at(std::int64_t tile) const { return tile / 2 * pair_bytes() + tile % 2 * kVectorBytes; }
+    // Place of a tile's row 0 among numbers (pairs, count, 2, 16), of number `index` of `count`.
+    static std::int64_t number_at(std::int64_t tile, std::int64_t count, std::int64_t index) {
+        return ((tile / 2 * count + index) * 2 + tile % 2) * kTileRows;
+    }
     std::int64_t scale_bytes() const { return scale_type == Number::float32 ? 4 : 2; }
 };
 
