@@ -43,11 +43,14 @@ inline I codes(const std::uint8_t* block) {
     if constexpr (BITS == 8) {
         return V::load_bytes(block + S * vector_step(BITS));
     } else if constexpr (BITS == 4) {
-        return V::bits_and(V::template right<4 * (S % 2)>(V::load_bytes(block + S / 2 * vector_step(BITS))), V::bytes(15));
+        const I vector = V::load_bytes(block + S / 2 * vector_step(BITS));
+        return V::bits_and(V::template right<4 * (S % 2)>(vector), V::bytes(15));
     } else if constexpr (BITS == 2) {
-        return V::bits_and(V::template right<2 * (S % 4)>(V::load_bytes(block + S / 4 * vector_step(BITS))), V::bytes(3));
+        const I vector = V::load_bytes(block + S / 4 * vector_step(BITS));
+        return V::bits_and(V::template right<2 * (S % 4)>(vector), V::bytes(3));
     } else if constexpr (S < 6) {
-        return V::bits_and(V::template right<3 * (S % 2)>(V::load_bytes(block + S / 2 * vector_step(BITS))), V::bytes(7));
+        const I vector = V::load_bytes(block + S / 2 * vector_step(BITS));
+        return V::bits_and(V::template right<3 * (S % 2)>(vector), V::bytes(7));
     } else {
         const I high = V::template right<5>(V::load_bytes(block + (S - 6) * vector_step(BITS)));
         const I low = V::template right<S>(V::load_bytes(block + 2 * vector_step(BITS)));

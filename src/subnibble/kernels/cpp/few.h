@@ -62,7 +62,8 @@ struct Few {
 #pragma GCC unroll 4
                 for (int n = 0; n < N; ++n) {
                     const std::uint8_t* of_tile = block + n / kHalves * tile_step(BITS) + n % kHalves * kBytes;
-                    const I level = SHIFTED ? shifted_levels<BITS, KIND, S>(of_tile) : levels<BITS, KIND, S>(of_tile, 0);
+                    const I level =
+                        SHIFTED ? shifted_levels<BITS, KIND, S>(of_tile) : levels<BITS, KIND, S>(of_tile, 0);
                     sum[set][m][p][n] = V::template dot<(BITS == 8 || V::wide)>(sum[set][m][p][n], level, numbers);
                 }
             }

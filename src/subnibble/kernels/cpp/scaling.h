@@ -76,8 +76,8 @@ inline F add_high(F value, I high, F zero, std::int32_t of_x) {
     return V::add(V::mul(V::sub(V::to_float(high), zeros), V::broadcast(65536.0f)), value);
 }
 
-// What a segment adds for one vector of rows, before the scale of x. low, high: sums of products, of which the high ones
-// count 65536 times (three planes only); of_x: sums of x likewise. in_float: zero-points are subtracted in float32.
+// What a segment adds for one vector of rows, before the scale of x. low, high: sums of products, of which the high
+// ones count 65536 times (three planes only); of_x: sums of x likewise. in_float: zero-points are subtracted in float32.
 template <Kind KIND>
 inline F scaled(const Group& group, bool in_float, bool three, I high, I low, Sums of_x) {
     F value;

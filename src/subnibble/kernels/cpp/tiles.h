@@ -1,9 +1,9 @@
 // A packed weight in the order in which processors multiply it, and the quantized tokens that it is multiplied with.
 //
-// 16 rows are a tile, two tiles are a pair, 32 columns of a tile are a block. A block holds 64 * bits bytes: vectors of 64
-// bytes, 4 bytes for each row, so that an instruction that adds products of 4 bytes gives each row its own sum. A pair's
-// tiles alternate, and so do their scales: two tiles multiplied at once are one stream from memory. In the 4 bytes of a
-// row, byte j holds codes of columns 4 s + j of the block:
+// 16 rows are a tile, two tiles are a pair, 32 columns of a tile are a block. A block holds 64 * bits bytes: vectors of
+// 64 bytes, 4 bytes for each row, so that an instruction that adds products of 4 bytes gives each row its own sum. The
+// tiles of a pair alternate, and so do their scales: two tiles multiplied at once are one stream from memory. In the 4
+// bytes of a row, byte j holds codes of columns 4 s + j of the block:
 //   2 bits: vector v (of 2), bits 2 (s - 4 v) and up, for s = 4 v .. 4 v + 3
 //   3 bits: vector v (of 3), bits 3 (s - 2 v) and up, for s = 2 v, 2 v + 1; of s = 6 and 7 the high two bits are bits 6
 //     and 7 of vector s - 6, and the low bit is bit s of vector 2
@@ -19,8 +19,8 @@
 namespace subnibble {
 
 constexpr std::int64_t kTileRows = 16, kBlockColumns = 32, kVectorBytes = 64;
-// From a tile's vector to its next, and from a vector of a pair's first tile to that of the second. What is read fastest
-// from memory was measured (bench/kernels.py): vectors of the tiles alternate, but blocks where a block has three vectors.
+// From a tile's vector to its next, and from a vector of a pair's first tile to that of the second. Vectors of tiles
+// alternate, but blocks where a block has three vectors: each was measured to be read fastest from memory.
 constexpr std::int64_t vector_step(int bits) { return bits == 3 ? kVectorBytes : 2 * kVectorBytes; }
 constexpr std::int64_t tile_step(int bits) { return bits == 3 ? 3 * kVectorBytes : kVectorBytes; }
 // From a tile's block to its next.
