@@ -14,7 +14,9 @@ namespace products {
 using subnibble::Grid;
 using subnibble::kTileRows;
 using subnibble::kVectorBytes;
-using subnibble::kVectorStep;
+using subnibble::block_step;
+using subnibble::tile_step;
+using subnibble::vector_step;
 using subnibble::Number;
 using subnibble::Rounding;
 using subnibble::Segment;
@@ -39,16 +41,19 @@ inline __attribute__((always_inline)) void each(std::index_sequence<S...>, Funct
 template <int BITS, int S>
 inline I codes(const std::uint8_t* block) {
     if constexpr (BITS == 8) {
-        return V::load_bytes(block + S * kVectorStep);
+        return V::load_bytes(block + S * vector_step(BITS));
     } else if constexpr (BITS == 4) {
-        return V::bits_and(V::template right<4 * (S % 2)>(V::load_bytes(block + S / 2 * kVectorStep)), V::bytes(15));
+        const I vector = V::load_bytes(block + S / 2 * vector_step(BITS));
+        return V::bits_and(V::template right<4 * (S % 2)>(vector), V::bytes(15));
     } else if constexpr (BITS == 2) {
-        return V::bits_and(V::template right<2 * (S % 4)>(V::load_bytes(block + S / 4 * kVectorStep)), V::bytes(3));
+        const I vector = V::load_bytes(block + S / 4 * vector_step(BITS));
+        return V::bits_and(V::template right<2 * (S % 4)>(vector), V::bytes(3));
     } else if constexpr (S < 6) {
-        return V::bits_and(V::template right<3 * (S % 2)>(V::load_bytes(block + S / 2 * kVectorStep)), V::bytes(7));
+        const I vector = V::load_bytes(block + S / 2 * vector_step(BITS));
+        return V::bits_and(V::template right<3 * (S % 2)>(vector), V::bytes(7));
     } else {
-        const I high = V::template right<5>(V::load_bytes(block + (S - 6) * kVectorStep));
-        const I low = V::template right<S>(V::load_bytes(block + 2 * kVectorStep));
+        const I high = V::template right<5>(V::load_bytes(block + (S - 6) * vector_step(BITS)));
+        const I low = V::template right<S>(V::load_bytes(block + 2 * vector_step(BITS)));
         return V::merge(low, high, V::bytes(6), V::bytes(7));
     }
 }
@@ -77,11 +82,11 @@ inline I shifted_levels(const std::uint8_t* block) {
     if constexpr (shift == 0) {
         return levels<BITS, KIND, S>(block, 0);
     } else if constexpr (BITS == 3 && S >= 6) {
-        const I low = V::template right<S - 5>(V::load_bytes(block + 2 * kVectorStep));
-        return V::merge(low, V::load_bytes(block + (S - 6) * kVectorStep), V::bytes(0xC0), V::bytes(0xE0));
+        const I low = V::template right<S - 5>(V::load_bytes(block + 2 * vector_step(BITS)));
+        return V::merge(low, V::load_bytes(block + (S - 6) * vector_step(BITS)), V::bytes(0xC0), V::bytes(0xE0));
     } else {
         constexpr int steps = BITS == 3 ? 2 : 8 / BITS;
-        return V::bits_and(V::load_bytes(block + S / steps * kVectorStep), V::bytes(((1 << BITS) - 1) << shift));
+        return V::bits_and(V::load_bytes(block + S / steps * vector_step(BITS)), V::bytes(((1 << BITS) - 1) << shift));
     }
 }
 

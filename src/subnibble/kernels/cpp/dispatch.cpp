@@ -168,7 +168,8 @@ void multiply_tiles(const Kernel& kernel, const Tiles& w, const Operand& x, floa
                        scratch_bytes(w, tokens.count) > 0 ? scratch : nullptr);
     else if (!add)
         for (std::int64_t t = 0; t < tokens.count; ++t)
-            std::fill(y + t * y_stride + first * kTileRows, y + t * y_stride + std::min(last * kTileRows, w.rows), 0.0f);
+            std::fill(y + t * y_stride + first * kTileRows, y + t * y_stride + std::min(last * kTileRows, w.rows),
+                      0.0f);
 }
 
 void multiply(const Kernel& kernel, const Tiles& w, const Input& x, std::int64_t start, float* y, std::int64_t y_stride,

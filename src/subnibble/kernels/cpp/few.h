@@ -61,8 +61,9 @@ struct Few {
                 const I numbers = V::broadcast_bytes(from + p * x.plane_stride + m * x.token_stride + 4 * S);
 #pragma GCC unroll 4
                 for (int n = 0; n < N; ++n) {
-                    const std::uint8_t* of_tile = block + n / kHalves * kVectorBytes + n % kHalves * kBytes;
-                    const I level = SHIFTED ? shifted_levels<BITS, KIND, S>(of_tile) : levels<BITS, KIND, S>(of_tile, 0);
+                    const std::uint8_t* of_tile = block + n / kHalves * tile_step(BITS) + n % kHalves * kBytes;
+                    const I level =
+                        SHIFTED ? shifted_levels<BITS, KIND, S>(of_tile) : levels<BITS, KIND, S>(of_tile, 0);
                     sum[set][m][p][n] = V::template dot<(BITS == 8 || V::wide)>(sum[set][m][p][n], level, numbers);
                 }
             }
@@ -83,13 +84,47 @@ struct Few {
         }
     }
 
-    inline __attribute__((always_inline)) I total(int m, int p, int n) const {
+    inline __attribute__((always_inline)) I plane(int m, int p, int n) const {
         I result;
         each(std::make_index_sequence<8>{},
              [&](auto shift) __attribute__((always_inline)) { gather<shift>(m, p, n, result); });
         return result;
     }
+
+    // Sums of planes 0 and 1, and of plane 2.
+    inline __attribute__((always_inline)) I low(int m, int n) const {
+        if constexpr (P == 1) return plane(m, 0, n);
+        return V::add_int(plane(m, 0, n), V::template left<8>(plane(m, P > 1, n)));
+    }
+    inline __attribute__((always_inline)) I high(int m, int n) const { return plane(m, P - 1, n); }
 };
+
+template <int N, int M>
+struct SegmentSums {
+    I low[M][N], high[M][N];
+};
+
+template <int N, int M>
+struct Scaled {
+    F of[M][N];
+};
+
+// What a segment adds, in all cases; apart from the loop, so that the usual case keeps its registers.
+template <Kind KIND, int P, int N, int M>
+__attribute__((noinline)) Scaled<N, M> scaled_segment(const Tiles& w, const Tokens& x, std::int64_t tile,
+                                                      std::int64_t token, std::int64_t s,
+                                                      const SegmentSums<N, M>& sums) {
+    const Segment& segment = x.segments[s];
+    const bool in_float = w.zero == Zero::real || sums_fit_float(w, x, segment);
+    Scaled<N, M> values;
+    for (int n = 0; n < N; ++n) {
+        const Group group = group_of<KIND>(w, tile + n / kHalves, n % kHalves, segment, 0);
+        for (int m = 0; m < M; ++m)
+            values.of[m][n] = scaled<KIND>(group, in_float, P == 3, sums.high[m][n], sums.low[m][n],
+                                           sums_of(x, token + m, s));
+    }
+    return values;
+}
 
 // T tiles, one or a pair; M tokens, P planes.
 template <int BITS, Kind KIND, int P, int T, int M>
@@ -100,6 +135,8 @@ void few_tiles(const Tiles& w, const Tokens& x, std::int64_t tile, std::int64_t 
     // Bytes of codes that are on their way from memory.
     constexpr std::int64_t kAhead = 4096;
     const std::uint8_t* const codes = w.codes + w.tile_at(tile);
+    const bool usual = w.zero != Zero::real;
+    const UsualReader<KIND> reader(w, tile);
     F total[M][N];
     load_totals<T, M>(w, tile, y, y_stride, add, total);
     for (std::int64_t s = 0; s < x.segment_count; ++s) {
@@ -108,33 +145,38 @@ void few_tiles(const Tiles& w, const Tokens& x, std::int64_t tile, std::int64_t 
         Few<BITS, KIND, P, T, M> sums;
         sums.clear();
         for (std::int64_t b = 0; b < segment.blocks; ++b) {
-            const std::uint8_t* block = codes + (segment.block + b) * kVectorStep * BITS;
-            for (int v = 0; v < BITS; ++v)
-                for (int t = 0; t < T; ++t) __builtin_prefetch(block + v * kVectorStep + t * kVectorBytes + kAhead);
+            const std::uint8_t* block = codes + (segment.block + b) * block_step(BITS);
+#pragma GCC unroll 16
+            for (int v = 0; v < T * BITS; ++v)
+                __builtin_prefetch(block + v * (T == 2 ? kVectorBytes : vector_step(BITS)) + kAhead);
             each(steps, [&](auto step) __attribute__((always_inline)) {
                 sums.template add_step<step>(x, block, numbers + 32 * b);
             });
         }
-        const bool in_float = w.zero == Zero::real || sums_fit_float(w, x, segment);
         const float* scales_of_x = x.scales + token * x.scale_stride + segment.input_group;
-#pragma GCC unroll 4
-        for (int n = 0; n < N; ++n) {
-            const Group group = group_of<KIND>(w, tile + n / kHalves, n % kHalves, segment, 0);
+        if (usual && sums_fit_float(w, x, segment)) {
+            const float* sums_of_x = x.float_sums + token * x.segment_count + s;
+#pragma GCC unroll 8
+            for (int n = 0; n < N; ++n) {
+                const UsualGroup group = reader.read(segment, n);
 #pragma GCC unroll 2
-            for (int m = 0; m < M; ++m) {
-                I low = sums.total(m, 0, n);
-                const I high = sums.total(m, P - 1, n);
-                if constexpr (P > 1) low = V::add_int(low, V::template left<8>(sums.total(m, 1, n)));
-                F value;
-                if (P < 3 && in_float) {
-                    // The usual case of `scaled`, without its branches.
-                    const F of_x = V::broadcast(x.float_sums[(token + m) * x.segment_count + s]);
-                    value = V::mul(V::sub(V::to_float(low), V::mul(of_x, group.zero)), group.scale);
-                } else {
-                    value = scaled<KIND>(group, in_float, P == 3, high, low, sums_of(x, token + m, s));
+                for (int m = 0; m < M; ++m) {
+                    const F zeros = V::mul(V::broadcast(sums_of_x[m * x.segment_count]), group.zero);
+                    F value = V::sub(V::to_float(sums.low(m, n)), zeros);
+                    if constexpr (P == 3)
+                        value = add_high(value, sums.high(m, n), group.zero, sums_of(x, token + m, s).high);
+                    value = V::mul(value, group.scale);
+                    total[m][n] = V::add(total[m][n], V::mul(value, V::broadcast(scales_of_x[m * x.scale_stride])));
                 }
-                total[m][n] = V::add(total[m][n], V::mul(value, V::broadcast(scales_of_x[m * x.scale_stride])));
             }
+        } else {
+            SegmentSums<N, M> whole;
+            all<M, N>([&](int m, int n) { whole.low[m][n] = sums.low(m, n), whole.high[m][n] = sums.high(m, n); });
+            const Scaled<N, M> values = scaled_segment<KIND, P, N, M>(w, x, tile, token, s, whole);
+            all<M, N>([&](int m, int n) {
+                const F scale = V::broadcast(scales_of_x[m * x.scale_stride]);
+                total[m][n] = V::add(total[m][n], V::mul(values.of[m][n], scale));
+            });
         }
     }
     store_totals<T, M>(w, tile, y, y_stride, total);

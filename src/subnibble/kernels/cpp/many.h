@@ -18,7 +18,7 @@ void fill_panel(const Tiles& w, std::int64_t tile, std::uint8_t* panel) {
     const std::uint8_t* first = w.codes + w.tile_at(tile);
     for (int plane = 0; plane < (KIND == Kind::sign ? BITS : 1); ++plane)
         for (std::int64_t b = 0; b < w.blocks; ++b) {
-            const std::uint8_t* block = first + b * kVectorStep * BITS;
+            const std::uint8_t* block = first + b * block_step(BITS);
             std::uint8_t* to = panel + (plane * w.blocks + b) * 8 * kVectorBytes;
             each(std::make_index_sequence<8>{}, [&](auto step) {
                 for (int half = 0; half < kHalves; ++half)

@@ -1,4 +1,4 @@
-// Floats and their bits, and the numbers of 16 bits that scales are stored in. Internal linkage only (see dequantize.h).
+// Floats and their bits, and the numbers of 16 bits that scales are stored in. Internal linkage only, see dequantize.h.
 #pragma once
 
 #include <cstdint>

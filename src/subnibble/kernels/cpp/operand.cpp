@@ -16,9 +16,10 @@ Operand::Operand(const Input& x, std::int64_t start, std::int64_t columns, std::
         const std::int64_t of_weight = column / group;
         stop = std::min({(of_weight + 1) * group, columns, inputs[static_cast<std::size_t>(input_group) + 1] - start});
         const std::int64_t block = column / kBlockColumns;
-        segments_.push_back({block, (stop + kBlockColumns - 1) / kBlockColumns - block, column, of_weight, input_group});
+        const std::int64_t blocks = (stop + kBlockColumns - 1) / kBlockColumns - block;
+        segments_.push_back({block, blocks, column, of_weight, input_group});
         bounds_.push_back(column);
-        room_ += segments_.back().blocks * kBlockColumns;
+        room_ += blocks * kBlockColumns;
         arranged_ = arranged_ && column % kBlockColumns == 0 &&
                     (stop % kBlockColumns == 0 || (start + stop == x.columns() && start % kBlockColumns == 0));
     }

@@ -56,12 +56,12 @@ void place(const std::uint8_t* codes, std::uint8_t* block) {
             word[2] |= (step[s] & 0x01010101u) << s;
         }
     }
-    for (int v = 0; v < BITS; ++v) std::memcpy(block + v * kVectorStep, word + v, 4);
+    for (int v = 0; v < BITS; ++v) std::memcpy(block + v * vector_step(BITS), word + v, 4);
 }
 
 template <int BITS>
 void place_row(const std::uint8_t* codes, std::int64_t blocks, std::uint8_t* row) {
-    for (std::int64_t b = 0; b < blocks; ++b) place<BITS>(codes + kBlockColumns * b, row + b * kVectorStep * BITS);
+    for (std::int64_t b = 0; b < blocks; ++b) place<BITS>(codes + kBlockColumns * b, row + b * block_step(BITS));
 }
 
 // Half of a scale of E8M0, whose levels are counted in halves, as bfloat16: exact.

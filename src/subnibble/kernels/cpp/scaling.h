@@ -37,8 +37,47 @@ inline Group group_of(const Tiles& w, std::int64_t tile, int half, const Segment
     return group;
 }
 
-// What a segment adds for one vector of rows, before the scale of x. low, high: sums of products, of which the high ones
-// count 65536 times (three planes only); of_x: sums of x likewise. in_float: zero-points are subtracted in float32.
+// Scale and zero-points of one vector of rows, where zero-points are whole numbers.
+struct UsualGroup {
+    F scale, zero;
+};
+
+// Reads those of a tile and the next one of its pair, where zero-points are whole numbers and there is one scale.
+template <Kind KIND>
+class UsualReader {
+   public:
+    UsualReader(const Tiles& w, std::int64_t tile) : type_(w.scale_type), width_(w.scale_bytes()) {
+        const std::int64_t first = Tiles::number_at(tile, w.groups, 0);
+        scales_ = w.scales + first * width_;
+        const bool stored = KIND == Kind::uniform && w.zero == Zero::integer;
+        zeros_ = stored ? w.zeros + first : same_;
+        step_ = stored ? 2 * kTileRows : 0;
+        for (std::uint8_t& zero : same_) zero = KIND == Kind::mxfp4 ? 12 : static_cast<std::uint8_t>(1 << (w.bits - 1));
+    }
+
+    // n: the vector of rows, counted from the tile's first.
+    inline __attribute__((always_inline)) UsualGroup read(const Segment& segment, int n) const {
+        const std::int64_t row = n * V::lanes;
+        return {V::numbers(scales_ + (segment.weight_group * 2 * kTileRows + row) * width_, type_),
+                V::to_float(V::widen(zeros_ + segment.weight_group * step_ + row))};
+    }
+
+   private:
+    Number type_;
+    std::int64_t width_, step_;
+    const std::uint8_t *scales_, *zeros_;
+    // Zero-points that are the same for all rows.
+    std::uint8_t same_[2 * kTileRows];
+};
+
+// Add 65536 times the sums of the third plane, zero-points subtracted in float32.
+inline F add_high(F value, I high, F zero, std::int32_t of_x) {
+    const F zeros = V::mul(V::broadcast(static_cast<float>(of_x)), zero);
+    return V::add(V::mul(V::sub(V::to_float(high), zeros), V::broadcast(65536.0f)), value);
+}
+
+// What a segment adds for one vector of rows, before the scale of x. low, high: sums of products, of which the high
+// ones count 65536 times (three planes only); of_x: sums of x likewise. in_float: zero-points are subtracted in float32.
 template <Kind KIND>
 inline F scaled(const Group& group, bool in_float, bool three, I high, I low, Sums of_x) {
     F value;
@@ -48,10 +87,7 @@ inline F scaled(const Group& group, bool in_float, bool three, I high, I low, Su
         if (three) high = V::sub_int(V::add_int(high, high), V::broadcast_int(of_x.high));
     } else if (in_float) {
         value = V::sub(V::to_float(low), V::mul(V::broadcast(static_cast<float>(of_x.low)), group.zero));
-        if (three) {
-            const F zeros = V::mul(V::broadcast(static_cast<float>(of_x.high)), group.zero);
-            value = V::add(V::mul(V::sub(V::to_float(high), zeros), V::broadcast(65536.0f)), value);
-        }
+        if (three) value = add_high(value, high, group.zero, of_x.high);
         return V::mul(value, group.scale);
     } else {
         value = V::to_float(V::sub_int(low, V::mul_int(group.integer_zero, V::broadcast_int(of_x.low))));

@@ -1,9 +1,9 @@
 // A packed weight in the order in which processors multiply it, and the quantized tokens that it is multiplied with.
 //
-// 16 rows are a tile, two tiles are a pair, 32 columns of a tile are a block. A block holds 64 * bits bytes: vectors of 64
-// bytes, 4 bytes for each row, so that an instruction that adds products of 4 bytes gives each row its own sum. Vectors of
-// a pair's tiles alternate, and so do their scales, so that two tiles multiplied at once are one stream from memory. In
-// the 4 bytes of a row, byte j holds codes of columns 4 s + j of the block:
+// 16 rows are a tile, two tiles are a pair, 32 columns of a tile are a block. A block holds 64 * bits bytes: vectors of
+// 64 bytes, 4 bytes for each row, so that an instruction that adds products of 4 bytes gives each row its own sum. The
+// tiles of a pair alternate, and so do their scales: two tiles multiplied at once are one stream from memory. In the 4
+// bytes of a row, byte j holds codes of columns 4 s + j of the block:
 //   2 bits: vector v (of 2), bits 2 (s - 4 v) and up, for s = 4 v .. 4 v + 3
 //   3 bits: vector v (of 3), bits 3 (s - 2 v) and up, for s = 2 v, 2 v + 1; of s = 6 and 7 the high two bits are bits 6
 //     and 7 of vector s - 6, and the low bit is bit s of vector 2
@@ -19,8 +19,12 @@
 namespace subnibble {
 
 constexpr std::int64_t kTileRows = 16, kBlockColumns = 32, kVectorBytes = 64;
-// From a tile's vector to its next.
-constexpr std::int64_t kVectorStep = 2 * kVectorBytes;
+// From a tile's vector to its next, and from a vector of a pair's first tile to that of the second. Vectors of tiles
+// alternate, but blocks where a block has three vectors: each was measured to be read fastest from memory.
+constexpr std::int64_t vector_step(int bits) { return bits == 3 ? kVectorBytes : 2 * kVectorBytes; }
+constexpr std::int64_t tile_step(int bits) { return bits == 3 ? 3 * kVectorBytes : kVectorBytes; }
+// From a tile's block to its next.
+constexpr std::int64_t block_step(int bits) { return 2 * kVectorBytes * bits; }
 
 // What is subtracted from a code: the same for all, one whole number per group, or one real number per group.
 enum class Zero : int { constant = 0, integer = 1, real = 2 };
@@ -32,7 +36,7 @@ struct Tiles {
     // float16, bfloat16 or float32.
     Number scale_type;
     Zero zero;
-    // (pairs, blocks, bits, 2, 64) bytes.
+    // (pairs, blocks, bits, 2, 64) bytes; of 3 bits (pairs, blocks, 2, bits, 64).
     const std::uint8_t* codes;
     // (pairs, groups, planes, 2, 16) numbers of scale_type.
     const std::uint8_t* scales;
@@ -42,9 +46,9 @@ struct Tiles {
     // Scales of a group: a sign grid has one for each bit.
     std::int64_t planes() const { return grid == Grid::sign ? bits : 1; }
     std::int64_t pairs() const { return (tiles + 1) / 2; }
-    std::int64_t pair_bytes() const { return blocks * kVectorStep * bits; }
-    // Where a tile's first vector lies; the next one is kVectorStep on.
-    std::int64_t tile_at(std::int64_t tile) const { return tile / 2 * pair_bytes() + tile % 2 * kVectorBytes; }
+    std::int64_t pair_bytes() const { return blocks * block_step(bits); }
+    // Where a tile's first vector lies.
+    std::int64_t tile_at(std::int64_t tile) const { return tile / 2 * pair_bytes() + tile % 2 * tile_step(bits); }
     // Place of a tile's row 0 among numbers (pairs, count, 2, 16), of number `index` of `count`.
     static std::int64_t number_at(std::int64_t tile, std::int64_t count, std::int64_t index) {
         return ((tile / 2 * count + index) * 2 + tile % 2) * kTileRows;

@@ -29,7 +29,6 @@ constexpr int kWide = 16, kParts = kWide / kLanes;
 
 typedef float FloatPart __attribute__((vector_size(4 * kLanes)));
 typedef std::int32_t IntPart __attribute__((vector_size(4 * kLanes)));
-typedef std::uint8_t BytePart __attribute__((vector_size(kLanes)));
 
 struct I {
     IntPart part[kParts];
@@ -142,14 +141,27 @@ SUBNIBBLE_INLINE I spread_bits(std::uint16_t bits) {
     return out;
 }
 
+// GCC 12 converts integers to wider ones number by number unless it is told the instruction.
 SUBNIBBLE_INLINE I load_bytes(const std::uint8_t* from) {
     I out;
+#if defined(__AVX512F__)
+    out.part[0] = (IntPart)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#elif defined(__AVX2__)
 #pragma GCC unroll 4
+    for (int i = 0; i < kParts; ++i)
+        out.part[i] =
+            (IntPart)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from + i * kLanes)));
+#elif defined(__ARM_NEON)
+    const uint8x16_t bytes = vld1q_u8(from);
+    const uint16x8_t shorts[2] = {vmovl_u8(vget_low_u8(bytes)), vmovl_u8(vget_high_u8(bytes))};
     for (int i = 0; i < kParts; ++i) {
-        BytePart bytes;
-        std::memcpy(&bytes, from + i * kLanes, kLanes);
-        out.part[i] = __builtin_convertvector(bytes, IntPart);
+        const uint16x8_t half = shorts[i / 2];
+        out.part[i] = (IntPart)vmovl_u16(i % 2 == 0 ? vget_low_u16(half) : vget_high_u16(half));
     }
+#else
+    for (int i = 0; i < kParts; ++i)
+        for (int l = 0; l < kLanes; ++l) out.part[i][l] = from[i * kLanes + l];
+#endif
     return out;
 }
 
@@ -184,13 +196,22 @@ SUBNIBBLE_INLINE F load_halves(const std::uint16_t* from) {
 // Bfloat16 numbers.
 SUBNIBBLE_INLINE F load_bfloats(const std::uint16_t* from) {
     F out;
+#if defined(__AVX512F__)
+    const __m256i shorts = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+    out.part[0] = (FloatPart)_mm512_slli_epi32(_mm512_cvtepu16_epi32(shorts), 16);
+#elif defined(__AVX2__)
 #pragma GCC unroll 4
     for (int i = 0; i < kParts; ++i) {
-        typedef std::uint16_t ShortPart __attribute__((vector_size(2 * kLanes)));
-        ShortPart shorts;
-        std::memcpy(&shorts, from + i * kLanes, sizeof shorts);
-        out.part[i] = (FloatPart)(__builtin_convertvector(shorts, IntPart) << 16);
+        const __m128i shorts = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i * kLanes));
+        out.part[i] = (FloatPart)_mm256_slli_epi32(_mm256_cvtepu16_epi32(shorts), 16);
     }
+#else
+    for (int i = 0; i < kParts; ++i)
+        for (int l = 0; l < kLanes; ++l) {
+            const std::uint32_t bits = std::uint32_t{from[i * kLanes + l]} << 16;
+            std::memcpy(reinterpret_cast<float*>(&out.part[i]) + l, &bits, 4);
+        }
+#endif
     return out;
 }
 
