@@ -12,7 +12,17 @@ namespace {
 constexpr std::int64_t kRows = 24;
 // From this many rows on, a tile is made float32 once for all of them.
 constexpr std::int64_t kManyRows = 9;
+// Tiles that are called from memory before they are read.
+constexpr std::int64_t kAhead = 2;
 constexpr float kNone = -std::numeric_limits<float>::infinity();
+
+// Call a head's part of a tile from memory. at: tiles of all heads.
+void prefetch(const std::vector<std::uint8_t*>& tiles, std::int64_t tile, std::int64_t at, std::int64_t bytes) {
+    if (tile >= static_cast<std::int64_t>(tiles.size())) return;
+    const std::uint8_t* from = tiles[static_cast<std::size_t>(tile)];
+    if (from == nullptr) return;
+    for (std::int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + at + i);
+}
 
 }  // namespace
 
@@ -174,8 +184,18 @@ void Attention::attend_range(const Unit& unit, std::int64_t range, const Attenti
         functions_.scores(work.keys, width_, work.q, count, room_, to_scores, stride);
     };
 
+    // Few queries spend little time on a tile: memory is what they wait for.
+    const auto call = [&](bool of_keys, std::int64_t tile) {
+        if (many || of_prefix) return;
+        const Side& side = of_keys ? layer_tokens.keys : layer_tokens.values;
+        const bool exact = !rules.coded();
+        const std::int64_t bytes = of_keys ? store_.keys(exact).tile_bytes() : store_.values(exact).tile_bytes();
+        prefetch(exact ? side.exact : side.coded, tile, head * bytes, bytes);
+    };
     const std::int64_t columns = (to - from) * kTokens, stride = work.columns;
     for (std::int64_t tile = from; tile < to; ++tile) {
+        call(true, tile + kAhead);
+        if (tile + kAhead >= to) call(false, from + tile + kAhead - to);
         const std::int64_t base = origin + tile * kTokens, place = (tile - from) * kTokens;
         const std::int64_t coded_by_all = coded_of(0, true), coded_by_any = coded_of(count - 1, true);
         float* scores = work.scores + place;
@@ -214,6 +234,7 @@ void Attention::attend_range(const Unit& unit, std::int64_t range, const Attenti
         functions_.weigh_floats(work.values, width_, tokens, p, count, p_stride, sums.values, room_);
     };
     for (std::int64_t tile = from; tile < to; ++tile) {
+        if (tile + kAhead < to) call(false, tile + kAhead);
         const std::int64_t base = origin + tile * kTokens;
         const std::int64_t coded_by_all = coded_of(0, false), coded_by_any = coded_of(count - 1, false);
         const std::int64_t tokens =
