@@ -12,17 +12,7 @@ namespace {
 constexpr std::int64_t kRows = 24;
 // From this many rows on, a tile is made float32 once for all of them.
 constexpr std::int64_t kManyRows = 9;
-// Tiles that are called from memory before they are read.
-constexpr std::int64_t kAhead = 2;
 constexpr float kNone = -std::numeric_limits<float>::infinity();
-
-// Call a head's part of a tile from memory. at: tiles of all heads.
-void prefetch(const std::vector<std::uint8_t*>& tiles, std::int64_t tile, std::int64_t at, std::int64_t bytes) {
-    if (tile >= static_cast<std::int64_t>(tiles.size())) return;
-    const std::uint8_t* from = tiles[static_cast<std::size_t>(tile)];
-    if (from == nullptr) return;
-    for (std::int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + at + i);
-}
 
 }  // namespace
 
@@ -40,7 +30,7 @@ Attention::Attention(const StepFunctions& functions, KvStore& store, std::int64_
       room_(padded(width_, 16)), prefix_tokens_(prefix_tokens), prefix_tiles_((prefix_tokens + kTokens - 1) / kTokens) {}
 
 std::int64_t Attention::scratch_numbers() const {
-    const std::int64_t rows = std::max(kRows, repeats_), columns = kTokens * std::max(kRangeTiles, prefix_tiles_);
+    const std::int64_t rows = std::max(kRows, repeats_), columns = kTokens * std::max(kRunTiles, prefix_tiles_);
     const std::int64_t of_row = padded(width_, 16) + columns + 2 * kTokens + 2 * (room_ + 32);
     return rows * of_row + 2 * kTokens * room_;
 }
@@ -56,7 +46,7 @@ void Attention::begin(const std::vector<Stretch>& stretches) {
         const std::int64_t first = prefix_tiles_ > 0 ? 0 : 1;
         for (std::int64_t head = 0; head < heads; ++head) {
             if (stretch.count == 1) {
-                const std::int64_t last = 1 + stretch.start / (kRangeTiles * kTokens) + 1;
+                const std::int64_t last = 1 + stretch.start / (kRunTiles * kTokens) + 1;
                 if (last - first > 1) merged_.push_back({s, head, 0, 1, first, last, partial_count_});
                 for (std::int64_t range = first; range < last; ++range)
                     units_.push_back({s, head, 0, 1, range, range + 1, last - first > 1 ? partial_count_++ : -1});
@@ -64,7 +54,7 @@ void Attention::begin(const std::vector<Stretch>& stretches) {
             }
             for (std::int64_t token = 0; token < stretch.count; token += block) {
                 const std::int64_t count = std::min(block, stretch.count - token);
-                const std::int64_t last = 1 + (stretch.start + token + count - 1) / (kRangeTiles * kTokens) + 1;
+                const std::int64_t last = 1 + (stretch.start + token + count - 1) / (kRunTiles * kTokens) + 1;
                 units_.push_back({s, head, token, count, first, last, -1});
             }
         }
@@ -78,7 +68,7 @@ void Attention::begin(const std::vector<Stretch>& stretches) {
 void Attention::run(const Team& team, const AttentionLayer& layer, std::int64_t layer_index, const float* q, float* out,
                     Scratch& scratch) {
     const std::int64_t heads = store_.rules().heads, most_rows = std::max(kRows, repeats_);
-    const std::int64_t columns = kTokens * std::max(kRangeTiles, prefix_tiles_);
+    const std::int64_t columns = kTokens * std::max(kRunTiles, prefix_tiles_);
     float* at = scratch.numbers.get();
     const auto take = [&](std::int64_t numbers) {
         float* from = at;
@@ -146,8 +136,8 @@ void Attention::attend_range(const Unit& unit, std::int64_t range, const Attenti
     const bool of_prefix = range == 0, many = count >= kManyRows;
     // Tiles of this range, and the token that the first tile begins with.
     const std::int64_t least = least_of(0);
-    std::int64_t from = of_prefix ? 0 : (range - 1) * kRangeTiles;
-    const std::int64_t to = of_prefix ? prefix_tiles_ : std::min(from + kRangeTiles, last_token / kTokens + 1);
+    std::int64_t from = of_prefix ? 0 : (range - 1) * kRunTiles;
+    const std::int64_t to = of_prefix ? prefix_tiles_ : std::min(from + kRunTiles, last_token / kTokens + 1);
     const std::int64_t origin = of_prefix ? -prefix_tokens_ : 0;
     while (from < to && origin + (from + 1) * kTokens <= least) ++from;
     if (from >= to) return;
@@ -161,10 +151,10 @@ void Attention::attend_range(const Unit& unit, std::int64_t range, const Attenti
 
     const auto key_scores = [&](std::int64_t tile, bool exact, float* to_scores, std::int64_t stride) {
         const KeyForm& form = store_.keys(exact);
-        const std::uint8_t* all = of_prefix ? layer.prefix.keys[static_cast<std::size_t>(tile)]
-                                  : exact   ? layer_tokens.keys.exact[static_cast<std::size_t>(tile)]
-                                            : layer_tokens.keys.coded[static_cast<std::size_t>(tile)];
-        const std::uint8_t* keys = all + head * form.tile_bytes();
+        const std::vector<std::uint8_t*>& runs = of_prefix ? layer.prefix.keys
+                                                 : exact   ? layer_tokens.keys.exact
+                                                           : layer_tokens.keys.coded;
+        const std::uint8_t* keys = tile_at(runs, form, head, tile);
         const bool rotates = rules.before_rope && !of_prefix;
         if (!many && !rotates) {
             functions_.key_scores(form, keys, exact ? nullptr : center, work.q, count, room_, to_scores, stride);
@@ -184,18 +174,8 @@ void Attention::attend_range(const Unit& unit, std::int64_t range, const Attenti
         functions_.scores(work.keys, width_, work.q, count, room_, to_scores, stride);
     };
 
-    // Few queries spend little time on a tile: memory is what they wait for.
-    const auto call = [&](bool of_keys, std::int64_t tile) {
-        if (many || of_prefix) return;
-        const Side& side = of_keys ? layer_tokens.keys : layer_tokens.values;
-        const bool exact = !rules.coded();
-        const std::int64_t bytes = of_keys ? store_.keys(exact).tile_bytes() : store_.values(exact).tile_bytes();
-        prefetch(exact ? side.exact : side.coded, tile, head * bytes, bytes);
-    };
     const std::int64_t columns = (to - from) * kTokens, stride = work.columns;
     for (std::int64_t tile = from; tile < to; ++tile) {
-        call(true, tile + kAhead);
-        if (tile + kAhead >= to) call(false, from + tile + kAhead - to);
         const std::int64_t base = origin + tile * kTokens, place = (tile - from) * kTokens;
         const std::int64_t coded_by_all = coded_of(0, true), coded_by_any = coded_of(count - 1, true);
         float* scores = work.scores + place;
@@ -222,10 +202,10 @@ void Attention::attend_range(const Unit& unit, std::int64_t range, const Attenti
 
     const auto weigh = [&](std::int64_t tile, bool exact, std::int64_t tokens, const float* p, std::int64_t p_stride) {
         const ValueForm& form = store_.values(exact);
-        const std::uint8_t* all = of_prefix ? layer.prefix.values[static_cast<std::size_t>(tile)]
-                                  : exact   ? layer_tokens.values.exact[static_cast<std::size_t>(tile)]
-                                            : layer_tokens.values.coded[static_cast<std::size_t>(tile)];
-        const std::uint8_t* values = all + head * form.tile_bytes();
+        const std::vector<std::uint8_t*>& runs = of_prefix ? layer.prefix.values
+                                                 : exact   ? layer_tokens.values.exact
+                                                           : layer_tokens.values.coded;
+        const std::uint8_t* values = tile_at(runs, form, head, tile);
         if (!many) {
             functions_.weigh(form, values, tokens, p, count, p_stride, sums.values, room_);
             return;
@@ -234,7 +214,6 @@ void Attention::attend_range(const Unit& unit, std::int64_t range, const Attenti
         functions_.weigh_floats(work.values, width_, tokens, p, count, p_stride, sums.values, room_);
     };
     for (std::int64_t tile = from; tile < to; ++tile) {
-        if (tile + kAhead < to) call(false, tile + kAhead);
         const std::int64_t base = origin + tile * kTokens;
         const std::int64_t coded_by_all = coded_of(0, false), coded_by_any = coded_of(count - 1, false);
         const std::int64_t tokens =

@@ -14,9 +14,7 @@
 
 namespace subnibble {
 
-constexpr std::int64_t kRangeTiles = 8;
-
-// Keys and values before every text, at 16 bits, in tiles of all heads; keys in the basis of queries.
+// Keys and values before every text, at 16 bits, in runs of tiles of all heads; keys in the basis of queries.
 struct PrefixTiles {
     std::int64_t tokens = 0;
     std::vector<std::uint8_t*> keys, values;

@@ -42,25 +42,24 @@ void Decoder::set_prefix(std::int64_t index, const float* keys, const float* val
     const KeyForm& key_form = store_.keys(true);
     const ValueForm& value_form = store_.values(true);
     prefix.tokens = tokens;
-    for (std::int64_t first = 0; first < tokens; first += kTokens) {
+    for (std::int64_t first = 0; first < tokens; first += kRunTokens)
         for (const bool of_keys : {true, false}) {
-            const std::int64_t bytes = heads * (of_keys ? key_form.tile_bytes() : value_form.tile_bytes());
+            const std::int64_t bytes = heads * kRunTiles * (of_keys ? key_form.tile_bytes() : value_form.tile_bytes());
             prefix_tiles_.push_back(aligned<std::uint8_t>(bytes));
             std::fill(prefix_tiles_.back().get(), prefix_tiles_.back().get() + bytes, std::uint8_t{0});
             (of_keys ? prefix.keys : prefix.values).push_back(prefix_tiles_.back().get());
         }
-        for (std::int64_t head = 0; head < heads; ++head)
-            for (std::int64_t t = first; t < std::min(tokens, first + kTokens); ++t) {
-                const float *key = keys + (head * tokens + t) * width, *value = values + (head * tokens + t) * width;
-                auto* to_key = reinterpret_cast<std::uint16_t*>(prefix.keys.back() + head * key_form.tile_bytes());
-                auto* to_value = reinterpret_cast<std::uint16_t*>(prefix.values.back() + head * value_form.tile_bytes() +
-                                                                  (t - first) * value_form.row_bytes());
-                for (std::int64_t d = 0; d < width; ++d) {
-                    to_key[kTokens * d + t - first] = to_half(key[d]);
-                    to_value[d] = to_half(value[d]);
-                }
+    for (std::int64_t head = 0; head < heads; ++head)
+        for (std::int64_t t = 0; t < tokens; ++t) {
+            const float *key = keys + (head * tokens + t) * width, *value = values + (head * tokens + t) * width;
+            std::uint8_t* of_values = tile_at(prefix.values, value_form, head, t / kTokens);
+            auto* to_key = reinterpret_cast<std::uint16_t*>(tile_at(prefix.keys, key_form, head, t / kTokens));
+            auto* to_value = reinterpret_cast<std::uint16_t*>(of_values + t % kTokens * value_form.row_bytes());
+            for (std::int64_t d = 0; d < width; ++d) {
+                to_key[kTokens * d + t % kTokens] = to_half(key[d]);
+                to_value[d] = to_half(value[d]);
             }
-    }
+        }
 }
 
 void Decoder::check(const std::vector<Append>& appends) const {

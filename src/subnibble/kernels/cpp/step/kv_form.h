@@ -22,6 +22,8 @@
 namespace subnibble {
 
 constexpr std::int64_t kTokens = 32;
+// Tiles of one head that lie side by side, then those of the next head: memory is read in long runs.
+constexpr std::int64_t kRunTiles = 8, kRunTokens = kRunTiles * kTokens;
 // Bits of a number that is not quantized.
 constexpr int kExact = 16;
 

@@ -17,6 +17,10 @@ constexpr float kSmallestScale = 0x1p-14f;
 
 std::size_t tile_of(std::int64_t token) { return static_cast<std::size_t>(token / kTokens); }
 
+std::size_t run_of(std::int64_t token) { return static_cast<std::size_t>(token / kRunTokens); }
+
+std::size_t runs_of(std::int64_t tokens) { return static_cast<std::size_t>((tokens + kRunTokens - 1) / kRunTokens); }
+
 std::uint16_t* halves(std::uint8_t* from) { return reinterpret_cast<std::uint16_t*>(from); }
 
 // Nearest whole number, ties to even, of a magnitude below 2^22.
@@ -111,34 +115,34 @@ ValueForm CacheRules::value_form(bool exact) const {
 }
 
 std::uint8_t* TilePool::take() {
-    std::uint8_t* tile;
+    std::uint8_t* run;
     if (!free_.empty()) {
-        tile = free_.back();
+        run = free_.back();
         free_.pop_back();
     } else {
         if (made_ == room_) {
-            const std::int64_t tiles = std::max<std::int64_t>(1, kSlabBytes / tile_bytes_);
-            slabs_.push_back(long_lived(tiles * tile_bytes_));
-            made_ = 0, room_ = tiles;
+            const std::int64_t runs = std::max<std::int64_t>(1, kSlabBytes / run_bytes_);
+            slabs_.push_back(long_lived(runs * run_bytes_));
+            made_ = 0, room_ = runs;
         }
-        tile = slabs_.back().get() + made_++ * tile_bytes_;
+        run = slabs_.back().get() + made_++ * run_bytes_;
     }
-    std::memset(tile, 0, static_cast<std::size_t>(tile_bytes_));
-    return tile;
+    std::memset(run, 0, static_cast<std::size_t>(run_bytes_));
+    return run;
 }
 
 std::int64_t TilePool::nbytes() const {
     if (slabs_.empty()) return 0;
     const auto full = static_cast<std::int64_t>(slabs_.size()) - 1;
-    return (full * room_ + made_ - static_cast<std::int64_t>(free_.size())) * tile_bytes_;
+    return (full * room_ + made_ - static_cast<std::int64_t>(free_.size())) * run_bytes_;
 }
 
 KvStore::KvStore(const CacheRules& rules)
     : rules_(rules), coded_keys_(rules.key_form(false)), exact_keys_(rules.key_form(true)),
       coded_values_(rules.value_form(false)), exact_values_(rules.value_form(true)),
-      coded_key_tiles_(rules.heads * coded_keys_.tile_bytes()), exact_key_tiles_(rules.heads * exact_keys_.tile_bytes()),
-      coded_value_tiles_(rules.heads * coded_values_.tile_bytes()),
-      exact_value_tiles_(rules.heads * exact_values_.tile_bytes()) {
+      coded_key_tiles_(rules.heads * kRunTiles * coded_keys_.tile_bytes()), exact_key_tiles_(rules.heads * kRunTiles * exact_keys_.tile_bytes()),
+      coded_value_tiles_(rules.heads * kRunTiles * coded_values_.tile_bytes()),
+      exact_value_tiles_(rules.heads * kRunTiles * exact_values_.tile_bytes()) {
     if (rules.width > 256) throw std::invalid_argument("no kernel for heads of more than 256 channels");
 }
 
@@ -151,20 +155,20 @@ void KvStore::write_key(LayerTokens& layer, std::int64_t head, std::int64_t toke
                         const float* center) const {
     const std::int64_t lane = token % kTokens;
     if (!rules_.keeps_exact()) {
-        code_key(layer.keys.coded[tile_of(token)] + head * coded_keys_.tile_bytes(), lane, key, center);
+        code_key(tile_at(layer.keys.coded, coded_keys_, head, token / kTokens), lane, key, center);
         return;
     }
-    std::uint16_t* to = halves(layer.keys.exact[tile_of(token)] + head * exact_keys_.tile_bytes()) + lane;
+    std::uint16_t* to = halves(tile_at(layer.keys.exact, exact_keys_, head, token / kTokens)) + lane;
     for (std::int64_t d = 0; d < rules_.width; ++d) to[kTokens * d] = to_half(key[d]);
 }
 
 void KvStore::write_value(LayerTokens& layer, std::int64_t head, std::int64_t token, const float* value) const {
     const std::int64_t lane = token % kTokens;
     if (!rules_.keeps_exact()) {
-        code_value(layer.values.coded[tile_of(token)] + head * coded_values_.tile_bytes(), lane, value);
+        code_value(tile_at(layer.values.coded, coded_values_, head, token / kTokens), lane, value);
         return;
     }
-    std::uint8_t* tile = layer.values.exact[tile_of(token)] + head * exact_values_.tile_bytes();
+    std::uint8_t* tile = tile_at(layer.values.exact, exact_values_, head, token / kTokens);
     std::uint16_t* to = halves(tile + lane * exact_values_.row_bytes());
     for (std::int64_t d = 0; d < rules_.width; ++d) to[d] = to_half(value[d]);
 }
@@ -179,9 +183,9 @@ void KvStore::code_keys(LayerTokens& layer, std::int64_t head, std::int64_t toke
     float key[256];
     for (std::int64_t token = layer.keys.done; token < due; ++token) {
         const std::int64_t lane = token % kTokens;
-        const std::uint16_t* from = halves(layer.keys.exact[tile_of(token)] + head * exact_keys_.tile_bytes()) + lane;
+        const std::uint16_t* from = halves(tile_at(layer.keys.exact, exact_keys_, head, token / kTokens)) + lane;
         for (std::int64_t d = 0; d < rules_.width; ++d) key[d] = from_half(from[kTokens * d]);
-        code_key(layer.keys.coded[tile_of(token)] + head * coded_keys_.tile_bytes(), lane, key, center);
+        code_key(tile_at(layer.keys.coded, coded_keys_, head, token / kTokens), lane, key, center);
     }
 }
 
@@ -191,10 +195,10 @@ void KvStore::code_values(LayerTokens& layer, std::int64_t head, std::int64_t to
     float value[256];
     for (std::int64_t token = layer.values.done; token < due; ++token) {
         const std::int64_t lane = token % kTokens;
-        std::uint8_t* tile = layer.values.exact[tile_of(token)] + head * exact_values_.tile_bytes();
+        std::uint8_t* tile = tile_at(layer.values.exact, exact_values_, head, token / kTokens);
         const std::uint16_t* from = halves(tile + lane * exact_values_.row_bytes());
         for (std::int64_t d = 0; d < rules_.width; ++d) value[d] = from_half(from[d]);
-        code_value(layer.values.coded[tile_of(token)] + head * coded_values_.tile_bytes(), lane, value);
+        code_value(tile_at(layer.values.coded, coded_values_, head, token / kTokens), lane, value);
     }
 }
 
@@ -219,7 +223,7 @@ void KvStore::code_channels(LayerTokens& layer, std::int64_t head, std::int64_t 
     std::vector<float> x(static_cast<std::size_t>(form.group));
     for (std::int64_t d = 0; d < form.width; ++d) {
         for (std::int64_t token = first; token < last; ++token) {
-            const std::uint8_t* tile = layer.keys.exact[tile_of(token)] + head * exact_keys_.tile_bytes();
+            const std::uint8_t* tile = tile_at(layer.keys.exact, exact_keys_, head, token / kTokens);
             std::uint16_t half;
             std::memcpy(&half, tile + 2 * (kTokens * d + token % kTokens), 2);
             x[static_cast<std::size_t>(token - first)] = from_half(half);
@@ -227,7 +231,7 @@ void KvStore::code_channels(LayerTokens& layer, std::int64_t head, std::int64_t 
         const auto range = std::minmax_element(x.begin(), x.end());
         const Levels levels(*range.first, *range.second, form.bits, rules_.clip);
         for (std::int64_t token = first; token < last; ++token) {
-            std::uint8_t* tile = layer.keys.coded[tile_of(token)] + head * form.tile_bytes();
+            std::uint8_t* tile = tile_at(layer.keys.coded, form, head, token / kTokens);
             std::uint16_t* scales = halves(tile + form.scales_at());
             const std::int64_t lane = token % kTokens, at = form.by_halves() ? lane / 16 * room + d : kTokens * d + lane;
             scales[at] = levels.scale;
@@ -258,31 +262,31 @@ Sequence::~Sequence() {
         for (const bool of_keys : {true, false}) trim(of_keys ? layer.keys : layer.values, of_keys, 0);
 }
 
-// Give back all tiles without a token below `length`.
+// Give back all runs without a token below `length`.
 void Sequence::trim(Side& side, bool of_keys, std::int64_t length) {
-    const std::size_t tiles = static_cast<std::size_t>((length + kTokens - 1) / kTokens);
+    const std::size_t runs = runs_of(length);
     for (const bool exact : {true, false}) {
         std::vector<std::uint8_t*>& list = exact ? side.exact : side.coded;
-        for (std::size_t i = tiles; i < list.size(); ++i)
+        for (std::size_t i = runs; i < list.size(); ++i)
             if (list[i] != nullptr) store_.pool(of_keys, exact).give(list[i]);
-        if (list.size() > tiles) list.resize(tiles);
+        if (list.size() > runs) list.resize(runs);
     }
 }
 
 void Sequence::reserve(std::int64_t tokens) {
     const CacheRules& rules = store_.rules();
     const std::int64_t total = reserved_ = length_ + tokens;
-    const auto tiles = static_cast<std::size_t>((total + kTokens - 1) / kTokens);
+    const std::size_t runs = runs_of(total);
     for (LayerTokens& layer : layers_)
         for (const bool of_keys : {true, false}) {
             Side& side = of_keys ? layer.keys : layer.values;
-            side.coded.resize(tiles, nullptr);
-            side.exact.resize(tiles, nullptr);
+            side.coded.resize(runs, nullptr);
+            side.exact.resize(runs, nullptr);
             if (rules.keeps_exact())
-                for (std::size_t i = tile_of(length_); i < tiles; ++i)
+                for (std::size_t i = run_of(length_); i < runs; ++i)
                     if (side.exact[i] == nullptr) side.exact[i] = store_.pool(of_keys, true).take();
             const std::int64_t due = rules.coded_tokens(total, of_keys);
-            for (std::size_t i = tile_of(side.done); static_cast<std::int64_t>(i) * kTokens < due; ++i)
+            for (std::size_t i = run_of(side.done); i < runs_of(due); ++i)
                 if (side.coded[i] == nullptr) side.coded[i] = store_.pool(of_keys, false).take();
         }
 }
@@ -307,7 +311,7 @@ void Sequence::advance(std::int64_t tokens) {
             Side& side = of_keys ? layer.keys : layer.values;
             const std::int64_t before = side.done;
             side.done = rules.coded_tokens(length_, of_keys);
-            for (std::size_t i = tile_of(before); (static_cast<std::int64_t>(i) + 1) * kTokens <= side.done; ++i)
+            for (std::size_t i = run_of(before); (static_cast<std::int64_t>(i) + 1) * kRunTokens <= side.done; ++i)
                 if (side.exact[i] != nullptr) {
                     store_.pool(of_keys, true).give(side.exact[i]);
                     side.exact[i] = nullptr;
@@ -355,8 +359,8 @@ void Sequence::visit(std::int64_t layer, bool of_keys, std::int64_t tokens, Code
     for (std::int64_t head = 0; head < rules.heads; ++head) {
         for (std::int64_t token = 0; token < done; ++token) {
             const std::int64_t lane = token % kTokens;
-            std::uint8_t* tile = side.coded[tile_of(token)] +
-                                 head * (of_keys ? key_form.tile_bytes() : value_form.tile_bytes());
+            std::uint8_t* tile = of_keys ? tile_at(side.coded, key_form, head, token / kTokens)
+                                         : tile_at(side.coded, value_form, head, token / kTokens);
             for (std::int64_t d = 0; d < width; ++d) coded(tile, lane, d, code++);
             std::uint16_t* scales = halves(tile + (of_keys ? key_form.scales_at() : value_form.scales_at()));
             const std::int64_t all = of_keys ? key_form.scales() : value_form.scales();
@@ -378,8 +382,8 @@ void Sequence::visit(std::int64_t layer, bool of_keys, std::int64_t tokens, Code
         }
         for (std::int64_t token = done; token < tokens; ++token) {
             const std::int64_t lane = token % kTokens;
-            std::uint8_t* tile = side.exact[tile_of(token)] +
-                                 head * (of_keys ? exact_keys.tile_bytes() : exact_values.tile_bytes());
+            std::uint8_t* tile = of_keys ? tile_at(side.exact, exact_keys, head, token / kTokens)
+                                         : tile_at(side.exact, exact_values, head, token / kTokens);
             for (std::int64_t d = 0; d < width; ++d)
                 exact(of_keys ? halves(tile) + kTokens * d + lane : halves(tile + lane * exact_values.row_bytes()) + d,
                       number++);

@@ -36,25 +36,30 @@ struct CacheRules {
     ValueForm value_form(bool exact) const;
 };
 
-// Tiles of one size, which is that of all heads together.
+// The tile of a head among runs of all heads.
+template <typename Form>
+std::uint8_t* tile_at(const std::vector<std::uint8_t*>& runs, const Form& form, std::int64_t head, std::int64_t tile) {
+    return runs[static_cast<std::size_t>(tile / kRunTiles)] + (head * kRunTiles + tile % kRunTiles) * form.tile_bytes();
+}
+
+// Runs of tiles of one size, which is that of all heads together.
 class TilePool {
    public:
-    explicit TilePool(std::int64_t tile_bytes) : tile_bytes_(tile_bytes) {}
-    // A tile of zeros.
+    explicit TilePool(std::int64_t run_bytes) : run_bytes_(run_bytes) {}
+    // Zeros.
     std::uint8_t* take();
-    void give(std::uint8_t* tile) { free_.push_back(tile); }
-    std::int64_t tile_bytes() const { return tile_bytes_; }
-    // Bytes that tiles in use take.
+    void give(std::uint8_t* run) { free_.push_back(run); }
+    // Bytes that runs in use take.
     std::int64_t nbytes() const;
 
    private:
-    std::int64_t tile_bytes_;
+    std::int64_t run_bytes_;
     std::int64_t made_ = 0, room_ = 0;
     std::vector<std::shared_ptr<std::uint8_t>> slabs_;
     std::vector<std::uint8_t*> free_;
 };
 
-// The keys or the values of one layer in one sequence. tiles[t / 32]: null where no token needs them.
+// The keys or the values of one layer in one sequence, in runs of 256 tokens: null where no token needs them.
 struct Side {
     std::vector<std::uint8_t*> coded, exact;
     // First tokens that are coded.
