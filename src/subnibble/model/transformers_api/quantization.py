@@ -72,7 +72,7 @@ class CheckpointQuantizer(HfQuantizer):
         )
 
     def is_serializable(self) -> bool:
-        """True: `save_pretrained` writes the packed tensors unchanged. Raises `BadArgument` if they are not the model."""
+        """True: `save_pretrained` writes the packed tensors. Raises `BadArgument` if the model is more than those."""
         if self.unsaved_because:
             raise BadArgument(self.unsaved_because)
         return True
