@@ -29,15 +29,16 @@ from subnibble.packaged.model import find_model
 
 # Each is nearer to the original than the one before.
 METHODS = ("rtn", "gptq", "d2quant-plus")
-BLOCKS = 4
+BLOCKS = 3
 
 
 @pytest.fixture(scope="module", autouse=True)
 def metadata_read_once() -> Iterator[None]:
-    """To read the file's vocabulary takes seconds."""
+    """To read the file's vocabulary takes seconds; transformers would make the map of names again for each module."""
     with pytest.MonkeyPatch.context() as patch:
         read = functools.cache(gguf.GGUFReader)
         patch.setattr(gguf, "GGUFReader", lambda path: read(str(path)))
+        patch.setattr(gguf, "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map))
         yield
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,15 @@ import pytest
 import torch
 from foreign_folders import logits_of, same_weights
 from gguf_models import MINIMA, random_blocks, write_quantized
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import subnibble
 from subnibble.checkpoint import gguf_source
+from subnibble.conversion import foreign
+from subnibble.conversion.convert import _linear
 from subnibble.conversion.gguf_blocks import BLOCK_TYPES
 from subnibble.conversion.offsets import TOLERANCE
+from subnibble.conversion.opening import open_foreign
 from subnibble.errors import UnsupportedModel
 from subnibble.hf.loading import load_model
 from subnibble.kernels.native import chosen
@@ -104,7 +109,8 @@ def test_offsets_that_are_zero_points_are_stored_as_such(tmp_path: Path) -> None
     scales = torch.rand(6, 3, generator=generator).bfloat16().float() / 64
     zeros = torch.randint(0, 16, (6, 3), generator=generator).float()
     ours = PackedRange.pack(QuantizedMatrix(codes, scales, zeros), scheme)
-    again = pack_offsets(codes, scales, -scales * zeros, scheme, ours.dequantize())
+    dense = ours.dequantize()
+    again = pack_offsets(ours.codes, 96, scales, -scales * zeros, scheme, lambda rows: dense[rows])
     assert again.scheme.zero_point == "integer"
     assert torch.equal(again.codes, ours.codes)
     assert torch.equal(again.float_zeros(), zeros)
@@ -112,14 +118,64 @@ def test_offsets_that_are_zero_points_are_stored_as_such(tmp_path: Path) -> None
 
 
 def test_a_group_of_scale_zero_keeps_its_only_value() -> None:
-    from subnibble.conversion.offsets import pack_offsets
+    from subnibble.conversion.offsets import pack_offsets, with_constant_groups
+    from subnibble.tensor.packed import pack_codes
     from subnibble.tensor.scheme import Scheme
 
     codes = torch.arange(8, dtype=torch.uint8).view(1, 8)
     scales, offsets = torch.tensor([[0.0, 0.3]]), torch.tensor([[-0.7, 0.1]])
     dense = torch.cat([torch.full((1, 4), -0.7), codes[:, 4:] * 0.3 + 0.1], dim=1)
-    packed = pack_offsets(codes, scales, offsets, Scheme(4, 4), dense).dequantize()
+    packed_codes = pack_codes(with_constant_groups(codes, scales, 4), 4)
+    packed = pack_offsets(packed_codes, 8, scales, offsets, Scheme(4, 4), lambda rows: dense[rows]).dequantize()
     assert torch.equal(packed[:, :4], dense[:, :4])
+
+
+class Largest(TorchDispatchMode):
+    """Notes the bytes of the largest tensor that an operation gives."""
+
+    nbytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, torch.Tensor):
+                self.nbytes = max(self.nbytes, tensor.nbytes)
+        return result
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q3_K", "Q4_K"])
+def test_a_chunk_of_rows_is_dense_at_once(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_quantized(tmp_path / "in.gguf", "llama", mixed({}, kind))
+    rows, columns = 12, 256
+    monkeypatch.setattr(foreign, "_WEIGHTS_AT_ONCE", rows * columns)
+    model = open_foreign(tmp_path / "in.gguf")
+    tracemalloc.start()
+    with Largest() as largest:
+        converted = _linear(model, "model.layers.0.self_attn.q_proj", ())
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    # No tensor is larger than the packed codes, no array than a chunk: all codes unpacked would take 2 to 4 times that.
+    codes = converted.linear.weight.main.ranges[0].codes
+    assert codes.nbytes == 256 * columns * BLOCK_TYPES[kind].bits // 8
+    assert largest.nbytes == max(codes.nbytes, 4 * rows * columns)
+    assert peak < 256 * columns * 4
+
+
+@pytest.mark.parametrize(("arch", "kind"), [("llama", "Q4_0"), ("llama", "Q4_1"), ("llama", "Q2_K"), ("qwen2", "Q6_K")])
+def test_chunks_give_the_matrix_that_is_read_whole(
+    arch: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_quantized(tmp_path / "in.gguf", arch, mixed({}, kind))
+    model, path = open_foreign(tmp_path / "in.gguf"), "model.layers.1.self_attn.k_proj"
+    whole = _linear(model, path, ())
+    # Rows of a chunk come from several heads, and the last chunk is shorter.
+    monkeypatch.setattr(foreign, "_WEIGHTS_AT_ONCE", 10 * 256)
+    chunked = _linear(model, path, ())
+    assert chunked.difference == whole.difference
+    assert chunked.error == pytest.approx(whole.error)
+    states = [one.linear.weight.main.state() for one in (whole, chunked)]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
 def test_a_type_that_cannot_be_packed_is_named_or_kept_dense(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 from transformers import AutoModelForCausalLM
 
 from linears import built
-from subnibble.errors import BadRecipe
+from subnibble.errors import BadArgument, BadRecipe
 from subnibble.hf import packed_modules
 from subnibble.hf.inputs import round_inputs_
 from subnibble.kernels import native as kernels
@@ -270,6 +270,17 @@ def test_inputs_of_a_loaded_model_are_rounded_to_8_bits_if_asked(packed: dict[st
         round_inputs_(model, "int8")
     with pytest.raises(BadRecipe, match=r"'int5'.*choose one of int8"):
         round_inputs_(model, "int5")
+
+
+@needs_kernels
+def test_a_model_whose_inputs_are_rounded_is_not_saved(packed: dict[str, Path], tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(packed["llama"], dtype=torch.float32)
+    model.save_pretrained(tmp_path / "before")
+    round_inputs_(model, "int8")
+    for changed in (model, copy.deepcopy(model)):
+        with pytest.raises(BadArgument, match=r"rounds its inputs to int8.*load it again"):
+            changed.save_pretrained(tmp_path / "after")
+    assert not list(tmp_path.glob("after/*.safetensors"))
 
 
 @pytest.mark.parametrize("command", ["evaluate", "generate"])

@@ -184,6 +184,28 @@ def test_mse_clip_is_never_worse_than_minmax_where_minmax_is_exact(zero_point: s
 
 
 @pytest.mark.parametrize("zero_point", ZERO_POINTS)
+@pytest.mark.parametrize("together", [2, 7, 200])
+def test_candidates_tried_together_give_the_grid_of_one_by_one(
+    together: int, zero_point: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    w, columns = weights(), torch.rand(47, generator=torch.Generator().manual_seed(2))
+    # Losses that are infinite or, as infinity times 0, no numbers.
+    w[7] *= 1e20
+    w[7, 3], columns[3] = 4e19, 0.0
+    scheme = Scheme(3, -1, zero_point, "float32")
+    for group in (w, w[:, 2:40], w.T.contiguous().T, w[:1]):
+        for power, h in ((2.0, None), (2.0, columns), (2.4, columns)):
+            grids = []
+            for at_once in (1, together):
+                monkeypatch.setattr(grid, "_RANGES_AT_ONCE", at_once * len(group))
+                monkeypatch.setattr(grid, "_ERRORS_AT_ONCE", at_once * group.numel())
+                column_weights = None if h is None else h[: group.shape[1]]
+                grids.append(grid.fit(group, scheme, grid.Clip("mse", power), column_weights))
+            for one_by_one, all_together in zip(*grids, strict=True):
+                assert torch.equal(one_by_one, all_together)
+
+
+@pytest.mark.parametrize("zero_point", ZERO_POINTS)
 def test_mse_clip_beats_minmax_where_one_outlier_spans_the_group(zero_point: str) -> None:
     group = weights(9, 128)
     group[:, 17] = 0.4

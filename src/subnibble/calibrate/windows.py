@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from subnibble.calibrate.kept_ids import kept_ids
 from subnibble.calibrate.text import read_text
-from subnibble.calibrate.tokens import check_vocabulary, text_ids
+from subnibble.calibrate.tokens import check_vocabulary
 from subnibble.errors import CalibrationError
 from subnibble.paths import expanded
 
@@ -87,7 +88,7 @@ def tokenize(tokenizer: Any, text: str, where: str = "the text") -> Tensor:
     tokenizer: of transformers.
     where: what the text is, for errors.
     """
-    return torch.tensor(text_ids(tokenizer, text, where), dtype=torch.int64)
+    return kept_ids(tokenizer, text, where).to(torch.int64)
 
 
 def cut_windows(tokens: Tensor, length: int, where: str) -> Tensor:

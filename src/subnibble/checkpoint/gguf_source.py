@@ -77,23 +77,23 @@ class GgufSource:
 
     def load(self, name: str) -> Tensor:
         """Read and dequantize one tensor, in float32."""
-        from gguf import dequantize
-
-        tensor = self._tensors[name]
-        dense = tensor.data if tensor.tensor_type.name == "F64" else dequantize(tensor.data, tensor.tensor_type)
-        weight = torch.from_numpy(dense.copy()).float().view(self.shape(name))
+        weight = self._dequantized(name, self._tensors[name].data).view(self.shape(name))
         return checked(self.in_model_order(name, weight), name, self.path)
+
+    def load_rows(self, name: str, rows: slice) -> Tensor:
+        """Read and dequantize these rows of a matrix, in float32 and the model's order."""
+        return checked(self._dequantized(name, self._stored_rows(name, rows)), name, self.path)
 
     def type_name(self, name: str) -> str:
         """Return the name of a tensor's type, for example "Q4_0"."""
         return str(self._tensors[name].tensor_type.name)
 
-    def blocks(self, name: str) -> NDArray[np.uint8]:
-        """Return the blocks of a quantized tensor, (blocks, bytes of a block), row by row in the file's order."""
+    def blocks(self, name: str, rows: slice) -> NDArray[np.uint8]:
+        """Return the blocks of these rows of a quantized matrix, (blocks, bytes of a block), in the model's order."""
         import gguf
 
-        tensor = self._tensors[name]
-        return tensor.data.reshape(-1, gguf.GGML_QUANT_SIZES[tensor.tensor_type][1])  # type: ignore[no-any-return]
+        width = gguf.GGML_QUANT_SIZES[self._tensors[name].tensor_type][1]
+        return np.ascontiguousarray(self._stored_rows(name, rows)).reshape(-1, width)
 
     def in_model_order(self, name: str, rows: Tensor) -> Tensor:
         """Return the rows of a tensor, or what belongs to each of them, in the model's order.
@@ -132,6 +132,18 @@ class GgufSource:
         if len(several := list(dict.fromkeys(end for end in ends if end is not None))) > 1:
             known["eos_token_id"] = several
         (folder / "generation_config.json").write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
+
+    def _stored_rows(self, name: str, rows: slice) -> NDArray[Any]:
+        """These rows of a matrix, by the model's order, as they are stored."""
+        stored = self._tensors[name].data
+        order = self.in_model_order(name, torch.arange(len(stored)))[rows]
+        return stored[order.numpy()]  # type: ignore[no-any-return]
+
+    def _dequantized(self, name: str, stored: NDArray[Any]) -> Tensor:
+        from gguf import dequantize
+
+        kind = self._tensors[name].tensor_type
+        return torch.from_numpy((stored if kind.name == "F64" else dequantize(stored, kind)).copy()).float()
 
     def _by_hf_name(self, tensors: dict[str, Any], model_type: str) -> dict[str, Any]:
         """Return Hugging Face name -> tensor. tensors: name in the file -> tensor; one without a place is an error."""

@@ -28,7 +28,7 @@ from subnibble.checkpoint.opening import open_source
 from subnibble.checkpoint.size import measure
 from subnibble.checkpoint.source import Source
 from subnibble.checkpoint.writer import CheckpointWriter, check_output
-from subnibble.conversion.foreign import Foreign
+from subnibble.conversion.foreign import Foreign, row_chunks
 from subnibble.conversion.offsets import smallest_type
 from subnibble.conversion.opening import open_foreign
 from subnibble.errors import NotSame, UnsupportedModel
@@ -192,14 +192,18 @@ def _linear(foreign: Foreign, path: str, names: Collection[str]) -> _Converted:
     Raises `NotSame` if it should equal the foreign matrix and does not.
     """
     matrix = foreign.read(f"{path}.weight")
-    dense, packed = matrix.dense(), matrix.packed()
+    packed = matrix.packed()
     gather = None if packed.gather is None else packed.gather.to(gather_type(packed.gather.shape[0]))
     bias = foreign.source.load(f"{path}.bias") if f"{path}.bias" in names else None
     linear = Linear(PackedWeight(packed.matrix, bias), SiteInput(gather=gather))
-    difference = ops.dense_from_input(linear).sub_(dense).abs_()
-    largest = float(difference.max())
+    largest = energy = lost = 0.0
+    for rows in row_chunks(*packed.matrix.shape):
+        part = packed.matrix.rows(torch.arange(rows.start, rows.stop))
+        dense = matrix.dense(rows)
+        difference = ops.dense_from_input(Linear(PackedWeight(part), linear.input)).sub_(dense).abs_()
+        largest = max(largest, float(difference.max()))
+        energy += float(dense.square_().sum(dtype=torch.float64))
+        lost += float(difference.square_().sum(dtype=torch.float64))
     if packed.is_exact and largest:
         raise NotSame(f"{path}: a packed weight differs by {largest} from that of the other tool")
-    energy = float(dense.square_().sum(dtype=torch.float64))
-    error = float(difference.square_().sum(dtype=torch.float64)) / energy if largest else 0.0
-    return _Converted(linear, largest, error)
+    return _Converted(linear, largest, lost / energy if largest else 0.0)

@@ -11,6 +11,15 @@ from torch import Tensor
 from subnibble.checkpoint.source import Source
 from subnibble.tensor.packed import PackedTensor
 
+# Weights that are dense at once: 4 MB in float32.
+_WEIGHTS_AT_ONCE = 2**20
+
+
+def row_chunks(rows: int, columns: int) -> list[slice]:
+    """Consecutive rows of a matrix, in pieces that may be dense in memory."""
+    at_once = max(1, _WEIGHTS_AT_ONCE // max(1, columns))
+    return [slice(start, min(start + at_once, rows)) for start in range(0, rows, at_once)]
+
 
 @dataclass(frozen=True)
 class Packed:
@@ -29,8 +38,8 @@ class Packed:
 class ForeignMatrix(Protocol):
     """A matrix that another tool quantized, read from disk."""
 
-    def dense(self) -> Tensor:
-        """Dequantize by the other tool's rule: (m, k) float32."""
+    def dense(self, rows: slice) -> Tensor:
+        """Dequantize rows by the other tool's rule: (rows, k) float32."""
 
     def packed(self) -> Packed:
         """Pack the same codes, scales and zero-points; `CheckpointError` if our format cannot hold them."""

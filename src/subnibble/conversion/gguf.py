@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Set
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from subnibble.checkpoint.gguf_source import GgufSource
-from subnibble.conversion.foreign import Packed
+from subnibble.conversion.foreign import Packed, row_chunks
 from subnibble.conversion.gguf_blocks import BLOCK_TYPES, BlockType
-from subnibble.conversion.offsets import pack_offsets, smallest_type
+from subnibble.conversion.offsets import pack_offsets, smallest_type, with_constant_groups
 from subnibble.errors import UnsupportedModel
-from subnibble.tensor.packed import PackedRange, PackedTensor, QuantizedMatrix
+from subnibble.tensor.packed import PackedRange, PackedTensor, pack_codes
 from subnibble.tensor.scheme import Scheme
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -65,24 +64,32 @@ class GgufMatrix:
     name: str
     kind: BlockType
 
-    def dense(self) -> Tensor:
-        """Dequantize by the gguf package: (m, k) float32."""
-        return self.source.load(self.name)
+    def dense(self, rows: slice) -> Tensor:
+        """Dequantize rows by the gguf package: (rows, k) float32."""
+        return self.source.load_rows(self.name, rows)
 
     def packed(self) -> Packed:
-        """Pack codes and scales."""
-        rows = self.source.shape(self.name)[0]
-        blocks = self.source.blocks(self.name)
-        parts = self.kind.take_apart(np.ascontiguousarray(blocks))
-        codes = self._table(parts.codes, rows)
-        scales = self._table(parts.scales, rows)
-        scheme = Scheme(self.kind.bits, self.kind.group_size, "none", smallest_type(scales))
-        if parts.offsets is None:
-            packed = PackedRange.pack(QuantizedMatrix(codes, scales, None), scheme)
-        else:
-            packed = pack_offsets(codes, scales, self._table(parts.offsets, rows), scheme, self.dense())
-        return Packed(PackedTensor((packed,)), is_exact=parts.offsets is None)
+        """Pack codes and scales; the codes of a chunk of rows at a time are unpacked."""
+        rows, columns = self.source.shape(self.name)
+        bits, group_size = self.kind.bits, self.kind.group_size
+        packed_codes, all_scales, all_offsets = [], [], []
+        for chunk in row_chunks(rows, columns):
+            codes, scales, offsets = self._parts(chunk)
+            if offsets is not None:
+                codes = with_constant_groups(codes, scales, group_size)
+                all_offsets.append(offsets)
+            packed_codes.append(pack_codes(codes, bits))
+            all_scales.append(scales)
+        codes, scales = torch.cat(packed_codes), torch.cat(all_scales)
+        del packed_codes, all_scales
+        scheme = Scheme(bits, group_size, "none", smallest_type(scales))
+        if not all_offsets:
+            return Packed(PackedTensor((PackedRange.from_packed_codes(codes, columns, scales, None, scheme),)))
+        packed = pack_offsets(codes, columns, scales, torch.cat(all_offsets), scheme, self.dense)
+        return Packed(PackedTensor((packed,)), is_exact=False)
 
-    def _table(self, values: np.ndarray, rows: int) -> Tensor:
-        """Rows of all blocks, in the model's order."""
-        return self.source.in_model_order(self.name, torch.from_numpy(values).view(rows, -1))
+    def _parts(self, rows: slice) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Codes (rows, k), scales and offsets (rows, groups)."""
+        parts, count = self.kind.take_apart(self.source.blocks(self.name, rows)), rows.stop - rows.start
+        codes, scales = (torch.from_numpy(values).view(count, -1) for values in (parts.codes, parts.scales))
+        return codes, scales, None if parts.offsets is None else torch.from_numpy(parts.offsets).view(count, -1)

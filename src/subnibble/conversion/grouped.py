@@ -37,10 +37,10 @@ class GroupedMatrix:
     group_size: int
     where: str
 
-    def dense(self) -> Tensor:
-        """Dequantize: (m, k) float32."""
-        scales, zeros = (table.float().index_select(1, self.group_of) for table in (self.scales, self.zeros))
-        return (self.codes.float() - zeros) * scales
+    def dense(self, rows: slice = slice(None)) -> Tensor:
+        """Dequantize rows, by default all: (rows, k) float32."""
+        scales, zeros = (table[rows].float().index_select(1, self.group_of) for table in (self.scales, self.zeros))
+        return (self.codes[rows].float() - zeros) * scales
 
     def packed(self) -> Packed:
         """Pack, with the columns of a group side by side.

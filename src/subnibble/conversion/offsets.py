@@ -8,13 +8,14 @@ own rounding, by at most 2^-24 (|offset| + 3 |w|), which `TOLERANCE` bounds.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
+from subnibble.conversion.foreign import row_chunks
 from subnibble.errors import NotSame
-from subnibble.tensor.packed import PackedRange, QuantizedMatrix
+from subnibble.tensor.packed import PackedRange
 from subnibble.tensor.scheme import SCALE_BITS, Scheme
 
 # Largest difference of a weight, relative to the larger one of the weight and its group's offset.
@@ -27,31 +28,53 @@ def smallest_type(*tables: Tensor) -> str:
     return next(name for name, dtype in _DTYPES.items() if all(torch.equal(t.to(dtype).float(), t) for t in tables))
 
 
-def pack_offsets(codes: Tensor, scales: Tensor, offsets: Tensor, scheme: Scheme, dense: Tensor) -> PackedRange:
-    """Pack a matrix with offsets, exactly if possible.
+def with_constant_groups(codes: Tensor, scales: Tensor, group_size: int) -> Tensor:
+    """Codes for `pack_offsets`: 1 in groups of scale 0, which have one value, their offset; others unchanged.
 
     codes: (m, k) uint8.
+    scales: (m, groups) float32.
+    """
+    return torch.where((scales == 0).index_select(1, _group_of(codes.shape[1], group_size)), 1, codes)
+
+
+def pack_offsets(
+    codes: Tensor,
+    columns: int,
+    scales: Tensor,
+    offsets: Tensor,
+    scheme: Scheme,
+    dense: Callable[[slice], Tensor],
+) -> PackedRange:
+    """Pack a matrix with offsets, exactly if possible.
+
+    codes: (m, bytes of a row) uint8, from `with_constant_groups`, packed.
+    columns: k.
     scales, offsets: (m, groups) float32.
     scheme: bits and group size; its zero-point and scale type are chosen here.
-    dense: (m, k) float32, the weights as the other tool computes them.
+    dense: gives rows (rows, k) float32 of the weights as the other tool computes them.
     Raises `NotSame` if the result differs by more than `TOLERANCE`, a bug of ours.
     """
-    # A group with scale 0 has one value, its offset: scale `offset`, code 1, zero-point 0.
+    # A group with scale 0: scale `offset`, zero-point 0.
     is_constant = scales == 0
     zeros = torch.where(is_constant, 0.0, -offsets / torch.where(is_constant, 1.0, scales))
     scales = torch.where(is_constant, offsets, scales)
-    index = _group_of(codes.shape[1], scheme.group_size)
-    codes = torch.where(is_constant.index_select(1, index), 1, codes)
-    quantized = QuantizedMatrix(codes, scales, zeros)
+    chunks = row_chunks(len(codes), columns)
     for candidate in _candidates(scales, zeros, scheme):
-        packed = PackedRange.pack(quantized, candidate)
-        difference = (packed.dequantize() - dense).abs_()
-        if not bool(difference.any()):
+        packed = PackedRange.from_packed_codes(codes, columns, scales, zeros, candidate)
+        if not any(bool(_difference(packed, dense, rows).any()) for rows in chunks):
             return packed
-    bound = TOLERANCE * torch.maximum(dense.abs(), offsets.abs().index_select(1, index))
-    if bool((difference > bound).any()):
-        raise NotSame(f"weights differ by up to {float(difference.max())} from those of the other tool")
+    index = _group_of(columns, scheme.group_size)
+    for rows in chunks:
+        difference = _difference(packed, dense, rows)
+        bound = TOLERANCE * torch.maximum(dense(rows).abs(), offsets[rows].abs().index_select(1, index))
+        if bool((difference > bound).any()):
+            raise NotSame(f"weights differ by up to {float(difference.max())} from those of the other tool")
     return packed
+
+
+def _difference(packed: PackedRange, dense: Callable[[slice], Tensor], rows: slice) -> Tensor:
+    """|packed - dense| of some rows, (rows, k)."""
+    return (packed.rows(torch.arange(rows.start, rows.stop)).dequantize() - dense(rows)).abs_()
 
 
 def _candidates(scales: Tensor, zeros: Tensor, scheme: Scheme) -> Iterator[Scheme]:

@@ -13,7 +13,7 @@ INPUTS = {"int8": ActivationScheme(8, 128, "none")}
 
 
 def round_inputs_(model: Any, name: str) -> int:
-    """Round inputs that the checkpoint does not quantize, in place; the model must not be saved afterwards.
+    """Round inputs that the checkpoint does not quantize, in place. Afterwards `save_pretrained` raises `BadArgument`.
 
     model: a packed transformers model.
     name: a name of `INPUTS`; "int8": each token in groups of 128 channels, symmetric, scale max|x| / 127.
@@ -27,4 +27,8 @@ def round_inputs_(model: Any, name: str) -> int:
         raise BadRecipe(f"no packed linear of this model has inputs that {name} would change; leave out --activations")
     for module in changed:
         module.activation = INPUTS[name]
+    # What it writes would say nothing of the rounding, and so be another model.
+    model.hf_quantizer.unsaved_because = (
+        f"this model rounds its inputs to {name}, which a checkpoint does not store; load it again to save it"
+    )
     return len(changed)

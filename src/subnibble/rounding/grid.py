@@ -17,7 +17,7 @@ search.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +31,9 @@ from subnibble.tensor.scheme import E8M0, Scheme
 
 CLIPS = ("minmax", "mse")
 _SHRINK_STEPS = 80
+# Candidates of the clip search are tried together while their ranges, and the errors of a small group, are at most this
+# many numbers. A larger tensor would leave the processor's cache.
+_RANGES_AT_ONCE, _ERRORS_AT_ONCE = 2**16, 2**14
 # A real zero-point is -min / scale: this bound keeps it well inside float16 if a group is nearly constant.
 LARGEST_REAL_ZERO = 2.0**12
 # Smaller weights count as 0.
@@ -245,21 +248,58 @@ def _least_error(
     scheme: Scheme,
     power: float,
     weights: Tensor | None,
-    steps: Iterable[int],
+    steps: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
     """Search the range with the least error; see `mse` in the module. steps: percents by which the range shrinks."""
     low, high = span
     middle = (low + high) / 2 if scheme.zero_point == "real" else torch.zeros_like(low)
     best = torch.full_like(low, torch.inf)
-    scale, zero = s, z = _span(low, high, scheme)
-    for step in steps:
-        if step > 0:
-            fraction = 1 - step / 100
-            s, z = _span(middle + fraction * (low - middle), middle + fraction * (high - middle), scheme)
-        error = decode(encode(group, s, z, scheme), s, z).sub_(group).abs_()
-        errors = error.square_() if power == 2 else error.pow_(power)
-        loss = (errors if weights is None else errors.mul_(weights)).sum(1, keepdim=True)
+    scale, zero = _span(low, high, scheme)
+    at_once = max(1, _RANGES_AT_ONCE // max(1, low.numel()))
+    for first in range(0, len(steps), at_once):
+        fractions = [1 - step / 100 for step in steps[first : first + at_once]]
+        s, z = _span(_shrunk(low, middle, fractions), _shrunk(high, middle, fractions), scheme)
+        losses = _losses(group, s, z, scheme, power, weights)
+        # The first one with the least loss; a loss that is no number counts as infinite.
+        index = losses.nan_to_num(torch.inf, torch.inf).argmin(0, keepdim=True)
+        loss = losses.gather(0, index)[0]
         better = loss < best
         best = torch.where(better, loss, best)
-        scale, zero = torch.where(better, s, scale), torch.where(better, z, zero)
+        scale = torch.where(better, s.gather(0, index)[0], scale)
+        zero = torch.where(better, z.gather(0, index)[0], zero)
     return scale, zero
+
+
+def _shrunk(end: Tensor, middle: Tensor, fractions: Sequence[float]) -> Tensor:
+    """Ends of ranges that keep these fractions of their distance from the middle: (fractions, m, 1).
+
+    end, middle: (m, 1).
+    """
+    fraction = end.new_tensor(fractions).view(-1, 1, 1)
+    return torch.where(fraction == 1, end, middle + fraction * (end - middle))
+
+
+def _losses(group: Tensor, scale: Tensor, zero: Tensor, scheme: Scheme, power: float, weights: Tensor | None) -> Tensor:
+    """Sum of `|error| ** power` of each row on each candidate's grid: (candidates, m, 1).
+
+    group: (m, g).
+    scale, zero: (candidates, m, 1).
+    weights: (g,), of the columns' errors, or None for 1.
+    Candidates that are tried together have the same sums, bit for bit, as one by one.
+    """
+    # A sum depends on the order of axes in memory, and a power on a number's place in the tensor: only squares, in rows
+    # of contiguous numbers, are the same in a larger tensor.
+    same_together = power == 2 and group.stride(1) == 1 and group.stride(0) >= group.shape[1]
+    at_once = _ERRORS_AT_ONCE // max(1, group.numel()) if same_together else 1
+    together = min(max(1, at_once), len(scale))
+    # Allocated once: a new allocation for each candidate would cost page faults.
+    errors = torch.empty_like(group).unsqueeze(0) if together == 1 else group.new_empty(together, *group.shape)
+    losses = group.new_empty(scale.shape)
+    for first in range(0, len(scale), together):
+        s, z = scale[first : first + together], zero[first : first + together]
+        # decode(encode(group)) - group
+        error = torch.div(group, s, out=errors[: len(s)]).add_(z).round_().clamp_(0, scheme.levels - 1)
+        error.sub_(z).mul_(s).sub_(group)
+        powers = error.square_() if power == 2 else error.abs_().pow_(power)
+        losses[first : first + together] = (powers if weights is None else powers.mul_(weights)).sum(-1, keepdim=True)
+    return losses

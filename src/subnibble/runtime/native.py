@@ -124,13 +124,11 @@ def prepare(x: Tensor, site: SiteInput) -> NativeInput:
         tokens = tokens.to(dtype)
     if torch.compiler.is_compiling():
         return NativeInput(tokens, site.activation, site.requantized, dtype)
-    how = rounding(native.isa(), site.activation, _FIXED_BYTES[tokens.dtype])
-    dense = _readable(tokens)
-    (count, columns), stride = dense.shape, dense.stride(0)
-    address, number = dense.data_ptr(), _TYPES[dense.dtype]
-    whole = how.round(address, number, count, columns, stride)
-    requantized = site.requantized and site.activation is not None
-    rest = how.rest(whole, address, number, stride, site.requantized) if requantized else None
+    dense, fixed_bytes, rest = _readable(tokens), _FIXED_BYTES[tokens.dtype], None
+    whole = rounded(dense, site.activation, fixed_bytes)
+    if site.requantized and site.activation is not None:
+        how = rounding(native.isa(), site.activation, fixed_bytes)
+        rest = how.rest(whole, dense.data_ptr(), _TYPES[dense.dtype], dense.stride(0), site.requantized)
     return NativeInput(tokens, site.activation, site.requantized, dtype, whole, rest)
 
 

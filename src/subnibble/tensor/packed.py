@@ -134,7 +134,14 @@ class PackedRange:
     @classmethod
     def pack(cls, quantized: QuantizedMatrix, scheme: Scheme) -> PackedRange:
         """Pack a quantized matrix; exact, because the scheme's type represents its scales and zeros exactly."""
-        zeros = quantized.zeros
+        codes, columns = pack_codes(quantized.codes, scheme.bits), quantized.codes.shape[1]
+        return cls.from_packed_codes(codes, columns, quantized.scales, quantized.zeros, scheme)
+
+    @classmethod
+    def from_packed_codes(
+        cls, codes: Tensor, num_columns: int, scales: Tensor, zeros: Tensor | None, scheme: Scheme
+    ) -> PackedRange:
+        """As `pack`, of codes (m, scheme.row_bytes(num_columns)) that `pack_codes` packed."""
         if scheme.zero_point == "none":
             stored_zeros = None
         else:
@@ -142,13 +149,7 @@ class PackedRange:
                 raise ValueError(f"scheme {scheme.name} needs zero-points, but the quantized matrix has none")
             integer = scheme.zero_point == "integer"
             stored_zeros = pack_codes(zeros, scheme.bits) if integer else zeros.to(scale_dtype(scheme))
-        return cls(
-            scheme,
-            quantized.codes.shape[1],
-            pack_codes(quantized.codes, scheme.bits),
-            stored_scales(quantized.scales, scheme),
-            stored_zeros,
-        )
+        return cls(scheme, num_columns, codes, stored_scales(scales, scheme), stored_zeros)
 
     @classmethod
     def empty(cls, rows: int, columns: int, scheme: Scheme, device: str = "meta") -> PackedRange:

@@ -60,15 +60,17 @@ def edit_errors(block: Block, call: BlockCall, seed: int = 0) -> Iterator[tuple[
     width = block.gain(block.arch.residual.norms[0]).shape[0]
     hidden = torch.randn(1, _TOKENS, width, generator=generator).to(weight)
     before = _run(block.module, hidden, call)
+    # To copy a block takes as long as to run it: one copy serves all edits.
+    scratch = block.copy()
     for site in block.arch.sites:
         if "scale" in site.edits:
             factors = (torch.rand(_writer_channels(block, site), generator=generator) * 2 - 1).exp().to(weight)
-            yield _change(block, hidden, before, call, _scaling(site, factors)), f"scale {site.name}"
+            yield _change(block, scratch, hidden, before, call, _scaling(site, factors)), f"scale {site.name}"
         if "permute" in site.edits:
             order = _random_order(block, site, generator).to(weight.device)
-            yield _change(block, hidden, before, call, _permuting(site, order)), f"permute {site.name}"
+            yield _change(block, scratch, hidden, before, call, _permuting(site, order)), f"permute {site.name}"
     order = torch.randperm(width, generator=generator).to(weight.device)
-    yield _residual_change(block, hidden, before, call, order), "permute the residual stream"
+    yield _residual_change(block, scratch, hidden, before, call, order), "permute the residual stream"
 
 
 def _scaling(site: Site, factors: Tensor) -> Callable[[Block], None]:
@@ -79,20 +81,31 @@ def _permuting(site: Site, order: Tensor) -> Callable[[Block], None]:
     return lambda block: permute_site_(block, site, order)
 
 
-def _change(block: Block, hidden: Tensor, before: Tensor, call: BlockCall, edit: Callable[[Block], None]) -> float:
-    """Relative change of the block's output `before` by an edit of a copy of it."""
-    edited = block.copy()
-    edit(edited)
-    after = _run(edited.module, hidden, call)
+def _change(
+    block: Block, scratch: Block, hidden: Tensor, before: Tensor, call: BlockCall, edit: Callable[[Block], None]
+) -> float:
+    """Relative change of the block's output `before` by an edit of its copy `scratch`."""
+    _restore_(scratch, block)
+    edit(scratch)
+    after = _run(scratch.module, hidden, call)
     return _relative(after - before, before, hidden, block)
 
 
-def _residual_change(block: Block, hidden: Tensor, before: Tensor, call: BlockCall, order: Tensor) -> float:
+def _residual_change(
+    block: Block, scratch: Block, hidden: Tensor, before: Tensor, call: BlockCall, order: Tensor
+) -> float:
     """As `_change`, if the residual channels of block, input and output are reordered."""
-    edited = block.copy()
-    permute_residual_(edited, block.arch.residual, order)
-    after = _run(edited.module, hidden[..., order], call)
+    _restore_(scratch, block)
+    permute_residual_(scratch, block.arch.residual, order)
+    after = _run(scratch.module, hidden[..., order], call)
     return _relative(after - before[..., order], before, hidden, block)
+
+
+def _restore_(scratch: Block, block: Block) -> None:
+    """Give a copy of the block, whose parameters were edited in place, the block's values again."""
+    with torch.no_grad():
+        for edited, original in zip(scratch.module.parameters(), block.module.parameters(), strict=True):
+            edited.copy_(original)
 
 
 def _relative(change: Tensor, before: Tensor, hidden: Tensor, block: Block) -> float:

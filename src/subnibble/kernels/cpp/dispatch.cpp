@@ -33,11 +33,19 @@ const Kernel* const kKernels[] = {
 #if defined(SUBNIBBLE_NEON)
     &neon,
 #endif
-#if defined(SUBNIBBLE_X86)
+#if defined(SUBNIBBLE_AVX512AMX)
     &avx512amx,
+#endif
+#if defined(SUBNIBBLE_AVX512VNNI)
     &avx512vnni,
+#endif
+#if defined(SUBNIBBLE_AVX512)
     &avx512,
+#endif
+#if defined(SUBNIBBLE_AVXVNNI)
     &avxvnni,
+#endif
+#if defined(SUBNIBBLE_AVX2)
     &avx2,
 #endif
     &portable,

@@ -31,6 +31,8 @@ class CheckpointQuantizer(HfQuantizer):
 
     requires_calibration = True
     _prepared = False
+    # Why the model must not be saved, or "" if it may be.
+    unsaved_because = ""
 
     def prepare_(self, model: Any, dtype: torch.dtype, files: list[str]) -> None:
         """Replace modules of an empty model by packed ones, in place.
@@ -70,7 +72,9 @@ class CheckpointQuantizer(HfQuantizer):
         )
 
     def is_serializable(self) -> bool:
-        """True: `save_pretrained` writes the packed tensors unchanged."""
+        """True: `save_pretrained` writes the packed tensors. Raises `BadArgument` if the model is more than those."""
+        if self.unsaved_because:
+            raise BadArgument(self.unsaved_because)
         return True
 
     @property
