@@ -114,36 +114,6 @@ class Evaluation:
 AnyEvaluation = Evaluation | Mapping[str, Any] | str | Path
 
 
-def prepare_(
-    model: Any,
-    kv_bits: int | None,
-    kv: Mapping[str, Any],
-    prefix: PrefixIds | None,
-    activations: str | None = None,
-) -> None:
-    """Attach a quantized KV cache and a prompt prefix to a loaded model and round its inputs, in place, where given.
-
-    model: a transformers model.
-    kv_bits, kv: as in `Evaluation`; kv without kv_bits changes settings of the model's existing quantized cache.
-    prefix: None keeps the model's prefix.
-    activations: a name of `hf.inputs.INPUTS`, None to keep inputs as the checkpoint says.
-    """
-    if activations is not None:
-        round_inputs_(model, activations)
-    attached = attached_cache(model)
-    scheme = None if attached is None else attached.scheme
-    if kv_bits is not None:
-        scheme = Recipe(kv_bits=kv_bits, kv=kv).cache_scheme()
-    elif kv and scheme is not None:
-        scheme = CacheScheme.from_dict({**scheme.to_dict(), **kv})
-    elif kv:
-        raise BadRecipe(f"the model's KV cache is not quantized and has no {next(iter(kv))}; set --kv-bits, too")
-    if prefix is not None:
-        attach_prefix_(model, scheme, prefix)
-    elif kv_bits is not None or kv:
-        change_scheme_(model, scheme)
-
-
 def evaluate(
     model: str | Path | Source,
     evaluation: AnyEvaluation,
