@@ -85,6 +85,6 @@ def _fill(tokenizer: Any, template: str, turns: list[dict[str, str]], **settings
     except Exception as error:
         reason = " ".join(str(error).split())[:_SHOWN]
         raise RefusedTurns(
-            f"this model's chat template refuses the message ({type(error).__name__}: {reason}); change the message, "
-            "or generate without --chat"
+            f"this model's chat template refuses the message ({type(error).__name__}: {reason}); change the messages, "
+            "or give a prompt as text, without --chat"
         ) from error

@@ -23,18 +23,17 @@ from subnibble.checkpoint.source import Source
 from subnibble.errors import BadArgument, BadRecipe, CheckpointError
 from subnibble.evaluation.layer_error import layer_errors
 from subnibble.evaluation.perplexity import check_vocabularies, score
-from subnibble.generate.prefix import attach_prefix_, same_prefix_
+from subnibble.generate.prefix import same_prefix_
+from subnibble.generate.prepare import prepare_
 from subnibble.hf import load_model, memory_bytes
-from subnibble.hf.attention import attached_cache, change_scheme_
-from subnibble.hf.inputs import round_inputs_
+from subnibble.hf.attention import attached_cache
 from subnibble.kernels import native
 from subnibble.progress import Progress, as_progress
-from subnibble.recipe import Recipe
 from subnibble.report.clock import Clock, peak_memory
 from subnibble.resume import fingerprint
 from subnibble.resume.keeper import Keeper
 from subnibble.resume.run import checked_resume, printing_run
-from subnibble.tensor.cache_scheme import CacheScheme, PrefixIds
+from subnibble.tensor.cache_scheme import PrefixIds
 
 _TYPES = {
     "text": str, "window": int, "max_windows": (int, type(None)), "device": str, "dtype": str,

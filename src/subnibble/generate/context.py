@@ -31,8 +31,8 @@ class Context:
             shared += 1
         scheme = self._backend.scheme
         if scheme is not None and not scheme.can_crop(len(self.ids), shared):
-            self._backend.close(self.slot)
-            self.slot, shared = self._backend.open(), 0
+            shared = 0
+            self.forget()
         else:
             self._backend.crop(self.slot, shared)
         self.ids = self.ids[:shared]
@@ -43,6 +43,11 @@ class Context:
         slot = self._backend.load(state)
         self._backend.close(self.slot)
         self.slot, self.ids = slot, list(ids)
+
+    def forget(self) -> None:
+        """Begin an empty sequence in place of this one."""
+        self._backend.close(self.slot)
+        self.slot, self.ids = self._backend.open(), []
 
     def close(self) -> None:
         """Free the slot; the context must not be used afterwards."""

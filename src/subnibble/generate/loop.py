@@ -94,8 +94,9 @@ class _Sequence:
         """Choose the next token after these logits (vocabulary,); returns new text and the finish reason, if any."""
         token = self.sampler.pick(logits, self.context.ids)
         self.ids.append(token)
+        reason: str | None = "stop"
         if token in eos:
-            text, reason = self.stops.rest(), "stop"
+            text = self.stops.rest()
         else:
             text, has_stopped = self.stops.push(self.detokenizer.push(token))
             is_full = len(self.ids) >= self.request.max_new_tokens
@@ -146,10 +147,19 @@ class Loop:
         return not self._running
 
     def step(self) -> list[Piece]:
-        """Run one call of the backend; returns a piece of each sequence, in the order in which they were added."""
+        """Run one call of the backend; returns a piece of each sequence, in the order in which they were added.
+
+        After an error the sequences can only be cancelled.
+        """
         running = list(self._running.items())
         parts = [sequence.pending[: self._chunk] for _, sequence in running]
-        logits = self._backend.forward([sequence.context.slot for _, sequence in running], parts)
+        try:
+            logits = self._backend.forward([sequence.context.slot for _, sequence in running], parts)
+        except BaseException:
+            # The call may have ended between two layers, for example by Ctrl-C.
+            for _, sequence in running:
+                sequence.context.forget()
+            raise
         pieces = []
         for (number, sequence), part, row in zip(running, parts, logits, strict=True):
             sequence.context.ids += part

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
-from torch import Tensor
+from torch import LongTensor, Tensor
 
 
 def logits_processors(
@@ -41,4 +42,4 @@ def logits_processors(
             processors.append(TopPLogitsWarper(float(top_p)))
         if min_p > 0:
             processors.append(MinPLogitsWarper(float(min_p)))
-    return processors
+    return lambda ids, logits: processors(cast(LongTensor, ids), logits)
