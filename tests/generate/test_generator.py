@@ -252,6 +252,26 @@ def interrupt(module: Any, args: Any) -> None:
     raise KeyboardInterrupt
 
 
+def test_the_command_streams_to_a_terminal_what_it_writes_elsewhere(
+    run: Run, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("generate", folders["llama"], "--prompt", "w3 w7", "--max-new-tokens", 12, "--temperature", 0.9)
+    more = ("--top-k", 20, "--top-p", 0.9, "--min-p", 0.01, "--repetition-penalty", 1.1, "--seed", 2)
+    code, text, err = run(*words, *more)
+    assert code == 0, err
+    settings = {"temperature": 0.9, "top_k": 20, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.1, "seed": 2}
+    generator = Generator(folders["llama"])
+    assert text.rstrip("\n") == generator.generate("w3 w7", max_new_tokens=12, **settings).text
+    pieces: list[str] = []
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setattr("subnibble.cli.generate.stream", pieces.append)
+    stop = ("--stop", " ".join(text.split()[5:7]), "--stop", "no such text")
+    code, _, err = run(*words, *more, *stop)
+    assert code == 0, err
+    assert "".join(pieces).split() == text.split()[:5]
+    assert len(pieces) > 1
+
+
 def test_the_command_says_what_cannot_be(run: Run, folders: dict[str, Path]) -> None:
     code, _, err = run("generate", folders["llama"], "--prompt", " ".join(["w1"] * 200))
     assert code == 2
