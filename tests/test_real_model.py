@@ -15,14 +15,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from subnibble import Recipe, quantize
+from subnibble import Generator, Recipe, quantize
 from subnibble.calibrate.text import read_text
 from subnibble.calibrate.windows import evaluation_windows
 from subnibble.checkpoint.gguf_source import GgufSource
 from subnibble.checkpoint.size import measure
 from subnibble.cli.demo import demo
 from subnibble.evaluation.perplexity import score
-from subnibble.generate.speak import chat_prompt, speak
 from subnibble.hf import load_model, memory_bytes, packed_modules
 from subnibble.kernels.native import TORCH, chosen
 from subnibble.packaged.model import find_model
@@ -136,7 +135,8 @@ def test_the_demo_speaks_and_its_best_model_does(tmp_path: Path, capsys: pytest.
 
 def test_packed_real_model_continues_a_prompt(packed_folders: dict[str, Path], source: GgufSource) -> None:
     packed = load_model(packed_folders["gptq"])
-    words = speak(packed, source.load_tokenizer(), "The capital of France is", 8)
-    assert len(words.split()) >= 3
-    prompt = chat_prompt(source.load_tokenizer(), "Say hello.")
-    assert speak(packed, source.load_tokenizer(), prompt, 4, temperature=0.7, seed=1)
+    generator = Generator(packed, source.load_tokenizer())
+    completion = generator.generate("The capital of France is", max_new_tokens=8)
+    assert len(completion.text.split()) >= 3
+    turns = [{"role": "user", "content": "Say hello."}]
+    assert generator.generate(turns, max_new_tokens=4, temperature=0.7, seed=1).text

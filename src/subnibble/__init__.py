@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from subnibble.evaluation.compare import compare
     from subnibble.evaluation.evaluate import Evaluation, evaluate
     from subnibble.export.fold import fold_norm_biases_
+    from subnibble.generate.generator import Generator
     from subnibble.generate.prefix import add_prefix
     from subnibble.pipeline.distill_checkpoint import distill_checkpoint
     from subnibble.pipeline.driver import quantize
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Evaluation",
+    "Generator",
     "Recipe",
     "__version__",
     "add_prefix",
@@ -44,6 +46,7 @@ __all__ = [
 # Public name -> the module that defines it, imported at first use: `subnibble --help` must not import torch.
 _HOMES = {
     "Evaluation": "evaluation.evaluate",
+    "Generator": "generate.generator",
     "Recipe": "recipe",
     "add_prefix": "generate.prefix",
     "compare": "evaluation.compare",

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from test_prompt import NO_SYSTEM, WITH_DEFAULT, tokenizer
 
-from subnibble.calibrate.chat_template import RefusedTurns, has_template, in_template, question
+from subnibble.calibrate.chat_template import RefusedTurns, before_answer, has_template, in_template
 from subnibble.calibrate.prompt import prefix_ids
 from subnibble.errors import BadRecipe
 
@@ -25,7 +25,7 @@ def test_the_default_of_several_is_the_one_that_is_used() -> None:
     several = tokenizer_with({"rag": "{{ raise_exception('no') }}", "default": PLAIN})
     for templated in (several, tokenizer(PLAIN)):
         assert has_template(templated)
-        assert question(templated, "hello") == "hello sys"
+        assert before_answer(templated, USER) == "hello sys"
         assert in_template(templated, USER) == "hello"
 
 
@@ -34,8 +34,8 @@ def test_without_a_template_there_are_no_turns(template: Any) -> None:
     templated = tokenizer_with(template)
     assert not has_template(templated)
     assert in_template(templated, USER) is None
-    with pytest.raises(BadRecipe, match="no chat template; generate without --chat"):
-        question(templated, "hello")
+    with pytest.raises(BadRecipe, match="no chat template; give a prompt as text"):
+        before_answer(templated, USER)
 
 
 def test_a_tokenizer_that_knows_no_templates_has_none() -> None:
@@ -45,7 +45,7 @@ def test_a_tokenizer_that_knows_no_templates_has_none() -> None:
 def test_several_without_a_default_are_named() -> None:
     templated = tokenizer_with({"tool_use": PLAIN, "rag": PLAIN})
     for use in (
-        lambda: question(templated, "hello"),
+        lambda: before_answer(templated, USER),
         lambda: in_template(templated, USER),
         lambda: prefix_ids("be kind", templated),
     ):
@@ -58,12 +58,12 @@ def test_several_without_a_default_are_named() -> None:
 @pytest.mark.parametrize("template", [5, ["a"], {"default": 5}])
 def test_a_template_that_is_no_text_is_refused(template: Any) -> None:
     with pytest.raises(BadRecipe, match=r"chat template is (int|list), not a text; fix chat_template"):
-        question(tokenizer_with(template), "hello")
+        before_answer(tokenizer_with(template), USER)
 
 
 def test_a_template_that_is_no_jinja_is_refused_and_not_passed_over() -> None:
     templated = tokenizer("{% for m in messages %}\n{{ m.content }}")
-    for use in (lambda: question(templated, "hello"), lambda: prefix_ids("be kind", templated)):
+    for use in (lambda: before_answer(templated, USER), lambda: prefix_ids("be kind", templated)):
         with pytest.raises(BadRecipe, match=r"no valid Jinja \(line 2: .*endfor"):
             use()
 
@@ -73,11 +73,11 @@ def test_whatever_a_template_raises_is_a_refusal(raised: str) -> None:
     templated = tokenizer(f"{{{{ {raised} }}}}")
     assert in_template(templated, USER) is None
     with pytest.raises(RefusedTurns, match="refuses the message"):
-        question(templated, "hello")
+        before_answer(templated, USER)
     with pytest.raises(BadRecipe, match="only about cats"):
-        question(tokenizer("{{ raise_exception('only about cats') }}"), "hello")
+        before_answer(tokenizer("{{ raise_exception('only about cats') }}"), USER)
 
 
 def test_a_template_without_system_turns_is_no_error() -> None:
-    assert question(tokenizer(NO_SYSTEM), "hello") == "hello"
-    assert question(tokenizer(WITH_DEFAULT), "hello") == "sys be kind <e> user hello <e> "
+    assert before_answer(tokenizer(NO_SYSTEM), USER) == "hello"
+    assert before_answer(tokenizer(WITH_DEFAULT), USER) == "sys be kind <e> user hello <e> "

@@ -20,8 +20,9 @@ from subnibble.calibrate.key_center import KeyMean
 from subnibble.checkpoint.manifest import packed_config_of, stored_shapes
 from subnibble.checkpoint.safetensors_source import SafetensorsSource
 from subnibble.errors import BadRecipe, CheckpointError
-from subnibble.evaluation.evaluate import Evaluation, evaluate, prepare_
+from subnibble.evaluation.evaluate import Evaluation, evaluate
 from subnibble.generate.prefix import add_prefix
+from subnibble.generate.prepare import prepare_
 from subnibble.hf.attention import attach_cache_, attached_cache, change_scheme_, detach_cache_
 from subnibble.runtime.kv_cache import TensorStore
 from subnibble.tensor.cache_scheme import CacheScheme, PrefixIds

@@ -10,8 +10,9 @@ from transformers import PreTrainedTokenizerFast
 
 from subnibble.calibrate.prompt import prefix_ids
 from subnibble.errors import BadRecipe
-from subnibble.generate.speak import chat_prompt
+from subnibble.generate.prompt import conversation_text
 
+USER = [{"role": "user", "content": "hello"}]
 WORDS = ["<s>", "<e>", "sys", "user", "be", "kind", "short", "hello", "<unk>"]
 TURNS = (
     "{% if messages[0].role != 'system' and default %}sys be kind <e> {% endif %}"
@@ -85,13 +86,13 @@ def test_an_empty_prompt_is_refused() -> None:
 def test_a_chat_behind_a_prefix_has_no_second_system_turn() -> None:
     with_default = tokenizer(WITH_DEFAULT)
     prefix = prefix_ids("be short", with_default)
-    assert chat_prompt(with_default, "hello") == "sys be kind <e> user hello <e> "
-    assert chat_prompt(with_default, "hello", prefix) == "user hello <e> "
-    assert chat_prompt(tokenizer(WITHOUT_DEFAULT), "hello", prefix) == "user hello <e> "
+    assert conversation_text(with_default, USER, None) == "sys be kind <e> user hello <e> "
+    assert conversation_text(with_default, USER, prefix) == "user hello <e> "
+    assert conversation_text(tokenizer(WITHOUT_DEFAULT), USER, prefix) == "user hello <e> "
     # BOS is no system turn.
-    assert chat_prompt(with_default, "hello", prefix_ids("bos", with_default)) == "sys be kind <e> user hello <e> "
+    assert conversation_text(with_default, USER, prefix_ids("bos", with_default)) == "sys be kind <e> user hello <e> "
     with pytest.raises(BadRecipe, match="no chat template"):
-        chat_prompt(tokenizer(None), "hello", prefix)
+        conversation_text(tokenizer(None), USER, prefix)
 
 
 def test_what_looks_like_a_file_and_is_none_is_refused(tmp_path: Path) -> None:

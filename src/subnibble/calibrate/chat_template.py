@@ -32,15 +32,17 @@ def in_template(tokenizer: Any, turns: list[dict[str, str]]) -> str | None:
         return None
 
 
-def question(tokenizer: Any, message: str) -> str:
-    """Text of a user's message in the chat template, up to where the model's answer begins.
+def before_answer(tokenizer: Any, turns: list[dict[str, str]]) -> str:
+    """Text of a conversation in the chat template, up to where the model's answer begins.
 
-    Raises `BadRecipe` if there is no template, or if it is damaged or refuses the message.
+    tokenizer: of transformers.
+    turns: messages, {"role": ..., "content": ...} each; the last one is the user's.
+    Raises `BadRecipe` if there is no template, or if it is damaged or refuses the messages.
     """
     template = _default(tokenizer)
     if template is None:
-        raise BadRecipe("this model's tokenizer has no chat template; generate without --chat")
-    return _fill(tokenizer, template, [{"role": "user", "content": message}], add_generation_prompt=True)
+        raise BadRecipe("this model's tokenizer has no chat template; give a prompt as text, without --chat")
+    return _fill(tokenizer, template, turns, add_generation_prompt=True)
 
 
 def has_template(tokenizer: Any) -> bool:
@@ -83,6 +85,6 @@ def _fill(tokenizer: Any, template: str, turns: list[dict[str, str]], **settings
     except Exception as error:
         reason = " ".join(str(error).split())[:_SHOWN]
         raise RefusedTurns(
-            f"this model's chat template refuses the message ({type(error).__name__}: {reason}); change the message, "
-            "or generate without --chat"
+            f"this model's chat template refuses the message ({type(error).__name__}: {reason}); change the messages, "
+            "or give a prompt as text, without --chat"
         ) from error

@@ -62,14 +62,13 @@ def demo(
             evaluation = Evaluation("news", window, max_windows, dtype=dtype or "auto")
             rows = compare(model, recipes, evaluation, folder, overwrite=overwrite, progress=on_progress)
         show(rows)
-        _speak(model, {"original": model, rows[-1].name: folder / recipe_name(recipes[-1])})
+        _speak({"original": model, rows[-1].name: folder / recipe_name(recipes[-1])})
 
 
-def _speak(original: Source, models: dict[str, Source | Path]) -> None:
-    from subnibble.generate.speak import chat_prompt, speak
-    from subnibble.hf import load_model
+def _speak(models: dict[str, Source | Path]) -> None:
+    from subnibble.generate.generator import Generator
 
-    tokenizer = original.load_tokenizer()
-    prompt = chat_prompt(tokenizer, _QUESTION)
-    for name, path in models.items():
-        say(f"\n{name} answers {_QUESTION!r}:\n  {speak(load_model(path), tokenizer, prompt, _ANSWER_TOKENS)!r}")
+    for name, model in models.items():
+        turns = [{"role": "user", "content": _QUESTION}]
+        answer = Generator(model).generate(turns, max_new_tokens=_ANSWER_TOKENS, temperature=0)
+        say(f"\n{name} answers {_QUESTION!r}:\n  {answer.text!r}")

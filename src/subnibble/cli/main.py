@@ -17,7 +17,7 @@ from typing import Annotated
 
 import typer
 
-from subnibble.cli import checkpoints, compare, convert, demo, evaluate, quantize
+from subnibble.cli import checkpoints, compare, convert, demo, evaluate, generate, quantize
 from subnibble.cli.streams import prepare, say, tell
 from subnibble.errors import SubnibbleError
 from subnibble.version import __version__
@@ -36,7 +36,8 @@ app.command("quantize")(quantize.quantize)
 app.command("convert")(convert.convert)
 app.command("evaluate")(evaluate.evaluate)
 app.command("compare")(compare.compare)
-app.command("generate")(evaluate.generate)
+app.command("generate")(generate.generate)
+app.command("chat")(generate.chat)
 app.command("prefix")(checkpoints.prefix)
 app.command("distill")(checkpoints.distill)
 app.command("inspect")(checkpoints.inspect)

@@ -1,7 +1,7 @@
 """Printing that never stops a command: on consoles without Unicode, closed pipes and terminals that go away.
 
-`prepare` is called once, before anything is printed. Commands then print results with `say`, and messages and progress
-with `tell`.
+`prepare` is called once, before anything is printed. Commands then print results with `say` and `stream`, and messages
+and progress with `tell`.
 """
 
 from __future__ import annotations
@@ -31,6 +31,11 @@ def prepare() -> None:
 def say(text: str) -> None:
     """Print a line of the command's result, on stdout."""
     print(text, flush=True)
+
+
+def stream(text: str) -> None:
+    """Print a piece of a line on stdout, at once."""
+    print(text, end="", flush=True)
 
 
 def tell(text: str) -> None:

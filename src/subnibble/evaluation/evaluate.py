@@ -24,18 +24,17 @@ from subnibble.errors import BadArgument, BadRecipe, CheckpointError
 from subnibble.evaluation.layer_error import layer_errors
 from subnibble.evaluation.perplexity import check_vocabularies, score
 from subnibble.evaluation.runners import BACKENDS, backend_of, runner_of, torch_runner
-from subnibble.generate.prefix import attach_prefix_, same_prefix_
+from subnibble.generate.prefix import same_prefix_
+from subnibble.generate.prepare import prepare_
 from subnibble.hf import load_model, memory_bytes
-from subnibble.hf.attention import attached_cache, change_scheme_
-from subnibble.hf.inputs import round_inputs_
+from subnibble.hf.attention import attached_cache
 from subnibble.kernels import native
 from subnibble.progress import Progress, as_progress
-from subnibble.recipe import Recipe
 from subnibble.report.clock import Clock, peak_memory
 from subnibble.resume import fingerprint
 from subnibble.resume.keeper import Keeper
 from subnibble.resume.run import checked_resume, printing_run
-from subnibble.tensor.cache_scheme import CacheScheme, PrefixIds
+from subnibble.tensor.cache_scheme import PrefixIds
 
 _TYPES = {
     "text": str, "window": int, "max_windows": (int, type(None)), "device": str, "dtype": str,
@@ -116,36 +115,6 @@ class Evaluation:
 
 # What Python functions accept as an evaluation.
 AnyEvaluation = Evaluation | Mapping[str, Any] | str | Path
-
-
-def prepare_(
-    model: Any,
-    kv_bits: int | None,
-    kv: Mapping[str, Any],
-    prefix: PrefixIds | None,
-    activations: str | None = None,
-) -> None:
-    """Attach a quantized KV cache and a prompt prefix to a loaded model and round its inputs, in place, where given.
-
-    model: a transformers model.
-    kv_bits, kv: as in `Evaluation`; kv without kv_bits changes settings of the model's existing quantized cache.
-    prefix: None keeps the model's prefix.
-    activations: a name of `hf.inputs.INPUTS`, None to keep inputs as the checkpoint says.
-    """
-    if activations is not None:
-        round_inputs_(model, activations)
-    attached = attached_cache(model)
-    scheme = None if attached is None else attached.scheme
-    if kv_bits is not None:
-        scheme = Recipe(kv_bits=kv_bits, kv=kv).cache_scheme()
-    elif kv and scheme is not None:
-        scheme = CacheScheme.from_dict({**scheme.to_dict(), **kv})
-    elif kv:
-        raise BadRecipe(f"the model's KV cache is not quantized and has no {next(iter(kv))}; set --kv-bits, too")
-    if prefix is not None:
-        attach_prefix_(model, scheme, prefix)
-    elif kv_bits is not None or kv:
-        change_scheme_(model, scheme)
 
 
 def evaluate(

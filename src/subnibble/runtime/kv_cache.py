@@ -8,7 +8,7 @@ codes are computed in float32.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -166,6 +166,31 @@ class TensorStore:
         """Keep the sequences at `index` (1-D, integer) of the batch, in this order; an index may repeat."""
         self._map(lambda tensor: tensor.index_select(0, index.to(tensor.device)))
 
+    def state(self) -> dict[str, Tensor]:
+        """Copies of what the store holds of its one sequence, on the CPU; without what has no tokens.
+
+        codes, scales, lows: of the quantized tokens, as in `Rows`, without the batch.
+        exact: (heads, tokens, width), the tokens that are not quantized.
+        """
+        names = (
+            {}
+            if self.quantized is None
+            else dict(zip(("codes", "scales", "lows"), self.quantized.tensors, strict=True))
+        )
+        names |= {} if self.exact is None else {"exact": self.exact}
+        return {name: tensor[0].cpu().clone(memory_format=torch.contiguous_format) for name, tensor in names.items()}
+
+    def restore_(self, state: Mapping[str, Tensor], width: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Hold what `state` returned, in place of what the store holds.
+
+        width: channels of a head.
+        dtype, device: of the tokens that are not quantized, and of all tensors.
+        """
+        self._width = width
+        parts = {name: tensor.unsqueeze(0).to(device) for name, tensor in state.items()}
+        self.quantized = Rows(parts["codes"], parts["scales"], parts["lows"]) if "codes" in parts else None
+        self.exact = parts["exact"].to(dtype) if "exact" in parts else None
+
     def _quantized_without(self, tokens: int) -> int:
         """How many tokens should be quantized after the last `tokens` tokens are removed."""
         left = max(self.length - tokens, 0)
@@ -252,6 +277,17 @@ class LayerStore:
     def batch(self) -> int:
         """Sequences in the store, 0 before the first token."""
         return self.values.batch
+
+    def state(self) -> dict[str, Tensor]:
+        """The states of keys and values (`TensorStore.state`), as keys.NAME and values.NAME."""
+        stores = {"keys": self.keys, "values": self.values}
+        return {f"{kind}.{name}": tensor for kind, store in stores.items() for name, tensor in store.state().items()}
+
+    def restore_(self, state: Mapping[str, Tensor], width: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Hold what `state` returned; arguments as in `TensorStore.restore_`."""
+        for kind, store in (("keys", self.keys), ("values", self.values)):
+            own = {name.removeprefix(f"{kind}."): part for name, part in state.items() if name.startswith(f"{kind}.")}
+            store.restore_(own, width, dtype, device)
 
 
 def map_view(view: CacheView, change: Callable[[Tensor], Tensor]) -> CacheView:

@@ -1,17 +1,18 @@
-"""Run a model: its logits, `generate`, and the KV cache that `generate` uses."""
+"""Run a model: its logits, with and without a KV cache, and the cache and the defaults that `generate` uses."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import DynamicCache
 
-from subnibble.model.transformers_api.names import CACHE_NAMES, unknown
+from subnibble.model.transformers_api.names import CACHE_NAMES, cache_argument, unknown
 
 # The method of a model in which `generate` creates its KV cache.
 _GENERATION = "_prepare_cache_for_generation"
@@ -31,16 +32,61 @@ def read_generation_config_(model: Any, folder: Path) -> None:
         model.generation_config = GenerationConfig.from_pretrained(folder)
 
 
-def continued(model: Any, ids: Tensor, settings: dict[str, Any]) -> Tensor:
-    """The ids followed by the tokens that `generate` adds, (b, t + new tokens).
+def generation_config_of(config: Any, folder: Path) -> Any:
+    """The generation config of a checkpoint, as a loaded model has it.
 
-    The model gets token ids alone, even if the tokenizer also returned token types or more.
-
-    ids: token ids, (b, t).
-    settings: other arguments of `generate`.
+    config: the model's config.
+    folder: with generation_config.json, if there is one.
     """
-    output: Tensor = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
-    return output
+    from transformers import GenerationConfig
+
+    if (folder / "generation_config.json").is_file():
+        return GenerationConfig.from_pretrained(folder)
+    return GenerationConfig.from_model_config(config)
+
+
+def next_logits(model: Any, ids: Tensor, cache: Any) -> Tensor:
+    """Run new tokens of a sequence and add them to its cache; returns the logits after the last one, (vocabulary,).
+
+    ids: token ids, (1, t).
+    cache: from `plain_cache`, or the KV cache that is attached to the model.
+    """
+    with torch.no_grad():
+        output = model(ids, use_cache=True, logits_to_keep=1, **{cache_argument(model): cache})
+    logits: Tensor = output.logits[0, -1]
+    return logits
+
+
+def plain_cache(states: Sequence[tuple[Tensor, Tensor]] = ()) -> DynamicCache:
+    """A KV cache at the dtype of computation that keeps all tokens, also those that a sliding window hides.
+
+    states: (keys, values) of each layer, (1, heads, n, width) each; without, the cache is empty.
+    """
+    # Without a config the cache has no sliding-window layers, which would keep only the last tokens.
+    cache = DynamicCache()
+    for index, (keys, values) in enumerate(states):
+        cache.update(keys, values, index)
+    return cache
+
+
+def plain_states(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
+    """(keys, values) of each layer of a `plain_cache`, (1, heads, n, width) each; empty before its first token."""
+    layers: list[Any] = list(cache.layers)
+    return [(layer.keys, layer.values) for layer in layers]
+
+
+def rotary_angles(decoder: nn.Module, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of rotary positions as the decoder computes them, (1, t, rotated channels) each.
+
+    positions: (1, t).
+    dtype: of the result.
+    """
+    rotary: Any = getattr(decoder, "rotary_emb", None)
+    if rotary is None:
+        raise unknown(f"has no rotary_emb in {type(decoder).__name__}")
+    with torch.no_grad():
+        cos, sin = rotary(torch.empty(0, dtype=dtype, device=positions.device), positions)
+    return cos, sin
 
 
 def set_generation_cache_(model: Any, accept: Callable[[Any], Any], check: Callable[[Any], None]) -> None:
