@@ -3,9 +3,10 @@
     python bench/model_speed.py [--threads N ...] [--rounds N]
     python bench/model_speed.py --print
 
-A prompt of 512 tokens, then greedy decoding, through transformers, by the native step (16-bit inputs, and int8 ones) and
-by llama.cpp, in turn in one process. Models are rounded to nearest, because a method does not change the operations that
-run; Q4_0 is what llama-quantize makes of the package's Q4_1. One thread is timed in CPU time, several in wall time. Finished rows are appended to the results file;
+A prompt of 512 tokens, then greedy decoding, through transformers, by the native step (16-bit inputs, and int8 ones)
+and by llama.cpp, in turn in one process. Models are rounded to nearest, because a method does not change the operations
+that run; Q4_0 is what llama-quantize makes of the package's Q4_1.
+One thread is timed in CPU time, several in wall time. Finished rows are appended to the results file;
 later runs skip them. `peers/build.py` builds llama.cpp.
 """
 

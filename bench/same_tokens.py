@@ -5,8 +5,8 @@
 
 Each packed model of the arguments continues prompts greedily on the native step, all prompts in one batch. Then torch
 reads the same texts: a token is "other" where torch's most likely token is another one, and "gap" is by how much torch
-prefers it, in logits. Both round inputs alike; the step keeps unquantized keys and values in 16 bits and sums in another
-order. Finished rows are appended to the results file; later runs skip them.
+prefers it, in logits. Both round inputs alike; the step keeps unquantized keys and values in 16 bits and sums in
+another order. Finished rows are appended to the results file; later runs skip them.
 """
 
 from __future__ import annotations

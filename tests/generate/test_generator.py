@@ -222,7 +222,7 @@ def test_what_cannot_be_continued_is_named(model: Any, tokenizer: Any, folders: 
             generator.generate(wrong)  # type: ignore[call-overload]
     with pytest.raises(BadArgument, match="comes without its tokenizer"):
         Generator(model)
-    with pytest.raises(BadRecipe, match="backend is 'none'; choose torch"):
+    with pytest.raises(BadRecipe, match="backend is 'none'; choose one of auto, native, torch"):
         Generator(folders["llama"], backend="none")
     with pytest.raises(BadRecipe, match="unknown option 'kvbits' of loading"):
         Generator(folders["llama"], kvbits=4)

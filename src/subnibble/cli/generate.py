@@ -67,6 +67,7 @@ def generate(
     kv_option: o.KvOptions = None,
     system_prompt: o.SystemPrompt = None,
     activations: o.Activations = None,
+    backend: o.Backend = "auto",
     device: o.Device = None,
     dtype: o.Dtype = None,
 ) -> None:
@@ -75,7 +76,7 @@ def generate(
         "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
         "repetition_penalty": repetition_penalty, "seed": seed, "stop": tuple(stop or ()),
     }  # fmt: skip
-    generator = _generator(model, kv_bits, kv_option, system_prompt, activations, device, dtype)
+    generator = _generator(model, kv_bits, kv_option, system_prompt, activations, backend, device, dtype)
     text = [{"role": "user", "content": prompt}] if chat else prompt
     if prompt_cache is not None and not prompt_cache.exists():
         # Settings are checked first, because a long prompt takes time.
@@ -102,6 +103,7 @@ def chat(
     kv_option: o.KvOptions = None,
     system_prompt: o.SystemPrompt = None,
     activations: o.Activations = None,
+    backend: o.Backend = "auto",
     device: o.Device = None,
     dtype: o.Dtype = None,
 ) -> None:
@@ -117,7 +119,7 @@ def chat(
         "repetition_penalty": repetition_penalty, "seed": seed,
     }  # fmt: skip
     _settings(settings)
-    conversation = Chat(_generator(model, kv_bits, kv_option, system_prompt, activations, device, dtype))
+    conversation = Chat(_generator(model, kv_bits, kv_option, system_prompt, activations, backend, device, dtype))
     if sys.stdin.isatty():
         tell("/reset, /system TEXT, /save FILE, /exit; Ctrl-C stops an answer")
         # Makes `input` remember lines; not on every system.
@@ -198,6 +200,7 @@ def _generator(
     kv_option: list[str] | None,
     system_prompt: str | None,
     activations: str | None,
+    backend: str,
     device: str | None,
     dtype: str | None,
 ) -> Generator:
@@ -205,7 +208,7 @@ def _generator(
 
     generator = Generator(
         model, kv_bits=kv_bits, kv=o.kv_settings(kv_option), system_prompt=system_prompt, activations=activations,
-        device=device or "auto", dtype=dtype or "auto",
+        backend=backend, device=device or "auto", dtype=dtype or "auto",
     )  # fmt: skip
     if activations is not None:
         tell(f"inputs of linears: {activations}")

@@ -23,7 +23,8 @@ from subnibble.checkpoint.source import Source
 from subnibble.errors import BadArgument, BadRecipe, CheckpointError
 from subnibble.evaluation.layer_error import layer_errors
 from subnibble.evaluation.perplexity import check_vocabularies, score
-from subnibble.evaluation.runners import BACKENDS, backend_of, runner_of, torch_runner
+from subnibble.evaluation.runners import runner_of, torch_runner
+from subnibble.generate.choice import check_backend, chosen_backend
 from subnibble.generate.prefix import same_prefix_
 from subnibble.generate.prepare import prepare_
 from subnibble.hf import load_model, memory_bytes
@@ -77,8 +78,7 @@ class Evaluation:
                 f"window is {self.window} and max_windows {self.max_windows}; "
                 "--window must be at least 2 and --max-windows at least 1"
             )
-        if self.backend not in BACKENDS:
-            raise BadRecipe(f"backend is {self.backend!r}; choose one of {', '.join(BACKENDS)}")
+        check_backend(self.backend)
 
     @classmethod
     def of(cls, evaluation: AnyEvaluation) -> Evaluation:
@@ -184,7 +184,7 @@ def evaluate(
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "activations": evaluation.activations or "as stored",
         "kernels": native.isa(),
-        "backend": backend_of(loaded, evaluation.backend)[0],
+        "backend": chosen_backend(loaded, evaluation.backend)[0],
         "memory_bytes": memory_bytes(loaded),
         **_attached_facts(loaded),
     }

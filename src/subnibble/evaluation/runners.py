@@ -7,41 +7,17 @@ from typing import Any
 
 from torch import Tensor
 
-from subnibble.errors import BadRecipe
-from subnibble.hf.decoder import Decoder, why_not
+from subnibble.generate.choice import chosen_backend
+from subnibble.hf.decoder import Decoder
 from subnibble.model.transformers_api.generation import logits_of
-from subnibble.runtime.modules import packed_modules
 
 # Token ids (t,) -> logits (t, vocabulary) after each token.
 Runner = Callable[[Tensor], Tensor]
 
-BACKENDS = ("auto", "native", "torch")
-
-
-def backend_of(model: Any, backend: str) -> tuple[str, str]:
-    """(backend that runs a model, why).
-
-    model: a loaded transformers model.
-    backend: "native" (the C++ decoder step), "torch", or "auto": native for packed models that it can run.
-    Raises `BadRecipe` if the native step was chosen and cannot run the model.
-    """
-    if backend not in BACKENDS:
-        raise BadRecipe(f"backend is {backend!r}; choose one of {', '.join(BACKENDS)}")
-    if backend == "torch":
-        return "torch", "chosen"
-    reason = why_not(model)
-    if backend == "native":
-        if reason is not None:
-            raise BadRecipe(f"the native step cannot run this model: {reason}; use --backend torch")
-        return "native", "chosen"
-    if not packed_modules(model):
-        return "torch", "the model is not packed"
-    return ("native", "packed, on the CPU") if reason is None else ("torch", reason)
-
 
 def runner_of(model: Any, backend: str = "auto") -> Runner:
-    """What computes a model's logits. Arguments as in `backend_of`."""
-    return native_runner(model) if backend_of(model, backend)[0] == "native" else torch_runner(model)
+    """What computes a model's logits. backend: a name of `BACKENDS`."""
+    return native_runner(model) if chosen_backend(model, backend)[0] == "native" else torch_runner(model)
 
 
 def torch_runner(model: Any) -> Runner:

@@ -21,11 +21,11 @@ class Generator:
 
     model: packed or plain folder, hub id, .gguf file, or a loaded transformers model, which `loading` changes in place.
     tokenizer: of transformers; a loaded model needs it, otherwise the default is the one beside the checkpoint.
-    backend: what runs the model: "torch".
+    backend: what runs the model: "native" (the C++ step), "torch", or "auto": native for packed models where it can.
     loading: fields of `Loading`: dtype, device, kv_bits, kv, system_prompt, activations.
     """
 
-    def __init__(self, model: AnyModel, tokenizer: Any = None, *, backend: str = "torch", **loading: Any) -> None:
+    def __init__(self, model: AnyModel, tokenizer: Any = None, *, backend: str = "auto", **loading: Any) -> None:
         self._model = OpenedModel.of(model, tokenizer, backend, Loading.from_dict(loading))
         self.backend, self.tokenizer = self._model.backend, self._model.tokenizer
         self._defaults = generation_defaults(self._model.generation_config)

@@ -14,9 +14,11 @@ from subnibble.arguments import check_types, plain
 from subnibble.calibrate.prompt import prefix_ids
 from subnibble.checkpoint.opening import open_source
 from subnibble.checkpoint.source import Source
-from subnibble.errors import BadArgument, BadRecipe
+from subnibble.errors import BadArgument
 from subnibble.generate.backend import Backend
+from subnibble.generate.choice import check_backend, chosen_backend
 from subnibble.generate.fingerprint import source_fingerprint, tensors_fingerprint
+from subnibble.generate.native_backend import NativeBackend
 from subnibble.generate.prepare import prepare_
 from subnibble.generate.torch_backend import TorchBackend
 from subnibble.hf import load_model
@@ -59,15 +61,14 @@ def backend_of(model: AnyModel, name: str, loading: Loading, tokenizer: Any) -> 
     """The backend `name` for a model.
 
     model: a loaded transformers model, changed in place as `loading` says, or what `load_model` takes.
-    name: "torch".
+    name: of `choice.BACKENDS`.
     tokenizer: of transformers; only a system prompt needs it.
     """
-    if name != "torch":
-        raise BadRecipe(f"the backend is {name!r}; choose torch")
+    check_backend(name)
     loaded = model if isinstance(model, nn.Module) else load_model(model, loading.dtype, loading.device)
     prefix = None if loading.system_prompt is None else prefix_ids(loading.system_prompt, tokenizer)
     prepare_(loaded, loading.kv_bits, loading.kv, prefix, loading.activations)
-    return TorchBackend(loaded)
+    return NativeBackend(loaded) if chosen_backend(loaded, name)[0] == "native" else TorchBackend(loaded)
 
 
 @dataclass(frozen=True)
