@@ -16,6 +16,7 @@ from subnibble import Generator
 from subnibble.checkpoint.opening import open_source
 from subnibble.errors import BadRecipe
 from subnibble.generate.chat import Chat
+from subnibble.generate.sampler import Sampler
 
 SETTINGS: dict[str, Any] = {"max_new_tokens": 6, "temperature": 0}
 MESSAGES = ["w5 w6", "w7", "w8 w9 w10"]
@@ -49,21 +50,20 @@ def test_each_answer_is_that_to_the_whole_conversation(cache: str, tokenizer: An
         assert chat.turns == turns
 
 
-def test_an_end_of_text_token_is_not_run_twice(tokenizer: Any) -> None:
-    model = model_with("dynamic", prefixed=False)
-    model.generation_config.eos_token_id = 0
-    generator = Generator(model, tokenizer)
-    # A model that ends each turn at once.
-    generator.stop_ids = frozenset(range(95))
+def test_an_end_of_text_token_is_not_run_twice(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = Generator(model_with("dynamic", prefixed=False), tokenizer)
+    generator.stop_ids = frozenset([0])
+    # The second answer is not read.
+    chosen = iter([10, 11, 0, 0])
+    monkeypatch.setattr(Sampler, "pick", lambda *_: next(chosen))
     chat = Chat(generator)
-    assert said(chat, "w5 w6") == ""
-    first = chat.last
-    assert first is not None
-    assert len(first.ids) == 1
-    said(chat, "w7")
+    assert said(chat, "w5 w6") == "w10 w11"
     assert chat.last is not None
-    # Of w1 w5 w6 w0 w2, then w0 of the template in place of the token that ended the turn, then w1 w7 w0 w2.
-    assert (chat.last.cached_tokens, chat.last.prompt_tokens) == (5, 10)
+    assert chat.last.ids == (10, 11, 0)
+    said(chat, "w7")
+    # w1 w5 w6 w0 w2 and w10 w11 have run; new are the template's w0 in place of the token that ended the turn, and
+    # w1 w7 w0 w2.
+    assert (chat.last.cached_tokens, chat.last.prompt_tokens) == (7, 12)
 
 
 def test_what_was_said_before_a_stop_stays_in_the_conversation(tokenizer: Any) -> None:
@@ -91,7 +91,10 @@ def test_an_answer_cut_at_a_stop_string_is_read_as_it_was_shown(tokenizer: Any) 
     chat = Chat(generator)
     assert said(chat, "w5", stop=f"{words[2]} {words[3][:1]}").split() == words[:2]
     turns = [*chat.turns, {"role": "user", "content": "w7"}]
-    assert said(chat, "w7") == generator.generate(turns, **SETTINGS).text
+    expected = generator.generate(turns, **SETTINGS)
+    assert said(chat, "w7") == expected.text
+    assert chat.last is not None
+    assert chat.last.prompt_tokens == expected.prompt_tokens
 
 
 def test_a_changed_system_turn_and_a_reset_begin_anew(tokenizer: Any) -> None:

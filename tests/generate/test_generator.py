@@ -23,7 +23,7 @@ from subnibble.hf import load_model
 from subnibble.tensor.cache_scheme import PrefixIds
 
 POSITIONS = 128
-TEMPLATE = "{% for m in messages %}{{ m.role | replace('user', 'w1') | replace('assistant', 'w2') }} {{ m.content }} w0 {% endfor %}w2"  # noqa: E501
+TEMPLATE = "{% for m in messages %}{{ m.role | replace('user', 'w1') | replace('assistant', 'w2') }} {{ m.content }} w0 {% endfor %}w2 "  # noqa: E501
 PROMPTS = ["w3 w7", "w9", "w4 w5 w6 w7 w8 w9 w10 w11 w12", "w50 w2 w3 w3"]
 
 
@@ -151,6 +151,16 @@ def test_a_stop_string_over_several_tokens_ends_the_text_before_it(model: Any, t
     assert completion.text == free.text[: free.text.index(stop)]
     assert completion.ids == free.ids[:7]
     assert "".join(generator.stream("w3 w7", **settings)) == completion.text
+
+
+def test_text_that_only_begins_a_stop_string_is_shown_at_the_end(model: Any, tokenizer: Any) -> None:
+    free = Generator(model, tokenizer).generate("w3 w7", max_new_tokens=4, temperature=1.0, seed=1)
+    settings = {"max_new_tokens": 5, "temperature": 1.0, "seed": 1, "stop": f"{free.text.split()[-1]} and more"}
+    assert Generator(model, tokenizer).generate("w3 w7", **{**settings, "max_new_tokens": 4}) == free
+    # The same where an end-of-text token ends it.
+    model.generation_config.eos_token_id = Generator(model, tokenizer).generate("w3 w7", **settings).ids[-1]
+    ended = Generator(model, tokenizer).generate("w3 w7", **settings)
+    assert (ended.text, ended.finish_reason) == (free.text, "stop")
 
 
 def test_streamed_pieces_are_the_text(model: Any, tokenizer: Any) -> None:

@@ -106,4 +106,5 @@ def test_a_backend_hides_no_token_that_repeats_the_prefix(name: str) -> None:
     slot, other = backend.open(), backend.open()
     repeated = backend.forward([slot], [[5, 9, 2, 7]])
     assert backend.length(slot) == 4
-    assert not torch.equal(repeated, backend.forward([other], [[7]]))
+    alone = backend.forward([other], [[7]])
+    assert float((repeated - alone).abs().max()) > 0.02 * float(alone.abs().max())
