@@ -74,8 +74,10 @@ class NativeBackend:
 
     def crop(self, slot: int, length: int) -> None:
         """Drop the tokens of a slot after its first `length`."""
-        if not self._sequences[slot].crop(length):
-            raise ValueError(f"tokens that are quantized by now cannot return to 16 bits: cannot crop to {length}")
+        if length == 0:
+            self._sequences[slot] = self._decoder.open()
+        elif not self._sequences[slot].crop(length):
+            raise ValueError(f"cannot crop to {length} tokens: they are quantized, and they cannot return to 16 bits")
 
     def save(self, slot: int) -> dict[str, Tensor]:
         """Copies of a slot's keys and values."""

@@ -10,14 +10,29 @@ from backends import CACHES, model_with
 
 from conftest import CONFIGS
 from subnibble.generate.backend import Backend
+from subnibble.generate.native_backend import NativeBackend
 from subnibble.generate.torch_backend import TorchBackend
+from subnibble.kernels import native as kernels
 
 IDS = [(7 * i * i + 3) % 95 for i in range(30)]
 EACH = [(cache, prefixed) for cache in CACHES for prefixed in (False, True) if (cache, prefixed) != ("dynamic", True)]
 
 
+BACKENDS: dict[str, Any] = {"torch": TorchBackend}
+if kernels.why_missing() is None:
+    BACKENDS["native"] = NativeBackend
+
+
+@pytest.fixture(params=BACKENDS, autouse=True)
+def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The class of the backend that a test runs on."""
+    monkeypatch.setitem(BACKENDS, "tested", BACKENDS[request.param])
+    return BACKENDS["tested"]
+
+
 def backend_on(cache: str, prefixed: bool) -> Backend:
-    return TorchBackend(model_with(cache, prefixed))
+    backend: Backend = BACKENDS["tested"](model_with(cache, prefixed))
+    return backend
 
 
 def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
@@ -101,10 +116,22 @@ def test_the_ends_of_positions_exclude_the_prefix() -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_backend_hides_no_token_that_repeats_the_prefix(name: str) -> None:
-    backend: Any = TorchBackend(model_with("by token", prefixed=True, name=name))
+    backend: Any = BACKENDS["tested"](model_with("by token", prefixed=True, name=name))
     assert backend.prefix.repeated([5, 9, 2, 7]) == 3
     slot, other = backend.open(), backend.open()
     repeated = backend.forward([slot], [[5, 9, 2, 7]])
     assert backend.length(slot) == 4
     alone = backend.forward([other], [[7]])
     assert float((repeated - alone).abs().max()) > 0.02 * float(alone.abs().max())
+
+
+@pytest.mark.skipif("native" not in BACKENDS, reason="there are no kernels")
+@pytest.mark.parametrize("cache", CACHES)
+def test_a_saved_sequence_goes_on_in_the_other_backend(cache: str, kind: Any) -> None:
+    other = {TorchBackend: NativeBackend, NativeBackend: TorchBackend}[kind](model_with(cache, False))
+    backend = backend_on(cache, False)
+    slot = backend.open()
+    backend.forward([slot], [IDS[:21]])
+    state = backend.save(slot)
+    expected = backend.forward([slot], [IDS[21:]])
+    close(other.forward([other.load(state)], [IDS[21:]]), expected)
