@@ -13,7 +13,7 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from subnibble import Generator, Recipe, quantize
 from subnibble.calibrate.text import read_text
@@ -22,8 +22,9 @@ from subnibble.checkpoint.gguf_source import GgufSource
 from subnibble.checkpoint.size import measure
 from subnibble.cli.demo import demo
 from subnibble.evaluation.perplexity import score
+from subnibble.generate.native_backend import NativeBackend
 from subnibble.hf import load_model, memory_bytes, packed_modules
-from subnibble.kernels.native import TORCH, chosen
+from subnibble.kernels.native import TORCH, chosen, why_missing
 from subnibble.packaged.model import find_model
 
 # Each is nearer to the original than the one before.
@@ -76,6 +77,30 @@ def packed_folders(shallow: Path, tmp_path_factory: pytest.TempPathFactory) -> d
         settings = {} if method == "rtn" else {"calibration": str(text), "num_windows": 4, "window": 384}
         quantize(shallow, root / method, Recipe(method=method, bits=3, embedding_bits=8, **settings))
     return {method: root / method for method in METHODS}
+
+
+@pytest.mark.skipif(why_missing() is not None, reason="there are no kernels")
+def test_the_native_step_chooses_the_tokens_that_torch_would(packed_folders: dict[str, Path]) -> None:
+    """Of 16-bit inputs. Sums in another order and 16-bit keys may move a logit by a little: fewer than 0.1."""
+    folder = packed_folders["d2quant-plus"]
+    model = load_model(folder, "float32")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    backend = NativeBackend(model)
+    lines = [line for line in read_text("news", "test").split("\n") if len(line) > 200][:6]
+    texts = [tokenizer(line, add_special_tokens=False).input_ids[:24] for line in lines]
+    slots = [backend.open() for _ in texts]
+    chosen = backend.forward(slots, texts).argmax(-1).tolist()
+    for _ in range(47):
+        texts = [[*ids, token] for ids, token in zip(texts, chosen, strict=True)]
+        chosen = backend.forward(slots, [[token] for token in chosen]).argmax(-1).tolist()
+    others = 0
+    for ids in texts:
+        with torch.inference_mode():
+            logits = model(torch.tensor([ids[:-1]]), use_cache=False).logits[0, 23:]
+        gap = logits.amax(-1) - logits.gather(1, torch.tensor(ids[24:]).unsqueeze(1))[:, 0]
+        assert gap.max() < 0.1
+        others += int((gap > 0).sum())
+    assert others < 10
 
 
 def test_gguf_gives_the_weights_that_transformers_gives(source: GgufSource, original: torch.nn.Module) -> None:
