@@ -225,7 +225,8 @@ def test_a_source_distribution_holds_the_sources_and_nothing_built(tmp_path: Pat
     (file,) = copy.glob("*.tar.gz")
     with tarfile.open(file) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    sources = {str(PACKAGE / "cpp" / path.name) for path in SOURCES.iterdir()}
+    files = (path.relative_to(SOURCES) for path in SOURCES.rglob("*") if path.is_file())
+    sources = {str(PACKAGE / "cpp" / path) for path in files}
     assert sources | {"LICENSE", "README.md", "pyproject.toml", "src/subnibble/version.py"} <= names
     assert not [name for name in names if name.endswith(".so")]
 
