@@ -47,6 +47,8 @@ def why_not(model: Any) -> str | None:
 class Decoder:
     """A model that runs by the C++ decoder step.
 
+    One thread at a time may call it.
+
     model: a loaded transformers model; its modules must not change afterwards.
     fixed_bytes: bytes of the fixed-point numbers of inputs without a scheme, 2 or 3. None: 3 for float32 models, else
         2.
@@ -94,7 +96,7 @@ class Decoder:
         return logits
 
     def logits(self, tokens: Sequence[int]) -> Tensor:
-        """The logits after each token of a text of its own: (t, vocab_size) float32."""
+        """Run a text as a sequence that is not kept; returns the logits after each token, (t, vocab_size) float32."""
         logits = torch.empty(len(tokens), self.vocab_size)
         self._run([(self.open(), tokens, True)], logits)
         return logits

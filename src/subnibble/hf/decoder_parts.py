@@ -27,7 +27,7 @@ from subnibble.tensor.cache_scheme import CacheScheme
 from subnibble.tensor.linear import PackedWeight, SiteInput
 from subnibble.tensor.packed import PackedTensor
 
-# As in cpp/step/functions.h.
+# As in cpp/step/functions.h and cpp/matrix.h.
 _GATES = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "relu": 3}
 _DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 # Tensors whose readers a layer names, in the order of their names: query, key, value; gate, up.
@@ -92,7 +92,9 @@ class DecoderParts:
                 self._used.add(id(prefix))
                 keys, values = (states.float() for states in prefix.pair())
                 keys = hadamard.multiply(keys, rotation) if rotation else keys
-                native_decoder.set_prefix(index, self._address(keys), self._address(values))
+                # The step copies them.
+                keys, values = keys.contiguous(), values.contiguous()
+                native_decoder.set_prefix(index, keys.data_ptr(), values.data_ptr())
         self._check_all_used()
         return native_decoder
 

@@ -51,7 +51,7 @@ _Runs = list[tuple[int, int, list[tuple[int, int]]]]
 _Norm = tuple[int, int, float]
 
 class Terms:
-    """A linear, term by term. Number types of dense matrices as `Dtype` in cpp/step/functions.h."""
+    """A linear, term by term. Number types of dense matrices as `Number` in cpp/matrix.h."""
 
     def __init__(self, rows: int) -> None: ...
     def main(self, weight: Weight, start: int, /) -> None: ...

@@ -30,10 +30,36 @@ inline float from_half(std::uint16_t half) {
     return from_bits(sign | to_bits(magnitude));
 }
 
+// Magnitudes beyond the largest number of 16 bits become that number.
+inline std::uint16_t to_half(float value) {
+    std::uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    const auto sign = static_cast<std::uint16_t>(bits >> 16 & 0x8000);
+    bits &= 0x7FFFFFFF;
+    if (bits > 0x7F800000) return static_cast<std::uint16_t>(sign | 0x7E00);
+    if (bits >= 0x477FF000) return static_cast<std::uint16_t>(sign | 0x7BFF);
+    if (bits < 0x38800000) {
+        // Multiples of 2^-24: adding 0.5 leaves them in the low bits.
+        float magnitude;
+        std::memcpy(&magnitude, &bits, 4);
+        magnitude += 0.5f;
+        std::memcpy(&bits, &magnitude, 4);
+        return static_cast<std::uint16_t>(sign | (bits - 0x3F000000));
+    }
+    bits += 0xFFF + (bits >> 13 & 1);
+    return static_cast<std::uint16_t>(sign | ((bits >> 13) - (112 << 10)));
+}
+
 inline std::uint16_t to_bfloat16(float value) {
     const std::uint32_t bits = to_bits(value);
     if ((bits & 0x7FFFFFFFu) > 0x7F800000u) return 0x7FC0;
     return static_cast<std::uint16_t>((bits + 0x7FFFu + (bits >> 16 & 1)) >> 16);
+}
+
+// Nearest whole number, ties to even, of a magnitude below 2^22.
+inline float nearest(float value) {
+    constexpr float shift = 12582912.0f;
+    return (value + shift) - shift;
 }
 
 inline std::int64_t number_bytes(Number type) {

@@ -16,12 +16,6 @@ using subnibble::Rounding;
 constexpr std::int64_t kChunk = 256;
 constexpr float kSmallestScale = 0x1p-120f;
 
-// Nearest whole number, ties to even, of a magnitude below 2^22.
-inline float nearest(float value) {
-    constexpr float shift = 12582912.0f;
-    return (value + shift) - shift;
-}
-
 inline float at_least(float value, float low) { return value < low ? low : value; }
 inline float at_most(float value, float high) { return value > high ? high : value; }
 

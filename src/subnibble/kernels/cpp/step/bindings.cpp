@@ -52,7 +52,7 @@ struct Terms {
     void bias(Address address) { terms.bias = at<float>(address); }
     void dense(Address address, int type) {
         terms.dense = at<void>(address);
-        terms.dense_type = static_cast<Dtype>(type);
+        terms.dense_type = static_cast<Number>(type);
     }
 };
 
@@ -125,7 +125,7 @@ struct BoundTable : Table {
     }
     void set_dense(Address address, int type) {
         dense = at<void>(address);
-        dense_type = static_cast<Dtype>(type);
+        dense_type = static_cast<Number>(type);
     }
 };
 
@@ -259,7 +259,6 @@ void bind_step(nb::module_& module) {
         .def("crop", &Sequence::crop)
         .def("reserve", &Sequence::reserve)
         .def("advance", &Sequence::advance)
-        .def("coded", &Sequence::coded)
         .def("place_angles",
              [](Sequence& sequence, Address cos, Address sin, std::int64_t tokens, std::int64_t count) {
                  sequence.place_angles(at<float>(cos), at<float>(sin), tokens, count);

@@ -1,12 +1,11 @@
 #include "step/decoder.h"
 
 #include <algorithm>
-#include <cstring>
 #include <set>
 #include <stdexcept>
 #include <string>
 
-#include "step/half.h"
+#include "numbers.h"
 
 namespace subnibble {
 
@@ -164,19 +163,9 @@ void Decoder::embed(const Pass& pass) {
         float* to = hidden_.get() + static_cast<std::int64_t>(t) * form_.width;
         const std::int64_t id = pass.ids[t];
         if (table_.dense != nullptr) {
-            for (std::int64_t i = 0; i < table_.width; ++i) {
-                const std::int64_t at = id * table_.width + i;
-                if (table_.dense_type == Dtype::float32) {
-                    to[i] = static_cast<const float*>(table_.dense)[at];
-                    continue;
-                }
-                const std::uint16_t bits = static_cast<const std::uint16_t*>(table_.dense)[at];
-                const std::uint32_t word = std::uint32_t{bits} << 16;
-                if (table_.dense_type == Dtype::float16)
-                    to[i] = from_half(bits);
-                else
-                    std::memcpy(to + i, &word, 4);
-            }
+            const auto* rows = static_cast<const std::uint8_t*>(table_.dense);
+            for (std::int64_t i = 0; i < table_.width; ++i)
+                to[i] = number(rows, table_.dense_type, id * table_.width + i);
             continue;
         }
         for (const Matrix& range : table_.ranges) {

@@ -44,7 +44,7 @@ struct Table {
     std::int64_t rows, width;
     std::vector<Matrix> ranges;
     const void* dense = nullptr;
-    Dtype dense_type = Dtype::float32;
+    Number dense_type = Number::float32;
 };
 
 // What all layers share.
@@ -83,7 +83,6 @@ class Decoder {
 
     KvStore& store() { return store_; }
     std::int64_t layers() const { return static_cast<std::int64_t>(layers_.size()); }
-    std::int64_t vocabulary() const { return table_.rows; }
 
     // Append tokens to sequences and write logits, (rows, vocabulary) float32: of each sequence its tokens' in order.
     // A sequence occurs once. stops: asked between passes; if it says true, the call ends with false, and sequences

@@ -4,12 +4,10 @@
 #include <cstdint>
 #include <string>
 
+#include "matrix.h"
 #include "step/kv_form.h"
 
 namespace subnibble {
-
-// Numbers of a dense matrix.
-enum class Dtype : int { float16 = 0, bfloat16 = 1, float32 = 2 };
 
 enum class Gate : int { silu = 0, gelu_tanh = 1, gelu = 2, relu = 3 };
 
@@ -27,7 +25,7 @@ struct StepFunctions {
     void (*factor)(const float* x, const float* m, std::int64_t order, std::int64_t inner, std::int64_t count,
                    float scale, float* y);
     // y[t * y_stride + r] = x[t] . row r of a dense matrix, for rows first .. last - 1.
-    void (*dense)(const void* rows, Dtype type, std::int64_t columns, const float* x, std::int64_t x_stride,
+    void (*dense)(const void* rows, Number type, std::int64_t columns, const float* x, std::int64_t x_stride,
                   std::int64_t tokens, std::int64_t first, std::int64_t last, float* y, std::int64_t y_stride);
 
     // Scores of a tile's 32 tokens: out[r * out_stride + j] = q[r] . key j. center: (width), added to keys; or null.

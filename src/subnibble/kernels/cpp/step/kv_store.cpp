@@ -5,7 +5,8 @@
 #include <stdexcept>
 
 #include "memory.h"
-#include "step/half.h"
+#include "numbers.h"
+
 
 namespace subnibble {
 
@@ -22,12 +23,6 @@ std::size_t run_of(std::int64_t token) { return static_cast<std::size_t>(token /
 std::size_t runs_of(std::int64_t tokens) { return static_cast<std::size_t>((tokens + kRunTokens - 1) / kRunTokens); }
 
 std::uint16_t* halves(std::uint8_t* from) { return reinterpret_cast<std::uint16_t*>(from); }
-
-// Nearest whole number, ties to even, of a magnitude below 2^22.
-float nearest(float value) {
-    constexpr float shift = 12582912.0f;
-    return (value + shift) - shift;
-}
 
 // Levels of a group: x is about low + scale * code, with codes 0 .. last. Scale and low are rounded to float16 first.
 struct Levels {
@@ -336,11 +331,6 @@ bool Sequence::crop(std::int64_t length) {
     length_ = length;
     angles_.resize(std::min(angles_.size(), static_cast<std::size_t>((length + kTokens - 1) / kTokens)));
     return true;
-}
-
-std::int64_t Sequence::coded(std::int64_t layer, bool of_keys) const {
-    const LayerTokens& tokens = layers_[static_cast<std::size_t>(layer)];
-    return (of_keys ? tokens.keys : tokens.values).done;
 }
 
 // Numbers in the order of `read`: coded(tile, lane, channel, index), scaled(place of a scale, place of the lowest value,

@@ -97,8 +97,6 @@ class Sequence {
               std::uint16_t* exact) const;
     void write(std::int64_t layer, bool of_keys, const std::uint8_t* codes, const std::uint16_t* scales,
                const std::uint16_t* lows, const std::uint16_t* exact);
-    // Tokens of one layer that are coded, and the others.
-    std::int64_t coded(std::int64_t layer, bool of_keys) const;
 
     // Cosines and sines of tokens length .. length + tokens - 1, (tokens, count) each; only needed if keys are stored
     // without positions.

@@ -51,7 +51,7 @@ struct LinearTerms {
     InputScheme inner;
     const float* bias = nullptr;
     const void* dense = nullptr;
-    Dtype dense_type = Dtype::float32;
+    Number dense_type = Number::float32;
 };
 
 // Working memory of one thread.

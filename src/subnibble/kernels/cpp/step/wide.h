@@ -10,7 +10,7 @@
 #include <arm_neon.h>
 #endif
 
-#include "step/half.h"
+#include "numbers.h"
 
 namespace {
 
@@ -188,7 +188,7 @@ SUBNIBBLE_INLINE F load_halves(const std::uint16_t* from) {
 #else
 #pragma GCC unroll 4
     for (int i = 0; i < kParts; ++i)
-        for (int l = 0; l < kLanes; ++l) out.part[i][l] = subnibble::from_half(from[i * kLanes + l]);
+        for (int l = 0; l < kLanes; ++l) out.part[i][l] = from_half(from[i * kLanes + l]);
 #endif
     return out;
 }
