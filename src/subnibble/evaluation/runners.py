@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from subnibble.errors import BadRecipe
 from subnibble.generate.choice import chosen_backend
 from subnibble.hf.decoder import Decoder
 from subnibble.model.transformers_api.generation import logits_of
@@ -27,23 +29,19 @@ def torch_runner(model: Any) -> Runner:
 
 
 def native_runner(model: Any) -> Runner:
-    """The C++ decoder step."""
-    decoder, by_torch = Decoder(model), torch_runner(model)
+    """The C++ decoder step. It raises `BadRecipe` for a text that begins with the model's prompt prefix."""
+    decoder = Decoder(model)
 
     def run(ids: Tensor) -> Tensor:
         tokens = ids.tolist()
         hidden = 0 if decoder.prefix is None else decoder.prefix.repeated(tokens)
         if hidden > 1:
-            # A text that begins with the prompt prefix itself: the step has no logits for tokens that it does not run.
-            return by_torch(ids)
-        logits = decoder.logits(tokens[hidden:])
-        # Logits after a hidden BOS are not scored.
-        return (
-            logits
-            if not hidden
-            else logits.new_zeros(len(tokens), logits.shape[1]).index_copy_(
-                0, ids.new_tensor(range(hidden, len(tokens))), logits
+            raise BadRecipe(
+                "a window begins with the model's own system prompt, whose tokens the native step does not score; use "
+                "--backend torch"
             )
-        )
+        logits = decoder.logits(tokens[hidden:])
+        # A hidden BOS has no logits; nobody scores it.
+        return torch.cat([logits.new_zeros(hidden, logits.shape[1]), logits]) if hidden else logits
 
     return run
