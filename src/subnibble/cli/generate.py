@@ -72,10 +72,8 @@ def generate(
     dtype: o.Dtype = None,
 ) -> None:
     """Generate text: let MODEL continue a prompt."""
-    settings = {
-        "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
-        "repetition_penalty": repetition_penalty, "seed": seed, "stop": tuple(stop or ()),
-    }  # fmt: skip
+    settings = _sampling(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed)
+    settings["stop"] = tuple(stop or ())
     generator = _generator(model, kv_bits, kv_option, system_prompt, activations, backend, device, dtype)
     text = [{"role": "user", "content": prompt}] if chat else prompt
     if prompt_cache is not None and not prompt_cache.exists():
@@ -114,10 +112,7 @@ def chat(
     """
     from subnibble.generate.chat import Chat
 
-    settings = {
-        "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
-        "repetition_penalty": repetition_penalty, "seed": seed,
-    }  # fmt: skip
+    settings = _sampling(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed)
     _settings(settings)
     conversation = Chat(_generator(model, kv_bits, kv_option, system_prompt, activations, backend, device, dtype))
     if sys.stdin.isatty():
@@ -186,6 +181,19 @@ def _stopped_by_ctrl_c() -> Iterator[Any]:
         yield lambda: bool(pressed)
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def _sampling(
+    max_new_tokens: int | None,
+    temperature: float | None,
+    top_k: int | None,
+    top_p: float | None,
+    min_p: float | None,
+    repetition_penalty: float | None,
+    seed: int,
+) -> dict[str, Any]:
+    """Options by the names of `Settings`."""
+    return dict(locals())
 
 
 def _settings(values: dict[str, Any]) -> Any:

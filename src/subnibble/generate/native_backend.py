@@ -69,7 +69,7 @@ class NativeBackend:
         return self._decoder.forward([self._sequences[slot] for slot in slots], tokens)
 
     def logits(self, tokens: Sequence[int]) -> Tensor:
-        """The logits after each token of a text of its own: (t, vocab_size) float32."""
+        """The logits after each token of a text that is not kept: (t, vocab_size) float32."""
         return self._decoder.logits(tokens)
 
     def crop(self, slot: int, length: int) -> None:
