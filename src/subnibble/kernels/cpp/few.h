@@ -185,7 +185,7 @@ void few_tiles(const Tiles& w, const Tokens& x, std::int64_t tile, std::int64_t 
 template <int BITS, Kind KIND, int P, int M>
 void few_tokens(const Tiles& w, const Tokens& x, std::int64_t token, float* y, std::int64_t y_stride, bool add,
                 std::int64_t first, std::int64_t last) {
-    // Tiles of a pair share what they read of x.
+    // Both tiles of a pair use a vector of x that is read once.
     constexpr int T = 2 * kHalves * M * P <= kMostSums ? 2 : 1;
     y += token * y_stride;
     for (std::int64_t tile = first; tile < last;) {

@@ -75,7 +75,7 @@ class Site {
 
     // Before `enter`, by one thread: how many tokens there will be.
     void begin(std::int64_t tokens);
-    // Apply all steps to token `t`, x: (width). One token may be entered by any thread.
+    // Apply all steps to token `t`, x: (width). Any thread may enter a token.
     // room: `scratch_numbers` numbers.
     void enter(std::int64_t t, const float* x, float* room);
     // Multiply what was entered, with all threads; call `finish(reader, first row, last row)` for parts of readers as
