@@ -14,14 +14,24 @@ constexpr std::int64_t kRows = 24;
 constexpr std::int64_t kManyRows = 9;
 constexpr float kNone = -std::numeric_limits<float>::infinity();
 
+// Tiles from `tile` on, where they were handed out.
+template <typename Form>
+Next next_of(const Form& form, const std::vector<std::uint8_t*>& runs, std::int64_t head, std::int64_t tile) {
+    const auto run = static_cast<std::size_t>(tile / kRunTiles);
+    if (run >= runs.size() || runs[run] == nullptr) return {};
+    return {tile_at(runs, form, head, tile), form.tile_bytes()};
+}
+
 }  // namespace
 
 // Memory of one unit of work.
 struct Attention::Work {
-    // (rows, width); (rows, columns); (rows, 32) twice; (width, 32); (32, room).
-    float *q, *scores, *other, *masked, *keys, *values;
+    // (rows, room), padded with zeros; (rows, columns) twice; (width, 32); (32, room).
+    float *q, *scores, *exact, *keys, *values;
     // Tokens that a range may have: scores of a row.
     std::int64_t columns;
+    // Keys of the next unit of one range.
+    Next next;
 };
 
 Attention::Attention(const StepFunctions& functions, KvStore& store, std::int64_t repeats, std::int64_t angles,
@@ -31,7 +41,7 @@ Attention::Attention(const StepFunctions& functions, KvStore& store, std::int64_
 
 std::int64_t Attention::scratch_numbers() const {
     const std::int64_t rows = std::max(kRows, repeats_), columns = kTokens * std::max(kRunTiles, prefix_tiles_);
-    const std::int64_t of_row = padded(width_, 16) + columns + 2 * kTokens + 2 * (room_ + 32);
+    const std::int64_t of_row = room_ + 2 * columns + 2 * (room_ + 32);
     return rows * of_row + 2 * kTokens * room_;
 }
 
@@ -44,20 +54,26 @@ void Attention::begin(const std::vector<Stretch>& stretches) {
     for (std::size_t s = 0; s < stretches_.size(); ++s) {
         const Stretch& stretch = stretches_[s];
         const std::int64_t first = prefix_tiles_ > 0 ? 0 : 1;
-        for (std::int64_t head = 0; head < heads; ++head) {
-            if (stretch.count == 1) {
-                const std::int64_t last = 1 + stretch.start / (kRunTiles * kTokens) + 1;
-                if (last - first > 1) merged_.push_back({s, head, 0, 1, first, last, partial_count_});
-                for (std::int64_t range = first; range < last; ++range)
-                    units_.push_back({s, head, 0, 1, range, range + 1, last - first > 1 ? partial_count_++ : -1});
-                continue;
-            }
+        if (stretch.count == 1) {
+            const std::int64_t last = 1 + stretch.start / (kRunTiles * kTokens) + 1, ranges = last - first;
+            // Heads of one range lie side by side.
+            for (std::int64_t range = first; range < last; ++range)
+                for (std::int64_t head = 0; head < heads; ++head) {
+                    const std::int64_t partial = partial_count_ + head * ranges + range - first;
+                    units_.push_back({s, head, 0, 1, range, range + 1, ranges > 1 ? partial : -1});
+                }
+            if (ranges == 1) continue;
+            for (std::int64_t head = 0; head < heads; ++head)
+                merged_.push_back({s, head, 0, 1, first, last, partial_count_ + head * ranges});
+            partial_count_ += heads * ranges;
+            continue;
+        }
+        for (std::int64_t head = 0; head < heads; ++head)
             for (std::int64_t token = 0; token < stretch.count; token += block) {
                 const std::int64_t count = std::min(block, stretch.count - token);
                 const std::int64_t last = 1 + (stretch.start + token + count - 1) / (kRunTiles * kTokens) + 1;
                 units_.push_back({s, head, token, count, first, last, -1});
             }
-        }
     }
     if (partial_count_ > partial_room_) {
         partial_room_ = 2 * partial_count_;
@@ -79,7 +95,7 @@ void Attention::run(const Team& team, const AttentionLayer& layer, std::int64_t 
     work.columns = columns;
     work.keys = take(kTokens * room_), work.values = take(kTokens * room_);
     work.q = take(most_rows * room_), work.scores = take(most_rows * columns);
-    work.other = take(most_rows * kTokens), work.masked = take(most_rows * kTokens);
+    work.exact = take(most_rows * columns);
     const auto sums_at = [&](float* from, std::int64_t rows) {
         return Sums{from, from + rows * room_, from + rows * (room_ + 16)};
     };
@@ -93,9 +109,13 @@ void Attention::run(const Team& team, const AttentionLayer& layer, std::int64_t 
         const Stretch& stretch = stretches_[unit.stretch];
         for (std::int64_t t = 0; t < unit.tokens; ++t) {
             const float* from = q + ((stretch.first + unit.token + t) * heads + unit.head) * repeats_ * width_;
-            for (std::int64_t r = 0; r < repeats_; ++r)
-                std::copy(from + r * width_, from + (r + 1) * width_, work.q + (t * repeats_ + r) * room_);
+            for (std::int64_t r = 0; r < repeats_; ++r) {
+                float* row = work.q + (t * repeats_ + r) * room_;
+                std::fill(std::copy(from + r * width_, from + (r + 1) * width_, row), row + room_, 0.0f);
+            }
         }
+        const std::size_t after = u + static_cast<std::size_t>(team.threads);
+        work.next = after < units_.size() ? keys_of(units_[after], layer, layer_index) : Next{};
         if (unit.partial >= 0) {
             attend_range(unit, unit.first_range, layer, layer_index, work, partial(unit.partial));
             continue;
@@ -116,6 +136,14 @@ void Attention::run(const Team& team, const AttentionLayer& layer, std::int64_t 
             merge(repeats_, first, partial(unit.partial + i));
         write(unit, first, out);
     }
+}
+
+Next Attention::keys_of(const Unit& unit, const AttentionLayer& layer, std::int64_t layer_index) const {
+    const Side& keys = stretches_[unit.stretch].sequence->layer(layer_index).keys;
+    if (unit.first_range == 0) return next_of(store_.keys(true), layer.prefix.keys, unit.head, 0);
+    const std::int64_t tile = (unit.first_range - 1) * kRunTiles;
+    const Next coded = next_of(store_.keys(false), keys.coded, unit.head, tile);
+    return coded.from != nullptr ? coded : next_of(store_.keys(true), keys.exact, unit.head, tile);
 }
 
 void Attention::attend_range(const Unit& unit, std::int64_t range, const AttentionLayer& layer, std::int64_t layer_index,
@@ -141,98 +169,111 @@ void Attention::attend_range(const Unit& unit, std::int64_t range, const Attenti
     const std::int64_t origin = of_prefix ? -prefix_tokens_ : 0;
     while (from < to && origin + (from + 1) * kTokens <= least) ++from;
     if (from >= to) return;
-    const std::int64_t head = unit.head;
+    const std::int64_t head = unit.head, stride = work.columns;
     const LayerTokens& layer_tokens = stretch.sequence->layer(layer_index);
     const float* center = layer.key_center == nullptr ? nullptr : layer.key_center + head * width_;
     // How many tokens a row sees coded.
     const auto coded_of = [&](std::int64_t row, bool of_keys) {
-        return of_prefix ? 0 : rules.coded_tokens(token_of(row) + 1, of_keys);
+        if (of_prefix) return std::int64_t{0};
+        return rules.keeps_exact() ? rules.coded_tokens(token_of(row) + 1, of_keys) : to * kTokens;
     };
+    // Call `take(tiles at, first tile, number of tiles)` for tiles that lie side by side.
+    const auto each_run = [&](const auto& form, const std::vector<std::uint8_t*>& runs, std::int64_t tile,
+                              std::int64_t last, auto call) {
+        for (std::int64_t count; tile < last; tile += count) {
+            count = std::min(last - tile, kRunTiles - tile % kRunTiles);
+            call(tile_at(runs, form, head, tile), tile, count);
+        }
+    };
+    const auto keys_of = [&](bool exact) -> const std::vector<std::uint8_t*>& {
+        return of_prefix ? layer.prefix.keys : exact ? layer_tokens.keys.exact : layer_tokens.keys.coded;
+    };
+    const auto values_of = [&](bool exact) -> const std::vector<std::uint8_t*>& {
+        return of_prefix ? layer.prefix.values : exact ? layer_tokens.values.exact : layer_tokens.values.coded;
+    };
+    // Tiles that a row sees coded, and those that one sees at 16 bits, overlap if rows or a tile's tokens differ.
+    const auto coded_end = [&](bool of_keys) {
+        return std::clamp((coded_of(count - 1, of_keys) + kTokens - 1) / kTokens, from, to);
+    };
+    const auto exact_begin = [&](bool of_keys) { return std::clamp(coded_of(0, of_keys) / kTokens, from, to); };
 
-    const auto key_scores = [&](std::int64_t tile, bool exact, float* to_scores, std::int64_t stride) {
+    const auto key_scores = [&](bool exact, std::int64_t first, std::int64_t last, float* scores) {
         const KeyForm& form = store_.keys(exact);
-        const std::vector<std::uint8_t*>& runs = of_prefix ? layer.prefix.keys
-                                                 : exact   ? layer_tokens.keys.exact
-                                                           : layer_tokens.keys.coded;
-        const std::uint8_t* keys = tile_at(runs, form, head, tile);
-        const bool rotates = rules.before_rope && !of_prefix;
-        if (!many && !rotates) {
-            functions_.key_scores(form, keys, exact ? nullptr : center, work.q, count, room_, to_scores, stride);
-            return;
-        }
-        functions_.keys(form, keys, exact ? nullptr : center, work.keys);
-        if (rotates) {
-            const float* cos = stretch.sequence->angles(tile);
-            const float* sin = cos + angles_ * kTokens;
-            for (std::int64_t i = 0; i < angles_ * kTokens; ++i) {
-                float &x = work.keys[i], &y = work.keys[angles_ * kTokens + i];
-                const float a = x, b = y;
-                x = a * cos[i] - b * sin[i];
-                y = b * cos[i] + a * sin[i];
+        const float* added = exact ? nullptr : center;
+        const bool rotates = rules.before_rope && !of_prefix, in_place = !rotates && (exact ? !many : form.whole());
+        each_run(form, keys_of(exact), first, last, [&](const std::uint8_t* keys, std::int64_t tile, std::int64_t tiles) {
+            float* out = scores + (tile - from) * kTokens;
+            if (in_place) {
+                functions_.key_scores(form, keys, tiles, added, work.q, count, room_, out, stride,
+                                      next_of(store_.values(exact), values_of(exact), head, tile));
+                return;
             }
-        }
-        functions_.scores(work.keys, width_, work.q, count, room_, to_scores, stride);
+            for (std::int64_t t = 0; t < tiles; ++t, keys += form.tile_bytes(), out += kTokens) {
+                functions_.keys(form, keys, added, work.keys);
+                if (rotates) rotate(work.keys, stretch.sequence->angles(tile + t));
+                functions_.scores(work.keys, width_, work.q, count, room_, out, stride);
+            }
+        });
     };
+    const std::int64_t columns = (to - from) * kTokens, base = origin + from * kTokens;
+    {
+        const std::int64_t coded = coded_end(true), exact = exact_begin(true);
+        key_scores(false, from, coded, work.scores);
+        key_scores(true, std::max(exact, coded), to, work.scores);
+        key_scores(true, exact, coded, work.exact);
+        for (std::int64_t r = 0; r < count; ++r)
+            for (std::int64_t j = std::max(coded_of(r, true) - base, (exact - from) * kTokens); j < (coded - from) * kTokens; ++j)
+                work.scores[r * stride + j] = work.exact[r * stride + j];
+    }
+    for (std::int64_t r = 0; r < count; ++r) {
+        float* scores = work.scores + r * stride;
+        const std::int64_t seen = of_prefix ? 0 : token_of(r) + 1;
+        std::fill(scores, scores + std::clamp<std::int64_t>(least_of(r) - base, 0, columns), kNone);
+        std::fill(scores + std::clamp<std::int64_t>(seen - base, 0, columns), scores + columns, kNone);
+        sums.total[r] = functions_.exponentials(scores, columns, sums.most + r);
+    }
 
-    const std::int64_t columns = (to - from) * kTokens, stride = work.columns;
-    for (std::int64_t tile = from; tile < to; ++tile) {
-        const std::int64_t base = origin + tile * kTokens, place = (tile - from) * kTokens;
-        const std::int64_t coded_by_all = coded_of(0, true), coded_by_any = coded_of(count - 1, true);
-        float* scores = work.scores + place;
-        if (of_prefix || coded_by_any <= base) {
-            key_scores(tile, true, scores, stride);
-        } else if (!rules.keeps_exact() || coded_by_all >= std::min(base + kTokens, last_token + 1)) {
-            key_scores(tile, false, scores, stride);
-        } else {
-            key_scores(tile, false, scores, stride);
-            key_scores(tile, true, work.other, kTokens);
-            for (std::int64_t r = 0; r < count; ++r)
-                for (std::int64_t j = std::max<std::int64_t>(0, coded_of(r, true) - base); j < kTokens; ++j)
-                    scores[r * stride + j] = work.other[r * kTokens + j];
-        }
+    const std::int64_t end = of_prefix ? 0 : last_token + 1;
+    const auto weigh = [&](bool exact, std::int64_t first, std::int64_t last, const float* weights) {
+        const ValueForm& form = store_.values(exact);
+        const bool in_place = exact ? !many : form.whole();
+        each_run(form, values_of(exact), first, last, [&](const std::uint8_t* values, std::int64_t tile, std::int64_t tiles) {
+            const float* p = weights + (tile - from) * kTokens;
+            const std::int64_t tokens = std::min(tiles * kTokens, end - origin - tile * kTokens);
+            if (in_place) {
+                functions_.weigh(form, values, tokens, p, count, stride, sums.values, room_, work.next);
+                return;
+            }
+            for (std::int64_t t = 0; t < tiles; ++t, values += form.tile_bytes(), p += kTokens) {
+                functions_.values(form, values, work.values);
+                functions_.weigh_floats(work.values, width_, std::min(kTokens, tokens - t * kTokens), p, count, stride,
+                                        sums.values, room_);
+            }
+        });
+    };
+    // Weights of the tokens that a row sees coded, and of the others, are 0 in the sum of the other kind.
+    const std::int64_t coded = coded_end(false), exact = exact_begin(false);
+    if (exact < coded) {
         for (std::int64_t r = 0; r < count; ++r) {
-            const std::int64_t unseen = std::min(kTokens, least_of(r) - base);
-            for (std::int64_t j = 0; j < unseen; ++j) scores[r * stride + j] = kNone;
-            const std::int64_t seen = of_prefix ? prefix_tokens_ - tile * kTokens : token_of(r) + 1 - base;
-            for (std::int64_t j = std::max<std::int64_t>(0, seen); j < kTokens; ++j) scores[r * stride + j] = kNone;
+            float *p = work.scores + r * stride, *others = work.exact + r * stride;
+            const std::int64_t first = (exact - from) * kTokens;
+            const std::int64_t middle = std::clamp<std::int64_t>(coded_of(r, false) - base, first, columns);
+            std::fill(others + first, others + middle, 0.0f);
+            std::copy(p + middle, p + columns, others + middle);
+            std::fill(p + middle, p + columns, 0.0f);
         }
     }
-    for (std::int64_t r = 0; r < count; ++r)
-        sums.total[r] = functions_.exponentials(work.scores + r * stride, columns, sums.most + r);
+    weigh(false, from, coded, work.scores);
+    weigh(true, exact, to, exact < coded ? work.exact : work.scores);
+}
 
-    const auto weigh = [&](std::int64_t tile, bool exact, std::int64_t tokens, const float* p, std::int64_t p_stride) {
-        const ValueForm& form = store_.values(exact);
-        const std::vector<std::uint8_t*>& runs = of_prefix ? layer.prefix.values
-                                                 : exact   ? layer_tokens.values.exact
-                                                           : layer_tokens.values.coded;
-        const std::uint8_t* values = tile_at(runs, form, head, tile);
-        if (!many) {
-            functions_.weigh(form, values, tokens, p, count, p_stride, sums.values, room_);
-            return;
-        }
-        functions_.values(form, values, work.values);
-        functions_.weigh_floats(work.values, width_, tokens, p, count, p_stride, sums.values, room_);
-    };
-    for (std::int64_t tile = from; tile < to; ++tile) {
-        const std::int64_t base = origin + tile * kTokens;
-        const std::int64_t coded_by_all = coded_of(0, false), coded_by_any = coded_of(count - 1, false);
-        const std::int64_t tokens =
-            std::min(kTokens, of_prefix ? prefix_tokens_ - tile * kTokens : last_token + 1 - base);
-        const float* p = work.scores + (tile - from) * kTokens;
-        if (of_prefix || coded_by_any <= base) {
-            weigh(tile, true, tokens, p, stride);
-        } else if (!rules.keeps_exact() || coded_by_all >= base + tokens) {
-            weigh(tile, false, tokens, p, stride);
-        } else {
-            for (const bool exact : {false, true}) {
-                for (std::int64_t r = 0; r < count; ++r) {
-                    const std::int64_t coded = coded_of(r, false) - base;
-                    for (std::int64_t j = 0; j < kTokens; ++j)
-                        work.masked[r * kTokens + j] = (j >= coded) == exact ? p[r * stride + j] : 0.0f;
-                }
-                weigh(tile, exact, tokens, work.masked, kTokens);
-            }
-        }
+// Keys of a tile, (width, 32), with rotary positions. angles: cosines (count, 32), then sines.
+void Attention::rotate(float* keys, const float* angles) const {
+    const std::int64_t count = angles_ * kTokens;
+    for (std::int64_t i = 0; i < count; ++i) {
+        const float a = keys[i], b = keys[count + i];
+        keys[i] = a * angles[i] - b * angles[count + i];
+        keys[count + i] = b * angles[i] + a * angles[count + i];
     }
 }
 

@@ -67,6 +67,9 @@ class Attention {
 
     void attend_range(const Unit& unit, std::int64_t range, const AttentionLayer& layer, std::int64_t layer_index,
                       const Work& work, Sums sums) const;
+    // Where the keys of a unit's first range are.
+    Next keys_of(const Unit& unit, const AttentionLayer& layer, std::int64_t layer_index) const;
+    void rotate(float* keys, const float* angles) const;
     void merge(std::int64_t rows, Sums into, Sums from) const;
     void write(const Unit& unit, Sums sums, float* out) const;
     std::int64_t rows(const Unit& unit) const { return unit.tokens * repeats_; }

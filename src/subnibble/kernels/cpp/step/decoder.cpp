@@ -53,7 +53,7 @@ void Decoder::set_prefix(std::int64_t index, const float* keys, const float* val
             const float *key = keys + (head * tokens + t) * width, *value = values + (head * tokens + t) * width;
             std::uint8_t* of_values = tile_at(prefix.values, value_form, head, t / kTokens);
             auto* to_key = reinterpret_cast<std::uint16_t*>(tile_at(prefix.keys, key_form, head, t / kTokens));
-            auto* to_value = reinterpret_cast<std::uint16_t*>(of_values + t % kTokens * value_form.row_bytes());
+            auto* to_value = reinterpret_cast<std::uint16_t*>(of_values) + t % kTokens * value_form.room();
             for (std::int64_t d = 0; d < width; ++d) {
                 to_key[kTokens * d + t % kTokens] = to_half(key[d]);
                 to_value[d] = to_half(value[d]);

@@ -9,6 +9,19 @@
 
 namespace subnibble {
 
+// Memory that is read next: some of it is fetched into the cache with each tile of codes. Tiles at 16 bits are as large as
+// a page: fetching them makes the processor wait for memory more, not less. from: null for none.
+struct Next {
+    const std::uint8_t* from = nullptr;
+    std::int64_t tile_bytes = 0;
+
+    // Always inline: GCC finds that a function of its own has no effect.
+    inline __attribute__((always_inline)) void fetch(std::int64_t tile) const {
+        if (from == nullptr) return;
+        for (std::int64_t at = 0; at < tile_bytes; at += 64) __builtin_prefetch(from + tile * tile_bytes + at);
+    }
+};
+
 enum class Gate : int { silu = 0, gelu_tanh = 1, gelu = 2, relu = 3 };
 
 struct StepFunctions {
@@ -28,20 +41,23 @@ struct StepFunctions {
     void (*dense)(const void* rows, Number type, std::int64_t columns, const float* x, std::int64_t x_stride,
                   std::int64_t tokens, std::int64_t first, std::int64_t last, float* y, std::int64_t y_stride);
 
-    // Scores of a tile's 32 tokens: out[r * out_stride + j] = q[r] . key j. center: (width), added to keys; or null.
-    void (*key_scores)(const KeyForm&, const std::uint8_t* tile, const float* center, const float* q, std::int64_t rows,
-                       std::int64_t q_stride, float* out, std::int64_t out_stride);
+    // Scores of `tiles` tiles of 32 tokens, exact or `whole`: out[r * out_stride + j] = q[r] . key j. q: padded with zeros
+    // to 16. center: (width), added to coded keys; or null.
+    void (*key_scores)(const KeyForm&, const std::uint8_t* tile, std::int64_t tiles, const float* center,
+                       const float* q, std::int64_t rows, std::int64_t q_stride, float* out, std::int64_t out_stride,
+                       Next);
     // Keys of a tile as float32: (width, 32).
     void (*keys)(const KeyForm&, const std::uint8_t* tile, const float* center, float* out);
     // `key_scores` for keys in float32, (width, 32).
     void (*scores)(const float* keys, std::int64_t width, const float* q, std::int64_t rows, std::int64_t q_stride,
                    float* out, std::int64_t out_stride);
-    // out[r] += sum over the first `tokens` tokens of p[r * p_stride + j] * value j; out: rows of `width`, padded to 16.
+    // out[r] += sum over `tokens` tokens of p[r * p_stride + j] * value j, in tiles that are exact or `whole`. Numbers p of
+    // tokens that the last tile has beyond them are 0. out: rows of `width`, padded to 16.
     void (*weigh)(const ValueForm&, const std::uint8_t* tile, std::int64_t tokens, const float* p, std::int64_t rows,
-                  std::int64_t p_stride, float* out, std::int64_t out_stride);
+                  std::int64_t p_stride, float* out, std::int64_t out_stride, Next);
     // Values of a tile as float32: (32, padded width).
     void (*values)(const ValueForm&, const std::uint8_t* tile, float* out);
-    // `weigh` for values in float32.
+    // `weigh` for the values of one tile in float32.
     void (*weigh_floats)(const float* values, std::int64_t width, std::int64_t tokens, const float* p,
                          std::int64_t rows, std::int64_t p_stride, float* out, std::int64_t out_stride);
     // s = e^(s - largest s), of n numbers, a multiple of 16; returns the sum. `most`: gets the largest s.

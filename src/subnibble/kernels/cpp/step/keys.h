@@ -1,99 +1,13 @@
-// Keys of a tile (kv_form.h), and their scores. Internal linkage only, see functions_of.h.
+// Keys of tiles (kv_form.h), and their scores. Internal linkage only, see functions_of.h.
 #pragma once
 
 #include <algorithm>
 
-#include "step/rows.h"
+#include "step/whole.h"
 
 namespace {
 
 namespace step {
-
-// Codes of a channel, of 32 tokens.
-template <int BITS>
-SUBNIBBLE_INLINE void key_codes(const std::uint8_t* codes, std::int64_t width, std::int64_t d, F (&out)[2]) {
-    if constexpr (BITS == 8) {
-        out[0] = to_float(load_bytes(codes + 32 * d));
-        out[1] = to_float(load_bytes(codes + 32 * d + 16));
-    } else if constexpr (BITS == 4) {
-        const I both = load_bytes(codes + 16 * d);
-        out[0] = to_float(both & 15);
-        out[1] = to_float(right<4>(both));
-    } else {
-        const I four = load_bytes(codes + 16 * (d / 2));
-        const I both = d % 2 == 0 ? four : right<4>(four);
-        I first = both & 3, second = right<2>(both) & 3;
-        if constexpr (BITS == 3) {
-            std::uint16_t high[2];
-            std::memcpy(high, codes + 16 * ((width + 1) / 2) + 4 * d, 4);
-            first = first | left<2>(spread_bits(high[0]));
-            second = second | left<2>(spread_bits(high[1]));
-        }
-        out[0] = to_float(first);
-        out[1] = to_float(second);
-    }
-}
-
-// Call `take(d, keys of 32 tokens)` for each channel of a tile.
-template <int BITS, typename Take>
-SUBNIBBLE_INLINE void each_channel(const KeyForm& form, const std::uint8_t* tile, const float* center, Take take) {
-    const auto finished = [&](std::int64_t d, F(&key)[2]) __attribute__((always_inline)) {
-        if (center != nullptr)
-            for (F& half : key) half = half + broadcast(center[d]);
-        take(d, key);
-    };
-    if constexpr (BITS == subnibble::kExact) {
-        const auto* halves = reinterpret_cast<const std::uint16_t*>(tile);
-        for (std::int64_t d = 0; d < form.width; ++d) {
-            F key[2] = {load_halves(halves + 32 * d), load_halves(halves + 32 * d + 16)};
-            take(d, key);
-        }
-    } else {
-        const auto* scales = reinterpret_cast<const std::uint16_t*>(tile + form.scales_at());
-        const std::uint16_t* lows = scales + form.scales();
-        if (form.axis == Axis::token) {
-            const std::int64_t groups = form.groups();
-            for (std::int64_t g = 0; g < groups; ++g) {
-                const F scale[2] = {load_halves(scales + 32 * g), load_halves(scales + 32 * g + 16)};
-                const F low[2] = {load_halves(lows + 32 * g), load_halves(lows + 32 * g + 16)};
-                const std::int64_t stop = std::min(form.width, (g + 1) * form.group);
-                for (std::int64_t d = g * form.group; d < stop; ++d) {
-                    F code[2];
-                    key_codes<BITS>(tile, form.width, d, code);
-                    F key[2] = {low[0] + scale[0] * code[0], low[1] + scale[1] * code[1]};
-                    finished(d, key);
-                }
-            }
-        } else if (form.by_halves()) {
-            const std::int64_t room = padded(form.width, 16);
-            for (std::int64_t from = 0; from < form.width; from += 16) {
-                float of_half[4][16];
-#pragma GCC unroll 2
-                for (int h = 0; h < 2; ++h) {
-                    store(of_half[h], load_halves(scales + h * room + from));
-                    store(of_half[2 + h], load_halves(lows + h * room + from));
-                }
-                for (std::int64_t d = from; d < std::min(form.width, from + 16); ++d) {
-                    F code[2], key[2];
-                    key_codes<BITS>(tile, form.width, d, code);
-#pragma GCC unroll 2
-                    for (int h = 0; h < 2; ++h)
-                        key[h] = broadcast(of_half[2 + h][d - from]) + broadcast(of_half[h][d - from]) * code[h];
-                    finished(d, key);
-                }
-            }
-        } else {
-            for (std::int64_t d = 0; d < form.width; ++d) {
-                F code[2], key[2];
-                key_codes<BITS>(tile, form.width, d, code);
-#pragma GCC unroll 2
-                for (int h = 0; h < 2; ++h)
-                    key[h] = load_halves(lows + 32 * d + 16 * h) + load_halves(scales + 32 * d + 16 * h) * code[h];
-                finished(d, key);
-            }
-        }
-    }
-}
 
 template <int R>
 struct Scores {
@@ -119,43 +33,170 @@ struct Scores {
     }
 };
 
+SUBNIBBLE_INLINE float dot_floats(const float* x, const float* y, std::int64_t count) {
+    F total = broadcast(0);
+    std::int64_t i = 0;
+    for (; i + 16 <= count; i += 16) total = total + load(x + i) * load(y + i);
+    float out = sum(total);
+    for (; i < count; ++i) out += x[i] * y[i];
+    return out;
+}
+
+// Scores of R rows where a group is channels of a token: of each group, scale * (q . codes) + low * (sum of q).
+template <int BITS, int R>
+void scores_by_token(const KeyForm& form, const std::uint8_t* tile, std::int64_t tiles, const float* center,
+                     const float* q, std::int64_t q_stride, float* out, std::int64_t out_stride, Next next) {
+    constexpr std::int64_t kGroups = 16;
+    Whole<R> whole;
+    float step[R][kGroups], total[R][kGroups], shift[R];
+    const std::int64_t groups = form.groups();
+    for (int r = 0; r < R; ++r) {
+        const float* row = q + r * q_stride;
+        shift[r] = center == nullptr ? 0.0f : dot_floats(row, center, form.width);
+        for (std::int64_t g = 0; g < groups; ++g) {
+            const std::int64_t first = g * form.group, vectors = (std::min(form.group, form.room() - first) + 15) / 16;
+            F x[16], all = broadcast(0);
+            for (std::int64_t i = 0; i < vectors; ++i) x[i] = load(row + first + 16 * i), all = all + x[i];
+            step[r][g] = whole.round(r, first, x, vectors);
+            total[r][g] = sum(all);
+        }
+    }
+    const StripForm strip = form.strip();
+    const std::int64_t strip_bytes = strip.nbytes();
+    for (std::int64_t t = 0; t < tiles; ++t, tile += form.tile_bytes(), out += kTokens) {
+        next.fetch(t);
+        const std::uint8_t* scales = tile + form.scales_at();
+        const std::uint8_t* lows = scales + 2 * form.scales();
+#pragma GCC unroll 1
+        for (std::int64_t lane = 0; lane < kTokens; lane += V::lanes) {
+            const std::uint8_t* of_half = tile + lane / 16 * strip_bytes;
+            const int part = static_cast<int>(lane % 16) / V::lanes;
+            V::F scores[R];
+#pragma GCC unroll 8
+            for (int r = 0; r < R; ++r) scores[r] = V::broadcast(shift[r]);
+            for (std::int64_t g = 0; g < groups; ++g) {
+                const std::int64_t first = g * form.group;
+                const std::int64_t blocks = (std::min(form.group, form.room() - first) + 15) / 16;
+                V::F sums[R];
+                whole_sums<BITS, R>(of_half, strip, first / 16, blocks, part, whole, first, sums);
+                const std::int64_t at = 2 * (kTokens * g + lane);
+                const V::F scale = V::numbers(scales + at, Number::float16);
+                const V::F low = V::numbers(lows + at, Number::float16);
+#pragma GCC unroll 8
+                for (int r = 0; r < R; ++r) {
+                    scores[r] = V::add(scores[r], V::mul(V::mul(sums[r], V::broadcast(step[r][g])), scale));
+                    scores[r] = V::add(scores[r], V::mul(low, V::broadcast(total[r][g])));
+                }
+            }
+#pragma GCC unroll 8
+            for (int r = 0; r < R; ++r) V::store_floats(out + r * out_stride + lane, scores[r]);
+        }
+    }
+}
+
+// Scores of R rows where a group is tokens of a channel: (q * scale) . codes + q . low.
+template <int BITS, int R>
+void scores_by_channel(const KeyForm& form, const std::uint8_t* tile, std::int64_t tiles, const float* center,
+                       const float* q, std::int64_t q_stride, float* out, std::int64_t out_stride, Next next) {
+    Whole<R> whole;
+    float step[R], shift[R], of_center[R];
+    for (int r = 0; r < R; ++r)
+        of_center[r] = center == nullptr ? 0.0f : dot_floats(q + r * q_stride, center, form.width);
+    const StripForm strip = form.strip();
+    const std::int64_t strip_bytes = strip.nbytes(), room = form.room();
+    for (std::int64_t t = 0; t < tiles; ++t, tile += form.tile_bytes(), out += kTokens) {
+        next.fetch(t);
+        for (std::int64_t half = 0; half < 2; ++half) {
+            const auto* scales = reinterpret_cast<const std::uint16_t*>(tile + form.scales_at()) + half * room;
+            const std::uint16_t* lows = scales + form.scales();
+            // Groups of 32 tokens and more hold both halves.
+            if (half == 0 || form.group % kTokens != 0)
+                for (int r = 0; r < R; ++r) {
+                    F x[16], all = broadcast(0);
+                    for (std::int64_t i = 0; i < room / 16; ++i) {
+                        const F row = load(q + r * q_stride + 16 * i);
+                        x[i] = row * load_halves(scales + 16 * i);
+                        all = all + row * load_halves(lows + 16 * i);
+                    }
+                    step[r] = whole.round(r, 0, x, room / 16);
+                    shift[r] = of_center[r] + sum(all);
+                }
+#pragma GCC unroll 1
+            for (int part = 0; part < kQuadVectors; ++part) {
+                V::F sums[R];
+                whole_sums<BITS, R>(tile + half * strip_bytes, strip, 0, room / 16, part, whole, 0, sums);
+#pragma GCC unroll 8
+                for (int r = 0; r < R; ++r)
+                    V::store_floats(out + r * out_stride + 16 * half + V::lanes * part,
+                                    V::add(V::mul(sums[r], V::broadcast(step[r])), V::broadcast(shift[r])));
+            }
+        }
+    }
+}
+
 template <int BITS>
-void key_scores_of(const KeyForm& form, const std::uint8_t* tile, const float* center, const float* q,
-                   std::int64_t rows, std::int64_t q_stride, float* out, std::int64_t out_stride) {
-    each_rows<kScoreRows>(rows, [&](auto count, std::int64_t first) __attribute__((always_inline)) {
-        Scores<decltype(count)::value> scores;
-        const float* of_rows = q + first * q_stride;
-        each_channel<BITS>(form, tile, center, [&](std::int64_t d, const F(&key)[2]) __attribute__((always_inline)) {
-            scores.take(of_rows, q_stride, d, key);
+void coded_scores(const KeyForm& form, const std::uint8_t* tile, std::int64_t tiles, const float* center,
+                  const float* q, std::int64_t rows, std::int64_t q_stride, float* out, std::int64_t out_stride, Next next) {
+    each_rows<kWholeRows>(rows, [&](auto count, std::int64_t row) {
+        constexpr int R = decltype(count)::value;
+        const auto run = form.axis == Axis::token ? scores_by_token<BITS, R> : scores_by_channel<BITS, R>;
+        run(form, tile, tiles, center, q + row * q_stride, q_stride, out + row * out_stride, out_stride,
+            row == 0 ? next : Next{});
+    });
+}
+
+void exact_scores(const KeyForm& form, const std::uint8_t* tile, std::int64_t tiles, const float*, const float* q,
+                  std::int64_t rows, std::int64_t q_stride, float* out, std::int64_t out_stride, Next) {
+    for (std::int64_t t = 0; t < tiles; ++t, tile += form.tile_bytes(), out += kTokens)
+        each_rows<kScoreRows>(rows, [&](auto count, std::int64_t row) __attribute__((always_inline)) {
+            const auto* halves = reinterpret_cast<const std::uint16_t*>(tile);
+            Scores<decltype(count)::value> scores;
+            for (std::int64_t d = 0; d < form.width; ++d) {
+                const F key[2] = {load_halves(halves + 32 * d), load_halves(halves + 32 * d + 16)};
+                scores.take(q + row * q_stride, q_stride, d, key);
+            }
+            scores.write(out + row * out_stride, out_stride);
         });
-        scores.write(out + first * out_stride, out_stride);
-    });
 }
 
-void key_scores(const KeyForm& form, const std::uint8_t* tile, const float* center, const float* q, std::int64_t rows,
-                std::int64_t q_stride, float* out, std::int64_t out_stride) {
-    auto* run = form.bits == 2   ? key_scores_of<2>
-                : form.bits == 3 ? key_scores_of<3>
-                : form.bits == 4 ? key_scores_of<4>
-                : form.bits == 8 ? key_scores_of<8>
-                                 : key_scores_of<subnibble::kExact>;
-    run(form, tile, center, q, rows, q_stride, out, out_stride);
+void key_scores(const KeyForm& form, const std::uint8_t* tile, std::int64_t tiles, const float* center, const float* q,
+                std::int64_t rows, std::int64_t q_stride, float* out, std::int64_t out_stride, Next next) {
+    auto* run = form.bits == 2   ? coded_scores<2>
+                : form.bits == 3 ? coded_scores<3>
+                : form.bits == 4 ? coded_scores<4>
+                : form.bits == 8 ? coded_scores<8>
+                                 : exact_scores;
+    run(form, tile, tiles, center, q, rows, q_stride, out, out_stride, next);
 }
 
 template <int BITS>
-void keys_of(const KeyForm& form, const std::uint8_t* tile, const float* center, float* out) {
-    each_channel<BITS>(form, tile, center, [&](std::int64_t d, const F(&key)[2]) __attribute__((always_inline)) {
-        store(out + 32 * d, key[0]);
-        store(out + 32 * d + 16, key[1]);
-    });
+void coded_keys(const KeyForm& form, const std::uint8_t* tile, const float* center, float* out) {
+    const auto* scales = reinterpret_cast<const std::uint16_t*>(tile + form.scales_at());
+    const std::uint16_t* lows = scales + form.scales();
+    const StripForm strip = form.strip();
+    for (std::int64_t half = 0; half < 2; ++half)
+        each_number<BITS>(tile + half * strip.nbytes(), strip, [&](std::int64_t d, const F& codes) {
+            if (d >= form.width) return;
+            const std::int64_t at = form.scale_of(16 * half, d);
+            const bool shared = form.axis == Axis::channel && form.by_halves();
+            const F scale = shared ? broadcast(from_half(scales[at])) : load_halves(scales + at);
+            const F low = shared ? broadcast(from_half(lows[at])) : load_halves(lows + at);
+            const F key = low + scale * codes;
+            store(out + kTokens * d + 16 * half, center == nullptr ? key : key + broadcast(center[d]));
+        });
+}
+
+void exact_keys(const KeyForm& form, const std::uint8_t* tile, const float*, float* out) {
+    for (std::int64_t i = 0; i < kTokens * form.width; i += 16)
+        store(out + i, load_halves(reinterpret_cast<const std::uint16_t*>(tile) + i));
 }
 
 void keys(const KeyForm& form, const std::uint8_t* tile, const float* center, float* out) {
-    auto* run = form.bits == 2   ? keys_of<2>
-                : form.bits == 3 ? keys_of<3>
-                : form.bits == 4 ? keys_of<4>
-                : form.bits == 8 ? keys_of<8>
-                                 : keys_of<subnibble::kExact>;
+    auto* run = form.bits == 2   ? coded_keys<2>
+                : form.bits == 3 ? coded_keys<3>
+                : form.bits == 4 ? coded_keys<4>
+                : form.bits == 8 ? coded_keys<8>
+                                 : exact_keys;
     run(form, tile, center, out);
 }
 

@@ -1,20 +1,17 @@
 // How one head's keys and values lie in memory: in tiles of 32 tokens, each token either coded or at 16 bits.
 //
-// Keys of a tile: channel after channel, 32 tokens side by side, so that one vector holds scores of 16 tokens.
-//   16 bits: 32 float16 numbers for each channel
-//   8 bits: 32 bytes for each channel
-//   4 bits: 16 bytes for each channel; byte l holds tokens l (low bits) and 16 + l
-//   2 bits: 16 bytes for two channels; byte l, bits 4 (d mod 2) and up: tokens l and 16 + l of channel d
-//   3 bits: the low two bits as above, and after them 32 bits for each channel: the high bit of each token
-// then scales and lowest values, float16: by token (groups, 32) of each, by channel (2, padded width) of each if 16
-// tokens always share them, else (width, 32) of each.
+// Codes lie in strips. A strip has 16 lanes side by side (tokens of keys, channels of values). Along it run the numbers
+// that a product sums (channels of keys, tokens of values), four to a quad: a vector of 64 bytes, byte 4 lane + i is
+// number i of a lane. So the instruction that adds four products of bytes adds to each lane's sum.
+//   8 bits: 64 bytes for each quad
+//   4 bits: 64 bytes for two quads, the first in the low bits
+//   2 bits: 64 bytes for four quads; bits 2 (quad mod 4) and up
+//   3 bits: the low two bits of all quads as above, then 64 bytes for eight quads; bit quad mod 8 is the high bit
 //
-// Values of a tile: token after token, 16 channels side by side (a vector).
-//   16 bits: float16 numbers, 8 bits: bytes
-//   4 bits: 16 bytes for two vectors; byte l holds channel l of vectors 2 v (low bits) and 2 v + 1
-//   2 bits: 16 bytes for four vectors; byte l, bits 2 (v mod 4) and up: channel l of vector v
-//   3 bits: the low two bits as above, and after them 16 bits for each vector: the high bits
-// then scales and lowest values, float16: (32, groups) of each.
+// Keys of a tile: a strip for each half of the tokens; at 16 bits, 32 float16 numbers for each channel.
+// Values of a tile: a strip for each 16 channels; at 16 bits, float16 numbers, token after token, channels padded to 16.
+// Behind codes are scales, then lowest values, float16. By token: (groups, 32) of each. Keys by channel:
+// (2, padded width) of each if 16 tokens always share them, else (width, 32) of each.
 #pragma once
 
 #include <cstdint>
@@ -26,10 +23,21 @@ constexpr std::int64_t kTokens = 32;
 constexpr std::int64_t kRunTiles = 8, kRunTokens = kRunTiles * kTokens;
 // Bits of a number that is not quantized.
 constexpr int kExact = 16;
+constexpr std::int64_t kStripLanes = 16, kStripVector = 64;
 
 constexpr std::int64_t padded(std::int64_t count, std::int64_t step) { return (count + step - 1) / step * step; }
 
 enum class Axis : int { token = 0, channel = 1 };
+
+struct StripForm {
+    int bits;
+    // A multiple of four.
+    std::int64_t quads;
+
+    // Vectors before those of high bits.
+    std::int64_t low_vectors() const { return quads * (bits == 3 ? 2 : bits) / 8; }
+    std::int64_t nbytes() const { return kStripVector * (low_vectors() + (bits == 3 ? (quads + 7) / 8 : 0)); }
+};
 
 struct KeyForm {
     int bits;
@@ -40,22 +48,23 @@ struct KeyForm {
 
     bool exact() const { return bits == kExact; }
     std::int64_t groups() const { return (width + group - 1) / group; }
+    std::int64_t room() const { return padded(width, 16); }
+    StripForm strip() const { return {bits, room() / 4}; }
     // Whether 16 tokens always share scales, by channel.
     bool by_halves() const { return group % 16 == 0; }
-    std::int64_t code_bytes() const {
-        switch (bits) {
-            case kExact: return 64 * width;
-            case 8: return 32 * width;
-            case 4: return 16 * width;
-            case 3: return 16 * ((width + 1) / 2) + 4 * width;
-            default: return 16 * ((width + 1) / 2);
-        }
-    }
+    // Whether codes are multiplied as whole numbers: four quads always share what their sums are multiplied by.
+    bool whole() const { return !exact() && (axis == Axis::channel ? by_halves() : group % 16 == 0 || groups() == 1); }
+    std::int64_t code_bytes() const { return exact() ? 2 * kTokens * width : 2 * strip().nbytes(); }
     // Scales of a tile; there are as many lowest values.
     std::int64_t scales() const {
         if (exact()) return 0;
         if (axis == Axis::token) return groups() * kTokens;
-        return by_halves() ? 2 * padded(width, 16) : width * kTokens;
+        return by_halves() ? 2 * room() : width * kTokens;
+    }
+    // Where the scale of a token's channel is.
+    std::int64_t scale_of(std::int64_t lane, std::int64_t d) const {
+        if (axis == Axis::token) return d / group * kTokens + lane;
+        return by_halves() ? lane / 16 * room() + d : d * kTokens + lane;
     }
     std::int64_t scales_at() const { return padded(code_bytes(), 64); }
     std::int64_t tile_bytes() const { return padded(scales_at() + 4 * scales(), 64); }
@@ -67,20 +76,14 @@ struct ValueForm {
 
     bool exact() const { return bits == kExact; }
     std::int64_t groups() const { return (width + group - 1) / group; }
-    std::int64_t vectors() const { return (width + 15) / 16; }
-    // Bytes of a token's codes.
-    std::int64_t row_bytes() const {
-        const std::int64_t v = vectors();
-        switch (bits) {
-            case kExact: return 32 * v;
-            case 8: return 16 * v;
-            case 4: return 16 * ((v + 1) / 2);
-            case 3: return padded(16 * ((v + 3) / 4) + 2 * v, 8);
-            default: return 16 * ((v + 3) / 4);
-        }
-    }
+    std::int64_t room() const { return padded(width, 16); }
+    StripForm strip() const { return {bits, kTokens / 4}; }
+    // Whether codes are multiplied as whole numbers: 16 channels share their scales.
+    bool whole() const { return !exact() && (group % 16 == 0 || groups() == 1); }
+    std::int64_t code_bytes() const { return exact() ? 2 * kTokens * room() : room() / 16 * strip().nbytes(); }
     std::int64_t scales() const { return exact() ? 0 : kTokens * groups(); }
-    std::int64_t scales_at() const { return padded(kTokens * row_bytes(), 64); }
+    std::int64_t scale_of(std::int64_t lane, std::int64_t d) const { return d / group * kTokens + lane; }
+    std::int64_t scales_at() const { return padded(code_bytes(), 64); }
     std::int64_t tile_bytes() const { return padded(scales_at() + 4 * scales(), 64); }
 };
 

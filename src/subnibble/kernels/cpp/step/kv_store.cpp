@@ -7,7 +7,6 @@
 #include "memory.h"
 #include "numbers.h"
 
-
 namespace subnibble {
 
 namespace {
@@ -48,50 +47,65 @@ void put(std::uint8_t& byte, int shift, int bits, int code) {
     byte = static_cast<std::uint8_t>((byte & ~mask) | code << shift);
 }
 
-void put_key(std::uint8_t* tile, const KeyForm& form, std::int64_t d, std::int64_t lane, int code) {
-    const std::int64_t l = lane % 16, half = lane / 16;
-    if (form.bits == 8) {
-        tile[32 * d + lane] = static_cast<std::uint8_t>(code);
-    } else if (form.bits == 4) {
-        put(tile[16 * d + l], static_cast<int>(4 * half), 4, code);
-    } else {
-        put(tile[16 * (d / 2) + l], static_cast<int>(4 * (d % 2) + 2 * half), 2, code & 3);
-        if (form.bits == 3)
-            put(tile[16 * ((form.width + 1) / 2) + 4 * d + lane / 8], static_cast<int>(lane % 8), 1, code >> 2);
-    }
-}
-
 // Bits of `byte` from bit `shift` on.
 int get(std::uint8_t byte, int shift, int bits) { return byte >> shift & ((1 << bits) - 1); }
 
-int get_key(const std::uint8_t* tile, const KeyForm& form, std::int64_t d, std::int64_t lane) {
-    const std::int64_t l = lane % 16, half = lane / 16;
-    if (form.bits == 8) return tile[32 * d + lane];
-    if (form.bits == 4) return get(tile[16 * d + l], static_cast<int>(4 * half), 4);
-    const int low = get(tile[16 * (d / 2) + l], static_cast<int>(4 * (d % 2) + 2 * half), 2);
-    if (form.bits == 2) return low;
-    return low | get(tile[16 * ((form.width + 1) / 2) + 4 * d + lane / 8], static_cast<int>(lane % 8), 1) << 2;
+// The byte that holds a number of a strip in its quad's vector, and the quad.
+struct Place {
+    std::int64_t byte, quad;
+
+    Place(std::int64_t lane, std::int64_t along) : byte(4 * lane + along % 4), quad(along / 4) {}
+    // In vectors of as many quads as there are places of `bits` bits in a byte.
+    std::int64_t at(int bits) const { return kStripVector * (quad * bits / 8) + byte; }
+    int shift(int bits) const { return static_cast<int>(quad * bits % 8); }
+};
+
+void put_code(std::uint8_t* strip, const StripForm& form, Place place, int code) {
+    const int bits = form.bits == 3 ? 2 : form.bits;
+    put(strip[place.at(bits)], place.shift(bits), bits, code & ((1 << bits) - 1));
+    if (form.bits == 3) put(strip[kStripVector * form.low_vectors() + place.at(1)], place.shift(1), 1, code >> 2);
 }
 
-int get_value(const std::uint8_t* row, const ValueForm& form, std::int64_t d) {
-    const std::int64_t l = d % 16, v = d / 16;
-    if (form.bits == 8) return row[d];
-    if (form.bits == 4) return get(row[16 * (v / 2) + l], static_cast<int>(4 * (v % 2)), 4);
-    const int low = get(row[16 * (v / 4) + l], static_cast<int>(2 * (v % 4)), 2);
-    if (form.bits == 2) return low;
-    return low | get(row[16 * ((form.vectors() + 3) / 4) + 2 * v + l / 8], static_cast<int>(l % 8), 1) << 2;
+int get_code(const std::uint8_t* strip, const StripForm& form, Place place) {
+    const int bits = form.bits == 3 ? 2 : form.bits, low = get(strip[place.at(bits)], place.shift(bits), bits);
+    if (form.bits != 3) return low;
+    return low | get(strip[kStripVector * form.low_vectors() + place.at(1)], place.shift(1), 1) << 2;
 }
 
-void put_value(std::uint8_t* row, const ValueForm& form, std::int64_t d, int code) {
-    const std::int64_t l = d % 16, v = d / 16;
-    if (form.bits == 8) {
-        row[d] = static_cast<std::uint8_t>(code);
-    } else if (form.bits == 4) {
-        put(row[16 * (v / 2) + l], static_cast<int>(4 * (v % 2)), 4, code);
-    } else {
-        put(row[16 * (v / 4) + l], static_cast<int>(2 * (v % 4)), 2, code & 3);
-        if (form.bits == 3)
-            put(row[16 * ((form.vectors() + 3) / 4) + 2 * v + l / 8], static_cast<int>(l % 8), 1, code >> 2);
+// A token's channel in a tile of keys, or of values: the strip, and the place in it.
+std::uint8_t* strip_of(std::uint8_t* tile, const KeyForm& form, std::int64_t lane, std::int64_t) {
+    return tile + lane / 16 * form.strip().nbytes();
+}
+
+Place place_of(const KeyForm&, std::int64_t lane, std::int64_t d) { return {lane % 16, d}; }
+
+std::uint8_t* strip_of(std::uint8_t* tile, const ValueForm& form, std::int64_t, std::int64_t d) {
+    return tile + d / 16 * form.strip().nbytes();
+}
+
+Place place_of(const ValueForm&, std::int64_t lane, std::int64_t d) { return {d % 16, lane}; }
+
+template <typename Form>
+void put_token(std::uint8_t* tile, const Form& form, std::int64_t lane, std::int64_t d, int code) {
+    put_code(strip_of(tile, form, lane, d), form.strip(), place_of(form, lane, d), code);
+}
+
+template <typename Form>
+int get_token(std::uint8_t* tile, const Form& form, std::int64_t lane, std::int64_t d) {
+    return get_code(strip_of(tile, form, lane, d), form.strip(), place_of(form, lane, d));
+}
+
+// Code one token's numbers, with groups of channels.
+template <typename Form>
+void code_token(std::uint8_t* tile, const Form& form, std::int64_t lane, const float* x, float clip) {
+    std::uint16_t* scales = halves(tile + form.scales_at());
+    for (std::int64_t first = 0; first < form.width; first += form.group) {
+        const std::int64_t last = std::min(form.width, first + form.group), at = form.scale_of(lane, first);
+        const auto range = std::minmax_element(x + first, x + last);
+        const Levels levels(*range.first, *range.second, form.bits, clip);
+        scales[at] = levels.scale;
+        scales[form.scales() + at] = levels.low;
+        for (std::int64_t d = first; d < last; ++d) put_token(tile, form, lane, d, levels.code(x[d]));
     }
 }
 
@@ -164,7 +178,7 @@ void KvStore::write_value(LayerTokens& layer, std::int64_t head, std::int64_t to
         return;
     }
     std::uint8_t* tile = tile_at(layer.values.exact, exact_values_, head, token / kTokens);
-    std::uint16_t* to = halves(tile + lane * exact_values_.row_bytes());
+    std::uint16_t* to = halves(tile) + lane * exact_values_.room();
     for (std::int64_t d = 0; d < rules_.width; ++d) to[d] = to_half(value[d]);
 }
 
@@ -191,30 +205,21 @@ void KvStore::code_values(LayerTokens& layer, std::int64_t head, std::int64_t to
     for (std::int64_t token = layer.values.done; token < due; ++token) {
         const std::int64_t lane = token % kTokens;
         std::uint8_t* tile = tile_at(layer.values.exact, exact_values_, head, token / kTokens);
-        const std::uint16_t* from = halves(tile + lane * exact_values_.row_bytes());
+        const std::uint16_t* from = halves(tile) + lane * exact_values_.room();
         for (std::int64_t d = 0; d < rules_.width; ++d) value[d] = from_half(from[d]);
         code_value(tile_at(layer.values.coded, coded_values_, head, token / kTokens), lane, value);
     }
 }
 
 void KvStore::code_key(std::uint8_t* tile, std::int64_t lane, const float* key, const float* center) const {
-    const KeyForm& form = coded_keys_;
-    std::uint16_t* scales = halves(tile + form.scales_at());
     float centered[256];
-    for (std::int64_t d = 0; d < form.width; ++d) centered[d] = key[d] - (center == nullptr ? 0.0f : center[d]);
-    for (std::int64_t g = 0; g < form.groups(); ++g) {
-        const std::int64_t first = g * form.group, last = std::min(form.width, first + form.group);
-        const auto range = std::minmax_element(centered + first, centered + last);
-        const Levels levels(*range.first, *range.second, form.bits, rules_.clip);
-        scales[kTokens * g + lane] = levels.scale;
-        scales[form.scales() + kTokens * g + lane] = levels.low;
-        for (std::int64_t d = first; d < last; ++d) put_key(tile, form, d, lane, levels.code(centered[d]));
-    }
+    for (std::int64_t d = 0; d < rules_.width; ++d) centered[d] = key[d] - (center == nullptr ? 0.0f : center[d]);
+    code_token(tile, coded_keys_, lane, centered, rules_.clip);
 }
 
 void KvStore::code_channels(LayerTokens& layer, std::int64_t head, std::int64_t first) const {
     const KeyForm& form = coded_keys_;
-    const std::int64_t last = first + form.group, room = padded(form.width, 16);
+    const std::int64_t last = first + form.group;
     std::vector<float> x(static_cast<std::size_t>(form.group));
     for (std::int64_t d = 0; d < form.width; ++d) {
         for (std::int64_t token = first; token < last; ++token) {
@@ -228,26 +233,16 @@ void KvStore::code_channels(LayerTokens& layer, std::int64_t head, std::int64_t 
         for (std::int64_t token = first; token < last; ++token) {
             std::uint8_t* tile = tile_at(layer.keys.coded, form, head, token / kTokens);
             std::uint16_t* scales = halves(tile + form.scales_at());
-            const std::int64_t lane = token % kTokens, at = form.by_halves() ? lane / 16 * room + d : kTokens * d + lane;
+            const std::int64_t lane = token % kTokens, at = form.scale_of(lane, d);
             scales[at] = levels.scale;
             scales[form.scales() + at] = levels.low;
-            put_key(tile, form, d, lane, levels.code(x[static_cast<std::size_t>(token - first)]));
+            put_token(tile, form, lane, d, levels.code(x[static_cast<std::size_t>(token - first)]));
         }
     }
 }
 
 void KvStore::code_value(std::uint8_t* tile, std::int64_t lane, const float* value) const {
-    const ValueForm& form = coded_values_;
-    std::uint16_t* scales = halves(tile + form.scales_at());
-    std::uint8_t* row = tile + lane * form.row_bytes();
-    for (std::int64_t g = 0; g < form.groups(); ++g) {
-        const std::int64_t first = g * form.group, last = std::min(form.width, first + form.group);
-        const auto range = std::minmax_element(value + first, value + last);
-        const Levels levels(*range.first, *range.second, form.bits, rules_.clip);
-        scales[lane * form.groups() + g] = levels.scale;
-        scales[form.scales() + lane * form.groups() + g] = levels.low;
-        for (std::int64_t d = first; d < last; ++d) put_value(row, form, d, levels.code(value[d]));
-    }
+    code_token(tile, coded_values_, lane, value, rules_.clip);
 }
 
 Sequence::Sequence(KvStore& store, std::int64_t layers) : store_(store), layers_(static_cast<std::size_t>(layers)) {}
@@ -358,15 +353,14 @@ void Sequence::visit(std::int64_t layer, bool of_keys, std::int64_t tokens, Code
                 // Tokens of a group hold the same scales; they are written to all, and counted once.
                 const std::int64_t group = head * (done / rules.group) + token / rules.group;
                 for (std::int64_t d = 0; d < width; ++d) {
-                    const std::int64_t at =
-                        key_form.by_halves() ? lane / 16 * padded(width, 16) + d : kTokens * d + lane;
+                    const std::int64_t at = key_form.scale_of(lane, d);
                     scaled(scales + at, scales + all + at, group * width + d);
                 }
                 continue;
             }
             const std::int64_t groups = of_keys ? key_form.groups() : value_form.groups();
             for (std::int64_t g = 0; g < groups; ++g, ++scale) {
-                const std::int64_t at = of_keys ? kTokens * g + lane : lane * groups + g;
+                const std::int64_t at = kTokens * g + lane;
                 scaled(scales + at, scales + all + at, scale);
             }
         }
@@ -375,7 +369,7 @@ void Sequence::visit(std::int64_t layer, bool of_keys, std::int64_t tokens, Code
             std::uint8_t* tile = of_keys ? tile_at(side.exact, exact_keys, head, token / kTokens)
                                          : tile_at(side.exact, exact_values, head, token / kTokens);
             for (std::int64_t d = 0; d < width; ++d)
-                exact(of_keys ? halves(tile) + kTokens * d + lane : halves(tile + lane * exact_values.row_bytes()) + d,
+                exact(of_keys ? halves(tile) + kTokens * d + lane : halves(tile) + lane * exact_values.room() + d,
                       number++);
         }
     }
@@ -388,9 +382,8 @@ void Sequence::read(std::int64_t layer, bool of_keys, std::uint8_t* codes, std::
     visit(
         layer, of_keys, length_,
         [&](std::uint8_t* tile, std::int64_t lane, std::int64_t d, std::int64_t index) {
-            const int code = of_keys ? get_key(tile, key_form, d, lane)
-                                     : get_value(tile + lane * value_form.row_bytes(), value_form, d);
-            codes[index] = static_cast<std::uint8_t>(code);
+            codes[index] = static_cast<std::uint8_t>(of_keys ? get_token(tile, key_form, lane, d)
+                                                             : get_token(tile, value_form, lane, d));
         },
         [&](const std::uint16_t* scale, const std::uint16_t* low, std::int64_t index) {
             scales[index] = *scale, lows[index] = *low;
@@ -406,9 +399,9 @@ void Sequence::write(std::int64_t layer, bool of_keys, const std::uint8_t* codes
         layer, of_keys, reserved_,
         [&](std::uint8_t* tile, std::int64_t lane, std::int64_t d, std::int64_t index) {
             if (of_keys)
-                put_key(tile, key_form, d, lane, codes[index]);
+                put_token(tile, key_form, lane, d, codes[index]);
             else
-                put_value(tile + lane * value_form.row_bytes(), value_form, d, codes[index]);
+                put_token(tile, value_form, lane, d, codes[index]);
         },
         [&](std::uint16_t* scale, std::uint16_t* low, std::int64_t index) { *scale = scales[index], *low = lows[index]; },
         [&](std::uint16_t* number, std::int64_t index) { *number = exact[index]; });

@@ -15,6 +15,7 @@ using namespace wide;
 using subnibble::Axis;
 using subnibble::Number;
 using subnibble::Gate;
+using subnibble::Next;
 using subnibble::KeyForm;
 using subnibble::kTokens;
 using subnibble::padded;

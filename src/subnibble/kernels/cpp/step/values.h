@@ -1,105 +1,19 @@
-// Values of a tile (kv_form.h), and their weighted sums. Internal linkage only, see functions_of.h.
+// Values of tiles (kv_form.h), and their weighted sums. Internal linkage only, see functions_of.h.
 #pragma once
 
 #include <algorithm>
 #include <utility>
 
-#include "step/rows.h"
+#include "step/whole.h"
 
 namespace {
 
 namespace step {
 
-// Codes of vector n of a token's four; four: where their codes begin, high: their high bits (3 bits only).
-template <int BITS, int N>
-SUBNIBBLE_INLINE F value_codes(const std::uint8_t* four, const std::uint8_t* high) {
-    if constexpr (BITS == 8) {
-        return to_float(load_bytes(four + 16 * N));
-    } else if constexpr (BITS == 4) {
-        const I both = load_bytes(four + 16 * (N / 2));
-        return to_float(N % 2 == 0 ? both & 15 : right<4>(both));
-    } else {
-        I code = right<2 * N>(load_bytes(four)) & 3;
-        if constexpr (BITS == 3) {
-            std::uint16_t bits;
-            std::memcpy(&bits, high + 2 * N, 2);
-            code = code | left<2>(spread_bits(bits));
-        }
-        return to_float(code);
-    }
-}
-
-// Scales and lowest values of a tile of values, as float32.
-struct ValueScales {
-    // Groups that fit.
-    static constexpr std::int64_t kRoom = 8;
-    float scale[kTokens * kRoom], low[kTokens * kRoom];
-
-    SUBNIBBLE_INLINE ValueScales(const ValueForm& form, const std::uint8_t* tile) {
-        const auto* scales = reinterpret_cast<const std::uint16_t*>(tile + form.scales_at());
-        for (std::int64_t i = 0; i < form.scales(); i += 16) {
-            store(scale + i, load_halves(scales + i));
-            store(low + i, load_halves(scales + form.scales() + i));
-        }
-    }
-};
-
-// Whether vectors lie in one group each, and there are few groups.
-inline bool by_vectors(const ValueForm& form) {
-    return form.exact() || ((form.group % 16 == 0 || form.group >= form.width) && form.groups() <= ValueScales::kRoom);
-}
-
-// Vectors first .. first + COUNT - 1 of a tile's tokens; first is a multiple of four.
-template <int BITS, int COUNT>
-struct CodedVectors {
-    const std::uint8_t *four, *high;
-    std::int64_t row_bytes, groups;
-    const float *scale[COUNT], *low[COUNT];
-
-    SUBNIBBLE_INLINE CodedVectors(const ValueForm& form, const std::uint8_t* tile, const ValueScales& scales,
-                                  std::int64_t first)
-        : four(tile + (BITS == subnibble::kExact ? 32 * first : 2 * BITS * first)),
-          high(tile + 16 * ((form.vectors() + 3) / 4) + 2 * first), row_bytes(form.row_bytes()), groups(form.groups()) {
-        // Of 3 bits, the low two are stored like 2 bits.
-        if constexpr (BITS == 3) four = tile + 4 * first;
-        for (int n = 0; n < COUNT; ++n) {
-            const std::int64_t group = form.exact() ? 0 : 16 * (first + n) / form.group;
-            scale[n] = scales.scale + group, low[n] = scales.low + group;
-        }
-    }
-    template <int N>
-    SUBNIBBLE_INLINE F at(std::int64_t j) const {
-        if constexpr (BITS == subnibble::kExact) {
-            return load_halves(reinterpret_cast<const std::uint16_t*>(four + j * row_bytes) + 16 * N);
-        } else {
-            const F code = value_codes<BITS, N>(four + j * row_bytes, high + j * row_bytes);
-            return broadcast(low[N][j * groups]) + broadcast(scale[N][j * groups]) * code;
-        }
-    }
-};
-
-// The same of values in float32.
-template <int COUNT>
-struct FloatVectors {
-    const float* values;
-    std::int64_t width;
-
-    template <int N>
-    SUBNIBBLE_INLINE F at(std::int64_t j) const {
-        return load(values + j * width + 16 * N);
-    }
-};
-
-template <int COUNT, typename Function, int... N>
-SUBNIBBLE_INLINE void each_vector(Function function, std::integer_sequence<int, N...>) {
-    (function(std::integral_constant<int, N>{}), ...);
-}
-
-// Sums of COUNT vectors for R rows; out: their first numbers.
-template <int R, int COUNT, typename Vectors>
-SUBNIBBLE_INLINE void weigh_vectors(const Vectors& vectors, std::int64_t tokens, const float* p, std::int64_t p_stride,
+// Sums over tokens of COUNT vectors for R rows; out: their first numbers. vector(j, n): vector n of token j.
+template <int R, int COUNT, typename Vector>
+SUBNIBBLE_INLINE void weigh_vectors(Vector vector, std::int64_t tokens, const float* p, std::int64_t p_stride,
                                     float* out, std::int64_t out_stride) {
-    constexpr auto numbers = std::make_integer_sequence<int, COUNT>{};
     F total[R][COUNT];
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
@@ -107,7 +21,8 @@ SUBNIBBLE_INLINE void weigh_vectors(const Vectors& vectors, std::int64_t tokens,
         for (int n = 0; n < COUNT; ++n) total[r][n] = load(out + r * out_stride + 16 * n);
     for (std::int64_t j = 0; j < tokens; ++j) {
         F v[COUNT];
-        each_vector<COUNT>([&](auto n) __attribute__((always_inline)) { v[n] = vectors.template at<n>(j); }, numbers);
+#pragma GCC unroll 4
+        for (int n = 0; n < COUNT; ++n) v[n] = vector(j, n);
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
             const F weight = broadcast(p[r * p_stride + j]);
@@ -134,98 +49,140 @@ SUBNIBBLE_INLINE void each_four(std::int64_t vectors, Run run) {
     }
 }
 
+// Values in float32, or in float16: number d of token j at j * room + d.
+template <typename Load, typename Values>
+SUBNIBBLE_INLINE void weigh_rows(Load load_vector, const Values* values, std::int64_t room, std::int64_t tokens,
+                                 const float* p, std::int64_t rows, std::int64_t p_stride, float* out,
+                                 std::int64_t out_stride) {
+    each_four(room / 16, [&](auto count, std::int64_t first) __attribute__((always_inline)) {
+        const auto vector = [&](std::int64_t j, int n) __attribute__((always_inline)) {
+            return load_vector(values + j * room + 16 * (first + n));
+        };
+        each_rows<kWeighRows>(rows, [&](auto some, std::int64_t row) __attribute__((always_inline)) {
+            weigh_vectors<decltype(some)::value, decltype(count)::value>(
+                vector, tokens, p + row * p_stride, p_stride, out + row * out_stride + 16 * first, out_stride);
+        });
+    });
+}
+
 void weigh_floats(const float* dense_values, std::int64_t width, std::int64_t tokens, const float* p,
                   std::int64_t rows, std::int64_t p_stride, float* out, std::int64_t out_stride) {
-    const std::int64_t room = padded(width, 16);
-    each_four(room / 16, [&](auto count, std::int64_t first) __attribute__((always_inline)) {
-        constexpr int COUNT = decltype(count)::value;
-        const FloatVectors<COUNT> vectors{dense_values + 16 * first, room};
-        each_rows<kWeighRows>(rows, [&](auto some, std::int64_t row) __attribute__((always_inline)) {
-            weigh_vectors<decltype(some)::value, COUNT>(vectors, tokens, p + row * p_stride, p_stride,
-                                                        out + row * out_stride + 16 * first, out_stride);
-        });
-    });
+    weigh_rows([](const float* from) __attribute__((always_inline)) { return load(from); }, dense_values,
+               padded(width, 16), tokens, p, rows, p_stride, out, out_stride);
 }
 
-// Of tiles whose vectors lie in one group each.
-template <int BITS>
-void weigh_of(const ValueForm& form, const std::uint8_t* tile, std::int64_t tokens, const float* p, std::int64_t rows,
-              std::int64_t p_stride, float* out, std::int64_t out_stride) {
-    const ValueScales scales(form, tile);
-    each_four(form.vectors(), [&](auto count, std::int64_t first) __attribute__((always_inline)) {
-        constexpr int COUNT = decltype(count)::value;
-        const CodedVectors<BITS, COUNT> vectors(form, tile, scales, first);
-        each_rows<kWeighRows>(rows, [&](auto some, std::int64_t row) __attribute__((always_inline)) {
-            weigh_vectors<decltype(some)::value, COUNT>(vectors, tokens, p + row * p_stride, p_stride,
-                                                        out + row * out_stride + 16 * first, out_stride);
-        });
-    });
+void weigh_exact(const ValueForm& form, const std::uint8_t* tile, std::int64_t tokens, const float* p,
+                 std::int64_t rows, std::int64_t p_stride, float* out, std::int64_t out_stride, Next) {
+    for (; tokens > 0; tokens -= kTokens, tile += form.tile_bytes(), p += kTokens)
+        weigh_rows([](const std::uint16_t* from) __attribute__((always_inline)) { return load_halves(from); },
+                   reinterpret_cast<const std::uint16_t*>(tile), form.room(), std::min(tokens, kTokens), p, rows,
+                   p_stride, out, out_stride);
 }
 
-template <int BITS>
-void aligned_values_of(const ValueForm& form, const std::uint8_t* tile, float* out) {
-    const ValueScales scales(form, tile);
-    const std::int64_t room = 16 * form.vectors();
-    each_four(form.vectors(), [&](auto count, std::int64_t first) __attribute__((always_inline)) {
-        constexpr int COUNT = decltype(count)::value;
-        const CodedVectors<BITS, COUNT> vectors(form, tile, scales, first);
-        for (std::int64_t j = 0; j < kTokens; ++j)
-            each_vector<COUNT>(
-                [&](auto n) __attribute__((always_inline)) {
-                    store(out + j * room + 16 * (first + n), vectors.template at<n>(j));
-                },
-                std::make_integer_sequence<int, COUNT>{});
-    });
-}
-
-// Of groups that end within a vector.
-template <int BITS>
-void values_of(const ValueForm& form, const std::uint8_t* tile, float* out) {
-    const std::int64_t room = 16 * form.vectors();
-    const auto* scales = reinterpret_cast<const std::uint16_t*>(tile + form.scales_at());
-    each_four(form.vectors(), [&](auto count, std::int64_t first) __attribute__((always_inline)) {
-        constexpr int COUNT = decltype(count)::value;
-        const std::uint8_t* four = tile + (BITS == 3 ? 4 : 2 * BITS) * first;
-        const std::uint8_t* high = tile + 16 * ((form.vectors() + 3) / 4) + 2 * first;
-        for (std::int64_t j = 0; j < kTokens; ++j)
-            each_vector<COUNT>(
-                [&](auto n) __attribute__((always_inline)) {
-                    float* to = out + j * room + 16 * (first + n);
-                    store(to, value_codes<BITS, n>(four + j * form.row_bytes(), high + j * form.row_bytes()));
-                },
-                std::make_integer_sequence<int, COUNT>{});
-    });
-    for (std::int64_t j = 0; j < kTokens; ++j)
-        for (std::int64_t d = 0; d < room; ++d) {
-            const std::int64_t at = j * form.groups() + std::min(d, form.width - 1) / form.group;
-            float& value = out[j * room + d];
-            value = from_half(scales[form.scales() + at]) + from_half(scales[at]) * value;
+// For R rows, of each group: (p * scale) . codes + p . low. Weights of a tile are rounded together, those of all tiles
+// first, so that one does not wait for another. At most kRunTiles tiles.
+template <int BITS, int R>
+void weigh_whole(const ValueForm& form, const std::uint8_t* tile, std::int64_t tiles, const float* p,
+                 std::int64_t p_stride, float* out, std::int64_t out_stride, Next next) {
+    constexpr std::int64_t kGroups = 16;
+    Whole<R> whole[subnibble::kRunTiles];
+    float step[subnibble::kRunTiles][kGroups][R], shift[kGroups][R];
+    const StripForm strip = form.strip();
+    const std::int64_t strip_bytes = strip.nbytes(), groups = form.groups(), vectors = form.room() / 16;
+    for (std::int64_t g = 0; g < groups; ++g) {
+        F total[R];
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) total[r] = broadcast(0);
+        for (std::int64_t t = 0; t < tiles; ++t) {
+            const std::uint8_t* scales_at = tile + t * form.tile_bytes() + form.scales_at();
+            const auto* scales = reinterpret_cast<const std::uint16_t*>(scales_at) + kTokens * g;
+            const std::uint16_t* lows = scales + form.scales();
+            const F scale[2] = {load_halves(scales), load_halves(scales + 16)};
+            const F low[2] = {load_halves(lows), load_halves(lows + 16)};
+#pragma GCC unroll 8
+            for (int r = 0; r < R; ++r) {
+                const float* row = p + r * p_stride + kTokens * t;
+                const F weight[2] = {load(row), load(row + 16)};
+                const F x[2] = {weight[0] * scale[0], weight[1] * scale[1]};
+                step[t][g][r] = whole[t].round(r, kTokens * g, x, 2);
+                total[r] = total[r] + weight[0] * low[0];
+                total[r] = total[r] + weight[1] * low[1];
+            }
         }
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) shift[g][r] = sum(total[r]);
+    }
+    const std::int64_t group_vectors = groups == 1 ? vectors : form.group / 16;
+    for (std::int64_t t = 0; t < tiles; ++t) {
+        next.fetch(t);
+        const std::uint8_t* codes = tile + t * form.tile_bytes();
+        for (std::int64_t v = 0; v < vectors; ++v) {
+            const std::int64_t g = v / group_vectors;
+#pragma GCC unroll 1
+            for (int part = 0; part < kQuadVectors; ++part) {
+                V::F sums[R];
+                whole_sums<BITS, R>(codes + v * strip_bytes, strip, 0, kTokens / 16, part, whole[t], kTokens * g, sums);
+#pragma GCC unroll 8
+                for (int r = 0; r < R; ++r) {
+                    float* to = out + r * out_stride + 16 * v + V::lanes * part;
+                    const V::F before = t == 0 ? V::add(V::load_floats(to), V::broadcast(shift[g][r])) : V::load_floats(to);
+                    V::store_floats(to, V::add(before, V::mul(sums[r], V::broadcast(step[t][g][r]))));
+                }
+            }
+        }
+    }
 }
 
-void values(const ValueForm& form, const std::uint8_t* tile, float* out) {
-    const bool aligned = by_vectors(form);
-    auto* run = form.exact()     ? aligned_values_of<subnibble::kExact>
-                : form.bits == 2 ? (aligned ? aligned_values_of<2> : values_of<2>)
-                : form.bits == 3 ? (aligned ? aligned_values_of<3> : values_of<3>)
-                : form.bits == 4 ? (aligned ? aligned_values_of<4> : values_of<4>)
-                                 : (aligned ? aligned_values_of<8> : values_of<8>);
-    run(form, tile, out);
+template <int BITS>
+void weigh_coded(const ValueForm& form, const std::uint8_t* tile, std::int64_t tokens, const float* p,
+                 std::int64_t rows, std::int64_t p_stride, float* out, std::int64_t out_stride, Next next) {
+    each_rows<kWholeRows>(rows, [&](auto count, std::int64_t row) {
+        weigh_whole<BITS, decltype(count)::value>(form, tile, (tokens + kTokens - 1) / kTokens, p + row * p_stride,
+                                                  p_stride, out + row * out_stride, out_stride, row == 0 ? next : Next{});
+    });
 }
 
 void weigh(const ValueForm& form, const std::uint8_t* tile, std::int64_t tokens, const float* p, std::int64_t rows,
-           std::int64_t p_stride, float* out, std::int64_t out_stride) {
-    if (!by_vectors(form)) {
-        alignas(64) float dense_values[kTokens * 256];
-        values(form, tile, dense_values);
-        return weigh_floats(dense_values, form.width, tokens, p, rows, p_stride, out, out_stride);
-    }
-    auto* run = form.bits == 2   ? weigh_of<2>
-                : form.bits == 3 ? weigh_of<3>
-                : form.bits == 4 ? weigh_of<4>
-                : form.bits == 8 ? weigh_of<8>
-                                 : weigh_of<subnibble::kExact>;
-    run(form, tile, tokens, p, rows, p_stride, out, out_stride);
+           std::int64_t p_stride, float* out, std::int64_t out_stride, Next next) {
+    auto* run = form.bits == 2   ? weigh_coded<2>
+                : form.bits == 3 ? weigh_coded<3>
+                : form.bits == 4 ? weigh_coded<4>
+                : form.bits == 8 ? weigh_coded<8>
+                                 : weigh_exact;
+    run(form, tile, tokens, p, rows, p_stride, out, out_stride, next);
+}
+
+template <int BITS>
+void coded_values(const ValueForm& form, const std::uint8_t* tile, float* out) {
+    const auto* scales = reinterpret_cast<const std::uint16_t*>(tile + form.scales_at());
+    const std::uint16_t* lows = scales + form.scales();
+    const StripForm strip = form.strip();
+    const std::int64_t room = form.room();
+    for (std::int64_t v = 0; v < room / 16; ++v)
+        each_number<BITS>(tile + v * strip.nbytes(), strip, [&](std::int64_t j, const F& codes) {
+            store(out + j * room + 16 * v, codes);
+        });
+    for (std::int64_t g = 0; g < form.groups(); ++g)
+        for (std::int64_t j = 0; j < kTokens; ++j) {
+            const float scale = from_half(scales[kTokens * g + j]), low = from_half(lows[kTokens * g + j]);
+            float* row = out + j * room;
+            for (std::int64_t d = g * form.group; d < std::min((g + 1) * form.group, form.width); ++d)
+                row[d] = low + scale * row[d];
+        }
+}
+
+void exact_values(const ValueForm& form, const std::uint8_t* tile, float* out) {
+    for (std::int64_t i = 0; i < kTokens * form.room(); i += 16)
+        store(out + i, load_halves(reinterpret_cast<const std::uint16_t*>(tile) + i));
+}
+
+void values(const ValueForm& form, const std::uint8_t* tile, float* out) {
+    auto* run = form.bits == 2   ? coded_values<2>
+                : form.bits == 3 ? coded_values<3>
+                : form.bits == 4 ? coded_values<4>
+                : form.bits == 8 ? coded_values<8>
+                                 : exact_values;
+    run(form, tile, out);
 }
 
 }  // namespace step

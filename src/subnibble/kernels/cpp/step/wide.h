@@ -99,17 +99,17 @@ SUBNIBBLE_INLINE F above(const F& a, const F& compared, float limit) {
     return out;
 }
 
+SUBNIBBLE_INLINE I operator+(const I& a, std::int32_t b) {
+    I out;
+#pragma GCC unroll 4
+    for (int i = 0; i < kParts; ++i) out.part[i] = a.part[i] + b;
+    return out;
+}
+
 SUBNIBBLE_INLINE I operator&(const I& a, std::int32_t mask) {
     I out;
 #pragma GCC unroll 4
     for (int i = 0; i < kParts; ++i) out.part[i] = a.part[i] & mask;
-    return out;
-}
-
-SUBNIBBLE_INLINE I operator|(const I& a, const I& b) {
-    I out;
-#pragma GCC unroll 4
-    for (int i = 0; i < kParts; ++i) out.part[i] = a.part[i] | b.part[i];
     return out;
 }
 
@@ -118,50 +118,6 @@ SUBNIBBLE_INLINE I right(const I& a) {
     I out;
 #pragma GCC unroll 4
     for (int i = 0; i < kParts; ++i) out.part[i] = a.part[i] >> COUNT;
-    return out;
-}
-
-template <int COUNT>
-SUBNIBBLE_INLINE I left(const I& a) {
-    I out;
-#pragma GCC unroll 4
-    for (int i = 0; i < kParts; ++i) out.part[i] = a.part[i] << COUNT;
-    return out;
-}
-
-// Bit l of `bits` in lane l: 0 or 1.
-SUBNIBBLE_INLINE I spread_bits(std::uint16_t bits) {
-    I out;
-#pragma GCC unroll 4
-    for (int i = 0; i < kParts; ++i) {
-        IntPart lane;
-        for (int l = 0; l < kLanes; ++l) lane[l] = i * kLanes + l;
-        out.part[i] = ((std::int32_t{bits} - IntPart{}) >> lane) & 1;
-    }
-    return out;
-}
-
-// GCC 12 converts integers to wider ones number by number unless it is told the instruction.
-SUBNIBBLE_INLINE I load_bytes(const std::uint8_t* from) {
-    I out;
-#if defined(__AVX512F__)
-    out.part[0] = (IntPart)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
-#elif defined(__AVX2__)
-#pragma GCC unroll 4
-    for (int i = 0; i < kParts; ++i)
-        out.part[i] =
-            (IntPart)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from + i * kLanes)));
-#elif defined(__ARM_NEON)
-    const uint8x16_t bytes = vld1q_u8(from);
-    const uint16x8_t shorts[2] = {vmovl_u8(vget_low_u8(bytes)), vmovl_u8(vget_high_u8(bytes))};
-    for (int i = 0; i < kParts; ++i) {
-        const uint16x8_t half = shorts[i / 2];
-        out.part[i] = (IntPart)vmovl_u16(i % 2 == 0 ? vget_low_u16(half) : vget_high_u16(half));
-    }
-#else
-    for (int i = 0; i < kParts; ++i)
-        for (int l = 0; l < kLanes; ++l) out.part[i][l] = from[i * kLanes + l];
-#endif
     return out;
 }
 
@@ -215,19 +171,53 @@ SUBNIBBLE_INLINE F load_bfloats(const std::uint16_t* from) {
     return out;
 }
 
+// Sum of all numbers, or the largest: halves are added until one is left.
 SUBNIBBLE_INLINE float sum(const F& a) {
-    float out = 0;
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps((__m512)a.part[0]);
+#else
     FloatPart all = a.part[0];
     for (int i = 1; i < kParts; ++i) all += a.part[i];
+    float out = 0;
     for (int l = 0; l < kLanes; ++l) out += all[l];
     return out;
+#endif
 }
 
 SUBNIBBLE_INLINE float largest(const F& a) {
-    float out = a.part[0][0];
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps((__m512)a.part[0]);
+#else
+    FloatPart all = a.part[0];
+    for (int i = 1; i < kParts; ++i) all = all > a.part[i] ? all : a.part[i];
+    float out = all[0];
+    for (int l = 1; l < kLanes; ++l) out = all[l] > out ? all[l] : out;
+    return out;
+#endif
+}
+
+// Nearest whole numbers, of magnitudes up to 2^22.
+SUBNIBBLE_INLINE I nearest(const F& a) {
+    const F shifted = a + broadcast(12582912.0f);
+    I out;
 #pragma GCC unroll 4
+    for (int i = 0; i < kParts; ++i) out.part[i] = (IntPart)shifted.part[i] - 0x4B400000;
+    return out;
+}
+
+// The low byte of each number.
+SUBNIBBLE_INLINE void store_bytes(std::int8_t* to, const I& a) {
+#if defined(__AVX512F__)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8((__m512i)a.part[0]));
+#else
     for (int i = 0; i < kParts; ++i)
-        for (int l = 0; l < kLanes; ++l) out = a.part[i][l] > out ? a.part[i][l] : out;
+        for (int l = 0; l < kLanes; ++l) to[i * kLanes + l] = static_cast<std::int8_t>(a.part[i][l]);
+#endif
+}
+
+SUBNIBBLE_INLINE I load_ints(const std::uint8_t* from) {
+    I out;
+    std::memcpy(&out, from, sizeof out);
     return out;
 }
 
