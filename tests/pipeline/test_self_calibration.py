@@ -139,10 +139,9 @@ def test_the_windows_are_those_that_calibrate(
     ids, _ = written(folders["llama"], tmp_path / "ids")
     seen: list[Tensor] = []
     monkeypatch.setattr(
-        "subnibble.pipeline.driver._begin",
-        lambda resolved, windows, *others: seen.append(windows) or pytest.skip("seen"),
+        "subnibble.pipeline.driver._begin", lambda resolved, windows, *others: seen.append(windows) or killed()
     )
-    with pytest.raises(pytest.skip.Exception):
+    with pytest.raises(Killed):
         quantize(folders["llama"], tmp_path / "out", RECIPE)
     assert torch.equal(seen[0], ids)
 
@@ -230,9 +229,7 @@ def test_compared_recipes_share_windows_and_estimate_writes_none(
     )
     assert len(rows) == 3
     assert calls == [1]
-    compare(
-        folders["llama"], [replace(RECIPE, window=13)], {"text": str(text_file), "window": 16, "max_windows": 2}
-    )
+    compare(folders["llama"], [replace(RECIPE, window=13)], {"text": str(text_file), "window": 16, "max_windows": 2})
     assert calls == [1, 1]
 
 
@@ -296,7 +293,10 @@ def test_a_start_that_the_tokenizer_does_not_have_is_refused_before_any_work(
     start: str, message: str, folders: dict[str, Path], tmp_path: Path
 ) -> None:
     recipe = replace(RECIPE, sampling={"start": start})
-    for ask in (lambda: quantize(folders["llama"], tmp_path / "out", recipe), lambda: estimate(folders["llama"], recipe)):
+    for ask in (
+        lambda: quantize(folders["llama"], tmp_path / "out", recipe),
+        lambda: estimate(folders["llama"], recipe),
+    ):
         with pytest.raises(BadRecipe, match=message):
             ask()
     assert list(tmp_path.iterdir()) == []
@@ -338,9 +338,7 @@ def test_the_command_writes_windows_and_says_so(
         "quantize", folders["llama"], tmp_path / "c", "--recipe", out / "recipe.toml", "--calibration", token_file
     )
     assert code == 0, err
-    assert "sampling" not in (tmp_path / "c" / "recipe.toml").read_text() or tomllib.loads(
-        (tmp_path / "c" / "recipe.toml").read_text()
-    )["sampling"] == {}
+    assert tomllib.loads((tmp_path / "c" / "recipe.toml").read_text())["sampling"] == {}
     code, said, err = run(
         "distill", out, "--original", folders["llama"], "--steps", 2, "--calibration", "self", "--num-windows", 4,
         "--window", 16, "--distill-option", "tokens=16",

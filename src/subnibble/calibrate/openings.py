@@ -5,10 +5,10 @@ A document begins in one of three ways:
     bos          with BOS, after which the model draws from its own distribution of first tokens.
     vocabulary   with a token of the vocabulary, each as likely as the others; the next four tokens are the most likely
                  ones, because they follow a token that the model would not have chosen (LLM-QAT, Liu et al. 2023, arXiv
-                 2305.17888, section 2.1: 3 to 5 such tokens). It comes after BOS if the tokenizer puts BOS before texts.
+                 2305.17888, section 2.1: 3 to 5 such tokens). BOS comes first if the tokenizer puts it before texts.
     chat         with what the chat template writes before a user's message. The model writes the message; then comes
                  what the template writes before an answer, and the model answers (Magpie, Xu et al. 2024, arXiv
-                 2406.08464, section 2.1).
+                 2406.08464, section 2).
 """
 
 from __future__ import annotations
@@ -74,7 +74,10 @@ def chosen_start(sampling: WindowSampling, tokenizer: Any) -> WindowSampling:
         return sampling
     if sampling.start == AUTO:
         first = "vocabulary" if bos_token(tokenizer) is None else "bos"
-        chat = ["chat"] if has_template(tokenizer) and _turns(tokenizer) is not None else []
+        try:
+            chat = ["chat"] if _turns(tokenizer) is not None else []
+        except BadRecipe as error:
+            raise BadRecipe(f'{error}; or set sampling start = "{first}"') from error
         return replace(sampling, start=joined([first, *chat]))
     if "bos" in sampling.starts and tokenizer.bos_token_id is None:
         raise BadRecipe('sampling start is "bos", and this tokenizer has no BOS token; use start = "vocabulary"')
@@ -109,8 +112,8 @@ def openings(
     unknown = {id for kind in kinds for id in (*kind.ids, *kind.answer)} | ends
     if unknown and not 0 <= min(unknown) <= max(unknown) < vocabulary:
         raise CalibrationError(
-            f"self-calibration: the tokenizer's ids run up to {max(unknown)}, the model knows 0 to {vocabulary - 1}; is "
-            "the tokenizer that of another model?"
+            f"self-calibration: the tokenizer's ids run up to {max(unknown)}, the model knows 0 to {vocabulary - 1}; "
+            "is the tokenizer that of another model?"
         )
     if prefix is None and not all(kind.ids or kind.draws for kind in kinds):
         raise CalibrationError("self-calibration: a document's beginning has no tokens; give other sampling prompts")

@@ -90,7 +90,9 @@ def distill(
     sampling_option: o.SamplingOptions = None,
     num_windows: o.NumWindows = None,
     window: o.Window = None,
-    seed: Annotated[int | None, typer.Option(help="Seed for choosing or writing windows, and for their order. Default 0.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed for choosing or writing windows, and for their order. Default 0.")
+    ] = None,
     device: o.Device = None,
     dtype: o.Dtype = None,
     resume: o.Resume = "auto",

@@ -105,7 +105,9 @@ Grid = Annotated[
 ZeroPoint = Annotated[
     str | None, typer.Option(help="Zero-point of uniform grids: none, integer or real. Default: the method's choice.")
 ]
-Seed = Annotated[int | None, typer.Option(help="Seed for choosing or writing windows and the signs of rotations. Default 0.")]
+Seed = Annotated[
+    int | None, typer.Option(help="Seed for choosing or writing windows and the signs of rotations. Default 0.")
+]
 RecipeFile = Annotated[
     Path | None, typer.Option("--recipe", help="Recipe, a TOML file; options on the command line override it.")
 ]

@@ -12,7 +12,9 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from subnibble.calibrate.openings import Opening, Openings
@@ -119,7 +121,9 @@ class _Window:
         if self._likely:
             self._likely -= 1
             return int(logits.argmax())
-        return drawn(self._sampler.scores(logits, ()).double().softmax(-1), u)
+        # In numpy: threads of torch would cost more than they save on one row.
+        scores = self._sampler.scores(logits, ()).numpy().astype(np.float64)
+        return drawn(np.exp(scores - scores.max()), u)
 
     def _end(self, token: int) -> None:
         """Go on after an end-of-text token: with the answer to a user's message, or with the next document."""
@@ -138,16 +142,16 @@ class _Window:
         self._given, self._answer, self._draws_plain = list(kind.ids), kind.answer, kind.draws
 
 
-def drawn(probabilities: Tensor, u: float) -> int:
-    """The token that a number draws: the first whose probability, added to those before it, is above u.
+def drawn(weights: NDArray[np.float64], u: float) -> int:
+    """The token that a number draws: the first whose weight, added to those before it, is above u times their sum.
 
-    probabilities: (vocabulary,) float64, with a sum of about 1.
-    u: from 0 to 1, without 1. It counts as a share of the sum, so that rounding cannot lead past the last token.
+    weights: (vocabulary,), probabilities times any number above 0.
+    u: from 0 to 1, without 1.
     """
-    sums = probabilities.cumsum(0)
-    token = int(torch.searchsorted(sums, u * sums[-1], right=True))
+    sums = weights.cumsum()
+    token = int(np.searchsorted(sums, u * sums[-1], side="right"))
     # Reached only if the product is rounded up to the sum itself.
-    return token if token < len(sums) else int(probabilities.nonzero()[-1])
+    return token if token < len(sums) else int(weights.nonzero()[0][-1])
 
 
 def _seed(seed: int, number: int) -> int:

@@ -1,4 +1,4 @@
-"""Values of method, KV-cache, distillation and sampling options as `subnibble list` shows them; checks are elsewhere."""
+"""Values of all options that are KEY=VALUE, as `subnibble list` shows them; checks are elsewhere."""
 
 from subnibble.calibrate import sampling
 from subnibble.corrections import mean_shift, salient

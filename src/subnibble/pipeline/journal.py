@@ -1,6 +1,7 @@
 """What a quantization records in the journal of its run, and how it goes on from there.
 
-    sampled windows  calibration windows that the model wrote; while some are missing, "sampling" holds the finished ones
+    sampling       finished calibration windows, while the model writes others
+    sampled windows   all of them
     survey         sink tokens and channel order, if asked for: both need passes of the full-precision model
     block 0, ...   shard, specs and reports of a block, and the streams after it
     final layers   the last shard, and the specs of all modules

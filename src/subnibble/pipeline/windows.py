@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -156,25 +157,31 @@ def _written(written: Written, keeper: Keeper, progress: Progress) -> tuple[Samp
     backend: Backend = NativeBackend(model) if name == "native" else TorchBackend(model)
     batch = _batch(written, model.config) if name == "native" else 1
     kept = keeper.kept()
-    done: list[Tensor] = [] if kept is None else list(kept[1][0])
+    done = torch.empty(0, order.length, dtype=torch.int32) if kept is None else kept[1][0]
+    while len(done) < count:
+        numbers = range(len(done), min(len(done) + batch, count))
+        on_step = partial(_on_step, done, numbers, count, keeper, progress)
+        done = torch.cat([done, write_windows(backend, order, numbers, on_step).int()])
+        keeper.keep(partial(_state, done))
+    return SampledReport(name, reason, count, order.length), done.long()
 
-    def state() -> tuple[Any, list[Tensor]]:
-        return None, [torch.stack(done)]
 
-    for first in range(len(done), count, batch):
-        numbers = range(first, min(first + batch, count))
+def _on_step(done: Tensor, numbers: range, count: int, keeper: Keeper, progress: Progress, step: int) -> None:
+    """Report a step, and stop if the user asked to; the windows that are being written are lost then.
 
-        def on_step(step: int, numbers: range = numbers) -> None:
-            tokens = numbers.start * order.length + step * len(numbers)
-            progress(tokens, count * order.length, f"windows {numbers.start + 1} to {numbers.stop}, tokens written")
-            if stop_requested() and done:
-                # The windows of this batch are lost.
-                keeper.keep(state)
-            safe_point()
+    done: ids of the finished windows, (n, t).
+    numbers: of the windows that are being written; step: number of tokens that each of them has.
+    """
+    tokens = done.numel() + step * len(numbers)
+    doing = f"the model writes windows {numbers.start + 1} to {numbers.stop}, in tokens"
+    progress(tokens, count * done.shape[1], doing)
+    if stop_requested() and len(done):
+        keeper.keep(partial(_state, done))
+    safe_point()
 
-        done += list(write_windows(backend, order, numbers, on_step).int())
-        keeper.keep(state)
-    return SampledReport(name, reason, count, order.length), torch.stack(done).long()
+
+def _state(done: Tensor) -> tuple[None, list[Tensor]]:
+    return None, [done]
 
 
 def batch_bytes(config: Any, length: int, count: int) -> int:
