@@ -33,7 +33,7 @@ _ROUND_SECONDS = 3.5e-7
 # Time of a tuning step over the time of its three products: fake quantization, norms, optimizer. Rough.
 _STEP_OVERHEAD = 3.0
 # Time of the native decoder step over the time of its products in torch, when the model writes windows. Rough.
-_WRITING_OVERHEAD = 4.0
+_WRITING_OVERHEAD = 2.5
 # Float32 copies of a block during a tuning step: intermediate stages of the weights, and gradients. Rough.
 _TUNED_COPIES = 12
 
