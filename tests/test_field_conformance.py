@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from pairs import Row, pairs_of, pairwise
 from subnibble import Recipe, quantize
+from subnibble.calibrate.sampling import WindowSampling
 from subnibble.checkpoint.manifest import packed_config_of
 from subnibble.checkpoint.module_specs import PackedEmbeddingSpec
 from subnibble.checkpoint.safetensors_source import STORED_TYPES, SafetensorsSource
@@ -104,6 +105,14 @@ CASES: dict[type, dict[str, list[Tried]]] = {
         "norm_biases": in_table("distill", "norm_biases", (True, False), distill_steps=1),
         "clips": in_table("distill", "clips", (True, False), distill_steps=1, activation_bits=8),
     },
+    WindowSampling: {
+        "start": in_table("sampling", "start", ("vocabulary",), calibration="self"),
+        "prompts": [Tried(("w1 w2", "w3"), {"calibration": "self", "sampling": {"prompts": ["w1 w2", "w3"]}})],
+        "temperature": in_table("sampling", "temperature", (0.5, 2), calibration="self"),
+        "top_k": in_table("sampling", "top_k", (0, 5), calibration="self"),
+        "top_p": in_table("sampling", "top_p", (0.9, 1), calibration="self"),
+        "min_p": in_table("sampling", "min_p", (0, 0.1), calibration="self"),
+    },
     Recipe: {
         "method": [Tried(m, {"method": m, "options": OPTIONS.get(m, {}), **ALONE.get(m, {})}) for m in METHODS],
         "bits": each("bits", (2, 8)),
@@ -122,6 +131,7 @@ CASES: dict[type, dict[str, list[Tried]]] = {
         "calibration": [],
         "num_windows": each("num_windows", (1, 5)),
         "window": each("window", (8, 24)),
+        "sampling": [Tried(table, {"calibration": "self", "sampling": table}) for table in ({}, {"top_k": 3})],
         "distill_steps": each("distill_steps", (0, 2)),
         "distill": [Tried(table, {"distill": table, "distill_steps": 1}) for table in ({}, {"norms": False})],
         "seed": each("seed", (0, 2**63 - 1)),
@@ -207,6 +217,7 @@ def written(kind: type, name: str, out: Path) -> list[Any]:
         CacheScheme: [packed.cache],
         Recipe: [recipe],
         Distillation: [recipe.distillation],
+        WindowSampling: [recipe.window_sampling],
     }
     return [getattr(one, name) for one in held[kind] if one is not None]
 
@@ -243,11 +254,11 @@ def test_a_field_is_what_it_was_asked_to_be_once_written_and_runs(
         assert tried.value in stored
 
 
-@pytest.mark.parametrize("calibration", ["ids", "text", "none"])
+@pytest.mark.parametrize("calibration", ["ids", "text", "self", "none"])
 def test_a_calibration_of_every_kind_runs(
     calibration: str, small: Path, token_file: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    calibration_setting = {"ids": str(token_file), "text": str(text_file), "none": None}[calibration]
+    calibration_setting = {"ids": str(token_file), "text": str(text_file), "self": "self", "none": None}[calibration]
     go_through(small, tmp_path / "out", text_file, Recipe(**{**BASE, "calibration": calibration_setting}))
     assert written(Recipe, "calibration", tmp_path / "out") == [calibration_setting]
 

@@ -208,7 +208,7 @@ def test_nothing_to_learn_is_said_before_any_work(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("subnibble.pipeline.driver.calibration_windows", lambda *args: pytest.fail("text was read"))
+    monkeypatch.setattr("subnibble.pipeline.windows.calibration_windows", lambda *args: pytest.fail("text was read"))
     with pytest.raises(BadRecipe, match="the model has nothing to learn with distill scales = "):
         quantized(
             short[name], tmp_path / "out", token_file,

@@ -88,7 +88,7 @@ def sources(
 def test_quantize_estimate_and_compare_refuse_in_the_same_words(
     case: str, sources: dict[str, Path], token_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("subnibble.pipeline.driver.calibration_windows", lambda *args: pytest.fail("text was read"))
+    monkeypatch.setattr("subnibble.pipeline.windows.calibration_windows", lambda *args: pytest.fail("text was read"))
     name, keys, kind, message = REFUSED[case]
     base = Recipe(bits=3, group_size=16, calibration=str(token_file), num_windows=4, window=32, device="cpu")
     model, recipe, said = sources[name], replace(base, **keys), []

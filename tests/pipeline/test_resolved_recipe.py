@@ -12,7 +12,7 @@ from subnibble.methods.rtn import Options
 from subnibble.pipeline.resolved_recipe import resolved_recipe
 
 
-@pytest.mark.parametrize("calibration", ["news", "c4", "wikitext2"])
+@pytest.mark.parametrize("calibration", ["news", "c4", "wikitext2", "self"])
 @pytest.mark.parametrize("prompt", ["auto", "default", "bos"])
 def test_words_are_no_files_even_if_there_are_files_of_their_names(
     calibration: str, prompt: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -19,6 +19,7 @@ from subnibble.resume.places import work_folders
 RECIPES: dict[str, dict[str, Any]] = {
     "rtn": {"method": "rtn", "calibration": None},
     "gptq": {"method": "gptq"},
+    "windows of the model": {"method": "gptq", "calibration": "self"},
     "prompt, shift, distilled": {
         "method": "d2quant-plus", "distill_steps": 5, "distill": {"tokens": 96}, "system_prompt": "w5 w9 w2",
     },

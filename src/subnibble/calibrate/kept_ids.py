@@ -1,4 +1,5 @@
 """Token ids of the last texts of this process: recipes that are compared share a text, which takes seconds to tokenize.
+They also share the windows that a model wrote itself, which takes minutes.
 
 A text is known by its hash and its tokenizer's: the same text through another tokenizer object of the same vocabulary,
 merges and normalization is not tokenized again.
@@ -20,6 +21,8 @@ _MOST_TEXTS = 4
 _Key = tuple[type, bool, bytes, bytes]
 # The most recently used text is last.
 _kept: OrderedDict[_Key, Tensor] = OrderedDict()
+# Windows of the last model: key -> (ids, backend that ran the model, why).
+_windows: dict[str, tuple[Tensor, str, str]] = {}
 
 
 def kept_ids(tokenizer: Any, text: str, where: str) -> Tensor:
@@ -38,6 +41,25 @@ def kept_ids(tokenizer: Any, text: str, where: str) -> Tensor:
         while len(_kept) > _MOST_TEXTS:
             _kept.popitem(last=False)
     return ids
+
+
+def kept_windows(key: str) -> tuple[Tensor, str, str] | None:
+    """The windows that were kept last, if they have this key: (ids (n, t) int64, backend, why); None otherwise.
+
+    key: a digest of everything that the ids depend on.
+    """
+    return _windows.get(key)
+
+
+def keep_windows(key: str, ids: Tensor, backend: str, reason: str) -> None:
+    """Keep windows that a model wrote, in place of earlier ones.
+
+    key: as in `kept_windows`.
+    ids: (n, t) int64, not to be changed.
+    backend, reason: what ran the model, and why.
+    """
+    _windows.clear()
+    _windows[key] = (ids, backend, reason)
 
 
 def _key(tokenizer: Any, text: str) -> _Key | None:

@@ -14,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from subnibble.calibrate.sampling import SELF
 from subnibble.errors import CalibrationError, MissingExtra
 from subnibble.packaged import news
 from subnibble.paths import absolute_path, expanded, is_file
@@ -140,5 +141,8 @@ NAMED: dict[str, Callable[[str], str]] = {"c4": _c4, "wikitext2": _wikitext2, "n
 
 
 def absolute_text(name: str) -> str:
-    """The absolute path of a text file, so that the recipe means the same from any folder; a named set unchanged."""
-    return absolute_path(name, NAMED)
+    """The absolute path of a text file, so that the recipe means the same from any folder.
+
+    A named set, and "self", stay as they are.
+    """
+    return absolute_path(name, (*NAMED, SELF))

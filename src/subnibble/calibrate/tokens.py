@@ -41,6 +41,17 @@ def bos_token(tokenizer: Any) -> int | None:
     return int(bos) if bos is not None and ids and ids[0] == bos else None
 
 
+def plain_tokens(tokenizer: Any, vocabulary: int) -> list[int]:
+    """The ids of all tokens that are text, sorted: those that are not special, and that the model knows.
+
+    tokenizer: of transformers.
+    vocabulary: rows of the embedding of the model.
+    """
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    special = {*tokenizer.all_special_ids, *(id for id, token in added.items() if getattr(token, "special", False))}
+    return [token for token in range(min(len(tokenizer), vocabulary)) if token not in special]
+
+
 def check_vocabulary(tokens: Tensor, vocabulary: int, where: str) -> None:
     """Raise `CalibrationError` if a token id has no row in the embedding of the model.
 

@@ -87,17 +87,20 @@ def distill(
     steps: Annotated[int, typer.Option(help="Number of tuning steps.", min=1)],
     distill_option: o.DistillOptions = None,
     calibration: o.Calibration = None,
+    sampling_option: o.SamplingOptions = None,
     num_windows: o.NumWindows = None,
     window: o.Window = None,
-    seed: Annotated[int | None, typer.Option(help="Seed for choosing and ordering windows. Default 0.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed for choosing or writing windows, and for their order. Default 0.")
+    ] = None,
     device: o.Device = None,
     dtype: o.Dtype = None,
     resume: o.Resume = "auto",
 ) -> None:
     """Tune the checkpoint in OUT as a whole towards the original's predictions; its codes do not change."""
     target = o.build_recipe(
-        None, None, None, distill_option, distill_steps=steps, calibration=calibration, num_windows=num_windows,
-        window=window, seed=seed, device=device, dtype=dtype,
+        None, None, None, distill_option, sampling_option, distill_steps=steps, calibration=calibration,
+        num_windows=num_windows, window=window, seed=seed, device=device, dtype=dtype,
     )  # fmt: skip
     from subnibble.pipeline.distill_checkpoint import distill_checkpoint
 
@@ -206,7 +209,7 @@ def list_(
 
     from subnibble.arch import ARCHITECTURES
     from subnibble.methods import METHODS
-    from subnibble.methods.choices import DISTILL_CHOICES, KV_CHOICES, OPTION_CHOICES
+    from subnibble.methods.choices import DISTILL_CHOICES, KV_CHOICES, OPTION_CHOICES, SAMPLING_CHOICES
     from subnibble.presets import PRESETS
     from subnibble.tensor.activation_scheme import ACTIVATION_BITS
     from subnibble.tensor.scheme import BITS, GRIDS, SCALE_TYPES, ZERO_POINTS
@@ -225,6 +228,7 @@ def list_(
             "kv_bits": list(BITS),
             "kv_options": KV_CHOICES,
             "distill_options": DISTILL_CHOICES,
+            "sampling_options": SAMPLING_CHOICES,
             "grids": list(GRIDS),
             "zero_points": list(ZERO_POINTS),
             "scale_types": list(SCALE_TYPES),
@@ -247,6 +251,7 @@ def list_(
         ("KV cache bits", ", ".join(map(str, (*BITS, 16)))),
         *[(f"--kv-option {key}", choices) for key, choices in KV_CHOICES.items()],
         *[(f"--distill-option {key}", choices) for key, choices in DISTILL_CHOICES.items()],
+        *[(f"--sampling-option {key}", choices) for key, choices in SAMPLING_CHOICES.items()],
         ("group size", "any; the last group may be shorter; -1: the whole row"),
         ("grids", ", ".join(GRIDS)),
         ("zero-points", ", ".join(ZERO_POINTS)),

@@ -73,7 +73,15 @@ PromptOrAuto = Annotated[
 Calibration = Annotated[
     str | None,
     typer.Option(
-        help="Calibration data: text (.txt, .jsonl), token ids (.npy, .safetensors), c4, wikitext2 or news. Default c4."
+        help="Calibration data: text (.txt, .jsonl), token ids (.npy, .safetensors), c4, wikitext2, news, or self: "
+        "the model writes it. Default c4."
+    ),
+]
+SamplingOptions = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--sampling-option",
+        help="Setting of --calibration self, KEY=VALUE; `subnibble list` shows all. May be repeated.",
     ),
 ]
 NumWindows = Annotated[int | None, typer.Option(help="Number of calibration windows. Default 128.")]
@@ -97,7 +105,9 @@ Grid = Annotated[
 ZeroPoint = Annotated[
     str | None, typer.Option(help="Zero-point of uniform grids: none, integer or real. Default: the method's choice.")
 ]
-Seed = Annotated[int | None, typer.Option(help="Seed for choosing windows and the signs of rotations. Default 0.")]
+Seed = Annotated[
+    int | None, typer.Option(help="Seed for choosing or writing windows and the signs of rotations. Default 0.")
+]
 RecipeFile = Annotated[
     Path | None, typer.Option("--recipe", help="Recipe, a TOML file; options on the command line override it.")
 ]
@@ -172,16 +182,19 @@ def build_recipe(
     options: list[str] | None,
     kv_option: list[str] | None = None,
     distill_option: list[str] | None = None,
+    sampling_option: list[str] | None = None,
     **settings: Any,
 ) -> Recipe:
     """A recipe changed by the settings of the command line.
 
-    If the command line changes the method, the options of the old method are dropped.
+    If the command line changes the method, the options of the old method are dropped. If it changes the calibration
+    data, the settings of --calibration self are.
 
     recipe: the recipe to change; None: the default one.
     options: --option, KEY=VALUE each, or None.
     kv_option: --kv-option, KEY=VALUE each, or None.
     distill_option: --distill-option, KEY=VALUE each, or None.
+    sampling_option: --sampling-option, KEY=VALUE each, or None.
     settings: recipe key -> value; None: not given.
     """
     from subnibble.recipe import Recipe
@@ -194,6 +207,9 @@ def build_recipe(
     values["kv"] = {**recipe.kv, **kv_settings(kv_option)}
     distill = (_parse_option(option, "--distill-option", "rate=0.02") for option in distill_option or [])
     values["distill"] = {**recipe.distill, **dict(distill)}
+    sampling = (_parse_option(option, "--sampling-option", "start=chat") for option in sampling_option or [])
+    written = dict(recipe.sampling) if values.get("calibration") == recipe.calibration else {}
+    values["sampling"] = {**written, **dict(sampling)}
     return Recipe.from_dict(values)
 
 

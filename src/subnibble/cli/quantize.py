@@ -43,6 +43,12 @@ def quantize(
         f"{size['model_bits']:.3f} bits per parameter, {megabytes(size['file_bytes'])}, "
         f"{duration(report.seconds['total'])}, peak memory {megabytes(report.peak_memory)}"
     )
+    if report.sampled is not None:
+        sampled = report.sampled
+        say(
+            f"calibration: {sampled.windows} windows of {sampled.length} tokens that the model wrote, "
+            f"{sampled.backend} ({sampled.reason}), {duration(report.seconds['sample windows'])}"
+        )
     if target.system_prompt is not None:
         say(f"system prompt of {report.prefix_tokens} tokens at 16 bits")
     warning = unstable(report.blocks)

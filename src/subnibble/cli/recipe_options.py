@@ -23,6 +23,7 @@ RECIPE_OPTIONS: dict[str, Any] = {
     "kv_option": o.KvOptions,
     "system_prompt": o.SystemPrompt,
     "calibration": o.Calibration,
+    "sampling_option": o.SamplingOptions,
     "num_windows": o.NumWindows,
     "window": o.Window,
     "distill_steps": o.DistillSteps,

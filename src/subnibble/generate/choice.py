@@ -27,11 +27,20 @@ def chosen_backend(model: Any, name: str) -> tuple[str, str]:
     check_backend(name)
     if name == "torch":
         return "torch", "chosen"
-    reason = why_not(model)
     if name == "native":
-        if reason is not None:
+        if (reason := why_not(model)) is not None:
             raise BadRecipe(f"the native step cannot run this model: {reason}; use --backend torch")
         return "native", "chosen"
     if not packed_modules(model):
         return "torch", "the model is not packed"
-    return ("native", "packed, on the CPU") if reason is None else ("torch", reason)
+    return native_or_torch(model, "packed, on the CPU")
+
+
+def native_or_torch(model: Any, why_native: str = "on the CPU") -> tuple[str, str]:
+    """(backend, why): native for every model that it can run, packed or not.
+
+    model: a loaded transformers model.
+    why_native: the reason to give if it is native.
+    """
+    reason = why_not(model)
+    return ("native", why_native) if reason is None else ("torch", reason)

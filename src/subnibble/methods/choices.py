@@ -1,5 +1,6 @@
-"""Values of method, KV-cache and distillation options as `subnibble list` shows them; checks are elsewhere."""
+"""Values of all options that are KEY=VALUE, as `subnibble list` shows them; checks are elsewhere."""
 
+from subnibble.calibrate import sampling
 from subnibble.corrections import mean_shift, salient
 from subnibble.methods import bisup, d2quant, method, serq, weights
 from subnibble.rounding import gptaq, grid, levels, order
@@ -53,4 +54,13 @@ DISTILL_CHOICES = {
     "norms": "true, false: learn norm gains",
     "norm_biases": "true, false: learn norm biases that correct mean shift",
     "clips": "true, false: learn clips of quantized inputs",
+}
+# Options of windows that the model writes, see `WindowSampling`.
+SAMPLING_CHOICES = {
+    "start": f"{sampling.AUTO}, {', '.join(sampling.STARTS)}; several joined by +",
+    "prompts": "a text, or a list of texts, that documents begin with",
+    "temperature": "a number above 0",
+    "top_k": "number of most likely tokens that may be drawn, 0: all",
+    "top_p": "total probability of the tokens that may be drawn",
+    "min_p": "smallest probability that may be drawn, as a share of the largest",
 }

@@ -8,13 +8,15 @@ step (`Scheme.check_width`, `Rounder.check`, ...); this file calls all of these 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from subnibble.arch.site import Arch, Heads
+from subnibble.calibrate.openings import chosen_start
 from subnibble.calibrate.prompt import AUTO, prompt_prefix
 from subnibble.calibrate.tokens import check_vocabulary
 from subnibble.calibrate.windows import check_positions
@@ -81,8 +83,21 @@ def resolve(model: str | Path | Source, recipe: Recipe) -> Resolved:
     prefix = prompt_prefix(recipe.system_prompt, source.load_tokenizer)
     _check_purpose(recipe, steps, plan)
     check_tokens(recipe, source, prefix, "the system prompt")
+    recipe = with_chosen_start(recipe, source.load_tokenizer)
     complete = resolved_recipe(recipe, options, device, dtype)
     return Resolved(complete, steps, skeleton, plan, rotation, value_rotation, prefix)
+
+
+def with_chosen_start(recipe: Recipe, load_tokenizer: Callable[[], Any]) -> Recipe:
+    """The recipe with all settings filled in of windows that the model writes; unchanged if there are none.
+
+    load_tokenizer: returns the tokenizer; called only if it is needed.
+    Raises `BadRecipe` if the tokenizer does not have what the settings need.
+    """
+    sampling = recipe.window_sampling
+    if sampling is None:
+        return recipe
+    return replace(recipe, sampling=chosen_start(sampling, load_tokenizer()).to_dict())
 
 
 def checked_plan(recipe: Recipe, steps: Steps, skeleton: Skeleton) -> Plan:

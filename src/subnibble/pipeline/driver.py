@@ -2,6 +2,7 @@
 
     check the recipe on the model       `check.py`, before weights are read
     open the run                        lock OUT, continue from the journal of an earlier run (`journal.py`)
+    write the calibration windows       the model writes them itself, if the recipe asks (`windows.py`)
     survey the full-precision model     find sink tokens and a channel order of the residual stream, if needed
     rotate                              fuse norm gains into linears, rotate the residual stream, if the method asks
     embed text and system prompt        the prompt's keys and values come from the full-precision model
@@ -35,7 +36,6 @@ from pathlib import Path
 from torch import Tensor
 
 from subnibble.arguments import as_path
-from subnibble.calibrate.windows import calibration_windows
 from subnibble.checkpoint.edit import read_report
 from subnibble.checkpoint.manifest import PackedConfig
 from subnibble.checkpoint.module_specs import Spec
@@ -55,6 +55,7 @@ from subnibble.pipeline.round import round_block, round_stack
 from subnibble.pipeline.store import StoredBlock, store
 from subnibble.pipeline.streams import Streams
 from subnibble.pipeline.survey import Survey, start, survey
+from subnibble.pipeline.windows import Windows, planned_windows
 from subnibble.progress import Progress, as_progress
 from subnibble.recipe import AnyRecipe, Recipe
 from subnibble.report import Report
@@ -92,7 +93,8 @@ def quantize(
     clock = Clock()
     resolved = resolve(model, parsed)
     check_apart(final, resolved.skeleton.source.path, (resolved.recipe.calibration, resolved.recipe.system_prompt))
-    windows = _windows(resolved, clock)
+    with clock.step("read text"):
+        windows = _planned(resolved)
     with clock.step("check sites"):
         resolved.skeleton.check_tied_head()
         check_sites(resolved.skeleton)
@@ -108,13 +110,14 @@ def quantize(
 
 
 def _run(
-    resolved: Resolved, windows: Tensor | None, writer: CheckpointWriter, run: Run, clock: Clock, progress: Progress
+    resolved: Resolved, planned: Windows, writer: CheckpointWriter, run: Run, clock: Clock, progress: Progress
 ) -> Report:
     """Quantize the model and write all files into the writer's temporary folder; the caller commits."""
     skeleton = resolved.skeleton
     journal = QuantizationJournal(run, resolved, writer, clock)
     with clock.step("write"):
         skeleton.source.copy_side_files(writer.folder)
+    windows, sampled = journal.windows(planned, progress)
     finished = journal.finished_layers(windows)
     surveyed, modules = finished or _quantize_layers(resolved, windows, journal, clock, progress)
     packed = PackedConfig(modules, resolved.plan.cache, surveyed.prefix)
@@ -123,7 +126,7 @@ def _run(
     distilled = tune_whole(writer, resolved, surveyed, packed, journal, clock, progress)
     with clock.step("verify"):
         check_written(writer.folder)
-    return write_report(writer, resolved, surveyed, journal, distilled, clock)
+    return write_report(writer, resolved, surveyed, journal, distilled, sampled, clock)
 
 
 def _quantize_layers(
@@ -162,16 +165,13 @@ def _quantize_layers(
     return surveyed, modules
 
 
-def _windows(resolved: Resolved, clock: Clock) -> Tensor | None:
-    """Token ids of the calibration windows, (windows, tokens), or None without calibration."""
-    recipe, source = resolved.recipe, resolved.skeleton.source
-    if recipe.calibration is None:
-        return None
-    with clock.step("read text"):
-        return calibration_windows(
-            recipe.calibration, source.load_tokenizer, recipe.num_windows, recipe.window, recipe.seed,
-            source.config.vocab_size,
-        )  # fmt: skip
+def _planned(resolved: Resolved) -> Windows:
+    """The calibration windows, as far as they are known before the run begins."""
+    skeleton = resolved.skeleton
+    source = skeleton.source
+    return planned_windows(
+        resolved.recipe, source, source.load_tokenizer, resolved.prefix, skeleton.dtype, skeleton.device
+    )
 
 
 def _begin(

@@ -17,7 +17,9 @@ from subnibble.distill.settings import Distillation
 from subnibble.methods.method import Steps
 from subnibble.model.skeleton import Skeleton
 from subnibble.pipeline.check import resolve
+from subnibble.pipeline.plan import Resolved
 from subnibble.pipeline.size import activation_bits, disk_bytes, effective_bits, packed_bytes
+from subnibble.pipeline.windows import batch_bytes
 from subnibble.recipe import AnyRecipe, Recipe
 from subnibble.tuning.tuning import EFFORTS
 
@@ -30,6 +32,8 @@ _GRAM_SHARE = 0.6
 _ROUND_SECONDS = 3.5e-7
 # Time of a tuning step over the time of its three products: fake quantization, norms, optimizer. Rough.
 _STEP_OVERHEAD = 3.0
+# Time of the native decoder step over the time of its products in torch, when the model writes windows. Rough.
+_WRITING_OVERHEAD = 2.5
 # Float32 copies of a block during a tuning step: intermediate stages of the weights, and gradients. Rough.
 _TUNED_COPIES = 12
 
@@ -82,18 +86,21 @@ def estimate(model: str | Path | Source, recipe: AnyRecipe) -> Estimate:
         file_bytes=packed_bytes(recipe, steps, plan, skeleton, resolved.prefix),
         effective_bits=effective_bits(steps, plan, skeleton),
         activation_bits=activation_bits(steps, plan, skeleton),
-        memory_bytes=_memory(steps, skeleton, tokens, recipe.distillation),
+        memory_bytes=_memory(resolved, tokens),
         disk_bytes=disk_bytes(resolved),
-        seconds=_seconds(steps, skeleton, tokens, _tuned_tokens(recipe, steps), recipe.distillation),
+        seconds=_seconds(steps, skeleton, tokens, _tuned_tokens(recipe, steps), recipe.distillation)
+        + (0.0 if recipe.window_sampling is None else _writing_seconds(skeleton, tokens)),
         cache_bytes=cache_bytes(config, plan.cache),
     )
 
 
-def _memory(steps: Steps, skeleton: Skeleton, tokens: int, distilled: Distillation | None) -> dict[str, int]:
+def _memory(resolved: Resolved, tokens: int) -> dict[str, int]:
     """Bytes by part: this process so far, one block, its statistics, the embedding, the activation streams, tuning.
 
-    tokens: number of calibration tokens. distilled: distillation settings, or None.
+    tokens: number of calibration tokens.
     """
+    recipe, steps, skeleton = resolved.recipe, resolved.steps, resolved.skeleton
+    distilled = recipe.distillation
     item = torch.empty(0, dtype=skeleton.dtype).element_size()
     shapes = skeleton.parameter_shapes()
     first = f"{skeleton.arch.block_path(0)}."
@@ -127,6 +134,11 @@ def _memory(steps: Steps, skeleton: Skeleton, tokens: int, distilled: Distillati
             states = states_bytes(1, distilled.tokens, hidden)
         needed = parts["this process now"] + models + 2 * tables + logits + states
         parts["distillation, beyond that"] = max(0, needed - quantizing)
+    if recipe.window_sampling is not None:
+        # The whole model writes the windows before anything else is loaded.
+        model = sum(numel(shape) for shape in shapes.values()) * item
+        writing = parts["this process now"] + model + batch_bytes(skeleton.config, recipe.window, recipe.num_windows)
+        parts["writing windows, beyond that"] = max(0, writing - sum(parts.values()))
     return {**parts, "peak": sum(parts.values())}
 
 
@@ -170,6 +182,12 @@ def _seconds(steps: Steps, skeleton: Skeleton, tokens: int, tuned_tokens: int, d
     learned_tokens = 0 if distilled is None else distilled.steps * distilled.tokens
     tuning += 5 * 2 * parameters * learned_tokens / (float32_speed * _FORWARD_EFFICIENCY)
     return forward * passes + 2 * grams * statistics * tokens / float32_speed + weights * _ROUND_SECONDS + tuning
+
+
+def _writing_seconds(skeleton: Skeleton, tokens: int) -> float:
+    """Seconds in which the model writes calibration windows on the native decoder step."""
+    weights = sum(numel(shape) for shape in skeleton.parameter_shapes().values())
+    return _WRITING_OVERHEAD * 2 * weights * tokens / _product_speed(skeleton.device, skeleton.dtype)
 
 
 def _product_speed(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:

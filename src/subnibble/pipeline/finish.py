@@ -16,7 +16,7 @@ from subnibble.pipeline.plan import Resolved
 from subnibble.pipeline.streams import prefix_length
 from subnibble.pipeline.survey import Survey
 from subnibble.progress import Progress
-from subnibble.report import DistillReport, Report
+from subnibble.report import DistillReport, Report, SampledReport
 from subnibble.report.clock import Clock
 from subnibble.version import __version__
 
@@ -67,9 +67,14 @@ def write_report(
     surveyed: Survey,
     journal: QuantizationJournal,
     distilled: DistillReport | None,
+    sampled: SampledReport | None,
     clock: Clock,
 ) -> Report:
-    """Write report.json and return the report. distilled: report of the distillation, or None."""
+    """Write report.json and return the report.
+
+    distilled: report of the distillation, or None.
+    sampled: report of windows that the model wrote, or None.
+    """
     report = Report(
         model=str(resolved.skeleton.source.path),
         method=resolved.recipe.method,
@@ -83,6 +88,7 @@ def write_report(
         weights_sha256=weights_checksum(writer.checksums),
         blocks=tuple(block.tuned for block in journal.blocks if block.tuned is not None),
         distilled=distilled,
+        sampled=sampled,
     )
     writer.write_json("report.json", report.to_dict())
     return report

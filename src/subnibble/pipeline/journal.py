@@ -1,5 +1,7 @@
 """What a quantization records in the journal of its run, and how it goes on from there.
 
+    sampling       finished calibration windows, while the model writes others
+    sampled windows   all of them
     survey         sink tokens and channel order, if asked for: both need passes of the full-precision model
     block 0, ...   shard, specs and reports of a block, and the streams after it
     final layers   the last shard, and the specs of all modules
@@ -27,7 +29,9 @@ from subnibble.pipeline.plan import Resolved
 from subnibble.pipeline.store import StoredBlock
 from subnibble.pipeline.streams import Streams
 from subnibble.pipeline.survey import Survey, takes_passes
-from subnibble.report import BlockReport, LinearReport
+from subnibble.pipeline.windows import SAMPLED, Windows, written_windows
+from subnibble.progress import Progress
+from subnibble.report import BlockReport, LinearReport, SampledReport
 from subnibble.report.clock import Clock, peak_memory
 from subnibble.resume import fingerprint
 from subnibble.resume.interrupt import safe_point, stop_requested
@@ -78,6 +82,16 @@ class QuantizationJournal:
     def peak_memory(self) -> int:
         """Peak memory in bytes of this process and of the runs that it continues."""
         return max(self._peak, peak_memory())
+
+    def windows(self, planned: Windows, progress: Progress) -> tuple[Tensor | None, SampledReport | None]:
+        """The calibration windows, (n, t) token ids or None, and how the model wrote them, or None.
+
+        Windows that the model writes are read from the journal, or written and recorded.
+        """
+        if planned.written is None:
+            return planned.ids, None
+        with self._clock.step("sample windows"):
+            return written_windows(planned.written, self._journal, self._facts, progress)
 
     def survey(self, windows: Tensor | None) -> Survey | None:
         """The recorded survey, None if it is still to do. windows: (n, t) token ids, or None."""
@@ -179,7 +193,8 @@ class QuantizationJournal:
 
     def _record_blocks(self, tensors: list[Tensor]) -> None:
         if tensors:
-            earlier = [name for name, step in self._journal.steps.items() if step.file is not None]
+            steps = self._journal.steps.items()
+            earlier = [name for name, step in steps if step.file is not None and name != SAMPLED]
             self._record(self._pending, tensors, earlier)
         else:
             self._record(self._pending)
@@ -195,12 +210,12 @@ class QuantizationJournal:
         return {"seconds": self._clock.seconds(), "peak_memory": self.peak_memory}
 
 
-def fingerprint_of(resolved: Resolved, windows: Tensor | None) -> dict[str, Any]:
-    """The inputs that determine the packed checkpoint. windows: (n, t) token ids, or None."""
+def fingerprint_of(resolved: Resolved, windows: Windows) -> dict[str, Any]:
+    """The inputs that determine the packed checkpoint. windows: for calibration."""
     return {
         "model": fingerprint.files(resolved.skeleton.source.files()),
         "recipe": resolved.recipe.to_dict(),
-        "calibration tokens": fingerprint.tokens(windows),
+        "calibration tokens": windows.fingerprint,
         "system prompt": None if resolved.prefix is None else resolved.prefix.to_dict(),
         "versions": fingerprint.versions(),
         "machine": fingerprint.machine(resolved.skeleton.device),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from subnibble.arguments import as_path, check_types, described, plain
+from subnibble.calibrate.sampling import SELF, WindowSampling
 from subnibble.device import AUTO, DTYPES
 from subnibble.distill.settings import Distillation
 from subnibble.errors import BadArgument, BadRecipe
@@ -27,6 +28,7 @@ _TYPES = {
     "embedding_bits": int, "activation_bits": int, "activation_group_size": (int, type(None)),
     "activation_zero_point": str, "activation_clip": (float, int), "kv_bits": int, "kv": Mapping,
     "system_prompt": (str, type(None)), "calibration": (str, type(None)), "num_windows": int, "window": int,
+    "sampling": Mapping,
     "distill_steps": int, "distill": Mapping,
     "seed": int, "device": str, "dtype": str, "options": Mapping, "overrides": Mapping,
 }  # fmt: skip
@@ -57,13 +59,15 @@ class Recipe:
     system_prompt: prompt prefix before every text: text, a text file, "default" (the system turn that the chat template
         writes), "bos" (the BOS token alone) or "auto" (the model's attention sinks, detected in the calibration data).
         The unquantized model computes its keys and values, which stay at 16 bits; see `calibrate/prompt.py`.
-    calibration: calibration data, a file of text or token ids or a named set ("c4", "wikitext2", "news"); None: "c4" if
-        the method needs data.
+    calibration: calibration data, a file of text or token ids, a named set ("c4", "wikitext2", "news"), or "self": the
+        model writes it; None: "c4" if the method needs data.
     num_windows: number of calibration windows.
     window: tokens of a calibration window.
+    sampling: table of how the model writes calibration windows: the fields of `WindowSampling`; empty unless
+        calibration is "self".
     distill_steps: optimizer steps that tune the whole packed model towards the original's predictions; 0: no tuning.
     distill: table of the other settings of this tuning: the fields of `Distillation` except steps.
-    seed: seed for choosing windows, for their order in distillation, and for the signs of rotations.
+    seed: seed for choosing or writing windows, for their order in distillation, and for the signs of rotations.
     device: torch device that computes; "auto": an accelerator if there is one.
     dtype: dtype of activations and weights during computation: "float32", "bfloat16", "float16", or "auto" (see
         `device.py`).
@@ -90,6 +94,7 @@ class Recipe:
     calibration: str | None = None
     num_windows: int = 128
     window: int = 2048
+    sampling: Mapping[str, Any] = field(default_factory=dict)
     distill_steps: int = 0
     distill: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
@@ -104,6 +109,7 @@ class Recipe:
         check_types(self, _TYPES)
         _check_values(self)
         _check_schemes(self)
+        _ = self.window_sampling
         if self.distillation is not None:
             self.distillation.pieces(self.num_windows, self.window)
         for pattern, values in self.overrides.items():
@@ -134,6 +140,18 @@ class Recipe:
                 raise BadRecipe(f"kv.{next(iter(self.kv))} is set, but kv_bits is 16; set kv_bits to 8, 4, 3 or 2")
             return None
         return CacheScheme.from_dict({**prefers(self.kv_bits), **self.kv, "bits": self.kv_bits})
+
+    @property
+    def window_sampling(self) -> WindowSampling | None:
+        """How the model writes calibration windows, or None if `calibration` is not "self"."""
+        if self.calibration != SELF:
+            if self.sampling:
+                raise BadRecipe(
+                    f"sampling.{next(iter(self.sampling))} is set, but calibration is {self.calibration!r}; set "
+                    f'calibration = "{SELF}", or leave it out'
+                )
+            return None
+        return WindowSampling.from_dict(self.sampling)
 
     @property
     def distillation(self) -> Distillation | None:

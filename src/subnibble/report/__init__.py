@@ -97,6 +97,26 @@ class DistillReport:
 
 
 @dataclass(frozen=True)
+class SampledReport:
+    """Report of calibration windows that the model wrote.
+
+    backend: what ran the model, "native" or "torch".
+    reason: why.
+    windows: number of windows.
+    length: tokens of a window.
+    """
+
+    backend: str
+    reason: str
+    windows: int
+    length: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dictionary for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
 class Report:
     """Report of a whole quantization.
 
@@ -112,6 +132,7 @@ class Report:
     weights_sha256: SHA-256 over all weight files.
     blocks: tuned blocks; empty if the method does not tune.
     distilled: report of the distillation, or None.
+    sampled: report of calibration windows that the model wrote, or None.
     """
 
     model: str
@@ -126,6 +147,7 @@ class Report:
     weights_sha256: str
     blocks: tuple[BlockReport, ...] = ()
     distilled: DistillReport | None = None
+    sampled: SampledReport | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionary for JSON."""
@@ -135,10 +157,12 @@ class Report:
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Read the content of report.json; keys that later commands added, such as `distilled_later`, are left out."""
         names = {item.name for item in fields(cls)}
-        distilled = values["distilled"]
+        # Checkpoints of earlier releases have no "sampled".
+        distilled, sampled = values["distilled"], values.get("sampled")
         parts = {
             "linears": tuple(LinearReport.from_dict(entry) for entry in values["linears"]),
             "blocks": tuple(BlockReport.from_dict(entry) for entry in values["blocks"]),
             "distilled": None if distilled is None else DistillReport(**distilled),
+            "sampled": None if sampled is None else SampledReport(**sampled),
         }
         return cls(**{name: value for name, value in {**values, **parts}.items() if name in names})
