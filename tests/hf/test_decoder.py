@@ -65,8 +65,8 @@ def reference(model: Any, tokens: Tensor) -> Tensor:
 def assert_near(actual: Tensor, expected: Tensor, most: float, typical: float) -> None:
     """Errors are relative to a token's largest logit. most: of nine tokens in ten. typical: of half of them.
 
-    A sum that differs a little may round to another 16-bit number or another code, which later tokens read: few show it,
-    and those by a few times `most`.
+    A sum that differs a little may round to another 16-bit number or another code, which later tokens read: few show
+    it, and those by a few times `most`.
     """
     errors = (actual - expected).abs().amax(-1) / expected.abs().amax(-1)
     assert errors.max() < 5 * most, f"{errors.max():.2e} at token {int(errors.argmax())}"
