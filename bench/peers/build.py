@@ -2,7 +2,7 @@
 
     python bench/peers/build.py [--peers DIR] [--jobs N]
 
-Both programs come inside Python bindings, and are built outside this repository: about 15 minutes on an idle core. What
+Both programs come inside Python bindings, and are built outside this repository: about 20 minutes on an idle core. What
 is there already is kept.
 """
 
@@ -69,12 +69,13 @@ class Library:
 
 
 LLAMA = Source("llama.cpp", "llama-cpp-python", "0.3.36")
-# Its attention kernels would take most of the compiler's time; ggml.cpp stands in for them.
-IK = Source("ik_llama.cpp", "ik-llama-cpp-python", "0.1.5", ("-DGGML_IQK_FLASH_ATTENTION=OFF",))
+# Attention over KV caches of all types would take most of the compiler's time; the bench needs that of float16.
+IK = Source("ik_llama.cpp", "ik-llama-cpp-python", "0.1.5", ("-DGGML_IQK_FA_ALL_QUANTS=OFF",))
 _GGML = ("ggml/src/libggml.a", "ggml/src/libggml-cpu.a", "ggml/src/libggml-base.a")
 LLAMA_PRODUCTS = Library(LLAMA, "ggml.cpp", "ggml", _GGML)
 IK_PRODUCTS = Library(IK, "ggml.cpp", "ggml", ("ggml/src/libggml.a",), ("-DIK",))
 LLAMA_MODEL = Library(LLAMA, "model.cpp", "llama", ("src/libllama.a", *_GGML))
+IK_MODEL = Library(IK, "model.cpp", "llama", ("src/libllama.a", "ggml/src/libggml.a"), ("-DIK",))
 
 
 def main() -> None:
@@ -83,7 +84,7 @@ def main() -> None:
     parser.add_argument("--peers", type=Path, default=FOLDER, metavar="DIR", help=f"folder of the peers: {FOLDER}")
     parser.add_argument("--jobs", type=int, default=1, help="compilers at once")
     arguments = parser.parse_args()
-    for library in (LLAMA_PRODUCTS, IK_PRODUCTS, LLAMA_MODEL):
+    for library in (LLAMA_PRODUCTS, IK_PRODUCTS, LLAMA_MODEL, IK_MODEL):
         build(library, arguments.peers, arguments.jobs)
 
 

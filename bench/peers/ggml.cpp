@@ -4,7 +4,6 @@
 // does. The library links its ggml statically, so that both can be in one process.
 
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
 #include <vector>
 
@@ -88,12 +87,6 @@ ggml_backend_buffer_type_t buffer_type(ggml_type type, int64_t columns, int64_t 
 }  // namespace
 
 extern "C" {
-
-#ifdef IK
-// Its attention is not built (build.py), but named by what is; products do not call it.
-void iqk_flash_attn_noalibi() { std::abort(); }
-void iqk_fa_work_buffer_size() { std::abort(); }
-#endif
 
 // Quantize a dense matrix (rows, columns) to a named type and keep copies of it; null if the type takes no such rows.
 //

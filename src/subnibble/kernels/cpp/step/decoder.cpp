@@ -1,6 +1,7 @@
 #include "step/decoder.h"
 
 #include <algorithm>
+#include <array>
 #include <set>
 #include <stdexcept>
 #include <string>
@@ -15,6 +16,15 @@ namespace {
 constexpr std::int64_t kPassTokens = 256;
 
 std::int64_t rows_of(const Tensor& tensor, Place place) { return tensor.sites[place.site]->rows(place.reader); }
+
+constexpr std::array<Tensor Layer::*, 4> kTensors = {&Layer::attention_in, &Layer::attention_out, &Layer::mlp_in,
+                                                     &Layer::mlp_hidden};
+
+std::int64_t result_numbers(const Tensor& tensor) {
+    std::int64_t numbers = 0;
+    for (const auto& site : tensor.sites) numbers += site->result_numbers();
+    return numbers;
+}
 
 const float* result_of(Tensor& tensor, Place place) { return tensor.sites[place.site]->result(place.reader); }
 
@@ -81,13 +91,16 @@ void Decoder::reserve(std::int64_t tokens, std::int64_t threads) {
         // A few tokens more than asked for, so that a batch may grow.
         room_ = std::min(kPassTokens, tokens <= 1 ? 1 : padded(tokens, 32));
         const std::int64_t q = form_.query_heads * form_.cache.width;
-        std::int64_t hidden = 0;
-        for (Layer& layer : layers_) {
-            for (Tensor* tensor : {&layer.attention_in, &layer.attention_out, &layer.mlp_in, &layer.mlp_hidden})
-                for (const auto& site : tensor->sites) site->reserve(room_);
+        std::int64_t hidden = 0, results = 0;
+        for (const Layer& layer : layers_) {
+            for (const Tensor Layer::* tensor : kTensors) results = std::max(results, result_numbers(layer.*tensor));
             hidden = std::max(hidden, rows_of(layer.mlp_in, layer.gate));
         }
-        head_->reserve(room_, false);
+        results_ = aligned<float>(room_ * results);
+        for (std::size_t index = 0; index < layers_.size(); ++index)
+            for (Tensor Layer::* tensor : kTensors)
+                reserve_sites(layers_[index].*tensor, index == 0 ? nullptr : &(layers_[index - 1].*tensor));
+        head_->reserve(room_, nullptr, nullptr);
         hidden_ = aligned<float>(room_ * form_.width);
         queries_ = aligned<float>(room_ * q);
         attended_ = aligned<float>(room_ * q);
@@ -103,6 +116,16 @@ void Decoder::reserve(std::int64_t tokens, std::int64_t threads) {
             }
     while (static_cast<std::int64_t>(scratch_.size()) < threads)
         scratch_.push_back({aligned<std::uint8_t>(panels), aligned<float>(numbers)});
+}
+
+// before: the same tensor of the layer before, null for none.
+void Decoder::reserve_sites(Tensor& tensor, const Tensor* before) {
+    float* results = results_.get();
+    for (std::size_t index = 0; index < tensor.sites.size(); ++index) {
+        const bool follows = before != nullptr && index < before->sites.size();
+        tensor.sites[index]->reserve(room_, results, follows ? before->sites[index].get() : nullptr);
+        results += room_ * tensor.sites[index]->result_numbers();
+    }
 }
 
 bool Decoder::forward(const std::vector<Append>& appends, std::int64_t threads, float* logits,

@@ -100,6 +100,7 @@ class Decoder {
     };
     void check(const std::vector<Append>& appends) const;
     void reserve(std::int64_t tokens, std::int64_t threads);
+    void reserve_sites(Tensor& tensor, const Tensor* before);
     void run(const Pass& pass, std::int64_t threads, float* logits);
     void embed(const Pass& pass);
     void run_layer(const Team& team, const Pass& pass, std::int64_t index);
@@ -126,6 +127,8 @@ class Decoder {
 
     std::int64_t room_ = 0;
     std::vector<Scratch> scratch_;
+    // What the readers of one tensor give: nothing else needs it by the time the next tensor is multiplied.
+    Aligned<float> results_;
     // (tokens, width); (tokens, query heads, width of a head); likewise; (tokens, gate's rows).
     Aligned<float> hidden_, queries_, attended_, gated_;
 };

@@ -65,35 +65,63 @@ void Site::Entered::read(const Kernel& kernel, std::int64_t t) {
     for (const auto& operand : operands) operand->read(kernel, *input, t);
 }
 
-void Site::reserve(std::int64_t tokens, bool with_results) {
-    results_.clear();
+void Site::reserve(std::int64_t tokens, float* results, const Site* before) {
     y_.assign(readers_.size(), nullptr);
-    low_rank_.clear();
-    if (with_results)
-        for (std::size_t i = 0; i < readers_.size(); ++i) {
-            results_.push_back(aligned<float>(tokens * readers_[i].rows));
-            y_[i] = results_.back().get();
-        }
-    if (has_dense_) plain_ = aligned<float>(tokens * steps_.width);
-    if (!has_packed_) return;
-    x_.input = std::make_unique<Input>(steps_.scheme, tokens, steps_.width);
-    x_.operands.clear();
-    if (steps_.requantized > 0) {
-        rest_.input = std::make_unique<Input>(steps_.scheme, tokens, steps_.requantized);
-        rest_.operands.clear();
+    for (std::size_t i = 0; i < readers_.size() && results != nullptr; ++i) {
+        y_[i] = results;
+        results += tokens * readers_[i].rows;
     }
+    room_ = before != nullptr && needs_room_of(*before) ? before->room_ : new_room(tokens);
+}
+
+std::int64_t Site::result_numbers() const {
+    std::int64_t numbers = 0;
+    for (const LinearTerms& reader : readers_) numbers += reader.rows;
+    return numbers;
+}
+
+std::unique_ptr<Site::Room> Site::new_room(std::int64_t tokens) const {
+    auto room = std::make_unique<Room>();
+    if (has_dense_) room->plain = aligned<float>(tokens * steps_.width);
+    if (!has_packed_) return room;
+    room->x.input = std::make_unique<Input>(steps_.scheme, tokens, steps_.width);
+    if (steps_.requantized > 0) room->rest.input = std::make_unique<Input>(steps_.scheme, tokens, steps_.requantized);
     for (const LinearTerms& reader : readers_) {
-        x_.prepare(reader.main);
-        x_.prepare(reader.salient);
-        x_.prepare(reader.down);
-        if (steps_.requantized > 0) rest_.prepare(reader.salient);
-        LowRank& branch = low_rank_.emplace_back();
+        room->x.prepare(reader.main);
+        room->x.prepare(reader.salient);
+        room->x.prepare(reader.down);
+        if (steps_.requantized > 0) room->rest.prepare(reader.salient);
+        LowRank& branch = room->low_rank.emplace_back();
         if (reader.down.empty()) continue;
         const std::int64_t rank = reader.down.front().tiles.rows;
         branch.inner = aligned<float>(tokens * rank);
         branch.entered.input = std::make_unique<Input>(reader.inner, tokens, rank);
         branch.entered.prepare(reader.up);
     }
+    return room;
+}
+
+bool Site::needs_room_of(const Site& other) const {
+    const auto same_scheme = [](const InputScheme& a, const InputScheme& b) {
+        return a.rounding.kind == b.rounding.kind && a.rounding.last == b.rounding.last &&
+               a.rounding.clip == b.rounding.clip && a.group == b.group && a.outliers == b.outliers &&
+               a.planes == b.planes;
+    };
+    // Of the low-rank terms, the inner tokens have a column for each row of `down`.
+    const auto same_ranges = [](const std::vector<TiledRange>& a, const std::vector<TiledRange>& b) {
+        return std::equal(a.begin(), a.end(), b.begin(), b.end(), [](const TiledRange& x, const TiledRange& y) {
+            return x.start == y.start && x.tiles.columns == y.tiles.columns && x.tiles.group == y.tiles.group &&
+                   x.tiles.rows == y.tiles.rows;
+        });
+    };
+    return steps_.width == other.steps_.width && steps_.requantized == other.steps_.requantized &&
+           same_scheme(steps_.scheme, other.steps_.scheme) && has_dense_ == other.has_dense_ &&
+           std::equal(readers_.begin(), readers_.end(), other.readers_.begin(), other.readers_.end(),
+                      [&](const LinearTerms& a, const LinearTerms& b) {
+                          return same_ranges(a.main, b.main) && same_ranges(a.salient, b.salient) &&
+                                 same_ranges(a.down, b.down) && same_ranges(a.up, b.up) &&
+                                 (a.down.empty() || same_scheme(a.inner, b.inner));
+                      });
 }
 
 std::int64_t Site::panel_bytes() const {
@@ -109,9 +137,9 @@ std::int64_t Site::panel_bytes() const {
 void Site::begin(std::int64_t tokens) {
     tokens_ = tokens;
     if (!has_packed_) return;
-    x_.begin(tokens);
-    if (steps_.requantized > 0) rest_.begin(tokens);
-    for (LowRank& branch : low_rank_)
+    room_->x.begin(tokens);
+    if (steps_.requantized > 0) room_->rest.begin(tokens);
+    for (LowRank& branch : room_->low_rank)
         if (branch.entered.input != nullptr) branch.entered.begin(tokens);
 }
 
@@ -131,13 +159,13 @@ void Site::enter(std::int64_t t, const float* x, float* room) {
         multiply_hadamard(functions_, steps_.blocks, x, to, room + 2 * width);
         x = to;
     }
-    if (has_dense_) std::memcpy(plain_.get() + t * width, x, static_cast<std::size_t>(width) * 4);
+    if (has_dense_) std::memcpy(room_->plain.get() + t * width, x, static_cast<std::size_t>(width) * 4);
     if (!has_packed_) return;
-    x_.input->round(kernel_, t, x);
-    x_.read(kernel_, t);
+    room_->x.input->round(kernel_, t, x);
+    room_->x.read(kernel_, t);
     if (steps_.requantized > 0) {
-        rest_.input->round_rest(kernel_, *x_.input, t, x, room + 2 * width);
-        rest_.read(kernel_, t);
+        room_->rest.input->round_rest(kernel_, *room_->x.input, t, x, room + 2 * width);
+        room_->rest.read(kernel_, t);
     }
 }
 
@@ -159,13 +187,14 @@ void Site::multiply_part(std::size_t reader, std::int64_t first, std::int64_t la
     const LinearTerms& terms = readers_[reader];
     float* y = y_[reader];
     if (terms.dense != nullptr) {
-        functions_.dense(terms.dense, terms.dense_type, steps_.width, plain_.get(), steps_.width, tokens_, first, last,
-                         y, terms.rows);
+        functions_.dense(terms.dense, terms.dense_type, steps_.width, room_->plain.get(), steps_.width, tokens_, first,
+                         last, y, terms.rows);
     } else {
-        multiply_ranges(x_, terms.main, y, terms.rows, first, last, false, scratch);
-        multiply_ranges(x_, terms.salient, y, terms.rows, first, last, true, scratch);
-        if (steps_.requantized > 0) multiply_ranges(rest_, terms.salient, y, terms.rows, first, last, true, scratch);
-        multiply_ranges(low_rank_[reader].entered, terms.up, y, terms.rows, first, last, true, scratch);
+        multiply_ranges(room_->x, terms.main, y, terms.rows, first, last, false, scratch);
+        multiply_ranges(room_->x, terms.salient, y, terms.rows, first, last, true, scratch);
+        if (steps_.requantized > 0)
+            multiply_ranges(room_->rest, terms.salient, y, terms.rows, first, last, true, scratch);
+        multiply_ranges(room_->low_rank[reader].entered, terms.up, y, terms.rows, first, last, true, scratch);
     }
     if (terms.bias == nullptr) return;
     for (std::int64_t t = 0; t < tokens_; ++t)
@@ -179,7 +208,8 @@ void Site::multiply_low_rank(const Team& team, Scratch& scratch) {
         const std::int64_t rank = readers_[i].down.front().tiles.rows;
         const auto [first, last] = team.share(rank, 2 * kTileRows);
         if (first < last)
-            multiply_ranges(x_, readers_[i].down, low_rank_[i].inner.get(), rank, first, last, false, scratch);
+            multiply_ranges(room_->x, readers_[i].down, room_->low_rank[i].inner.get(), rank, first, last, false,
+                            scratch);
     }
     team.meet();
     const auto [first, last] = team.share(tokens_);
@@ -187,8 +217,8 @@ void Site::multiply_low_rank(const Team& team, Scratch& scratch) {
         if (readers_[i].down.empty()) continue;
         const std::int64_t rank = readers_[i].down.front().tiles.rows;
         for (std::int64_t t = first; t < last; ++t) {
-            low_rank_[i].entered.input->round(kernel_, t, low_rank_[i].inner.get() + t * rank);
-            low_rank_[i].entered.read(kernel_, t);
+            room_->low_rank[i].entered.input->round(kernel_, t, room_->low_rank[i].inner.get() + t * rank);
+            room_->low_rank[i].entered.read(kernel_, t);
         }
     }
     team.meet();

@@ -65,8 +65,13 @@ class Site {
     Site(const Kernel& kernel, const StepFunctions& functions, SiteSteps steps, std::vector<LinearTerms> readers);
 
     std::int64_t width() const { return steps_.width; }
-    // Make room for `tokens` tokens, and for results unless they go elsewhere.
-    void reserve(std::int64_t tokens, bool with_results = true);
+    // Make room for `tokens` tokens.
+    // results: room for what all readers give, one after the other; null if `write_to` says where they go.
+    // before: a site that is done with its tokens before this one begins, null for none. Its room serves this site as
+    //   well, if both need the same.
+    void reserve(std::int64_t tokens, float* results, const Site* before);
+    // Numbers that all readers give for a token.
+    std::int64_t result_numbers() const;
     // Let results of a reader go to y, (tokens, rows).
     void write_to(std::size_t reader, float* y) { y_[reader] = y; }
     // Bytes and numbers that a thread's `Scratch` must hold.
@@ -111,6 +116,16 @@ class Site {
         Entered entered;
     };
 
+    // What a site holds of the tokens that were entered.
+    struct Room {
+        Entered x, rest;
+        // Tokens after all steps before rounding; only if a reader is dense.
+        Aligned<float> plain;
+        std::vector<LowRank> low_rank;
+    };
+
+    std::unique_ptr<Room> new_room(std::int64_t tokens) const;
+    bool needs_room_of(const Site& other) const;
     std::pair<std::int64_t, std::int64_t> part_of(const Team& team, std::size_t reader) const;
     void multiply_ranges(const Entered& x, const std::vector<TiledRange>& ranges, float* y, std::int64_t y_stride,
                          std::int64_t first, std::int64_t last, bool add, Scratch& scratch) const;
@@ -121,13 +136,9 @@ class Site {
     const StepFunctions& functions_;
     SiteSteps steps_;
     std::vector<LinearTerms> readers_;
-    Entered x_, rest_;
-    // Tokens after all steps before rounding; only if a reader is dense.
-    Aligned<float> plain_;
-    std::vector<Aligned<float>> results_;
+    std::shared_ptr<Room> room_;
     // Where results of each reader go.
     std::vector<float*> y_;
-    std::vector<LowRank> low_rank_;
     std::int64_t tokens_ = 0;
     bool has_packed_ = false, has_dense_ = false, has_low_rank_ = false;
 };
