@@ -9,16 +9,18 @@
 
 namespace subnibble {
 
-// Memory that is read next: some of it is fetched into the cache with each tile of codes. Tiles at 16 bits are as large as
+// Memory that is read next: it is fetched into the cache while codes are multiplied. Tiles at 16 bits are as large as
 // a page: fetching them makes the processor wait for memory more, not less. from: null for none.
 struct Next {
     const std::uint8_t* from = nullptr;
     std::int64_t tile_bytes = 0;
 
-    // Always inline: GCC finds that a function of its own has no effect.
-    inline __attribute__((always_inline)) void fetch(std::int64_t tile) const {
+    // Fetch part `part` of `parts` of as many tiles. Always inline: GCC finds that a function of its own has no effect.
+    inline __attribute__((always_inline)) void fetch(std::int64_t tiles, std::int64_t part, std::int64_t parts) const {
         if (from == nullptr) return;
-        for (std::int64_t at = 0; at < tile_bytes; at += 64) __builtin_prefetch(from + tile * tile_bytes + at);
+        const std::int64_t lines = tiles * tile_bytes / 64;
+        for (std::int64_t line = lines * part / parts; line < lines * (part + 1) / parts; ++line)
+            __builtin_prefetch(from + 64 * line);
     }
 };
 

@@ -64,7 +64,7 @@ void scores_by_token(const KeyForm& form, const std::uint8_t* tile, std::int64_t
     const StripForm strip = form.strip();
     const std::int64_t strip_bytes = strip.nbytes();
     for (std::int64_t t = 0; t < tiles; ++t, tile += form.tile_bytes(), out += kTokens) {
-        next.fetch(t);
+        next.fetch(tiles, t, tiles);
         const std::uint8_t* scales = tile + form.scales_at();
         const std::uint8_t* lows = scales + 2 * form.scales();
 #pragma GCC unroll 1
@@ -105,7 +105,7 @@ void scores_by_channel(const KeyForm& form, const std::uint8_t* tile, std::int64
     const StripForm strip = form.strip();
     const std::int64_t strip_bytes = strip.nbytes(), room = form.room();
     for (std::int64_t t = 0; t < tiles; ++t, tile += form.tile_bytes(), out += kTokens) {
-        next.fetch(t);
+        next.fetch(tiles, t, tiles);
         for (std::int64_t half = 0; half < 2; ++half) {
             const auto* scales = reinterpret_cast<const std::uint16_t*>(tile + form.scales_at()) + half * room;
             const std::uint16_t* lows = scales + form.scales();

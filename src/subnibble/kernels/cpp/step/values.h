@@ -114,7 +114,7 @@ void weigh_whole(const ValueForm& form, const std::uint8_t* tile, std::int64_t t
     }
     const std::int64_t group_vectors = groups == 1 ? vectors : form.group / 16;
     for (std::int64_t t = 0; t < tiles; ++t) {
-        next.fetch(t);
+        next.fetch(tiles, t, tiles);
         const std::uint8_t* codes = tile + t * form.tile_bytes();
         for (std::int64_t v = 0; v < vectors; ++v) {
             const std::int64_t g = v / group_vectors;
