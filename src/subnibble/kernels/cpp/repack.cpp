@@ -77,6 +77,8 @@ void place_row(const std::uint8_t* codes, std::int64_t blocks, std::uint8_t* row
 
 // Blocks of a row that are unpacked at a time.
 constexpr std::int64_t kBlocks = 16;
+// Of codes that are repacked before their pages are given back.
+constexpr std::int64_t kPieceBytes = 1 << 23;
 
 // Half of a scale of E8M0, whose levels are counted in halves, as bfloat16: exact.
 std::uint16_t half_of_e8m0(std::uint8_t exponent) {
@@ -111,15 +113,15 @@ Repacked::Repacked(const Matrix& w) {
 
     const std::int64_t row_bytes = (w.columns * w.bits + 7) / 8, zero_row_bytes = (t.groups * w.bits + 7) / 8;
     const std::int64_t source_width = w.scale_type == Number::e8m0 ? 1 : width;
+    const bool threads = w.rows * w.columns > 1 << 18;
+    // Some tiles at a time: the pages of the file that they came from are given back at once.
+    const std::int64_t some = std::max<std::int64_t>(1, kPieceBytes / std::max<std::int64_t>(1, kTileRows * row_bytes));
+    for (std::int64_t first_tile = 0; first_tile < padded / kTileRows; first_tile += some) {
+        const std::int64_t last_tile = std::min(padded / kTileRows, first_tile + some);
 #if defined(_OPENMP)
-#pragma omp parallel if (w.rows * w.columns > 1 << 18)
+#pragma omp parallel for if (threads)
 #endif
-    {
-        const auto zeros = aligned<std::uint8_t>(t.groups + 8);
-#if defined(_OPENMP)
-#pragma omp for
-#endif
-        for (std::int64_t tile = 0; tile < padded / kTileRows; ++tile) {
+        for (std::int64_t tile = first_tile; tile < last_tile; ++tile) {
             // Rows write to the same lines of a tile: some blocks at a time, which stay in the cache.
             for (std::int64_t first = 0; first < t.blocks; first += kBlocks) {
                 const std::int64_t blocks = std::min(kBlocks, t.blocks - first), column = first * kBlockColumns;
@@ -138,6 +140,14 @@ Repacked::Repacked(const Matrix& w) {
                 }
             }
         }
+        const std::int64_t row = first_tile * kTileRows, last_row = std::min(w.rows, last_tile * kTileRows);
+        if (row < last_row) not_needed_soon(w.codes + row * row_bytes, (last_row - row) * row_bytes);
+    }
+#if defined(_OPENMP)
+#pragma omp parallel if (threads)
+#endif
+    {
+        const auto zeros = aligned<std::uint8_t>(t.groups + 8);
 #if defined(_OPENMP)
 #pragma omp for
 #endif
@@ -167,7 +177,6 @@ Repacked::Repacked(const Matrix& w) {
             }
         }
     }
-    not_needed_soon(w.codes, w.rows * row_bytes);
 }
 
 }  // namespace subnibble
