@@ -260,32 +260,31 @@ def _lines(rows: list[dict[str, Any]]) -> Iterator[list[str]]:
     for row in rows:
         bits |= row["bits"]
     for name in sorted(bits, key=lambda one: (bits[one][0], not _is_ours(one))):
-        yield [name, f"{bits[name][1]:.3g}", *(_cell(row, name) for row in rows), *_shares(rows[0], rows[-1], name)]
+        yield [name, f"{bits[name][1]:.3g}", *(_cell(row, name) for row in rows), share(rows[0], name, False), share(rows[-1], name, True)]
 
 
 def _cell(row: dict[str, Any], name: str) -> str:
     """Microseconds of the fastest round; in brackets how many times as fast ours is as the best peer of its bits."""
-    times, bits = row["microseconds"], row["bits"]
-    if name not in times:
+    if name not in row["microseconds"]:
         return ""
-    cell = f"{min(times[name]):.0f}"
+    cell, times = f"{min(row['microseconds'][name]):.0f}", of_best_peer(row, name) if _is_ours(name) else ""
+    return f"{cell} ({times})" if times else cell
+
+
+def of_best_peer(row: dict[str, Any], name: str) -> str:
+    """How many times as fast a method is as the best peer of its nominal bits; empty without one."""
+    times, bits = row["microseconds"], row["bits"]
     peers = [one for one in times if not _is_ours(one) and bits[one][0] == bits[name][0]]
-    if not _is_ours(name) or not peers:
-        return cell
-    return f"{cell} ({min(ratio(row, name, peer) for peer in peers):.2f})"
+    return f"{min(ratio(row, name, peer) for peer in peers):.2f}" if peers else ""
 
 
-def _shares(few: dict[str, Any], many: dict[str, Any], name: str) -> list[str]:
-    """Shares of the limits: of reading memory with the fewest tokens, of int8 operations with the most."""
-    rows, columns = _shape(few["shape"])
-    cells = []
-    for row, amount, limit in (
-        (few, few["bits"].get(name, [0, 0])[1] * rows * columns / 8, "read, GB/s"),
-        (many, 2 * many["tokens"] * rows * columns, "int8, GOP/s"),
-    ):
-        times = row["microseconds"].get(name)
-        cells.append("" if times is None else f"{100 * amount / min(times) / 1e3 / row['limits'][limit]:.0f} %")
-    return cells
+def share(row: dict[str, Any], name: str, of_products: bool) -> str:
+    """Share of what the machine can do: bytes of the weight over reading memory, or operations over int8 products."""
+    rows, columns = _shape(row["shape"])
+    read = row["bits"].get(name, [0, 0])[1] * rows * columns / 8
+    amount, limit = (2 * row["tokens"] * rows * columns, "int8, GOP/s") if of_products else (read, "read, GB/s")
+    times = row["microseconds"].get(name)
+    return "" if times is None else f"{100 * amount / min(times) / 1e3 / row['limits'][limit]:.0f} %"
 
 
 def _is_ours(name: str) -> bool:

@@ -1,9 +1,10 @@
-"""Print the README's two tables from stored results of the other benches.
+"""Print the README's tables from stored results of the other benches.
 
     python bench/readme_tables.py
 
 Every line names its row. `python bench/weight_only.py --row ROW` measures it; so do `weight_activation.py` and
-`weight_activation_kv.py` for rows with quantized inputs or KV cache, and `speed.py` for speeds.
+`weight_activation_kv.py` for rows with quantized inputs or KV cache, and `speed.py` for speeds. The third table is of
+`kernels.py`.
 """
 
 from __future__ import annotations
@@ -80,10 +81,32 @@ def methods() -> list[list[str]]:
     return lines
 
 
+def kernels() -> list[list[str]]:
+    """Lines of the table of kernels: of 4096x4096 on one thread, by bits."""
+    module = importlib.import_module("kernels")
+    rows = json.loads((RESULTS / "kernels.json").read_text())
+    one, many = (
+        next(row for row in rows if (row["shape"], row["threads"], row["tokens"]) == ("4096x4096", 1, tokens))
+        for tokens in (1, 512)
+    )
+    lines = []
+    for bits in (2, 3, 4):
+        line = [str(bits)]
+        for row in (one, many):
+            for inputs in ("a8", "a16"):
+                name = f"subnibble w{bits}{inputs}"
+                line += [module.share(row, name, row is many), module.of_best_peer(row, name)]
+        lines.append(line)
+    return lines
+
+
 def main() -> None:
     print_table(("for", "preset", "file, MB", "news", "WikiText-2", "speed", "row"), presets())
     print()
     print_table(("what", "method", "in", "bits a weight", "news", "WikiText-2", "row"), methods())
+    print()
+    heads = [f"{tokens}, {inputs}" for tokens in ("1 token", "512") for inputs in ("int8", "bfloat16")]
+    print_table(("bits", *(head for each in heads for head in (each, "of best"))), kernels())
 
 
 if __name__ == "__main__":

@@ -95,12 +95,19 @@ def test_docs_show_the_speeds(capsys: pytest.CaptureFixture[str]) -> None:
     assert table in (ROOT / "docs" / "profile.md").read_text()
 
 
+def test_docs_show_where_tokens_part(capsys: pytest.CaptureFixture[str]) -> None:
+    bench("same_tokens").show(rows("same_tokens"))
+    table = capsys.readouterr().out.strip()
+    assert table.count("\n") > 8
+    assert table in (ROOT / "docs" / "generation.md").read_text()
+
+
 def test_readme_shows_what_was_measured(capsys: pytest.CaptureFixture[str]) -> None:
     bench("readme_tables").main()
     tables = capsys.readouterr().out.split("\n\n")
     readme = (ROOT / "README.md").read_text()
-    assert len(tables) == 2
-    assert all(table.count("\n") > 8 and table.strip() in readme for table in tables)
+    assert len(tables) == 3
+    assert all(table.count("\n") > 3 and table.strip() in readme for table in tables)
 
 
 def test_readme_is_short() -> None:
