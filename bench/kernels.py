@@ -260,7 +260,8 @@ def _lines(rows: list[dict[str, Any]]) -> Iterator[list[str]]:
     for row in rows:
         bits |= row["bits"]
     for name in sorted(bits, key=lambda one: (bits[one][0], not _is_ours(one))):
-        yield [name, f"{bits[name][1]:.3g}", *(_cell(row, name) for row in rows), share(rows[0], name, False), share(rows[-1], name, True)]
+        shares = share(rows[0], name, False), share(rows[-1], name, True)
+        yield [name, f"{bits[name][1]:.3g}", *(_cell(row, name) for row in rows), *shares]
 
 
 def _cell(row: dict[str, Any], name: str) -> str:

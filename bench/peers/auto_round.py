@@ -1,4 +1,7 @@
-"""auto-round's kernels (auto-round-lib, Intel's BesTLA): 2, 3, 4 and 8 bits a weight, int8 arithmetic."""
+"""auto-round's kernels (auto-round-lib, Intel's BesTLA): 2, 3, 4 and 8 bits a weight.
+
+Processors without AMX get float32 products.
+"""
 
 from __future__ import annotations
 
