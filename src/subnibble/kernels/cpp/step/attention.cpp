@@ -177,7 +177,7 @@ void Attention::attend_range(const Unit& unit, std::int64_t range, const Attenti
         if (of_prefix) return std::int64_t{0};
         return rules.keeps_exact() ? rules.coded_tokens(token_of(row) + 1, of_keys) : to * kTokens;
     };
-    // Call `take(tiles at, first tile, number of tiles)` for tiles that lie side by side.
+    // Call `call(where tiles are, first tile, number of tiles)` for tiles that lie side by side.
     const auto each_run = [&](const auto& form, const std::vector<std::uint8_t*>& runs, std::int64_t tile,
                               std::int64_t last, auto call) {
         for (std::int64_t count; tile < last; tile += count) {
