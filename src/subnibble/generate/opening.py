@@ -20,9 +20,9 @@ from subnibble.generate.choice import check_backend, chosen_backend
 from subnibble.generate.fingerprint import source_fingerprint, tensors_fingerprint
 from subnibble.generate.native_backend import NativeBackend
 from subnibble.generate.prepare import prepare_
+from subnibble.generate.settings import stored_settings
 from subnibble.generate.torch_backend import TorchBackend
 from subnibble.hf import load_model
-from subnibble.model.transformers_api.generation import generation_config_of
 from subnibble.tensor.scheme_checks import known_fields
 
 AnyModel = str | Path | Source | nn.Module
@@ -108,9 +108,7 @@ class OpenedModel:
         source = open_source(model)
         tokenizer = source.load_tokenizer() if tokenizer is None else tokenizer
         running = backend_of(source, backend, loading, tokenizer)
-        folder = source.path if source.path.is_dir() else source.path.parent / "no folder"
-        config = generation_config_of(source.config, folder)
-        return cls(running, tokenizer, config, source.path.name, source, loading.activations)
+        return cls(running, tokenizer, stored_settings(source), source.path.name, source, loading.activations)
 
     @cached_property
     def fingerprint(self) -> str:

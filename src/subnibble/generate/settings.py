@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
+from subnibble.checkpoint.source import Source
 from subnibble.errors import BadRecipe
+from subnibble.model.transformers_api.generation import generation_config_of
 from subnibble.tensor.scheme_checks import known_fields
 
 # New tokens if neither the caller nor the model's generation_config says how many.
@@ -112,6 +114,12 @@ def generation_defaults(config: Any) -> dict[str, Any]:
     config: a generation config.
     """
     return {name: getattr(config, name, None) for name in (*_SAMPLING_DEFAULTS, "do_sample", "max_new_tokens")}
+
+
+def stored_settings(source: Source) -> Any:
+    """The generation config of transformers that lies beside a checkpoint, or the one that its config implies."""
+    folder = source.path if source.path.is_dir() else source.path.parent / "no folder"
+    return generation_config_of(source.config, folder)
 
 
 def stop_ids(config: Any) -> frozenset[int]:

@@ -21,11 +21,10 @@ from subnibble.device import free_memory
 from subnibble.generate.backend import Backend
 from subnibble.generate.choice import native_or_torch
 from subnibble.generate.native_backend import NativeBackend
-from subnibble.generate.settings import stop_ids
+from subnibble.generate.settings import stop_ids, stored_settings
 from subnibble.generate.torch_backend import TorchBackend
 from subnibble.generate.windows import Order, write_windows
 from subnibble.hf import load_model
-from subnibble.model.transformers_api.generation import generation_config_of
 from subnibble.progress import Progress
 from subnibble.recipe import Recipe
 from subnibble.report import SampledReport
@@ -110,8 +109,7 @@ def planned_windows(
             recipe.calibration, load_tokenizer, recipe.num_windows, recipe.window, recipe.seed, vocabulary
         )
         return Windows(ids)
-    folder = source.path if source.path.is_dir() else source.path.parent / "no folder"
-    ends = stop_ids(generation_config_of(source.config, folder))
+    ends = stop_ids(stored_settings(source))
     sampling = WindowSampling.from_dict(recipe.sampling)
     order = Order(openings(sampling, load_tokenizer(), vocabulary, ends, prefix), sampling, recipe.window, recipe.seed)
     return Windows(None, Written(source, order, recipe.num_windows, dtype, device))

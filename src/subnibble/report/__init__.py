@@ -157,8 +157,7 @@ class Report:
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Read the content of report.json; keys that later commands added, such as `distilled_later`, are left out."""
         names = {item.name for item in fields(cls)}
-        # Checkpoints of earlier releases have no "sampled".
-        distilled, sampled = values["distilled"], values.get("sampled")
+        distilled, sampled = values["distilled"], values["sampled"]
         parts = {
             "linears": tuple(LinearReport.from_dict(entry) for entry in values["linears"]),
             "blocks": tuple(BlockReport.from_dict(entry) for entry in values["blocks"]),

@@ -150,11 +150,6 @@ struct V {
         return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(level, x), ones));
 #endif
     }
-    // `dot` with the same four bytes in each lane, read from memory.
-    template <bool WIDE>
-    static I dot_four(I sum, I level, const std::int8_t* x) {
-        return dot<WIDE>(sum, level, broadcast_bytes(x));
-    }
     static void round_to_int(const float* x, float factor, std::int64_t count, std::int32_t* out) {
         const F factors = broadcast(factor);
         std::int64_t i = 0;

@@ -143,16 +143,6 @@ struct V {
         return _mm512_add_epi32(sum, _mm512_madd_epi16(_mm512_maddubs_epi16(level, x), ones));
 #endif
     }
-    // `dot` with the same four bytes in each lane, read from memory.
-    template <bool WIDE>
-    static I dot_four(I sum, I level, const std::int8_t* x) {
-#if defined(__AVX512VNNI__)
-        asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(level), "m"(*reinterpret_cast<const std::int32_t*>(x)));
-        return sum;
-#else
-        return dot<WIDE>(sum, level, broadcast_bytes(x));
-#endif
-    }
     static void round_to_int(const float* x, float factor, std::int64_t count, std::int32_t* out) {
         const F factors = broadcast(factor);
         std::int64_t i = 0;

@@ -87,11 +87,6 @@ struct V {
             return vreinterpretq_u32_s32(vdotq_s32(result, vreinterpretq_s8_u32(level), factors));
         }
     }
-    // `dot` with the same four bytes in each lane, read from memory.
-    template <bool WIDE>
-    static I dot_four(I sum, I level, const std::int8_t* x) {
-        return dot<WIDE>(sum, level, broadcast_bytes(x));
-    }
     static void round_to_int(const float* x, float factor, std::int64_t count, std::int32_t* out) {
         std::int64_t i = 0;
         for (; i + 4 <= count; i += 4) vst1q_s32(out + i, vcvtnq_s32_f32(vmulq_n_f32(vld1q_f32(x + i), factor)));

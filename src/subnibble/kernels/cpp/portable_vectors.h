@@ -187,11 +187,6 @@ struct V {
             return sum.v[i] + static_cast<std::uint32_t>(four);
         });
     }
-    // `dot` with the same four bytes in each lane, read from memory.
-    template <bool WIDE>
-    static I dot_four(I sum, I level, const std::int8_t* x) {
-        return dot<WIDE>(sum, level, broadcast_bytes(x));
-    }
     static void round_to_int(const float* x, float factor, std::int64_t count, std::int32_t* out) {
         for (std::int64_t i = 0; i < count; ++i) out[i] = static_cast<std::int32_t>(std::nearbyint(x[i] * factor));
     }

@@ -50,7 +50,7 @@ struct StepFunctions {
                        Next);
     // Keys of a tile as float32: (width, 32).
     void (*keys)(const KeyForm&, const std::uint8_t* tile, const float* center, float* out);
-    // `key_scores` for keys in float32, (width, 32).
+    // As `key_scores`, of one tile whose keys are float32, (width, 32).
     void (*scores)(const float* keys, std::int64_t width, const float* q, std::int64_t rows, std::int64_t q_stride,
                    float* out, std::int64_t out_stride);
     // out[r] += sum over `tokens` tokens of p[r * p_stride + j] * value j, in tiles that are exact or `whole`. Numbers p of
@@ -59,7 +59,7 @@ struct StepFunctions {
                   std::int64_t p_stride, float* out, std::int64_t out_stride, Next);
     // Values of a tile as float32: (32, padded width).
     void (*values)(const ValueForm&, const std::uint8_t* tile, float* out);
-    // `weigh` for the values of one tile in float32.
+    // As `weigh`, of one tile whose values are float32.
     void (*weigh_floats)(const float* values, std::int64_t width, std::int64_t tokens, const float* p,
                          std::int64_t rows, std::int64_t p_stride, float* out, std::int64_t out_stride);
     // s = e^(s - largest s), of n numbers, a multiple of 16; returns the sum. `most`: gets the largest s.

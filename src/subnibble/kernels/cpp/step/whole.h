@@ -23,6 +23,17 @@ using subnibble::StripForm;
 // Vectors of a quad, and rows whose sums fit the registers.
 constexpr int kQuadVectors = static_cast<int>(subnibble::kStripLanes) / V::lanes, kWholeRows = V::lanes == 16 ? 8 : 4;
 
+// `V::dot` with the same four bytes in each lane, read from memory.
+template <bool WIDE>
+SUBNIBBLE_INLINE V::I dot_four(V::I sum, V::I codes, const std::int8_t* x) {
+#if defined(__AVX512VNNI__)
+    asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(codes), "m"(*reinterpret_cast<const std::int32_t*>(x)));
+    return sum;
+#else
+    return V::template dot<WIDE>(sum, codes, V::broadcast_bytes(x));
+#endif
+}
+
 // Numbers of R rows as two signed bytes each: x is about step * (256 high + low).
 template <int R>
 struct Whole {
@@ -79,8 +90,8 @@ SUBNIBBLE_INLINE void four_quads(const std::uint8_t* strip, const StripForm& for
     }
 }
 
-// Sums of the products of codes and of R rows of whole numbers, for the lanes of vector `part` and for four quads times
-// `blocks`, whose numbers begin with number `first`.
+// Products of codes and of R rows of whole numbers, summed over 4 * blocks quads, for the lanes of vector `part`. The
+// quads' whole numbers begin with number `first`.
 template <int BITS, int R>
 SUBNIBBLE_INLINE void whole_sums(const std::uint8_t* strip, const StripForm& form, std::int64_t first_block,
                                  std::int64_t blocks, int part, const Whole<R>& x, std::int64_t first, V::F (&out)[R]) {
@@ -96,8 +107,8 @@ SUBNIBBLE_INLINE void whole_sums(const std::uint8_t* strip, const StripForm& for
 #pragma GCC unroll 8
             for (int r = 0; r < R; ++r) {
                 const std::int8_t* four = at + 2 * Whole<R>::kRoom * r + 4 * i;
-                high[r] = V::template dot_four<BITS == 8>(high[r], codes[i], four);
-                low[r] = V::template dot_four<BITS == 8>(low[r], codes[i], four + Whole<R>::kRoom);
+                high[r] = dot_four<BITS == 8>(high[r], codes[i], four);
+                low[r] = dot_four<BITS == 8>(low[r], codes[i], four + Whole<R>::kRoom);
             }
     }
 #pragma GCC unroll 8
